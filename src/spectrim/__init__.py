@@ -1,0 +1,71 @@
+"""Spectrim makes trained neural networks smaller and faster by low-rank factorisation, and proves what was gained."""
+
+from spectrim import errors
+from spectrim.analyze import Analysis, LayerAnalysis, analyze
+from spectrim.calibrate import Calibration, calibrate
+from spectrim.compress import Compressed, compress
+from spectrim.factorize import merge
+from spectrim.io import load, save
+from spectrim.layers import LowRankLinear
+from spectrim.linalg import Spectrum
+from spectrim.measure import Accuracy, Epoch, Interval, Measurement, accuracy, measure
+from spectrim.plan import Cost, Energy, LayerPlan, Plan, Rank, Ratio
+from spectrim.ranks import plan
+from spectrim.report import (
+    LayerSpectrum,
+    Published,
+    Results,
+    Run,
+    Variant,
+    plot_accuracy,
+    plot_curves,
+    plot_spectra,
+    report,
+    table,
+    text,
+)
+from spectrim.training import Finetuned, finetune
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Accuracy",
+    "Analysis",
+    "Calibration",
+    "Compressed",
+    "Cost",
+    "Energy",
+    "Epoch",
+    "Finetuned",
+    "Interval",
+    "LayerAnalysis",
+    "LayerPlan",
+    "LayerSpectrum",
+    "LowRankLinear",
+    "Measurement",
+    "Plan",
+    "Published",
+    "Rank",
+    "Ratio",
+    "Results",
+    "Run",
+    "Spectrum",
+    "Variant",
+    "accuracy",
+    "analyze",
+    "calibrate",
+    "compress",
+    "errors",
+    "finetune",
+    "load",
+    "measure",
+    "merge",
+    "plan",
+    "plot_accuracy",
+    "plot_curves",
+    "plot_spectra",
+    "report",
+    "save",
+    "table",
+    "text",
+]

@@ -1,0 +1,208 @@
+"""Analysis: the spectrum of every layer in every available metric, what it costs, and why a layer cannot be factored."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spectrim.calibrate import Calibration, Moments
+from spectrim.errors import DataError, ModelError
+from spectrim.execution import as_inputs, trace
+from spectrim.forms import VIEWS, dense_cost, full_rank, linear_break_even, linear_cost
+from spectrim.linalg import (
+    Decomposition,
+    Spectrum,
+    is_finite,
+    metric_decomposition,
+    plain_decomposition,
+    spectrum,
+)
+from spectrim.plan import Cost, FormName, Metric
+from spectrim.surgery import Patterns, Target, find_targets
+
+
+@dataclass(frozen=True, eq=False)
+class LayerAnalysis:
+    """What is known of one weight.
+
+    Attributes:
+        name: The layer's name.
+        also: Other layers with the same weight.
+        kind: Its class, such as `Linear`.
+        shape: The weight's shape, output first.
+        form: The form its type of layer can take, or None.
+        refusal: Why it stays dense all the same, or None.
+        has_bias: Whether the layer adds a bias.
+        places: How many distinct layers use the weight (each keeps a bias of its own).
+        positions: Output vectors made in one forward pass of the example inputs, all uses together.
+        full_rank: The largest number of singular values the weight can have.
+        dense: Its cost as it is.
+        spectra: The singular values by metric; empty for layers that are not matrices.
+    """
+
+    name: str
+    also: tuple[str, ...]
+    kind: str
+    shape: tuple[int, ...]
+    form: FormName | None
+    refusal: str | None
+    has_bias: bool
+    places: int
+    positions: int
+    full_rank: int
+    dense: Cost
+    spectra: Mapping[Metric, Spectrum]
+
+    def adds_bias(self, metric: Metric) -> bool:
+        """Whether the mean correction of the activation metric gives the layer a bias it did not have."""
+        return metric == "activation" and not self.has_bias
+
+    def cost(self, *, rank: int, metric: Metric) -> Cost:
+        """The cost of the linear form at `rank`."""
+        bias = self.has_bias or metric == "activation"
+        one = linear_cost(self.shape, rank=rank, bias=bias, positions=self.positions)
+        return Cost(params=one.params + (self.places - 1) * (self.shape[0] if bias else 0), macs=one.macs)
+
+    def break_even(self, metric: Metric) -> int:
+        """The largest rank at which the linear form is smaller than the layer; 0 when none is."""
+        return linear_break_even(self.shape, new_bias=self.adds_bias(metric)) if self.form else 0
+
+
+@dataclass(frozen=True, eq=False)
+class Analysis:
+    """The layers of one model in order of execution, and the decompositions that factors of any rank are cut from.
+
+    Attributes:
+        layers: One entry a weight.
+        metrics: The available metrics, the best one last.
+        decompositions: By layer name and metric; not part of the printed value.
+        calibration: The statistics it was made with, if any.
+    """
+
+    layers: tuple[LayerAnalysis, ...]
+    metrics: tuple[Metric, ...]
+    decompositions: Mapping[tuple[str, Metric], Decomposition] = field(repr=False)
+    calibration: Calibration | None = field(default=None, repr=False)
+
+    def __iter__(self) -> Iterator[LayerAnalysis]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __getitem__(self, name: str) -> LayerAnalysis:
+        for layer in self.layers:
+            if name in (layer.name, *layer.also):
+                return layer
+        raise KeyError(f"the analysis has no layer {name!r}; it has {', '.join(layer.name for layer in self.layers)}")
+
+
+def analyze(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    calibration: Calibration | None = None,
+    include: Patterns = ("*",),
+    exclude: Patterns = (),
+    keep_last: bool = False,
+) -> Analysis:
+    """Look at the singular values of every selected Linear and Conv2d weight.
+
+    Args:
+        model: Any module that runs on `example_inputs`; it is left as it is.
+        example_inputs: A tensor, a tuple of positional or a mapping of keyword arguments; costs are for one such pass.
+        calibration: From `st.calibrate`; adds the activation metric for Linear layers.
+        include: Patterns of layer names, as in a shell (`*`, `?`); one or several.
+        exclude: Patterns of layers to leave out.
+        keep_last: Leave the last layer that is called dense.
+
+    Raises:
+        ModelError: nothing to analyse, NaN or infinite weights, or a model that cannot run `example_inputs`.
+        PatternError: a pattern that matches no layer.
+        DataError: a calibration of another model.
+    """
+    seen = trace(model, as_inputs(example_inputs))
+    targets = find_targets(model, seen, include=include, exclude=exclude, keep_last=keep_last)
+    _require_finite(targets)
+    decompositions: dict[tuple[str, Metric], Decomposition] = {}
+    layers = []
+    for target in targets:
+        found = _decompose(target, calibration)
+        decompositions |= {(target.name, metric): one for metric, one in found.items()}
+        layers.append(_describe(target, found, positions=sum(seen.positions.get(site, 0) for site in target.sites)))
+    metrics: tuple[Metric, ...] = ("plain",) if calibration is None else ("plain", "activation")
+    return Analysis(tuple(layers), metrics, decompositions, calibration)
+
+
+def _require_finite(targets: tuple[Target, ...]) -> None:
+    for target in targets:
+        for name, parameter in target.module.named_parameters(recurse=False):
+            if not parameter.is_meta and parameter.is_floating_point() and not is_finite(parameter):
+                raise ModelError(
+                    f"{target.name}.{name} holds NaN or infinite values; repair the checkpoint, or leave the layer's "
+                    "network out: no factorisation of it can be meant"
+                )
+
+
+def _decompose(target: Target, calibration: Calibration | None) -> dict[Metric, Decomposition]:
+    """Both decompositions of a layer that can be factored; none for the others."""
+    if target.refusal is not None:
+        return {}
+    weight = target.module.get_parameter("weight")
+    found: dict[Metric, Decomposition] = {"plain": plain_decomposition(weight)}
+    if calibration and all(site in calibration.moments for site in target.sites):
+        moments = [calibration.moments[site] for site in target.sites]
+        covariance, noise = _pooled(moments, name=target.name, width=weight.shape[1])
+        found["activation"] = metric_decomposition(weight, covariance, noise=noise)
+    return found
+
+
+def _pooled(moments: list[Moments], *, name: str, width: int) -> tuple[Tensor, float]:
+    """The covariance around each place's own mean, since each place gets a bias of its own."""
+    for one in moments:
+        if one.mean.shape != (width,):
+            raise DataError(
+                f"the calibration saw inputs of size {len(one.mean)} at layer {name!r}, which takes {width}; "
+                "it was made with another model"
+            )
+    if len(moments) == 1:
+        return moments[0].covariance, moments[0].noise
+    total = sum(one.count for one in moments)
+    weighted = torch.stack([one.covariance * (one.count / total) for one in moments])
+    return weighted.sum(dim=0), max(one.noise for one in moments)
+
+
+def _describe(target: Target, found: dict[Metric, Decomposition], *, positions: int) -> LayerAnalysis:
+    module = target.module
+    view = VIEWS.get(type(module))
+    weight = module._parameters.get("weight") if view else None
+    spectra: dict[Metric, Spectrum] = {metric: one.spectrum for metric, one in found.items()}
+    if view is None or weight is None or weight.is_meta or not weight.is_floating_point():
+        dense = Cost(params=sum(p.numel() for p in module.parameters(recurse=False)), macs=0)
+        shape = tuple(next((p.shape for p in module.parameters(recurse=False) if p.ndim >= 2), ()))
+        rank = 0
+    else:
+        matrices = view.matrices(module)
+        bias = module._parameters.get("bias") is not None
+        dense = dense_cost(matrices, bias=bias, positions=positions)
+        extra = (len(target.sites) - 1) * (weight.shape[0] if bias else 0)
+        dense = Cost(params=dense.params + extra, macs=dense.macs)
+        shape, rank = tuple(weight.shape), full_rank(matrices)
+        if not spectra:
+            spectra = {"plain": spectrum(matrices)}
+    return LayerAnalysis(
+        name=target.name,
+        also=target.also,
+        kind=type(module).__name__,
+        shape=shape,
+        form=view.form if view else None,
+        refusal=target.refusal,
+        has_bias=module._parameters.get("bias") is not None,
+        places=len(target.sites),
+        positions=positions,
+        full_rank=rank,
+        dense=dense,
+        spectra=spectra,
+    )

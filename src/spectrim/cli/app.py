@@ -1,0 +1,63 @@
+"""The commands, and what happens when one fails."""
+
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from spectrim.cli import data
+from spectrim.cli.studies import recipe, run
+from spectrim.errors import SpectrimError
+from spectrim.recipes import DEMO
+
+app = typer.Typer(
+    name="spectrim",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Make trained neural networks smaller and faster by low-rank factorisation.",
+)
+app.add_typer(data.app, name="data")
+app.add_typer(recipe, name="recipe")
+
+
+def _show_version(wanted: bool) -> None:  # noqa: FBT001  # typer calls it so
+    if wanted:
+        typer.echo(version("spectrim"))
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    *,
+    _: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None: ...
+
+
+@app.command()
+def demo(
+    *,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the report and the model.")] = Path(
+        "spectrim-demo"
+    ),
+) -> None:
+    """Train a network on embedded data, compress it, and show what was gained; about a minute, no network needed."""
+    run(DEMO, out=out, data_folder=None)
+
+
+def main() -> None:
+    """Run the command line; an error a user can cause becomes one message and a non-zero exit code."""
+    errors = Console(stderr=True, highlight=False)
+    try:
+        app()
+    except SpectrimError as error:
+        errors.print("[bold red]error:[/]", end=" ")
+        errors.print(str(error), markup=False, soft_wrap=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        errors.print("interrupted; start the same command again to go on where it stopped", markup=False)
+        sys.exit(130)

@@ -1,0 +1,81 @@
+"""`spectrim recipe` and what `spectrim demo` shares with it: a study with its progress and its table."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from spectrim.errors import DataError
+from spectrim.recipes import MNIST_MLP, STUDIES, MlpStudy, run_study
+from spectrim.recipes import Progress as Event
+from spectrim.report import table
+
+recipe = typer.Typer(no_args_is_help=True, help="Reproducible studies, one command each.")
+
+
+@recipe.command("list")
+def list_recipes() -> None:
+    """Show every study."""
+    rows = Table("name", "what it does", "data", box=box.SIMPLE_HEAD)
+    for study in STUDIES:
+        rows.add_row(study.name, study.title, study.dataset)
+    Console(highlight=False).print(rows)
+
+
+@recipe.command("mnist-mlp")
+def mnist_mlp(
+    *,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for everything it makes; rerun to resume.")] = Path(
+        "spectrim-mnist-mlp"
+    ),
+    seeds: Annotated[str, typer.Option(metavar="0,1,2", help="Seeds, a whole run each.")] = "0",
+    data_folder: Annotated[
+        Path | None, typer.Option("--data-folder", metavar="DIR", help="Where the MNIST files lie, if you have them.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Little data, few epochs: to see it work.")] = False,
+) -> None:
+    """The classic study on MNIST: 784-1024x5-10, every layer but the last at rank 200, 100, 50, 20, 10."""
+    study = MNIST_MLP.model_copy(update={"seeds": _seeds(seeds)})
+    if len(study.seeds) > 1 or study.seeds != (0,):
+        study = study.model_copy(update={"command": f"{study.command} --seeds {seeds}"})
+    run(study.quick() if quick else study, out=out, data_folder=data_folder)
+
+
+def run(study: MlpStudy, *, out: Path, data_folder: Path | None) -> None:
+    """Run a study with a progress bar, then show its table and where the report is."""
+    console = Console(highlight=False)
+    console.print(study.title, style="bold", markup=False)
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as bars:
+        whole, part = bars.add_task("all", total=None), bars.add_task("", total=1)
+
+        def show(event: Event) -> None:
+            done = event.done / event.of if event.of else 0.0
+            bars.update(whole, completed=event.parts_done + done * (event.parts_done < event.parts), total=event.parts)
+            bars.update(part, description=event.part, completed=event.done, total=event.of)
+
+        results = run_study(study, out, data_folder=data_folder, on_progress=show)
+    console.print(table(results))
+    console.print(results.summary, markup=False)
+    console.print(f"Saved is {results.chosen}: {results.chosen_because}.", markup=False)
+    for name, what in (
+        ("report.html", "open this in a browser"),
+        ("model.safetensors", "the network: spectrim.load(path, network)"),
+        ("plan.json", "what was done to each layer"),
+        ("results.json", "every number"),
+    ):
+        console.print(f"  {out / name}  ({what})", markup=False, soft_wrap=True)
+
+
+def _seeds(text: str) -> tuple[int, ...]:
+    try:
+        seeds = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        seeds = ()
+    if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
+        raise DataError(f"--seeds {text!r} is not a list of different whole numbers such as 0,1,2")
+    return seeds

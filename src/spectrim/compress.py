@@ -1,0 +1,114 @@
+"""The one-call path: calibrate, analyse, plan, replace, count what was gained."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from spectrim.analyze import Analysis, analyze
+from spectrim.calibrate import Calibration, calibrate
+from spectrim.errors import PlanError
+from spectrim.execution import Inputs, as_inputs
+from spectrim.factorize import duplicate, factorize
+from spectrim.measure import Measurement, count
+from spectrim.plan import Metric, Plan, Rule
+from spectrim.ranks import plan as make_plan
+from spectrim.ranks import refresh
+from spectrim.surgery import Patterns
+
+
+@dataclass(frozen=True, eq=False)
+class Compressed:
+    """A compressed model, the plan it was made by, and what it costs against its dense self (not timed)."""
+
+    model: nn.Module
+    plan: Plan
+    measurement: Measurement
+
+
+def compress(
+    model: nn.Module,
+    rule_or_plan: Rule | Plan,
+    *,
+    example_inputs: Any,
+    data: Iterable[Any] | None = None,
+    max_batches: int | None = None,
+    metric: Metric | None = None,
+    include: Patterns = ("*",),
+    exclude: Patterns = (),
+    keep_last: bool = False,
+    allow_growth: bool = False,
+    analysis: Analysis | None = None,
+    inplace: bool = False,
+) -> Compressed:
+    """Replace the layers of a trained network by low-rank factors.
+
+    Without `data` each weight is approximated by itself (plain metric: truncated SVD, Eckart & Young 1936). With
+    `data`, what counts is each layer's output on them (activation metric), and biases are corrected so that the mean
+    output is exact. A layer that would not become smaller stays dense, and the plan says why.
+
+    Args:
+        model: A trained module; left bit-identical unless `inplace`.
+        rule_or_plan: `Rank(20)`, `Ratio(0.25)`, `Energy(0.9)`, or a `Plan` (selection is then the plan's).
+        example_inputs: One call's inputs: a tensor, a tuple of positional or a mapping of keyword arguments.
+        data: Calibration batches, with or without labels (one element more than `example_inputs` is a label).
+        max_batches: Use at most so many calibration batches.
+        metric: `plain` or `activation`; by default activation when there is `data`.
+        include: Patterns of layer names to factor, as in a shell.
+        exclude: Patterns of layer names to leave dense.
+        keep_last: Leave the last layer that the model calls dense.
+        allow_growth: Factor a layer even if it grows.
+        analysis: From `st.analyze` on this very model: skips calibration and decomposition, so that many ranks cost one.
+        inplace: Change `model` itself and return it.
+
+    Returns:
+        The model (in the same training mode), the plan, and the counted costs.
+
+    Raises:
+        SpectrimError: one of its kinds, before anything has been changed.
+    """
+    if isinstance(rule_or_plan, Plan) and (include != ("*",) or exclude or keep_last or metric or allow_growth):
+        raise PlanError("a plan already says which layers and metric; give include, exclude, metric to st.plan instead")
+    if analysis is None:
+        wanted = metric != "plain" and not (isinstance(rule_or_plan, Plan) and not _needs_data(rule_or_plan))
+        analysis = analyze(
+            model,
+            example_inputs,
+            calibration=_calibration(model, data, as_inputs(example_inputs), max_batches) if wanted else None,
+            include=include,
+            exclude=exclude,
+            keep_last=keep_last,
+        )
+    if isinstance(rule_or_plan, Plan):
+        plan = refresh(rule_or_plan, analysis)
+    else:
+        plan = make_plan(analysis, rule_or_plan, metric=metric, allow_growth=allow_growth)
+    dense = count(model, example_inputs)
+    smaller = factorize(
+        model if inplace else duplicate(model),
+        plan,
+        decompositions=analysis.decompositions,
+        calibration=analysis.calibration,
+    )
+    return Compressed(smaller, plan, count(smaller, example_inputs).against(dense))
+
+
+def _needs_data(plan: Plan) -> bool:
+    return any(layer.metric == "activation" for layer in plan.factored)
+
+
+def _calibration(
+    model: nn.Module, data: Iterable[Any] | None, example: Inputs, max_batches: int | None
+) -> Calibration | None:
+    return None if data is None else calibrate(model, _unlabelled(data, example), max_batches=max_batches)
+
+
+def _unlabelled(data: Iterable[Any], example: Inputs) -> Iterator[Any]:
+    """The batches without what they have beyond the example's inputs: their labels."""
+    wanted = len(example.args) or 1
+    for batch in data:
+        if isinstance(batch, Sequence) and not isinstance(batch, str) and len(batch) == wanted + 1:
+            yield batch[0] if example.kwargs or wanted == 1 else batch[:-1]
+        else:
+            yield batch

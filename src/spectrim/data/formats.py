@@ -1,0 +1,247 @@
+"""The raw file formats, read strictly and never by unpickling.
+
+A `Layout` says which files make a data set, where they usually lie, and how their bytes become tensors.
+Archives are read in memory, member by member, so nothing is ever extracted to disk.
+"""
+
+import gzip
+import hashlib
+import io
+import lzma
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Annotated
+
+import numpy as np
+import torch
+from pydantic import Field, TypeAdapter, ValidationError
+
+from spectrim.errors import DataError
+
+Splits = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+"""Per split ("train", "test") the images, uint8 (N, C, H, W), and the labels, int64 (N,)."""
+
+_BROKEN_ARCHIVE = (OSError, EOFError, zlib.error, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile)
+_LABELS = TypeAdapter(list[Annotated[int, Field(ge=0, le=255)]])
+_CIFAR_RECORD = 1 + 3 * 32 * 32
+_CIFAR_BATCHES = tuple(f"data_batch_{i}" for i in range(1, 6))
+
+
+class MissingFilesError(DataError):
+    """The files of a data set are not where they were looked for (which is no damage, unlike a bad file)."""
+
+
+@dataclass(frozen=True)
+class Raw:
+    """One raw file: its bytes, and where they came from for the error messages."""
+
+    where: str
+    data: bytes
+
+
+@dataclass(frozen=True)
+class Archive:
+    """An archive by its file name, with the md5 its makers publish where they do.
+
+    `offered` is False for one that no user would have: a source made it, or it is another one in a usual subfolder.
+    """
+
+    name: str
+    md5: str | None = None
+    offered: bool = True
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way in which a data set lies on disk: file names, usual subfolders, archives, and the decoder."""
+
+    files: tuple[str, ...]
+    decode: Callable[[Mapping[str, Raw]], Splits]
+    places: tuple[str, ...] = ("",)
+    archives: tuple[Archive, ...] = ()
+
+    def read(self, folder: Path) -> Splits:
+        """Both splits of the data set below `folder`.
+
+        Raises MissingFilesError when files are missing, DataError when one is damaged.
+        """
+        found: dict[str, Raw] = {}
+        for place in self.places:
+            found |= _loose(folder / place, set(self.files) - found.keys())
+        for archive in self.archives:
+            missing = set(self.files) - found.keys()
+            path = folder / archive.name
+            if missing and path.is_file():
+                found |= _archived(path, missing, md5=archive.md5)
+        if absent := [name for name in self.files if name not in found]:
+            raise MissingFilesError(f"no {', '.join(absent)} in {folder}")
+        return self.decode(found)
+
+
+def read_any(layouts: tuple[Layout, ...], folder: Path) -> Splits:
+    """Both splits by the first layout whose files are all below `folder`; MissingFilesError where none is complete."""
+    reasons = []
+    for layout in layouts:
+        try:
+            return layout.read(folder)
+        except MissingFilesError as error:
+            reasons.append(str(error))
+    raise MissingFilesError("; nor ".join(reasons))
+
+
+def parse_idx(raw: Raw, *, ndim: int) -> torch.Tensor:
+    """The uint8 tensor in an idx file of `ndim` dimensions; DataError says what is wrong with any other file."""
+    magic, header = 0x0800 + ndim, 4 * (1 + ndim)
+    if len(raw.data) < header:
+        raise DataError(f"{raw.where}: an idx file starts with {header} bytes of header, got {len(raw.data)} bytes")
+    got, *sizes = np.frombuffer(raw.data, dtype=">u4", count=1 + ndim).tolist()
+    if got != magic:
+        raise DataError(f"{raw.where}: idx magic number {got}, expected {magic}; this is another kind of file")
+    expected = header + int(np.prod(sizes, dtype=object))
+    if len(raw.data) != expected:
+        shape = " x ".join(map(str, sizes))
+        raise DataError(
+            f"{raw.where}: got {len(raw.data)} bytes, expected {expected} for {shape}; truncated or damaged"
+        )
+    return torch.from_numpy(np.frombuffer(raw.data, dtype=np.uint8, offset=header).reshape(sizes).copy())
+
+
+def idx_decoder(stems: Mapping[str, str], *, transposed: bool = False) -> Callable[[Mapping[str, Raw]], Splits]:
+    """A decoder of idx pairs: `stems` maps a split to the start of its file names, `transposed` is for EMNIST."""
+
+    def decode(files: Mapping[str, Raw]) -> Splits:
+        splits = {}
+        for split, stem in stems.items():
+            images = parse_idx(files[f"{stem}-images-idx3-ubyte"], ndim=3)  # (N, H, W)
+            labels = parse_idx(files[f"{stem}-labels-idx1-ubyte"], ndim=1)  # (N,)
+            upright = images.transpose(1, 2).contiguous() if transposed else images
+            splits[split] = (upright.unsqueeze(1), labels.long())
+        return splits
+
+    return decode
+
+
+def idx_files(stems: Mapping[str, str]) -> tuple[str, ...]:
+    """The idx file names, images then labels, for each stem."""
+    return tuple(f"{stem}-{kind}-ubyte" for stem in stems.values() for kind in ("images-idx3", "labels-idx1"))
+
+
+CIFAR_BINARY_FILES = (*(f"{batch}.bin" for batch in _CIFAR_BATCHES), "test_batch.bin")
+CIFAR_PNG_FILES = (
+    *(f"{batch}.png" for batch in _CIFAR_BATCHES),
+    "test_batch.png",
+    "train_lables.json",  # spelt so in the package
+    "test_lables.json",
+)
+
+
+def decode_cifar_binary(files: Mapping[str, Raw]) -> Splits:
+    """The official binary batches: records of one label byte and 3072 pixel bytes, planes R, G, B, rows first."""
+
+    def batch(raw: Raw) -> torch.Tensor:
+        if not raw.data or len(raw.data) % _CIFAR_RECORD:
+            got = f"got {len(raw.data)} bytes, expected a multiple of {_CIFAR_RECORD}"
+            raise DataError(f"{raw.where}: {got}; truncated or damaged")
+        return torch.from_numpy(np.frombuffer(raw.data, dtype=np.uint8).reshape(-1, _CIFAR_RECORD).copy())
+
+    train = torch.cat([batch(files[f"{name}.bin"]) for name in _CIFAR_BATCHES])
+    test = batch(files["test_batch.bin"])
+    return {
+        split: (records[:, 1:].reshape(-1, 3, 32, 32).contiguous(), records[:, 0].long())
+        for split, records in (("train", train), ("test", test))
+    }
+
+
+def decode_cifar_png(files: Mapping[str, Raw]) -> Splits:
+    """The PNG batches of the npm package: one row of 1024 RGB pixels an image, labels in two JSON lists."""
+    train = torch.cat([_png_rows(files[f"{name}.png"]) for name in _CIFAR_BATCHES])
+    return {
+        "train": (train, _json_labels(files["train_lables.json"])),
+        "test": (_png_rows(files["test_batch.png"]), _json_labels(files["test_lables.json"])),
+    }
+
+
+def _png_rows(raw: Raw) -> torch.Tensor:
+    """The images, uint8 (N, 3, 32, 32), in a PNG of N rows of 1024 RGB pixels."""
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise DataError(f"{raw.where}: PNG files need Pillow: pip install 'spectrim[vision]'") from error
+    try:
+        with Image.open(io.BytesIO(raw.data), formats=["PNG"]) as image:
+            pixels = np.array(image)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise DataError(f"{raw.where}: {error}; truncated or damaged") from error
+    if pixels.ndim != 3 or pixels.shape[1:] != (1024, 3):
+        raise DataError(f"{raw.where}: got pixels of shape {pixels.shape}, expected (images, 1024, 3)")
+    return torch.from_numpy(pixels).reshape(-1, 32, 32, 3).permute(0, 3, 1, 2).contiguous()
+
+
+def _json_labels(raw: Raw) -> torch.Tensor:
+    try:
+        return torch.tensor(_LABELS.validate_json(raw.data), dtype=torch.int64)
+    except ValidationError as error:
+        raise DataError(f"{raw.where}: expected a JSON list of labels: {error.errors()[0]['msg']}") from error
+
+
+def _canonical(name: str) -> str:
+    """One spelling for `train-images.idx3-ubyte.gz`, `train-images-idx3-ubyte.gz` and the unpacked ones."""
+    return name.removesuffix(".gz").replace(".idx", "-idx")
+
+
+def _loose(folder: Path, wanted: Collection[str]) -> dict[str, Raw]:
+    """The wanted files that lie in `folder` itself; an unpacked one goes before its .gz."""
+    found: dict[str, Raw] = {}
+    if not wanted or not folder.is_dir():
+        return found
+    for path in sorted(folder.iterdir()):
+        name = _canonical(path.name)
+        if name in wanted and name not in found and path.is_file():
+            found[name] = _unpacked(path.name, path.read_bytes(), where=str(path))
+    return found
+
+
+def _unpacked(name: str, data: bytes, *, where: str) -> Raw:
+    if not name.endswith(".gz"):
+        return Raw(where, data)
+    try:
+        return Raw(where, gzip.decompress(data))
+    except _BROKEN_ARCHIVE as error:
+        raise DataError(f"{where}: not a whole gzip file ({error}); truncated or damaged") from error
+
+
+def _archived(path: Path, wanted: Collection[str], *, md5: str | None) -> dict[str, Raw]:
+    """The wanted members of a tar or zip archive, whichever folder they have inside it."""
+    if md5 is not None and (got := _md5(path)) != md5:
+        raise DataError(f"{path}: md5 {got}, expected {md5}; truncated, damaged or another edition")
+    found: dict[str, Raw] = {}
+    try:
+        for member, data in _members(path, wanted):
+            name = PurePosixPath(member).name
+            found[_canonical(name)] = _unpacked(name, data, where=f"{path}:{member}")
+    except _BROKEN_ARCHIVE as error:
+        raise DataError(f"{path}: cannot be read as an archive ({error}); truncated or damaged") from error
+    return found
+
+
+def _members(path: Path, wanted: Collection[str]) -> Iterator[tuple[str, bytes]]:
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path) as archive:
+            for name in archive.namelist():
+                if _canonical(PurePosixPath(name).name) in wanted:
+                    yield name, archive.read(name)
+        return
+    with tarfile.open(path) as tar:
+        for member in tar:  # one pass: going back in a compressed tar means to unpack it again
+            if member.isfile() and _canonical(PurePosixPath(member.name).name) in wanted:
+                stream = tar.extractfile(member)
+                yield member.name, stream.read() if stream else b""
+
+
+def _md5(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()

@@ -1,0 +1,33 @@
+"""The errors a user can cause. Each says what came, why it is wrong and what to do."""
+
+
+class SpectrimError(Exception):
+    """Base of every error that Spectrim raises on purpose."""
+
+
+class RuleError(SpectrimError, ValueError):
+    """A rank, ratio or energy that cannot be meant."""
+
+
+class ModelError(SpectrimError, ValueError):
+    """A model or a weight that cannot be worked on: NaN weights, inputs of the wrong shape, nothing to copy."""
+
+
+class PatternError(SpectrimError, ValueError):
+    """A name pattern that matches no layer."""
+
+
+class PlanError(SpectrimError, ValueError):
+    """A plan that does not belong to this model, or contradicts itself."""
+
+
+class DataError(SpectrimError, ValueError):
+    """Data that is empty, has the wrong shape, or cannot be obtained."""
+
+
+class FileError(SpectrimError, OSError):
+    """A file that is missing, damaged, of another kind, or cannot be written."""
+
+
+class TrainingError(SpectrimError, RuntimeError):
+    """Training that cannot go on, such as a loss that became NaN."""

@@ -1,0 +1,5 @@
+"""Small reference networks for studies and tests."""
+
+from spectrim.models.mlp import mlp
+
+__all__ = ["mlp"]

@@ -1,0 +1,181 @@
+"""What to do with every layer, as a frozen value that a person can read, edit and keep: rules and plans."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal, Self
+
+from pydantic import ConfigDict, Field, model_validator
+
+from spectrim.errors import RuleError
+from spectrim.files import Frozen, parse, read_text, write_text
+
+Metric = Literal["plain", "activation"]
+"""What an error is measured on: the weights alone (plain) or the layer's outputs on calibration data (activation)."""
+
+FormName = Literal["dense", "linear"]
+
+
+_STRICT = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True)
+class Rank:
+    """Keep `rank` singular values in every layer, a whole number from 1 to the layer's full rank."""
+
+    rank: int
+    __pydantic_config__: ClassVar = _STRICT
+    rule: Literal["rank"] = field(default="rank", repr=False, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
+            raise RuleError(f"Rank({self.rank!r}): a rank is a whole number of at least 1, such as Rank(20)")
+
+    def __str__(self) -> str:
+        return f"Rank({self.rank})"
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Keep this share of every layer's singular values, in (0, 1]; rounded down, at least one value stays."""
+
+    ratio: float
+    __pydantic_config__: ClassVar = _STRICT
+    rule: Literal["ratio"] = field(default="ratio", repr=False, kw_only=True)
+
+    def __post_init__(self) -> None:
+        _require_share(self.ratio, f"Ratio({self.ratio!r}): a ratio is the share of singular values to keep")
+
+    def __str__(self) -> str:
+        return f"Ratio({self.ratio:g})"
+
+
+@dataclass(frozen=True)
+class Energy:
+    """Keep the smallest rank whose share of the energy (sum of squared singular values) is at least this, in (0, 1]."""
+
+    energy: float
+    __pydantic_config__: ClassVar = _STRICT
+    rule: Literal["energy"] = field(default="energy", repr=False, kw_only=True)
+
+    def __post_init__(self) -> None:
+        _require_share(self.energy, f"Energy({self.energy!r}): an energy is the share of squared singular values to keep")
+
+    def __str__(self) -> str:
+        return f"Energy({self.energy:g})"
+
+
+def _require_share(value: float, message: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+        raise RuleError(f"{message}, above 0 and at most 1")
+
+
+Rule = Rank | Ratio | Energy
+
+
+class Cost(Frozen):
+    """What a layer costs: `params` numbers stored (weights and bias), `macs` multiply-accumulates of a forward pass."""
+
+    params: int = Field(ge=0)
+    macs: int = Field(ge=0)
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(params=self.params + other.params, macs=self.macs + other.macs)
+
+
+class LayerPlan(Frozen):
+    """The decision for one weight.
+
+    Attributes:
+        name: The layer's dotted name in the model.
+        also: Other layers that use the same weight; they share its factors.
+        kind: The layer's class, such as `Linear`.
+        shape: The weight's shape, output first.
+        form: `linear` (two factors) or `dense` (left as it is).
+        metric: The metric in which the factors are best, absent for dense layers.
+        rank: How many singular values stay, absent for dense layers.
+        full_rank: The largest rank the weight can have, absent where there is none.
+        break_even: The largest rank at which the factors are smaller than the layer (0: none is).
+        predicted_error: The relative error of the layer's weight (plain) or of its varying output (activation).
+        dense: The layer's cost before.
+        kept: Its cost afterwards.
+        reason: Why this form and rank, in words.
+    """
+
+    name: str
+    also: tuple[str, ...] = ()
+    kind: str
+    shape: tuple[int, ...]
+    form: FormName
+    metric: Metric | None = None
+    rank: int | None = Field(default=None, ge=1)
+    full_rank: int | None = Field(default=None, ge=0)
+    break_even: int | None = Field(default=None, ge=0)
+    predicted_error: float | None = Field(default=None, ge=0)
+    dense: Cost
+    kept: Cost
+    reason: str
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.form == "dense":
+            if self.rank is not None or self.metric is not None:
+                raise ValueError(f"layer {self.name!r} is dense, so it has neither rank nor metric")
+        elif self.rank is None or self.metric is None or self.full_rank is None:
+            raise ValueError(f"layer {self.name!r} in the {self.form} form needs a rank, a full_rank and a metric")
+        elif self.rank > self.full_rank:
+            raise ValueError(f"layer {self.name!r}: rank {self.rank} is above its full rank {self.full_rank}")
+        return self
+
+
+class Plan(Frozen):
+    """What happens to every layer of one model. Made by `st.plan`, applied by `st.compress`, edited by hand as JSON."""
+
+    version: Literal[1] = 1
+    rule: Annotated[Rule, Field(discriminator="rule")]
+    metric: Metric
+    layers: tuple[LayerPlan, ...]
+
+    @model_validator(mode="after")
+    def _names_once(self) -> Self:
+        names = [name for layer in self.layers for name in (layer.name, *layer.also)]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"layer {twice[0]!r} stands twice in the plan")
+        return self
+
+    def __iter__(self) -> Iterator[LayerPlan]:  # type: ignore[override]  # pydantic iterates fields; layers are what is wanted
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __getitem__(self, name: str) -> LayerPlan:
+        for layer in self.layers:
+            if name in (layer.name, *layer.also):
+                return layer
+        raise KeyError(f"the plan has no layer {name!r}; it has {', '.join(layer.name for layer in self.layers)}")
+
+    @property
+    def factored(self) -> tuple[LayerPlan, ...]:
+        """The layers that are replaced."""
+        return tuple(layer for layer in self.layers if layer.form != "dense")
+
+    @property
+    def dense_cost(self) -> Cost:
+        """The cost of all planned layers before."""
+        return sum((layer.dense for layer in self.layers), Cost(params=0, macs=0))
+
+    @property
+    def kept_cost(self) -> Cost:
+        """The cost of all planned layers afterwards."""
+        return sum((layer.kept for layer in self.layers), Cost(params=0, macs=0))
+
+    def save(self, path: str | Path) -> Path:
+        """Write the plan as indented JSON. Raises `FileError` when the file cannot be written."""
+        return write_text(Path(path), self.model_dump_json(indent=2, exclude_none=True) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Plan":
+        """Read a plan. Raises `FileError` when the file is missing, cut short, or was edited into something invalid."""
+        return parse(cls, read_text(Path(path)), origin=str(path))

@@ -1,0 +1,372 @@
+"""The classic study of a fully connected network: rank against accuracy, before and after fine-tuning the factors."""
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from spectrim.analyze import Analysis, analyze
+from spectrim.calibrate import calibrate
+from spectrim.compress import compress
+from spectrim.execution import evaluating
+from spectrim.files import Frozen, require_writable_folder
+from spectrim.io import save
+from spectrim.measure import Accuracy, Epoch, accuracy, measure
+from spectrim.models import mlp
+from spectrim.plan import Metric, Plan, Rank
+from spectrim.ranks import plan
+from spectrim.recipes.images import Images, Minibatches, load_images
+from spectrim.recipes.parts import Parts, Trained, key_of
+from spectrim.recipes.progress import OnProgress, Teller, silent
+from spectrim.report import LayerSpectrum, Published, Results, Run, Variant, report
+from spectrim.report.results import Stage
+from spectrim.training import finetune, fit
+from spectrim.training.checkpoint import Checkpoint
+
+METRICS: tuple[Metric, ...] = ("plain", "activation")
+
+
+class Phase(Frozen):
+    """A stretch of training with Adam: epochs, peak learning rate, batch size, decoupled weight decay."""
+
+    epochs: int = Field(ge=1)
+    lr: float = Field(gt=0)
+    batch: int = Field(ge=1)
+    weight_decay: float = Field(default=0.0, ge=0)
+
+
+class MlpStudy(Frozen):
+    """Everything that decides the outcome of a study.
+
+    Attributes:
+        name: Its name on the command line.
+        title: One line for the report.
+        dataset: As `spectrim data list` names it.
+        width: Size of the hidden layers.
+        hidden: How many there are.
+        ranks: Applied to every layer but the last.
+        held_out: Training images set aside for choices.
+        limit: Use at most so many training and test images.
+        calibration_images: Training images for the activation metric.
+        dense: Training of the dense network, cross-entropy.
+        tuning: Fine-tuning of the factored network, the dense one as the teacher.
+        seeds: One whole run each.
+        tolerance: The chosen network is the smallest that loses at most this share of held-out accuracy.
+        published: Figures to compare with.
+        command: What repeats the study.
+    """
+
+    name: str
+    title: str
+    dataset: str
+    width: int = Field(default=1024, ge=1)
+    hidden: int = Field(default=5, ge=1)
+    ranks: tuple[int, ...]
+    held_out: int = Field(ge=1)
+    limit: int | None = Field(default=None, ge=1)
+    calibration_images: int = Field(ge=1)
+    dense: Phase
+    tuning: Phase
+    seeds: tuple[int, ...] = (0,)
+    tolerance: float = Field(default=0.005, ge=0)
+    published: tuple[Published, ...] = ()
+    command: str
+
+    def quick(self) -> "MlpStudy":
+        """The same study on little data with few epochs: to see it work, not for its figures."""
+        return self.model_copy(
+            update={
+                "title": f"{self.title} (quick look: little data, few epochs)",
+                "command": f"{self.command} --quick",
+                "limit": min(self.limit or 2000, 2000),
+                "held_out": min(self.held_out, 1000),
+                "calibration_images": min(self.calibration_images, 1000),
+                "dense": self.dense.model_copy(update={"epochs": min(self.dense.epochs, 4)}),
+                "tuning": self.tuning.model_copy(update={"epochs": min(self.tuning.epochs, 2)}),
+            }
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class _Network:
+    """One compressed network of one seed."""
+
+    metric: Metric
+    rank: int
+    stage: Stage
+    model: nn.Module
+    plan: Plan
+    held_out: Accuracy
+    curve: tuple[Epoch, ...]
+
+    @property
+    def name(self) -> str:
+        return f"rank {self.rank}, {self.metric}, {self.stage}"
+
+
+@dataclass(frozen=True, eq=False)
+class _Seed:
+    """Everything one seed produced before the test set is opened."""
+
+    seed: int
+    dense: nn.Module
+    held_out: Accuracy
+    curve: tuple[Epoch, ...]
+    analysis: Analysis
+    networks: tuple[_Network, ...]
+
+
+def run_study(
+    study: MlpStudy, out: Path, *, data_folder: Path | None = None, on_progress: OnProgress = silent
+) -> Results:
+    """Train, compress, fine-tune and measure, and write everything to a folder.
+
+    `out` then holds `report.html`, `results.json`, `plan.json` and `model.safetensors` (the chosen network), and the
+    trained parts, from which an interrupted run goes on when it is started again.
+
+    Args:
+        study: What to do.
+        out: A folder; made if need be.
+        data_folder: Where the data set's files lie, if not in the cache.
+        on_progress: Called at every step.
+
+    Raises:
+        FileError: `out` cannot be written to; nothing has been done then.
+        DataError: the data set cannot be obtained.
+    """
+    start = time.perf_counter()
+    out = require_writable_folder(out)
+    teller = Teller(on_progress, parts=1 + len(study.seeds) * (2 + len(METRICS) * len(study.ranks)) + 2)
+    teller.begin(f"reading {study.dataset}")
+    images = load_images(study.dataset, held_out=study.held_out, limit=study.limit, folder=data_folder)
+    seeds = tuple(
+        _SeedRun(study, seed, images, Parts(out / "parts" / f"seed{seed}"), teller).run() for seed in study.seeds
+    )
+    teller.begin("testing")
+    dense, variants = _variants(seeds, images, teller)
+    chosen, because = _choose(seeds, study.tolerance)
+    results = Results(
+        title=study.title,
+        summary=_summary(dense, next(v for v in variants if v.name == chosen.name)),
+        dense=dense,
+        variants=variants,
+        chosen=chosen.name,
+        chosen_because=because,
+        spectra=_spectra(seeds[0].analysis),
+        published=study.published,
+        command=study.command,
+        provenance=_provenance(study, images, seconds=time.perf_counter() - start),
+    )
+    teller.begin("writing")
+    save(chosen.model, out / "model.safetensors")
+    chosen.plan.save(out / "plan.json")
+    results.save(out / "results.json")
+    report(results, out / "report.html")
+    teller.end()
+    return results
+
+
+@dataclass(frozen=True, eq=False)
+class _SeedRun:
+    """One seed of a study: its dense network and all that comes of it, trained or found on disk."""
+
+    study: MlpStudy
+    seed: int
+    images: Images
+    parts: Parts
+    teller: Teller
+
+    def run(self) -> _Seed:
+        dense, curve = self._dense()
+        self._begin("analysing")
+        train = self.images.train
+        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(self.seed))
+        some = train.images[order[: self.study.calibration_images]]
+        calibration = calibrate(dense, some.split(1000))
+        analysis = analyze(dense, train.images[:1], calibration=calibration, keep_last=True)
+        logits = _logits(dense, train.images)
+        networks = tuple(
+            network
+            for metric in METRICS
+            for rank in self.study.ranks
+            for network in self._compressed(dense, analysis, metric=metric, rank=rank, logits=logits)
+        )
+        return _Seed(self.seed, dense, self._held_out(dense), curve, analysis, networks)
+
+    def _dense(self) -> Trained:
+        phase = self.study.dense
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            blank = mlp(
+                self.images.train.images[0].numel(),
+                self.images.classes,
+                width=self.study.width,
+                hidden=self.study.hidden,
+            )
+        self._begin("training the dense network")
+
+        def train(checkpoint: Checkpoint) -> Trained:
+            curve = fit(
+                blank,
+                self._epochs(self.images.train.labels, phase),
+                epochs=phase.epochs,
+                lr=phase.lr,
+                weight_decay=phase.weight_decay,
+                held_out=self.images.held_out.batches(),
+                seed=self.seed,
+                checkpoint=checkpoint,
+                on_step=self.teller.training,
+            )
+            return blank, curve
+
+        dense, curve = self.parts.trained("dense", key=self._key(), blank=blank, train=train)
+        return dense.eval(), curve
+
+    def _compressed(
+        self, dense: nn.Module, analysis: Analysis, *, metric: Metric, rank: int, logits: Tensor
+    ) -> Iterator[_Network]:
+        """The network of one rank and metric as factored, and after its factors were tuned."""
+        self._begin(f"rank {rank}, {metric} metric: factoring and fine-tuning")
+        phase = self.study.tuning
+        decided = plan(analysis, Rank(rank), metric=metric)
+        example = self.images.train.images[:1]
+        small = compress(dense, decided, example_inputs=example, analysis=analysis)
+        yield _Network(metric, rank, "zero-shot", small.model, decided, self._held_out(small.model), ())
+
+        def train(checkpoint: Checkpoint) -> Trained:
+            tuned = finetune(
+                small.model,
+                self._epochs(logits, phase),
+                train="factors",
+                epochs=phase.epochs,
+                lr=phase.lr,
+                weight_decay=phase.weight_decay,
+                held_out=self.images.held_out.batches(),
+                seed=self.seed,
+                checkpoint=checkpoint,
+                on_step=self.teller.training,
+            )
+            return tuned.model, tuned.history
+
+        key = self._key(metric=metric, rank=rank, calibration=self.study.calibration_images, tuning=phase)
+        model, curve = self.parts.trained(f"rank{rank:04d}-{metric}", key=key, blank=dense, train=train)
+        yield _Network(metric, rank, "fine-tuned", model, decided, self._held_out(model), curve)
+
+    def _begin(self, what: str) -> None:
+        self.teller.begin(f"seed {self.seed}: {what}" if len(self.study.seeds) > 1 else what)
+
+    def _held_out(self, model: nn.Module) -> Accuracy:
+        return accuracy(model, self.images.held_out.batches())
+
+    def _epochs(self, targets: Tensor, phase: Phase) -> Callable[[int], Minibatches]:
+        return lambda epoch: Minibatches(self.images.train.images, targets, phase.batch, self.seed, epoch)
+
+    def _key(self, **more: object) -> str:
+        study = self.study
+        return key_of(
+            data=self.images.checksum,
+            split=(study.held_out, study.limit),
+            shape=(study.width, study.hidden),
+            dense=study.dense,
+            seed=self.seed,
+            **more,
+        )
+
+
+def _logits(model: nn.Module, images: Tensor) -> Tensor:
+    """The teacher's answers, computed once instead of in every epoch."""
+    with evaluating(model):
+        return torch.cat([model(some) for some in images.split(1000)])
+
+
+def _variants(seeds: Sequence[_Seed], images: Images, teller: Teller) -> tuple[Variant, tuple[Variant, ...]]:
+    """Open the test set, once for every network, and time the first seed's networks against its dense one."""
+    tests, example, first = images.test.batches(), images.test.images[:1], seeds[0]
+    runs = tuple(
+        Run(seed=one.seed, test=accuracy(one.dense, tests), held_out=one.held_out, curve=one.curve) for one in seeds
+    )
+    dense = Variant(name="dense", stage="dense", measurement=measure(first.dense, example), runs=runs)
+    variants = []
+    for index, network in enumerate(first.networks):
+        teller.tell(index, of=len(first.networks), note=network.name)
+        same = [one.networks[index] for one in seeds]
+        runs = tuple(
+            Run(seed=one.seed, test=accuracy(each.model, tests), held_out=each.held_out, curve=each.curve)
+            for one, each in zip(seeds, same, strict=True)
+        )
+        variants.append(
+            Variant(
+                name=network.name,
+                stage=network.stage,
+                measurement=measure(network.model, example, reference=first.dense),
+                rule=Rank(network.rank),
+                metric=network.metric,
+                plan=network.plan,
+                runs=runs,
+            )
+        )
+    return dense, tuple(variants)
+
+
+def _choose(seeds: Sequence[_Seed], tolerance: float) -> tuple[_Network, str]:
+    """The smallest network within the tolerance of dense on held-out training images; the best one if none is."""
+    means = [
+        statistics.fmean(one.networks[index].held_out.value for one in seeds) for index in range(len(seeds[0].networks))
+    ]
+    dense = statistics.fmean(one.held_out.value for one in seeds)
+    networks = list(zip(seeds[0].networks, means, strict=True))
+    close = [(network, mean) for network, mean in networks if mean >= dense - tolerance]
+    if not close:
+        best = max(networks, key=lambda pair: pair[1])[0]
+        return best, "the most accurate on held-out training images; none came within the tolerance of dense"
+    smallest = min(close, key=lambda pair: (pair[0].plan.kept_cost.params, -pair[1]))[0]
+    return smallest, f"the smallest within {100 * tolerance:g} points of dense on held-out training images"
+
+
+def _summary(dense: Variant, chosen: Variant) -> str:
+    before, after = dense.measurement, chosen.measurement
+    speed = f", {after.speedup.value:.1f}x faster one image at a time" if after.speedup else ""
+    return (
+        f"A network of {before.params:,} parameters that is right on {100 * (dense.accuracy or 0):.2f} % of the test "
+        f"images became one of {after.params:,} that is right on {100 * (chosen.accuracy or 0):.2f} %: "
+        f"{before.params / after.params:.1f}x smaller{speed}."
+    )
+
+
+def _spectra(analysis: Analysis) -> tuple[LayerSpectrum, ...]:
+    return tuple(
+        LayerSpectrum(
+            layer=layer.name, kind=layer.kind, shape=layer.shape, metric=metric, values=tuple(spectrum.values.tolist())
+        )
+        for layer in analysis
+        for metric, spectrum in layer.spectra.items()
+    )
+
+
+def _provenance(study: MlpStudy, images: Images, *, seconds: float) -> dict[str, str]:
+    return {
+        "spectrim": version("spectrim"),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, "
+        f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
+        "seeds": ", ".join(map(str, study.seeds)),
+        "data": f"{study.dataset} from {images.source}; {len(images.train)} training, {len(images.held_out)} held-out and "
+        f"{len(images.test)} test images",
+        "data checksum (sha256)": images.checksum,
+        "settings": study.model_dump_json(exclude={"published", "title", "name", "command"}),
+        "timing": "one image at a time, one thread, median of interleaved pairs with its 95 % interval",
+        "finished": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "took": f"{seconds:.0f} s (parts found on disk not counted)",
+    }

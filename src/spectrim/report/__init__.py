@@ -1,0 +1,21 @@
+"""Reports: the values of a study as terminal tables, figures, and one self-contained HTML page."""
+
+from spectrim.report.figures import plot_accuracy, plot_curves, plot_spectra
+from spectrim.report.html import report
+from spectrim.report.results import Epoch, LayerSpectrum, Published, Results, Run, Variant
+from spectrim.report.tables import table, text
+
+__all__ = [
+    "Epoch",
+    "LayerSpectrum",
+    "Published",
+    "Results",
+    "Run",
+    "Variant",
+    "plot_accuracy",
+    "plot_curves",
+    "plot_spectra",
+    "report",
+    "table",
+    "text",
+]

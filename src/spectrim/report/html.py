@@ -1,0 +1,184 @@
+"""One self-contained page from the results of a study. It only shows values: nothing about networks is computed here."""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import plotly.graph_objects as go
+from jinja2 import Environment, StrictUndefined, Template
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from spectrim.errors import DataError
+from spectrim.files import write_text
+from spectrim.plan import Plan
+from spectrim.report import words
+from spectrim.report.figures import AGAINST, available, plot_accuracy, plot_curves, plot_spectra, relevant_plans
+from spectrim.report.results import LayerSpectrum, Results, Variant
+from spectrim.report.tables import Listing, table
+
+
+def report(results: Results, path: str | Path) -> Path:
+    """Write `results` as one HTML file that needs no network: plots, tables, words, light and dark, for screen and paper.
+
+    Parts that the results hold nothing for are left out.
+
+    Returns:
+        The path written to.
+
+    Raises:
+        DataError: `results` is not a `Results`.
+        FileError: the file cannot be written.
+    """
+    if not isinstance(results, Results):
+        raise DataError(
+            f"a report shows Results, and got {type(results).__name__}; read them with Results.load('results.json')"
+        )
+    page = _template().render(
+        results=results,
+        glances=_glances(results),
+        accuracy=_accuracy_gallery(results),
+        spectra=_spectra_gallery(results),
+        curves=_curves_gallery(results),
+        study=table(results),
+        plans=_plans(results),
+        plotly=Markup(get_plotlyjs()),  # noqa: S704  # plotly's own script, meant for inlining
+    )
+    return write_text(Path(path), page)
+
+
+@dataclass(frozen=True)
+class _Card:
+    """A big figure: what changed, from what to what, and the share kept where it is a cost."""
+
+    label: str
+    big: str
+    small: str
+    more: str = ""
+    kept: float | None = None
+
+
+@dataclass(frozen=True)
+class _Glance:
+    name: str
+    because: str
+    cards: tuple[_Card, ...]
+
+
+@dataclass(frozen=True)
+class _Gallery:
+    """Figures that take turns in one frame: their labels, and each figure with its finding as JSON safe for HTML."""
+
+    key: str
+    choose: str
+    labels: tuple[str, ...]
+    findings: tuple[str, ...]
+    items: Markup
+
+
+@cache
+def _template() -> Template:
+    source = Path(__file__).with_name("template.html.j2").read_text(encoding="utf-8")
+    return Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string(source)
+
+
+def _glances(results: Results) -> tuple[_Glance, ...]:
+    if results.chosen is not None:
+        chosen = results.variant(results.chosen)
+        return (_Glance(chosen.name, results.chosen_because, _cards(chosen, results.dense)),)
+    best = sorted(results.variants, key=lambda one: (-(one.accuracy or 0), one.measurement.params))[:3]
+    return tuple(_Glance(one.name, "", _cards(one, results.dense)) for one in best)
+
+
+def _cards(kept: Variant, dense: Variant) -> tuple[_Card, ...]:
+    one, whole = kept.measurement, dense.measurement
+    cards = []
+    if kept.accuracy is not None:
+        small = words.uncertainty(kept) + (" over the seeds" if kept.spread is not None else " (95 % interval)")
+        more = ""
+        if dense.accuracy is not None:
+            more = f"dense {words.percent(dense.accuracy)}: {words.difference(kept, dense)} points"
+        cards.append(_Card("Test accuracy", words.percent(kept.accuracy), small, more))
+    costs = (
+        ("Parameters", words.count, whole.params, one.params, one.params_ratio),
+        ("File size", words.size, whole.bytes, one.bytes, one.bytes_ratio),
+        ("MACs", words.count, whole.macs, one.macs, one.macs_ratio),
+    )
+    for label, show, before, after, ratio in costs:
+        change = f"{show(before)} → {show(after)}"
+        big = words.smaller(ratio) if ratio is not None else show(after)
+        cards.append(_Card(label, big, change, f"{words.share(ratio)} kept" if ratio is not None else "", ratio))
+    if one.speedup is not None:
+        threads = f"{one.threads} thread{'s' if one.threads != 1 else ''}" if one.threads else ""
+        now = f"{words.milliseconds(one.latency_ms)}, {threads}" if one.latency_ms is not None else threads
+        speed = words.speed(one.speedup)
+        cards.append(_Card("Measured speed-up", words.factor(one.speedup.value), speed, now.strip(", ")))
+    return tuple(cards)
+
+
+def _accuracy_gallery(results: Results) -> _Gallery | None:
+    finding = words.accuracy_finding(results)
+    shown = [(_SHORT[one], plot_accuracy(results, against=one), finding) for one in available(results)]
+    return _gallery("accuracy", "Against", shown)
+
+
+_SHORT = dict(zip(AGAINST, ("Rank", "Parameters", "MACs", "Latency"), strict=True))
+
+
+def _spectra_gallery(results: Results) -> _Gallery | None:
+    layers: dict[str, list[LayerSpectrum]] = {}
+    for one in results.spectra:
+        if one.values:
+            layers.setdefault(one.layer, []).append(one)
+    plans = relevant_plans(results)
+    shown = [
+        (name, plot_spectra(results, layers=[name]), words.spectrum_finding(spectra, plans))
+        for name, spectra in layers.items()
+    ]
+    return _gallery("spectra", "Layer", shown)
+
+
+def _curves_gallery(results: Results) -> _Gallery | None:
+    finding = words.curves_finding(results)
+    return _gallery("curves", "Figure", [("Training", plot_curves(results), finding)] if finding else [])
+
+
+def _gallery(key: str, choose: str, shown: Sequence[tuple[str, go.Figure, str]]) -> _Gallery | None:
+    if not shown:
+        return None
+    items = [{"figure": _as_json(figure), "finding": finding} for _, figure, finding in shown]
+    labels, findings = tuple(label for label, _, _ in shown), tuple(finding for _, _, finding in shown)
+    return _Gallery(key, choose, labels, findings, _for_script(items))
+
+
+def _as_json(figure: go.Figure) -> Any:
+    return json.loads(figure.to_json(engine="json"))
+
+
+def _for_script(value: Any) -> Markup:
+    """JSON that cannot end the script element it stands in, nor start anything else."""
+    text = json.dumps(value, separators=(",", ":"), ensure_ascii=True)
+    for character in "<>&'":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return Markup(text)  # noqa: S704  # escaped above
+
+
+def _plans(results: Results) -> tuple[tuple[str, Listing], ...]:
+    """Every distinct plan under the names of the networks made by it, the chosen one first."""
+    groups: list[tuple[Plan, list[str]]] = []
+    for variant in sorted(results.variants, key=lambda one: one.name != results.chosen):
+        if variant.plan is None:
+            continue
+        names = next((names for plan, names in groups if plan == variant.plan), None)
+        if names is None:
+            groups.append((variant.plan, [variant.name]))
+        else:
+            names.append(variant.name)
+    return tuple((_joined(names), table(plan)) for plan, names in groups)
+
+
+def _joined(names: Iterable[str]) -> str:
+    return words.and_more(list(names), most=4)

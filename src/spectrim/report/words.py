@@ -1,0 +1,219 @@
+"""Numbers and findings in words: the same in terminal tables, figures and pages."""
+
+import math
+from collections.abc import Iterable, Sequence
+
+from spectrim.linalg import Spectrum
+from spectrim.measure import Interval, Measurement
+from spectrim.plan import Energy, Metric, Plan, Rank, Ratio, Rule
+from spectrim.report.results import LayerSpectrum, Results, Variant
+
+NOTHING = "–"
+
+
+def count(number: float) -> str:
+    """Up to three significant digits with an SI prefix: 2570 is `2.57 k`."""
+    digits, prefix = _scaled(number)
+    return f"{digits} {prefix}".strip()
+
+
+def size(number: float) -> str:
+    """Bytes in decimal units: 340448 is `340 kB`."""
+    digits, prefix = _scaled(number)
+    return f"{digits} {prefix}B"
+
+
+def _scaled(number: float) -> tuple[str, str]:
+    if number < 1000:
+        return f"{number:g}", ""
+    rounded = float(f"{number:.3g}")
+    power = min(4, int(math.log10(rounded) // 3))
+    return f"{rounded / 1000**power:#.3g}".rstrip("."), ["", "k", "M", "G", "T"][power]
+
+
+def percent(share: float, *, places: int = 2) -> str:
+    """A share of 0.9607 is `96.07 %`."""
+    return f"{100 * share:.{places}f} %"
+
+
+def share(ratio: float | None) -> str:
+    """A ratio kept / dense as a percentage of about two digits."""
+    return NOTHING if ratio is None else percent(ratio, places=0 if ratio >= 0.1 else 1 if ratio >= 0.01 else 2)
+
+
+def points(difference: float) -> str:
+    """A difference of two accuracies in percentage points, with its sign: −0.023 is `−2.30`."""
+    return f"{100 * difference:+.2f}".replace("-", "−")
+
+
+def factor(value: float) -> str:
+    """A multiple: two decimals while small, where they matter."""
+    return f"{value:.2f}×" if value < 2 else f"{value:.1f}×" if value < 100 else f"{value:.0f}×"
+
+
+def smaller(ratio: float | None) -> str:
+    """A ratio kept / dense in everyday words: 0.43 is `2.3× smaller`."""
+    if ratio is None:
+        return NOTHING
+    if ratio <= 0:
+        return "nothing left"
+    return "unchanged" if ratio == 1 else f"{factor(1 / ratio)} smaller" if ratio < 1 else f"{factor(ratio)} larger"
+
+
+def milliseconds(value: float | None) -> str:
+    """Three significant digits: `0.0190 ms`, `123 ms`."""
+    if value is None:
+        return NOTHING
+    text = f"{value:.0f}" if value >= 100 else f"{value:#.3g}"
+    return f"{text} ms"
+
+
+def bounds(interval: Interval, *, scale: float = 1.0) -> str:
+    """Both ends of an interval with two decimals."""
+    return f"{scale * interval.low:.2f}–{scale * interval.high:.2f}"
+
+
+def speed(speedup: Interval) -> str:
+    """A speed-up with a verdict that its interval allows."""
+    verdict = "faster" if speedup.low > 1 else "slower" if speedup.high < 1 else "no sure difference"
+    return f"{verdict}, 95 % interval {bounds(speedup)}×"
+
+
+def difference(variant: Variant, dense: Variant) -> str:
+    """The accuracy against dense, in percentage points."""
+    if variant.accuracy is None or dense.accuracy is None:
+        return NOTHING
+    return points(variant.accuracy - dense.accuracy)
+
+
+def accuracy(variant: Variant, *, separator: str = " ") -> str:
+    """Mean ± spread over the seeds, or the one seed's accuracy and its 95 % interval."""
+    if variant.accuracy is None:
+        return NOTHING
+    return f"{percent(variant.accuracy)}{separator}{uncertainty(variant)}"
+
+
+def uncertainty(variant: Variant) -> str:
+    """`± 0.07` over several seeds (in points), `95.67–96.44` from one."""
+    if variant.spread is not None:
+        return f"± {100 * variant.spread:.2f}"
+    return bounds(variant.runs[0].test.interval, scale=100) if variant.runs else NOTHING
+
+
+def asked(rule: Rule | None) -> str:
+    """A rule as words: `rank 20`."""
+    match rule:
+        case Rank():
+            return f"rank {rule.rank}"
+        case Ratio():
+            return f"ratio {rule.ratio:g}"
+        case Energy():
+            return f"energy {percent(rule.energy, places=0)}"
+    return NOTHING
+
+
+def one_rank(variant: Variant) -> int | None:
+    """The rank that all factored layers share, None where they differ."""
+    if isinstance(variant.rule, Rank):
+        return variant.rule.rank
+    ranks = {layer.rank for layer in variant.plan.factored} if variant.plan else set()
+    return ranks.pop() if len(ranks) == 1 else None
+
+
+def ranks(variant: Variant) -> str:
+    """The rank, or the smallest and largest rank, of the factored layers."""
+    if (rank := one_rank(variant)) is not None:
+        return str(rank)
+    found = sorted(layer.rank for layer in variant.plan.factored if layer.rank) if variant.plan else []
+    return f"{found[0]}–{found[-1]}" if found else NOTHING
+
+
+def shape(sides: Iterable[int]) -> str:
+    """`256×64`, output first."""
+    return "×".join(map(str, sides)) or NOTHING
+
+
+def and_more(items: Sequence[str], *, most: int) -> str:
+    """The first `most` items, and how many more there are."""
+    rest = len(items) - most
+    return "; ".join(items[:most]) + (f"; and {rest} more" if rest > 0 else "")
+
+
+def costs(measurement: Measurement) -> str:
+    """Parameters, bytes and MACs in one line."""
+    return f"{count(measurement.params)} parameters, {size(measurement.bytes)}, {count(measurement.macs)} MACs"
+
+
+def accuracy_finding(results: Results) -> str:
+    """What the accuracy figure shows: each group's ends, and which network comes closest to dense."""
+    measured = [one for one in results.variants if one.accuracy is not None]
+    sentences = []
+    if results.dense.accuracy is not None:
+        sentences.append(f"The dense network reaches {accuracy(results.dense)}.")
+    for label, group in grouped(measured).items():
+        ordered = sorted(group, key=lambda one: one.measurement.params)
+        ends = [f"{percent(one.accuracy or 0)} ({one.name})" for one in (ordered[0], ordered[-1])]
+        shown = ends[:1] if len(ordered) == 1 else ends
+        sentences.append(f"{label.capitalize()}: from the smallest to the largest network, {' to '.join(shown)}.")
+    if measured:
+        best = max(measured, key=lambda one: one.accuracy or 0)
+        against = f", {difference(best, results.dense)} points against dense" if results.dense.accuracy is not None else ""
+        sentences.append(f"The most accurate compressed network is {best.name} with {accuracy(best)}{against}.")
+    return " ".join(sentences)
+
+
+def grouped(variants: Iterable[Variant]) -> dict[str, list[Variant]]:
+    """The variants by stage and metric, such as `fine-tuned, plain metric`, in order of appearance."""
+    groups: dict[str, list[Variant]] = {}
+    for one in variants:
+        groups.setdefault(group_label(one), []).append(one)
+    return groups
+
+
+def group_label(variant: Variant) -> str:
+    """The stage, and the metric where there is one."""
+    return f"{variant.stage}, {variant.metric} metric" if variant.metric else variant.stage
+
+
+def spectrum_finding(spectra: Sequence[LayerSpectrum], plans: Sequence[Plan]) -> str:
+    """How quickly the energy of one layer is gathered, and what the plans keep of it."""
+    first = spectra[0]
+    sentences = [f"Layer {first.layer} ({first.kind}, {shape(first.shape)}) has {len(first.values)} singular values."]
+    for one in spectra:
+        values = Spectrum(one.values)  # type: ignore[arg-type]  # a tuple of numbers becomes an array
+        sentences.append(
+            f"In the {one.metric} metric, {values.rank_for(0.5)} of them hold 50 % of the energy, "
+            f"{values.rank_for(0.9)} hold 90 % and {values.rank_for(0.99)} hold 99 %."
+        )
+    kept = []
+    for one in spectra:
+        held = Spectrum(one.values).cumulative_energy  # type: ignore[arg-type]
+        kept += [
+            f"{percent(held[rank - 1], places=1)} at rank {rank} ({one.metric})"
+            for rank in kept_ranks(plans, layer=one.layer, metric=one.metric)
+            if rank <= len(held)
+        ]
+    if kept:
+        sentences.append(f"Energy kept: {and_more(kept, most=6)}.")
+    return " ".join(sentences)
+
+
+def kept_ranks(plans: Iterable[Plan], *, layer: str, metric: Metric) -> tuple[int, ...]:
+    """The ranks at which plans keep a layer in a metric, smallest first."""
+    decisions = [one for plan in plans for one in plan if one.name == layer and one.metric == metric]
+    return tuple(sorted({one.rank for one in decisions if one.rank}))
+
+
+def curves_finding(results: Results) -> str:
+    """Where training began and ended, network by network (the first seed's)."""
+    sentences = []
+    for variant in (results.dense, *results.variants):
+        curve = next((run.curve for run in variant.runs if run.curve), ())
+        if not curve:
+            continue
+        first, last = curve[0], curve[-1]
+        held = ""
+        if first.held_out is not None and last.held_out is not None:
+            held = f", held-out accuracy {percent(first.held_out)} to {percent(last.held_out)}"
+        sentences.append(f"{variant.name}: loss {first.loss:.3g} to {last.loss:.3g}{held} in {len(curve)} epochs")
+    return f"From the first epoch to the last of the first seed. {and_more(sentences, most=4)}." if sentences else ""

@@ -1,0 +1,428 @@
+"""The one-call path: what it keeps, what it refuses, and that it touches nothing it was given."""
+
+import copy
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cases import Double, SharedModule, Tied, WordModel, inputs, same_state, small_mlp, state
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+import spectrim as st
+from spectrim import errors
+
+
+def answer(model: nn.Module, *args: Any) -> Tensor:
+    with torch.no_grad():
+        y: Tensor = model(*args)
+    return y
+
+
+X = inputs(24, 12)
+
+
+class TestSelection:
+    def test_all_but_the_last_layer_is_one_argument(self) -> None:
+        made = st.compress(small_mlp(), st.Rank(3), example_inputs=X, keep_last=True)
+        assert [layer.form for layer in made.plan] == ["linear", "linear", "dense"]
+        assert made.plan["4"].reason == "the last layer, kept dense as asked"
+
+    def test_patterns_choose_layers(self) -> None:
+        made = st.compress(small_mlp(), st.Rank(3), example_inputs=X, include=["0", "2"], exclude="2")
+        assert [layer.name for layer in made.plan.factored] == ["0"]
+        assert made.plan["2"].reason == "not selected by include and exclude"
+
+    def test_a_layer_that_would_grow_stays_dense_and_the_plan_names_the_break_even_rank(self) -> None:
+        made = st.compress(small_mlp(), st.Ratio(0.9), example_inputs=X, keep_last=True)
+        assert not made.plan.factored
+        assert made.plan["2"].break_even == 7  # 7 * 32 < 256 <= 8 * 32
+        assert "only up to rank 7 (break-even)" in made.plan["2"].reason
+        assert torch.equal(answer(made.model, X), answer(small_mlp(), X))
+
+    def test_at_the_break_even_rank_a_layer_shrinks_and_above_it_does_not(self) -> None:
+        for rank, form in ((7, "linear"), (8, "dense")):
+            made = st.compress(small_mlp(), st.Rank(rank), example_inputs=X, include="2")
+            assert made.plan["2"].form == form
+        assert st.compress(small_mlp(), st.Rank(7), example_inputs=X, include="2").measurement.params_ratio < 1
+
+    def test_a_bias_that_the_mean_correction_adds_counts_against_the_layer(self) -> None:
+        model = small_mlp(bias=False)
+        plain = st.compress(model, st.Rank(7), example_inputs=X, include="2")
+        active = st.compress(model, st.Rank(7), example_inputs=X, data=[X], include="2")
+        assert plain.plan["2"].form == "linear"
+        assert plain.model[2].bias is None
+        assert active.plan["2"].break_even == 7  # 7 * 32 + 16 < 256
+        assert active.model[2].bias is not None
+        assert active.plan["2"].kept.params == 7 * 32 + 16
+
+    @pytest.mark.parametrize(("rule", "rank"), [(st.Rank(2), 2), (st.Ratio(0.29), 4), (st.Ratio(0.01), 1)])
+    def test_rules_give_ranks(self, rule: Any, rank: int) -> None:
+        made = st.compress(small_mlp(), rule, example_inputs=X, include="2", allow_growth=True)
+        assert made.plan["2"].rank == rank
+
+    def test_the_plan_counts_what_the_model_then_has(self) -> None:
+        for data in (None, [X]):
+            for model in (small_mlp(), small_mlp(bias=False), Double(), Tied().double(), SharedModule().double()):
+                model = model.double()
+                x = inputs(5, next(model.parameters()).shape[1])
+                made = st.compress(model, st.Rank(2), example_inputs=x, data=data and [x], keep_last=True)
+                assert made.plan.factored
+                assert made.plan.kept_cost.params == made.measurement.params
+                assert made.plan.kept_cost.macs == made.measurement.macs
+                assert made.plan.dense_cost.macs == st.measure(model, x, latency=False).macs
+
+
+class TestSharing:
+    def test_a_layer_called_twice_is_factored_once_and_counted_twice(self) -> None:
+        model, x = Double().double(), inputs(10, 6)
+        analysis = st.analyze(model, x)
+        assert analysis["again"].positions == 20
+        made = st.compress(model, st.Ratio(1.0), example_inputs=x, data=[x], allow_growth=True)
+        torch.testing.assert_close(answer(made.model, x), answer(model, x))
+
+    def test_tied_weights_stay_tied_and_each_place_keeps_its_own_mean(self) -> None:
+        model, x = Tied().double(), inputs(40, 8)
+        made = st.compress(model, st.Rank(2), example_inputs=x, data=[x], keep_last=True)
+        one, two = made.model.first, made.model.second
+        assert one.down.weight is two.down.weight
+        assert one.up.weight is two.up.weight
+        assert one.up.bias is not two.up.bias
+        assert made.plan["second"] is made.plan["first"]
+        seen = {}
+        for name, net in (("dense", model), ("small", made.model)):
+            net.first.register_forward_hook(lambda _m, _i, out, key=name: seen.update({key: out}))
+            answer(net, x)
+        torch.testing.assert_close(seen["small"].mean(dim=0), seen["dense"].mean(dim=0))
+
+    def test_one_layer_under_two_names_becomes_one_layer_under_two_names(self) -> None:
+        made = st.compress(SharedModule().double(), st.Rank(2), example_inputs=inputs(5, 8), keep_last=True)
+        assert isinstance(made.model.one, st.LowRankLinear)
+        assert made.model.one is made.model.other
+        merged = st.merge(made.model)
+        assert merged.one is merged.other
+
+    def test_merging_keeps_ties(self) -> None:
+        merged = st.merge(st.compress(Tied().double(), st.Rank(2), example_inputs=inputs(5, 8)).model)
+        assert merged.first.weight is merged.second.weight
+
+    def test_a_weight_shared_with_an_embedding_stays_dense(self) -> None:
+        made = st.compress(WordModel(), st.Rank(2), example_inputs=torch.arange(5))
+        assert made.plan["hidden"].form == "linear"
+        assert made.plan["out"].form == "dense"
+        assert "embed (Embedding)" in made.plan["out"].reason
+        assert made.model.out.weight is made.model.embed.weight
+
+    def test_a_tie_to_a_layer_that_is_left_out_keeps_both_dense(self) -> None:
+        made = st.compress(Tied().double(), st.Rank(2), example_inputs=inputs(5, 8), exclude="second")
+        assert made.plan["first"].form == "dense"
+        assert "shares its weight with second" in made.plan["first"].reason
+
+
+class TestKeptDense:
+    def test_attention_reads_its_weights_itself_and_the_feed_forward_layers_are_factored(self) -> None:
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(16, 4, 64, batch_first=True, dtype=torch.float64)
+        model, x = nn.TransformerEncoder(layer, 2).eval(), inputs(3, 5, 16)
+        made = st.compress(model, st.Ratio(1.0), example_inputs=x, data=[x], allow_growth=True)
+        assert [one.name for one in made.plan.factored] == [
+            f"layers.{number}.linear{half}" for number in (0, 1) for half in (1, 2)
+        ]
+        assert "nn.MultiheadAttention" in made.plan["layers.0.self_attn.out_proj"].reason
+        with torch.inference_mode():  # the fused kernel of torch must not go around the factors
+            torch.testing.assert_close(made.model(x), model(x))
+            made.model.layers[0].linear1.up.bias.fill_(torch.inf)
+            assert not made.model(x).isfinite().all()
+        assert st.merge(made.model).layers[0].activation_relu_or_gelu == 1
+
+    def test_reasons(self) -> None:
+        class Own(nn.Linear):
+            pass
+
+        model = nn.Sequential(
+            nn.Conv2d(1, 2, 3), nn.Flatten(), Own(8, 8), parametrizations.spectral_norm(nn.Linear(8, 8)), nn.Linear(8, 8),
+            nn.Linear(8, 8),
+        ).double()  # fmt: skip
+        model[4].register_forward_hook(lambda *_: None)
+        model.unused = nn.Linear(3, 3)
+        model.forward = lambda x: nn.Sequential(*list(model)[:-1])(x)  # type: ignore[method-assign]
+        made = st.compress(model, st.Rank(2), example_inputs=inputs(2, 1, 4, 4))
+        reasons = [made.plan[name].reason for name in ("0", "2", "3", "4", "unused")]
+        for reason, part in zip(
+            reasons, ("analysed, not yet factored", "subclass", "parametrised", "hooks", "not called"), strict=True
+        ):
+            assert part in reason
+
+    def test_compressing_twice_leaves_the_factors_alone(self) -> None:
+        once = st.compress(small_mlp(), st.Rank(2), example_inputs=X, include="0").model
+        twice = st.compress(once, st.Rank(3), example_inputs=X)
+        assert twice.plan["0.down"].reason == "already a low-rank factor"
+        assert twice.plan["2"].form == "linear"
+
+
+class TestNothingIsTouched:
+    def test_the_input_model_is_bit_identical_and_so_are_its_modes(self) -> None:
+        model = small_mlp().train()
+        model[1].eval()
+        before, flags = state(model), [module.training for module in model.modules()]
+        random = torch.get_rng_state()
+        made = st.compress(model, st.Rank(2), example_inputs=X, data=[X])
+        st.measure(made.model, X, reference=model, rounds=5)
+        assert same_state(model, before)
+        assert [module.training for module in model.modules()] == flags
+        assert torch.equal(torch.get_rng_state(), random)
+        assert torch.is_grad_enabled()
+        assert made.model.training
+        assert made.model[0].training
+        assert made.model[0].down.training
+
+    def test_the_copy_shares_no_memory_with_the_input(self) -> None:
+        model = small_mlp()
+        made = st.compress(model, st.Rank(2), example_inputs=X, include="0")
+        mine = {tensor.data_ptr() for tensor in model.state_dict().values()}
+        assert not mine & {tensor.data_ptr() for tensor in made.model.state_dict().values()}
+
+    def test_inplace_changes_and_returns_the_model_itself(self) -> None:
+        model = small_mlp()
+        made = st.compress(model, st.Rank(2), example_inputs=X, inplace=True)
+        assert made.model is model
+        assert isinstance(model[0], st.LowRankLinear)
+
+    def test_a_frozen_weight_gives_frozen_factors(self) -> None:
+        model = small_mlp()
+        model[0].weight.requires_grad_(False)
+        made = st.compress(model, st.Rank(2), example_inputs=X)
+        assert not made.model[0].down.weight.requires_grad
+        assert made.model[2].down.weight.requires_grad
+
+
+def broken(value: float) -> nn.Sequential:
+    model = small_mlp()
+    with torch.no_grad():
+        model[2].weight[1, 1] = value
+    return model
+
+
+BAD: dict[str, tuple[Callable[[nn.Module], object], type[errors.SpectrimError], str]] = {
+    "rank 0": (lambda m: st.compress(m, st.Rank(0), example_inputs=X), errors.RuleError, r"Rank\(0\)"),
+    "negative rank": (lambda m: st.compress(m, st.Rank(-3), example_inputs=X), errors.RuleError, r"Rank\(-3\)"),
+    "half a rank": (lambda m: st.compress(m, st.Rank(2.5), example_inputs=X), errors.RuleError, "whole number"),
+    "rank above full": (
+        lambda m: st.compress(m, st.Rank(5), example_inputs=X),
+        errors.RuleError,
+        r"4 \[4, 16\] has full rank 4.*keep_last",
+    ),
+    "energy 0": (lambda m: st.compress(m, st.Energy(0.0), example_inputs=X), errors.RuleError, "above 0"),
+    "energy above 1": (lambda m: st.compress(m, st.Energy(1.1), example_inputs=X), errors.RuleError, "at most 1"),
+    "ratio NaN": (lambda m: st.compress(m, st.Ratio(float("nan")), example_inputs=X), errors.RuleError, "Ratio"),
+    "not a rule": (lambda m: st.compress(m, 20, example_inputs=X), errors.RuleError, r"Rank\(20\)"),
+    "wrong input shape": (
+        lambda m: st.compress(m, st.Rank(2), example_inputs=torch.zeros(2, 5).double()),
+        errors.ModelError,
+        r"float64 \[2, 5\]",
+    ),
+    "empty data": (lambda m: st.compress(m, st.Rank(2), example_inputs=X, data=[]), errors.DataError, "empty"),
+    "wrong batch shape": (
+        lambda m: st.compress(m, st.Rank(2), example_inputs=X, data=[X, torch.zeros(2, 5).double()]),
+        errors.DataError,
+        r"batch 1 \(float64 \[2, 5\]\)",
+    ),
+    "NaN in the data": (
+        lambda m: st.compress(m, st.Rank(2), example_inputs=X, data=[X * torch.nan]),
+        errors.DataError,
+        "inputs of layer '0'",
+    ),
+    "pattern that matches nothing": (
+        lambda m: st.compress(m, st.Rank(2), example_inputs=X, exclude="44"),
+        errors.PatternError,
+        "near names: 4",
+    ),
+    "a plan and a selection": (
+        lambda m: st.compress(m, st.plan(st.analyze(m, X), st.Rank(2)), example_inputs=X, keep_last=True),
+        errors.PlanError,
+        "already says which layers",
+    ),
+    "activation metric without data": (
+        lambda m: st.plan(st.analyze(m, X), st.Ratio(0.5), metric="activation"),
+        errors.PlanError,
+        "calibration=",
+    ),
+}
+
+
+@pytest.mark.parametrize(("call", "kind", "message"), BAD.values(), ids=BAD.keys())
+@pytest.mark.parametrize("inplace", [False], ids=[""])
+def test_bad_input_is_one_clear_error_and_leaves_the_model_bit_identical(
+    call: Callable[[nn.Module], object], kind: type[errors.SpectrimError], message: str, inplace: bool
+) -> None:
+    model = small_mlp()
+    before = state(model)
+    with pytest.raises(kind, match=f"(?s){message}") as caught:
+        call(model)
+    assert "\n" not in str(caught.value)
+    assert same_state(model, before)
+    assert all(type(module) in (nn.Sequential, nn.Linear, nn.ReLU) for module in model.modules())
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_nan_and_infinite_weights_are_named(value: float) -> None:
+    with pytest.raises(errors.ModelError, match=r"2\.weight holds NaN or infinite"):
+        st.compress(broken(value), st.Rank(2), example_inputs=X)
+    with pytest.raises(errors.ModelError, match=r"2\.weight"):
+        st.analyze(broken(value), X)
+
+
+def test_a_model_without_layers_or_of_one_layer_is_refused() -> None:
+    with pytest.raises(errors.ModelError, match="no Linear or Conv2d"):
+        st.compress(nn.Sequential(nn.ReLU()), st.Rank(1), example_inputs=X)
+    with pytest.raises(errors.ModelError, match=r"nn\.Sequential\(layer\)"):
+        st.compress(nn.Linear(12, 4).double(), st.Rank(1), example_inputs=X)
+
+
+def test_a_model_that_cannot_be_copied_says_so() -> None:
+    model = small_mlp()
+    model.result = answer(model, X).requires_grad_() * 2
+    with pytest.raises(errors.ModelError, match="inplace=True"):
+        st.compress(model, st.Rank(2), example_inputs=X)
+
+
+def test_factors_that_overflow_half_precision_are_refused_before_anything_changes() -> None:
+    model = nn.Sequential(nn.Linear(64, 64, bias=False), nn.Identity()).half()
+    with torch.no_grad():
+        model[0].weight.fill_(60000.0)
+    before = state(model)
+    made = st.compress(model, st.Rank(1), example_inputs=torch.zeros(1, 64).half())
+    assert all(tensor.isfinite().all() for tensor in made.model.state_dict().values())
+    assert same_state(model, before)
+
+
+class TestDegenerate:
+    """Singular covariances and the like: finite results, no warning."""
+
+    @pytest.mark.parametrize(
+        "x",
+        {
+            "one sample": inputs(1, 12),
+            "constant inputs": torch.ones(30, 12).double(),
+            "all zero inputs": torch.zeros(30, 12).double(),
+            "duplicated features": inputs(30, 6).repeat(1, 2),
+            "fewer samples than features": inputs(4, 12),
+            "huge and tiny features": inputs(30, 12) * torch.logspace(-12, 12, 12).double(),
+        }.items(),
+        ids=lambda case: case[0],
+    )
+    @pytest.mark.parametrize("rule", [st.Rank(3), st.Energy(0.9), st.Ratio(0.3)], ids=str)
+    def test_inputs(self, x: tuple[str, Tensor], rule: Any) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model = small_mlp()
+            made = st.compress(model, rule, example_inputs=x[1], data=[x[1]], keep_last=True, allow_growth=True)
+            assert answer(made.model, x[1]).isfinite().all()
+            assert answer(made.model, X).isfinite().all()
+
+    def test_one_sample_falls_back_to_the_plain_metric_and_still_meets_the_sample(self) -> None:
+        model, x = nn.Sequential(small_mlp()[0], nn.Identity()), inputs(1, 12)
+        active = st.compress(model, st.Rank(3), example_inputs=x, data=[x]).model
+        plain = st.compress(model, st.Rank(3), example_inputs=x).model
+        torch.testing.assert_close(active[0].weight, plain[0].weight)
+        torch.testing.assert_close(answer(active, x), answer(model, x))
+
+    @pytest.mark.parametrize("data", [None, [X]], ids=["plain", "activation"])
+    @pytest.mark.parametrize("rule", [st.Rank(3), st.Energy(0.9), st.Ratio(0.3)], ids=str)
+    def test_all_zero_weights(self, data: Any, rule: Any) -> None:
+        model = small_mlp()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.zero_()
+        made = st.compress(model, rule, example_inputs=X, data=data, keep_last=True)
+        assert torch.equal(answer(made.model, X), answer(model, X))
+        assert made.plan["0"].predicted_error == 0
+
+
+class TestPlanAndData:
+    def test_a_plan_goes_through_a_file_and_gives_the_same_model(self, tmp_path: Path) -> None:
+        model = small_mlp()
+        one = st.compress(model, st.Energy(0.8), example_inputs=X, data=[X], keep_last=True)
+        plan = st.Plan.load(one.plan.save(tmp_path / "plan.json"))
+        assert plan == one.plan
+        two = st.compress(model, plan, example_inputs=X, data=[X])
+        assert same_state(two.model, state(one.model))
+        assert two.plan == one.plan
+
+    def test_an_edited_rank_is_taken_and_its_numbers_are_made_anew(self, tmp_path: Path) -> None:
+        model = small_mlp()
+        path = st.plan(st.analyze(model, X), st.Rank(3)).save(tmp_path / "plan.json")
+        path.write_text(
+            path.read_text().replace('"rank": 3,\n      "full_rank": 12', '"rank": 5,\n      "full_rank": 12')
+        )
+        made = st.compress(model, st.Plan.load(path), example_inputs=X)
+        assert made.model[0].rank == 5
+        assert made.plan["0"].kept.params == 5 * 28 + 16
+        assert made.plan["0"].reason == "rank 5 set by hand in the plan"
+        assert made.plan["2"].rank == 3
+
+    def test_a_plan_for_another_model_is_refused(self) -> None:
+        plan = st.plan(st.analyze(small_mlp(), X), st.Rank(2))
+        other = nn.Sequential(nn.Linear(12, 9), nn.ReLU(), nn.Linear(9, 4)).double()
+        before = state(other)
+        with pytest.raises(errors.PlanError, match="for another model"):
+            st.compress(other, plan, example_inputs=X)
+        assert same_state(other, before)
+
+    def test_a_plan_in_the_activation_metric_needs_data(self) -> None:
+        model = small_mlp()
+        plan = st.compress(model, st.Rank(2), example_inputs=X, data=[X]).plan
+        with pytest.raises(errors.PlanError, match="data="):
+            st.compress(model, plan, example_inputs=X)
+
+    def test_labels_in_the_batches_are_set_aside(self) -> None:
+        model, labels = small_mlp(), torch.zeros(24)
+        one = st.compress(model, st.Rank(2), example_inputs=X, data=[X])
+        two = st.compress(model, st.Rank(2), example_inputs=X, data=[(X, labels)])
+        three = st.compress(model, st.Rank(2), example_inputs=(X,), data=[[X, labels]])
+        four = st.compress(model, st.Rank(2), example_inputs={"input": X}, data=[({"input": X}, labels)])
+        assert same_state(one.model, state(two.model))
+        assert same_state(one.model, state(three.model))
+        assert same_state(one.model, state(four.model))
+
+    def test_max_batches_stops_an_endless_stream(self) -> None:
+        def endless() -> Any:
+            while True:
+                yield X
+
+        st.compress(small_mlp(), st.Rank(2), example_inputs=X, data=endless(), max_batches=2)
+
+    def test_one_analysis_serves_many_plans(self) -> None:
+        model = small_mlp()
+        analysis = st.analyze(model, X, calibration=st.calibrate(model, [X]), keep_last=True)
+        for rank in (1, 4):
+            direct = st.compress(model, st.Rank(rank), example_inputs=X, data=[X], keep_last=True)
+            reused = st.compress(model, st.plan(analysis, st.Rank(rank)), example_inputs=X, analysis=analysis)
+            assert same_state(direct.model, state(reused.model))
+
+    def test_data_with_labels_needs_to_be_said_to_calibrate(self) -> None:
+        with pytest.raises(errors.DataError, match="labels=True"):
+            st.calibrate(small_mlp(), [(X, torch.zeros(24))])
+        assert st.calibrate(small_mlp(), [(X, torch.zeros(24))], labels=True).batches == 1
+
+    def test_a_calibration_of_another_model_is_refused(self) -> None:
+        other = nn.Sequential(nn.Linear(7, 16), nn.ReLU()).double()
+        with pytest.raises(errors.DataError, match="another model"):
+            st.analyze(small_mlp(), X, calibration=st.calibrate(other, [inputs(5, 7)]))
+
+
+@pytest.mark.gpu
+def test_a_model_on_a_gpu_stays_there() -> None:
+    model = copy.deepcopy(small_mlp(dtype=torch.float32)).cuda()
+    made = st.compress(model, st.Rank(2), example_inputs=X.float(), data=[X.float()], keep_last=True)
+    assert all(parameter.is_cuda for parameter in made.model.parameters())
+    assert st.measure(made.model, X.float(), reference=model, rounds=5).speedup is not None
+    again = st.compress(
+        small_mlp(dtype=torch.float32), st.Rank(2), example_inputs=X.float(), data=[X.float()], keep_last=True
+    )
+    torch.testing.assert_close(
+        answer(made.model, X.float().cuda()).cpu(), answer(again.model, X.float()), rtol=1e-3, atol=1e-3
+    )
