@@ -44,11 +44,12 @@ class LowRankLinear(nn.Module):
 
     @classmethod
     def empty_like(cls, layer: nn.Linear, *, rank: int, bias: bool) -> "LowRankLinear":
-        """Unset factors of `rank` with the device, type and training flag of `layer`. Draws no random numbers."""
+        """Unset factors with the device, type, training and gradient flags of `layer`. Draws no random numbers."""
         kind, place = layer.weight.dtype, layer.weight.device
         down = blank_linear(layer.in_features, rank, bias=False, device=place, dtype=kind)
         up = blank_linear(rank, layer.out_features, bias=bias, device=place, dtype=kind)
-        return cls(down, up).train(layer.training)
+        made = cls(down, up).train(layer.training)
+        return made.requires_grad_(layer.weight.requires_grad)
 
     @property
     def in_features(self) -> int:

@@ -47,7 +47,7 @@ class Accuracy(Frozen):
         scale = 1 + _Z95**2 / n
         centre = (p + _Z95**2 / (2 * n)) / scale
         half = _Z95 / scale * math.sqrt(p * (1 - p) / n + _Z95**2 / (4 * n * n))
-        return Interval(value=p, low=max(0.0, centre - half), high=min(1.0, centre + half))
+        return Interval(value=p, low=max(0.0, min(p, centre - half)), high=min(1.0, max(p, centre + half)))
 
 
 class Epoch(Frozen):

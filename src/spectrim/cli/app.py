@@ -44,9 +44,10 @@ def demo(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the report and the model.")] = Path(
         "spectrim-demo"
     ),
+    quick: Annotated[bool, typer.Option("--quick", help="Few epochs: to see it work.")] = False,
 ) -> None:
-    """Train a network on embedded data, compress it, and show what was gained; about a minute, no network needed."""
-    run(DEMO, out=out, data_folder=None)
+    """Train a network on embedded data, compress it, and show what was gained; half a minute, no network needed."""
+    run(DEMO.quick() if quick else DEMO, out=out, data_folder=None)
 
 
 def main() -> None:

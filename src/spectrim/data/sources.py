@@ -223,8 +223,8 @@ def _text(file: IO[bytes]) -> str:
 
 
 def _gist(text: str) -> str:
-    """The lines of a tool's output that say what went wrong, as one short line."""
+    """The line of a tool's output that says what went wrong."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     errors = [line.removeprefix("npm error ") for line in lines if line.startswith(("npm error ", "E:"))]
     telling = [line for line in errors if not line.startswith(("code ", "syscall ", "errno ", "A complete log"))]
-    return "; ".join((telling or errors or lines[-1:])[:2])[:300]
+    return (telling or errors or lines[-1:] or [""])[0][:300]

@@ -20,7 +20,7 @@ from spectrim.report.results import LayerSpectrum, Results, Run, Variant
 Against = Literal["rank", "params", "macs", "latency"]
 
 AGAINST: dict[Against, str] = {
-    "rank": "Rank (singular values kept in each factored layer)",
+    "rank": "Rank kept in each factored layer",
     "params": "Parameters",
     "macs": "MACs of one forward pass",
     "latency": "Latency of one forward pass (ms)",
@@ -37,6 +37,7 @@ _METRIC_STYLE: dict[Metric | None, tuple[str, str, str]] = {
     None: (_COLOURS[2], "diamond", "solid"),
 }
 _POINTS = 200
+_HEIGHT = 440
 
 _AXIS = {
     "gridcolor": "#e2e6ea",
@@ -46,6 +47,7 @@ _AXIS = {
     "tickcolor": "#9aa3ad",
     "zeroline": False,
     "automargin": True,
+    "title": {"standoff": 8},
 }
 _TEMPLATE = go.layout.Template(
     layout={
@@ -55,9 +57,10 @@ _TEMPLATE = go.layout.Template(
         "colorway": _COLOURS,
         "xaxis": _AXIS,
         "yaxis": _AXIS,
-        "margin": {"l": 60, "r": 16, "t": 24, "b": 48},
-        "height": 460,
+        "margin": {"l": 70, "r": 16, "t": 24, "b": 48},
         "legend": {"orientation": "h", "yanchor": "bottom", "y": 1.02, "xanchor": "left", "x": 0},
+        # Plotly's own default would offer to send the figure to a server.
+        "modebar": {"remove": ["sendChartToCloud"]},
         "hoverlabel": {"bgcolor": "white", "font": {"color": "#1b1f24"}, "namelength": -1},
     }
 )
@@ -88,9 +91,9 @@ def plot_spectra(
         if spectrum.layer in shown:
             position = shown.index(spectrum.layer) if len(shown) > 1 else None
             _add_spectrum(figure, spectrum, plans, position=position)
-    figure.update_layout(template=_TEMPLATE)
-    figure.update_xaxes(type="log", title_text="Singular value, counted from the largest", dtick=1, minor_ticks="outside")
-    figure.update_yaxes(type="log", title_text="Singular value / largest", exponentformat="power", row=1, col=1)
+    figure.update_layout(template=_TEMPLATE, height=_HEIGHT)
+    figure.update_xaxes(type="log", title_text="Rank", dtick=1, minor_ticks="outside")
+    figure.update_yaxes(type="log", title_text="Singular value / largest one", tickformat="~g", row=1, col=1)
     figure.update_yaxes(title_text="Cumulative energy (%)", range=[0, 104], row=1, col=2)
     return figure
 
@@ -105,22 +108,27 @@ def plot_accuracy(results: Results, *, against: Against = "rank") -> go.Figure:
     """
     if against not in AGAINST:
         raise DataError(f"against={against!r}: give one of {', '.join(AGAINST)}")
-    placed = [(x, one) for one in results.variants if one.accuracy is not None and (x := _position(one, against))]
+    placed = {one.name: x for one in results.variants if one.accuracy is not None and (x := _position(one, against))}
     if not placed:
         raise DataError(f"no network of {results.title!r} has both an accuracy and a {against}; nothing to plot")
+    shown = [one for one in results.variants if one.name in placed]
     figure = go.Figure()
-    for label, group in words.grouped(one for _, one in placed).items():
-        points = sorted(((x, one) for x, one in placed if one in group), key=lambda pair: pair[0])
+    for label, group in words.grouped(shown).items():
+        points = sorted(((placed[one.name], one) for one in group), key=lambda point: point[0])
         figure.add_trace(_accuracy_trace(label, points))
-    ends = sorted(x for x, _ in placed)
+    ends = sorted(placed.values())
     _add_dense(figure, results.dense, against, ends=(ends[0], ends[-1]))
     if against == "rank":
         _add_published(figure, results, ends=(ends[0], ends[-1]))
         ticks = sorted({int(x) for x in ends})
         figure.update_xaxes(tickvals=ticks, ticktext=[str(tick) for tick in ticks])
-    figure.update_xaxes(type="log", title_text=AGAINST[against], exponentformat="SI", nticks=8)
+    else:
+        widest = max(ends[-1], _position(results.dense, against) or 0) / ends[0]
+        digits_1_2_5 = {"dtick": "D2"} if widest > 4 else {}
+        figure.update_xaxes(tickformat="~g" if against == "latency" else "~s", **digits_1_2_5)
+    figure.update_xaxes(type="log", title_text=AGAINST[against])
     figure.update_yaxes(title_text="Test accuracy (%)")
-    figure.update_layout(template=_TEMPLATE, meta=_zoom(results, [one for _, one in placed]))
+    figure.update_layout(template=_TEMPLATE, height=_HEIGHT, meta=_zoom(results, shown))
     return figure
 
 
@@ -143,9 +151,10 @@ def plot_curves(results: Results) -> go.Figure:
             for trace in _curve_traces(variant, run, style):
                 figure.add_trace(trace.update(showlegend=first and trace.yaxis is None))
             first = first and not run.curve
-    figure.update_layout(template=_TEMPLATE)
-    figure.update_xaxes(title_text="Epoch", tickformat="d")
-    figure.update_yaxes(type="log", title_text="Training loss", exponentformat="power", minor_ticks="outside")
+    figure.update_layout(template=_TEMPLATE, height=_HEIGHT)
+    epochs = max(epoch.epoch for one in trained for run in one.runs for epoch in run.curve)
+    figure.update_xaxes(title_text="Epoch", dtick=max(1, -(-epochs // 10)))
+    figure.update_yaxes(type="log", title_text="Training loss", tickformat="~g")
     if held_out:
         figure.update_yaxes(type="linear", title_text="Held-out accuracy (%)", row=1, col=2)
     return figure
@@ -206,7 +215,7 @@ def _add_spectrum(figure: go.Figure, one: LayerSpectrum, plans: Sequence[Plan], 
     largest = spectrum.values[0] if spectrum.values[0] > 0 else 1.0
     at = _thinned(len(spectrum))
     marked = [rank for rank in words.kept_ranks(plans, layer=one.layer, metric=one.metric) if rank <= len(spectrum)]
-    name = f"{one.metric} metric" if position is None else f"{html.escape(one.layer)}, {one.metric}"
+    name = f"{one.metric} metric" if position is None else f"{_safe(one.layer)}, {one.metric}"
     # Rounding noise of a weight that lacks full rank would stretch the axis down to 1e-17.
     values = np.where(spectrum.values > 1e-9 * largest, spectrum.values / largest, np.nan)
     panels = ((values, "%{y:.3g} of the largest"), (100 * spectrum.cumulative_energy, "%{y:.2f} % of the energy"))
@@ -228,6 +237,11 @@ def _add_spectrum(figure: go.Figure, one: LayerSpectrum, plans: Sequence[Plan], 
                 **legend | {"name": f"{name}: kept rank"},
             )
             figure.add_trace(mark, row=1, col=column)
+
+
+def _safe(name: str) -> str:
+    """A name as plotly shows it literally: it reads labels as a small HTML."""
+    return html.escape(name, quote=False)
 
 
 def _thinned(length: int) -> Any:
@@ -270,7 +284,7 @@ def _accuracy_trace(label: str, points: Sequence[tuple[float, Variant]]) -> go.S
         line={"color": colour, "width": 2.2, "dash": "dot" if fresh else "solid"},
         marker={"symbol": f"{symbol}-open" if fresh else symbol, "size": 10, "line": {"width": 2}},
         error_y={"type": "data", "array": up, "arrayminus": down, "symmetric": False, "thickness": 1.4, "width": 5},
-        customdata=[[html.escape(one.name), words.accuracy(one)] for _, one in points],
+        customdata=[[_safe(one.name), words.accuracy(one)] for _, one in points],
         hovertemplate="%{customdata[0]}<br>%{customdata[1]}<extra></extra>",
     )
 
@@ -300,7 +314,7 @@ def _add_published(figure: go.Figure, results: Results, *, ends: tuple[float, fl
     for number, published in enumerate(results.published):
         colour = _COLOURS[(3 + number) % len(_COLOURS)]
         points = sorted((rank, value) for rank, value in published.accuracy if rank is not None)
-        source = html.escape(published.source)
+        source = _safe(published.source)
         marker = {"symbol": "x-thin", "size": 11, "line": {"width": 3, "color": colour}}
         trace = go.Scatter(
             x=[rank for rank, _ in points],
@@ -341,7 +355,7 @@ def _curve_style(variant: Variant, rules: list[str]) -> _Style:
 
 def _curve_traces(variant: Variant, run: Run, style: _Style) -> Iterator[go.Scatter]:
     """The loss, and the held-out accuracy where it was taken, of one seed."""
-    name = html.escape(variant.name)
+    name = _safe(variant.name)
     common: dict[str, Any] = {
         "mode": "lines+markers",
         "name": name,

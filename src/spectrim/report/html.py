@@ -1,4 +1,4 @@
-"""One self-contained page from the results of a study. It only shows values: nothing about networks is computed here."""
+"""One self-contained page from the results of a study. It shows values and computes nothing about networks."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -22,7 +22,7 @@ from spectrim.report.tables import Listing, table
 
 
 def report(results: Results, path: str | Path) -> Path:
-    """Write `results` as one HTML file that needs no network: plots, tables, words, light and dark, for screen and paper.
+    """Write `results` as one HTML file that needs no network: figures, tables and words, for screen and paper.
 
     Parts that the results hold nothing for are left out.
 
@@ -44,8 +44,9 @@ def report(results: Results, path: str | Path) -> Path:
         spectra=_spectra_gallery(results),
         curves=_curves_gallery(results),
         study=table(results),
+        said=_said_by_the_name(table(results)),
         plans=_plans(results),
-        plotly=Markup(get_plotlyjs()),  # noqa: S704  # plotly's own script, meant for inlining
+        plotly=Markup(get_plotlyjs()),  # plotly's own script, meant for inlining
     )
     return write_text(Path(path), page)
 
@@ -56,6 +57,7 @@ class _Card:
 
     label: str
     big: str
+    unit: str
     small: str
     more: str = ""
     kept: float | None = None
@@ -82,7 +84,9 @@ class _Gallery:
 @cache
 def _template() -> Template:
     source = Path(__file__).with_name("template.html.j2").read_text(encoding="utf-8")
-    return Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string(source)
+    return Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string(
+        source
+    )
 
 
 def _glances(results: Results) -> tuple[_Glance, ...]:
@@ -101,7 +105,7 @@ def _cards(kept: Variant, dense: Variant) -> tuple[_Card, ...]:
         more = ""
         if dense.accuracy is not None:
             more = f"dense {words.percent(dense.accuracy)}: {words.difference(kept, dense)} points"
-        cards.append(_Card("Test accuracy", words.percent(kept.accuracy), small, more))
+        cards.append(_Card("Test accuracy", *_with_unit(words.percent(kept.accuracy)), small, more))
     costs = (
         ("Parameters", words.count, whole.params, one.params, one.params_ratio),
         ("File size", words.size, whole.bytes, one.bytes, one.bytes_ratio),
@@ -110,13 +114,20 @@ def _cards(kept: Variant, dense: Variant) -> tuple[_Card, ...]:
     for label, show, before, after, ratio in costs:
         change = f"{show(before)} → {show(after)}"
         big = words.smaller(ratio) if ratio is not None else show(after)
-        cards.append(_Card(label, big, change, f"{words.share(ratio)} kept" if ratio is not None else "", ratio))
+        cards.append(
+            _Card(label, *_with_unit(big), change, f"{words.share(ratio)} kept" if ratio is not None else "", ratio)
+        )
     if one.speedup is not None:
         threads = f"{one.threads} thread{'s' if one.threads != 1 else ''}" if one.threads else ""
         now = f"{words.milliseconds(one.latency_ms)}, {threads}" if one.latency_ms is not None else threads
-        speed = words.speed(one.speedup)
-        cards.append(_Card("Measured speed-up", words.factor(one.speedup.value), speed, now.strip(", ")))
+        verdict = words.verdict(one.speedup)
+        cards.append(_Card("Measured speed-up", words.speedup(one.speedup), "", verdict, now.strip(", ")))
     return tuple(cards)
+
+
+def _with_unit(figure: str) -> tuple[str, str]:
+    number, _, unit = figure.partition(" ")
+    return number, unit
 
 
 def _accuracy_gallery(results: Results) -> _Gallery | None:
@@ -163,7 +174,7 @@ def _for_script(value: Any) -> Markup:
     text = json.dumps(value, separators=(",", ":"), ensure_ascii=True)
     for character in "<>&'":
         text = text.replace(character, f"\\u{ord(character):04x}")
-    return Markup(text)  # noqa: S704  # escaped above
+    return Markup(text)  # escaped above
 
 
 def _plans(results: Results) -> tuple[tuple[str, Listing], ...]:
@@ -178,6 +189,15 @@ def _plans(results: Results) -> tuple[tuple[str, Listing], ...]:
         else:
             names.append(variant.name)
     return tuple((_joined(names), table(plan)) for plan, names in groups)
+
+
+def _said_by_the_name(listing: Listing) -> frozenset[int]:
+    """The columns that only repeat what the names of the rows say; a phone has no room for them."""
+    says = {
+        at: all(row[at] in row[0] for row in listing.rows if row[at] != words.NOTHING)
+        for at in range(1, len(listing.columns))
+    }
+    return frozenset(at for at, repeats in says.items() if repeats)
 
 
 def _joined(names: Iterable[str]) -> str:

@@ -65,7 +65,7 @@ class Variant(Frozen):
 
 
 class Published(Frozen):
-    """Somebody else's figures for the same study: accuracy in [0, 1] by rank, and at rank None for the dense network."""
+    """Somebody else's figures for the same study: accuracy in [0, 1] by rank; rank None is the dense network."""
 
     source: str
     accuracy: tuple[tuple[int | None, float], ...]
@@ -97,7 +97,7 @@ class Results(Frozen):
     spectra: tuple[LayerSpectrum, ...] = ()
     published: tuple[Published, ...] = ()
     command: str | None = None
-    provenance: dict[str, str] = {}
+    provenance: dict[str, str] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _names_agree(self) -> Self:
@@ -114,7 +114,9 @@ class Results(Frozen):
         for one in (self.dense, *self.variants):
             if one.name == name:
                 return one
-        raise KeyError(f"the results have no network {name!r}; they have {', '.join(one.name for one in self.variants)}")
+        raise KeyError(
+            f"the results have no network {name!r}; they have {', '.join(one.name for one in self.variants)}"
+        )
 
     def save(self, path: str | Path) -> Path:
         """Write the results as JSON. Raises `FileError` when the file cannot be written."""

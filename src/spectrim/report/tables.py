@@ -14,7 +14,7 @@ from rich.text import Text
 from spectrim.analyze import Analysis, LayerAnalysis
 from spectrim.errors import DataError
 from spectrim.measure import Measurement
-from spectrim.plan import LayerPlan, Plan
+from spectrim.plan import LayerPlan, Metric, Plan
 from spectrim.report import words
 from spectrim.report.results import Results, Variant
 
@@ -188,7 +188,7 @@ _METRIC = 3
 
 
 def _analysis_row(layer: LayerAnalysis, *, macs: int) -> tuple[str, ...]:
-    metric = "activation" if "activation" in layer.spectra else "plain"
+    metric: Metric = "activation" if "activation" in layer.spectra else "plain"
     spectrum = layer.spectra.get(metric)
     numbers = [words.NOTHING] * (2 + len(_ENERGIES))
     if spectrum is not None:
@@ -264,7 +264,7 @@ def _of_measurement(one: Measurement) -> Listing:
         threads = f"{one.threads} thread{'s' if one.threads != 1 else ''}" if one.threads else ""
         rows.append(("Latency", words.milliseconds(one.latency_ms), "", threads))
     if one.speedup is not None:
-        rows.append(("Speed-up", words.factor(one.speedup.value), "", words.speed(one.speedup)))
+        rows.append(("Speed-up", words.speedup(one.speedup), "", words.verdict(one.speedup)))
     if one.accuracy is not None:
         interval = f"95 % interval {words.bounds(one.accuracy.interval, scale=100)} %"
         rows.append(("Accuracy", words.percent(one.accuracy.value), "", interval))
@@ -308,17 +308,17 @@ def _results_row(variant: Variant, dense: Variant) -> tuple[str, ...]:
     def cost(value: str, ratio: float | None) -> str:
         return value if ratio is None else f"{value}\n{words.smaller(ratio)}"
 
-    speedup = one.speedup
+    accuracy, speedup = variant.accuracy, one.speedup
     return (
         variant.name,
         words.ranks(variant),
         variant.metric or words.NOTHING,
         variant.stage,
-        words.accuracy(variant, separator="\n"),
+        words.NOTHING if accuracy is None else f"{words.percent(accuracy)}\n{words.uncertainty(variant)}",
         words.NOTHING if variant is dense else words.difference(variant, dense),
         cost(words.count(one.params), one.params_ratio),
         cost(words.size(one.bytes), one.bytes_ratio),
         cost(words.count(one.macs), one.macs_ratio),
         words.milliseconds(one.latency_ms),
-        words.NOTHING if speedup is None else f"{words.factor(speedup.value)}\n{words.bounds(speedup)}",
+        words.NOTHING if speedup is None else f"{words.speedup(speedup)}\n{words.bounds(speedup)}",
     )

@@ -3,12 +3,16 @@
 import math
 from collections.abc import Iterable, Sequence
 
+import numpy as np
+
 from spectrim.linalg import Spectrum
 from spectrim.measure import Interval, Measurement
 from spectrim.plan import Energy, Metric, Plan, Rank, Ratio, Rule
 from spectrim.report.results import LayerSpectrum, Results, Variant
 
-NOTHING = "–"
+TIMES = "\N{MULTIPLICATION SIGN}"
+TO = "\N{EN DASH}"
+NOTHING = TO
 
 
 def count(number: float) -> str:
@@ -43,12 +47,12 @@ def share(ratio: float | None) -> str:
 
 def points(difference: float) -> str:
     """A difference of two accuracies in percentage points, with its sign: −0.023 is `−2.30`."""
-    return f"{100 * difference:+.2f}".replace("-", "−")
+    return f"{100 * difference:+.2f}".replace("-", "\N{MINUS SIGN}")
 
 
 def factor(value: float) -> str:
     """A multiple: two decimals while small, where they matter."""
-    return f"{value:.2f}×" if value < 2 else f"{value:.1f}×" if value < 100 else f"{value:.0f}×"
+    return f"{value:.{2 if value < 2 else 1 if value < 100 else 0}f}{TIMES}"
 
 
 def smaller(ratio: float | None) -> str:
@@ -70,13 +74,18 @@ def milliseconds(value: float | None) -> str:
 
 def bounds(interval: Interval, *, scale: float = 1.0) -> str:
     """Both ends of an interval with two decimals."""
-    return f"{scale * interval.low:.2f}–{scale * interval.high:.2f}"
+    return f"{scale * interval.low:.2f}{TO}{scale * interval.high:.2f}"
 
 
-def speed(speedup: Interval) -> str:
-    """A speed-up with a verdict that its interval allows."""
-    verdict = "faster" if speedup.low > 1 else "slower" if speedup.high < 1 else "no sure difference"
-    return f"{verdict}, 95 % interval {bounds(speedup)}×"
+def speedup(interval: Interval) -> str:
+    """A speed-up, to the digits that its bounds have."""
+    return f"{interval.value:.2f}{TIMES}"
+
+
+def verdict(speedup: Interval) -> str:
+    """What the interval of a speed-up allows to say."""
+    word = "faster" if speedup.low > 1 else "slower" if speedup.high < 1 else "no sure difference"
+    return f"{word}, 95 % interval {bounds(speedup)}{TIMES}"
 
 
 def difference(variant: Variant, dense: Variant) -> str:
@@ -86,11 +95,12 @@ def difference(variant: Variant, dense: Variant) -> str:
     return points(variant.accuracy - dense.accuracy)
 
 
-def accuracy(variant: Variant, *, separator: str = " ") -> str:
+def accuracy(variant: Variant) -> str:
     """Mean ± spread over the seeds, or the one seed's accuracy and its 95 % interval."""
     if variant.accuracy is None:
         return NOTHING
-    return f"{percent(variant.accuracy)}{separator}{uncertainty(variant)}"
+    around = uncertainty(variant)
+    return f"{percent(variant.accuracy)} {around if variant.spread is not None else f'({around})'}"
 
 
 def uncertainty(variant: Variant) -> str:
@@ -125,12 +135,12 @@ def ranks(variant: Variant) -> str:
     if (rank := one_rank(variant)) is not None:
         return str(rank)
     found = sorted(layer.rank for layer in variant.plan.factored if layer.rank) if variant.plan else []
-    return f"{found[0]}–{found[-1]}" if found else NOTHING
+    return f"{found[0]}{TO}{found[-1]}" if found else NOTHING
 
 
 def shape(sides: Iterable[int]) -> str:
     """`256×64`, output first."""
-    return "×".join(map(str, sides)) or NOTHING
+    return TIMES.join(map(str, sides)) or NOTHING
 
 
 def and_more(items: Sequence[str], *, most: int) -> str:
@@ -152,12 +162,14 @@ def accuracy_finding(results: Results) -> str:
         sentences.append(f"The dense network reaches {accuracy(results.dense)}.")
     for label, group in grouped(measured).items():
         ordered = sorted(group, key=lambda one: one.measurement.params)
-        ends = [f"{percent(one.accuracy or 0)} ({one.name})" for one in (ordered[0], ordered[-1])]
-        shown = ends[:1] if len(ordered) == 1 else ends
-        sentences.append(f"{label.capitalize()}: from the smallest to the largest network, {' to '.join(shown)}.")
+        ends = [percent(one.accuracy or 0) for one in (ordered[0], ordered[-1])]
+        shown = ends[0] if len(ordered) == 1 else f"{ends[0]} with the smallest network to {ends[1]} with the largest"
+        sentences.append(f"{label.capitalize()}: {shown}.")
     if measured:
         best = max(measured, key=lambda one: one.accuracy or 0)
-        against = f", {difference(best, results.dense)} points against dense" if results.dense.accuracy is not None else ""
+        against = (
+            f", {difference(best, results.dense)} points against dense" if results.dense.accuracy is not None else ""
+        )
         sentences.append(f"The most accurate compressed network is {best.name} with {accuracy(best)}{against}.")
     return " ".join(sentences)
 
@@ -180,14 +192,14 @@ def spectrum_finding(spectra: Sequence[LayerSpectrum], plans: Sequence[Plan]) ->
     first = spectra[0]
     sentences = [f"Layer {first.layer} ({first.kind}, {shape(first.shape)}) has {len(first.values)} singular values."]
     for one in spectra:
-        values = Spectrum(one.values)  # type: ignore[arg-type]  # a tuple of numbers becomes an array
+        values = Spectrum(np.array(one.values))
         sentences.append(
             f"In the {one.metric} metric, {values.rank_for(0.5)} of them hold 50 % of the energy, "
             f"{values.rank_for(0.9)} hold 90 % and {values.rank_for(0.99)} hold 99 %."
         )
     kept = []
     for one in spectra:
-        held = Spectrum(one.values).cumulative_energy  # type: ignore[arg-type]
+        held = Spectrum(np.array(one.values)).cumulative_energy
         kept += [
             f"{percent(held[rank - 1], places=1)} at rank {rank} ({one.metric})"
             for rank in kept_ranks(plans, layer=one.layer, metric=one.metric)

@@ -1,0 +1,83 @@
+"""Streamed statistics against those of all inputs at once."""
+
+from typing import Any
+
+import pytest
+import torch
+from cases import Double, inputs, same_state, small_mlp, state
+from torch import Tensor, nn
+
+import spectrim as st
+from spectrim import errors
+
+
+def seen_by(model: nn.Module, name: str, data: list[Tensor]) -> Tensor:
+    rows: list[Tensor] = []
+    handle = model.get_submodule(name).register_forward_pre_hook(
+        lambda _, args: rows.append(args[0].detach().flatten(0, -2))
+    )
+    with torch.no_grad():
+        for batch in data:
+            model(batch)
+    handle.remove()
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("sizes", [[60], [1, 1, 58], [20, 20, 20], [0, 60]], ids=str)
+@pytest.mark.parametrize(("build", "name", "width"), [(small_mlp, "2", 12), (Double, "again", 6)], ids=["mlp", "twice"])
+def test_streamed_moments_are_those_of_all_inputs(build: Any, name: str, width: int, sizes: list[int]) -> None:
+    torch.manual_seed(0)
+    model = build().double()
+    data = list((inputs(60, width) + 100).split(sizes))
+    rows = seen_by(model, name, data)
+    moments = st.calibrate(model, data).moments[name]
+    assert moments.count == len(rows)
+    torch.testing.assert_close(moments.mean, rows.mean(dim=0))
+    torch.testing.assert_close(moments.covariance, torch.cov(rows.T, correction=0), rtol=1e-10, atol=1e-10)
+
+
+def test_a_large_mean_does_not_swamp_a_small_variance() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Identity())
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4000, 4, generator=generator) * 0.01 + 1000
+    moments = st.calibrate(model, x.split(100)).moments["0"]
+    torch.testing.assert_close(moments.covariance, torch.cov(x.double().T, correction=0), rtol=2e-2, atol=2e-6)
+
+
+def test_leading_dimensions_are_positions() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Identity()).double()
+    x = inputs(3, 5, 4)
+    one, flat = st.calibrate(model, [x]).moments["0"], st.calibrate(model, [x.flatten(0, 1)]).moments["0"]
+    assert one.count == 15
+    torch.testing.assert_close(one.covariance, flat.covariance)
+
+
+def test_calibrating_leaves_no_trace() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 2)).double()
+    before, random = state(model), torch.get_rng_state()
+    st.calibrate(model, [inputs(9, 4)])
+    assert same_state(model, before)
+    assert model.training
+    assert model[2].training
+    assert torch.equal(torch.get_rng_state(), random)
+    assert not any(module._forward_hooks for module in model.modules())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_the_flags_come_back_when_a_batch_fails() -> None:
+    model = small_mlp().train()
+    with pytest.raises(errors.DataError, match="batch 1"):
+        st.calibrate(model, [inputs(3, 12), inputs(3, 7)])
+    assert model.training
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("data", [[], [inputs(3, 12)] * 0, iter(())], ids=["list", "empty list", "iterator"])
+def test_empty_data_is_an_error(data: Any) -> None:
+    with pytest.raises(errors.DataError, match="empty"):
+        st.calibrate(small_mlp(), data)
+
+
+def test_labels_need_pairs() -> None:
+    with pytest.raises(errors.DataError, match="pairs"):
+        st.calibrate(small_mlp(), [inputs(3, 12)], labels=True)

@@ -1,0 +1,70 @@
+"""What the documentation shows is true: every Python block runs, every command exists, every link leads somewhere."""
+
+import re
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+
+import spectrim as st
+from spectrim.cli.app import app
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+BLOCKS = [
+    pytest.param(block, id=f"{page.relative_to(ROOT)}:{number}")
+    for page in PAGES
+    for number, block in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL))
+]
+
+
+def run(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-W", "error", *arguments], cwd=folder, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_python_blocks_run(block: str, tmp_path: Path) -> None:
+    done = run(["-c", block], tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)
+def test_examples_run(script: Path, tmp_path: Path) -> None:
+    done = run([str(script), str(tmp_path)], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "plan.json").exists()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_exist(page: Path) -> None:
+    commands = set(re.findall(r"^\s*spectrim ([a-z-]+)(?: ([a-z][a-z0-9-]*))?", page.read_text(encoding="utf-8"), re.M))
+    root = get_command(app)
+    for first, second in commands:
+        found = root.commands[first]  # type: ignore[attr-defined]
+        assert not second or not hasattr(found, "commands") or second in found.commands
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_the_two_commands_stand_where_continuous_integration_reads_them() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "<!-- demo-command -->\n```sh\npip install . && spectrim demo\n```" in text
+    assert '<!-- test-command -->\n```sh\npip install ".[all,test]" && pytest\n```' in text
+
+
+def test_one_version_everywhere() -> None:
+    assert version("spectrim") == st.__version__
+
+
+def test_everything_a_table_promises_was_filled_in() -> None:
+    assert not re.search(r"@@\w+@@", (ROOT / "README.md").read_text(encoding="utf-8"))

@@ -1,0 +1,164 @@
+"""Saving and loading: nothing lost, nothing trusted, nothing half-written."""
+
+import json
+import os
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from cases import Double, SharedModule, Tied, WordModel, inputs, same_state, small_mlp, state
+from safetensors.torch import save_file, save_model
+from torch import nn
+
+import spectrim as st
+from spectrim import errors
+
+X = inputs(7, 12)
+
+
+def compressed() -> nn.Module:
+    return st.compress(small_mlp(), st.Rank(3), example_inputs=X, data=[X], keep_last=True).model
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_types_survive_and_outputs_are_bit_equal(tmp_path: Path, dtype: torch.dtype) -> None:
+    x = X.to(dtype)
+    model = st.compress(small_mlp(dtype=dtype), st.Rank(3), example_inputs=x, data=[x], keep_last=True).model
+    loaded = st.load(st.save(model, tmp_path / "m.safetensors"), small_mlp(dtype=torch.float32))
+    with torch.no_grad():
+        assert torch.equal(loaded(x), model(x))
+    assert same_state(loaded, state(model))
+
+
+@pytest.mark.parametrize("build", [Double, Tied, SharedModule], ids=lambda build: build.__name__)
+def test_ties_survive(tmp_path: Path, build: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    model = build()
+    x = inputs(4, next(model.parameters()).shape[1], dtype=torch.float32)
+    small = st.compress(model, st.Rank(2), example_inputs=x).model
+    loaded = st.load(st.save(small, tmp_path), build())
+    assert len(list(loaded.parameters())) == len(list(small.parameters()))
+    assert {id(p) for p in loaded.parameters()}.isdisjoint({id(p) for p in small.parameters()})
+    with torch.no_grad():
+        assert torch.equal(loaded(x), model.eval() and small(x))
+
+
+def test_a_tied_embedding_survives(tmp_path: Path) -> None:
+    tokens = torch.arange(5)
+    small = st.compress(WordModel(), st.Rank(2), example_inputs=tokens).model
+    loaded = st.load(st.save(small, tmp_path), WordModel())
+    assert loaded.out.weight is loaded.embed.weight
+
+
+def test_buffers_and_dense_models_are_saved_too(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).double()
+    model(inputs(9, 4))
+    loaded = st.load(st.save(model, tmp_path), nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)))
+    assert same_state(loaded, state(model))
+
+
+def test_loading_leaves_the_given_model_alone_and_keeps_its_modes(tmp_path: Path) -> None:
+    path = st.save(compressed(), tmp_path)
+    dense = small_mlp().eval()
+    dense[0].weight.requires_grad_(False)
+    before = state(dense)
+    loaded = st.load(path, dense)
+    assert same_state(dense, before)
+    assert not loaded.training
+    assert not loaded[0].training
+    assert not loaded[0].down.weight.requires_grad
+    assert loaded[2].down.weight.requires_grad
+
+
+def test_a_folder_stands_for_the_file_in_it(tmp_path: Path) -> None:
+    assert st.save(compressed(), tmp_path) == tmp_path / "model.safetensors"
+    st.load(tmp_path, small_mlp())
+
+
+def test_saving_again_needs_no_memory_of_the_old_file(tmp_path: Path) -> None:
+    path = st.save(compressed(), tmp_path)
+    loaded = st.load(path, small_mlp())
+    with torch.no_grad():
+        before = loaded(X)
+        st.save(small_mlp(), path)
+        assert torch.equal(loaded(X), before)
+
+
+class TestDamage:
+    def test_a_missing_file(self, tmp_path: Path) -> None:
+        with pytest.raises(errors.FileError, match="missing"):
+            st.load(tmp_path / "none.safetensors", small_mlp())
+
+    @pytest.mark.parametrize("keep", [0, 4, 100, -1], ids=str)
+    def test_a_truncated_file(self, tmp_path: Path, keep: int) -> None:
+        path = st.save(compressed(), tmp_path)
+        path.write_bytes(path.read_bytes()[:keep])
+        with pytest.raises(errors.FileError, match="cut short"):
+            st.load(path, small_mlp())
+
+    def test_a_changed_weight(self, tmp_path: Path) -> None:
+        path = st.save(compressed(), tmp_path)
+        content = bytearray(path.read_bytes())
+        content[-3] ^= 1
+        path.write_bytes(content)
+        with pytest.raises(errors.FileError, match="checksum"):
+            st.load(path, small_mlp())
+
+    def test_an_edited_header(self, tmp_path: Path) -> None:
+        path = st.save(compressed(), tmp_path)
+        content = path.read_bytes()
+        size = struct.unpack("<Q", content[:8])[0]
+        header = json.loads(content[8 : 8 + size])
+        structure = json.loads(header["__metadata__"]["spectrim"])
+        structure["low_rank"]["0"]["rank"] = "many"
+        header["__metadata__"]["spectrim"] = json.dumps(structure)
+        text = json.dumps(header).encode()
+        path.write_bytes(struct.pack("<Q", len(text)) + text + content[8 + size :])
+        with pytest.raises(errors.FileError, match=r"low_rank\.0\.rank"):
+            st.load(path, small_mlp())
+
+    def test_a_file_of_somebody_else(self, tmp_path: Path) -> None:
+        save_file({"a": torch.zeros(2)}, tmp_path / "a.safetensors")
+        with pytest.raises(errors.FileError, match=r"load_file"):
+            st.load(tmp_path / "a.safetensors", small_mlp())
+
+    @pytest.mark.parametrize(
+        "other",
+        [
+            nn.Sequential(nn.Linear(12, 9)),
+            nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 5)),
+            nn.Sequential(
+                nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4), nn.Linear(4, 4)
+            ),
+        ],
+        ids=["other shape", "other head", "more layers"],
+    )
+    def test_another_network(self, tmp_path: Path, other: nn.Module) -> None:
+        before = state(other)
+        with pytest.raises(errors.FileError, match="for another network"):
+            st.load(st.save(compressed(), tmp_path), other)
+        assert same_state(other, before)
+
+    def test_a_folder_that_is_a_file(self, tmp_path: Path) -> None:
+        (tmp_path / "file").write_text("x")
+        with pytest.raises(errors.FileError, match="cannot write"):
+            st.save(compressed(), tmp_path / "file" / "m.safetensors")
+        assert (tmp_path / "file").read_text() == "x"
+
+    def test_a_failed_write_leaves_the_old_file_and_no_part(self, tmp_path: Path) -> None:
+        path = st.save(compressed(), tmp_path)
+        old = path.read_bytes()
+        model = compressed()
+        model.register_buffer("strange", torch.zeros(2, device="meta"))
+        with pytest.raises(errors.ModelError, match="strange"):
+            st.save(model, path)
+        assert path.read_bytes() == old
+        assert os.listdir(tmp_path) == ["model.safetensors"]
+
+
+def test_the_reported_size_is_that_of_the_file(tmp_path: Path) -> None:
+    model = compressed()
+    save_model(model, str(tmp_path / "plain.safetensors"))
+    plain = (tmp_path / "plain.safetensors").stat().st_size
+    assert abs(st.measure(model, X, latency=False).bytes - plain) <= 64
