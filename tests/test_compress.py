@@ -143,9 +143,13 @@ class TestKeptDense:
             pass
 
         model = nn.Sequential(
-            nn.Conv2d(1, 2, 3), nn.Flatten(), Own(8, 8), parametrizations.spectral_norm(nn.Linear(8, 8)), nn.Linear(8, 8),
+            nn.Conv2d(1, 2, 3),
+            nn.Flatten(),
+            Own(8, 8),
+            parametrizations.spectral_norm(nn.Linear(8, 8)),
             nn.Linear(8, 8),
-        ).double()  # fmt: skip
+            nn.Linear(8, 8),
+        ).double()
         model[4].register_forward_hook(lambda *_: None)
         model.unused = nn.Linear(3, 3)
         model.forward = lambda x: nn.Sequential(*list(model)[:-1])(x)  # type: ignore[method-assign]

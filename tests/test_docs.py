@@ -1,5 +1,6 @@
 """What the documentation shows is true: every Python block runs, every command exists, every link leads somewhere."""
 
+import os
 import re
 import subprocess
 import sys
@@ -23,7 +24,12 @@ BLOCKS = [
 
 def run(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-W", "error", *arguments], cwd=folder, capture_output=True, text=True, check=False
+        [sys.executable, "-W", "error", *arguments],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
 
 

@@ -1,7 +1,6 @@
 """Saving and loading: nothing lost, nothing trusted, nothing half-written."""
 
 import json
-import os
 import struct
 from pathlib import Path
 
@@ -154,7 +153,7 @@ class TestDamage:
         with pytest.raises(errors.ModelError, match="strange"):
             st.save(model, path)
         assert path.read_bytes() == old
-        assert os.listdir(tmp_path) == ["model.safetensors"]
+        assert [found.name for found in tmp_path.iterdir()] == ["model.safetensors"]
 
 
 def test_the_reported_size_is_that_of_the_file(tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ def test_it_compares_every_rank_metric_and_stage(finished: tuple[Path, st.Result
 def test_it_writes_what_it_promises(finished: tuple[Path, st.Results, list[Progress]]) -> None:
     out, results, _ = finished
     assert st.Results.load(out / "results.json") == results
-    assert (out / "report.html").read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
+    assert (out / "report.html").read_text(encoding="utf-8").startswith("<!doctype html>")
     model = st.load(out / "model.safetensors", models.mlp(64, width=48, hidden=2))
     chosen = results.variant(results.chosen)
     assert st.Plan.load(out / "plan.json") == chosen.plan
@@ -114,14 +114,14 @@ def test_a_run_elsewhere_gives_the_same_weights(
 def test_an_interrupted_run_resumes_and_ends_the_same(
     finished: tuple[Path, st.Results, list[Progress]], tmp_path: Path
 ) -> None:
-    class Interrupted(Exception):
+    class InterruptedRunError(Exception):
         pass
 
     def stop(event: Progress) -> None:
         if "rank 4, plain" in event.part and event.done > event.of / 2:
-            raise Interrupted
+            raise InterruptedRunError
 
-    with pytest.raises(Interrupted):
+    with pytest.raises(InterruptedRunError):
         run_study(TINY, tmp_path, on_progress=stop)
     assert not (tmp_path / "results.json").exists()
     assert list(tmp_path.rglob("*.unfinished.safetensors"))

@@ -88,14 +88,14 @@ def test_the_same_seed_gives_the_same_weights() -> None:
     assert not same_state(one, state(other))
 
 
-class Interrupted(Exception):
+class InterruptedRunError(Exception):
     pass
 
 
 def stop_in_epoch(number: int) -> Callable[[Step], None]:
     def stop(step: Step) -> None:
         if step.epoch == number and step.step == 3:
-            raise Interrupted
+            raise InterruptedRunError
 
     return stop
 
@@ -105,7 +105,7 @@ def test_an_interrupted_run_goes_on_to_bit_equal_weights(tmp_path: Path) -> None
     model.insert(1, nn.Dropout(0.2))
     whole = st.finetune(model, epochs(x, y), epochs=4, held_out=[(x, y)])
     kept = Checkpoint(tmp_path / "state.safetensors", run="this one")
-    with pytest.raises(Interrupted):
+    with pytest.raises(InterruptedRunError):
         st.finetune(model, epochs(x, y), epochs=4, held_out=[(x, y)], checkpoint=kept, on_step=stop_in_epoch(2))
     steps: list[Step] = []
     resumed = st.finetune(model, epochs(x, y), epochs=4, held_out=[(x, y)], checkpoint=kept, on_step=steps.append)

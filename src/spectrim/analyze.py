@@ -1,4 +1,4 @@
-"""Analysis: the spectrum of every layer in every available metric, what it costs, and why a layer cannot be factored."""
+"""Analysis: the spectrum of every layer in every metric, what it costs, and why a layer cannot be factored."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field

@@ -59,7 +59,7 @@ def compress(
         exclude: Patterns of layer names to leave dense.
         keep_last: Leave the last layer that the model calls dense.
         allow_growth: Factor a layer even if it grows.
-        analysis: From `st.analyze` on this very model: skips calibration and decomposition, so that many ranks cost one.
+        analysis: From `st.analyze` on this very model; saves calibrating and decomposing again for every rank.
         inplace: Change `model` itself and return it.
 
     Returns:

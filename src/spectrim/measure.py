@@ -175,17 +175,14 @@ def accuracy(model: nn.Module, data: Iterable[Any]) -> Accuracy:
         for position, batch in enumerate(data):
             inputs, labels = split_labels(batch, position=position)
             outputs = call(model, inputs, what=f"batch {position}")
-            if (
-                not isinstance(outputs, Tensor)
-                or outputs.ndim != 2
-                or outputs.shape[:1] != torch.as_tensor(labels).shape
-            ):
+            labels = torch.as_tensor(labels)
+            if not isinstance(outputs, Tensor) or outputs.ndim != 2 or outputs.shape[:1] != labels.shape:
                 shape = list(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
                 raise DataError(
-                    f"batch {position}: outputs {shape} and labels {list(torch.as_tensor(labels).shape)} do not give an "
-                    "accuracy; it needs outputs (batch, classes) and labels (batch,)"
+                    f"batch {position}: outputs {shape} and labels {list(labels.shape)} do not give an accuracy; "
+                    "it needs outputs (batch, classes) and labels (batch,)"
                 )
-            labels = torch.as_tensor(labels).to(outputs.device)
+            labels = labels.to(outputs.device)
             correct += int((outputs.argmax(dim=1) == labels).sum())
             total += len(labels)
     if not total:

@@ -59,7 +59,7 @@ class Energy:
     rule: Literal["energy"] = field(default="energy", repr=False, kw_only=True)
 
     def __post_init__(self) -> None:
-        _require_share(self.energy, f"Energy({self.energy!r}): an energy is the share of squared singular values to keep")
+        _require_share(self.energy, f"Energy({self.energy!r}): an energy is a share of the squared singular values")
 
     def __str__(self) -> str:
         return f"Energy({self.energy:g})"

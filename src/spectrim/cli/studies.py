@@ -53,7 +53,13 @@ def run(study: MlpStudy, *, out: Path, data_folder: Path | None) -> None:
     with Progress(*columns, console=console) as bars:
         whole, part = bars.add_task("all", total=None), bars.add_task("", total=1)
 
+        told = ""
+
         def show(event: Event) -> None:
+            nonlocal told
+            if not console.is_terminal and event.part != told:
+                console.print(f"{event.parts_done + 1}/{event.parts} {event.part}", markup=False)
+            told = event.part
             done = event.done / event.of if event.of else 0.0
             bars.update(whole, completed=event.parts_done + done * (event.parts_done < event.parts), total=event.parts)
             bars.update(part, description=event.part, completed=event.done, total=event.of)

@@ -1,16 +1,10 @@
 """The classic study of a fully connected network: rank against accuracy, before and after fine-tuning the factors."""
 
-import os
-import platform
-import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, nn
@@ -21,15 +15,15 @@ from spectrim.compress import compress
 from spectrim.execution import evaluating
 from spectrim.files import Frozen, require_writable_folder
 from spectrim.io import save
-from spectrim.measure import Accuracy, Epoch, accuracy, measure
+from spectrim.measure import Accuracy, accuracy
 from spectrim.models import mlp
-from spectrim.plan import Metric, Plan, Rank
+from spectrim.plan import Metric, Rank
 from spectrim.ranks import plan
 from spectrim.recipes.images import Images, Minibatches, load_images
+from spectrim.recipes.outcome import Network, SeedOutcome, choose, provenance_of, spectra_of, summarise, variants_of
 from spectrim.recipes.parts import Parts, Trained, key_of
 from spectrim.recipes.progress import OnProgress, Teller, silent
-from spectrim.report import LayerSpectrum, Published, Results, Run, Variant, report
-from spectrim.report.results import Stage
+from spectrim.report import Published, Results, report
 from spectrim.training import finetune, fit
 from spectrim.training.checkpoint import Checkpoint
 
@@ -97,35 +91,6 @@ class MlpStudy(Frozen):
         )
 
 
-@dataclass(frozen=True, eq=False)
-class _Network:
-    """One compressed network of one seed."""
-
-    metric: Metric
-    rank: int
-    stage: Stage
-    model: nn.Module
-    plan: Plan
-    held_out: Accuracy
-    curve: tuple[Epoch, ...]
-
-    @property
-    def name(self) -> str:
-        return f"rank {self.rank}, {self.metric}, {self.stage}"
-
-
-@dataclass(frozen=True, eq=False)
-class _Seed:
-    """Everything one seed produced before the test set is opened."""
-
-    seed: int
-    dense: nn.Module
-    held_out: Accuracy
-    curve: tuple[Epoch, ...]
-    analysis: Analysis
-    networks: tuple[_Network, ...]
-
-
 def run_study(
     study: MlpStudy, out: Path, *, data_folder: Path | None = None, on_progress: OnProgress = silent
 ) -> Results:
@@ -153,19 +118,25 @@ def run_study(
         _SeedRun(study, seed, images, Parts(out / "parts" / f"seed{seed}"), teller).run() for seed in study.seeds
     )
     teller.begin("testing")
-    dense, variants = _variants(seeds, images, teller)
-    chosen, because = _choose(seeds, study.tolerance)
+    dense, variants = variants_of(seeds, images, teller)
+    chosen, because = choose(seeds, study.tolerance)
     results = Results(
         title=study.title,
-        summary=_summary(dense, next(v for v in variants if v.name == chosen.name)),
+        summary=summarise(dense, next(v for v in variants if v.name == chosen.name)),
         dense=dense,
         variants=variants,
         chosen=chosen.name,
         chosen_because=because,
-        spectra=_spectra(seeds[0].analysis),
+        spectra=spectra_of(seeds[0].analysis),
         published=study.published,
         command=study.command,
-        provenance=_provenance(study, images, seconds=time.perf_counter() - start),
+        provenance=provenance_of(
+            images,
+            dataset=study.dataset,
+            seeds=study.seeds,
+            settings=study.model_dump_json(exclude={"published", "title", "name", "command"}),
+            seconds=time.perf_counter() - start,
+        ),
     )
     teller.begin("writing")
     save(chosen.model, out / "model.safetensors")
@@ -186,7 +157,7 @@ class _SeedRun:
     parts: Parts
     teller: Teller
 
-    def run(self) -> _Seed:
+    def run(self) -> SeedOutcome:
         dense, curve = self._dense()
         self._begin("analysing")
         train = self.images.train
@@ -201,7 +172,7 @@ class _SeedRun:
             for rank in self.study.ranks
             for network in self._compressed(dense, analysis, metric=metric, rank=rank, logits=logits)
         )
-        return _Seed(self.seed, dense, self._held_out(dense), curve, analysis, networks)
+        return SeedOutcome(self.seed, dense, self._held_out(dense), curve, analysis, networks)
 
     def _dense(self) -> Trained:
         phase = self.study.dense
@@ -234,14 +205,14 @@ class _SeedRun:
 
     def _compressed(
         self, dense: nn.Module, analysis: Analysis, *, metric: Metric, rank: int, logits: Tensor
-    ) -> Iterator[_Network]:
+    ) -> Iterator[Network]:
         """The network of one rank and metric as factored, and after its factors were tuned."""
         self._begin(f"rank {rank}, {metric} metric: factoring and fine-tuning")
         phase = self.study.tuning
         decided = plan(analysis, Rank(rank), metric=metric)
         example = self.images.train.images[:1]
         small = compress(dense, decided, example_inputs=example, analysis=analysis)
-        yield _Network(metric, rank, "zero-shot", small.model, decided, self._held_out(small.model), ())
+        yield Network(metric, rank, "zero-shot", small.model, decided, self._held_out(small.model), ())
 
         def train(checkpoint: Checkpoint) -> Trained:
             tuned = finetune(
@@ -260,7 +231,7 @@ class _SeedRun:
 
         key = self._key(metric=metric, rank=rank, calibration=self.study.calibration_images, tuning=phase)
         model, curve = self.parts.trained(f"rank{rank:04d}-{metric}", key=key, blank=dense, train=train)
-        yield _Network(metric, rank, "fine-tuned", model, decided, self._held_out(model), curve)
+        yield Network(metric, rank, "fine-tuned", model, decided, self._held_out(model), curve)
 
     def _begin(self, what: str) -> None:
         self.teller.begin(f"seed {self.seed}: {what}" if len(self.study.seeds) > 1 else what)
@@ -287,86 +258,3 @@ def _logits(model: nn.Module, images: Tensor) -> Tensor:
     """The teacher's answers, computed once instead of in every epoch."""
     with evaluating(model):
         return torch.cat([model(some) for some in images.split(1000)])
-
-
-def _variants(seeds: Sequence[_Seed], images: Images, teller: Teller) -> tuple[Variant, tuple[Variant, ...]]:
-    """Open the test set, once for every network, and time the first seed's networks against its dense one."""
-    tests, example, first = images.test.batches(), images.test.images[:1], seeds[0]
-    runs = tuple(
-        Run(seed=one.seed, test=accuracy(one.dense, tests), held_out=one.held_out, curve=one.curve) for one in seeds
-    )
-    dense = Variant(name="dense", stage="dense", measurement=measure(first.dense, example), runs=runs)
-    variants = []
-    for index, network in enumerate(first.networks):
-        teller.tell(index, of=len(first.networks), note=network.name)
-        same = [one.networks[index] for one in seeds]
-        runs = tuple(
-            Run(seed=one.seed, test=accuracy(each.model, tests), held_out=each.held_out, curve=each.curve)
-            for one, each in zip(seeds, same, strict=True)
-        )
-        variants.append(
-            Variant(
-                name=network.name,
-                stage=network.stage,
-                measurement=measure(network.model, example, reference=first.dense),
-                rule=Rank(network.rank),
-                metric=network.metric,
-                plan=network.plan,
-                runs=runs,
-            )
-        )
-    return dense, tuple(variants)
-
-
-def _choose(seeds: Sequence[_Seed], tolerance: float) -> tuple[_Network, str]:
-    """The smallest network within the tolerance of dense on held-out training images; the best one if none is."""
-    means = [
-        statistics.fmean(one.networks[index].held_out.value for one in seeds) for index in range(len(seeds[0].networks))
-    ]
-    dense = statistics.fmean(one.held_out.value for one in seeds)
-    networks = list(zip(seeds[0].networks, means, strict=True))
-    close = [(network, mean) for network, mean in networks if mean >= dense - tolerance]
-    if not close:
-        best = max(networks, key=lambda pair: pair[1])[0]
-        return best, "the most accurate on held-out training images; none came within the tolerance of dense"
-    smallest = min(close, key=lambda pair: (pair[0].plan.kept_cost.params, -pair[1]))[0]
-    return smallest, f"the smallest within {100 * tolerance:g} points of dense on held-out training images"
-
-
-def _summary(dense: Variant, chosen: Variant) -> str:
-    before, after = dense.measurement, chosen.measurement
-    speed = f", {after.speedup.value:.1f}x faster one image at a time" if after.speedup else ""
-    return (
-        f"A network of {before.params:,} parameters that is right on {100 * (dense.accuracy or 0):.2f} % of the test "
-        f"images became one of {after.params:,} that is right on {100 * (chosen.accuracy or 0):.2f} %: "
-        f"{before.params / after.params:.1f}x smaller{speed}."
-    )
-
-
-def _spectra(analysis: Analysis) -> tuple[LayerSpectrum, ...]:
-    return tuple(
-        LayerSpectrum(
-            layer=layer.name, kind=layer.kind, shape=layer.shape, metric=metric, values=tuple(spectrum.values.tolist())
-        )
-        for layer in analysis
-        for metric, spectrum in layer.spectra.items()
-    )
-
-
-def _provenance(study: MlpStudy, images: Images, *, seconds: float) -> dict[str, str]:
-    return {
-        "spectrim": version("spectrim"),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "python": platform.python_version(),
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, "
-        f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
-        "seeds": ", ".join(map(str, study.seeds)),
-        "data": f"{study.dataset} from {images.source}; {len(images.train)} training, {len(images.held_out)} held-out and "
-        f"{len(images.test)} test images",
-        "data checksum (sha256)": images.checksum,
-        "settings": study.model_dump_json(exclude={"published", "title", "name", "command"}),
-        "timing": "one image at a time, one thread, median of interleaved pairs with its 95 % interval",
-        "finished": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "took": f"{seconds:.0f} s (parts found on disk not counted)",
-    }

@@ -48,7 +48,7 @@ def report(results: Results, path: str | Path) -> Path:
         plans=_plans(results),
         plotly=Markup(get_plotlyjs()),  # plotly's own script, meant for inlining
     )
-    return write_text(Path(path), page)
+    return write_text(Path(path), page.lstrip())
 
 
 @dataclass(frozen=True)

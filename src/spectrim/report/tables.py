@@ -172,7 +172,7 @@ def _of_analysis(analysis: Analysis) -> Listing:
     )
     macs = sum(layer.dense.macs for layer in analysis)
     rows = tuple(_analysis_row(layer, macs=macs) for layer in analysis)
-    able = sum(layer.form is not None for layer in analysis)
+    able = sum(layer.form is not None and layer.refusal is None for layer in analysis)
     title = f"{len(analysis)} weights, {able} of them can be factored"
     metrics = {row[_METRIC] for row in rows} - {words.NOTHING}
     where = f"the {metrics.pop()} metric" if len(metrics) == 1 else "the metric named"

@@ -131,7 +131,7 @@ def _update(
     for group in optimiser.param_groups:
         group["lr"] = rate
     optimiser.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     if clip is not None:
         nn.utils.clip_grad_norm_(trained, clip)
     optimiser.step()
