@@ -1,14 +1,18 @@
 """The command line as a person meets it: real processes, real exit codes."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 import spectrim as st
 from spectrim import models
+from spectrim.cli.app import app
 
 
 def spectrim(*arguments: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -77,9 +81,30 @@ def test_a_mistake_is_one_message_and_a_non_zero_exit_code(
     assert (tmp_path / "file").read_text() == "mine"
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for one process")
+def test_an_interrupt_is_one_line_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "from spectrim.cli import main; main()", "demo", "--quick"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
+    running = subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+    dense = tmp_path / "spectrim-demo" / "parts" / "seed0" / "dense.json"
+    while not dense.exists() and running.poll() is None:
+        time.sleep(0.05)
+    running.send_signal(signal.SIGINT)
+    _, told = running.communicate()
+    assert running.returncode == 130
+    assert "interrupted; what is finished lies in spectrim-demo" in told
+    assert "Traceback" not in told
+    stamp = dense.stat().st_mtime_ns
+    assert spectrim("demo", "--quick", folder=tmp_path).returncode == 0
+    assert dense.stat().st_mtime_ns == stamp
+
+
 def test_help_version_and_unknown_commands(tmp_path: Path) -> None:
     assert spectrim("--version", folder=tmp_path).stdout.strip() == st.__version__
-    for arguments in (("--help",), ("demo", "--help"), ("recipe", "--help"), ("recipe", "mnist-mlp", "--help")):
-        assert spectrim(*arguments, folder=tmp_path).returncode == 0
     assert spectrim("demmo", folder=tmp_path).returncode == 2
-    assert "mnist-mlp" in spectrim("recipe", "list", folder=tmp_path).stdout
+    inside = CliRunner()
+    for arguments in (["--help"], ["demo", "--help"], ["recipe", "--help"], ["recipe", "mnist-mlp", "--help"]):
+        assert inside.invoke(app, arguments).exit_code == 0
+    assert "mnist-mlp" in inside.invoke(app, ["recipe", "list"]).stdout

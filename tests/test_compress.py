@@ -1,6 +1,7 @@
 """The one-call path: what it keeps, what it refuses, and that it touches nothing it was given."""
 
 import copy
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,8 @@ from torch.nn.utils import parametrizations
 
 import spectrim as st
 from spectrim import errors
+
+compress_module = sys.modules["spectrim.compress"]
 
 
 def answer(model: nn.Module, *args: Any) -> Tensor:
@@ -391,6 +394,29 @@ class TestPlanAndData:
         assert same_state(one.model, state(two.model))
         assert same_state(one.model, state(three.model))
         assert same_state(one.model, state(four.model))
+
+    @pytest.mark.parametrize(
+        "wrong", [{"rule_or_plan": st.Rank(13)}, {"rule_or_plan": st.Rank(2), "exclude": "x"}], ids=["rank", "pattern"]
+    )
+    def test_mistakes_are_seen_before_any_data_is_read(self, wrong: Any) -> None:
+        data = iter([X])
+        with pytest.raises(errors.SpectrimError):
+            st.compress(small_mlp(), **wrong, example_inputs=X, data=data)
+        assert next(data) is X
+
+    def test_an_analysis_cannot_be_overruled_silently(self) -> None:
+        model = small_mlp()
+        analysis = st.analyze(model, X)
+        for more in ({"keep_last": True}, {"exclude": "4"}, {"data": [X]}):
+            with pytest.raises(errors.PlanError, match=r"to st\.analyze"):
+                st.compress(model, st.Rank(2), example_inputs=X, analysis=analysis, **more)
+
+    def test_layers_that_stay_dense_cost_no_statistics(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        seen: list[st.Calibration] = []
+        real = compress_module.calibrate
+        monkeypatch.setattr(compress_module, "calibrate", lambda *a, **k: seen.append(real(*a, **k)) or seen[-1])
+        st.compress(small_mlp(), st.Rank(2), example_inputs=X, data=[X], exclude="2", keep_last=True)
+        assert set(seen[0].moments) == {"0"}
 
     def test_max_batches_stops_an_endless_stream(self) -> None:
         def endless() -> Any:

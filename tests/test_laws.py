@@ -104,6 +104,19 @@ def test_merging_gives_the_product_of_the_factors(seed: int, ranks: int, calibra
 
 
 @laws
+@given(out=sizes, into=sizes, seed=seeds, bias=draw.booleans(), decay=draw.floats(0.2, 1.0), calibrated=draw.booleans())
+def test_merging_inverts_compressing_at_full_rank(
+    out: int, into: int, seed: int, bias: bool, decay: float, calibrated: bool
+) -> None:
+    model = network(out, into, seed=seed, bias=bias, decay=decay)
+    x = inputs(40, into, seed=seed % 1000)
+    full = st.compress(model, st.Ratio(1.0), example_inputs=x, data=[x] if calibrated else None, allow_growth=True)
+    back = st.merge(full.model)
+    torch.testing.assert_close(weights_of(back), weights_of(model), rtol=0, atol=1e-10)
+    assert type(back[0]) is nn.Linear
+
+
+@laws
 @given(seed=seeds, rank=draw.integers(1, 4), calibrated=draw.booleans(), bias=draw.booleans())
 def test_saving_and_loading_gives_bit_equal_outputs(
     tmp_path_factory: pytest.TempPathFactory, seed: int, rank: int, calibrated: bool, bias: bool

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from spectrim.calibrate import Calibration, Moments
 from spectrim.errors import DataError, ModelError
-from spectrim.execution import as_inputs, trace
+from spectrim.execution import Trace, as_inputs, trace
 from spectrim.forms import VIEWS, dense_cost, full_rank, linear_break_even, linear_cost
 from spectrim.linalg import (
     Decomposition,
@@ -123,9 +123,7 @@ def analyze(
         PatternError: a pattern that matches no layer.
         DataError: a calibration of another model.
     """
-    seen = trace(model, as_inputs(example_inputs))
-    targets = find_targets(model, seen, include=include, exclude=exclude, keep_last=keep_last)
-    _require_finite(targets)
+    targets, seen = survey(model, example_inputs, include=include, exclude=exclude, keep_last=keep_last)
     decompositions: dict[tuple[str, Metric], Decomposition] = {}
     layers = []
     for target in targets:
@@ -136,13 +134,23 @@ def analyze(
     return Analysis(tuple(layers), metrics, decompositions, calibration)
 
 
+def survey(
+    model: nn.Module, example_inputs: Any, *, include: Patterns, exclude: Patterns, keep_last: bool
+) -> tuple[tuple[Target, ...], Trace]:
+    """Find the layers and check all that can be checked before any long work; raises as `analyze` does."""
+    seen = trace(model, as_inputs(example_inputs))
+    targets = find_targets(model, seen, include=include, exclude=exclude, keep_last=keep_last)
+    _require_finite(targets)
+    return targets, seen
+
+
 def _require_finite(targets: tuple[Target, ...]) -> None:
     for target in targets:
         for name, parameter in target.module.named_parameters(recurse=False):
             if not parameter.is_meta and parameter.is_floating_point() and not is_finite(parameter):
                 raise ModelError(
-                    f"{target.name}.{name} holds NaN or infinite values; repair the checkpoint, or leave the layer's "
-                    "network out: no factorisation of it can be meant"
+                    f"{target.name}.{name} holds NaN or infinite values, which have no singular values; "
+                    "repair the checkpoint"
                 )
 
 

@@ -1,6 +1,6 @@
 """Calibration: what the layers of a trained network see, as streamed means and covariances. No activation is kept."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,11 +43,16 @@ class Calibration:
 
 
 def calibrate(
-    model: nn.Module, batches: Iterable[Any], *, max_batches: int | None = None, labels: bool = False
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    max_batches: int | None = None,
+    labels: bool = False,
+    layers: Collection[str] | None = None,
 ) -> Calibration:
     """Run batches through the model and stream the statistics of every Linear layer's input.
 
-    Memory: one (in, in) float64 matrix per Linear layer. The model's training flags, gradients and random state
+    Memory: one (in, in) float64 matrix per layer. The model's training flags, gradients and random state
     are as before afterwards.
 
     Args:
@@ -55,6 +60,7 @@ def calibrate(
         batches: Each a tensor, a tuple of positional or a mapping of keyword arguments.
         max_batches: Stop after so many.
         labels: Batches are (inputs.., labels); the labels are set aside.
+        layers: Names of the layers to watch; all Linear layers by default.
 
     Raises:
         DataError: no batches, a batch the model cannot run, or activations that are NaN or infinite.
@@ -62,7 +68,8 @@ def calibrate(
     sums: dict[str, _Running] = {}
 
     def watch(name: str, layer: nn.Module, given: Tensor, _: Tensor) -> None:
-        if isinstance(layer, nn.Linear) and given.is_floating_point():
+        wanted = layers is None or name in layers
+        if wanted and isinstance(layer, nn.Linear) and given.is_floating_point():
             sums.setdefault(name, _Running()).add(given.reshape(-1, given.shape[-1]))
 
     hint = "" if labels else " If the batches are pairs of inputs and labels, pass labels=True."

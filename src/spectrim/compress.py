@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from spectrim.analyze import Analysis, analyze
+from spectrim.analyze import Analysis, analyze, survey
 from spectrim.calibrate import Calibration, calibrate
 from spectrim.errors import PlanError
 from spectrim.execution import Inputs, as_inputs
@@ -14,7 +14,7 @@ from spectrim.factorize import duplicate, factorize
 from spectrim.measure import Measurement, count
 from spectrim.plan import Metric, Plan, Rule
 from spectrim.ranks import plan as make_plan
-from spectrim.ranks import refresh
+from spectrim.ranks import refresh, require_reachable
 from spectrim.surgery import Patterns
 
 
@@ -68,14 +68,20 @@ def compress(
     Raises:
         SpectrimError: one of its kinds, before anything has been changed.
     """
-    if isinstance(rule_or_plan, Plan) and (include != ("*",) or exclude or keep_last or metric or allow_growth):
+    selected = include != ("*",) or bool(exclude) or keep_last
+    if isinstance(rule_or_plan, Plan) and (selected or metric or allow_growth):
         raise PlanError("a plan already says which layers and metric; give include, exclude, metric to st.plan instead")
+    if analysis is not None and (selected or data is not None):
+        raise PlanError("an analysis already has its layers and data; give include, exclude, calibration to st.analyze")
     if analysis is None:
-        wanted = metric != "plain" and not (isinstance(rule_or_plan, Plan) and not _needs_data(rule_or_plan))
+        layers = _layers(model, example_inputs, rule_or_plan, include=include, exclude=exclude, keep_last=keep_last)
+        wanted = data is not None and metric != "plain" and _uses_data(rule_or_plan)
         analysis = analyze(
             model,
             example_inputs,
-            calibration=_calibration(model, data, as_inputs(example_inputs), max_batches) if wanted else None,
+            calibration=_calibrate(model, data or (), as_inputs(example_inputs), max_batches, layers)
+            if wanted
+            else None,
             include=include,
             exclude=exclude,
             keep_last=keep_last,
@@ -94,14 +100,37 @@ def compress(
     return Compressed(smaller, plan, count(smaller, example_inputs).against(dense))
 
 
-def _needs_data(plan: Plan) -> bool:
-    return any(layer.metric == "activation" for layer in plan.factored)
+def _layers(
+    model: nn.Module,
+    example_inputs: Any,
+    rule_or_plan: Rule | Plan,
+    *,
+    include: Patterns,
+    exclude: Patterns,
+    keep_last: bool,
+) -> set[str]:
+    """Names of the layers that need statistics; every mistake that can be seen without data is raised here."""
+    targets, _ = survey(model, example_inputs, include=include, exclude=exclude, keep_last=keep_last)
+    open_to = [target for target in targets if target.refusal is None]
+    if isinstance(rule_or_plan, Plan):
+        planned = {layer.name for layer in rule_or_plan.factored if layer.metric == "activation"}
+        open_to = [target for target in open_to if target.name in planned]
+    else:
+        require_reachable(
+            rule_or_plan, {target.name: target.module.get_parameter("weight").shape for target in open_to}
+        )
+    return {site for target in open_to for site in target.sites}
 
 
-def _calibration(
-    model: nn.Module, data: Iterable[Any] | None, example: Inputs, max_batches: int | None
-) -> Calibration | None:
-    return None if data is None else calibrate(model, _unlabelled(data, example), max_batches=max_batches)
+def _uses_data(rule_or_plan: Rule | Plan) -> bool:
+    plan = rule_or_plan
+    return not isinstance(plan, Plan) or any(layer.metric == "activation" for layer in plan.factored)
+
+
+def _calibrate(
+    model: nn.Module, data: Iterable[Any], example: Inputs, max_batches: int | None, layers: set[str]
+) -> Calibration:
+    return calibrate(model, _unlabelled(data, example), max_batches=max_batches, layers=layers)
 
 
 def _unlabelled(data: Iterable[Any], example: Inputs) -> Iterator[Any]:

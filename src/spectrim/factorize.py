@@ -114,4 +114,6 @@ def _corrected_bias(module: nn.Linear, *, lost: Tensor, mean: Tensor) -> nn.Para
 
 def _parameter_like(reference: Tensor, value: Tensor) -> nn.Parameter:
     """`value` as a parameter with the type, device and gradient flag of `reference`."""
-    return nn.Parameter(value.to(reference.device, reference.dtype).contiguous(), requires_grad=reference.requires_grad)
+    return nn.Parameter(
+        value.to(reference.dtype).to(reference.device).contiguous(), requires_grad=reference.requires_grad
+    )

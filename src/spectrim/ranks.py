@@ -1,6 +1,6 @@
 """A rule and an analysis give a plan: pure numbers, no network."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from spectrim.analyze import Analysis, LayerAnalysis
 from spectrim.errors import PlanError, RuleError
@@ -23,16 +23,13 @@ def plan(analysis: Analysis, rule: Rule, *, metric: Metric | None = None, allow_
         RuleError: a rank above the full rank of a layer it would apply to.
         PlanError: a metric that the analysis does not have.
     """
-    if not isinstance(rule, Rank | Ratio | Energy):
-        raise RuleError(f"{rule!r} is not a rule; give Rank(20), Ratio(0.25) or Energy(0.9)")
     metric = metric or analysis.metrics[-1]
     if metric not in analysis.metrics:
         raise PlanError(
             f"the analysis has no {metric} metric, only {', '.join(analysis.metrics)}; "
             "pass calibration=st.calibrate(model, batches) to st.analyze"
         )
-    if isinstance(rule, Rank):
-        _require_reachable(analysis.layers, rule)
+    require_reachable(rule, {layer.name: layer.shape for layer in analysis if layer.form and not layer.refusal})
     layers = tuple(_decide(layer, rule, metric=metric, allow_growth=allow_growth) for layer in analysis)
     return Plan(rule=rule, metric=metric, layers=layers)
 
@@ -76,10 +73,19 @@ def _again(decided: LayerPlan, layer: LayerAnalysis, *, metric: Metric) -> Layer
     return fresh.model_copy(update={"reason": f"rank {decided.rank} set by hand in the plan"}) if stale else fresh
 
 
-def _require_reachable(layers: Sequence[LayerAnalysis], rule: Rank) -> None:
-    short = [layer for layer in layers if layer.form and not layer.refusal and layer.full_rank < rule.rank]
+def require_reachable(rule: Rule, shapes: Mapping[str, Sequence[int]]) -> None:
+    """Check a rule against the weights (out, in) it is meant for, before any long work.
+
+    Raises:
+        RuleError: not a rule, or a rank above the full rank of a layer.
+    """
+    if not isinstance(rule, Rank | Ratio | Energy):
+        raise RuleError(f"{rule!r} is not a rule; give Rank(20), Ratio(0.25) or Energy(0.9)")
+    if not isinstance(rule, Rank):
+        return
+    short = [(name, list(shape)) for name, shape in shapes.items() if min(shape) < rule.rank]
     if short:
-        listed = ", ".join(f"{layer.name} {list(layer.shape)} has full rank {layer.full_rank}" for layer in short[:3])
+        listed = ", ".join(f"{name} {shape} has full rank {min(shape)}" for name, shape in short[:3])
         more = f" and {len(short) - 3} more" if len(short) > 3 else ""
         raise RuleError(
             f"{rule} is above what some layers can have: {listed}{more}. "

@@ -59,6 +59,3 @@ def main() -> None:
         errors.print("[bold red]error:[/]", end=" ")
         errors.print(str(error), markup=False, soft_wrap=True)
         sys.exit(1)
-    except KeyboardInterrupt:
-        errors.print("interrupted; start the same command again to go on where it stopped", markup=False)
-        sys.exit(130)

@@ -64,7 +64,13 @@ def run(study: MlpStudy, *, out: Path, data_folder: Path | None) -> None:
             bars.update(whole, completed=event.parts_done + done * (event.parts_done < event.parts), total=event.parts)
             bars.update(part, description=event.part, completed=event.done, total=event.of)
 
-        results = run_study(study, out, data_folder=data_folder, on_progress=show)
+        try:
+            results = run_study(study, out, data_folder=data_folder, on_progress=show)
+        except KeyboardInterrupt:
+            bars.stop()
+            stop = f"interrupted; what is finished lies in {out}, and the same command goes on from there"
+            Console(stderr=True, highlight=False).print(stop, markup=False, soft_wrap=True)
+            raise typer.Exit(130) from None
     console.print(table(results))
     console.print(results.summary, markup=False)
     console.print(f"Saved is {results.chosen}: {results.chosen_because}.", markup=False)
