@@ -98,7 +98,7 @@ def call(model: nn.Module, inputs: Inputs, *, what: str = "example_inputs", hint
     moved = to_device(inputs, device_of(model))
     try:
         return model(*moved.args, **moved.kwargs)
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+    except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
             f"{type(model).__name__} cannot run {what} ({inputs.describe()}): {reason}."

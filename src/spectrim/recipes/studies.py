@@ -13,7 +13,7 @@ MNIST_MLP = MlpStudy(
     held_out=5000,
     calibration_images=10_000,
     dense=Phase(epochs=8, lr=1e-3, batch=128),
-    tuning=Phase(epochs=5, lr=1e-3, batch=128),
+    tuning=Phase(epochs=5, lr=3e-3, batch=128),
     published=(
         Published(
             source="the published study of this network",

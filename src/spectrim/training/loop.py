@@ -80,7 +80,9 @@ def fit(
         DataError: no batches, or targets that do not fit the outputs.
     """
     trained = [p for p in (model.parameters() if parameters is None else parameters) if p.requires_grad]
-    optimiser = AdamW(trained, lr=lr, weight_decay=weight_decay)
+    # the fused update reads and writes every number once; on a CPU it is a third of a step otherwise
+    fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in trained)
+    optimiser = AdamW(trained, lr=lr, weight_decay=weight_decay, fused=fused)
     curve = list(checkpoint.restore(model, optimiser)) if checkpoint else []
     flags = {module: module.training for module in model.modules()}
     try:

@@ -1,0 +1,236 @@
+"""From a reference such as `torchvision:resnet18` to a network."""
+
+import contextlib
+import difflib
+import functools
+import importlib
+import inspect
+import pkgutil
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from types import ModuleType
+
+from torch import nn
+
+from spectrim.errors import ModelError
+from spectrim.models.networks import NETWORKS
+from spectrim.models.weights import fill_, read_state
+
+_KINDS = "spectrim:NAME, pkg.module:factory, torchvision:NAME or timm:NAME"
+_WEIGHT_OPTIONS = ("weights", "pretrained", "checkpoint")
+
+_Options = Mapping[str, object]
+
+
+def resolve(reference: str, *, weights: Path | None = None, options: _Options | None = None) -> nn.Module:
+    """The network that `reference` names, with the weights of a file if one is given.
+
+    - `spectrim:resnet20`: one of `spectrim.models.NETWORKS`.
+    - `torchvision:resnet18`, `timm:resnet18`: from an installed torchvision or timm, untrained. Nothing is downloaded.
+    - `pkg.module:factory`: imports the module and calls the function or class. THIS RUNS THE CODE OF THAT MODULE, with
+      all that it imports: name only code that you trust. Modules in the current folder can be named too, and win over
+      installed ones; the folder is on the import path only until the factory has returned.
+
+    Args:
+        reference: One of the above.
+        weights: A `.safetensors` file of the network's whole `state_dict()`. Pickles (`.pt`, `.pth`, ..) are refused.
+        options: Keyword arguments of the factory, such as `{"outputs": 47}`.
+
+    Returns:
+        The module as the factory made it: its training flag, device and number types are not touched.
+
+    Raises:
+        ModelError: an unknown or malformed reference, a missing optional dependency, options that the factory does not
+            take, a factory that fails or returns something else than an `nn.Module`.
+        FileError: weights that are missing, damaged, a pickle, or for another network.
+    """
+    source, _, name = reference.partition(":")
+    if not (source and name):
+        raise ModelError(_malformed(reference))
+    if source == "hf":
+        raise ModelError(
+            f"{reference}: Hugging Face models are not loaded by name; write a function that returns yours and name it "
+            f"as pkg.module:factory. Supported are {_KINDS}"
+        )
+    # before the network, which may take long to make or may run code
+    state = read_state(Path(weights)) if weights is not None else None
+    model = _SOURCES.get(source, _from_module)(reference, options or {})
+    if state is not None and weights is not None:
+        fill_(model, state, origin=Path(weights))
+    return model
+
+
+def _own(reference: str, options: _Options) -> nn.Module:
+    name = _name(reference)
+    if name not in NETWORKS:
+        raise ModelError(f"spectrim has no network {name!r}; {_near(name, NETWORKS)}it has {', '.join(NETWORKS)}")
+    return _made(reference, NETWORKS[name], options)
+
+
+def _from_torchvision(reference: str, options: _Options) -> nn.Module:
+    models = _optional("torchvision.models", install='"spectrim[vision]"')
+    name, names = _name(reference), models.list_models()
+    if name not in names:
+        near = _near(name, names)
+        raise ModelError(f"torchvision has no network {name!r}; {near}torchvision.models.list_models() names all")
+    _refuse_weights(reference, options)
+    # the backbones of detection and segmentation networks would be downloaded even for weights=None
+    parameters = inspect.signature(models.get_model_builder(name)).parameters
+    none = {parameter: None for parameter in parameters if parameter.startswith("weights")}
+    return _made(reference, functools.partial(models.get_model, name, **none), options)
+
+
+def _from_timm(reference: str, options: _Options) -> nn.Module:
+    timm = _optional("timm", install="timm")
+    name = _name(reference)
+    if ":" in name or "/" in name:
+        raise ModelError(f"{reference}: timm would read a hub or a folder for it; name one of timm.list_models()")
+    if not timm.is_model(name):
+        near = _near(name, timm.list_models())
+        raise ModelError(f"timm has no network {name!r}; {near}timm.list_models() names all")
+    _refuse_weights(reference, options)
+    return _made(reference, functools.partial(timm.create_model, name, pretrained=False), options)
+
+
+def _from_module(reference: str, options: _Options) -> nn.Module:
+    module, _, path = reference.partition(":")
+    if module.endswith(".py") or not all(part.isidentifier() for part in module.split(".")):
+        raise ModelError(_malformed(reference))
+    with _current_folder_importable():
+        factory = _attribute(reference, _imported(module), path)
+        if isinstance(factory, nn.Module) or not callable(factory):
+            kind = type(factory).__name__
+            raise ModelError(f"{reference} is a {kind}, not a function; name a function that makes the network")
+        return _made(reference, factory, options)
+
+
+_SOURCES: Mapping[str, Callable[[str, _Options], nn.Module]] = {
+    "spectrim": _own,
+    "torchvision": _from_torchvision,
+    "timm": _from_timm,
+}
+
+
+def _made(reference: str, factory: Callable[..., object], options: _Options) -> nn.Module:
+    """What the factory returns, once it is known to take the options and to have returned a module."""
+    signature = _signature(factory)
+    if signature is not None:
+        try:
+            signature.bind(**options)
+        except TypeError as error:
+            given = ", ".join(map(str, options)) or "no options"
+            raise ModelError(f"{reference} cannot be called with {given}: {error}; it takes {signature}") from error
+    try:
+        made = factory(**options)
+    except ModelError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise ModelError(f"{reference} failed to make a network: {_said(error)}") from error
+    if not isinstance(made, nn.Module):
+        kind = type(made).__name__
+        raise ModelError(f"{reference} returned a {kind}, not a torch.nn.Module; return the network itself")
+    return made
+
+
+def _signature(factory: Callable[..., object]) -> inspect.Signature | None:
+    """None for the few callables written in C that do not tell; calling them will."""
+    try:
+        return inspect.signature(factory)
+    except (TypeError, ValueError):
+        return None
+
+
+def _attribute(reference: str, module: ModuleType, path: str) -> object:
+    found: object = module
+    for part in path.split("."):
+        names = [name for name in dir(found) if not name.startswith("_")]
+        try:
+            found = getattr(found, part)
+        except AttributeError as error:
+            near = _near(part, names)
+            raise ModelError(
+                f"{reference}: there is no {part!r}; {near}name a function of {module.__name__}"
+            ) from error
+        except Exception as error:  # modules may compute their names
+            raise ModelError(f"{reference} cannot be imported: {_said(error)}") from error
+    return found
+
+
+def _imported(name: str) -> ModuleType:
+    # the module may have been written a moment ago
+    importlib.invalidate_caches()
+    try:
+        return importlib.import_module(name)
+    except (Exception, SystemExit) as error:
+        raise ModelError(_import_failure(name, error)) from error
+
+
+def _import_failure(name: str, error: BaseException) -> str:
+    missing = error.name if isinstance(error, ModuleNotFoundError) else None
+    if missing is None:
+        return f"{name} cannot be imported: {_said(error)}"
+    if missing == name or name.startswith(f"{missing}."):
+        near = _near(missing, _siblings(missing))
+        return f"there is no module {missing!r}; {near}install it, or run this in the folder that holds it"
+    return f"{name} needs the module {missing!r}, which is not installed; install it"
+
+
+def _siblings(name: str) -> list[str]:
+    """Modules beside `name`: in its package, or in the current folder."""
+    parent = name.rpartition(".")[0]
+    folders = getattr(sys.modules.get(parent), "__path__", []) if parent else [str(Path.cwd())]
+    return [f"{parent}.{found.name}".lstrip(".") for found in pkgutil.iter_modules(folders)]
+
+
+@contextlib.contextmanager
+def _current_folder_importable() -> Iterator[None]:
+    folder = str(Path.cwd())
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        # what the module itself added to the path stays
+        with contextlib.suppress(ValueError):
+            sys.path.remove(folder)
+
+
+def _optional(name: str, *, install: str) -> ModuleType:
+    package = name.partition(".")[0]
+    try:
+        return importlib.import_module(name)
+    except Exception as error:
+        absent = isinstance(error, ModuleNotFoundError) and error.name in (name, package)
+        why = "is not installed" if absent else f"is installed, but cannot be imported ({_said(error)})"
+        raise ModelError(f"{package} {why}; run: pip install {install}") from error
+
+
+def _refuse_weights(reference: str, options: _Options) -> None:
+    for option in options:
+        if str(option).startswith(_WEIGHT_OPTIONS):
+            raise ModelError(
+                f"{reference}: the option {option!r} would fetch weights; give them as a .safetensors file"
+            )
+
+
+def _malformed(reference: str) -> str:
+    if reference in NETWORKS:
+        return f"{reference!r} names no source; write spectrim:{reference}"
+    module, _, name = reference.partition(":")
+    dotted = module.removesuffix(".py").replace("\\", "/").replace("/", ".").strip(".")
+    example = f"; write {dotted}:{name}" if module != dotted and dotted and name else ""
+    return f"{reference!r} does not name a network{example}. Supported are {_KINDS}"
+
+
+def _name(reference: str) -> str:
+    return reference.partition(":")[2]
+
+
+def _near(name: str, names: Iterable[str]) -> str:
+    """`did you mean ..?; ` with up to three of `names`, or nothing."""
+    near = difflib.get_close_matches(name, list(names), n=3, cutoff=0.6)
+    return f"did you mean {' or '.join(near)}? " if near else ""
+
+
+def _said(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"

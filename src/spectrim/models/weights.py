@@ -1,0 +1,111 @@
+"""A plain state from a safetensors file into a network: all of it or none, and never a pickle."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from spectrim.errors import FileError, ModelError
+
+_PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """The tensors of a `.safetensors` file by name.
+
+    Raises:
+        FileError: the file is missing, damaged or of another kind. A pickle, which can run code when it is opened, is
+            refused by its name, with the command that converts it.
+    """
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if suffix in _PICKLES:
+        raise FileError(_how_to_convert(path))
+    if suffix != ".safetensors":
+        raise FileError(f"{path} is not a .safetensors file; weights are read from that format only")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise FileError(f"cannot read {path}: {error}; it is missing, cut short, or not a safetensors file") from error
+
+
+def fill_(model: nn.Module, state: Mapping[str, Tensor], *, origin: Path) -> None:
+    """Load `state` into `model`, strictly: every tensor of the network, and no other.
+
+    As in `load_state_dict`, number types are those of the model, and the batch counters of normalisation layers may
+    be missing. A tensor that the model has under several names needs only one of them.
+
+    Args:
+        model: Is changed; after an error it is not to be used.
+        state: From `read_state`.
+        origin: The file, for messages.
+
+    Raises:
+        FileError: the file is for another network. At most three names of each fault are listed.
+        ModelError: the network has no memory to load into.
+    """
+    expected = {name: value for name, value in model.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
+    if any(tensor.is_meta for tensor in expected.values()):
+        raise ModelError(f"the network is on the meta device and cannot take the weights of {origin}; make it on a CPU")
+    _refuse(_misfits(state, expected), origin=origin)
+    try:
+        odd = model.load_state_dict(_under_all_names(state, expected), strict=False)
+    except RuntimeError as error:
+        raise FileError(f"{origin} is for another network: {error}") from error
+    _refuse({"missing": odd.missing_keys, "not in the network": odd.unexpected_keys}, origin=origin)
+
+
+def _misfits(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    """What torch would refuse with a page of text, or cast without a word."""
+    shapes, types = [], []
+    for name, wanted in expected.items():
+        if name not in state or is_lazy(wanted):
+            continue
+        got = state[name]
+        if got.shape != wanted.shape:
+            shapes.append(f"{name} {list(got.shape)}, the network's is {list(wanted.shape)}")
+        elif got.is_floating_point() != wanted.is_floating_point():
+            types.append(f"{name} {got.dtype}, the network's is {wanted.dtype}")
+    return {"of another shape": shapes, "of another type": types}
+
+
+def _under_all_names(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Add the names of tied weights: a safetensors file holds a tensor once."""
+    stored = {id(expected[name]): tensor for name, tensor in state.items() if name in expected}
+    tied = {name: stored[id(tensor)] for name, tensor in expected.items() if id(tensor) in stored}
+    return {**tied, **state}
+
+
+def _refuse(faults: Mapping[str, list[str]], *, origin: Path) -> None:
+    if not any(faults.values()):
+        return
+    said = "; ".join(f"{len(names)} {fault}: {_first(names)}" for fault, names in faults.items() if names)
+    raise FileError(f"{origin} is for another network: {said}. {_advice(origin)}")
+
+
+def _first(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def _advice(origin: Path) -> str:
+    with safe_open(origin, framework="pt") as opened:
+        if "spectrim" in (opened.metadata() or {}):
+            return "spectrim.save wrote it: make the network without weights, then spectrim.load(file, network)"
+    return "Names and shapes must be those of the network's state_dict(); do its options, such as outputs, fit?"
+
+
+def _how_to_convert(path: Path) -> str:
+    """One line; the copies untie tensors that share memory, which safetensors refuses."""
+    target = path.with_suffix(".safetensors")
+    code = (
+        "import torch; from safetensors.torch import save_file; "
+        f"state = torch.load({str(path)!r}, map_location='cpu', weights_only=True); "
+        f"save_file({{name: value.contiguous().clone() for name, value in state.items()}}, {str(target)!r})"
+    )
+    return (
+        f"{path} is a pickle, which can run code when it is opened; if it holds a state_dict, convert it once and "
+        f'give {target}: python -c "{code}"'
+    )
