@@ -22,7 +22,6 @@ from spectrim.report.figures import available
 from spectrim.report.results import Results, Variant
 
 HOSTILE = "</script><script>document.title='hacked'</script><img src=x onerror=alert(1)>[bold]"
-DOCS = Path(__file__).parents[1] / "docs" / "report.md"
 
 
 @pytest.fixture(scope="module")
@@ -617,19 +616,3 @@ def test_the_page_is_no_wider_than_a_phone(results: Results, tmp_path: Path) -> 
     for width, scrolled, drawn in found:
         assert scrolled <= width
         assert drawn >= 3
-
-
-# --------------------------------------------------------------------------------------------------------- docs
-
-
-def test_the_example_of_the_docs_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", DOCS.read_text(encoding="utf-8"), flags=re.DOTALL)
-    code = "\n".join(blocks[:2])  # the third one needs kaleido
-    monkeypatch.chdir(tmp_path)
-    exec(compile(code, str(DOCS), "exec"), {"__name__": "example"})
-    printed = capsys.readouterr().out
-    assert "Handwritten digits" in printed
-    assert "weights, 2 of them can be factored" in printed
-    loaded = Results.load(tmp_path / "results.json")
-    assert loaded.chosen is not None
-    assert "Handwritten digits" in (tmp_path / "report.html").read_text(encoding="utf-8")
