@@ -32,15 +32,16 @@ def test_the_spectrum_of_a_convolution_is_that_of_its_matrix() -> None:
     assert (layer.shape, layer.full_rank) == ((8, 3, 3, 3), 8)
     assert layer.positions == 2 * 4 * 4
     assert layer.dense == st.Cost(params=8 * 27 + 8, macs=8 * 27 * 32)
-    assert "not yet factored" in str(layer.refusal)
+    assert layer.form == "channel"
+    assert layer.refusal is None
 
 
-def test_a_grouped_convolution_is_block_diagonal() -> None:
+def test_the_ranks_of_a_grouped_convolution_are_those_of_each_group() -> None:
     model = convolutional()
     layer = st.analyze(model, X)["2"]
-    blocks = torch.block_diag(*model[2].weight.detach().reshape(4, 3, 6))
-    np.testing.assert_allclose(layer.spectra["plain"].values, torch.linalg.svdvals(blocks).numpy()[:12], atol=1e-12)
-    assert (layer.full_rank, layer.dense.params) == (12, 12 * 6)
+    groups = torch.linalg.svdvals(model[2].weight.detach().reshape(4, 3, 6))
+    np.testing.assert_allclose(layer.spectra["plain"].values, groups.square().sum(dim=0).sqrt().numpy(), atol=1e-12)
+    assert (layer.full_rank, layer.dense.params, layer.per_rank.params) == (3, 12 * 6, 4 * (3 + 6))
 
 
 def test_the_analysed_macs_are_those_that_torch_counts() -> None:

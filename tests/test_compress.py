@@ -159,7 +159,7 @@ class TestKeptDense:
         made = st.compress(model, st.Rank(2), example_inputs=inputs(2, 1, 4, 4))
         reasons = [made.plan[name].reason for name in ("0", "2", "3", "4", "unused")]
         for reason, part in zip(
-            reasons, ("analysed, not yet factored", "subclass", "parametrised", "hooks", "not called"), strict=True
+            reasons, ("would not be smaller", "subclass", "parametrised", "hooks", "not called"), strict=True
         ):
             assert part in reason
 
@@ -283,7 +283,7 @@ def test_nan_and_infinite_weights_are_named(value: float) -> None:
 
 
 def test_a_model_without_layers_or_of_one_layer_is_refused() -> None:
-    with pytest.raises(errors.ModelError, match="no Linear or Conv2d"):
+    with pytest.raises(errors.ModelError, match="no Linear or convolution"):
         st.compress(nn.Sequential(nn.ReLU()), st.Rank(1), example_inputs=X)
     with pytest.raises(errors.ModelError, match=r"nn\.Sequential\(layer\)"):
         st.compress(nn.Linear(12, 4).double(), st.Rank(1), example_inputs=X)

@@ -20,14 +20,19 @@ def planted(values: list[float], out: int, into: int) -> Tensor:
 def test_planted_singular_values_come_back(out: int, into: int) -> None:
     values = [7.0, 3.0, 1.0, 1e-3, 1e-9]
     weight = planted(values, out, into)
-    for spectrum in (linalg.spectrum(weight), linalg.plain_decomposition(weight).spectrum):
+    for spectrum in (linalg.spectrum(weight[None]), linalg.plain_decomposition(weight[None]).spectrum):
         np.testing.assert_allclose(spectrum.values, values, atol=1e-12)
 
 
-def test_blocks_have_the_spectrum_of_the_block_diagonal_matrix() -> None:
+def test_the_error_of_groups_is_that_of_the_block_diagonal_matrix() -> None:
     blocks = torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = linalg.plain_decomposition(blocks)
+    np.testing.assert_allclose(linalg.spectrum(blocks).values, found.spectrum.values, atol=1e-12)
     whole = torch.block_diag(*blocks)
-    np.testing.assert_allclose(linalg.spectrum(blocks).values, torch.linalg.svdvals(whole)[:12].numpy(), atol=1e-12)
+    for rank in (1, 2, 3, 4):
+        down, up = linalg.factors(blocks, found, rank=rank)
+        lost = torch.linalg.matrix_norm(whole - torch.block_diag(*(up @ down))) / torch.linalg.matrix_norm(whole)
+        assert float(lost) == pytest.approx(found.spectrum.error_at(rank), abs=1e-12)
 
 
 def test_figures_of_a_known_spectrum() -> None:
@@ -61,30 +66,33 @@ def test_a_spectrum_cannot_be_changed() -> None:
 
 
 def test_the_metric_basis_ignores_directions_that_the_data_do_not_use() -> None:
-    weight = torch.diag(torch.tensor([100.0, 1.0], dtype=torch.float64))
-    covariance = torch.diag(torch.tensor([0.0, 1.0], dtype=torch.float64))
+    weight = torch.diag(torch.tensor([100.0, 1.0], dtype=torch.float64))[None]
+    covariance = torch.diag(torch.tensor([0.0, 1.0], dtype=torch.float64))[None]
     plain = linalg.plain_decomposition(weight)
     metric = linalg.metric_decomposition(weight, covariance, noise=1e-12)
-    assert plain.basis[:, 0].abs().tolist() == [1, 0]
-    assert metric.basis[:, 0].abs().tolist() == [0, 1]
+    assert plain.basis[0, :, 0].abs().tolist() == [1, 0]
+    assert metric.basis[0, :, 0].abs().tolist() == [0, 1]
     assert metric.spectrum.values.tolist() == [1, 0]
 
 
 def test_unseen_directions_follow_in_the_order_of_the_plain_metric() -> None:
-    weight = planted([5.0, 4.0, 3.0, 2.0], 4, 7)
-    metric = linalg.metric_decomposition(weight, torch.zeros(7, 7), noise=1e-12)
+    weight = planted([5.0, 4.0, 3.0, 2.0], 4, 7)[None]
+    metric = linalg.metric_decomposition(weight, torch.zeros(1, 7, 7), noise=1e-12)
     plain = linalg.plain_decomposition(weight)
-    overlap = (metric.basis.T @ plain.basis).abs()
+    overlap = (metric.basis[0].T @ plain.basis[0]).abs()
     torch.testing.assert_close(overlap, torch.eye(4, dtype=torch.float64), atol=1e-10, rtol=0)
 
 
 @pytest.mark.parametrize(("out", "into"), [(5, 9), (9, 5)])
 def test_bases_are_orthonormal_and_factors_have_equal_norms(out: int, into: int) -> None:
-    weight = planted([4.0, 2.0, 1.0, 0.5, 0.25], out, into)
+    weight = planted([4.0, 2.0, 1.0, 0.5, 0.25], out, into)[None]
     mix = torch.randn(into, into, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    for found in (linalg.plain_decomposition(weight), linalg.metric_decomposition(weight, mix @ mix.T, noise=1e-12)):
+    for found in (
+        linalg.plain_decomposition(weight),
+        linalg.metric_decomposition(weight, (mix @ mix.T)[None], noise=1e-12),
+    ):
         identity = torch.eye(5, dtype=torch.float64)
-        torch.testing.assert_close(found.basis.T @ found.basis, identity, atol=1e-12, rtol=0)
+        torch.testing.assert_close((found.basis.mT @ found.basis)[0], identity, atol=1e-12, rtol=0)
         down, up = linalg.factors(weight, found, rank=3)
-        torch.testing.assert_close(down.norm(dim=1), up.norm(dim=0))
-        torch.testing.assert_close(up @ down, found.basis[:, :3] @ found.basis[:, :3].T @ weight)
+        torch.testing.assert_close(down.norm(dim=2), up.norm(dim=1))
+        torch.testing.assert_close(up @ down, found.basis[:, :, :3] @ found.basis[:, :, :3].mT @ weight)

@@ -6,7 +6,7 @@ from spectrim.calibrate import Calibration, calibrate
 from spectrim.compress import Compressed, compress
 from spectrim.factorize import merge
 from spectrim.io import load, save
-from spectrim.layers import LowRankLinear
+from spectrim.layers import LowRankConv1d, LowRankConv2d, LowRankLinear
 from spectrim.linalg import Spectrum
 from spectrim.measure import Accuracy, Epoch, Interval, Measurement, accuracy, measure
 from spectrim.plan import Cost, Energy, LayerPlan, Plan, Rank, Ratio
@@ -41,6 +41,8 @@ __all__ = [
     "LayerAnalysis",
     "LayerPlan",
     "LayerSpectrum",
+    "LowRankConv1d",
+    "LowRankConv2d",
     "LowRankLinear",
     "Measurement",
     "Plan",

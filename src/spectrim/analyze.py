@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from spectrim.calibrate import Calibration, Moments
 from spectrim.errors import DataError, ModelError
 from spectrim.execution import Trace, as_inputs, trace
-from spectrim.forms import VIEWS, dense_cost, full_rank, linear_break_even, linear_cost
+from spectrim.forms import FORMS, dense_cost, full_rank, matrices, rank_cost, sizes_of
 from spectrim.linalg import (
     Decomposition,
     Spectrum,
@@ -37,8 +37,9 @@ class LayerAnalysis:
         has_bias: Whether the layer adds a bias.
         places: How many distinct layers use the weight (each keeps a bias of its own).
         positions: Output vectors made in one forward pass of the example inputs, all uses together.
-        full_rank: The largest number of singular values the weight can have.
+        full_rank: The largest number of singular values the weight can have, in each group.
         dense: Its cost as it is.
+        per_rank: What each unit of rank costs in the factored form, without the bias.
         spectra: The singular values by metric; empty for layers that are not matrices.
     """
 
@@ -53,21 +54,20 @@ class LayerAnalysis:
     positions: int
     full_rank: int
     dense: Cost
+    per_rank: Cost
     spectra: Mapping[Metric, Spectrum]
 
-    def adds_bias(self, metric: Metric) -> bool:
-        """Whether the mean correction of the activation metric gives the layer a bias it did not have."""
-        return metric == "activation" and not self.has_bias
-
     def cost(self, *, rank: int, metric: Metric) -> Cost:
-        """The cost of the linear form at `rank`."""
-        bias = self.has_bias or metric == "activation"
-        one = linear_cost(self.shape, rank=rank, bias=bias, positions=self.positions)
-        return Cost(params=one.params + (self.places - 1) * (self.shape[0] if bias else 0), macs=one.macs)
+        """The cost of the factored form at `rank`."""
+        return Cost(params=rank * self.per_rank.params + self._biases(metric), macs=rank * self.per_rank.macs)
 
     def break_even(self, metric: Metric) -> int:
-        """The largest rank at which the linear form is smaller than the layer; 0 when none is."""
-        return linear_break_even(self.shape, new_bias=self.adds_bias(metric)) if self.form else 0
+        """The largest rank at which the factored form stores fewer numbers than the layer; 0 when none does."""
+        room = self.dense.params - self._biases(metric) - 1
+        return max(0, room // self.per_rank.params) if self.form else 0
+
+    def _biases(self, metric: Metric) -> int:
+        return self.places * self.shape[0] if self.has_bias or metric == "activation" else 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,12 +108,12 @@ def analyze(
     exclude: Patterns = (),
     keep_last: bool = False,
 ) -> Analysis:
-    """Look at the singular values of every selected Linear and Conv2d weight.
+    """Look at the singular values of every selected Linear and convolution weight.
 
     Args:
         model: Any module that runs on `example_inputs`; it is left as it is.
         example_inputs: A tensor, a tuple of positional or a mapping of keyword arguments; costs are for one such pass.
-        calibration: From `st.calibrate`; adds the activation metric for Linear layers.
+        calibration: From `st.calibrate`; adds the activation metric.
         include: Patterns of layer names, as in a shell (`*`, `?`); one or several.
         exclude: Patterns of layers to leave out.
         keep_last: Leave the last layer that is called dense.
@@ -158,11 +158,11 @@ def _decompose(target: Target, calibration: Calibration | None) -> dict[Metric, 
     """Both decompositions of a layer that can be factored; none for the others."""
     if target.refusal is not None:
         return {}
-    weight = target.module.get_parameter("weight")
+    weight = matrices(target.module)
     found: dict[Metric, Decomposition] = {"plain": plain_decomposition(weight)}
     if calibration and all(site in calibration.moments for site in target.sites):
         moments = [calibration.moments[site] for site in target.sites]
-        covariance, noise = _pooled(moments, name=target.name, width=weight.shape[1])
+        covariance, noise = _pooled(moments, name=target.name, width=weight.shape[2])
         found["activation"] = metric_decomposition(weight, covariance, noise=noise)
     return found
 
@@ -170,9 +170,9 @@ def _decompose(target: Target, calibration: Calibration | None) -> dict[Metric, 
 def _pooled(moments: list[Moments], *, name: str, width: int) -> tuple[Tensor, float]:
     """The covariance around each place's own mean, since each place gets a bias of its own."""
     for one in moments:
-        if one.mean.shape != (width,):
+        if one.mean.shape[1] != width:
             raise DataError(
-                f"the calibration saw inputs of size {len(one.mean)} at layer {name!r}, which takes {width}; "
+                f"the calibration saw inputs of size {one.mean.shape[1]} at layer {name!r}, which takes {width}; "
                 "it was made with another model"
             )
     if len(moments) == 1:
@@ -184,33 +184,31 @@ def _pooled(moments: list[Moments], *, name: str, width: int) -> tuple[Tensor, f
 
 def _describe(target: Target, found: dict[Metric, Decomposition], *, positions: int) -> LayerAnalysis:
     module = target.module
-    view = VIEWS.get(type(module))
-    weight = module._parameters.get("weight") if view else None
+    weight = module._parameters.get("weight") if type(module) in FORMS else None
     spectra: dict[Metric, Spectrum] = {metric: one.spectrum for metric, one in found.items()}
-    if view is None or weight is None or weight.is_meta or not weight.is_floating_point():
+    biases = len(target.sites) * len(weight) if weight is not None and module._parameters.get("bias") is not None else 0
+    if weight is None or weight.is_meta or not weight.is_floating_point():
         dense = Cost(params=sum(p.numel() for p in module.parameters(recurse=False)), macs=0)
         shape = tuple(next((p.shape for p in module.parameters(recurse=False) if p.ndim >= 2), ()))
-        rank = 0
+        per_rank, rank = Cost(params=1, macs=0), 0
     else:
-        matrices = view.matrices(module)
-        bias = module._parameters.get("bias") is not None
-        dense = dense_cost(matrices, bias=bias, positions=positions)
-        extra = (len(target.sites) - 1) * (weight.shape[0] if bias else 0)
-        dense = Cost(params=dense.params + extra, macs=dense.macs)
-        shape, rank = tuple(weight.shape), full_rank(matrices)
+        sizes = sizes_of(module)
+        dense = dense_cost(sizes, positions=positions) + Cost(params=biases, macs=0)
+        shape, per_rank, rank = tuple(weight.shape), rank_cost(sizes, positions=positions), full_rank(sizes)
         if not spectra:
-            spectra = {"plain": spectrum(matrices)}
+            spectra = {"plain": spectrum(matrices(module))}
     return LayerAnalysis(
         name=target.name,
         also=target.also,
         kind=type(module).__name__,
         shape=shape,
-        form=view.form if view else None,
+        form=FORMS.get(type(module)),
         refusal=target.refusal,
         has_bias=module._parameters.get("bias") is not None,
         places=len(target.sites),
         positions=positions,
         full_rank=rank,
         dense=dense,
+        per_rank=per_rank,
         spectra=spectra,
     )

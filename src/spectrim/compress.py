@@ -11,6 +11,7 @@ from spectrim.calibrate import Calibration, calibrate
 from spectrim.errors import PlanError
 from spectrim.execution import Inputs, as_inputs
 from spectrim.factorize import duplicate, factorize
+from spectrim.forms import full_rank, sizes_of
 from spectrim.measure import Measurement, count
 from spectrim.plan import Metric, Plan, Rule
 from spectrim.ranks import plan as make_plan
@@ -116,9 +117,11 @@ def _layers(
         planned = {layer.name for layer in rule_or_plan.factored if layer.metric == "activation"}
         open_to = [target for target in open_to if target.name in planned]
     else:
-        require_reachable(
-            rule_or_plan, {target.name: target.module.get_parameter("weight").shape for target in open_to}
-        )
+        sizes = {
+            target.name: (target.module.get_parameter("weight").shape, full_rank(sizes_of(target.module)))
+            for target in open_to
+        }
+        require_reachable(rule_or_plan, sizes)
     return {site for target in open_to for site in target.sites}
 
 

@@ -108,7 +108,7 @@ def call(model: nn.Module, inputs: Inputs, *, what: str = "example_inputs", hint
 
 @contextmanager
 def watching(model: nn.Module, watch: Callable[[str, nn.Module, Tensor, Tensor], None]) -> Iterator[None]:
-    """Call `watch(name, layer, input, output)` after each call of a Linear or Conv2d, in execution order."""
+    """Call `watch(name, layer, input, output)` after each call of a Linear, Conv1d or Conv2d, in execution order."""
     handles = []
 
     def observe(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]:
@@ -120,7 +120,7 @@ def watching(model: nn.Module, watch: Callable[[str, nn.Module, Tensor, Tensor],
         return hook
 
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | nn.Conv2d):
+        if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d):
             handles.append(module.register_forward_hook(observe(name), with_kwargs=True))
     try:
         yield
@@ -143,7 +143,7 @@ class Trace:
 
 
 def trace(model: nn.Module, inputs: Inputs) -> Trace:
-    """Run the model once and record which Linear and Conv2d layers are called, in which order and how much."""
+    """Run the model once and record which Linear and convolution layers are called, in which order and how much."""
     positions: dict[str, int] = {}
     calls: dict[str, int] = {}
 

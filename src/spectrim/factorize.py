@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from spectrim.calibrate import Calibration
 from spectrim.errors import ModelError
-from spectrim.forms import build_linear
-from spectrim.layers import LowRankLinear, blank_linear
+from spectrim.forms import build, matrices
+from spectrim.layers import low_rank_layers
 from spectrim.linalg import Decomposition, algebra, factors, is_finite
 from spectrim.plan import LayerPlan, Metric, Plan
 from spectrim.surgery import names_of, replace
@@ -54,22 +54,21 @@ def factorize(
 
 
 def merge(model: nn.Module) -> nn.Module:
-    """A copy of `model` in which every `LowRankLinear` is one dense `nn.Linear` again, ties between layers included."""
+    """A copy of `model` in which every factored layer is one dense layer again, ties between layers included."""
     merged = duplicate(model)
     replacements: dict[str, nn.Module] = {}
     weights: dict[tuple[int, int], nn.Parameter] = {}
-    for module in list(merged.modules()):
-        if isinstance(module, LowRankLinear):
-            key = (id(module.down.weight), id(module.up.weight))
-            if key not in weights:
-                product = algebra(module.up.weight) @ algebra(module.down.weight)
-                weights[key] = _parameter_like(module.up.weight, product)
-            weight = weights[key]
-            dense = blank_linear(
-                module.in_features, module.out_features, bias=False, device=weight.device, dtype=weight.dtype
-            )
-            dense.weight, dense.bias = weight, module.up.bias
-            replacements |= dict.fromkeys(names_of(merged, module), dense.train(module.training))
+    for module in low_rank_layers(merged).values():
+        key = (id(module.down.weight), id(module.up.weight))
+        if key not in weights:
+            down, up = algebra(module.down.weight), algebra(module.up.weight)
+            groups = module.down.groups if isinstance(module.down, nn.Conv1d | nn.Conv2d) else 1
+            product = up.reshape(groups, -1, module.rank) @ down.reshape(groups, module.rank, -1)
+            shape = (len(up), *module.down.weight.shape[1:])
+            weights[key] = _parameter_like(module.up.weight, product.reshape(shape))
+        dense = module.empty_dense()
+        dense.weight, dense.bias = weights[key], module.up.bias
+        replacements |= dict.fromkeys(names_of(merged, module), dense.train(module.training))
     replace(merged, replacements)
     return merged
 
@@ -81,22 +80,26 @@ def _factors_of(
     assert layer.rank is not None
     assert layer.metric is not None
     first = model.get_submodule(layer.name)
-    weight = first.get_parameter("weight")
+    weight = matrices(first)
     down, up = factors(weight, decompositions[layer.name, layer.metric], rank=layer.rank)
-    shared = _parameter_like(weight, down), _parameter_like(weight, up)
+    blank = build(first, rank=layer.rank, bias=False)
+    shared = (
+        _parameter_like(weight, down.reshape(blank.down.weight.shape)),
+        _parameter_like(weight, up.reshape(blank.up.weight.shape)),
+    )
     if not (is_finite(shared[0]) and is_finite(shared[1])):
         raise ModelError(f"the factors of {layer.name} overflow {weight.dtype}; convert the model to float32 first")
     # measured on the factors as stored, so that in half precision the correction covers their rounding as well
-    lost = algebra(weight) - algebra(shared[1]) @ algebra(shared[0])
+    lost = algebra(weight) - algebra(shared[1]).reshape(up.shape) @ algebra(shared[0]).reshape(down.shape)
     built: dict[nn.Module, nn.Module] = {}
     replacements: dict[str, nn.Module] = {}
     for name in (layer.name, *layer.also):
         module = model.get_submodule(name)
         if module not in built:
-            assert isinstance(module, nn.Linear)
             mean = calibration.moments[name].mean if calibration and layer.metric == "activation" else None
-            bias = module.bias if mean is None else _corrected_bias(module, lost=lost, mean=mean)
-            new = build_linear(module, rank=layer.rank, bias=bias is not None)
+            old = module._parameters.get("bias")
+            bias = old if mean is None else _corrected_bias(module, lost=lost, mean=mean)
+            new = build(module, rank=layer.rank, bias=bias is not None)
             new.down.weight, new.up.weight = shared
             if bias is not None:
                 new.up.bias = bias
@@ -105,11 +108,18 @@ def _factors_of(
     return replacements
 
 
-def _corrected_bias(module: nn.Linear, *, lost: Tensor, mean: Tensor) -> nn.Parameter:
-    """b + (W - A B) m, which makes the mean output exact; m is the mean input (in,), `lost` is W - A B (out, in)."""
-    correction = lost @ mean.to(lost.device)
-    base = torch.zeros_like(correction) if module.bias is None else algebra(module.bias).to(correction.device)
-    return _parameter_like(module.weight if module.bias is None else module.bias, base + correction)
+def _corrected_bias(module: nn.Module, *, lost: Tensor, mean: Tensor) -> nn.Parameter:
+    """b + (W - A B) m, which makes the mean output exact.
+
+    Args:
+        module: Gives the bias b (out,), if it has one, and the number type.
+        lost: W - A B, (groups, out, in).
+        mean: m, the mean input, (groups, in).
+    """
+    correction = (lost @ mean.to(lost.device).unsqueeze(-1)).flatten()
+    old = module._parameters.get("bias")
+    base = torch.zeros_like(correction) if old is None else algebra(old).to(correction.device)
+    return _parameter_like(module.get_parameter("weight") if old is None else old, base + correction)
 
 
 def _parameter_like(reference: Tensor, value: Tensor) -> nn.Parameter:

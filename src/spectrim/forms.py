@@ -1,67 +1,63 @@
 """The one registry of forms: for a type of layer, its matrix view, its cost at a rank, and how it is rebuilt."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Mapping
+from types import MappingProxyType
 
 from torch import Tensor, nn
 
-from spectrim.layers import LowRankLinear
+from spectrim.errors import ModelError
+from spectrim.layers import LowRankConv1d, LowRankConv2d, LowRankLayer, LowRankLinear
 from spectrim.plan import Cost, FormName
 
-
-@dataclass(frozen=True)
-class View:
-    """How a layer type is looked at: as which matrices, and in which form it can be factored, if any.
-
-    Attributes:
-        matrices: The weight as (groups, out, in) matrices; a grouped convolution is block-diagonal.
-        form: The factored form, or None where a layer of this type can be analysed only.
-    """
-
-    matrices: Callable[[nn.Module], Tensor]
-    form: FormName | None
+FORMS: Mapping[type[nn.Module], FormName] = MappingProxyType(
+    {nn.Linear: "linear", nn.Conv1d: "channel", nn.Conv2d: "channel"}
+)
+"""The form that each type of layer can take; a subclass is another type, since it may do other things."""
 
 
-def _linear_matrices(layer: nn.Module) -> Tensor:
-    return layer.get_parameter("weight").unsqueeze(0)
+def matrices(layer: nn.Module) -> Tensor:
+    """The weight as (groups, out, in) matrices, `in` running over the kernel too; groups are the diagonal blocks."""
+    weight = layer.get_parameter("weight")
+    groups = layer.groups if isinstance(layer, nn.Conv1d | nn.Conv2d) else 1
+    return weight.reshape(groups, len(weight) // groups, -1)
 
 
-def _conv2d_matrices(layer: nn.Module) -> Tensor:
-    assert isinstance(layer, nn.Conv2d)
-    return layer.weight.reshape(layer.groups, layer.out_channels // layer.groups, -1)
+def sizes_of(layer: nn.Module) -> tuple[int, int, int]:
+    """(groups, out, in) of `matrices`."""
+    groups, out, into = matrices(layer).shape
+    return groups, out, into
 
 
-VIEWS: dict[type[nn.Module], View] = {
-    nn.Linear: View(_linear_matrices, form="linear"),
-    nn.Conv2d: View(_conv2d_matrices, form=None),
-}
+def refusal(layer: nn.Module) -> str | None:
+    """Why a layer of a known type has no factored form, or None."""
+    if isinstance(layer, nn.Conv1d | nn.Conv2d) and layer.groups == layer.out_channels > 1:
+        return "a depthwise convolution: with one output channel a group, no rank is smaller than the weight"
+    return None
 
 
-def full_rank(matrices: Tensor) -> int:
-    """The largest number of singular values that (groups, out, in) matrices can have together."""
-    groups, out, into = matrices.shape
-    return int(groups * min(out, into))
+def full_rank(shape: tuple[int, int, int]) -> int:
+    """The largest rank of (groups, out, in) matrices, each group by itself."""
+    return min(shape[1:])
 
 
-def dense_cost(matrices: Tensor, *, bias: bool, positions: int) -> Cost:
-    """Cost of the dense layer that makes `positions` output vectors in one forward pass."""
-    groups, out, into = matrices.shape
-    return Cost(params=groups * out * into + (groups * out if bias else 0), macs=groups * out * into * positions)
+def dense_cost(shape: tuple[int, int, int], *, positions: int) -> Cost:
+    """Cost of a dense weight (groups, out, in), without bias, that makes `positions` output vectors in a pass."""
+    groups, out, into = shape
+    return Cost(params=groups * out * into, macs=groups * out * into * positions)
 
 
-def linear_cost(shape: tuple[int, ...], *, rank: int, bias: bool, positions: int) -> Cost:
-    """Cost of the linear form, in -> rank -> out, of a weight of `shape` (out, in)."""
-    out, into = shape
-    return Cost(params=rank * (out + into) + (out if bias else 0), macs=rank * (out + into) * positions)
+def rank_cost(shape: tuple[int, int, int], *, positions: int) -> Cost:
+    """What each unit of rank costs in the linear and the channel form: one row and one column a group."""
+    groups, out, into = shape
+    return Cost(params=groups * (out + into), macs=groups * (out + into) * positions)
 
 
-def linear_break_even(shape: tuple[int, ...], *, new_bias: bool) -> int:
-    """The largest rank at which the linear form stores fewer numbers than the dense weight (0: none does)."""
-    out, into = shape
-    allowance = out * into - (out if new_bias else 0)
-    return max(0, (allowance - 1) // (out + into))
-
-
-def build_linear(layer: nn.Linear, *, rank: int, bias: bool) -> LowRankLinear:
-    """An unset linear form in the place of `layer`."""
-    return LowRankLinear.empty_like(layer, rank=rank, bias=bias)
+def build(layer: nn.Module, *, rank: int, bias: bool) -> LowRankLayer:
+    """An unset factored layer to stand in the place of `layer`."""
+    if isinstance(layer, nn.Linear):
+        return LowRankLinear.empty_like(layer, rank=rank, bias=bias)
+    if isinstance(layer, nn.Conv2d):
+        return LowRankConv2d.empty_like(layer, rank=rank, bias=bias)
+    if isinstance(layer, nn.Conv1d):
+        return LowRankConv1d.empty_like(layer, rank=rank, bias=bias)
+    raise ModelError(f"{type(layer).__name__} has no factored form")

@@ -15,14 +15,15 @@ from spectrim.errors import FileError, ModelError
 from spectrim.execution import device_of
 from spectrim.factorize import duplicate
 from spectrim.files import Frozen, parse, write_atomically
-from spectrim.layers import LowRankLinear
+from spectrim.forms import FORMS, build
+from spectrim.layers import low_rank_layers
 from spectrim.surgery import names_of, replace, unique_tensors
 
 _KEY = "spectrim"
 
 
 class _LowRank(Frozen):
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     rank: int = Field(ge=1)
     bias: bool
 
@@ -53,11 +54,10 @@ def save(model: nn.Module, path: str | Path) -> Path:
     stored = {name: tensor.detach().to("cpu").contiguous().clone() for name, tensor in tensors.items()}
     low_rank: dict[str, _LowRank] = {}
     same_layer: dict[str, str] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, LowRankLinear):
-            shape = (module.out_features, module.in_features)
-            low_rank[name] = _LowRank(shape=shape, rank=module.rank, bias=module.bias is not None)
-            same_layer |= dict.fromkeys(names_of(model, module)[1:], name)
+    for name, module in low_rank_layers(model).items():
+        shape = (len(module.up.weight), *module.down.weight.shape[1:])
+        low_rank[name] = _LowRank(shape=shape, rank=module.rank, bias=module.bias is not None)
+        same_layer |= dict.fromkeys(names_of(model, module)[1:], name)
     structure = _Structure(low_rank=low_rank, same_layer=same_layer, same_tensor=aliases, digest=_digest(stored))
     metadata = {"format": "pt", _KEY: structure.model_dump_json()}
     return write_atomically(_file(path), lambda part: save_file(stored, part, metadata=metadata))
@@ -81,9 +81,7 @@ def load(path: str | Path, model: nn.Module) -> nn.Module:
     rebuilt = duplicate(model)
     replacements: dict[str, nn.Module] = {}
     for name, layer in structure.low_rank.items():
-        replacements[name] = LowRankLinear.empty_like(
-            _dense_at(rebuilt, name, layer, path), rank=layer.rank, bias=layer.bias
-        )
+        replacements[name] = build(_dense_at(rebuilt, name, layer, path), rank=layer.rank, bias=layer.bias)
     for name, first in structure.same_layer.items():
         replacements[name] = replacements[first]
     replace(rebuilt, replacements)
@@ -112,14 +110,14 @@ def _read(path: Path) -> tuple[_Structure, dict[str, Tensor]]:
     return structure, tensors
 
 
-def _dense_at(model: nn.Module, name: str, layer: _LowRank, path: Path) -> nn.Linear:
+def _dense_at(model: nn.Module, name: str, layer: _LowRank, path: Path) -> nn.Module:
     try:
         module = model.get_submodule(name)
     except AttributeError:
         module = nn.Identity()
-    if not isinstance(module, nn.Linear) or tuple(module.weight.shape) != layer.shape:
+    if type(module) not in FORMS or tuple(module.get_parameter("weight").shape) != layer.shape:
         raise FileError(
-            f"{path} is for another network: it wants a Linear {list(layer.shape)} at {name!r}, "
+            f"{path} is for another network: it wants a layer with a weight {list(layer.shape)} at {name!r}, "
             f"and {type(model).__name__} has {module if not isinstance(module, nn.Identity) else 'none'}"
         )
     return module

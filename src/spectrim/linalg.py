@@ -20,7 +20,9 @@ class Spectrum:
     """Singular values of one weight, largest first.
 
     In the plain metric these are the weight's own; in the activation metric, those of the weight times the square
-    root of the input covariance, so that their squares add up to the variance of the layer's output.
+    root of the input covariance, so that their squares add up to the variance of the layer's output. For a weight of
+    several groups, entry j is the root of the sum of the squares of every group's j-th value, so that energies and
+    errors are those of the same rank in every group.
 
     Attributes:
         values: float64 array (k,), non-negative, descending.
@@ -82,10 +84,11 @@ class Spectrum:
 
 @dataclass(frozen=True, eq=False)
 class Decomposition:
-    """An orthonormal basis of a weight's output space, best direction first: every rank is a prefix of it.
+    """Orthonormal bases of a weight's output space, best direction first: every rank is a prefix of them.
 
     Attributes:
-        basis: float64 (out, k), k = min(out, in); the weight lies in its span, so that rank k loses nothing.
+        basis: float64 (groups, out, k), k = min(out, in); each group's weight lies in its span, so that rank k loses
+            nothing.
         spectrum: The values that belong to the k directions.
     """
 
@@ -102,15 +105,14 @@ def algebra(tensor: Tensor) -> Tensor:
 
 
 def spectrum(matrices: Tensor) -> Spectrum:
-    """Singular values of one matrix (m, n), or of a block-diagonal one given as its blocks (g, m, n)."""
-    values = torch.linalg.svdvals(algebra(matrices)).flatten()
-    return Spectrum(values.sort(descending=True).values.cpu().numpy())
+    """Singular values of (groups, out, in) matrices."""
+    return _over_groups(torch.linalg.svdvals(algebra(matrices)))
 
 
 def plain_decomposition(weight: Tensor) -> Decomposition:
-    """Left singular vectors of `weight` (out, in): the best basis for the weight itself (Eckart & Young 1936)."""
+    """Left singular vectors of `weight` (groups, out, in): the best basis for the weight (Eckart & Young 1936)."""
     left, values, _ = torch.linalg.svd(algebra(weight), full_matrices=False)
-    return Decomposition(left, Spectrum(values.cpu().numpy()))
+    return Decomposition(left, _over_groups(values))
 
 
 def metric_decomposition(weight: Tensor, covariance: Tensor, *, noise: float) -> Decomposition:
@@ -121,11 +123,18 @@ def metric_decomposition(weight: Tensor, covariance: Tensor, *, noise: float) ->
     singular covariances, constant inputs or a single sample still give sensible factors.
 
     Args:
-        weight: W, (out, in).
-        covariance: C, (in, in), symmetric and positive semi-definite up to rounding.
+        weight: W, (groups, out, in).
+        covariance: C, (groups, in, in), symmetric and positive semi-definite up to rounding.
         noise: Variance below this share of the largest is taken as rounding noise of the statistics.
     """
     W, C = algebra(weight), algebra(covariance).to(algebra(weight).device)
+    found = [_metric_basis(each, metric, noise=noise) for each, metric in zip(W, C, strict=True)]
+    return Decomposition(
+        torch.stack([basis for basis, _ in found]), _over_groups(torch.stack([values for _, values in found]))
+    )
+
+
+def _metric_basis(W: Tensor, C: Tensor, *, noise: float) -> tuple[Tensor, Tensor]:
     out_features, in_features = W.shape
     Q, R = torch.linalg.qr(W) if out_features > in_features else (None, W)
     variances, vectors = torch.linalg.eigh(_symmetric(R @ C @ R.T))
@@ -135,21 +144,25 @@ def metric_decomposition(weight: Tensor, covariance: Tensor, *, noise: float) ->
         vectors = _complete(vectors, R, seen)
         # Rotating the unseen directions among themselves leaves their total variance: it is noise, spread evenly.
         variances[seen:] = variances[seen:].mean()
-    basis = vectors if Q is None else Q @ vectors
-    return Decomposition(basis, Spectrum(variances.sqrt().cpu().numpy()))
+    return vectors if Q is None else Q @ vectors, variances.sqrt()
 
 
 def factors(weight: Tensor, decomposition: Decomposition, *, rank: int) -> tuple[Tensor, Tensor]:
-    """The pair (down, up) in float64, (rank, in) and (out, rank), whose product up @ down is U_r U_r^T W.
+    """The pair (down, up) in float64, (groups, rank, in) and (groups, out, rank), with up @ down = U_r U_r^T W.
 
     Each of the `rank` components has the same norm in both factors, the best start for fine-tuning and the widest
     margin in half precision.
     """
-    up = decomposition.basis[:, :rank]
-    down = up.T @ algebra(weight).to(up.device)
-    scale = down.norm(dim=1).sqrt()
+    up = decomposition.basis[:, :, :rank]
+    down = up.mT @ algebra(weight).to(up.device)
+    scale = down.norm(dim=2).sqrt()
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    return down / scale[:, None], up * scale
+    return down / scale[:, :, None], up * scale[:, None, :]
+
+
+def _over_groups(values: Tensor) -> Spectrum:
+    """One spectrum from the values (groups, k) of every group."""
+    return Spectrum(values.square().sum(dim=0).sqrt().cpu().numpy())
 
 
 def _complete(vectors: Tensor, weight: Tensor, seen: int) -> Tensor:

@@ -13,7 +13,7 @@ from spectrim.files import Frozen, parse, read_text, write_text
 Metric = Literal["plain", "activation"]
 """What an error is measured on: the weights alone (plain) or the layer's outputs on calibration data (activation)."""
 
-FormName = Literal["dense", "linear"]
+FormName = Literal["dense", "linear", "channel"]
 
 
 _STRICT = ConfigDict(extra="forbid")
@@ -91,9 +91,9 @@ class LayerPlan(Frozen):
         also: Other layers that use the same weight; they share its factors.
         kind: The layer's class, such as `Linear`.
         shape: The weight's shape, output first.
-        form: `linear` (two factors) or `dense` (left as it is).
+        form: `linear` (two factors), `channel` (the kernel into fewer channels, then out of them) or `dense`.
         metric: The metric in which the factors are best, absent for dense layers.
-        rank: How many singular values stay, absent for dense layers.
+        rank: How many singular values stay (in each group of a grouped convolution), absent for dense layers.
         full_rank: The largest rank the weight can have, absent where there is none.
         break_even: The largest rank at which the factors are smaller than the layer (0: none is).
         predicted_error: The relative error of the layer's weight (plain) or of its varying output (activation).

@@ -29,7 +29,8 @@ def plan(analysis: Analysis, rule: Rule, *, metric: Metric | None = None, allow_
             f"the analysis has no {metric} metric, only {', '.join(analysis.metrics)}; "
             "pass calibration=st.calibrate(model, batches) to st.analyze"
         )
-    require_reachable(rule, {layer.name: layer.shape for layer in analysis if layer.form and not layer.refusal})
+    sizes = {layer.name: (layer.shape, layer.full_rank) for layer in analysis if layer.form and not layer.refusal}
+    require_reachable(rule, sizes)
     layers = tuple(_decide(layer, rule, metric=metric, allow_growth=allow_growth) for layer in analysis)
     return Plan(rule=rule, metric=metric, layers=layers)
 
@@ -73,8 +74,8 @@ def _again(decided: LayerPlan, layer: LayerAnalysis, *, metric: Metric) -> Layer
     return fresh.model_copy(update={"reason": f"rank {decided.rank} set by hand in the plan"}) if stale else fresh
 
 
-def require_reachable(rule: Rule, shapes: Mapping[str, Sequence[int]]) -> None:
-    """Check a rule against the weights (out, in) it is meant for, before any long work.
+def require_reachable(rule: Rule, sizes: Mapping[str, tuple[Sequence[int], int]]) -> None:
+    """Check a rule against the layers it is meant for, by name their weight's shape and full rank, before long work.
 
     Raises:
         RuleError: not a rule, or a rank above the full rank of a layer.
@@ -83,9 +84,9 @@ def require_reachable(rule: Rule, shapes: Mapping[str, Sequence[int]]) -> None:
         raise RuleError(f"{rule!r} is not a rule; give Rank(20), Ratio(0.25) or Energy(0.9)")
     if not isinstance(rule, Rank):
         return
-    short = [(name, list(shape)) for name, shape in shapes.items() if min(shape) < rule.rank]
+    short = [(name, list(shape), full) for name, (shape, full) in sizes.items() if full < rule.rank]
     if short:
-        listed = ", ".join(f"{name} {shape} has full rank {min(shape)}" for name, shape in short[:3])
+        listed = ", ".join(f"{name} {shape} has full rank {full}" for name, shape, full in short[:3])
         more = f" and {len(short) - 3} more" if len(short) > 3 else ""
         raise RuleError(
             f"{rule} is above what some layers can have: {listed}{more}. "

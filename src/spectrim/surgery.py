@@ -11,8 +11,8 @@ from torch.nn.utils import parametrize
 
 from spectrim.errors import ModelError, PatternError
 from spectrim.execution import Trace
-from spectrim.forms import VIEWS
-from spectrim.layers import LowRankLinear
+from spectrim.forms import FORMS, refusal
+from spectrim.layers import low_rank_layers
 
 Patterns = str | Sequence[str]
 
@@ -42,13 +42,13 @@ def find_targets(
     """Every layer with a weight matrix, in order of execution, with the reason where it must stay as it is.
 
     Raises:
-        ModelError: the model has no Linear or Conv2d layer.
+        ModelError: the model has no Linear or convolution layer.
         PatternError: a pattern matches no layer.
     """
     names = _names_by_module(model)
     layers = [module for module in names if _has_matrix(module)]
-    if not any(isinstance(module, tuple(VIEWS)) for module in layers):
-        raise ModelError(f"{type(model).__name__} has no Linear or Conv2d layer, so there is nothing to factor")
+    if not any(isinstance(module, tuple(FORMS)) for module in layers):
+        raise ModelError(f"{type(model).__name__} has no Linear or convolution layer, so there is nothing to factor")
     known = [name for module in layers for name in names[module]]
     chosen = _matching(known, include) - _matching(known, exclude)
     last = next(reversed(list(trace.calls)), None) if keep_last else None
@@ -104,7 +104,7 @@ def _names_by_module(model: nn.Module) -> dict[nn.Module, list[str]]:
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(name)
-    if isinstance(model, tuple(VIEWS)):
+    if isinstance(model, tuple(FORMS)):
         raise ModelError(
             "the model is a single layer, which has no place to be exchanged in; wrap it: nn.Sequential(layer)"
         )
@@ -112,7 +112,7 @@ def _names_by_module(model: nn.Module) -> dict[nn.Module, list[str]]:
 
 
 def _has_matrix(module: nn.Module) -> bool:
-    if isinstance(module, nn.Linear | nn.Conv2d):
+    if isinstance(module, tuple(FORMS)):
         return True
     return any(parameter is not None and parameter.ndim >= 2 for parameter in module._parameters.values())
 
@@ -131,7 +131,7 @@ def _tied(layers: Sequence[nn.Module]) -> list[list[nn.Module]]:
     """Layers in groups that share their weight; a layer without a plain weight is a group of its own."""
     groups: dict[int, list[nn.Module]] = {}
     for module in layers:
-        weight = module._parameters.get("weight") if type(module) in VIEWS else None
+        weight = module._parameters.get("weight") if type(module) in FORMS else None
         groups.setdefault(id(module if weight is None else weight), []).append(module)
     return list(groups.values())
 
@@ -153,8 +153,8 @@ def _already_handled(model: nn.Module) -> dict[nn.Module, str]:
         if isinstance(module, nn.MultiheadAttention):
             for inner in module.modules():
                 reasons[inner] = "nn.MultiheadAttention reads its weights itself, without calling a layer"
-        elif isinstance(module, LowRankLinear):
-            reasons |= dict.fromkeys((module.down, module.up), "already a low-rank factor")
+    for layer in low_rank_layers(model).values():
+        reasons |= dict.fromkeys((layer.down, layer.up), "already a low-rank factor")
     return reasons
 
 
@@ -162,8 +162,8 @@ def _unfit(module: nn.Module) -> str | None:
     kind = type(module)
     if parametrize.is_parametrized(module):
         return "its weight is parametrised; remove the parametrisation first"
-    if kind not in VIEWS:
-        base = next((known.__name__ for known in VIEWS if isinstance(module, known)), None)
+    if kind not in FORMS:
+        base = next((known.__name__ for known in FORMS if isinstance(module, known)), None)
         return (
             f"{kind.__name__} is a subclass of nn.{base} whose own behaviour would be lost"
             if base
@@ -174,9 +174,7 @@ def _unfit(module: nn.Module) -> str | None:
     weight = module._parameters.get("weight")
     if weight is None or weight.is_meta or not weight.is_floating_point():
         return "its weight is not an ordinary floating-point parameter"
-    if VIEWS[kind].form is None:
-        return f"{kind.__name__} layers can be analysed, not yet factored"
-    return None
+    return refusal(module)
 
 
 def _shared_elsewhere(model: nn.Module, group: Sequence[nn.Module]) -> str | None:

@@ -9,7 +9,7 @@ from torch import nn
 from spectrim.errors import TrainingError
 from spectrim.execution import evaluating
 from spectrim.factorize import duplicate
-from spectrim.layers import LowRankLinear
+from spectrim.layers import low_rank_layers
 from spectrim.measure import Epoch
 from spectrim.training.checkpoint import Checkpoint
 from spectrim.training.loop import EpochData, Step, fit
@@ -65,7 +65,7 @@ def finetune(
     if epochs < 1 or lr <= 0:
         raise TrainingError(f"epochs={epochs}, lr={lr}: give at least one epoch and a learning rate above 0")
     student = duplicate(model)
-    factors = [p for m in student.modules() if isinstance(m, LowRankLinear) for p in m.parameters()]
+    factors = [p for layer in low_rank_layers(student).values() for p in layer.parameters()]
     parameters = list(student.parameters()) if train == "all" else list({id(p): p for p in factors}.values())
     if not any(parameter.requires_grad for parameter in parameters):
         what = "no factored layer" if train == "factors" and not factors else "no parameter that asks for gradients"
