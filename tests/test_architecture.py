@@ -30,21 +30,10 @@ LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 OPTIONAL = {"torchvision", "PIL", "onnx", "onnxruntime", "openvino"}
 PUBLIC = {
     *("Accuracy", "Analysis", "Calibration", "Compressed", "Cost", "Energy", "Epoch", "Finetuned", "Interval"),
-    *(
-        "LayerAnalysis",
-        "LayerPlan",
-        "LayerSpectrum",
-        "LowRankConv1d",
-        "LowRankConv2d",
-        "LowRankLinear",
-        "Measurement",
-        "Plan",
-        "Published",
-        "Rank",
-    ),
-    *("Ratio", "Results", "Run", "Spectrum", "Variant", "accuracy", "analyze", "calibrate", "compress", "errors"),
-    *("finetune", "load", "measure", "merge", "plan", "plot_accuracy", "plot_curves", "plot_spectra", "report"),
-    *("save", "table", "text"),
+    *("LayerAnalysis", "LayerPlan", "LayerSpectrum", "LowRankConv1d", "LowRankConv2d", "LowRankLinear"),
+    *("Measurement", "Plan", "Published", "Rank", "Ratio", "Results", "Run", "Spectrum", "Variant", "accuracy"),
+    *("analyze", "calibrate", "compress", "errors", "finetune", "load", "measure", "merge", "plan"),
+    *("plot_accuracy", "plot_curves", "plot_spectra", "report", "save", "table", "text"),
 }
 FILES = sorted(ROOT.rglob("*.py"))
 

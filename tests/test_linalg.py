@@ -86,10 +86,10 @@ def test_unseen_directions_follow_in_the_order_of_the_plain_metric() -> None:
 @pytest.mark.parametrize(("out", "into"), [(5, 9), (9, 5)])
 def test_bases_are_orthonormal_and_factors_have_equal_norms(out: int, into: int) -> None:
     weight = planted([4.0, 2.0, 1.0, 0.5, 0.25], out, into)[None]
-    mix = torch.randn(into, into, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    mix = torch.randn(1, into, into, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     for found in (
         linalg.plain_decomposition(weight),
-        linalg.metric_decomposition(weight, (mix @ mix.T)[None], noise=1e-12),
+        linalg.metric_decomposition(weight, mix @ mix.mT, noise=1e-12),
     ):
         identity = torch.eye(5, dtype=torch.float64)
         torch.testing.assert_close((found.basis.mT @ found.basis)[0], identity, atol=1e-12, rtol=0)
