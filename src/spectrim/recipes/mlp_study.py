@@ -54,6 +54,7 @@ class MlpStudy(Frozen):
         calibration_images: Training images for the activation metric.
         dense: Training of the dense network, cross-entropy.
         tuning: Fine-tuning of the factored network, the dense one as the teacher.
+        temperature: Of the distillation.
         seeds: One whole run each.
         tolerance: The chosen network is the smallest that loses at most this share of held-out accuracy.
         published: Figures to compare with.
@@ -71,6 +72,7 @@ class MlpStudy(Frozen):
     calibration_images: int = Field(ge=1)
     dense: Phase
     tuning: Phase
+    temperature: float = Field(default=4.0, gt=0)
     seeds: tuple[int, ...] = (0,)
     tolerance: float = Field(default=0.005, ge=0)
     published: tuple[Published, ...] = ()
@@ -222,6 +224,7 @@ class _SeedRun:
                 epochs=phase.epochs,
                 lr=phase.lr,
                 weight_decay=phase.weight_decay,
+                temperature=self.study.temperature,
                 held_out=self.images.held_out.batches(),
                 seed=self.seed,
                 checkpoint=checkpoint,
@@ -229,7 +232,9 @@ class _SeedRun:
             )
             return tuned.model, tuned.history
 
-        key = self._key(metric=metric, rank=rank, calibration=self.study.calibration_images, tuning=phase)
+        key = self._key(
+            metric=metric, rank=rank, calibration=self.study.calibration_images, tuning=(phase, self.study.temperature)
+        )
         model, curve = self.parts.trained(f"rank{rank:04d}-{metric}", key=key, blank=dense, train=train)
         yield Network(metric, rank, "fine-tuned", model, decided, self._held_out(model), curve)
 

@@ -10,10 +10,11 @@ MNIST_MLP = MlpStudy(
     title="784-1024x5-10 on MNIST: every layer but the last at rank 200 to 10",
     dataset="mnist",
     ranks=(200, 100, 50, 20, 10),
-    held_out=5000,
+    held_out=2000,
     calibration_images=10_000,
     dense=Phase(epochs=8, lr=1e-3, batch=128),
     tuning=Phase(epochs=5, lr=3e-3, batch=128),
+    temperature=2.0,
     published=(
         Published(
             source="the published study of this network",
