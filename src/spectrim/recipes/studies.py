@@ -17,7 +17,7 @@ MNIST_MLP = MlpStudy(
     temperature=2.0,
     published=(
         Published(
-            source="the published study of this network",
+            source="the classic study of this network",
             accuracy=((None, 0.970), (200, 0.968), (100, 0.955), (50, 0.941), (20, 0.911), (10, 0.875)),
         ),
     ),
