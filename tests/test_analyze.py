@@ -5,6 +5,7 @@ import pytest
 import torch
 from cases import inputs, same_state, small_mlp, state
 from torch import nn
+from torch.nn.utils import parametrizations
 
 import spectrim as st
 from spectrim import errors
@@ -81,6 +82,23 @@ def test_layers_of_other_kinds_are_listed_with_a_reason() -> None:
     layer = st.analyze(model, torch.arange(3))["0"]
     assert layer.refusal == "Embedding layers are not factored"
     assert not layer.spectra
+
+
+def test_weights_that_cannot_be_exchanged_have_a_spectrum_all_the_same() -> None:
+    class Own(nn.Linear):
+        pass
+
+    torch.manual_seed(0)
+    model = nn.Sequential(Own(6, 4), parametrizations.weight_norm(nn.Linear(4, 5)), nn.Conv2d(1, 1, 1)).double()
+    model.forward = lambda x: model[1](model[0](x))  # type: ignore[method-assign]
+    analysis = st.analyze(model, inputs(2, 6))
+    for name, reason in (("0", "subclass"), ("1", "parametrised"), ("2", "not called")):
+        expected = torch.linalg.svdvals(model.get_submodule(name).weight.detach().flatten(1))
+        np.testing.assert_allclose(analysis[name].spectra["plain"].values, expected.numpy(), atol=1e-12)
+        assert reason in str(analysis[name].refusal)
+    attention = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True))
+    found = st.analyze(attention, torch.zeros(1, 3, 8))["0.self_attn.out_proj"]
+    assert len(found.spectra["plain"]) == 8
 
 
 def test_a_low_precision_weight_is_analysed_in_double() -> None:

@@ -184,15 +184,17 @@ def _pooled(moments: list[Moments], *, name: str, width: int) -> tuple[Tensor, f
 
 def _describe(target: Target, found: dict[Metric, Decomposition], *, positions: int) -> LayerAnalysis:
     module = target.module
-    weight = module._parameters.get("weight") if type(module) in FORMS else None
+    # a subclass or a parametrised layer cannot be exchanged, but its weight has a spectrum all the same
+    weight = getattr(module, "weight", None) if isinstance(module, tuple(FORMS)) else None
+    has_bias = getattr(module, "bias", None) is not None
     spectra: dict[Metric, Spectrum] = {metric: one.spectrum for metric, one in found.items()}
-    biases = len(target.sites) * len(weight) if weight is not None and module._parameters.get("bias") is not None else 0
-    if weight is None or weight.is_meta or not weight.is_floating_point():
+    if not isinstance(weight, Tensor) or weight.is_meta or not weight.is_floating_point():
         dense = Cost(params=sum(p.numel() for p in module.parameters(recurse=False)), macs=0)
         shape = tuple(next((p.shape for p in module.parameters(recurse=False) if p.ndim >= 2), ()))
         per_rank, rank = Cost(params=1, macs=0), 0
     else:
         sizes = sizes_of(module)
+        biases = len(target.sites) * len(weight) if has_bias else 0
         dense = dense_cost(sizes, positions=positions) + Cost(params=biases, macs=0)
         shape, per_rank, rank = tuple(weight.shape), rank_cost(sizes, positions=positions), full_rank(sizes)
         if not spectra:
@@ -204,7 +206,7 @@ def _describe(target: Target, found: dict[Metric, Decomposition], *, positions: 
         shape=shape,
         form=FORMS.get(type(module)),
         refusal=target.refusal,
-        has_bias=module._parameters.get("bias") is not None,
+        has_bias=has_bias,
         places=len(target.sites),
         positions=positions,
         full_rank=rank,

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -17,7 +18,7 @@ FORMS: Mapping[type[nn.Module], FormName] = MappingProxyType(
 
 def matrices(layer: nn.Module) -> Tensor:
     """The weight as (groups, out, in) matrices, `in` running over the kernel too; groups are the diagonal blocks."""
-    weight = layer.get_parameter("weight")
+    weight = cast(Tensor, layer.weight)
     groups = layer.groups if isinstance(layer, nn.Conv1d | nn.Conv2d) else 1
     return weight.reshape(groups, len(weight) // groups, -1)
 
