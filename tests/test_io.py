@@ -70,6 +70,11 @@ def test_loading_leaves_the_given_model_alone_and_keeps_its_modes(tmp_path: Path
     assert loaded[2].down.weight.requires_grad
 
 
+def test_equal_models_give_equal_files(tmp_path: Path) -> None:
+    files = {st.save(compressed(), tmp_path / f"{number}.safetensors").read_bytes() for number in range(8)}
+    assert len(files) == 1
+
+
 def test_a_folder_stands_for_the_file_in_it(tmp_path: Path) -> None:
     assert st.save(compressed(), tmp_path) == tmp_path / "model.safetensors"
     st.load(tmp_path, small_mlp())

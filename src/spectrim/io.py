@@ -59,7 +59,8 @@ def save(model: nn.Module, path: str | Path) -> Path:
         low_rank[name] = _LowRank(shape=shape, rank=module.rank, bias=module.bias is not None)
         same_layer |= dict.fromkeys(names_of(model, module)[1:], name)
     structure = _Structure(low_rank=low_rank, same_layer=same_layer, same_tensor=aliases, digest=_digest(stored))
-    metadata = {"format": "pt", _KEY: structure.model_dump_json()}
+    # one entry only: safetensors writes several in random order, and equal models shall give equal files
+    metadata = {_KEY: structure.model_dump_json()}
     return write_atomically(_file(path), lambda part: save_file(stored, part, metadata=metadata))
 
 
