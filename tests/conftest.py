@@ -9,7 +9,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-# A job in the background of a shell without job control ignores SIGINT, and so would the processes that tests interrupt.
+# A background job of a shell without job control ignores SIGINT, and so would the processes that tests interrupt.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
