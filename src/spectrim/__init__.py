@@ -6,11 +6,18 @@ from spectrim.calibrate import Calibration, calibrate
 from spectrim.compress import Compressed, compress
 from spectrim.factorize import merge
 from spectrim.io import load, save
-from spectrim.layers import LowRankConv1d, LowRankConv2d, LowRankLinear
+from spectrim.layers import (
+    LowRankConv1d,
+    LowRankConv2d,
+    LowRankConvTranspose2d,
+    LowRankLinear,
+    SpatialConv2d,
+    Tucker2Conv2d,
+)
 from spectrim.linalg import Spectrum
 from spectrim.measure import Accuracy, Epoch, Interval, Measurement, accuracy, measure
-from spectrim.plan import Cost, Energy, LayerPlan, Plan, Rank, Ratio
-from spectrim.ranks import plan
+from spectrim.plan import Budget, Cost, Energy, LayerPlan, Plan, Rank, Ratio
+from spectrim.ranks import Curve, pareto, plan
 from spectrim.report import (
     LayerSpectrum,
     Published,
@@ -31,9 +38,11 @@ __version__ = "0.1.0"
 __all__ = [
     "Accuracy",
     "Analysis",
+    "Budget",
     "Calibration",
     "Compressed",
     "Cost",
+    "Curve",
     "Energy",
     "Epoch",
     "Finetuned",
@@ -43,6 +52,7 @@ __all__ = [
     "LayerSpectrum",
     "LowRankConv1d",
     "LowRankConv2d",
+    "LowRankConvTranspose2d",
     "LowRankLinear",
     "Measurement",
     "Plan",
@@ -51,7 +61,9 @@ __all__ = [
     "Ratio",
     "Results",
     "Run",
+    "SpatialConv2d",
     "Spectrum",
+    "Tucker2Conv2d",
     "Variant",
     "accuracy",
     "analyze",
@@ -62,6 +74,7 @@ __all__ = [
     "load",
     "measure",
     "merge",
+    "pareto",
     "plan",
     "plot_accuracy",
     "plot_curves",

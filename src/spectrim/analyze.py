@@ -2,25 +2,51 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import product
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from spectrim.calibrate import Calibration, Moments
 from spectrim.errors import DataError, ModelError
 from spectrim.execution import Trace, as_inputs, trace
-from spectrim.forms import FORMS, dense_cost, full_rank, matrices, rank_cost, sizes_of
+from spectrim.forms import LAYERS, Geometry, Positions, decompose, forms_of, geometry, kernels, matrices
 from spectrim.linalg import (
     Decomposition,
+    FloatArray,
+    Problem,
+    Ranks,
     Spectrum,
+    Tucker2Decomposition,
     is_finite,
-    metric_decomposition,
-    plain_decomposition,
     spectrum,
 )
-from spectrim.plan import Cost, FormName, Metric
+from spectrim.measure import Measurement, count
+from spectrim.plan import Cost, CostName, FormName, Metric
 from spectrim.surgery import Patterns, Target, find_targets
+
+
+@dataclass(frozen=True, eq=False)
+class Choices:
+    """Every rank of one layer in one form, with what it costs and what it loses, before the fit is improved.
+
+    Attributes:
+        form: The form.
+        ranks: Whole numbers (n, 1), or (n, 2) of (rank_in, rank) in the tucker2 form.
+        params: Numbers stored, bias included, (n,).
+        macs: Multiply-accumulates of a pass, (n,).
+        lost: Share of the energy lost, (n,); its root is the relative error.
+    """
+
+    form: FormName
+    ranks: npt.NDArray[np.int64]
+    params: npt.NDArray[np.int64]
+    macs: npt.NDArray[np.int64]
+    lost: FloatArray
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,59 +57,131 @@ class LayerAnalysis:
         name: The layer's name.
         also: Other layers with the same weight.
         kind: Its class, such as `Linear`.
-        shape: The weight's shape, output first.
-        form: The form its type of layer can take, or None.
+        shape: The weight's shape, as it is stored.
+        forms: The forms its type of layer can take, the one with a closed solution first.
         refusal: Why it stays dense all the same, or None.
         has_bias: Whether the layer adds a bias.
         places: How many distinct layers use the weight (each keeps a bias of its own).
-        positions: Output vectors made in one forward pass of the example inputs, all uses together.
-        full_rank: The largest number of singular values the weight can have, in each group.
+        sizes: Its groups, inputs, outputs and kernel; None for layers that are not matrices.
+        positions: Vectors handled in one forward pass of the example inputs, all uses together.
+        itemsize: Bytes of one number.
         dense: Its cost as it is.
-        per_rank: What each unit of rank costs in the factored form, without the bias.
-        spectra: The singular values by metric; empty for layers that are not matrices.
+        problems: What its factors approximate, by metric; empty for layers that cannot be factored.
     """
 
     name: str
     also: tuple[str, ...]
     kind: str
     shape: tuple[int, ...]
-    form: FormName | None
+    forms: tuple[FormName, ...]
     refusal: str | None
     has_bias: bool
     places: int
-    positions: int
-    full_rank: int
+    sizes: Geometry | None
+    positions: Positions
+    itemsize: int
     dense: Cost
-    per_rank: Cost
-    spectra: Mapping[Metric, Spectrum]
+    problems: Mapping[Metric, Problem] = field(repr=False)
+    _weight: Tensor | None = field(repr=False, default=None)
+    _found: dict[tuple[FormName, Metric], Decomposition] = field(repr=False, default_factory=dict)
+    _listed: dict[tuple[FormName, Metric], Choices] = field(repr=False, default_factory=dict)
 
-    def cost(self, *, rank: int, metric: Metric) -> Cost:
-        """The cost of the factored form at `rank`."""
-        return Cost(params=rank * self.per_rank.params + self._biases(metric), macs=rank * self.per_rank.macs)
+    @property
+    def form(self) -> FormName | None:
+        """The form of the per-layer rules (linear or channel), or None."""
+        return self.forms[0] if self.forms else None
 
-    def break_even(self, metric: Metric) -> int:
-        """The largest rank at which the factored form stores fewer numbers than the layer; 0 when none does."""
-        room = self.dense.params - self._biases(metric) - 1
-        return max(0, room // self.per_rank.params) if self.form else 0
+    @property
+    def full_rank(self) -> int:
+        """The largest number of singular values the weight's matrix can have, in each group; 0 for no matrix."""
+        return self.sizes.full_rank if self.sizes else 0
+
+    @cached_property
+    def spectra(self) -> Mapping[Metric, Spectrum]:
+        """The singular values of the weight's matrix by metric; empty for layers that are not matrices."""
+        found = {metric: self.decomposition(self.forms[0], metric) for metric in self.problems}
+        if found:
+            return {metric: one.spectrum for metric, one in found.items() if hasattr(one, "spectrum")}
+        return {} if self._weight is None else {"plain": spectrum(self._weight)}
+
+    def decomposition(self, form: FormName, metric: Metric) -> Decomposition:
+        """The bases behind every rank of a form; worked out when first asked for."""
+        if (form, metric) not in self._found:
+            self._found[form, metric] = decompose(form, self.problems[metric])
+        return self._found[form, metric]
+
+    def choices(self, form: FormName, metric: Metric) -> Choices:
+        """Every rank of a form with its cost and its error."""
+        if (form, metric) not in self._listed:
+            self._listed[form, metric] = self._list(form, metric)
+        return self._listed[form, metric]
+
+    def _list(self, form: FormName, metric: Metric) -> Choices:
+        assert self.sizes is not None
+        found = self.decomposition(form, metric)
+        if isinstance(found, Tucker2Decomposition):
+            ranks = np.array(list(product(*found.grid)), dtype=np.int64)
+        else:
+            ranks = np.arange(1, len(found.tails) + 1, dtype=np.int64)[:, None]
+        costs = [self.sizes.cost(form, tuple(map(int, each)), self.positions) for each in ranks]
+        total = self.problems[metric].total
+        return Choices(
+            form,
+            ranks,
+            np.array([cost.params for cost in costs], dtype=np.int64) + self._biases(metric),
+            np.array([cost.macs for cost in costs], dtype=np.int64),
+            np.clip(found.tails.reshape(-1) / total, 0.0, 1.0) if total > 0 else np.zeros(len(ranks)),
+        )
+
+    def error(self, form: FormName, ranks: Ranks, metric: Metric) -> float:
+        """The relative error at `ranks`; between the ranks of a coarse grid that of the next smaller pair."""
+        choices = self.choices(form, metric)
+        below = (choices.ranks <= np.array(ranks)).all(axis=1)
+        return float(np.sqrt(choices.lost[below].min())) if below.any() else 1.0
+
+    def cost(self, form: FormName, ranks: Ranks, metric: Metric) -> Cost:
+        """The cost of the factors at `ranks`, biases included."""
+        assert self.sizes is not None
+        return self.sizes.cost(form, ranks, self.positions) + Cost(params=self._biases(metric), macs=0)
+
+    def break_even(self, form: FormName, metric: Metric) -> int:
+        """The largest rank at which the factors are smaller than the layer, and no slower; 0 when none are.
+
+        In the tucker2 form both ranks are taken to be the same.
+        """
+        if self.sizes is None or form not in self.forms:
+            return 0
+        fits = 0
+        for rank in range(1, max(self.sizes.full_ranks(form)) + 1):
+            cost = self.cost(form, (rank, rank) if form == "tucker2" else (rank,), metric)
+            if not self.shrinks(cost):
+                break
+            fits = rank
+        return fits
+
+    def shrinks(self, cost: Cost) -> bool:
+        """Whether a cost is below the layer's own."""
+        return cost.params < self.dense.params and cost.macs <= self.dense.macs
 
     def _biases(self, metric: Metric) -> int:
-        return self.places * self.shape[0] if self.has_bias or metric == "activation" else 0
+        assert self.sizes is not None
+        return self.places * self.sizes.groups * self.sizes.out if self.has_bias or metric != "plain" else 0
 
 
 @dataclass(frozen=True, eq=False)
 class Analysis:
-    """The layers of one model in order of execution, and the decompositions that factors of any rank are cut from.
+    """The layers of one model in order of execution, with all that factors of any form and rank are made from.
 
     Attributes:
         layers: One entry a weight.
         metrics: The available metrics, the best one last.
-        decompositions: By layer name and metric; not part of the printed value.
+        whole: What the whole model costs, other operations included.
         calibration: The statistics it was made with, if any.
     """
 
     layers: tuple[LayerAnalysis, ...]
     metrics: tuple[Metric, ...]
-    decompositions: Mapping[tuple[str, Metric], Decomposition] = field(repr=False)
+    whole: Measurement
     calibration: Calibration | None = field(default=None, repr=False)
 
     def __iter__(self) -> Iterator[LayerAnalysis]:
@@ -97,6 +195,13 @@ class Analysis:
             if name in (layer.name, *layer.also):
                 return layer
         raise KeyError(f"the analysis has no layer {name!r}; it has {', '.join(layer.name for layer in self.layers)}")
+
+    def fixed(self, cost: CostName) -> int:
+        """What the model costs besides the layers of this analysis."""
+        dense = sum((layer.dense for layer in self.layers), Cost(params=0, macs=0))
+        if cost == "bytes":
+            return self.whole.bytes - sum(layer.dense.params * layer.itemsize for layer in self.layers)
+        return int(getattr(self.whole, cost)) - int(getattr(dense, cost))
 
 
 def analyze(
@@ -124,14 +229,12 @@ def analyze(
         DataError: a calibration of another model.
     """
     targets, seen = survey(model, example_inputs, include=include, exclude=exclude, keep_last=keep_last)
-    decompositions: dict[tuple[str, Metric], Decomposition] = {}
-    layers = []
-    for target in targets:
-        found = _decompose(target, calibration)
-        decompositions |= {(target.name, metric): one for metric, one in found.items()}
-        layers.append(_describe(target, found, positions=sum(seen.positions.get(site, 0) for site in target.sites)))
-    metrics: tuple[Metric, ...] = ("plain",) if calibration is None else ("plain", "activation")
-    return Analysis(tuple(layers), metrics, decompositions, calibration)
+    layers = tuple(_layer(target, calibration, seen) for target in targets)
+    metrics: tuple[Metric, ...] = ("plain",)
+    if calibration is not None:
+        felt = any("loss" in layer.problems for layer in layers)
+        metrics = ("plain", "activation", "loss") if felt else ("plain", "activation")
+    return Analysis(layers, metrics, count(model, example_inputs), calibration)
 
 
 def survey(
@@ -154,20 +257,24 @@ def _require_finite(targets: tuple[Target, ...]) -> None:
                 )
 
 
-def _decompose(target: Target, calibration: Calibration | None) -> dict[Metric, Decomposition]:
-    """Both decompositions of a layer that can be factored; none for the others."""
+def _problems(target: Target, calibration: Calibration | None) -> dict[Metric, Problem]:
+    """What there is to approximate in every metric; nothing for a layer that cannot be factored."""
     if target.refusal is not None:
         return {}
-    weight = matrices(target.module)
-    found: dict[Metric, Decomposition] = {"plain": plain_decomposition(weight)}
+    # a copy, since factors may be asked for after the model has been trained on
+    weight = kernels(target.module).detach().clone()
+    found: dict[Metric, Problem] = {"plain": Problem(weight)}
     if calibration and all(site in calibration.moments for site in target.sites):
         moments = [calibration.moments[site] for site in target.sites]
-        covariance, noise = _pooled(moments, name=target.name, width=weight.shape[2])
-        found["activation"] = metric_decomposition(weight, covariance, noise=noise)
+        covariance, noise = pooled(moments, name=target.name, width=weight.flatten(2).shape[2])
+        found["activation"] = Problem(weight, covariance, noise=noise)
+        felt = [one.felt for one in moments if one.felt is not None]
+        if len(felt) == len(moments):
+            found["loss"] = Problem(weight, covariance, output=torch.stack(felt).sum(dim=0), noise=noise)
     return found
 
 
-def _pooled(moments: list[Moments], *, name: str, width: int) -> tuple[Tensor, float]:
+def pooled(moments: list[Moments], *, name: str, width: int) -> tuple[Tensor, float]:
     """The covariance around each place's own mean, since each place gets a bias of its own."""
     for one in moments:
         if one.mean.shape[1] != width:
@@ -182,35 +289,34 @@ def _pooled(moments: list[Moments], *, name: str, width: int) -> tuple[Tensor, f
     return weighted.sum(dim=0), max(one.noise for one in moments)
 
 
-def _describe(target: Target, found: dict[Metric, Decomposition], *, positions: int) -> LayerAnalysis:
+def _layer(target: Target, calibration: Calibration | None, seen: Trace) -> LayerAnalysis:
     module = target.module
     # a subclass or a parametrised layer cannot be exchanged, but its weight has a spectrum all the same
-    weight = getattr(module, "weight", None) if isinstance(module, tuple(FORMS)) else None
+    weight = getattr(module, "weight", None) if isinstance(module, LAYERS) else None
     has_bias = getattr(module, "bias", None) is not None
-    spectra: dict[Metric, Spectrum] = {metric: one.spectrum for metric, one in found.items()}
-    if not isinstance(weight, Tensor) or weight.is_meta or not weight.is_floating_point():
+    positions = sum((seen.positions.get(site, Positions()) for site in target.sites), Positions())
+    whole = isinstance(weight, Tensor) and not weight.is_meta and weight.is_floating_point()
+    sizes = geometry(module) if whole else None
+    if isinstance(weight, Tensor) and sizes is not None:
+        biases = len(target.sites) * sizes.groups * sizes.out if has_bias else 0
+        dense = sizes.dense_cost(positions) + Cost(params=biases, macs=0)
+        shape = tuple(weight.shape)
+    else:
         dense = Cost(params=sum(p.numel() for p in module.parameters(recurse=False)), macs=0)
         shape = tuple(next((p.shape for p in module.parameters(recurse=False) if p.ndim >= 2), ()))
-        per_rank, rank = Cost(params=1, macs=0), 0
-    else:
-        sizes = sizes_of(module)
-        biases = len(target.sites) * len(weight) if has_bias else 0
-        dense = dense_cost(sizes, positions=positions) + Cost(params=biases, macs=0)
-        shape, per_rank, rank = tuple(weight.shape), rank_cost(sizes, positions=positions), full_rank(sizes)
-        if not spectra:
-            spectra = {"plain": spectrum(matrices(module))}
     return LayerAnalysis(
         name=target.name,
         also=target.also,
         kind=type(module).__name__,
         shape=shape,
-        form=FORMS.get(type(module)),
+        forms=forms_of(module),
         refusal=target.refusal,
         has_bias=has_bias,
         places=len(target.sites),
+        sizes=sizes,
         positions=positions,
-        full_rank=rank,
+        itemsize=next((p.element_size() for p in module.parameters(recurse=False)), 4),
         dense=dense,
-        per_rank=per_rank,
-        spectra=spectra,
+        problems=_problems(target, calibration),
+        _weight=matrices(module).detach().clone() if sizes is not None and target.refusal is not None else None,
     )

@@ -1,6 +1,6 @@
 """Calibration: what the layers of a trained network see, as streamed means and covariances. No activation is kept."""
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,12 +22,15 @@ class Moments:
         mean: Their mean, float64 (groups, in); a convolution's input vectors are the patches that its kernel sees.
         covariance: Their covariance (divided by `count`), float64 (groups, in, in).
         noise: Relative rounding noise of the covariance, from the precision it was summed in.
+        felt: Second moment of the gradient of random combinations of the network's outputs with respect to this layer's
+            output, summed over places, float64 (groups, out, out); None if it was not asked for.
     """
 
     count: int
     mean: Tensor
     covariance: Tensor
     noise: float
+    felt: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,12 +72,12 @@ def calibrate(
     Raises:
         DataError: no batches, a batch the model cannot run, or activations that are NaN or infinite.
     """
-    sums: dict[str, _Running] = {}
+    sums: dict[str, Running] = {}
 
-    def watch(name: str, layer: nn.Module, given: Tensor, _: Tensor) -> None:
+    def watch(name: str, layer: nn.Module, given: Tensor, output: Tensor) -> None:
         if (layers is None or name in layers) and given.is_floating_point():
-            rows = patches(layer, given, positions=positions)
-            sums.setdefault(name, _Running()).add(rows)
+            rows = patches(layer, given, positions=positions, size=output.shape[-2:])
+            sums.setdefault(name, Running()).add(rows)
 
     hint = "" if labels else " If the batches are pairs of inputs and labels, pass labels=True."
     seen = 0
@@ -93,35 +96,77 @@ def calibrate(
     return Calibration({name: running.finish(name) for name, running in sums.items() if running.count}, seen)
 
 
-def patches(layer: nn.Module, given: Tensor, *, positions: int | None) -> Tensor:
-    """The vectors that the layer multiplies its weight with: (groups, n, in).
+def patches(layer: nn.Module, given: Tensor, *, positions: int | None, size: Sequence[int] = ()) -> Tensor:
+    """The vectors that the layer multiplies its weight with (see `forms.kernels`): (groups, n, in).
 
     Args:
-        layer: A Linear, Conv1d or Conv2d.
+        layer: A Linear, Conv1d, Conv2d or ConvTranspose2d.
         given: Its input.
         positions: Output positions looked at in each image; None for all of them.
+        size: Height and width of the output, needed for a transposed convolution called with `output_size`.
     """
-    if not isinstance(layer, nn.Conv1d | nn.Conv2d):
+    if isinstance(layer, nn.Linear):
         return given.reshape(1, -1, given.shape[-1])
+    assert isinstance(layer, nn.Conv1d | nn.Conv2d | nn.ConvTranspose2d)
     flat = isinstance(layer, nn.Conv1d)
-    spatial = 1 if flat else 2
-    x = given if given.ndim == spatial + 2 else given.unsqueeze(0)
-    # torch keeps the padding of every mode, `same` included, as pairs from the last dimension on
-    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    x = functional.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
+    x = given if given.ndim == len(layer.kernel_size) + 2 else given.unsqueeze(0)
     kernel, stride, dilation = (
         ((1, *option) if flat else tuple(option)) for option in (layer.kernel_size, layer.stride, layer.dilation)
     )
-    columns = functional.unfold(x.unsqueeze(2) if flat else x, kernel, dilation=dilation, stride=stride)
-    if positions is not None and positions < columns.shape[2]:
-        chosen = torch.randperm(columns.shape[2], generator=torch.Generator().manual_seed(0))[:positions]
-        columns = columns[:, :, chosen.to(columns.device)]
+    if isinstance(layer, nn.ConvTranspose2d):
+        x, stride = _stretched(layer, x, size), (1, 1)
+    else:
+        # torch keeps the padding of every mode, `same` included, as pairs from the last dimension on
+        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+        x = functional.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
+    windows = x.unsqueeze(2) if flat else x
+    for axis in (0, 1):
+        windows = windows.unfold(2 + axis, dilation[axis] * (kernel[axis] - 1) + 1, stride[axis])
+    windows = windows[..., :: dilation[0], :: dilation[1]]
+    images, channels, height, width = windows.shape[:4]
+    # picked from a view, so that only the sampled windows are ever copied
+    chosen = sample(height * width, positions).to(x.device)
+    windows = windows[:, :, chosen // width, chosen % width]
+    grouped = windows.reshape(images, layer.groups, channels // layer.groups, len(chosen), -1)
+    return grouped.permute(1, 0, 3, 2, 4).reshape(layer.groups, images * len(chosen), -1)
+
+
+def answers(layer: nn.Module, output: Tensor, *, positions: int | None) -> Tensor:
+    """The layer's outputs at the places of `patches`: (groups, n, out)."""
+    if isinstance(layer, nn.Linear):
+        return output.reshape(1, -1, output.shape[-1])
+    assert isinstance(layer, nn.Conv1d | nn.Conv2d | nn.ConvTranspose2d)
+    y = output if output.ndim == len(layer.kernel_size) + 2 else output.unsqueeze(0)
+    columns = y.flatten(2)
+    columns = columns[:, :, sample(columns.shape[2], positions).to(columns.device)]
     images, _, places = columns.shape
     grouped = columns.reshape(images, layer.groups, -1, places)
     return grouped.permute(1, 0, 3, 2).reshape(layer.groups, images * places, -1)
 
 
-class _Running:
+def sample(places: int, positions: int | None) -> Tensor:
+    """The places that are looked at: all of them, or `positions` at random, the same ones every time."""
+    if positions is None or positions >= places:
+        return torch.arange(places)
+    return torch.randperm(places, generator=torch.Generator().manual_seed(0))[:positions]
+
+
+def _stretched(layer: nn.ConvTranspose2d, x: Tensor, size: Sequence[int]) -> Tensor:
+    """The input of the ordinary convolution that a transposed one amounts to: zeros between and around its entries."""
+    height, width = ((n - 1) * step + 1 for n, step in zip(x.shape[-2:], layer.stride, strict=True))
+    wide = x.new_zeros(*x.shape[:2], height, width)
+    wide[:, :, :: layer.stride[0], :: layer.stride[1]] = x
+    pads: list[int] = []
+    for axis in (1, 0):
+        reach = layer.dilation[axis] * (layer.kernel_size[axis] - 1)
+        before = reach - int(layer.padding[axis])
+        shape = wide.shape[2 + axis] + 2 * before - reach + layer.output_padding[axis]
+        after = before + layer.output_padding[axis] + (size[axis] - shape if size else 0)
+        pads += [before, after]
+    return functional.pad(wide, pads)
+
+
+class Running:
     """Mean and centred second moment, merged batch by batch (Chan, Golub & LeVeque 1979), never cancelling."""
 
     def __init__(self) -> None:
@@ -151,6 +196,7 @@ class _Running:
         self.count = total
 
     def finish(self, name: str) -> Moments:
+        """The moments; `name` is for the message when they are not finite."""
         if not is_finite(self.scatter):
             raise DataError(f"the inputs of layer {name!r} are NaN or infinite on the calibration data; check the data")
         return Moments(self.count, self.mean, self.scatter / self.count, self.noise)

@@ -2,20 +2,22 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
 from spectrim.analyze import Analysis, analyze, survey
-from spectrim.calibrate import Calibration, calibrate
+from spectrim.calibrate import calibrate
 from spectrim.errors import PlanError
 from spectrim.execution import Inputs, as_inputs
 from spectrim.factorize import duplicate, factorize
-from spectrim.forms import full_rank, sizes_of
+from spectrim.forms import geometry
 from spectrim.measure import Measurement, count
-from spectrim.plan import Metric, Plan, Rule
+from spectrim.plan import FormName, Metric, Plan, Rule
 from spectrim.ranks import plan as make_plan
 from spectrim.ranks import refresh, require_reachable
+from spectrim.reconstruct import Told
+from spectrim.reconstruct import reconstruct as rebuild
 from spectrim.surgery import Patterns
 
 
@@ -41,6 +43,10 @@ def compress(
     keep_last: bool = False,
     allow_growth: bool = False,
     analysis: Analysis | None = None,
+    forms: Sequence[FormName] | None = None,
+    rank_multiple: int | None = None,
+    reconstruct: Literal["auto"] | bool = "auto",
+    on_progress: Told | None = None,
     inplace: bool = False,
 ) -> Compressed:
     """Replace the layers of a trained network by low-rank factors.
@@ -74,15 +80,14 @@ def compress(
         raise PlanError("a plan already says which layers and metric; give include, exclude, metric to st.plan instead")
     if analysis is not None and (selected or data is not None):
         raise PlanError("an analysis already has its layers and data; give include, exclude, calibration to st.analyze")
+    batches = [as_inputs(batch) for batch in _unlabelled(data or (), as_inputs(example_inputs))][:max_batches]
     if analysis is None:
         layers = _layers(model, example_inputs, rule_or_plan, include=include, exclude=exclude, keep_last=keep_last)
         wanted = data is not None and metric != "plain" and _uses_data(rule_or_plan)
         analysis = analyze(
             model,
             example_inputs,
-            calibration=_calibrate(model, data or (), as_inputs(example_inputs), max_batches, layers)
-            if wanted
-            else None,
+            calibration=calibrate(model, batches, layers=layers) if wanted else None,
             include=include,
             exclude=exclude,
             keep_last=keep_last,
@@ -90,14 +95,22 @@ def compress(
     if isinstance(rule_or_plan, Plan):
         plan = refresh(rule_or_plan, analysis)
     else:
-        plan = make_plan(analysis, rule_or_plan, metric=metric, allow_growth=allow_growth)
+        plan = make_plan(
+            analysis, rule_or_plan, metric=metric, forms=forms, rank_multiple=rank_multiple, allow_growth=allow_growth
+        )
     dense = count(model, example_inputs)
-    smaller = factorize(
-        model if inplace else duplicate(model),
-        plan,
-        decompositions=analysis.decompositions,
-        calibration=analysis.calibration,
-    )
+    moments = analysis.calibration.moments if analysis.calibration else {}
+    factors = {
+        layer.name: analysis[layer.name].decomposition(layer.form, layer.metric).factors(layer.ranks)
+        for layer in plan.factored
+        if layer.metric is not None
+    }
+    smaller = model if inplace else duplicate(model)
+    if reconstruct and batches:
+        refit = {layer.name for layer in analysis if layer.problems}
+        smaller = rebuild(model, smaller, plan, batches=batches, factors=factors, refit=refit, on_progress=on_progress)
+    else:
+        smaller = factorize(smaller, plan, factors=factors, means={name: one.mean for name, one in moments.items()})
     return Compressed(smaller, plan, count(smaller, example_inputs).against(dense))
 
 
@@ -118,7 +131,10 @@ def _layers(
         open_to = [target for target in open_to if target.name in planned]
     else:
         sizes = {
-            target.name: (target.module.get_parameter("weight").shape, full_rank(sizes_of(target.module)))
+            target.name: (
+                target.module.get_parameter("weight").shape,
+                min(geometry(target.module).out, geometry(target.module).width),
+            )
             for target in open_to
         }
         require_reachable(rule_or_plan, sizes)
@@ -128,12 +144,6 @@ def _layers(
 def _uses_data(rule_or_plan: Rule | Plan) -> bool:
     plan = rule_or_plan
     return not isinstance(plan, Plan) or any(layer.metric == "activation" for layer in plan.factored)
-
-
-def _calibrate(
-    model: nn.Module, data: Iterable[Any], example: Inputs, max_batches: int | None, layers: set[str]
-) -> Calibration:
-    return calibrate(model, _unlabelled(data, example), max_batches=max_batches, layers=layers)
 
 
 def _unlabelled(data: Iterable[Any], example: Inputs) -> Iterator[Any]:

@@ -3,12 +3,13 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from spectrim.errors import DataError, ModelError
+from spectrim.forms import Positions
 
 
 @dataclass(frozen=True)
@@ -106,9 +107,12 @@ def call(model: nn.Module, inputs: Inputs, *, what: str = "example_inputs", hint
         ) from error
 
 
+WATCHED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d)
+
+
 @contextmanager
 def watching(model: nn.Module, watch: Callable[[str, nn.Module, Tensor, Tensor], None]) -> Iterator[None]:
-    """Call `watch(name, layer, input, output)` after each call of a Linear, Conv1d or Conv2d, in execution order."""
+    """Call `watch(name, layer, input, output)` after each call of a Linear or convolution, in execution order."""
     handles = []
 
     def observe(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]:
@@ -120,7 +124,7 @@ def watching(model: nn.Module, watch: Callable[[str, nn.Module, Tensor, Tensor],
         return hook
 
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d):
+        if isinstance(module, WATCHED):
             handles.append(module.register_forward_hook(observe(name), with_kwargs=True))
     try:
         yield
@@ -134,27 +138,35 @@ class Trace:
     """What one forward pass did, by layer name in order of first call.
 
     Attributes:
-        positions: How many output vectors each layer made in all its calls together.
+        positions: How many vectors each layer handled in all its calls together.
         calls: How often each layer was called.
     """
 
-    positions: Mapping[str, int]
+    positions: Mapping[str, Positions]
     calls: Mapping[str, int]
 
 
 def trace(model: nn.Module, inputs: Inputs) -> Trace:
     """Run the model once and record which Linear and convolution layers are called, in which order and how much."""
-    positions: dict[str, int] = {}
+    positions: dict[str, Positions] = {}
     calls: dict[str, int] = {}
 
-    def watch(name: str, layer: nn.Module, _: Tensor, output: Tensor) -> None:
-        channels = int(cast(Tensor, layer.weight).shape[0])
-        positions[name] = positions.get(name, 0) + output.numel() // max(channels, 1)
+    def watch(name: str, layer: nn.Module, given: Tensor, output: Tensor) -> None:
+        positions[name] = positions.get(name, Positions()) + _positions(layer, given, output)
         calls[name] = calls.get(name, 0) + 1
 
     with evaluating(model), watching(model, watch):
         call(model, inputs)
     return Trace(positions, calls)
+
+
+def _positions(layer: nn.Module, given: Tensor, output: Tensor) -> Positions:
+    if isinstance(layer, nn.Linear):
+        vectors = output.numel() // max(layer.out_features, 1)
+        return Positions(vectors, vectors, vectors)
+    assert isinstance(layer, nn.Conv1d | nn.Conv2d | nn.ConvTranspose2d)
+    made, taken = output.numel() // layer.out_channels, given.numel() // layer.in_channels
+    return Positions(made, made // max(output.shape[-1], 1) * given.shape[-1], taken)
 
 
 def _describe(value: Any) -> str:

@@ -1,17 +1,15 @@
 """A plan applied to a model, and the way back to dense layers."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
-import torch
 from torch import Tensor, nn
 
-from spectrim.calibrate import Calibration
 from spectrim.errors import ModelError
-from spectrim.forms import build, matrices
+from spectrim.forms import as_kernels, as_stored, build, geometry, kernels, stored
 from spectrim.layers import low_rank_layers
-from spectrim.linalg import Decomposition, algebra, factors, is_finite
-from spectrim.plan import LayerPlan, Metric, Plan
+from spectrim.linalg import Factors, algebra, balanced, is_finite
+from spectrim.plan import FormName, Plan
 from spectrim.surgery import names_of, replace
 
 
@@ -29,97 +27,127 @@ def duplicate(model: nn.Module) -> nn.Module:
         ) from error
 
 
-Decompositions = Mapping[tuple[str, Metric], Decomposition]
-
-
 def factorize(
-    model: nn.Module, plan: Plan, *, decompositions: Decompositions, calibration: Calibration | None = None
+    model: nn.Module, plan: Plan, *, factors: Mapping[str, Factors], means: Mapping[str, Tensor] | None = None
 ) -> nn.Module:
     """Replace the planned layers of `model` by their factors, in `model` itself, all of them or none.
 
     Args:
         model: The model (or an exact copy of it) that was analysed.
-        plan: Which layer, form, rank and metric.
-        decompositions: From the analysis, by layer name and metric; the factors are cut from them.
-        calibration: The statistics behind the activation metric; gives the mean correction.
+        plan: Which layer and form.
+        factors: By layer name, from its input to its output.
+        means: By the name of every layer, its mean input (groups, in); gives the mean correction.
 
     Raises:
         ModelError: factors that overflow the layer's number type.
     """
     replacements: dict[str, nn.Module] = {}
     for layer in plan.factored:
-        replacements |= _factors_of(model, layer, decompositions, calibration)
+        names = (layer.name, *layer.also)
+        biases = _mean_corrections(means or {}) if layer.metric != "plain" else own_bias
+        replacements |= factored_at(model, names, form=layer.form, factors=factors[layer.name], bias=biases)
     replace(model, replacements)
     return model
+
+
+BiasOf = Callable[[str, nn.Module, Tensor], Tensor | None]
+"""From a place's name, its dense layer and the product of the stored factors, (groups, out, n): the new bias (out,)."""
+
+
+def factored_at(
+    model: nn.Module, names: Sequence[str], *, form: FormName, factors: Factors, bias: BiasOf
+) -> dict[str, nn.Module]:
+    """The replacement for every name of one weight; layers that shared the weight share its factors.
+
+    Raises:
+        ModelError: factors that overflow the layer's number type.
+    """
+    first = model.get_submodule(names[0])
+    ranks = tuple(int(part.shape[1]) for part in factors[:-1])
+    reference = first.get_parameter("weight")
+    blank = build(first, form=form, ranks=ranks, bias=False)
+    shared = [_parameter_like(reference, tensor) for tensor in stored(blank, balanced(factors))]
+    if not all(is_finite(weight) for weight in shared):
+        raise ModelError(f"the factors of {names[0]} overflow {reference.dtype}; convert the model to float32 first")
+    # of the factors as stored, so that in half precision the mean correction covers their rounding as well
+    whole = as_kernels(blank.product([algebra(weight) for weight in shared]), geometry(first)).flatten(2)
+    built: dict[nn.Module, nn.Module] = {}
+    replacements: dict[str, nn.Module] = {}
+    for name in names:
+        module = model.get_submodule(name)
+        if module not in built:
+            value = bias(name, module, whole)
+            new = build(module, form=form, ranks=ranks, bias=value is not None)
+            for part, weight in zip(new.chain, shared, strict=True):
+                part.weight = weight
+            if value is not None:
+                new.chain[-1].bias = _bias_like(module, value)
+            built[module] = new
+        replacements[name] = built[module]
+    return replacements
+
+
+def refitted_at(model: nn.Module, names: Sequence[str], *, weight: Tensor, bias: BiasOf) -> dict[str, nn.Module]:
+    """Dense layers with another weight, (groups, out, in, *kernel), and another bias, for every name of one weight."""
+    first = model.get_submodule(names[0])
+    shared = _parameter_like(first.get_parameter("weight"), as_stored(weight, geometry(first)))
+    whole = as_kernels(algebra(shared), geometry(first)).flatten(2)
+    built: dict[nn.Module, nn.Module] = {}
+    for name in names:
+        module = model.get_submodule(name)
+        if module not in built:
+            value = bias(name, module, whole)
+            new = copy.copy(module)
+            new._parameters = dict(module._parameters)
+            new.weight = shared
+            if value is not None:
+                new.bias = _bias_like(module, value)
+            built[module] = new
+    return {name: built[model.get_submodule(name)] for name in names}
+
+
+def own_bias(_: str, module: nn.Module, __: Tensor) -> Tensor | None:
+    """The bias that the layer has."""
+    return module._parameters.get("bias")
+
+
+def _mean_corrections(means: Mapping[str, Tensor]) -> BiasOf:
+    """b + (W - Q) m, which makes the mean output exact."""
+
+    def corrected(name: str, module: nn.Module, whole: Tensor) -> Tensor | None:
+        if name not in means:
+            return own_bias(name, module, whole)
+        lost = algebra(kernels(module)).flatten(2) - whole
+        correction = (lost @ means[name].to(lost.device).unsqueeze(-1)).flatten()
+        old = module._parameters.get("bias")
+        return correction if old is None else algebra(old).to(correction.device) + correction
+
+    return corrected
+
+
+def _bias_like(module: nn.Module, value: Tensor) -> nn.Parameter:
+    """A bias as it is where it is the layer's own, so that it stays shared; else a new one of the layer's type."""
+    old = module._parameters.get("bias")
+    if old is not None and value is old:
+        return old
+    return _parameter_like(module.get_parameter("weight") if old is None else old, value)
 
 
 def merge(model: nn.Module) -> nn.Module:
     """A copy of `model` in which every factored layer is one dense layer again, ties between layers included."""
     merged = duplicate(model)
     replacements: dict[str, nn.Module] = {}
-    weights: dict[tuple[int, int], nn.Parameter] = {}
+    weights: dict[tuple[int, ...], nn.Parameter] = {}
     for module in low_rank_layers(merged).values():
-        key = (id(module.down.weight), id(module.up.weight))
+        parts = [part.get_parameter("weight") for part in module.chain]
+        key = tuple(id(weight) for weight in parts)
         if key not in weights:
-            down, up = algebra(module.down.weight), algebra(module.up.weight)
-            groups = module.down.groups if isinstance(module.down, nn.Conv1d | nn.Conv2d) else 1
-            product = up.reshape(groups, -1, module.rank) @ down.reshape(groups, module.rank, -1)
-            shape = (len(up), *module.down.weight.shape[1:])
-            weights[key] = _parameter_like(module.up.weight, product.reshape(shape))
+            weights[key] = _parameter_like(parts[-1], module.product([algebra(weight) for weight in parts]))
         dense = module.empty_dense()
-        dense.weight, dense.bias = weights[key], module.up.bias
+        dense.weight, dense.bias = weights[key], module.chain[-1]._parameters.get("bias")
         replacements |= dict.fromkeys(names_of(merged, module), dense.train(module.training))
     replace(merged, replacements)
     return merged
-
-
-def _factors_of(
-    model: nn.Module, layer: LayerPlan, decompositions: Decompositions, calibration: Calibration | None
-) -> Mapping[str, nn.Module]:
-    """The replacement for every name of one weight; layers that shared the weight share its factors."""
-    assert layer.rank is not None
-    assert layer.metric is not None
-    first = model.get_submodule(layer.name)
-    weight = matrices(first)
-    down, up = factors(weight, decompositions[layer.name, layer.metric], rank=layer.rank)
-    blank = build(first, rank=layer.rank, bias=False)
-    shared = (
-        _parameter_like(weight, down.reshape(blank.down.weight.shape)),
-        _parameter_like(weight, up.reshape(blank.up.weight.shape)),
-    )
-    if not (is_finite(shared[0]) and is_finite(shared[1])):
-        raise ModelError(f"the factors of {layer.name} overflow {weight.dtype}; convert the model to float32 first")
-    # measured on the factors as stored, so that in half precision the correction covers their rounding as well
-    lost = algebra(weight) - algebra(shared[1]).reshape(up.shape) @ algebra(shared[0]).reshape(down.shape)
-    built: dict[nn.Module, nn.Module] = {}
-    replacements: dict[str, nn.Module] = {}
-    for name in (layer.name, *layer.also):
-        module = model.get_submodule(name)
-        if module not in built:
-            mean = calibration.moments[name].mean if calibration and layer.metric == "activation" else None
-            old = module._parameters.get("bias")
-            bias = old if mean is None else _corrected_bias(module, lost=lost, mean=mean)
-            new = build(module, rank=layer.rank, bias=bias is not None)
-            new.down.weight, new.up.weight = shared
-            if bias is not None:
-                new.up.bias = bias
-            built[module] = new
-        replacements[name] = built[module]
-    return replacements
-
-
-def _corrected_bias(module: nn.Module, *, lost: Tensor, mean: Tensor) -> nn.Parameter:
-    """b + (W - A B) m, which makes the mean output exact.
-
-    Args:
-        module: Gives the bias b (out,), if it has one, and the number type.
-        lost: W - A B, (groups, out, in).
-        mean: m, the mean input, (groups, in).
-    """
-    correction = (lost @ mean.to(lost.device).unsqueeze(-1)).flatten()
-    old = module._parameters.get("bias")
-    base = torch.zeros_like(correction) if old is None else algebra(old).to(correction.device)
-    return _parameter_like(module.get_parameter("weight") if old is None else old, base + correction)
 
 
 def _parameter_like(reference: Tensor, value: Tensor) -> nn.Parameter:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -15,8 +15,9 @@ from spectrim.errors import FileError, ModelError
 from spectrim.execution import device_of
 from spectrim.factorize import duplicate
 from spectrim.files import Frozen, parse, write_atomically
-from spectrim.forms import FORMS, build
+from spectrim.forms import LAYERS, build
 from spectrim.layers import low_rank_layers
+from spectrim.plan import FormName
 from spectrim.surgery import names_of, replace, unique_tensors
 
 _KEY = "spectrim"
@@ -24,7 +25,8 @@ _KEY = "spectrim"
 
 class _LowRank(Frozen):
     shape: tuple[int, ...]
-    rank: int = Field(ge=1)
+    form: FormName
+    ranks: tuple[Annotated[int, Field(ge=1)], ...]
     bias: bool
 
 
@@ -55,8 +57,8 @@ def save(model: nn.Module, path: str | Path) -> Path:
     low_rank: dict[str, _LowRank] = {}
     same_layer: dict[str, str] = {}
     for name, module in low_rank_layers(model).items():
-        shape = (len(module.up.weight), *module.down.weight.shape[1:])
-        low_rank[name] = _LowRank(shape=shape, rank=module.rank, bias=module.bias is not None)
+        shape = tuple(module.empty_dense().weight.shape)
+        low_rank[name] = _LowRank(shape=shape, form=module.form, ranks=module.ranks, bias=module.bias is not None)
         same_layer |= dict.fromkeys(names_of(model, module)[1:], name)
     structure = _Structure(low_rank=low_rank, same_layer=same_layer, same_tensor=aliases, digest=_digest(stored))
     # one entry only: safetensors writes several in random order, and equal models shall give equal files
@@ -82,7 +84,9 @@ def load(path: str | Path, model: nn.Module) -> nn.Module:
     rebuilt = duplicate(model)
     replacements: dict[str, nn.Module] = {}
     for name, layer in structure.low_rank.items():
-        replacements[name] = build(_dense_at(rebuilt, name, layer, path), rank=layer.rank, bias=layer.bias)
+        replacements[name] = build(
+            _dense_at(rebuilt, name, layer, path), form=layer.form, ranks=layer.ranks, bias=layer.bias
+        )
     for name, first in structure.same_layer.items():
         replacements[name] = replacements[first]
     replace(rebuilt, replacements)
@@ -116,7 +120,7 @@ def _dense_at(model: nn.Module, name: str, layer: _LowRank, path: Path) -> nn.Mo
         module = model.get_submodule(name)
     except AttributeError:
         module = nn.Identity()
-    if type(module) not in FORMS or tuple(module.get_parameter("weight").shape) != layer.shape:
+    if type(module) not in LAYERS or tuple(module.get_parameter("weight").shape) != layer.shape:
         raise FileError(
             f"{path} is for another network: it wants a layer with a weight {list(layer.shape)} at {name!r}, "
             f"and {type(model).__name__} has {module if not isinstance(module, nn.Identity) else 'none'}"

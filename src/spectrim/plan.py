@@ -10,10 +10,12 @@ from pydantic import ConfigDict, Field, model_validator
 from spectrim.errors import RuleError
 from spectrim.files import Frozen, parse, read_text, write_text
 
-Metric = Literal["plain", "activation"]
-"""What an error is measured on: the weights alone (plain) or the layer's outputs on calibration data (activation)."""
+Metric = Literal["plain", "activation", "loss"]
+"""What an error is measured on: the weights alone (plain), the layer's outputs on calibration data (activation), or
+those outputs weighted by how much the network's answer feels them (loss)."""
 
-FormName = Literal["dense", "linear", "channel"]
+FormName = Literal["dense", "linear", "channel", "spatial", "tucker2"]
+CONVOLUTION_FORMS: tuple[FormName, ...] = ("channel", "spatial", "tucker2")
 
 
 _STRICT = ConfigDict(extra="forbid")
@@ -65,12 +67,55 @@ class Energy:
         return f"Energy({self.energy:g})"
 
 
+CostName = Literal["macs", "params", "bytes"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """What the whole network may cost, as a share of the dense network in (0, 1); exactly one of the three.
+
+    Forms and ranks of all layers are then chosen together, so that the error is smallest.
+
+    Attributes:
+        macs: Multiply-accumulates of one forward pass.
+        params: Parameters.
+        bytes: Bytes of the weights' file.
+    """
+
+    macs: float | None = None
+    params: float | None = None
+    bytes: float | None = None
+    __pydantic_config__: ClassVar = _STRICT
+    rule: Literal["budget"] = field(default="budget", repr=False, kw_only=True)
+
+    def __post_init__(self) -> None:
+        given = {name: value for name in ("macs", "params", "bytes") if (value := getattr(self, name)) is not None}
+        if len(given) != 1:
+            raise RuleError(f"a Budget limits exactly one of macs, params, bytes, not {len(given)}: Budget(macs=0.5)")
+        ((name, value),) = given.items()
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
+            raise RuleError(f"Budget({name}={value!r}): a budget is a share of the dense network, between 0 and 1")
+
+    @property
+    def limits(self) -> CostName:
+        """What is limited."""
+        return "macs" if self.macs is not None else "params" if self.params is not None else "bytes"
+
+    @property
+    def share(self) -> float:
+        """The share of the dense network's cost that may be kept."""
+        return float(getattr(self, self.limits))
+
+    def __str__(self) -> str:
+        return f"Budget({self.limits}={self.share:g})"
+
+
 def _require_share(value: float, message: str) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
         raise RuleError(f"{message}, above 0 and at most 1")
 
 
-Rule = Rank | Ratio | Energy
+Rule = Rank | Ratio | Energy | Budget
 
 
 class Cost(Frozen):
@@ -91,9 +136,11 @@ class LayerPlan(Frozen):
         also: Other layers that use the same weight; they share its factors.
         kind: The layer's class, such as `Linear`.
         shape: The weight's shape, output first.
-        form: `linear` (two factors), `channel` (the kernel into fewer channels, then out of them) or `dense`.
+        form: `linear` (two factors), `channel` (the kernel into fewer channels, then out of them), `spatial` (a column
+            of the kernel, then a row), `tucker2` (fewer channels, the kernel between them, then out), or `dense`.
         metric: The metric in which the factors are best, absent for dense layers.
         rank: How many singular values stay (in each group of a grouped convolution), absent for dense layers.
+        rank_in: The tucker2 form's other rank: channels that its kernel starts from; `rank` are those it ends in.
         full_rank: The largest rank the weight can have, absent where there is none.
         break_even: The largest rank at which the factors are smaller than the layer (0: none is).
         predicted_error: The relative error of the layer's weight (plain) or of its varying output (activation).
@@ -109,6 +156,7 @@ class LayerPlan(Frozen):
     form: FormName
     metric: Metric | None = None
     rank: int | None = Field(default=None, ge=1)
+    rank_in: int | None = Field(default=None, ge=1)
     full_rank: int | None = Field(default=None, ge=0)
     break_even: int | None = Field(default=None, ge=0)
     predicted_error: float | None = Field(default=None, ge=0)
@@ -119,13 +167,20 @@ class LayerPlan(Frozen):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.form == "dense":
-            if self.rank is not None or self.metric is not None:
+            if self.rank is not None or self.rank_in is not None or self.metric is not None:
                 raise ValueError(f"layer {self.name!r} is dense, so it has neither rank nor metric")
         elif self.rank is None or self.metric is None or self.full_rank is None:
             raise ValueError(f"layer {self.name!r} in the {self.form} form needs a rank, a full_rank and a metric")
         elif self.rank > self.full_rank:
             raise ValueError(f"layer {self.name!r}: rank {self.rank} is above its full rank {self.full_rank}")
+        elif (self.rank_in is not None) != (self.form == "tucker2"):
+            raise ValueError(f"layer {self.name!r}: rank_in belongs to the tucker2 form, and to no other")
         return self
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """(rank,), or (rank_in, rank) in the tucker2 form; nothing for a dense layer."""
+        return tuple(rank for rank in (self.rank_in, self.rank) if rank is not None)
 
 
 class Plan(Frozen):

@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 
 from spectrim.errors import ModelError, PatternError
 from spectrim.execution import Trace
-from spectrim.forms import FORMS, refusal
+from spectrim.forms import LAYERS, refusal
 from spectrim.layers import low_rank_layers
 
 Patterns = str | Sequence[str]
@@ -47,7 +47,7 @@ def find_targets(
     """
     names = _names_by_module(model)
     layers = [module for module in names if _has_matrix(module)]
-    if not any(isinstance(module, tuple(FORMS)) for module in layers):
+    if not any(isinstance(module, LAYERS) for module in layers):
         raise ModelError(f"{type(model).__name__} has no Linear or convolution layer, so there is nothing to factor")
     known = [name for module in layers for name in names[module]]
     chosen = _matching(known, include) - _matching(known, exclude)
@@ -104,7 +104,7 @@ def _names_by_module(model: nn.Module) -> dict[nn.Module, list[str]]:
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(name)
-    if isinstance(model, tuple(FORMS)):
+    if isinstance(model, LAYERS):
         raise ModelError(
             "the model is a single layer, which has no place to be exchanged in; wrap it: nn.Sequential(layer)"
         )
@@ -112,7 +112,7 @@ def _names_by_module(model: nn.Module) -> dict[nn.Module, list[str]]:
 
 
 def _has_matrix(module: nn.Module) -> bool:
-    if isinstance(module, tuple(FORMS)):
+    if isinstance(module, LAYERS):
         return True
     return any(parameter is not None and parameter.ndim >= 2 for parameter in module._parameters.values())
 
@@ -131,7 +131,7 @@ def _tied(layers: Sequence[nn.Module]) -> list[list[nn.Module]]:
     """Layers in groups that share their weight; a layer without a plain weight is a group of its own."""
     groups: dict[int, list[nn.Module]] = {}
     for module in layers:
-        weight = module._parameters.get("weight") if type(module) in FORMS else None
+        weight = module._parameters.get("weight") if type(module) in LAYERS else None
         groups.setdefault(id(module if weight is None else weight), []).append(module)
     return list(groups.values())
 
@@ -154,7 +154,7 @@ def _already_handled(model: nn.Module) -> dict[nn.Module, str]:
             for inner in module.modules():
                 reasons[inner] = "nn.MultiheadAttention reads its weights itself, without calling a layer"
     for layer in low_rank_layers(model).values():
-        reasons |= dict.fromkeys((layer.down, layer.up), "already a low-rank factor")
+        reasons |= dict.fromkeys(layer.chain, "already a low-rank factor")
     return reasons
 
 
@@ -162,8 +162,8 @@ def _unfit(module: nn.Module) -> str | None:
     kind = type(module)
     if parametrize.is_parametrized(module):
         return "its weight is parametrised; remove the parametrisation first"
-    if kind not in FORMS:
-        base = next((known.__name__ for known in FORMS if isinstance(module, known)), None)
+    if kind not in LAYERS:
+        base = next((known.__name__ for known in LAYERS if isinstance(module, known)), None)
         return (
             f"{kind.__name__} is a subclass of nn.{base} whose own behaviour would be lost"
             if base

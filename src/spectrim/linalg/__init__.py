@@ -1,0 +1,28 @@
+"""Tensors in, tensors out: spectra, and the best factors of every form in the plain and in a data metric.
+
+All algebra is done in float64 whatever the weights' type, on the weights' device where it has float64.
+"""
+
+from spectrim.linalg.channel import ChannelDecomposition
+from spectrim.linalg.problem import Factors, Problem, Ranks, balanced
+from spectrim.linalg.spatial import SpatialDecomposition
+from spectrim.linalg.spectrum import FloatArray, Spectrum, algebra, is_finite, spectrum
+from spectrim.linalg.tucker2 import Tucker2Decomposition
+
+Decomposition = ChannelDecomposition | SpatialDecomposition | Tucker2Decomposition
+
+__all__ = [
+    "ChannelDecomposition",
+    "Decomposition",
+    "Factors",
+    "FloatArray",
+    "Problem",
+    "Ranks",
+    "SpatialDecomposition",
+    "Spectrum",
+    "Tucker2Decomposition",
+    "algebra",
+    "balanced",
+    "is_finite",
+    "spectrum",
+]

@@ -1,0 +1,80 @@
+"""Two factors through a narrower space, in closed form: the linear form, and the channel form of convolutions."""
+
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from spectrim.linalg.problem import Factors, Problem, Ranks
+from spectrim.linalg.spectrum import FloatArray, Spectrum, over_groups
+
+
+@dataclass(frozen=True, eq=False)
+class ChannelDecomposition:
+    """Orthonormal bases of a weight's output space, best direction first: every rank is a prefix of them.
+
+    Attributes:
+        problem: What is approximated.
+        basis: float64 (groups, out, k), k = min(out, in); each group's weight lies in its span, so that rank k loses
+            nothing.
+        spectrum: The values that belong to the k directions.
+    """
+
+    problem: Problem
+    basis: Tensor
+    spectrum: Spectrum
+
+    @classmethod
+    def of(cls, problem: Problem) -> Self:
+        """The best basis for every rank at once.
+
+        Plain metric: the left singular vectors (Eckart & Young 1936). In a metric: the eigenvectors U of W C W^T, for
+        which A = U_r, B = U_r^T W minimise the mean of |W x - A B x|^2, no inverse needed (activation-aware SVD;
+        Yuan 2023, Wang 2024). Directions in which the outputs do not vary leave U undetermined; they follow in the
+        order of the plain metric, so that singular covariances, constant inputs or a single sample still give
+        sensible factors.
+        """
+        if problem.covariance is None:
+            left, values, _ = torch.linalg.svd(problem.matrices, full_matrices=False)
+            return cls(problem, left, over_groups(values))
+        each = zip(problem.matrices, problem.metric, strict=True)
+        found = [_metric_basis(weight, metric, noise=problem.noise) for weight, metric in each]
+        values = torch.stack([values for _, values in found])
+        return cls(problem, torch.stack([basis for basis, _ in found]), over_groups(values))
+
+    @property
+    def tails(self) -> FloatArray:
+        """Energy lost at rank 1..k."""
+        return self.spectrum.tail_energy
+
+    def factors(self, ranks: Ranks) -> Factors:
+        """(down, up), (groups, rank, in, *kernel) and (groups, out, rank), with up @ down = U_r U_r^T W."""
+        up = self.basis[:, :, : ranks[0]]
+        down = up.mT @ self.problem.matrices
+        groups, _, *sizes = self.problem.weight.shape
+        return down.reshape(groups, ranks[0], *sizes), self.problem.unweighted(up)
+
+
+def _metric_basis(W: Tensor, C: Tensor, *, noise: float) -> tuple[Tensor, Tensor]:
+    out_features, in_features = W.shape
+    Q, R = torch.linalg.qr(W) if out_features > in_features else (None, W)
+    variances, vectors = torch.linalg.eigh(_symmetric(R @ C @ R.T))
+    variances, vectors = variances.flip(0).clamp(min=0), vectors.flip(1)
+    seen = int((variances > noise * variances[0]).sum())
+    if seen < len(variances):
+        vectors = _complete(vectors, R, seen)
+        # Rotating the unseen directions among themselves leaves their total variance: it is noise, spread evenly.
+        variances[seen:] = variances[seen:].mean()
+    return vectors if Q is None else Q @ vectors, variances.sqrt()
+
+
+def _complete(vectors: Tensor, weight: Tensor, seen: int) -> Tensor:
+    """Keep the first `seen` vectors; turn the rest to the principal axes of what `weight` has left outside them."""
+    rest = vectors[:, seen:]
+    axes, _, _ = torch.linalg.svd(rest.T @ weight, full_matrices=True)
+    return torch.cat([vectors[:, :seen], rest @ axes], dim=1)
+
+
+def _symmetric(matrix: Tensor) -> Tensor:
+    return (matrix + matrix.T) / 2

@@ -1,0 +1,97 @@
+"""What is to be approximated, and in which metric."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from spectrim.linalg.spectrum import algebra
+
+Ranks = tuple[int, ...]
+"""The ranks of one layer in one form: (rank,), or (rank_in, rank) in the tucker2 form."""
+
+Factors = tuple[Tensor, ...]
+"""The factors of one layer from its input to its output, each with the groups first."""
+
+_FLOOR = 1e-7
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """Find factors whose product Q makes the mean of (W x - Q x)^T G (W x - Q x) small.
+
+    Attributes:
+        weight: W, (groups, out, in, *kernel); a linear layer has no kernel dimensions.
+        covariance: C = cov(x), (groups, n, n) with n = in times the kernel's size, symmetric and positive semi-definite
+            up to rounding; None for the identity, which is the plain metric.
+        output: G, (groups, out, out), positive semi-definite; None for the identity.
+        noise: Variance below this share of the largest is taken as rounding noise of the statistics.
+    """
+
+    weight: Tensor
+    covariance: Tensor | None = None
+    output: Tensor | None = None
+    noise: float = 0.0
+
+    @cached_property
+    def matrices(self) -> Tensor:
+        """G^1/2 W in float64, (groups, out, n): with it the metric of the outputs is the identity."""
+        flat = algebra(self.weight).flatten(2)
+        return flat if self.output is None else self._roots[0] @ flat
+
+    @cached_property
+    def metric(self) -> Tensor:
+        """C in float64, (groups, n, n), on the device of `matrices`."""
+        if self.covariance is not None:
+            return algebra(self.covariance).to(self.matrices.device)
+        groups, _, n = self.matrices.shape
+        return torch.eye(n, dtype=torch.float64, device=self.matrices.device).expand(groups, n, n)
+
+    @cached_property
+    def total(self) -> float:
+        """The energy: the sum of the outputs' variances, or of the weight's squares in the plain metric."""
+        if self.covariance is None:
+            return float(self.matrices.square().sum())
+        return max(0.0, float(((self.matrices @ self.metric) * self.matrices).sum()))
+
+    def unweighted(self, last: Tensor) -> Tensor:
+        """G^-1/2 times the last factor (groups, out, ..), back from the metric of `matrices`."""
+        if self.output is None:
+            return last
+        return (self._roots[1] @ last.flatten(2)).reshape(last.shape)
+
+    @cached_property
+    def _roots(self) -> tuple[Tensor, Tensor]:
+        assert self.output is not None
+        values, vectors = torch.linalg.eigh(algebra(self.output).to(self.weight.device))
+        top = values[:, -1:].clamp(min=torch.finfo(torch.float64).tiny)
+        # directions that the loss does not feel keep a small weight, so that the root has an inverse
+        values = (values / top).clamp(min=0) + 1e-3
+        return (
+            (vectors * values.sqrt().unsqueeze(1)) @ vectors.mT,
+            (vectors / values.sqrt().unsqueeze(1)) @ vectors.mT,
+        )
+
+
+def lifted(metric: Tensor) -> Tensor:
+    """The metric (.., n, n) with a floor of 1e-7 of its mean variance, so that it has an inverse."""
+    n = metric.shape[-1]
+    mean = metric.diagonal(dim1=-2, dim2=-1).mean(dim=-1)
+    floor = torch.where(mean > 0, mean * _FLOOR, torch.ones_like(mean))
+    return (metric + metric.mT) / 2 + floor[..., None, None] * torch.eye(n, dtype=metric.dtype, device=metric.device)
+
+
+def balanced(factors: Factors) -> Factors:
+    """The same product with each component at the same norm on both sides of every contraction.
+
+    The best start for fine-tuning, and the widest margin in half precision.
+    """
+    parts = list(factors)
+    for place in range(len(parts) - 1):
+        first, second = parts[place], parts[place + 1]
+        into, out = first.flatten(2).norm(dim=2), second.transpose(1, 2).flatten(2).norm(dim=2)
+        scale = torch.where((into > 0) & (out > 0), (out / into.clamp(min=1e-300)).sqrt(), torch.ones_like(into))
+        parts[place] = first * scale.reshape(*scale.shape, *[1] * (first.ndim - 2))
+        parts[place + 1] = second / scale.reshape(len(scale), 1, -1, *[1] * (second.ndim - 3))
+    return tuple(parts)

@@ -1,0 +1,110 @@
+"""One projection shared by several places of a kernel, fitted in a metric by alternating least squares.
+
+A weight W (out, P, Q) is to become H (V kron I_Q): V (r, P) is applied at each of the Q places alike, and H (out, r, Q)
+gathers them. With Q the columns of a kernel this is the spatial form; with Q all of its places it is the first step of
+Tucker-2. The metric A (P Q, P Q) is the covariance of the inputs. Everything is for one group, in float64.
+"""
+
+from collections.abc import Callable
+from typing import cast
+
+import torch
+from torch import Tensor
+
+
+def nested_start(M: Tensor, A: Tensor) -> Tensor:
+    """Rows whose first r are a good V for every r, orthonormal, (min(P, out Q), P).
+
+    The eigenvectors of S^1/2 (sum_q M_q^T M_q) S^1/2, with S the metric summed over the places, brought back by S^-1/2.
+    """
+    out, P, Q = M.shape
+    S = A.reshape(P, Q, P, Q).diagonal(dim1=1, dim2=3).sum(dim=-1)
+    values, vectors = torch.linalg.eigh((S + S.T) / 2)
+    roots = values.clamp(min=1e-12 * float(values[-1])).sqrt()
+    root = (vectors * roots) @ vectors.T
+    rows = M.permute(0, 2, 1).reshape(out * Q, P)
+    _, _, right = torch.linalg.svd(rows @ root, full_matrices=False)
+    directions = right @ ((vectors / roots) @ vectors.T)
+    return orthonormal(directions)
+
+
+def gathered(V: Tensor, A: Tensor, Q: int) -> tuple[Tensor, Tensor]:
+    """T A, (r Q, P Q), and T A T^T, (r Q, r Q), for T = V kron I_Q."""
+    r, P = V.shape
+    TA = (V @ A.reshape(P, -1)).reshape(r * Q, P * Q)
+    TAT = (TA.reshape(r * Q, P, Q).transpose(1, 2) @ V.T).transpose(1, 2).reshape(r * Q, r * Q)
+    return TA, (TAT + TAT.T) / 2
+
+
+def best_gather(M: Tensor, A: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
+    """The H (out, r Q) that minimises the error for a given V, and T A T^T.
+
+    Written as a correction of M T^T, so that it is exact where V already spans everything, however ill A may be.
+    """
+    out, _, Q = M.shape
+    TA, TAT = gathered(V, A, Q)
+    H = (V @ M).reshape(out, -1)
+    rest = M - V.T @ H.reshape(out, -1, Q)
+    H = H + solver(TAT)(TA @ rest.reshape(out, -1).T).T
+    return H, TAT
+
+
+def explained_by(TAT: Tensor, TAM: Tensor) -> Tensor:
+    """Rows whose squares add up to the energy that the first rows of T explain, for every number of rows at once."""
+    factor, failed = torch.linalg.cholesky_ex(TAT)
+    if int(failed):
+        n = len(TAT)
+        raised = TAT + 1e-9 * TAT.diagonal().mean() * torch.eye(n, dtype=TAT.dtype, device=TAT.device)
+        factor = torch.linalg.cholesky(raised)
+    return cast(Tensor, torch.linalg.solve_triangular(factor, TAM, upper=False))
+
+
+def energy(M: Tensor, A: Tensor) -> Tensor:
+    """The whole energy of M in the metric A."""
+    rows = M.flatten(1)
+    return ((rows @ A) * rows).sum()
+
+
+def better_projection(M: Tensor, A: Tensor, H: Tensor, V: Tensor, *, steps: int = 5) -> Tensor:
+    """A V with a smaller error for a given H: conjugate gradients on the normal equations, from the V at hand."""
+    out, P, Q = M.shape
+    r = len(V)
+    H = H.reshape(out, r, Q)
+    K = torch.einsum("orq,osp->rqsp", H, H).reshape(r, -1)
+
+    def normal(X: Tensor) -> Tensor:
+        spread = (X @ A.reshape(P, -1)).reshape(r * Q, P, Q)
+        return K @ spread.permute(2, 0, 1).reshape(-1, P)
+
+    rest = (M - (V.T @ H)).reshape(out, -1)
+    residual = torch.einsum("orq,opq->rp", H, (rest @ A).reshape(out, P, Q))
+    left = solver(torch.einsum("rqsq->rs", K.reshape(r, Q, r, Q)))
+    right = solver(A.reshape(P, Q, P, Q).diagonal(dim1=1, dim2=3).sum(dim=-1))
+    step, direction = torch.zeros_like(V), right(left(residual).T).T
+    power = float((residual * direction).sum())
+    for _ in range(steps):
+        image = normal(direction)
+        curvature = float((direction * image).sum())
+        if power <= 0 or curvature <= 0:
+            break
+        step += (power / curvature) * direction
+        residual = residual - (power / curvature) * image
+        conditioned = right(left(residual).T).T
+        before, power = power, float((residual * conditioned).sum())
+        direction = conditioned + (power / before) * direction
+    return V + step
+
+
+def orthonormal(V: Tensor) -> Tensor:
+    """Rows with the same span."""
+    return cast(Tensor, torch.linalg.qr(V.T)[0].T)
+
+
+def solver(matrix: Tensor) -> Callable[[Tensor], Tensor]:
+    """Gives matrix^-1 times its argument; `matrix` is symmetric and positive semi-definite, perhaps singular."""
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    if not int(failed):
+        return lambda right: torch.cholesky_solve(right, factor)
+    values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
+    inverse = torch.where(values > 1e-12 * values[-1], 1 / values, torch.zeros_like(values))
+    return lambda right: vectors @ (inverse.unsqueeze(1) * (vectors.T @ right))

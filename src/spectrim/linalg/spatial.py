@@ -1,0 +1,76 @@
+"""The spatial form: a column of the kernel first, a row second (Jaderberg 2014), fitted in the metric of the data."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from spectrim.linalg.problem import Factors, Problem, Ranks, lifted
+from spectrim.linalg.shared import (
+    best_gather,
+    better_projection,
+    energy,
+    explained_by,
+    gathered,
+    nested_start,
+    orthonormal,
+)
+from spectrim.linalg.spectrum import FloatArray
+
+
+@dataclass(frozen=True, eq=False)
+class SpatialDecomposition:
+    """A nested start for every rank, from which the factors of one rank are fitted.
+
+    Attributes:
+        problem: What is approximated; weight (groups, out, in, kernel height, kernel width).
+        basis: float64 (groups, k, in * height), orthonormal rows; k = min(in * height, out * width).
+    """
+
+    problem: Problem
+    basis: Tensor
+
+    @classmethod
+    def of(cls, problem: Problem) -> Self:
+        """The start: the closed-form solution for inputs that are independent from one kernel column to the next."""
+        return cls(problem, torch.stack([nested_start(M, A) for M, A in _each(problem)]))
+
+    @cached_property
+    def tails(self) -> FloatArray:
+        """Energy lost at rank 1..k with the start as it is and the second factor fitted: a bound for `factors`."""
+        width = self.problem.weight.shape[-1]
+        lost = np.zeros(self.basis.shape[1])
+        for (M, A), V in zip(_each(self.problem), self.basis, strict=True):
+            TA, TAT = gathered(V, A, width)
+            explained = explained_by(TAT, TA @ M.flatten(1).T).square().sum(dim=1)
+            kept = explained.reshape(-1, width).sum(dim=1).cumsum(dim=0)
+            lost += (energy(M, A) - kept).clamp(min=0).cpu().numpy()
+        return lost
+
+    def factors(self, ranks: Ranks, *, sweeps: int = 2) -> Factors:
+        """(down, up), (groups, rank, in, height, 1) and (groups, out, rank, 1, width).
+
+        Alternating least squares: `sweeps` times the second factor, then some steps on the first; the second last.
+        """
+        groups, out, into, height, width = self.problem.weight.shape
+        downs, ups = [], []
+        for (M, A), start in zip(_each(self.problem), self.basis, strict=True):
+            V = start[: ranks[0]]
+            H, _ = best_gather(M, A, V)
+            for _ in range(sweeps):
+                V = orthonormal(better_projection(M, A, H, V))
+                H, _ = best_gather(M, A, V)
+            downs.append(V)
+            ups.append(H)
+        down = torch.stack(downs).reshape(groups, ranks[0], into, height, 1)
+        up = torch.stack(ups).reshape(groups, out, ranks[0], 1, width)
+        return down, self.problem.unweighted(up)
+
+
+def _each(problem: Problem) -> list[tuple[Tensor, Tensor]]:
+    groups, out, into, height, width = problem.weight.shape
+    weights = problem.matrices.reshape(groups, out, into * height, width)
+    return list(zip(weights, lifted(problem.metric), strict=True))
