@@ -74,6 +74,52 @@ def small_mlp(*, bias: bool = True, dtype: torch.dtype = torch.float64) -> nn.Se
     ).to(dtype)
 
 
+def small_cnn(*, bias: bool = True, dtype: torch.dtype = torch.float64) -> nn.Sequential:
+    """Five convolutions of three kinds and a linear layer on (n, 3, 12, 12), seeded."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1, bias=bias),
+        nn.ReLU(),
+        nn.Conv2d(16, 24, 3, stride=2, padding=1, bias=bias),
+        nn.ReLU(),
+        nn.Conv2d(24, 24, (1, 3), groups=2, bias=bias),
+        nn.ReLU(),
+        nn.ConvTranspose2d(24, 16, 4, stride=2, padding=1, bias=bias),
+        nn.ReLU(),
+        nn.Conv2d(16, 16, 1, bias=bias),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(64, 10, bias=bias),
+    ).to(dtype)
+
+
+class Residual(nn.Module):
+    """Two residual blocks with batch norm on (n, 3, 10, 10), seeded, with statistics of random data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = nn.Conv2d(3, 12, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(12)
+        self.one = nn.Conv2d(12, 12, 3, padding=1, bias=False)
+        self.norm_one = nn.BatchNorm2d(12)
+        self.two = nn.Conv2d(12, 12, 3, padding=1, bias=False)
+        self.norm_two = nn.BatchNorm2d(12)
+        self.three = nn.Conv2d(12, 12, 3, padding=1)
+        self.head = nn.Linear(12, 5)
+        self.train()
+        with torch.no_grad():
+            self(inputs(64, 3, 10, 10, dtype=torch.float32))
+        self.double().eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.norm(self.stem(x)))
+        y = torch.relu(y + self.norm_two(self.two(torch.relu(self.norm_one(self.one(y))))))
+        y = torch.relu(y + self.three(y))
+        return self.head(y.mean(dim=(2, 3)))
+
+
 def inputs(*shape: int, seed: int = 1, dtype: torch.dtype = torch.float64) -> Tensor:
     """Normal numbers with correlated, shifted features."""
     generator = torch.Generator().manual_seed(seed)

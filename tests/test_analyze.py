@@ -9,6 +9,7 @@ from torch.nn.utils import parametrizations
 
 import spectrim as st
 from spectrim import errors
+from spectrim.forms import Positions
 
 
 def convolutional() -> nn.Sequential:
@@ -31,9 +32,10 @@ def test_the_spectrum_of_a_convolution_is_that_of_its_matrix() -> None:
     expected = torch.linalg.svdvals(model[0].weight.detach().reshape(8, 27))
     np.testing.assert_allclose(layer.spectra["plain"].values, expected.numpy(), atol=1e-12)
     assert (layer.shape, layer.full_rank) == ((8, 3, 3, 3), 8)
-    assert layer.positions == 2 * 4 * 4
+    assert layer.positions == Positions(output=2 * 4 * 4, mixed=2 * 4 * 8, input=2 * 8 * 8)
     assert layer.dense == st.Cost(params=8 * 27 + 8, macs=8 * 27 * 32)
     assert layer.form == "channel"
+    assert layer.forms == ("channel", "spatial", "tucker2")
     assert layer.refusal is None
 
 
@@ -42,7 +44,8 @@ def test_the_ranks_of_a_grouped_convolution_are_those_of_each_group() -> None:
     layer = st.analyze(model, X)["2"]
     groups = torch.linalg.svdvals(model[2].weight.detach().reshape(4, 3, 6))
     np.testing.assert_allclose(layer.spectra["plain"].values, groups.square().sum(dim=0).sqrt().numpy(), atol=1e-12)
-    assert (layer.full_rank, layer.dense.params, layer.per_rank.params) == (3, 12 * 6, 4 * (3 + 6))
+    assert (layer.full_rank, layer.dense.params) == (3, 12 * 6)
+    assert [layer.cost("channel", (rank,), "plain").params for rank in (1, 2)] == [4 * (3 + 6), 8 * (3 + 6)]
 
 
 def test_the_analysed_macs_are_those_that_torch_counts() -> None:

@@ -18,11 +18,12 @@ LEVELS = (
     ("linalg", "layers"),
     ("forms",),
     ("execution",),
-    ("surgery",),
+    ("surgery", "sequel"),
     ("calibrate", "measure"),
-    ("analyze", "factorize"),
+    ("factorize",),
+    ("analyze",),
     ("allocate",),
-    ("ranks", "io", "reconstruct"),
+    ("ranks", "io", "reconstruct", "sensitivity"),
     ("compress", "training", "report"),
     ("data", "models"),
     ("recipes",),
@@ -68,7 +69,7 @@ PUBLIC = {
         "accuracy",
     ),
     *("analyze", "calibrate", "compress", "errors", "finetune", "load", "measure", "merge", "pareto", "plan"),
-    *("plot_accuracy", "plot_curves", "plot_spectra", "report", "save", "table", "text"),
+    *("plot_accuracy", "plot_curves", "plot_spectra", "report", "save", "sensitivity", "table", "text"),
 }
 FILES = sorted(ROOT.rglob("*.py"))
 

@@ -83,7 +83,7 @@ class TestSharing:
     def test_a_layer_called_twice_is_factored_once_and_counted_twice(self) -> None:
         model, x = Double().double(), inputs(10, 6)
         analysis = st.analyze(model, x)
-        assert analysis["again"].positions == 20
+        assert analysis["again"].positions.output == 20
         made = st.compress(model, st.Ratio(1.0), example_inputs=x, data=[x], allow_growth=True)
         torch.testing.assert_close(answer(made.model, x), answer(model, x))
 
@@ -429,7 +429,9 @@ class TestPlanAndData:
         model = small_mlp()
         analysis = st.analyze(model, X, calibration=st.calibrate(model, [X]), keep_last=True)
         for rank in (1, 4):
-            direct = st.compress(model, st.Rank(rank), example_inputs=X, data=[X], keep_last=True)
+            direct = st.compress(
+                model, st.Rank(rank), example_inputs=X, data=[X], keep_last=True, reconstruct=False
+            )
             reused = st.compress(model, st.plan(analysis, st.Rank(rank)), example_inputs=X, analysis=analysis)
             assert same_state(direct.model, state(reused.model))
 

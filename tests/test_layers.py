@@ -36,7 +36,7 @@ def test_factors_that_do_not_fit_are_refused() -> None:
 def test_an_empty_one_draws_no_random_numbers_and_takes_after_its_model() -> None:
     dense = nn.Linear(6, 5, dtype=torch.float16).eval().requires_grad_(False)
     random = torch.get_rng_state()
-    made = st.LowRankLinear.empty_like(dense, rank=2, bias=True)
+    made = st.LowRankLinear.empty_like(dense, ranks=(2,), bias=True)
     assert torch.equal(torch.get_rng_state(), random)
     assert made.weight.dtype == torch.float16
     assert not made.training

@@ -1,4 +1,7 @@
-"""Spectra and bases, tested on prescribed facts."""
+"""Spectra, bases and factors of every form, tested on prescribed facts."""
+
+import warnings
+from typing import Any
 
 import numpy as np
 import pytest
@@ -6,7 +9,17 @@ import torch
 from torch import Tensor
 
 from spectrim import linalg
-from spectrim.linalg import Spectrum
+from spectrim.forms import decompose
+from spectrim.linalg import ChannelDecomposition, Decomposition, Factors, Problem, Spectrum, balanced
+from spectrim.plan import FormName
+
+
+def plain_decomposition(weight: Tensor) -> ChannelDecomposition:
+    return ChannelDecomposition.of(Problem(weight))
+
+
+def metric_decomposition(weight: Tensor, covariance: Tensor, *, noise: float) -> ChannelDecomposition:
+    return ChannelDecomposition.of(Problem(weight, covariance, noise=noise))
 
 
 def planted(values: list[float], out: int, into: int) -> Tensor:
@@ -20,17 +33,17 @@ def planted(values: list[float], out: int, into: int) -> Tensor:
 def test_planted_singular_values_come_back(out: int, into: int) -> None:
     values = [7.0, 3.0, 1.0, 1e-3, 1e-9]
     weight = planted(values, out, into)
-    for spectrum in (linalg.spectrum(weight[None]), linalg.plain_decomposition(weight[None]).spectrum):
+    for spectrum in (linalg.spectrum(weight[None]), plain_decomposition(weight[None]).spectrum):
         np.testing.assert_allclose(spectrum.values, values, atol=1e-12)
 
 
 def test_the_error_of_groups_is_that_of_the_block_diagonal_matrix() -> None:
     blocks = torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    found = linalg.plain_decomposition(blocks)
+    found = plain_decomposition(blocks)
     np.testing.assert_allclose(linalg.spectrum(blocks).values, found.spectrum.values, atol=1e-12)
     whole = torch.block_diag(*blocks)
     for rank in (1, 2, 3, 4):
-        down, up = linalg.factors(blocks, found, rank=rank)
+        down, up = found.factors((rank,))
         lost = torch.linalg.matrix_norm(whole - torch.block_diag(*(up @ down))) / torch.linalg.matrix_norm(whole)
         assert float(lost) == pytest.approx(found.spectrum.error_at(rank), abs=1e-12)
 
@@ -68,8 +81,8 @@ def test_a_spectrum_cannot_be_changed() -> None:
 def test_the_metric_basis_ignores_directions_that_the_data_do_not_use() -> None:
     weight = torch.diag(torch.tensor([100.0, 1.0], dtype=torch.float64))[None]
     covariance = torch.diag(torch.tensor([0.0, 1.0], dtype=torch.float64))[None]
-    plain = linalg.plain_decomposition(weight)
-    metric = linalg.metric_decomposition(weight, covariance, noise=1e-12)
+    plain = plain_decomposition(weight)
+    metric = metric_decomposition(weight, covariance, noise=1e-12)
     assert plain.basis[0, :, 0].abs().tolist() == [1, 0]
     assert metric.basis[0, :, 0].abs().tolist() == [0, 1]
     assert metric.spectrum.values.tolist() == [1, 0]
@@ -77,8 +90,8 @@ def test_the_metric_basis_ignores_directions_that_the_data_do_not_use() -> None:
 
 def test_unseen_directions_follow_in_the_order_of_the_plain_metric() -> None:
     weight = planted([5.0, 4.0, 3.0, 2.0], 4, 7)[None]
-    metric = linalg.metric_decomposition(weight, torch.zeros(1, 7, 7), noise=1e-12)
-    plain = linalg.plain_decomposition(weight)
+    metric = metric_decomposition(weight, torch.zeros(1, 7, 7), noise=1e-12)
+    plain = plain_decomposition(weight)
     overlap = (metric.basis[0].T @ plain.basis[0]).abs()
     torch.testing.assert_close(overlap, torch.eye(4, dtype=torch.float64), atol=1e-10, rtol=0)
 
@@ -88,11 +101,252 @@ def test_bases_are_orthonormal_and_factors_have_equal_norms(out: int, into: int)
     weight = planted([4.0, 2.0, 1.0, 0.5, 0.25], out, into)[None]
     mix = torch.randn(1, into, into, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     for found in (
-        linalg.plain_decomposition(weight),
-        linalg.metric_decomposition(weight, mix @ mix.mT, noise=1e-12),
+        plain_decomposition(weight),
+        metric_decomposition(weight, mix @ mix.mT, noise=1e-12),
     ):
         identity = torch.eye(5, dtype=torch.float64)
         torch.testing.assert_close((found.basis.mT @ found.basis)[0], identity, atol=1e-12, rtol=0)
-        down, up = linalg.factors(weight, found, rank=3)
+        down, up = balanced(found.factors((3,)))
         torch.testing.assert_close(down.norm(dim=2), up.norm(dim=1))
         torch.testing.assert_close(up @ down, found.basis[:, :, :3] @ found.basis[:, :, :3].mT @ weight)
+
+
+def test_balancing_keeps_the_product_and_evens_the_norms_of_a_chain() -> None:
+    first, core, last = numbers(2, 3, 4, 1, 1, seed=1), numbers(2, 5, 3, 3, 2, seed=2), numbers(2, 6, 5, seed=3)
+    first[0, 1], last[1, :, 4] = 0, 0  # a component that is not there stays so
+    given = (first * 1e4, core, last * 1e-3)
+    even = balanced(given)
+    torch.testing.assert_close(assembled("tucker2", even), assembled("tucker2", given))
+    torch.testing.assert_close(even[1].flatten(2).norm(dim=2)[0], even[2][0].norm(dim=0))
+    assert even[0].isfinite().all()
+
+
+FORMS: tuple[FormName, ...] = ("channel", "spatial", "tucker2")
+ITERATED: tuple[FormName, ...] = ("spatial", "tucker2")
+METRICS = ("plain", "activation")
+SHAPES = [(4, 3, 3, 3), (3, 5, 2, 3), (8, 2, 3, 2)]
+
+
+def numbers(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def spread(groups: int, n: int, *, seed: int = 5) -> Tensor:
+    """Covariances (groups, n, n) with variances over three orders of magnitude."""
+    basis, _ = torch.linalg.qr(numbers(groups, n, n, seed=seed))
+    return basis * torch.logspace(0, -3, n, dtype=torch.float64) @ basis.mT
+
+
+def problem(shape: tuple[int, ...], metric: str, *, groups: int = 1, output: Tensor | None = None) -> Problem:
+    weight = numbers(groups, *shape, seed=7)
+    covariance = spread(groups, weight[0, 0].numel()) if metric == "activation" else None
+    return Problem(weight, covariance, output)
+
+
+def assembled(form: FormName, factors: Factors) -> Tensor:
+    """The product of the factors, (groups, out, in, *kernel)."""
+    equation = {
+        "channel": "grihw,gor->goihw",
+        "spatial": "grihx,gorxw->goihw",
+        "tucker2": "grixy,gsrhw,gos->goihw",
+    }[form]
+    return torch.einsum(equation, *factors)
+
+
+def lost(given: Problem, form: FormName, factors: Factors, *, output: Tensor | None = None) -> float:
+    """The energy of what the factors miss, in the metric of the problem, by its definition."""
+    miss = (given.weight - assembled(form, factors)).flatten(2)
+    felt = miss if output is None else output @ miss
+    return float(((miss @ given.metric) * felt).sum())
+
+
+def fitted(found: Decomposition, ranks: tuple[int, ...], *, sweeps: int = 2) -> Factors:
+    return found.factors(ranks) if isinstance(found, ChannelDecomposition) else found.factors(ranks, sweeps=sweeps)
+
+
+def every_rank(found: Decomposition) -> list[tuple[tuple[int, ...], float]]:
+    """Ranks and the energy that is said to be lost at them."""
+    if isinstance(found, linalg.Tucker2Decomposition):
+        into, out = found.grid
+        return [
+            ((int(first), int(second)), float(found.tails[row, column]))
+            for row, first in enumerate(into)
+            for column, second in enumerate(out)
+        ]
+    return [((rank + 1,), float(tail)) for rank, tail in enumerate(found.tails)]
+
+
+def full(found: Decomposition) -> tuple[int, ...]:
+    return every_rank(found)[-1][0]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("form", FORMS)
+def test_the_tails_are_what_the_start_loses_and_no_sweep_loses_more(
+    form: FormName, metric: str, groups: int, shape: tuple[int, ...]
+) -> None:
+    given = problem(shape, metric, groups=groups)
+    found = decompose(form, given)
+    within = 1e-6 * given.total
+    for ranks, tail in every_rank(found):
+        assert lost(given, form, fitted(found, ranks, sweeps=0)) == pytest.approx(tail, abs=within)
+        before = tail
+        for sweeps in (1, 2, 4) if form in ITERATED else ():
+            now = lost(given, form, fitted(found, ranks, sweeps=sweeps))
+            assert now <= before + within
+            before = now
+
+
+@pytest.mark.parametrize("form", ITERATED)
+def test_sweeps_are_worth_their_time(form: FormName) -> None:
+    given = problem((8, 6, 3, 3), "activation")
+    found = decompose(form, given)
+    ranks = (5,) if form == "spatial" else (3, 4)
+    start, better = (lost(given, form, fitted(found, ranks, sweeps=sweeps)) for sweeps in (0, 2))
+    assert better < 0.99 * start
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_tails_fall_to_nothing_as_ranks_grow(form: FormName) -> None:
+    given = problem((7, 5, 3, 3), "activation")
+    tails = decompose(form, given).tails
+    for axis in range(tails.ndim):
+        assert (np.diff(tails, axis=axis) <= 1e-9 * given.total).all()
+    assert tails.reshape(-1)[-1] <= 1e-9 * given.total
+    assert tails.reshape(-1)[0] > 0.1 * given.total
+
+
+def test_a_coarse_grid_of_ranks_holds_both_ends() -> None:
+    for size in (1, 5, 64, 65, 130, 512):
+        ranks = linalg.tucker2.steps(size)
+        assert 1 <= ranks[0] <= max(1, size // 32)
+        assert (ranks[-1], len(ranks) <= 65) == (size, True)
+        assert (np.diff(ranks) > 0).all()
+
+
+SINGULAR: dict[str, Any] = {
+    "no variance": lambda n: torch.zeros(1, n, n),
+    "one direction": lambda n: torch.outer(torch.arange(n), torch.arange(n))[None].double(),
+    "a dead input": lambda n: torch.diag_embed((torch.arange(n) > n // 3).double())[None],
+    "duplicated inputs": lambda n: spread(1, n // 2).repeat(1, 2, 2)[:, :n, :n],
+    "twelve orders of magnitude": lambda n: torch.diag_embed(torch.logspace(-12, 12, n).double())[None],
+    "few samples in float32": lambda n: (rows := numbers(1, n // 3, n).float() + 3).mT @ rows,
+}
+
+
+@pytest.mark.parametrize("covariance", SINGULAR.values(), ids=SINGULAR.keys())
+@pytest.mark.parametrize("form", FORMS)
+def test_singular_covariances_give_finite_factors_that_are_exact_at_full_rank(form: FormName, covariance: Any) -> None:
+    weight = numbers(1, 5, 4, 3, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = decompose(form, Problem(weight, covariance(36).double(), noise=1e-7))
+        assert np.isfinite(found.tails).all()
+        for ranks, _ in every_rank(found):
+            assert all(part.isfinite().all() for part in fitted(found, ranks))
+    torch.testing.assert_close(assembled(form, fitted(found, full(found))), weight, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("form", FORMS)
+def test_covariances_summed_in_single_precision_from_few_samples(form: FormName, seed: int) -> None:
+    rows = numbers(40, 90, seed=seed).float() @ torch.logspace(0, -3, 90).diag()
+    rows = rows @ torch.linalg.qr(numbers(90, 90, seed=9))[0].float()
+    covariance = (rows.T @ rows / 40).double()[None]
+    found = decompose(form, Problem(numbers(1, 12, 10, 3, 3), covariance, noise=5e-7))
+    assert np.isfinite(found.tails).all()
+    assert (np.diff(found.tails.reshape(found.tails.shape[0], -1), axis=0) <= 1e-5 * found.problem.total).all()
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("form", FORMS)
+def test_zero_weights_lose_nothing(form: FormName, metric: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        given = problem((4, 3, 3, 3), metric)
+        found = decompose(form, Problem(torch.zeros_like(given.weight), given.covariance))
+        assert not found.tails.any()
+        for ranks, _ in every_rank(found):
+            product = assembled(form, balanced(fitted(found, ranks)))
+            assert torch.equal(product, torch.zeros_like(product))
+
+
+PLANTED: dict[FormName, tuple[tuple[int, ...], Factors]] = {
+    "channel": ((3,), (numbers(1, 3, 5, 3, 3, seed=1), numbers(1, 8, 3, seed=2))),
+    "spatial": ((3,), (numbers(1, 3, 5, 3, 1, seed=1), numbers(1, 8, 3, 1, 3, seed=2))),
+    "tucker2": (
+        (2, 3),
+        (numbers(1, 2, 5, 1, 1, seed=1), numbers(1, 3, 2, 3, 3, seed=2), numbers(1, 8, 3, seed=3)),
+    ),
+}
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("form", FORMS)
+def test_a_planted_product_is_found_at_its_rank(form: FormName, metric: str) -> None:
+    ranks, factors = PLANTED[form]
+    weight = assembled(form, factors)
+    given = Problem(weight, spread(1, 45) if metric == "activation" else None)
+    found = decompose(form, given)
+    said = dict(every_rank(found))
+    assert said[ranks] <= 1e-9 * given.total
+    for smaller, tail in said.items():
+        if any(one < other for one, other in zip(smaller, ranks, strict=True)):
+            assert tail > 1e-3 * given.total
+    for sweeps in (0, 2):
+        torch.testing.assert_close(
+            assembled(form, fitted(found, ranks, sweeps=sweeps)), weight, rtol=0, atol=1e-6 * float(weight.abs().max())
+        )
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("form", FORMS)
+def test_groups_are_fitted_each_for_itself(form: FormName, metric: str) -> None:
+    given = problem((4, 3, 3, 3), metric, groups=3, output=spread(3, 4))
+    found = decompose(form, given)
+    ranks = (2, 3)[-len(full(found)) :]
+    together, tails = assembled(form, fitted(found, ranks)), np.zeros_like(found.tails)
+    for group in range(3):
+        covariance = None if given.covariance is None else given.covariance[group : group + 1]
+        assert given.output is not None
+        alone = decompose(form, Problem(given.weight[group : group + 1], covariance, given.output[group : group + 1]))
+        torch.testing.assert_close(together[group], assembled(form, fitted(alone, ranks))[0], rtol=1e-7, atol=1e-7)
+        tails = tails + alone.tails
+    # entry j of a spectrum of groups is that of the same rank in every group
+    np.testing.assert_allclose(found.tails, tails, atol=1e-8 * given.total)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("form", FORMS)
+def test_a_multiple_of_the_identity_as_output_metric_changes_nothing(form: FormName, metric: str) -> None:
+    given = problem((5, 4, 3, 3), metric)
+    felt = Problem(given.weight, given.covariance, 7.0 * torch.eye(5, dtype=torch.float64)[None])
+    one, other = decompose(form, given), decompose(form, felt)
+    np.testing.assert_allclose(other.tails / felt.total, one.tails / given.total, atol=1e-9)
+    ranks = (2, 3)[-len(full(one)) :]
+    torch.testing.assert_close(
+        assembled(form, fitted(other, ranks)), assembled(form, fitted(one, ranks)), rtol=1e-6, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("form", FORMS)
+def test_an_output_metric_lowers_the_error_that_it_measures(form: FormName, metric: str, seed: int) -> None:
+    output = spread(1, 6, seed=20 + seed)
+    given = problem((6, 4, 3, 3), metric)
+    felt = Problem(given.weight, given.covariance, output)
+    one, other = decompose(form, given), decompose(form, felt)
+    # what is not felt at all counts a thousandth of what is felt most
+    floored = output / torch.linalg.eigvalsh(output).max() + 1e-3 * torch.eye(6, dtype=torch.float64)
+    sums = np.zeros(2)
+    for ranks, tail in every_rank(other):
+        aware = lost(given, form, fitted(other, ranks, sweeps=0), output=floored)
+        assert aware == pytest.approx(tail, abs=1e-6 * felt.total)
+        each = [lost(given, form, fitted(found, ranks), output=floored) for found in (other, one)]
+        assert form in ITERATED or each[0] <= each[1] + 1e-6 * felt.total
+        sums += each
+    # alternating steps may end in different local minima at single ranks
+    assert sums[0] < sums[1]

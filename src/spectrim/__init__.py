@@ -31,6 +31,7 @@ from spectrim.report import (
     table,
     text,
 )
+from spectrim.sensitivity import sensitivity
 from spectrim.training import Finetuned, finetune
 
 __version__ = "0.1.0"
@@ -81,6 +82,7 @@ __all__ = [
     "plot_spectra",
     "report",
     "save",
+    "sensitivity",
     "table",
     "text",
 ]

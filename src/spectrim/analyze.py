@@ -11,8 +11,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from spectrim.calibrate import Calibration, Moments
-from spectrim.errors import DataError, ModelError
+from spectrim.calibrate import Calibration, pooled
+from spectrim.errors import ModelError
 from spectrim.execution import Trace, as_inputs, trace
 from spectrim.forms import LAYERS, Geometry, Positions, decompose, forms_of, geometry, kernels, matrices
 from spectrim.linalg import (
@@ -177,12 +177,15 @@ class Analysis:
         metrics: The available metrics, the best one last.
         whole: What the whole model costs, other operations included.
         calibration: The statistics it was made with, if any.
+        sensitivity: How much the network's answer feels a lost share of each layer's energy, from `st.sensitivity`;
+            empty if it was not measured.
     """
 
     layers: tuple[LayerAnalysis, ...]
     metrics: tuple[Metric, ...]
     whole: Measurement
     calibration: Calibration | None = field(default=None, repr=False)
+    sensitivity: Mapping[str, float] = field(default_factory=dict, repr=False)
 
     def __iter__(self) -> Iterator[LayerAnalysis]:
         return iter(self.layers)
@@ -272,21 +275,6 @@ def _problems(target: Target, calibration: Calibration | None) -> dict[Metric, P
         if len(felt) == len(moments):
             found["loss"] = Problem(weight, covariance, output=torch.stack(felt).sum(dim=0), noise=noise)
     return found
-
-
-def pooled(moments: list[Moments], *, name: str, width: int) -> tuple[Tensor, float]:
-    """The covariance around each place's own mean, since each place gets a bias of its own."""
-    for one in moments:
-        if one.mean.shape[1] != width:
-            raise DataError(
-                f"the calibration saw inputs of size {one.mean.shape[1]} at layer {name!r}, which takes {width}; "
-                "it was made with another model"
-            )
-    if len(moments) == 1:
-        return moments[0].covariance, moments[0].noise
-    total = sum(one.count for one in moments)
-    weighted = torch.stack([one.covariance * (one.count / total) for one in moments])
-    return weighted.sum(dim=0), max(one.noise for one in moments)
 
 
 def _layer(target: Target, calibration: Calibration | None, seen: Trace) -> LayerAnalysis:

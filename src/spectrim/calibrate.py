@@ -1,7 +1,7 @@
 """Calibration: what the layers of a trained network see, as streamed means and covariances. No activation is kept."""
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -9,8 +9,21 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from spectrim.errors import DataError, ModelError
-from spectrim.execution import as_inputs, call, evaluating, split_labels, watching
+from spectrim.execution import (
+    WATCHED,
+    Inputs,
+    as_inputs,
+    call,
+    device_of,
+    evaluating,
+    split_labels,
+    tensors,
+    to_device,
+    watching,
+)
 from spectrim.linalg import algebra, is_finite
+
+_PROBES = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +67,7 @@ def calibrate(
     labels: bool = False,
     layers: Collection[str] | None = None,
     positions: int | None = 64,
+    gradients: bool = False,
 ) -> Calibration:
     """Run batches through the model and stream the statistics of every Linear and convolution layer's input.
 
@@ -66,13 +80,16 @@ def calibrate(
         max_batches: Stop after so many.
         labels: Batches are (inputs.., labels); the labels are set aside.
         layers: Names of the layers to watch; all by default.
-        positions: Output positions of a convolution that are looked at in each image, evenly spread at random but the
-            same for every image; None for all of them.
+        positions: Places of each sample that are looked at (output pixels of a convolution, time steps of a linear
+            layer), chosen at random but the same for every sample; None for all of them.
+        gradients: Also stream the second moments of gradients that the loss metric is made of; takes about four times
+            as long. No labels are used.
 
     Raises:
         DataError: no batches, a batch the model cannot run, or activations that are NaN or infinite.
     """
     sums: dict[str, Running] = {}
+    felt: dict[str, Tensor] = {}
 
     def watch(name: str, layer: nn.Module, given: Tensor, output: Tensor) -> None:
         if (layers is None or name in layers) and given.is_floating_point():
@@ -88,12 +105,30 @@ def calibrate(
             inputs = split_labels(batch, position=position)[0] if labels else as_inputs(batch)
             try:
                 call(model, inputs, what=f"batch {position}", hint=hint)
+                if gradients:
+                    _feel(model, inputs, layers, felt)
             except ModelError as error:
                 raise DataError(str(error)) from error
             seen += 1
     if not seen:
         raise DataError("the calibration data is empty; give at least one batch")
-    return Calibration({name: running.finish(name) for name, running in sums.items() if running.count}, seen)
+    moments = {name: running.finish(name) for name, running in sums.items() if running.count}
+    return Calibration({name: replace(one, felt=felt.get(name)) for name, one in moments.items()}, seen)
+
+
+def pooled(moments: list[Moments], *, name: str, width: int) -> tuple[Tensor, float]:
+    """The covariance around each place's own mean, since each place gets a bias of its own."""
+    for one in moments:
+        if one.mean.shape[1] != width:
+            raise DataError(
+                f"the calibration saw inputs of size {one.mean.shape[1]} at layer {name!r}, which takes {width}; "
+                "it was made with another model"
+            )
+    if len(moments) == 1:
+        return moments[0].covariance, moments[0].noise
+    total = sum(one.count for one in moments)
+    weighted = torch.stack([one.covariance * (one.count / total) for one in moments])
+    return weighted.sum(dim=0), max(one.noise for one in moments)
 
 
 def patches(layer: nn.Module, given: Tensor, *, positions: int | None, size: Sequence[int] = ()) -> Tensor:
@@ -106,7 +141,7 @@ def patches(layer: nn.Module, given: Tensor, *, positions: int | None, size: Seq
         size: Height and width of the output, needed for a transposed convolution called with `output_size`.
     """
     if isinstance(layer, nn.Linear):
-        return given.reshape(1, -1, given.shape[-1])
+        return _steps(given, positions)
     assert isinstance(layer, nn.Conv1d | nn.Conv2d | nn.ConvTranspose2d)
     flat = isinstance(layer, nn.Conv1d)
     x = given if given.ndim == len(layer.kernel_size) + 2 else given.unsqueeze(0)
@@ -132,9 +167,9 @@ def patches(layer: nn.Module, given: Tensor, *, positions: int | None, size: Seq
 
 
 def answers(layer: nn.Module, output: Tensor, *, positions: int | None) -> Tensor:
-    """The layer's outputs at the places of `patches`: (groups, n, out)."""
+    """The layer's outputs at the places of `patches`, copied: (groups, n, out)."""
     if isinstance(layer, nn.Linear):
-        return output.reshape(1, -1, output.shape[-1])
+        return _steps(output, positions).clone()
     assert isinstance(layer, nn.Conv1d | nn.Conv2d | nn.ConvTranspose2d)
     y = output if output.ndim == len(layer.kernel_size) + 2 else output.unsqueeze(0)
     columns = y.flatten(2)
@@ -142,6 +177,14 @@ def answers(layer: nn.Module, output: Tensor, *, positions: int | None) -> Tenso
     images, _, places = columns.shape
     grouped = columns.reshape(images, layer.groups, -1, places)
     return grouped.permute(1, 0, 3, 2).reshape(layer.groups, images * places, -1)
+
+
+def _steps(vectors: Tensor, positions: int | None) -> Tensor:
+    """Vectors (batch, .., size), sampled over what lies between, as (1, n, size)."""
+    if vectors.ndim < 3:
+        return vectors.reshape(1, -1, vectors.shape[-1])
+    between = vectors.flatten(1, -2)
+    return between[:, sample(between.shape[1], positions).to(vectors.device)].flatten(0, 1).unsqueeze(0)
 
 
 def sample(places: int, positions: int | None) -> Tensor:
@@ -164,6 +207,68 @@ def _stretched(layer: nn.ConvTranspose2d, x: Tensor, size: Sequence[int]) -> Ten
         after = before + layer.output_padding[axis] + (size[axis] - shape if size else 0)
         pads += [before, after]
     return functional.pad(wide, pads)
+
+
+def _feel(model: nn.Module, inputs: Inputs, layers: Collection[str] | None, felt: dict[str, Tensor]) -> None:
+    """Add the second moments, per sample, of the gradients of random signs times the network's outputs.
+
+    The mean over random signs of such a gradient's second moment is that of all outputs together (Hutchinson 1990);
+    signs have no mean over an output's last dimension, since logits are only known up to a constant.
+    """
+    outputs: list[tuple[str, nn.Module, Tensor]] = []
+
+    def tap(name: str, layer: nn.Module) -> Callable[..., Tensor | None]:
+        def hook(_: nn.Module, __: Any, output: Any) -> Tensor | None:
+            if not isinstance(output, Tensor) or not output.requires_grad:
+                return None
+            outputs.append((name, layer, output))
+            # what follows may work in place, and would take the tensor out from under us
+            return output.clone()
+
+        return hook
+
+    chosen = [(name, one) for name, one in model.named_modules() if isinstance(one, WATCHED)]
+    handles = [one.register_forward_hook(tap(name, one)) for name, one in chosen if layers is None or name in layers]
+    signs = torch.Generator().manual_seed(0)
+    try:
+        with torch.enable_grad():
+            answer = call(model, _differentiable(to_device(inputs, device_of(model))))
+            for probe in range(_PROBES):
+                total = sum(((_signs(one, signs) * one).sum() for one in _answers(answer)), torch.zeros(()))
+                if not total.requires_grad:
+                    return
+                wanted = [output for _, _, output in outputs]
+                found = torch.autograd.grad(total, wanted, retain_graph=probe + 1 < _PROBES, allow_unused=True)
+                for (name, layer, output), gradient in zip(outputs, found, strict=True):
+                    if gradient is not None:
+                        rows = algebra(answers(layer, gradient, positions=None))
+                        moment = rows.mT @ rows / (_PROBES * len(output))
+                        felt[name] = felt[name] + moment if name in felt else moment
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _differentiable(inputs: Inputs) -> Inputs:
+    """Inputs that gradients flow from, so that layers with frozen weights are reached as well."""
+
+    def free(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return value.detach().clone().requires_grad_().clone()
+        return value
+
+    return Inputs(tuple(map(free, inputs.args)), {key: free(value) for key, value in inputs.kwargs.items()})
+
+
+def _answers(value: Any) -> list[Tensor]:
+    """Every floating-point tensor in a model's answer."""
+    return [one for one in tensors(value) if one.is_floating_point()]
+
+
+def _signs(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Random 1 and -1, less their mean over the last dimension where it has several entries."""
+    signs = torch.randint(0, 2, like.shape, generator=generator).to(like) * 2 - 1
+    return signs - signs.mean(dim=-1, keepdim=True) if like.ndim > 1 and like.shape[-1] > 1 else signs
 
 
 class Running:

@@ -2,23 +2,25 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Literal
 
 from torch import nn
 
 from spectrim.analyze import Analysis, analyze, survey
 from spectrim.calibrate import calibrate
-from spectrim.errors import PlanError
-from spectrim.execution import Inputs, as_inputs
+from spectrim.errors import DataError, PlanError
+from spectrim.execution import Inputs, as_inputs, require_repeatable
 from spectrim.factorize import duplicate, factorize
 from spectrim.forms import geometry
 from spectrim.measure import Measurement, count
-from spectrim.plan import FormName, Metric, Plan, Rule
+from spectrim.plan import Budget, FormName, Metric, Plan, Rule
 from spectrim.ranks import plan as make_plan
 from spectrim.ranks import refresh, require_reachable
 from spectrim.reconstruct import Told
 from spectrim.reconstruct import reconstruct as rebuild
-from spectrim.surgery import Patterns
+from spectrim.sensitivity import sensitivity
+from spectrim.surgery import Patterns, replace
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,16 +40,16 @@ def compress(
     data: Iterable[Any] | None = None,
     max_batches: int | None = None,
     metric: Metric | None = None,
+    forms: Sequence[FormName] | None = None,
+    rank_multiple: int | None = None,
     include: Patterns = ("*",),
     exclude: Patterns = (),
     keep_last: bool = False,
     allow_growth: bool = False,
     analysis: Analysis | None = None,
-    forms: Sequence[FormName] | None = None,
-    rank_multiple: int | None = None,
     reconstruct: Literal["auto"] | bool = "auto",
-    on_progress: Told | None = None,
     inplace: bool = False,
+    on_progress: Told | None = None,
 ) -> Compressed:
     """Replace the layers of a trained network by low-rank factors.
 
@@ -55,19 +57,29 @@ def compress(
     `data`, what counts is each layer's output on them (activation metric), and biases are corrected so that the mean
     output is exact. A layer that would not become smaller stays dense, and the plan says why.
 
+    Under a `Budget` with `data`, forms and ranks of all layers are chosen together by how much the network's answer
+    feels each layer (`st.sensitivity`), and every layer, the dense ones too, is then fitted anew to what it receives
+    in the compressed network (`reconstruct`). No labels are used.
+
     Args:
         model: A trained module; left bit-identical unless `inplace`.
-        rule_or_plan: `Rank(20)`, `Ratio(0.25)`, `Energy(0.9)`, or a `Plan` (selection is then the plan's).
+        rule_or_plan: `Budget(macs=0.5)`, `Rank(20)`, `Ratio(0.25)`, `Energy(0.9)`, or a `Plan` (selection is the plan's).
         example_inputs: One call's inputs: a tensor, a tuple of positional or a mapping of keyword arguments.
-        data: Calibration batches, with or without labels (one element more than `example_inputs` is a label).
+        data: Calibration batches, with or without labels (one element more than `example_inputs` is a label). Their
+            inputs are kept in memory.
         max_batches: Use at most so many calibration batches.
-        metric: `plain` or `activation`; by default activation when there is `data`.
+        metric: `plain`, `activation` or `loss`; by default activation when there is `data`.
+        forms: Which of `channel`, `spatial`, `tucker2` convolutions may take; see `st.plan`.
+        rank_multiple: Use only ranks that are multiples of this number.
         include: Patterns of layer names to factor, as in a shell.
-        exclude: Patterns of layer names to leave dense.
-        keep_last: Leave the last layer that the model calls dense.
+        exclude: Patterns of layer names to leave dense, and as they are.
+        keep_last: Leave the last layer that the model calls dense, and as it is.
         allow_growth: Factor a layer even if it grows.
         analysis: From `st.analyze` on this very model; saves calibrating and decomposing again for every rank.
+        reconstruct: Fit the layers one after the other to undo what those before have changed; `auto` does it under a
+            `Budget` with `data`.
         inplace: Change `model` itself and return it.
+        on_progress: Called with what is done next, how many steps of this stage are done, and of how many.
 
     Returns:
         The model (in the same training mode), the plan, and the counted costs.
@@ -75,75 +87,75 @@ def compress(
     Raises:
         SpectrimError: one of its kinds, before anything has been changed.
     """
-    selected = include != ("*",) or bool(exclude) or keep_last
-    if isinstance(rule_or_plan, Plan) and (selected or metric or allow_growth):
-        raise PlanError("a plan already says which layers and metric; give include, exclude, metric to st.plan instead")
-    if analysis is not None and (selected or data is not None):
-        raise PlanError("an analysis already has its layers and data; give include, exclude, calibration to st.analyze")
-    batches = [as_inputs(batch) for batch in _unlabelled(data or (), as_inputs(example_inputs))][:max_batches]
+    selection = _Selection(include, exclude, keep_last)
+    planned = isinstance(rule_or_plan, Plan)
+    if planned and (selection.narrows or metric or forms or rank_multiple or allow_growth):
+        raise PlanError("a plan already says which layers, forms and metric; give these options to st.plan instead")
+    if analysis is not None and selection.narrows:
+        raise PlanError("an analysis already has its layers; give include, exclude, keep_last to st.analyze instead")
+    if reconstruct is True and (data is None or metric == "plain"):
+        raise DataError("reconstruction is done on calibration data in a data metric; pass data= and no metric='plain'")
+    example = as_inputs(example_inputs)
+    layers = _layers(model, example, rule_or_plan, selection) if analysis is None else set()
+    batches: list[Inputs] = []
+    if data is not None and metric != "plain" and _uses_data(rule_or_plan):
+        require_repeatable(model, example)
+        batches = [as_inputs(one) for one in islice(_unlabelled(data, example), max_batches)]
     if analysis is None:
-        layers = _layers(model, example_inputs, rule_or_plan, include=include, exclude=exclude, keep_last=keep_last)
-        wanted = data is not None and metric != "plain" and _uses_data(rule_or_plan)
-        analysis = analyze(
-            model,
-            example_inputs,
-            calibration=calibrate(model, batches, layers=layers) if wanted else None,
-            include=include,
-            exclude=exclude,
-            keep_last=keep_last,
+        wanted = (
+            {metric} | {layer.metric for layer in rule_or_plan.layers} if isinstance(rule_or_plan, Plan) else {metric}
         )
+        analysis = _analysed(model, example, batches, layers, selection, gradients="loss" in wanted)
+        if batches and isinstance(rule_or_plan, Budget):
+            analysis = sensitivity(model, analysis, batches, on_progress=_telling(on_progress, "weigh"))
     if isinstance(rule_or_plan, Plan):
         plan = refresh(rule_or_plan, analysis)
     else:
         plan = make_plan(
             analysis, rule_or_plan, metric=metric, forms=forms, rank_multiple=rank_multiple, allow_growth=allow_growth
         )
-    dense = count(model, example_inputs)
-    moments = analysis.calibration.moments if analysis.calibration else {}
-    factors = {
-        layer.name: analysis[layer.name].decomposition(layer.form, layer.metric).factors(layer.ranks)
-        for layer in plan.factored
-        if layer.metric is not None
-    }
-    smaller = model if inplace else duplicate(model)
-    if reconstruct and batches:
-        refit = {layer.name for layer in analysis if layer.problems}
-        smaller = rebuild(model, smaller, plan, batches=batches, factors=factors, refit=refit, on_progress=on_progress)
-    else:
-        smaller = factorize(smaller, plan, factors=factors, means={name: one.mean for name, one in moments.items()})
-    return Compressed(smaller, plan, count(smaller, example_inputs).against(dense))
+    dense = count(model, example)
+    fit = bool(batches) and (reconstruct is True or (reconstruct == "auto" and isinstance(plan.rule, Budget)))
+    smaller = _built(model, plan, analysis, batches if fit else [], on_progress=_telling(on_progress, "fit"))
+    if inplace:
+        replace(model, {name: smaller.get_submodule(name) for one in plan for name in (one.name, *one.also)})
+        smaller = model
+    return Compressed(smaller, plan, count(smaller, example).against(dense))
 
 
-def _layers(
-    model: nn.Module,
-    example_inputs: Any,
-    rule_or_plan: Rule | Plan,
-    *,
-    include: Patterns,
-    exclude: Patterns,
-    keep_last: bool,
-) -> set[str]:
+@dataclass(frozen=True)
+class _Selection:
+    include: Patterns
+    exclude: Patterns
+    keep_last: bool
+
+    @property
+    def narrows(self) -> bool:
+        """Whether it leaves anything out."""
+        return self.include != ("*",) or bool(self.exclude) or self.keep_last
+
+
+def _layers(model: nn.Module, example: Inputs, rule_or_plan: Rule | Plan, selection: _Selection) -> set[str]:
     """Names of the layers that need statistics; every mistake that can be seen without data is raised here."""
-    targets, _ = survey(model, example_inputs, include=include, exclude=exclude, keep_last=keep_last)
+    targets, _ = survey(
+        model, example, include=selection.include, exclude=selection.exclude, keep_last=selection.keep_last
+    )
     open_to = [target for target in targets if target.refusal is None]
-    if isinstance(rule_or_plan, Plan):
-        planned = {layer.name for layer in rule_or_plan.factored if layer.metric == "activation"}
-        open_to = [target for target in open_to if target.name in planned]
-    else:
+    if not isinstance(rule_or_plan, Plan):
         sizes = {
-            target.name: (
-                target.module.get_parameter("weight").shape,
-                min(geometry(target.module).out, geometry(target.module).width),
-            )
+            target.name: (target.module.get_parameter("weight").shape, geometry(target.module).full_rank)
             for target in open_to
         }
         require_reachable(rule_or_plan, sizes)
+    elif not isinstance(rule_or_plan.rule, Budget):
+        planned = {layer.name for layer in rule_or_plan.factored if layer.metric != "plain"}
+        open_to = [target for target in open_to if target.name in planned]
     return {site for target in open_to for site in target.sites}
 
 
 def _uses_data(rule_or_plan: Rule | Plan) -> bool:
     plan = rule_or_plan
-    return not isinstance(plan, Plan) or any(layer.metric == "activation" for layer in plan.factored)
+    return not isinstance(plan, Plan) or any(layer.metric != "plain" for layer in plan.factored)
 
 
 def _unlabelled(data: Iterable[Any], example: Inputs) -> Iterator[Any]:
@@ -154,3 +166,49 @@ def _unlabelled(data: Iterable[Any], example: Inputs) -> Iterator[Any]:
             yield batch[0] if example.kwargs or wanted == 1 else batch[:-1]
         else:
             yield batch
+
+
+def _analysed(
+    model: nn.Module,
+    example: Inputs,
+    batches: Sequence[Inputs],
+    layers: set[str],
+    selection: _Selection,
+    *,
+    gradients: bool,
+) -> Analysis:
+    return analyze(
+        model,
+        example,
+        calibration=calibrate(model, batches, layers=layers, gradients=gradients) if batches else None,
+        include=selection.include,
+        exclude=selection.exclude,
+        keep_last=selection.keep_last,
+    )
+
+
+def _built(
+    model: nn.Module, plan: Plan, analysis: Analysis, batches: Sequence[Inputs], *, on_progress: Told | None
+) -> nn.Module:
+    """A copy of the model with the plan carried out, fitted to `batches` if there are any."""
+    factors = {
+        layer.name: analysis[layer.name].decomposition(layer.form, layer.metric).factors(layer.ranks)
+        for layer in plan.factored
+        if layer.metric is not None
+    }
+    if not batches:
+        moments = analysis.calibration.moments if analysis.calibration else {}
+        means = {name: one.mean for name, one in moments.items()}
+        return factorize(duplicate(model), plan, factors=factors, means=means)
+    refit = {layer.name for layer in analysis if layer.problems}
+    return rebuild(
+        model, duplicate(model), plan, batches=batches, factors=factors, refit=refit, on_progress=on_progress
+    )
+
+
+def _telling(on_progress: Told | None, verb: str) -> Told | None:
+    """Progress with the stage in front of the layer's name."""
+    if on_progress is None:
+        return None
+    told = on_progress
+    return lambda name, done, of: told(f"{verb} {name}".strip(), done, of)

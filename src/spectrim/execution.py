@@ -1,12 +1,16 @@
 """Running a user's model without leaving a trace in it."""
 
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+from torch.nn.utils.rnn import PackedSequence
 
 from spectrim.errors import DataError, ModelError
 from spectrim.forms import Positions
@@ -57,16 +61,24 @@ def device_of(model: nn.Module) -> torch.device:
     return torch.device("cpu")
 
 
-def to_device(value: Any, device: torch.device) -> Any:
-    """`value` with every tensor in it, at any depth of tuples, lists and mappings, on `device`."""
+def to_device(value: Any, device: torch.device, *, copy: bool = False) -> Any:
+    """`value` with every tensor in it, at any depth of tuples, lists and mappings, on `device`.
+
+    With `copy` the tensors there are new ones even where they need not be moved.
+    """
     if isinstance(value, Tensor):
-        return value.to(device)
+        return value.to(device, copy=copy)
+    if isinstance(value, PackedSequence):
+        data, sizes, *orders = value  # the sizes stay on the CPU
+        return PackedSequence(to_device(data, device, copy=copy), sizes, *to_device(orders, device, copy=copy))
     if isinstance(value, Inputs):
-        return Inputs(to_device(value.args, device), to_device(value.kwargs, device))
+        return Inputs(to_device(value.args, device, copy=copy), to_device(value.kwargs, device, copy=copy))
     if isinstance(value, Mapping):
-        return {key: to_device(item, device) for key, item in value.items()}
-    if isinstance(value, tuple | list):
-        return type(value)(to_device(item, device) for item in value) if type(value) in (tuple, list) else value
+        return {key: to_device(item, device, copy=copy) for key, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(to_device(item, device, copy=copy) for item in value))
+    if type(value) in (tuple, list):
+        return type(value)(to_device(item, device, copy=copy) for item in value)
     return value
 
 
@@ -74,15 +86,15 @@ def to_device(value: Any, device: torch.device) -> Any:
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, no gradients and no shortcut kernels that bypass layers; everything is put back afterwards.
 
-    The random state is put back as well, so that a model that draws numbers does not change the caller's next ones.
+    Random states (torch, numpy, Python) are put back as well, so that a model that draws numbers does not change the
+    caller's next ones, and so are the values of buffers that the model's forward pass writes to.
     """
     flags = {module: module.training for module in model.modules()}
     fast = torch.backends.mha.get_fastpath_enabled()
-    devices = [device_of(model).index or 0] if device_of(model).type == "cuda" else []
-    torch.backends.mha.set_fastpath_enabled(False)
-    model.eval()
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=devices):
+        torch.backends.mha.set_fastpath_enabled(False)
+        model.eval()
+        with torch.no_grad(), _random_states_kept(model), _buffers_kept(model):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
@@ -90,15 +102,50 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = flag
 
 
+@contextmanager
+def _random_states_kept(model: nn.Module) -> Iterator[None]:
+    gpus = sorted({tensor.device.index or 0 for tensor in model.parameters() if tensor.device.type == "cuda"})
+    python, arrays = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=gpus):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(arrays)
+
+
+@contextmanager
+def _buffers_kept(model: nn.Module) -> Iterator[None]:
+    before = [(buffer, buffer.detach().clone()) for buffer in model.buffers() if _is_plain(buffer)]
+    try:
+        yield
+    finally:
+        for buffer, value in before:
+            if buffer.shape == value.shape and not torch.equal(buffer, value):
+                buffer.copy_(value)
+
+
+def _is_plain(buffer: Tensor) -> bool:
+    if isinstance(buffer, UninitializedBuffer):
+        return False
+    return buffer.layout == torch.strided and not (buffer.is_meta or buffer.is_inference())
+
+
 def call(model: nn.Module, inputs: Inputs, *, what: str = "example_inputs", hint: str = "") -> Any:
-    """Call the model on its own device; `what` names the inputs in the message.
+    """Call the model on its own device with copies of the inputs, which it may write to.
+
+    Args:
+        model: The model.
+        inputs: What it is given.
+        what: Names the inputs in the message.
+        hint: What to do about it, for the message.
 
     Raises:
         ModelError: the model does not accept these inputs.
     """
-    moved = to_device(inputs, device_of(model))
     try:
-        return model(*moved.args, **moved.kwargs)
+        own = to_device(inputs, device_of(model), copy=True)
+        return model(*own.args, **own.kwargs)
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
@@ -107,12 +154,140 @@ def call(model: nn.Module, inputs: Inputs, *, what: str = "example_inputs", hint
         ) from error
 
 
+def require_repeatable(model: nn.Module, inputs: Inputs) -> None:
+    """Run the model twice and compare its outputs, up to the rounding of kernels that sum in any order.
+
+    Raises:
+        ModelError: the outputs differ; the message names the first module whose outputs do although its inputs do not.
+    """
+    _require_values(model)
+    with evaluating(model):
+        if _alike(call(model, inputs), call(model, inputs)):
+            return
+        first = _first_difference(model, inputs)
+    raise ModelError(
+        f"{type(model).__name__} is not repeatable: two passes over the same example_inputs differ{first}; "
+        "turn dropout and noise off in evaluation mode, and keep no state from one pass to the next"
+    )
+
+
+def _first_difference(model: nn.Module, inputs: Inputs) -> str:
+    """`, first in 'name' (Type)` for the innermost, earliest module that differs by itself; empty if none does."""
+    with _recording(model) as one:
+        call(model, inputs)
+    with _recording(model) as other:
+        call(model, inputs)
+    for key, (given, made) in one.items():
+        if key in other and _alike(given, other[key][0]) and not _alike(made, other[key][1]):
+            module = model.get_submodule(key[0])
+            return f", first in {key[0]!r} ({type(module).__name__})" if key[0] else ", first in its own forward"
+    return ""
+
+
+_Record = dict[tuple[str, int], tuple[list[Tensor], list[Tensor]]]
+"""By a module's name and the number of the call: copies of the tensors it was given and of those it gave."""
+
+
+@contextmanager
+def _recording(model: nn.Module) -> Iterator[_Record]:
+    """Record every call of every module, in the order in which the calls end: an inner one before the one around it."""
+    record: _Record = {}
+    calls: dict[str, int] = {}
+    begun: list[list[Tensor]] = []
+
+    def begin(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        begun.append(_copies((args, kwargs)))
+
+    def end(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(_: nn.Module, __: Any, output: Any) -> None:
+            calls[name] = calls.get(name, 0) + 1
+            record[name, calls[name]] = (begun.pop(), _copies(output))
+
+        return hook
+
+    handles = []
+    for name, module in model.named_modules():
+        if not isinstance(module, torch.jit.ScriptModule):
+            handles.append(module.register_forward_pre_hook(begin, prepend=True, with_kwargs=True))
+            handles.append(module.register_forward_hook(end(name)))
+    try:
+        yield record
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _copies(value: Any) -> list[Tensor]:
+    return [tensor.detach().clone() for tensor in tensors(value)]
+
+
+def tensors(value: Any) -> Iterator[Tensor]:
+    """Every tensor and float in `value`, at any depth of tuples, lists, mappings and dataclasses."""
+    if isinstance(value, float):
+        yield torch.tensor(value)
+    elif isinstance(value, Tensor):
+        yield from value.unbind() if value.is_nested else (value,)
+    elif isinstance(value, Mapping):
+        yield from tensors(list(value.values()))
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from tensors(item)
+    elif is_dataclass(value):
+        yield from tensors([getattr(value, field.name, None) for field in fields(value)])
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Whether all tensors in two values agree to 1e-4 of their largest entry; NaN and infinity equal themselves."""
+    left, right = list(tensors(one)), list(tensors(other))
+    return len(left) == len(right) and all(map(_close, left, right))
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    tolerance = max(1e-4, 2 * torch.finfo(one.dtype).eps) if one.is_floating_point() else 1e-4
+    one, other = _plain(one), _plain(other)
+    if not (one.is_floating_point() or one.is_complex()):
+        return torch.equal(one, other)
+    scale = one.abs().nan_to_num(0.0, 0.0, 0.0).max() if one.numel() else 0.0
+    same = (one == other) | (one.isnan() & other.isnan())
+    return bool((same | ((one - other).abs() <= tolerance * scale)).all())
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """A dense tensor whose number type has all operations."""
+    tensor = tensor.dequantize() if tensor.is_quantized else tensor.detach()
+    tensor = tensor if tensor.layout == torch.strided else tensor.to_dense()
+    return tensor.float() if tensor.is_floating_point() and tensor.itemsize < 4 else tensor
+
+
+def _require_values(model: nn.Module) -> None:
+    """Refuse a model with weights that were never loaded, before running it makes some up."""
+    known = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    lazy = [name for name, one in known.items() if isinstance(one, UninitializedParameter | UninitializedBuffer)]
+    if lazy:
+        raise ModelError(
+            f"{lazy[0]} of {type(model).__name__} has no shape yet; run the model once, then load or train its weights"
+        )
+    empty = [name for name, one in known.items() if one.is_meta]
+    if empty:
+        raise ModelError(
+            f"{len(empty)} of the {len(known)} tensors of {type(model).__name__} have no values (they are on the "
+            f"meta device), first {empty[0]!r}; load the weights first"
+        )
+
+
 WATCHED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d)
 
 
 @contextmanager
 def watching(model: nn.Module, watch: Callable[[str, nn.Module, Tensor, Tensor], None]) -> Iterator[None]:
-    """Call `watch(name, layer, input, output)` after each call of a Linear or convolution, in execution order."""
+    """Call `watch(name, layer, input, output)` after each call of a Linear or convolution, in execution order.
+
+    Raises:
+        ModelError: the model has weights without values.
+    """
+    _require_values(model)
     handles = []
 
     def observe(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]:

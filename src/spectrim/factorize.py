@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from spectrim.errors import ModelError
 from spectrim.forms import as_kernels, as_stored, build, geometry, kernels, stored
 from spectrim.layers import low_rank_layers
-from spectrim.linalg import Factors, algebra, balanced, is_finite
+from spectrim.linalg import Factors, Ranks, algebra, balanced, is_finite
 from spectrim.plan import FormName, Plan
 from spectrim.surgery import names_of, replace
 
@@ -44,7 +44,7 @@ def factorize(
     replacements: dict[str, nn.Module] = {}
     for layer in plan.factored:
         names = (layer.name, *layer.also)
-        biases = _mean_corrections(means or {}) if layer.metric != "plain" else own_bias
+        biases = mean_corrections(means or {}) if layer.metric != "plain" else own_bias
         replacements |= factored_at(model, names, form=layer.form, factors=factors[layer.name], bias=biases)
     replace(model, replacements)
     return model
@@ -63,7 +63,7 @@ def factored_at(
         ModelError: factors that overflow the layer's number type.
     """
     first = model.get_submodule(names[0])
-    ranks = tuple(int(part.shape[1]) for part in factors[:-1])
+    ranks = _ranks(factors)
     reference = first.get_parameter("weight")
     blank = build(first, form=form, ranks=ranks, bias=False)
     shared = [_parameter_like(reference, tensor) for tensor in stored(blank, balanced(factors))]
@@ -85,6 +85,16 @@ def factored_at(
             built[module] = new
         replacements[name] = built[module]
     return replacements
+
+
+def product(layer: nn.Module, *, form: FormName, factors: Factors) -> Tensor:
+    """The matrices (groups, out, n), float64, that factors for `layer` stand for."""
+    blank = build(layer, form=form, ranks=_ranks(factors), bias=False)
+    return as_kernels(blank.product(stored(blank, factors)), geometry(layer)).flatten(2)
+
+
+def _ranks(factors: Factors) -> Ranks:
+    return tuple(int(part.shape[1]) for part in factors[:-1])
 
 
 def refitted_at(model: nn.Module, names: Sequence[str], *, weight: Tensor, bias: BiasOf) -> dict[str, nn.Module]:
@@ -111,7 +121,7 @@ def own_bias(_: str, module: nn.Module, __: Tensor) -> Tensor | None:
     return module._parameters.get("bias")
 
 
-def _mean_corrections(means: Mapping[str, Tensor]) -> BiasOf:
+def mean_corrections(means: Mapping[str, Tensor]) -> BiasOf:
     """b + (W - Q) m, which makes the mean output exact."""
 
     def corrected(name: str, module: nn.Module, whole: Tensor) -> Tensor | None:

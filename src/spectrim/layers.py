@@ -188,8 +188,9 @@ class _Channel(_LowRankConv[_Conv]):
 
     @property
     def form(self) -> FormName:
-        """`channel`, or `linear` where the kernel is 1 wide."""
-        return "linear" if set(self.down.kernel_size) == {1} else "channel"
+        """`channel`, or `linear` where an ordinary convolution's kernel is 1 wide."""
+        wide = set(self.down.kernel_size) != {1} or isinstance(self.down, nn.ConvTranspose2d)
+        return "channel" if wide else "linear"
 
     def product(self, weights: Sequence[Tensor]) -> Tensor:
         """(out, in / groups, *kernel), or (in, out / groups, *kernel) for a transposed convolution."""

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
 
@@ -35,12 +35,13 @@ def plan(
     metric: Metric | None = None,
     forms: Sequence[FormName] | None = None,
     rank_multiple: int | None = None,
-    sensitivity: Mapping[str, float] | None = None,
     allow_growth: bool = False,
 ) -> Plan:
     """Decide the form and the rank of every layer.
 
-    A layer whose factors would not be smaller than itself stays dense, with the break-even rank as the reason.
+    A layer whose factors would not be smaller than itself stays dense, with the break-even rank as the reason. Under a
+    `Budget` the sum of what the layers lose is smallest: each layer's lost share of energy, times its sensitivity if
+    the analysis has it (see `st.sensitivity`).
 
     Args:
         analysis: From `st.analyze`.
@@ -49,7 +50,6 @@ def plan(
         forms: Which of `channel`, `spatial`, `tucker2` convolutions may take. By default a `Budget` may use all of
             them, and the other rules use the channel form; of several, those take the first that a layer has.
         rank_multiple: Use only ranks that are multiples of this number.
-        sensitivity: By layer name, how much a lost share of its energy counts in a `Budget`; 1 by default.
         allow_growth: Factor layers even when they grow (for tests and studies).
 
     Raises:
@@ -63,7 +63,7 @@ def plan(
     sizes = {layer.name: (layer.shape, layer.full_rank) for layer in analysis if layer.form and not layer.refusal}
     require_reachable(rule, sizes)
     if isinstance(rule, Budget):
-        options = _Options(analysis, rule.limits, metric, allowed, rank_multiple or 1, sensitivity or {})
+        options = _Options(analysis, rule.limits, metric, allowed, rank_multiple or 1)
         return _budgeted(options, rule)
     layers = tuple(
         _decide(layer, rule, metric=metric, forms=allowed, multiple=rank_multiple or 1, allow_growth=allow_growth)
@@ -74,8 +74,13 @@ def plan(
 
 @dataclass(frozen=True, eq=False)
 class Point:
-    """One point of a trade-off curve: the share of the cost that is kept, the energy lost (the sum over layers of the
-    share that each loses), and the plan."""
+    """One point of a trade-off curve.
+
+    Attributes:
+        kept: The share of the dense network's cost that is kept.
+        lost: What all layers lose together: shares of their energies, times their sensitivities if these were measured.
+        plan: The plan that does it.
+    """
 
     kept: float
     lost: float
@@ -145,7 +150,6 @@ class _Options:
     metric: Metric
     forms: tuple[FormName, ...]
     multiple: int
-    sensitivity: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def whole(self) -> int:
@@ -162,6 +166,7 @@ class _Options:
 
     def _menu(self, layer: LayerAnalysis) -> tuple[Menu, list[tuple[FormName, Ranks]]]:
         costs, losses = [np.array([self._dense(layer)])], [np.zeros(1)]
+        usual = float(np.median([*self.analysis.sensitivity.values()])) if self.analysis.sensitivity else 1.0
         named: list[tuple[FormName, Ranks]] = []
         for form in _possible(layer, self.forms, self.metric):
             choices = layer.choices(form, self.metric)
@@ -170,7 +175,7 @@ class _Options:
             small = (choices.params < layer.dense.params) & (choices.macs <= layer.dense.macs)
             fits = np.flatnonzero(even.all(axis=1) & small)
             costs.append(self._factored(layer, choices)[fits])
-            losses.append(choices.lost[fits] * self.sensitivity.get(layer.name, 1.0))
+            losses.append(choices.lost[fits] * self.analysis.sensitivity.get(layer.name, usual))
             named += [(form, tuple(int(rank) for rank in choices.ranks[one])) for one in fits]
         return Menu(np.concatenate(costs).astype(np.int64), np.concatenate(losses)), named
 

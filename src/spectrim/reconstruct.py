@@ -1,17 +1,19 @@
 """Sequential reconstruction: every layer is fitted anew to what it receives in the compressed network."""
 
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from spectrim.calibrate import Moments, Running, answers, patches
-from spectrim.execution import Inputs, call, evaluating, watching
-from spectrim.factorize import factored_at, refitted_at
+from spectrim.calibrate import Running, answers, patches, pooled
+from spectrim.execution import Inputs, call
+from spectrim.factorize import factored_at, factorize, product, refitted_at
 from spectrim.forms import decompose, kernels
 from spectrim.linalg import Factors, Problem, algebra
 from spectrim.plan import LayerPlan, Plan
+from spectrim.sequel import Sequel, following, sequels
 from spectrim.surgery import replace
 
 Told = Callable[[str, int, int], None]
@@ -19,6 +21,7 @@ Told = Callable[[str, int, int], None]
 
 _MEMORY = 2**29
 _RIDGE = 1e-2
+_TURNS = 1
 
 
 class _Enough(BaseException):
@@ -27,11 +30,21 @@ class _Enough(BaseException):
 
 @dataclass(frozen=True)
 class _Place:
-    """One weight of the plan and the distinct layers that use it."""
+    """One weight of the plan, the distinct layers that use it, and what follows it if it is used only once."""
 
     plan: LayerPlan
     names: tuple[str, ...]
     sites: tuple[str, ...]
+    sequel: Sequel | None
+
+
+@dataclass(eq=False)
+class _Seen:
+    """What one site saw, batch by batch: rows (groups, n, ..) of inputs, outputs and the stream added to these."""
+
+    inputs: list[Tensor] = field(default_factory=list)
+    outputs: list[Tensor] = field(default_factory=list)
+    streams: list[Tensor] = field(default_factory=list)
 
 
 def reconstruct(
@@ -42,6 +55,7 @@ def reconstruct(
     batches: Sequence[Inputs],
     factors: dict[str, Factors],
     refit: Collection[str],
+    felt: Mapping[str, Tensor] | None = None,
     positions: int | None = 64,
     on_progress: Told | None = None,
 ) -> nn.Module:
@@ -50,11 +64,12 @@ def reconstruct(
     In execution order, layer by layer: y is the output of the dense network, x the input in the network as compressed
     so far. W* = (cov(y, x) + r W)(cov(x) + r I)^-1, r a hundredth of the mean variance, is factored in the metric
     cov(x) + r I, and the bias makes the mean exact (asymmetric reconstruction; Zhang 2016). Layers that stay dense take
-    W* as it is. Where a layer's error on the data would not fall, its factors stay as they were.
+    W* as it is. Where the graph shows that a layer's output is only added to another stream, y also makes up for what
+    that stream lacks; where only a ReLU follows, y is not asked for where the ReLU hides it anyway.
 
-    Time: a run of the compressed network up to each layer, and one of the dense network. Memory: one layer's second
-    moments, the batches, and the sampled outputs of as many dense layers as fit into half a gigabyte (more layers take
-    another run of the dense network each time it is full).
+    Time: a run of the compressed network up to each layer, and one of the dense network. Memory: one layer's sampled
+    inputs and second moments, the batches, and the sampled outputs of as many dense layers as fit into half a gigabyte
+    (more layers take another run of the dense network each time it is full).
 
     Args:
         model: The dense network.
@@ -63,110 +78,229 @@ def reconstruct(
         batches: What the networks are run on.
         factors: By layer name, the factors fitted to the dense network.
         refit: Names of the layers that may be fitted; the others are exchanged as they are, or stay.
-        positions: Output positions looked at in each image, None for all.
+        felt: By layer name, the output-side metric G (groups, out, out) of layers planned in the loss metric.
+        positions: Places looked at in each sample, None for all.
         on_progress: Told about every layer.
     """
-    places = [_place(small, layer) for layer in plan.layers if layer.name in refit]
-    done = 0
-    for chunk, wanted in _recorded(model, places, batches, positions):
-        for place in chunk:
+    chosen = [layer for layer in plan.layers if layer.name in refit]
+    following_them = sequels(model, batches[0], {layer.name for layer in chosen})
+    places = [_place(small, layer, following_them) for layer in chosen]
+    start = 0
+    while start < len(places):
+        dense, end = _record(model, places, start, batches, positions)
+        for place in places[start:end]:
             if on_progress is not None:
-                on_progress(place.plan.name, done, len(places))
-            seen = _joint_moments(small, place, wanted, batches, positions)
-            replace(small, _fitted(small, place, seen, factors.get(place.plan.name)))
-            done += 1
+                on_progress(place.plan.name, start, len(places))
+            rows = _collect(small, place, dense, batches, positions)
+            G = felt.get(place.plan.name) if felt and place.plan.metric == "loss" else None
+            replace(small, _fitted(small, place, rows, {site: dense.pop(site) for site in place.sites}, G))
+            start += 1
+    rest = [layer for layer in plan.factored if layer.name not in refit]
+    factorize(small, plan.model_copy(update={"layers": tuple(rest)}), factors=factors)
     if on_progress is not None:
-        on_progress("", done, len(places))
+        on_progress("", len(places), len(places))
     return small
 
 
-def _place(model: nn.Module, layer: LayerPlan) -> _Place:
+def _place(model: nn.Module, layer: LayerPlan, known: Mapping[str, Sequel]) -> _Place:
     names = (layer.name, *layer.also)
     first = {id(model.get_submodule(name)): name for name in reversed(names)}
-    return _Place(layer, names, tuple(name for name in names if name in first.values()))
+    sites = tuple(name for name in names if name in first.values())
+    return _Place(layer, names, sites, known.get(layer.name) if len(sites) == 1 else None)
 
 
-_Wanted = dict[str, list[list[Tensor]]]
-"""The dense network's sampled outputs, by place, batch and call: (groups, n, out)."""
+def _record(
+    model: nn.Module, places: Sequence[_Place], start: int, batches: Sequence[Inputs], positions: int | None
+) -> tuple[dict[str, _Seen], int]:
+    """Outputs and streams of the dense network, of as many places from `start` on as memory allows, and their end."""
+    order = {site: number for number, place in enumerate(places) for site in place.sites if number >= start}
+    adding = {place.plan.name for place in places if place.sequel and place.sequel.stream}
+    seen = {site: _Seen() for site in order}
+    layers: dict[str, nn.Module] = {}
+    room, end = _MEMORY, len(places)
+
+    def keep(name: str, kept: list[Tensor], rows: Tensor) -> None:
+        nonlocal room, end
+        kept.append(rows)
+        room -= rows.numel() * rows.element_size()
+        if room < 0:
+            end = max(start + 1, min(end, order[name]))
+
+    def on_call(name: str, layer: nn.Module, _: Tensor, output: Tensor) -> None:
+        layers[name] = layer
+        if order[name] < end:
+            keep(name, seen[name].outputs, answers(layer, output, positions=positions))
+
+    def on_stream(name: str, stream: Tensor) -> None:
+        if order[name] < end and name in adding:
+            keep(name, seen[name].streams, answers(layers[name], stream, positions=positions))
+
+    for position, batch in enumerate(batches):
+        with following(model, order, on_call=on_call, on_stream=on_stream):
+            call(model, batch, what=f"batch {position}")
+    return {site: seen[site] for site, number in order.items() if number < end}, end
 
 
-def _recorded(
-    model: nn.Module, places: Sequence[_Place], batches: Sequence[Inputs], positions: int | None
-) -> Iterator[tuple[list[_Place], _Wanted]]:
-    """Runs of consecutive places with their dense outputs, as many at a time as memory allows."""
-    start = 0
-    while start < len(places):
-        sites = {site: order for order, place in enumerate(places) for site in place.sites if order >= start}
-        room, end = _MEMORY, len(places)
-        wanted: _Wanted = {site: [] for site in sites}
+def _collect(
+    small: nn.Module, place: _Place, dense: Mapping[str, _Seen], batches: Sequence[Inputs], positions: int | None
+) -> dict[str, _Seen]:
+    """Inputs and streams that the place sees in the network as it is now."""
+    seen = {site: _Seen() for site in place.sites}
+    streaming = place.sequel is not None and place.sequel.stream
+    layers: dict[str, nn.Module] = {}
 
-        def watch(name: str, layer: nn.Module, _: Tensor, output: Tensor) -> None:
-            nonlocal room, end
-            order = sites.get(name, end)  # noqa: B023  # used within this turn of the loop only
-            if order < end:
-                taken = answers(layer, output, positions=positions)
-                wanted[name][-1].append(taken)  # noqa: B023
-                room -= taken.numel() * taken.element_size()
-                if room < 0 and order > start:
-                    end = order
-
-        with evaluating(model), watching(model, watch):
-            for position, batch in enumerate(batches):
-                for calls in wanted.values():
-                    calls.append([])
-                call(model, batch, what=f"batch {position}")
-        yield list(places[start:end]), wanted
-        start = end
-
-
-def _joint_moments(
-    small: nn.Module, place: _Place, wanted: _Wanted, batches: Sequence[Inputs], positions: int | None
-) -> dict[str, Moments]:
-    """Moments of (inputs now, outputs in the dense network) side by side, by place."""
-    running = {site: Running() for site in place.sites}
-    left: dict[str, list[Tensor]] = {}
-
-    def watch(name: str, layer: nn.Module, given: Tensor, output: Tensor) -> None:
-        if not left.get(name):
-            return
-        y = left[name].pop(0)
-        x = patches(layer, given, positions=positions, size=output.shape[-2:])
-        running[name].add(torch.cat([x.to(y.dtype), y], dim=2))
-        if not any(left.values()):
+    def on_call(name: str, layer: nn.Module, given: Tensor, output: Tensor) -> None:
+        layers[name] = layer
+        rows = patches(layer, given, positions=positions, size=output.shape[-2:])
+        seen[name].inputs.append(rows.clone() if rows.data_ptr() == given.data_ptr() else rows)
+        left[name] -= 1
+        if not streaming and not any(left.values()):
             raise _Enough
 
-    with evaluating(small), watching(small, watch):
-        for position, batch in enumerate(batches):
-            left = {site: list(wanted[site][position]) for site in place.sites}
-            try:
-                call(small, batch, what=f"batch {position}")
-            except _Enough:
-                continue
-    return {site: one.finish(site) for site, one in running.items() if one.count}
+    def on_stream(name: str, stream: Tensor) -> None:
+        if streaming:
+            seen[name].streams.append(answers(layers[name], stream, positions=positions))
+            raise _Enough
+
+    calls = {site: len(dense[site].outputs) // len(batches) for site in place.sites}
+    left: dict[str, int] = {}
+    for position, batch in enumerate(batches):
+        left = dict(calls)
+        with suppress(_Enough), following(small, place.sites, on_call=on_call, on_stream=on_stream):
+            call(small, batch, what=f"batch {position}")
+    return seen
 
 
-def _fitted(small: nn.Module, place: _Place, seen: dict[str, Moments], factors: Factors | None) -> dict[str, nn.Module]:
-    layer = small.get_submodule(place.plan.name)
-    dense = kernels(layer)
-    W = algebra(dense).flatten(2)
-    n = W.shape[2]
-    total = sum(one.count for one in seen.values())
-    joint = torch.stack([one.covariance * (one.count / total) for one in seen.values()]).sum(dim=0).to(W.device)
-    C, D = joint[:, :n, :n], joint[:, n:, :n]
-    mean = C.diagonal(dim1=1, dim2=2).mean(dim=1)
-    ridge = _RIDGE * torch.where(mean > 0, mean, torch.ones_like(mean))[:, None, None]
-    metric = C + ridge * torch.eye(n, dtype=C.dtype, device=C.device)
-    best = W + torch.linalg.solve(metric, (D - W @ C).mT).mT
+def _fitted(
+    small: nn.Module, place: _Place, now: Mapping[str, _Seen], dense: Mapping[str, _Seen], G: Tensor | None
+) -> dict[str, nn.Module]:
+    """The replacement for a place, fitted to its rows in the output metric G."""
+    layer, form, ranks = small.get_submodule(place.plan.name), place.plan.form, place.plan.ranks
+    shape = kernels(layer).shape
+    fit = _Fit.of(layer, {site: one.inputs for site, one in now.items()})
+    wanted = _Wanted(place, now, dense)
+    targets = wanted.first()
+    for turn in reversed(range(1 + _TURNS * wanted.hides)):
+        best = fit.weight(targets)
+        factors: Factors = ()
+        if form != "dense":
+            factors = decompose(form, Problem(best.reshape(shape), fit.metric, output=G)).factors(ranks)
+            best = product(layer, form=form, factors=factors)
+        if turn:
+            targets = wanted.revised(targets, best, fit)
 
     def bias(name: str, _: nn.Module, whole: Tensor) -> Tensor:
-        mean = seen[name].mean.to(whole.device)
-        return (mean[:, n:] - (whole @ mean[:, :n].unsqueeze(-1)).squeeze(-1)).flatten()
+        return fit.bias(name, whole, targets[name])
 
-    def error(whole: Tensor) -> float:
-        return float((whole * (whole @ C - 2 * D)).sum())
+    if form == "dense":
+        return refitted_at(small, place.names, weight=best.reshape(shape), bias=bias)
+    return factored_at(small, place.names, form=form, factors=factors, bias=bias)
 
-    if place.plan.form == "dense":
-        return refitted_at(small, place.names, weight=best.reshape(dense.shape), bias=bias)
-    problem = Problem(best.reshape(dense.shape), metric)
-    fresh = decompose(place.plan.form, problem).factors(place.plan.ranks)
-    return factored_at(small, place.names, form=place.plan.form, factors=fresh, bias=bias)
+
+_Rows = dict[str, list[Tensor]]
+"""By site and batch: (groups, n, ..)."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Fit:
+    """Ridge regression from what a weight's sites receive to what they should give, drawn towards the weight.
+
+    Attributes:
+        dense: The weight W, (groups, out, n), float64.
+        inputs: The rows that the sites receive.
+        means: Their means by site, (groups, n).
+        covariance: Around each site's own mean, since each has a bias of its own, (groups, n, n).
+        metric: The covariance with the ridge.
+    """
+
+    dense: Tensor
+    inputs: _Rows
+    means: dict[str, Tensor]
+    covariance: Tensor
+    metric: Tensor
+
+    @classmethod
+    def of(cls, layer: nn.Module, inputs: _Rows) -> "_Fit":
+        moments = {}
+        for site, batches in inputs.items():
+            running = Running()
+            for rows in batches:
+                running.add(rows)
+            moments[site] = running.finish(site)
+        W = algebra(kernels(layer)).flatten(2)
+        C, _ = pooled(list(moments.values()), name=next(iter(inputs)), width=W.shape[2])
+        C = C.to(W.device)
+        mean = C.diagonal(dim1=1, dim2=2).mean(dim=1)
+        ridge = _RIDGE * torch.where(mean > 0, mean, torch.ones_like(mean))[:, None, None]
+        eye = torch.eye(C.shape[1], dtype=C.dtype, device=C.device)
+        return cls(W, inputs, {site: one.mean.to(W.device) for site, one in moments.items()}, C, C + ridge * eye)
+
+    def weight(self, targets: _Rows) -> Tensor:
+        """(cov(y, x) + r W)(cov(x) + r I)^-1, written as a correction of W."""
+        total = sum(rows.shape[1] for batches in self.inputs.values() for rows in batches)
+        cross = torch.zeros_like(self.dense)
+        for site, batches in self.inputs.items():
+            middle, mean = self.means[site].unsqueeze(1), _mean(targets[site]).unsqueeze(1)
+            for x, y in zip(batches, targets[site], strict=True):
+                cross += algebra((y - mean.to(y.dtype)).mT @ (x.to(y.dtype) - middle.to(y.dtype))) / total
+        change: Tensor = torch.linalg.solve(self.metric, (cross - self.dense @ self.covariance).mT)
+        return self.dense + change.mT
+
+    def bias(self, site: str, whole: Tensor, targets: Sequence[Tensor]) -> Tensor:
+        """(out,): what makes the mean output exact for the weight `whole`, (groups, out, n)."""
+        return (_mean(targets) - (whole @ self.means[site].unsqueeze(-1)).squeeze(-1)).flatten()
+
+
+@dataclass(frozen=True, eq=False)
+class _Wanted:
+    """What a place should give so that, after what follows it, the network is as it was."""
+
+    place: _Place
+    now: Mapping[str, _Seen]
+    dense: Mapping[str, _Seen]
+
+    @property
+    def hides(self) -> bool:
+        """Whether a ReLU hides a part of what the place gives."""
+        return self.place.sequel is not None and self.place.sequel.relu
+
+    def first(self) -> _Rows:
+        """The dense outputs, and what the other stream lacks against the dense network."""
+        if self.place.sequel is None or not self.place.sequel.stream:
+            return {site: one.outputs for site, one in self.dense.items()}
+        (site,) = self.place.sites
+        dense, now = self.dense[site], self.now[site]
+        scale, _ = self._affine(dense.outputs[0])
+        each = zip(dense.outputs, dense.streams, now.streams, strict=True)
+        return {site: [y + (s - t) / scale for y, s, t in each]}
+
+    def revised(self, targets: _Rows, whole: Tensor, fit: _Fit) -> _Rows:
+        """The same, but as it comes out for `whole` where the ReLU gives zero both then and now (Zhang 2016)."""
+        (site,) = self.place.sites
+        dense, now = self.dense[site], self.now[site]
+        scale, shift = self._affine(dense.outputs[0])
+        bias = fit.bias(site, whole, targets[site]).reshape(len(whole), 1, -1)
+        made = []
+        for position, (y, x) in enumerate(zip(dense.outputs, fit.inputs[site], strict=True)):
+            got = x.to(y.dtype) @ whole.mT.to(y.dtype) + bias.to(y.dtype)
+            before = scale * y + shift + (dense.streams[position] if dense.streams else 0)
+            offset = shift + (now.streams[position] if now.streams else 0)
+            hidden = torch.minimum(scale * got + offset, torch.zeros_like(got))
+            made.append((torch.where(before > 0, before, hidden) - offset) / scale)
+        return {site: made}
+
+    def _affine(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and shift as (groups, 1, out) of a group; a scale of nearly nothing is kept away from zero."""
+        assert self.place.sequel is not None
+        groups = like.shape[0]
+        scale, shift = (
+            one.to(like).reshape(groups, 1, -1) for one in (self.place.sequel.scale, self.place.sequel.shift)
+        )
+        least = 1e-3 * scale.abs().max().clamp(min=1e-30)
+        return torch.where(scale.abs() < least, torch.where(scale < 0, -least, least), scale), shift
+
+
+def _mean(batches: Sequence[Tensor]) -> Tensor:
+    """The mean of rows (groups, n, ..) over all batches, float64."""
+    total = sum(rows.shape[1] for rows in batches)
+    return torch.stack([algebra(rows.mean(dim=1)) * (rows.shape[1] / total) for rows in batches]).sum(dim=0)

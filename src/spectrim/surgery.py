@@ -42,9 +42,10 @@ def find_targets(
     """Every layer with a weight matrix, in order of execution, with the reason where it must stay as it is.
 
     Raises:
-        ModelError: the model has no Linear or convolution layer.
+        ModelError: the model has no Linear or convolution layer, or a state that cannot be counted.
         PatternError: a pattern matches no layer.
     """
+    unique_tensors(model)
     names = _names_by_module(model)
     layers = [module for module in names if _has_matrix(module)]
     if not any(isinstance(module, LAYERS) for module in layers):
@@ -169,12 +170,25 @@ def _unfit(module: nn.Module) -> str | None:
             if base
             else f"{kind.__name__} layers are not factored"
         )
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+    if "forward" in vars(module):
+        return "its forward was replaced on this very layer, which an exchange would lose"
+    if any(hooks for name, hooks in vars(module).items() if name.endswith("_hooks")):
         return "it carries hooks, which an exchange would lose"
-    weight = module._parameters.get("weight")
-    if weight is None or weight.is_meta or not weight.is_floating_point():
-        return "its weight is not an ordinary floating-point parameter"
-    return refusal(module)
+    more = sorted({*module._parameters, *module._buffers, *module._modules} - {"weight", "bias"})
+    if more:
+        return f"it holds more than a weight and a bias: {', '.join(more)}"
+    return _unfit_tensors(module) or refusal(module)
+
+
+def _unfit_tensors(module: nn.Module) -> str | None:
+    if module._parameters.get("weight") is None:
+        return "its weight is not a parameter"
+    for name, value in module._parameters.items():
+        # a tensor subclass (quantised, distributed) has a floating-point type, and values of its own kind
+        if value is not None and (type(value) is not nn.Parameter or value.is_meta or not value.is_floating_point()):
+            kind = f"{type(value).__name__} {str(value.dtype).removeprefix('torch.')} on {value.device}"
+            return f"its {name} is not an ordinary floating-point parameter ({kind})"
+    return None
 
 
 def _shared_elsewhere(model: nn.Module, group: Sequence[nn.Module]) -> str | None:
@@ -209,7 +223,8 @@ def unique_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]
     for name, value in model.state_dict(keep_vars=True).items():
         if not isinstance(value, Tensor):
             raise ModelError(
-                f"the model's state {name!r} is a {type(value).__name__}, not a tensor, and cannot be saved"
+                f"the model's state {name!r} is a {type(value).__name__}, not a tensor, and cannot be saved; "
+                "if the layer is quantised, compress the model first and quantise it afterwards"
             )
         if id(value) in seen:
             aliases[name] = seen[id(value)]

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from spectrim.cli import data
+from spectrim.cli import data, networks
 from spectrim.cli.studies import recipe, run
 from spectrim.errors import SpectrimError
 from spectrim.recipes import DEMO
@@ -19,6 +19,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Make trained neural networks smaller and faster by low-rank factorisation.",
 )
+app.command("analyze")(networks.analyze_network)
+app.command("plan")(networks.plan_network)
+app.command("compress")(networks.compress_network)
 app.add_typer(data.app, name="data")
 app.add_typer(recipe, name="recipe")
 

@@ -1,0 +1,164 @@
+"""CIFAR-10 accuracy of compressed ResNets without any training, held against the bars and the best peer.
+
+    python benchmarks/cifar_zero_shot.py --weights cifar_resnet20.safetensors                      # the table
+    python benchmarks/cifar_zero_shot.py --weights cifar_resnet20.safetensors --finetune           # 3 epochs afterwards
+    python benchmarks/cifar_zero_shot.py --network resnet32 --weights cifar_resnet32.safetensors   # the same, untouched
+
+Each figure is the mean over calibration seeds (which 1024 training images, without labels) of the accuracy on the whole
+test set. Every setting was chosen on training images that no calibration saw (`--held-out` shows those). Seconds and
+memory are those of one compression in a process of its own: import, data, calibration, ranks and reconstruction.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor, nn
+
+import spectrim as st
+from spectrim.data import load
+from spectrim.models import cifar_inputs, resolve
+
+PEER = {0.75: 89.1, 0.6: 81.6, 0.5: 71.8, 0.4: 47.2}
+BAR = {
+    "resnet20": {0.75: 91.4, 0.6: 90.9, 0.5: 90.4, 0.4: 89.2, 0.3: 86.4},
+    "resnet32": {0.6: -0.5, 0.5: -0.9, 0.3: -2.5},
+}
+FINETUNED = {0.5: 90.9, 0.3: 88.0}
+IMAGES, BATCH, TUNING = 1024, 64, 10_000
+
+
+def split(seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Places of the calibration, the held-out and the fine-tuning images in the training set."""
+    order = torch.randperm(50_000, generator=torch.Generator().manual_seed(seed))
+    return order[:IMAGES], order[IMAGES : IMAGES + 2048], order[10_000 : 10_000 + TUNING]
+
+
+def network(given: argparse.Namespace) -> nn.Module:
+    """The published network."""
+    return resolve(f"spectrim:{given.network}", weights=given.weights).eval()
+
+
+def compressed(given: argparse.Namespace, seed: int, share: float) -> tuple[st.Compressed, float]:
+    """A compressed network, and the seconds it took."""
+    images = load("cifar10", split="train").images[split(seed)[0]]
+    model, x = network(given), cifar_inputs(images)
+    start = time.perf_counter()
+    small = st.compress(model, st.Budget(macs=share), example_inputs=x[:1], data=x.split(BATCH))
+    return small, time.perf_counter() - start
+
+
+def cost(given: argparse.Namespace, share: float) -> tuple[float, float]:
+    """Seconds of one compression, and peak memory of a process that does nothing else, in GB."""
+    command = [sys.executable, __file__, "--network", given.network, "--weights", str(given.weights)]
+    done = subprocess.run([*command, "--once", str(share)], check=True, capture_output=True, text=True)
+    seconds, memory = json.loads(done.stdout.splitlines()[-1])
+    return seconds, memory
+
+
+def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+    """Per cent."""
+    batches = ((cifar_inputs(x), y) for x, y in zip(images.split(500), labels.split(500), strict=True))
+    return 100 * st.accuracy(model, batches).value
+
+
+def finetuned(small: nn.Module, teacher: nn.Module, seed: int) -> nn.Module:
+    """Three epochs over 10 000 training images, flipped and shifted at random, with the dense network's answers."""
+    images = load("cifar10", split="train").images[split(seed)[2]]
+
+    def epoch(number: int) -> list[tuple[Tensor, Tensor]]:
+        draw = torch.Generator().manual_seed(1000 * seed + number)
+        padded = nn.functional.pad(cifar_inputs(images), (4, 4, 4, 4))
+        batches = []
+        for places in torch.randperm(len(images), generator=draw).split(128):
+            top, left = (int(torch.randint(9, (), generator=draw)) for _ in range(2))
+            x = padded[places, :, top : top + 32, left : left + 32]
+            x = x.flip(-1) if torch.rand((), generator=draw) < 0.5 else x
+            batches.append((x, torch.zeros(len(x), dtype=torch.long)))
+        return batches
+
+    return st.finetune(small, epoch, teacher=teacher, epochs=3, lr=1e-3, seed=seed).model
+
+
+def main() -> None:
+    """Run everything and compare."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--network", choices=tuple(BAR), default="resnet20")
+    parser.add_argument("--weights", type=Path, required=True, help="the published network as safetensors")
+    parser.add_argument("--shares", default="", help="MACs kept, such as 0.5,0.3; all of the table by default")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--finetune", action="store_true", help="also train 3 epochs afterwards")
+    parser.add_argument("--held-out", action="store_true", help="accuracy on held-out training images instead")
+    parser.add_argument("--json", type=Path, help="write every figure to this file")
+    parser.add_argument("--once", type=float, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.once:
+        _, seconds = compressed(given, 0, given.once)
+        print(json.dumps([seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20]))
+        return
+    shares = [float(share) for share in given.shares.split(",") if share] or list(BAR[given.network])
+    seeds = [int(seed) for seed in given.seeds.split(",")]
+    report(given, shares, seeds)
+
+
+def report(given: argparse.Namespace, shares: list[float], seeds: list[int]) -> None:
+    """Measure, print, and exit with 1 where a bar is missed."""
+    console, model = Console(), network(given)
+    test = load("cifar10", split="train" if given.held_out else "test")
+
+    def score(one: nn.Module, seed: int) -> float:
+        if given.held_out:
+            return accuracy(one, test.images[split(seed)[1]], test.labels[split(seed)[1]])
+        return accuracy(one, test.images, test.labels)
+
+    dense = statistics.mean(score(model, seed) for seed in (seeds if given.held_out else seeds[:1]))
+    table = Table("MACs kept", "accuracy", "sd", "best peer", "bar", "held", "fine-tuned", "sd", "bar", "held")
+    found: dict[str, list[float]] = {"dense": [dense]}
+    held = True
+    for share in shares:
+        zero, tuned, kept = [], [], []
+        for seed in track(seeds, f"{given.network} at {share:g}", console=console, transient=True):
+            small, _ = compressed(given, seed, share)
+            zero.append(score(small.model, seed))
+            kept.append(small.measurement.macs_ratio or 1.0)
+            if given.finetune:
+                tuned.append(score(finetuned(small.model, model, seed), seed))
+        found |= {f"{share:g}": zero, f"{share:g} fine-tuned": tuned, f"{share:g} kept": kept}
+        bar = BAR[given.network].get(share)
+        bar = dense + bar if bar is not None and bar < 0 else bar
+        cells = [*figures(zero, bar), *(figures(tuned, FINETUNED.get(share)) if tuned else [""] * 4)]
+        peer = f"{PEER[share]:g}" if share in PEER and given.network == "resnet20" else ""
+        table.add_row(f"{max(kept):.4f}", *cells[:2], peer, *cells[2:])
+        held &= "no" not in cells
+    seconds, memory = cost(given, 0.5)
+    console.print(f"{given.network}: dense {dense:.2f}, seeds {seeds}, {IMAGES} images, no labels")
+    console.print(table)
+    console.print(f"to half of the MACs: {seconds:.1f} s on {torch.get_num_threads()} threads, peak {memory:.2f} GB")
+    if given.json:
+        given.json.write_text(json.dumps(found | {"seconds": [seconds], "memory": [memory]}, indent=2))
+    sys.exit(not held)
+
+
+def figures(values: list[float], bar: float | None) -> list[str]:
+    """Mean, spread, bar, and whether it is held."""
+    mean = statistics.mean(values)
+    spread = f"{statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return [
+        f"{mean:.2f}",
+        spread,
+        "" if bar is None else f"{bar:.2f}",
+        "" if bar is None else ("yes", "no")[mean < bar],
+    ]
+
+
+if __name__ == "__main__":
+    main()

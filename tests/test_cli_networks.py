@@ -1,0 +1,384 @@
+"""`spectrim analyze`, `spectrim plan` and `spectrim compress` on real networks and the embedded digits."""
+
+import json
+import re
+import shlex
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from typer.testing import CliRunner
+
+import spectrim as st
+from spectrim import data, models
+from spectrim.cli import networks
+from spectrim.cli.app import app, main
+from spectrim.cli.networks import Measured
+from spectrim.cli.subject import Preparation
+
+MLP = ("--model", "spectrim:mlp", "--option", "inputs=64", "--option", "width=48", "--option", "hidden=2")
+TRAINED = (*MLP, "--weights", "mlp.safetensors", "--data", "digits")
+RESNET = ("--model", "spectrim:mini_resnet", "--option", "width=8", "--option", "hidden=64")
+FACTORY = """
+from torch import nn
+def vectors():
+    return nn.Sequential(nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 10))
+def pair():
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+        def forward(self, x):
+            return self.layer(x), x
+    return Pair()
+"""
+
+
+@dataclass
+class Said:
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Said]
+
+
+def digits(split: data.access.Split) -> tuple[torch.Tensor, torch.Tensor]:
+    found = data.load("digits", split=split)
+    return found.images / 255, found.labels
+
+
+@pytest.fixture(scope="module")
+def weights() -> dict[str, torch.Tensor]:
+    """A small network that has learnt the digits."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = models.mlp(64, width=48, hidden=2)
+        optimiser = torch.optim.Adam(network.parameters(), lr=5e-3)
+        images, labels = digits("train")
+        for _ in range(12):
+            for index in torch.randperm(len(images)).split(64):
+                optimiser.zero_grad()
+                nn.functional.cross_entropy(network(images[index]), labels[index]).backward()
+                optimiser.step()
+    return {name: tensor.detach() for name, tensor in network.state_dict().items()}
+
+
+@pytest.fixture
+def run(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    weights: dict[str, torch.Tensor],
+) -> Run:
+    """The whole command line, in a folder with a trained network and a module."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("SPECTRIM_DATA", str(tmp_path / "cache"))
+    monkeypatch.delitem(sys.modules, "networks_of_mine", raising=False)
+    save_file(weights, tmp_path / "mlp.safetensors")
+    (tmp_path / "networks_of_mine.py").write_text(FACTORY)
+    # imported by the commands under test: no bytecode beside it, so that "nothing was written" can be seen
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+
+    def call(*arguments: object) -> Said:
+        monkeypatch.setattr(sys, "argv", ["spectrim", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        said = capsys.readouterr()
+        return Said(int(ended.value.code or 0), said.out, said.err)
+
+    return call
+
+
+def files(folder: Path) -> dict[str, bytes | None]:
+    return {str(one): one.read_bytes() if one.is_file() else None for one in folder.rglob("*")}
+
+
+def in_python(said: str) -> nn.Module:
+    """What the lines printed for Python make."""
+    lines = said.partition("In Python:\n")[2]
+    scope: dict[str, nn.Module] = {}
+    exec("\n".join(line.removeprefix("  ") for line in lines.splitlines()), scope)
+    return scope["network"]
+
+
+def test_analyze_shows_every_layer_and_writes_a_page(run: Run, tmp_path: Path) -> None:
+    said = run("analyze", *TRAINED, "--out", "look")
+    assert said.code == 0, said.err
+    assert all(name in said.out for name in ("fc1", "fc2", "head", "activation", "3 of them can be factored"))
+    page = (tmp_path / "look" / "spectra.html").read_text(encoding="utf-8")
+    assert "Singular values of spectrim:mlp" in page
+    assert "In the activation metric" in page
+    assert run("analyze", *TRAINED, "--out", "look").code == 0
+    assert [one.name for one in (tmp_path / "look").iterdir()] == ["spectra.html"]
+
+
+def test_analyze_needs_no_data_and_writes_nothing_unasked(run: Run, tmp_path: Path) -> None:
+    before = files(tmp_path)
+    said = run("analyze", *RESNET, "--input", "1,28,28", "--include", "layer*", "--exclude", "*.shortcut.*")
+    assert said.code == 0, said.err
+    assert "this network is untrained" in said.out
+    assert "plain" in said.out
+    assert "12 of them can be factored" in said.out
+    assert files(tmp_path) == before
+
+
+def test_a_plan_is_made_edited_applied_and_loaded(run: Run, tmp_path: Path) -> None:
+    said = run("plan", *TRAINED, "--images", 300, "--rank", 12, "--exclude", "head", "--out", "mine/plan.json")
+    assert said.code == 0, said.err
+    assert "Rank 12, activation metric: 2 of 3 factored" in said.out
+    path = tmp_path / "mine" / "plan.json"
+    written = json.loads(path.read_text())
+    written["layers"][1]["rank"] = 9
+    path.write_text(json.dumps(written))
+    command = shlex.split(said.out.partition("Apply it:\n")[2])
+    assert command[:2] == ["spectrim", "compress"]
+    assert "--exclude" not in command
+    done = run(*command[1:-1], "small")
+    assert done.code == 0, done.err
+    applied = st.Plan.load(tmp_path / "small" / "plan.json")
+    assert [layer.rank for layer in applied] == [12, 9, None]
+    assert "rank 9 set by hand in the plan" in done.out
+    network = st.load(tmp_path / "small", models.mlp(64, width=48, hidden=2))
+    assert network.fc2.rank == 9
+    assert network(digits("test")[0]).shape == (360, 10)
+
+
+def test_compress_writes_the_network_that_it_measured(run: Run, tmp_path: Path) -> None:
+    said = run("compress", *TRAINED, "--params", 0.6, "--out", "deep/small")
+    assert said.code == 0, said.err
+    small = tmp_path / "deep" / "small"
+    assert {one.name for one in small.iterdir()} == {"model.safetensors", "plan.json", "measurement.json"}
+    found = Measured.load(small / "measurement.json")
+    network = in_python(said.out)
+    assert not network.training
+    images, labels = digits("test")
+    assert found.compressed.accuracy == st.accuracy(network, [(images, labels)])
+    assert found.dense.accuracy.value > 0.9
+    assert found.compressed.accuracy.value > 0.85
+    assert found.compressed.params <= 0.6 * found.dense.params
+    assert found.compressed.params == sum(one.numel() for one in network.parameters())
+    assert f"dense {found.dense.accuracy.value:.2%}".replace("%", " %") in said.out
+    assert "only guesses" not in said.out
+    assert "takes float32 (batch, 1, 8, 8), pixel / 255" in said.out
+    again = run(*shlex.split(found.command)[1:])
+    assert again.code == 0, again.err
+    assert Measured.load(small / "measurement.json") == found
+
+
+def test_each_stage_is_a_line_where_there_is_no_terminal(run: Run) -> None:
+    said = run("compress", *RESNET, "--data", "digits", "--images", 64, "--macs", 0.6, "--out", "small")
+    assert said.code == 0, said.err
+    stages = [
+        line
+        for line in said.out.splitlines()
+        if re.match(r"(load|calib|analyse|weigh|plan|compress|reconstruct|test|write)", line)
+    ]
+    assert stages == [
+        "load digits",
+        "load spectrim:mini_resnet",
+        "calibrate",
+        "analyse",
+        "weigh 18 layers",
+        "plan",
+        "compress",
+        "reconstruct 18 layers",
+        "test the dense network",
+        "test the compressed network",
+        "write",
+    ]
+    assert "The dense network only guesses" in said.out
+
+
+def test_a_network_whose_convolutions_have_no_bias_is_loaded(run: Run) -> None:
+    said = run("compress", *RESNET, "--data", "digits", "--images", 64, "--macs", 0.6, "--out", "small")
+    assert said.code == 0, said.err
+    assert in_python(said.out)(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
+
+
+def test_options_reach_the_library(run: Run, tmp_path: Path) -> None:
+    more = (
+        "--form",
+        "spatial",
+        "--rank-multiple",
+        4,
+        "--metric",
+        "plain",
+        "--keep-last",
+        "--no-reconstruct",
+        "--no-test",
+    )
+    said = run("compress", *RESNET, "--data", "digits", "--images", 32, "--macs", 0.6, *more, "--out", "small")
+    assert said.code == 0, said.err
+    assert "reconstruct" not in said.out
+    assert "Accuracy not measured: --no-test." in said.out
+    plan = st.Plan.load(tmp_path / "small" / "plan.json")
+    assert plan.metric == "plain"
+    assert plan["head"].form == "dense"
+    assert {layer.form for layer in plan} <= {"dense", "spatial", "linear"}
+    assert any(layer.form == "spatial" and layer.rank % 4 == 0 for layer in plan)
+
+
+def test_the_seed_decides_which_images_are_drawn(run: Run, tmp_path: Path) -> None:
+    made = []
+    for seed in (0, 0, 1):
+        assert run("compress", *TRAINED, "--images", 48, "--seed", seed, "--rank", 8, "--out", "small").code == 0
+        made.append((tmp_path / "small" / "model.safetensors").read_bytes())
+    assert made[0] == made[1] != made[2]
+
+
+def test_a_network_of_vectors_wants_flatten(run: Run, tmp_path: Path) -> None:
+    vectors = ("--model", "networks_of_mine:vectors", "--data", "digits", "--ratio", "0.3")
+    wrong = run("compress", *vectors, "--out", "small")
+    assert wrong.code == 1
+    assert "shapes cannot be multiplied" in wrong.err
+    assert "--flatten" in wrong.err
+    said = run("compress", *vectors, "--flatten", "--out", "small")
+    assert said.code == 0, said.err
+    assert "--model networks_of_mine:vectors runs the code of that module" in said.out
+    assert "takes float32 (batch, 64)" in said.out
+    assert in_python(said.out)(torch.zeros(2, 64)).shape == (2, 10)
+
+
+def test_there_is_an_accuracy_only_for_outputs_that_fit_the_classes(run: Run) -> None:
+    seven = (*MLP, "--option", "outputs=7", "--data", "digits", "--rank", 4)
+    said = run("compress", *seven, "--out", "small")
+    assert said.code == 0, said.err
+    assert "not measured: digits has 10 classes, and for one image the network gives outputs [1, 7]" in said.out
+    assert run("compress", *seven, "--test", "--out", "small").code == 2
+    pair = run("compress", "--model", "networks_of_mine:pair", "--data", "digits", "--rank", 2, "--out", "pair")
+    assert pair.code == 0, pair.err
+    assert "the network gives a tuple" in pair.out
+
+
+def test_images_are_prepared_as_the_networks_want_them(run: Run) -> None:
+    pixels = torch.randint(0, 256, (4, 3, 5, 5), dtype=torch.uint8)
+    own = Preparation(models.CIFAR_MEAN, models.CIFAR_STD, flatten=False)
+    assert torch.equal(own(pixels), models.cifar_inputs(pixels))
+    assert torch.equal(Preparation((0.0,), (1.0,), flatten=True)(pixels), (pixels / 255).flatten(1))
+    said = run("compress", *TRAINED, "--mean", "0.3", "--std", "0.4", "--rank", 8, "--out", "small")
+    assert "takes float32 (batch, 1, 8, 8), (pixel / 255 - 0.3) / 0.4" in said.out
+
+
+COMPRESS = ("compress", *TRAINED, "--out", "new/small")
+INPUT = ("compress", *MLP, "--rank", "4", "--out", "new/small", "--input", "64")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (
+            COMPRESS,
+            2,
+            "exactly one of --macs, --params, --bytes, --rank, --ratio, --energy (or a --plan); none was given",
+        ),
+        ((*COMPRESS, "--macs", "0.5", "--rank", "4"), 2, "--macs and --rank are 2"),
+        (("plan", *TRAINED, "--out", "new/plan.json"), 2, "none was given"),
+        ((*COMPRESS, "--plan", "nowhere.json", "--rank", "4"), 2, "a plan says it all already; leave out --rank 4"),
+        ((*COMPRESS, "--plan", "nowhere.json", "--exclude", "head"), 2, "leave out --exclude head"),
+        ((*COMPRESS, "--plan", "nowhere.json"), 1, "cannot read nowhere.json"),
+        ((*COMPRESS, "--plan", "networks_of_mine.py"), 1, "is not a valid Plan"),
+        ((*COMPRESS, "--macs", "1.5"), 1, "a budget is a share of the dense network, between 0 and 1"),
+        ((*COMPRESS, "--macs", "0.0001"), 1, "cannot be reached: the smallest this model can be"),
+        ((*COMPRESS, "--rank", "0"), 1, "a whole number of at least 1"),
+        ((*COMPRESS, "--rank", "60"), 1, "above what some layers can have"),
+        ((*COMPRESS, "--rank", "4", "--include", "layer*"), 1, "'layer*'"),
+        (("plan", *TRAINED, "--rank", "4", "--include", "layer*", "--out", "new/plan.json"), 1, "'layer*'"),
+        ((*COMPRESS, "--rank", "4", "--form", "cubic"), 2, "--form 'cubic': there are channel, spatial, tucker2"),
+        ((*COMPRESS, "--rank", "4", "--metric", "flat"), 2, "--metric 'flat': there are plain, activation, loss"),
+        ((*COMPRESS, "--rank", "4", "--mean", "0.3"), 2, "both --mean and --std"),
+        ((*COMPRESS, "--rank", "4", "--mean", "0.3,0.2", "--std", "1"), 2, "--mean and --std take one value"),
+        ((*COMPRESS, "--rank", "4", "--mean", "0.3", "--std", "0"), 2, "no deviation is 0"),
+        ((*COMPRESS, "--rank", "4", "--mean", "dark", "--std", "1"), 2, "--mean 'dark'"),
+        ((*COMPRESS, "--rank", "4", "--input", "1,8,8"), 2, "--data and --input are one too many"),
+        ((*COMPRESS, "--rank", "4", "--option", "width"), 2, "--option width: write each name once"),
+        ((*COMPRESS, "--rank", "4", "--option", "depth=3"), 1, "cannot be called with"),
+        ((*COMPRESS, "--rank", "4", "--images", "0"), 2, "--images"),
+        (INPUT[:-2], 2, "give --data, or the shape of one input"),
+        ((*INPUT[:-1], "6x4"), 2, "--input '6x4'"),
+        ((*INPUT[:-1], "0,64"), 2, "--input '0,64'"),
+        ((*INPUT[:-1], "63"), 1, "shapes cannot be multiplied"),
+        ((*INPUT, "--reconstruct"), 2, "--reconstruct needs images"),
+        ((*INPUT, "--metric", "activation"), 2, "--metric activation needs images"),
+        ((*INPUT, "--test"), 2, "there is no --data"),
+        ((*INPUT, "--mean", "0.5", "--std", "0.5"), 2, "--mean, --std and --data-folder go with --data"),
+        ((*INPUT, "--weights", "nowhere.safetensors"), 1, "cannot read nowhere.safetensors"),
+        (("compress", *RESNET, *TRAINED[-4:], "--rank", "4", "--out", "new"), 1, "is for another network"),
+        (("compress", *MLP, "--data", "digit", "--rank", "4", "--out", "new"), 1, "did you mean 'digits'"),
+        (("compress", *MLP, "--data", "here", "--rank", "4", "--out", "new"), 1, "here is a folder; name the data set"),
+        (("analyze", "--model", "spectrim:resnet21", "--input", "3,32,32", "--out", "new"), 1, "did you mean resnet"),
+        (("analyze", "--model", "resnet20", "--input", "3,32,32", "--out", "new"), 1, "write spectrim:resnet20"),
+        (("analyze", "--model", "spectrim:resnet20", "--data", "digits", "--out", "new"), 1, "--flatten"),
+        (("compress", *TRAINED, "--rank", "4", "--out", "mlp.safetensors"), 1, "cannot write to the folder"),
+        (("plan", *TRAINED, "--rank", "4", "--out", "mlp.safetensors/plan.json"), 1, "cannot write to the folder"),
+        (("plan", *TRAINED, "--rank", "4", "--out", "networks_of_mine.py"), 1, "not a file that this command wrote"),
+        (("plan", *TRAINED, "--rank", "4"), 2, "--out"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_a_mistake_is_one_message_and_nothing_is_written(
+    run: Run, tmp_path: Path, arguments: tuple[str, ...], code: int, message: str
+) -> None:
+    (tmp_path / "here").mkdir()
+    before = files(tmp_path)
+    said = run(*arguments)
+    told = " ".join(re.sub(r"[│╭╮╰╯─]", " ", said.err).split())
+    assert said.code == code, told
+    assert message in told
+    assert "Traceback" not in said.out + said.err
+    assert files(tmp_path) == before
+
+
+def test_a_plan_for_another_network_is_refused(run: Run, tmp_path: Path) -> None:
+    assert run("plan", *RESNET, "--input", "1,8,8", "--rank", 4, "--out", "plan.json").code == 0
+    before = files(tmp_path)
+    said = run("compress", *TRAINED, "--plan", "plan.json", "--out", "small")
+    assert said.code == 1
+    assert "the plan is for another model" in said.err
+    assert files(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "plan.json", "measurement.json"])
+def test_a_file_that_is_not_of_an_earlier_run_is_never_replaced(run: Run, tmp_path: Path, name: str) -> None:
+    (tmp_path / "small").mkdir()
+    (tmp_path / "small" / name).write_text("mine")
+    before = files(tmp_path)
+    said = run("compress", *TRAINED, "--rank", 4, "--out", "small")
+    assert said.code == 1
+    assert f"{name} is there already" in said.err
+    assert files(tmp_path) == before
+
+
+def test_a_network_trained_on_since_is_never_replaced(run: Run, tmp_path: Path) -> None:
+    command = ("compress", *MLP, "--input", "64", "--rank", 4, "--out", "small")
+    assert run(*command).code == run(*command).code == 0
+    st.save(st.load("small", models.mlp(64, width=48, hidden=2)).double(), "small")
+    before = files(tmp_path)
+    assert "is there already" in run(*command).err
+    assert files(tmp_path) == before
+
+
+def test_an_interrupt_is_one_line_and_leaves_nothing(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(networks, "write_text", stop)  # the last file, when the others are made
+    before = files(tmp_path)
+    said = run("compress", *TRAINED, "--rank", 4, "--out", "deep/small")
+    assert (said.code, said.err) == (130, "interrupted; nothing was written\n")
+    assert files(tmp_path) == before
+
+
+def test_help_says_that_a_factory_runs_code() -> None:
+    for command in ("analyze", "plan", "compress"):
+        said = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"})
+        assert said.exit_code == 0
+        assert "RUNS THE CODE" in said.output
+        assert "cifar_inputs" in said.output
