@@ -63,7 +63,7 @@ def compress(
 
     Args:
         model: A trained module; left bit-identical unless `inplace`.
-        rule_or_plan: `Budget(macs=0.5)`, `Rank(20)`, `Ratio(0.25)`, `Energy(0.9)`, or a `Plan` (selection is the plan's).
+        rule_or_plan: `Budget(macs=0.5)`, `Rank(20)`, `Ratio(0.25)`, `Energy(0.9)`, or a `Plan`, with its own selection.
         example_inputs: One call's inputs: a tensor, a tuple of positional or a mapping of keyword arguments.
         data: Calibration batches, with or without labels (one element more than `example_inputs` is a label). Their
             inputs are kept in memory.
@@ -102,9 +102,7 @@ def compress(
         require_repeatable(model, example)
         batches = [as_inputs(one) for one in islice(_unlabelled(data, example), max_batches)]
     if analysis is None:
-        wanted = (
-            {metric} | {layer.metric for layer in rule_or_plan.layers} if isinstance(rule_or_plan, Plan) else {metric}
-        )
+        wanted = {layer.metric for layer in rule_or_plan} if isinstance(rule_or_plan, Plan) else {metric}
         analysis = _analysed(model, example, batches, layers, selection, gradients="loss" in wanted)
         if batches and isinstance(rule_or_plan, Budget):
             analysis = sensitivity(model, analysis, batches, on_progress=_telling(on_progress, "weigh"))
@@ -200,9 +198,16 @@ def _built(
         moments = analysis.calibration.moments if analysis.calibration else {}
         means = {name: one.mean for name, one in moments.items()}
         return factorize(duplicate(model), plan, factors=factors, means=means)
-    refit = {layer.name for layer in analysis if layer.problems}
+    felt = {layer.name: layer.problems["loss"].output for layer in analysis if "loss" in layer.problems}
     return rebuild(
-        model, duplicate(model), plan, batches=batches, factors=factors, refit=refit, on_progress=on_progress
+        model,
+        duplicate(model),
+        plan,
+        batches=batches,
+        factors=factors,
+        refit={layer.name for layer in analysis if layer.problems},
+        felt={name: one for name, one in felt.items() if one is not None},
+        on_progress=on_progress,
     )
 
 
