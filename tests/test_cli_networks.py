@@ -151,6 +151,18 @@ def test_a_plan_is_made_edited_applied_and_loaded(run: Run, tmp_path: Path) -> N
     assert network(digits("test")[0]).shape == (360, 10)
 
 
+@pytest.mark.parametrize("rule", [("--macs", 0.6), ("--ratio", 0.3, "--metric", "loss")], ids=str)
+def test_a_plan_applied_as_it_is_does_what_its_rule_does(run: Run, tmp_path: Path, rule: tuple[object, ...]) -> None:
+    said = [
+        run("plan", *TRAINED, *rule, "--out", "plan.json"),
+        run("compress", *TRAINED, "--plan", "plan.json", "--out", "planned"),
+        run("compress", *TRAINED, *rule, "--out", "ruled"),
+    ]
+    assert [one.code for one in said] == [0, 0, 0], said
+    planned, ruled = (tmp_path / name / "model.safetensors" for name in ("planned", "ruled"))
+    assert planned.read_bytes() == ruled.read_bytes()
+
+
 def test_compress_writes_the_network_that_it_measured(run: Run, tmp_path: Path) -> None:
     said = run("compress", *TRAINED, "--params", 0.6, "--out", "deep/small")
     assert said.code == 0, said.err

@@ -205,7 +205,6 @@ def _built(
         plan,
         batches=batches,
         factors=factors,
-        refit={layer.name for layer in analysis if layer.problems},
         felt={name: one for name, one in felt.items() if one is not None},
         on_progress=on_progress,
     )

@@ -146,6 +146,7 @@ class LayerPlan(Frozen):
         predicted_error: The relative error of the layer's weight (plain) or of its varying output (activation).
         dense: The layer's cost before.
         kept: Its cost afterwards.
+        fixed: Of a dense layer: that its weight must not be touched; reconstruction fits the others anew.
         reason: Why this form and rank, in words.
     """
 
@@ -162,6 +163,7 @@ class LayerPlan(Frozen):
     predicted_error: float | None = Field(default=None, ge=0)
     dense: Cost
     kept: Cost
+    fixed: bool = False
     reason: str
 
     @model_validator(mode="after")

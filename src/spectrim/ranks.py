@@ -269,7 +269,7 @@ def refresh(edited: Plan, analysis: Analysis) -> Plan:
 
 def _again(decided: LayerPlan, layer: LayerAnalysis, *, metric: Metric) -> LayerPlan:
     if decided.form == "dense" or decided.metric is None:
-        return _dense(layer, reason=decided.reason, metric=metric)
+        return _dense(layer, reason=decided.reason, metric=metric, fixed=decided.fixed)
     if not layer.forms or layer.refusal:
         raise PlanError(f"the plan factors {layer.name}, which must stay dense: {layer.refusal}")
     if decided.form not in layer.forms:
@@ -417,7 +417,7 @@ def _factored(layer: LayerAnalysis, form: FormName, ranks: Ranks, *, metric: Met
     )
 
 
-def _dense(layer: LayerAnalysis, *, reason: str, metric: Metric) -> LayerPlan:
+def _dense(layer: LayerAnalysis, *, reason: str, metric: Metric, fixed: bool = False) -> LayerPlan:
     return LayerPlan(
         name=layer.name,
         also=layer.also,
@@ -428,6 +428,7 @@ def _dense(layer: LayerAnalysis, *, reason: str, metric: Metric) -> LayerPlan:
         break_even=layer.break_even(layer.forms[0], metric) if layer.forms else None,
         dense=layer.dense,
         kept=layer.dense,
+        fixed=fixed or not layer.problems,
         reason=reason,
     )
 

@@ -1,6 +1,6 @@
 """Sequential reconstruction: every layer is fitted anew to what it receives in the compressed network."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -54,7 +54,6 @@ def reconstruct(
     *,
     batches: Sequence[Inputs],
     factors: dict[str, Factors],
-    refit: Collection[str],
     felt: Mapping[str, Tensor] | None = None,
     positions: int | None = 64,
     on_progress: Told | None = None,
@@ -74,15 +73,14 @@ def reconstruct(
     Args:
         model: The dense network.
         small: An exact copy of it, which is changed.
-        plan: Forms and ranks, layers in order of execution.
+        plan: Forms and ranks, layers in order of execution; those in the plain metric are exchanged as they are.
         batches: What the networks are run on.
-        factors: By layer name, the factors fitted to the dense network.
-        refit: Names of the layers that may be fitted; the others are exchanged as they are, or stay.
+        factors: By layer name, factors of the layers in the plain metric.
         felt: By layer name, the output-side metric G (groups, out, out) of layers planned in the loss metric.
         positions: Places looked at in each sample, None for all.
         on_progress: Told about every layer.
     """
-    chosen = [layer for layer in plan.layers if layer.name in refit]
+    chosen = [layer for layer in plan.layers if not layer.fixed and layer.metric != "plain"]
     following_them = sequels(model, batches[0], {layer.name for layer in chosen})
     places = [_place(small, layer, following_them) for layer in chosen]
     start = 0
@@ -95,7 +93,7 @@ def reconstruct(
             G = felt.get(place.plan.name) if felt and place.plan.metric == "loss" else None
             replace(small, _fitted(small, place, rows, {site: dense.pop(site) for site in place.sites}, G))
             start += 1
-    rest = [layer for layer in plan.factored if layer.name not in refit]
+    rest = [layer for layer in plan.factored if layer.metric == "plain"]
     factorize(small, plan.model_copy(update={"layers": tuple(rest)}), factors=factors)
     if on_progress is not None:
         on_progress("", len(places), len(places))

@@ -7,7 +7,7 @@ import numpy as np
 
 from spectrim.linalg import Spectrum
 from spectrim.measure import Interval, Measurement
-from spectrim.plan import Energy, Metric, Plan, Rank, Ratio, Rule
+from spectrim.plan import Budget, Energy, Metric, Plan, Rank, Ratio, Rule
 from spectrim.report.results import LayerSpectrum, Results, Variant
 
 TIMES = "\N{MULTIPLICATION SIGN}"
@@ -119,6 +119,9 @@ def asked(rule: Rule | None) -> str:
             return f"ratio {rule.ratio:g}"
         case Energy():
             return f"energy {percent(rule.energy, places=0)}"
+        case Budget():
+            kept = {"macs": "MACs", "params": "parameters", "bytes": "bytes"}[rule.limits]
+            return f"{percent(rule.share, places=0)} of the {kept}"
     return NOTHING
 
 
