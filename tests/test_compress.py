@@ -407,7 +407,7 @@ class TestPlanAndData:
     def test_an_analysis_cannot_be_overruled_silently(self) -> None:
         model = small_mlp()
         analysis = st.analyze(model, X)
-        for more in ({"keep_last": True}, {"exclude": "4"}, {"data": [X]}):
+        for more in ({"keep_last": True}, {"exclude": "4"}, {"include": "2"}):
             with pytest.raises(errors.PlanError, match=r"to st\.analyze"):
                 st.compress(model, st.Rank(2), example_inputs=X, analysis=analysis, **more)
 
@@ -429,9 +429,7 @@ class TestPlanAndData:
         model = small_mlp()
         analysis = st.analyze(model, X, calibration=st.calibrate(model, [X]), keep_last=True)
         for rank in (1, 4):
-            direct = st.compress(
-                model, st.Rank(rank), example_inputs=X, data=[X], keep_last=True, reconstruct=False
-            )
+            direct = st.compress(model, st.Rank(rank), example_inputs=X, data=[X], keep_last=True, reconstruct=False)
             reused = st.compress(model, st.plan(analysis, st.Rank(rank)), example_inputs=X, analysis=analysis)
             assert same_state(direct.model, state(reused.model))
 

@@ -1,6 +1,7 @@
 """Rules and plans: one budget for the whole network, kept in truth; the trade-off curve; plans edited by hand."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -176,7 +177,7 @@ def test_a_sensitive_layer_keeps_more() -> None:
     rule = st.Budget(macs=0.6)
     even = st.plan(known, rule)
     for name in ("2", "6"):
-        careful = st.plan(known, rule, sensitivity={name: 100.0})
+        careful = st.plan(replace(known, sensitivity={name: 100.0}), rule)
         assert careful[name].kept.macs > even[name].kept.macs
         assert (careful[name].predicted_error or 0.0) < (even[name].predicted_error or 0.0)
 

@@ -116,7 +116,8 @@ def compress(
     fit = bool(batches) and (reconstruct is True or (reconstruct == "auto" and isinstance(plan.rule, Budget)))
     smaller = _built(model, plan, analysis, batches if fit else [], on_progress=_telling(on_progress, "fit"))
     if inplace:
-        replace(model, {name: smaller.get_submodule(name) for one in plan for name in (one.name, *one.also)})
+        changed = [one for one in plan if not one.fixed]
+        replace(model, {name: smaller.get_submodule(name) for one in changed for name in (one.name, *one.also)})
         smaller = model
     return Compressed(smaller, plan, count(smaller, example).against(dense))
 
@@ -194,9 +195,9 @@ def _built(
         for layer in plan.factored
         if layer.metric is not None
     }
+    moments = analysis.calibration.moments if analysis.calibration else {}
+    means = {name: one.mean for name, one in moments.items()}
     if not batches:
-        moments = analysis.calibration.moments if analysis.calibration else {}
-        means = {name: one.mean for name, one in moments.items()}
         return factorize(duplicate(model), plan, factors=factors, means=means)
     felt = {layer.name: layer.problems["loss"].output for layer in analysis if "loss" in layer.problems}
     return rebuild(
@@ -205,6 +206,7 @@ def _built(
         plan,
         batches=batches,
         factors=factors,
+        means=means,
         felt={name: one for name, one in felt.items() if one is not None},
         on_progress=on_progress,
     )

@@ -15,7 +15,7 @@ from spectrim.errors import FileError, ModelError
 from spectrim.execution import device_of
 from spectrim.factorize import duplicate
 from spectrim.files import Frozen, parse, write_atomically
-from spectrim.forms import LAYERS, build, geometry
+from spectrim.forms import LAYERS, build
 from spectrim.layers import low_rank_layers
 from spectrim.plan import FormName
 from spectrim.surgery import names_of, replace, unique_tensors
@@ -90,7 +90,6 @@ def load(path: str | Path, model: nn.Module) -> nn.Module:
     for name, first in structure.same_layer.items():
         replacements[name] = replacements[first]
     replace(rebuilt, replacements)
-    _give_biases(rebuilt, {*tensors, *structure.same_tensor})
     _fill(rebuilt, tensors, structure.same_tensor, path)
     return rebuilt
 
@@ -127,14 +126,6 @@ def _dense_at(model: nn.Module, name: str, layer: _LowRank, path: Path) -> nn.Mo
             f"and {type(model).__name__} has {module if not isinstance(module, nn.Identity) else 'none'}"
         )
     return module
-
-
-def _give_biases(model: nn.Module, names: set[str]) -> None:
-    """A bias for every dense layer that has none and for which the file has one: refitting a layer adds it."""
-    for name, layer in model.named_modules(remove_duplicate=False):
-        if type(layer) in LAYERS and layer._parameters.get("bias") is None and f"{name}.bias" in names:
-            weight, sizes = layer.get_parameter("weight"), geometry(layer)
-            layer.bias = nn.Parameter(weight.new_empty(sizes.groups * sizes.out), requires_grad=weight.requires_grad)
 
 
 def _fill(model: nn.Module, tensors: dict[str, Tensor], aliases: dict[str, str], path: Path) -> None:

@@ -55,8 +55,9 @@ class _LowRank(nn.Module, Generic[_Whole]):
         """The bias (out,), or None."""
         return cast(Tensor | None, self.chain[-1].bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # the name that dense layers give it
         """Apply the chain; shapes are those of the dense layer."""
+        x = input
         for part in self.chain:
             x = part(x)
         return x
@@ -244,9 +245,9 @@ class LowRankConvTranspose2d(_Channel[nn.ConvTranspose2d]):
         up = nn.Conv2d(inner, layer.out_channels, 1, bias=bias, **_meta(layer))
         return _placed(cls(down, up), like=layer)
 
-    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:  # noqa: A002
         """Apply both factors; `output_size` as for `nn.ConvTranspose2d`."""
-        y: Tensor = self.up(self.down(x, output_size))
+        y: Tensor = self.up(self.down(input, output_size))
         return y
 
 

@@ -53,7 +53,8 @@ def reconstruct(
     plan: Plan,
     *,
     batches: Sequence[Inputs],
-    factors: dict[str, Factors],
+    factors: Mapping[str, Factors],
+    means: Mapping[str, Tensor],
     felt: Mapping[str, Tensor] | None = None,
     positions: int | None = 64,
     on_progress: Told | None = None,
@@ -75,7 +76,9 @@ def reconstruct(
         small: An exact copy of it, which is changed.
         plan: Forms and ranks, layers in order of execution; those in the plain metric are exchanged as they are.
         batches: What the networks are run on.
-        factors: By layer name, factors of the layers in the plain metric.
+        factors: By layer name, the factors of layers that are not fitted: those in the plain metric, those that the
+            data do not reach, and those that choose what they look at by value.
+        means: Mean inputs of these, by layer name.
         felt: By layer name, the output-side metric G (groups, out, out) of layers planned in the loss metric.
         positions: Places looked at in each sample, None for all.
         on_progress: Told about every layer.
@@ -83,18 +86,22 @@ def reconstruct(
     chosen = [layer for layer in plan.layers if not layer.fixed and layer.metric != "plain"]
     following_them = sequels(model, batches[0], {layer.name for layer in chosen})
     places = [_place(small, layer, following_them) for layer in chosen]
+    as_planned = [layer for layer in plan.factored if layer.metric == "plain"]
     start = 0
     while start < len(places):
         dense, end = _record(model, places, start, batches, positions)
         for place in places[start:end]:
             if on_progress is not None:
                 on_progress(place.plan.name, start, len(places))
-            rows = _collect(small, place, dense, batches, positions)
+            now = _collect(small, place, dense, batches, positions)
+            then = {site: dense.pop(site) for site in place.sites}
             G = felt.get(place.plan.name) if felt and place.plan.metric == "loss" else None
-            replace(small, _fitted(small, place, rows, {site: dense.pop(site) for site in place.sites}, G))
+            if _comparable(now, then):
+                replace(small, _fitted(small, place, now, then, G))
+            else:
+                as_planned.append(place.plan)
             start += 1
-    rest = [layer for layer in plan.factored if layer.metric == "plain"]
-    factorize(small, plan.model_copy(update={"layers": tuple(rest)}), factors=factors)
+    factorize(small, plan.model_copy(update={"layers": tuple(as_planned)}), factors=factors, means=means)
     if on_progress is not None:
         on_progress("", len(places), len(places))
     return small
@@ -169,13 +176,26 @@ def _collect(
     return seen
 
 
+def _comparable(now: Mapping[str, _Seen], then: Mapping[str, _Seen]) -> bool:
+    """Whether the rows of both networks belong together, one to one."""
+    return all(
+        bool(one.inputs)
+        and sum(rows.shape[1] for rows in one.inputs) > 0
+        and [rows.shape[1] for rows in one.inputs] == [rows.shape[1] for rows in then[site].outputs]
+        and [rows.shape for rows in one.streams] == [rows.shape for rows in then[site].streams]
+        for site, one in now.items()
+    )
+
+
 def _fitted(
     small: nn.Module, place: _Place, now: Mapping[str, _Seen], dense: Mapping[str, _Seen], G: Tensor | None
 ) -> dict[str, nn.Module]:
     """The replacement for a place, fitted to its rows in the output metric G."""
     layer, form, ranks = small.get_submodule(place.plan.name), place.plan.form, place.plan.ranks
     shape = kernels(layer).shape
-    fit = _Fit.of(layer, {site: one.inputs for site, one in now.items()})
+    # a layer that stays dense stays as it is built: without a bias, moments are taken around zero
+    biased = form != "dense" or layer._parameters.get("bias") is not None
+    fit = _Fit.of(layer, {site: one.inputs for site, one in now.items()}, biased=biased)
     wanted = _Wanted(place, now, dense)
     targets = wanted.first()
     for turn in reversed(range(1 + _TURNS * wanted.hides)):
@@ -187,8 +207,8 @@ def _fitted(
         if turn:
             targets = wanted.revised(targets, best, fit)
 
-    def bias(name: str, _: nn.Module, whole: Tensor) -> Tensor:
-        return fit.bias(name, whole, targets[name])
+    def bias(name: str, _: nn.Module, whole: Tensor) -> Tensor | None:
+        return fit.bias(name, whole, targets[name]) if biased else None
 
     if form == "dense":
         return refitted_at(small, place.names, weight=best.reshape(shape), bias=bias)
@@ -216,9 +236,10 @@ class _Fit:
     means: dict[str, Tensor]
     covariance: Tensor
     metric: Tensor
+    biased: bool
 
     @classmethod
-    def of(cls, layer: nn.Module, inputs: _Rows) -> "_Fit":
+    def of(cls, layer: nn.Module, inputs: _Rows, *, biased: bool) -> "_Fit":
         moments = {}
         for site, batches in inputs.items():
             running = Running()
@@ -228,24 +249,32 @@ class _Fit:
         W = algebra(kernels(layer)).flatten(2)
         C, _ = pooled(list(moments.values()), name=next(iter(inputs)), width=W.shape[2])
         C = C.to(W.device)
+        means = {site: one.mean.to(W.device) for site, one in moments.items()}
+        if not biased:
+            total = sum(one.count for one in moments.values())
+            for site, one in moments.items():
+                C = C + (one.count / total) * means[site].unsqueeze(2) * means[site].unsqueeze(1)
+            means = {site: torch.zeros_like(mean) for site, mean in means.items()}
         mean = C.diagonal(dim1=1, dim2=2).mean(dim=1)
         ridge = _RIDGE * torch.where(mean > 0, mean, torch.ones_like(mean))[:, None, None]
         eye = torch.eye(C.shape[1], dtype=C.dtype, device=C.device)
-        return cls(W, inputs, {site: one.mean.to(W.device) for site, one in moments.items()}, C, C + ridge * eye)
+        return cls(W, inputs, means, C, C + ridge * eye, biased)
 
     def weight(self, targets: _Rows) -> Tensor:
         """(cov(y, x) + r W)(cov(x) + r I)^-1, written as a correction of W."""
         total = sum(rows.shape[1] for batches in self.inputs.values() for rows in batches)
         cross = torch.zeros_like(self.dense)
         for site, batches in self.inputs.items():
-            middle, mean = self.means[site].unsqueeze(1), _mean(targets[site]).unsqueeze(1)
+            middle, mean = self.means[site].unsqueeze(1), _mean(targets[site]).unsqueeze(1) * self.biased
             for x, y in zip(batches, targets[site], strict=True):
                 cross += algebra((y - mean.to(y.dtype)).mT @ (x.to(y.dtype) - middle.to(y.dtype))) / total
         change: Tensor = torch.linalg.solve(self.metric, (cross - self.dense @ self.covariance).mT)
         return self.dense + change.mT
 
     def bias(self, site: str, whole: Tensor, targets: Sequence[Tensor]) -> Tensor:
-        """(out,): what makes the mean output exact for the weight `whole`, (groups, out, n)."""
+        """(out,): what makes the mean output exact for the weight `whole`, (groups, out, n); zero without a bias."""
+        if not self.biased:
+            return torch.zeros_like(whole[..., 0]).flatten()
         return (_mean(targets) - (whole @ self.means[site].unsqueeze(-1)).squeeze(-1)).flatten()
 
 

@@ -75,11 +75,22 @@ class Problem:
 
 
 def lifted(metric: Tensor) -> Tensor:
-    """The metric (.., n, n) with a floor of 1e-7 of its mean variance, so that it has an inverse."""
+    """The metric (.., n, n) with a floor, so that it has an inverse: 1e-7 of its mean variance, or what it needs.
+
+    It needs more where statistics were summed in float32, whose rounding leaves negative variances.
+    """
     n = metric.shape[-1]
     mean = metric.diagonal(dim1=-2, dim2=-1).mean(dim=-1)
     floor = torch.where(mean > 0, mean * _FLOOR, torch.ones_like(mean))
-    return (metric + metric.mT) / 2 + floor[..., None, None] * torch.eye(n, dtype=metric.dtype, device=metric.device)
+    one = torch.eye(n, dtype=metric.dtype, device=metric.device)
+    raised = metric
+    for _ in range(8):
+        raised = (metric + metric.mT) / 2 + floor[..., None, None] * one
+        failed = torch.linalg.cholesky_ex(raised)[1] > 0
+        if not bool(failed.any()):
+            break
+        floor = torch.where(failed, 10 * floor, floor)
+    return raised
 
 
 def balanced(factors: Factors) -> Factors:
