@@ -1,15 +1,19 @@
 """Laws that hold for every weight and every data, in float64, and for every number type within its precision."""
 
 import copy
+from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 import torch
-from cases import Double, SharedModule, Tied, inputs, small_mlp
+from cases import Double, SharedModule, Tied, inputs, same_state, small_mlp, state
 from hypothesis import given, settings
 from hypothesis import strategies as draw
 from torch import Tensor, nn
 
 import spectrim as st
+from spectrim.forms import forms_of, geometry
+from spectrim.plan import FormName, Metric
 
 sizes = draw.integers(1, 14)
 seeds = draw.integers(0, 2**32 - 1)
@@ -173,3 +177,64 @@ def test_full_rank_equals_dense_for_every_network_and_type(
     assert answer(full.model, x).shape == answer(model, x).shape
     scale = float(answer(model, x).abs().max())
     assert float((answer(full.model, x) - answer(before, x)).abs().max()) <= TOLERANCE[dtype] * scale
+
+
+KINDS: dict[str, tuple[Any, tuple[int, ...]]] = {
+    "linear": (lambda: nn.Linear(12, 10), (40, 12)),
+    "conv1d": (lambda: nn.Conv1d(6, 10, 3, stride=2, padding=1, bias=False), (20, 6, 11)),
+    "conv2d": (lambda: nn.Conv2d(6, 10, (3, 2), stride=(1, 2), padding="valid"), (20, 6, 7, 8)),
+    "grouped": (lambda: nn.Conv2d(8, 12, 3, groups=2, padding=2, padding_mode="circular", bias=False), (20, 8, 6, 6)),
+    "transposed": (lambda: nn.ConvTranspose2d(6, 10, 3, stride=2, output_padding=1), (20, 6, 5, 4)),
+}
+CROSSED = [
+    pytest.param(build, shape, form, metric, dtype, id=f"{kind}-{form}-{metric}-{str(dtype).removeprefix('torch.')}")
+    for kind, (build, shape) in KINDS.items()
+    for form in forms_of(build())
+    for metric in get_args(Metric)
+    for dtype in TOLERANCE
+]
+
+
+@pytest.mark.parametrize(("build", "shape", "form", "metric", "dtype"), CROSSED)
+def test_every_kind_form_metric_and_type_keeps_its_word(
+    build: Any, shape: tuple[int, ...], form: FormName, metric: Metric, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(build(), nn.Identity()).to(dtype)
+    x = inputs(*shape, dtype=dtype) / 4
+    calibration = st.calibrate(model, x.split(7), positions=None, gradients=metric == "loss")
+    analysis = st.analyze(model, x, calibration=calibration)
+    for share in (0.4, 1.0):
+        plan = st.plan(analysis, st.Ratio(share), metric=metric, forms=(form,), allow_growth=True)
+        made = st.compress(model, plan, example_inputs=x, analysis=analysis)
+        layer, decided = made.model[0], made.plan["0"]
+        full = geometry(model[0]).full_ranks(form)
+        assert (layer.form, decided.metric, layer.ranks) == (form, metric, decided.ranks)
+        assert all(1 <= rank <= most for rank, most in zip(layer.ranks, full, strict=True))
+        assert (layer.ranks == full) == (share == 1.0)
+        # the cost that is planned is the cost that is measured
+        assert decided.kept == st.Cost(params=made.measurement.params, macs=made.measurement.macs)
+        # the error that is predicted is not exceeded
+        assert decided.predicted_error is not None
+        # (in the loss metric that is seen from outside at full rank only)
+        if metric != "loss" or share == 1.0:
+            assert error(model, made.model, x, metric) <= decided.predicted_error + TOLERANCE[dtype] + 1e-6
+        # merged and loaded models give the same answers
+        merged = st.merge(made.model)
+        assert type(merged[0]) is type(model[0])
+        scale = float(answer(made.model, x).abs().max())
+        assert float((answer(merged, x) - answer(made.model, x)).abs().max()) <= TOLERANCE[dtype] * scale
+        loaded = st.load(st.save(made.model, tmp_path), model)
+        assert same_state(loaded, state(made.model))
+        assert torch.equal(answer(loaded, x), answer(made.model, x))
+
+
+def error(model: nn.Module, small: nn.Module, x: Tensor, metric: Metric) -> float:
+    """The relative error of the weight (plain), or of the varying output."""
+    if metric == "plain":
+        lost, whole = (weights_of(model) - weights_of(small)).double(), weights_of(model).double()
+        return float(lost.norm() / whole.norm())
+    dense, kept = answer(model, x).double(), answer(small, x).double()
+    axes = 0 if isinstance(model[0], nn.Linear) else (0, *range(2, dense.ndim))
+    centred = dense - dense.mean(dim=axes, keepdim=True)
+    return float((dense - kept - (dense - kept).mean(dim=axes, keepdim=True)).norm() / centred.norm())

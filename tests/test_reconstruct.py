@@ -1,6 +1,5 @@
 """Sequential reconstruction: what the network answers gets better, what was left out stays, order does not matter."""
 
-import copy
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +10,6 @@ from cases import Double, Residual, SharedModule, Tied, inputs, same_state, smal
 from torch import Tensor, nn
 
 import spectrim as st
-from spectrim.forms import forms_of
 from spectrim.plan import FormName
 
 reconstruct_module = sys.modules["spectrim.reconstruct"]
@@ -204,18 +202,17 @@ def test_a_reconstructed_model_survives_its_file(
     torch.testing.assert_close(answers(merged, data), answers(made, data))
 
 
-def test_a_bias_that_a_dense_layer_gained_survives_its_file(tmp_path: Path) -> None:
-    model, x = small_cnn(bias=False), inputs(4, 3, 12, 12)
-    grown = copy.deepcopy(model)
-    for layer in grown:
-        if forms_of(layer):
-            outputs = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
-            layer.bias = nn.Parameter(torch.arange(outputs).double())
-    loaded = st.load(st.save(grown, tmp_path), model)
-    assert torch.equal(answer(loaded, x), answer(grown, x))
-    assert all(layer.bias is None for layer in model if forms_of(layer))
-    with pytest.raises(st.errors.FileError, match="another network"):
-        st.load(tmp_path, nn.Sequential(*list(model)[:-1]))
+@pytest.mark.parametrize("bias", [True, False])
+def test_dense_layers_are_fitted_anew_and_keep_their_build(bias: bool) -> None:
+    model, x = small_cnn(bias=bias), inputs(32, 3, 12, 12)
+    plan = st.plan(st.analyze(model, x, calibration=st.calibrate(model, [x]), include=["0", "2", "6"]), st.Ratio(0.3))
+    made = st.compress(model, plan, example_inputs=x, data=x.split(8), reconstruct=True)
+    kept = [layer.name for layer in made.plan if layer.form == "dense"]
+    assert kept
+    for name in kept:
+        old, new = model.get_submodule(name), made.model.get_submodule(name)
+        assert (new.extra_repr(), new.state_dict().keys()) == (old.extra_repr(), old.state_dict().keys())
+    assert made.plan.kept_cost.params == made.measurement.params
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -225,7 +222,7 @@ def test_number_types_are_kept(dtype: torch.dtype) -> None:
     made = st.compress(model, st.Ratio(0.4), example_inputs=x[:2], data=x.split(12), reconstruct=True).model
     assert {parameter.dtype for parameter in made.parameters()} == {dtype}
     got, wanted = answer(made, x).float(), answer(model, x).float()
-    assert float((got - wanted).square().mean()) < float((wanted - wanted.mean(dim=0)).square().mean())
+    assert float((got - wanted).square().mean()) < 0.05 * float(wanted.square().mean())
 
 
 @pytest.mark.parametrize(
@@ -240,7 +237,7 @@ def test_number_types_are_kept(dtype: torch.dtype) -> None:
 )
 def test_poor_data_give_finite_answers(x: tuple[str, Tensor]) -> None:
     model = small_mlp()
-    made = st.compress(model, st.Rank(2), example_inputs=x[1], data=[x[1]], reconstruct=True, keep_last=True).model
+    made = st.compress(model, st.Rank(2), example_inputs=x[1], data=[x[1]], reconstruct=True).model
     assert answer(made, x[1]).isfinite().all()
     assert answer(made, inputs(9, 12)).isfinite().all()
-    torch.testing.assert_close(answer(made, x[1]).mean(dim=0), answer(model, x[1]).mean(dim=0), rtol=0, atol=1e-2)
+    torch.testing.assert_close(answer(made, x[1]).mean(dim=0), answer(model, x[1]).mean(dim=0))

@@ -58,6 +58,11 @@ class Calibration:
     moments: Mapping[str, Moments]
     batches: int
 
+    def feeling(self, other: "Calibration") -> "Calibration":
+        """These statistics with the gradients' moments of another calibration of the same model, perhaps on less."""
+        known = {name: one.felt for name, one in other.moments.items()}
+        return replace(self, moments={name: replace(one, felt=known.get(name)) for name, one in self.moments.items()})
+
 
 def calibrate(
     model: nn.Module,

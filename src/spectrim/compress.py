@@ -19,7 +19,7 @@ from spectrim.ranks import plan as make_plan
 from spectrim.ranks import refresh, require_reachable
 from spectrim.reconstruct import Told
 from spectrim.reconstruct import reconstruct as rebuild
-from spectrim.sensitivity import sensitivity
+from spectrim.sensitivity import SAMPLES, sensitivity, subset
 from spectrim.surgery import Patterns, replace
 
 
@@ -68,7 +68,7 @@ def compress(
         data: Calibration batches, with or without labels (one element more than `example_inputs` is a label). Their
             inputs are kept in memory.
         max_batches: Use at most so many calibration batches.
-        metric: `plain`, `activation` or `loss`; by default activation when there is `data`.
+        metric: `plain`, `activation` or `loss`; with `data`, by default loss under a `Budget` and activation otherwise.
         forms: Which of `channel`, `spatial`, `tucker2` convolutions may take; see `st.plan`.
         rank_multiple: Use only ranks that are multiples of this number.
         include: Patterns of layer names to factor, as in a shell.
@@ -103,7 +103,8 @@ def compress(
         batches = [as_inputs(one) for one in islice(_unlabelled(data, example), max_batches)]
     if analysis is None:
         wanted = {layer.metric for layer in rule_or_plan} if isinstance(rule_or_plan, Plan) else {metric}
-        analysis = _analysed(model, example, batches, layers, selection, gradients="loss" in wanted)
+        gradients = "loss" in wanted or (metric is None and isinstance(rule_or_plan, Budget))
+        analysis = _analysed(model, example, batches, layers, selection, gradients=gradients)
         if batches and isinstance(rule_or_plan, Budget):
             analysis = sensitivity(model, analysis, batches, on_progress=_telling(on_progress, "weigh"))
     if isinstance(rule_or_plan, Plan):
@@ -176,10 +177,14 @@ def _analysed(
     *,
     gradients: bool,
 ) -> Analysis:
+    statistics = calibrate(model, batches, layers=layers) if batches else None
+    if statistics is not None and gradients:
+        felt = calibrate(model, subset(batches, samples=SAMPLES), layers=layers, gradients=True)
+        statistics = statistics.feeling(felt)
     return analyze(
         model,
         example,
-        calibration=calibrate(model, batches, layers=layers, gradients=gradients) if batches else None,
+        calibration=statistics,
         include=selection.include,
         exclude=selection.exclude,
         keep_last=selection.keep_last,

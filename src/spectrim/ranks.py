@@ -46,7 +46,8 @@ def plan(
     Args:
         analysis: From `st.analyze`.
         rule: `Rank`, `Ratio` or `Energy`, applied to each layer by itself, or a `Budget` for all layers together.
-        metric: `plain`, `activation` or `loss`; by default the activation metric where the analysis has it.
+        metric: `plain`, `activation` or `loss`; by default the best that the analysis has for a `Budget`, and the
+            activation metric, where it has that, for the other rules.
         forms: Which of `channel`, `spatial`, `tucker2` convolutions may take. By default a `Budget` may use all of
             them, and the other rules use the channel form; of several, those take the first that a layer has.
         rank_multiple: Use only ranks that are multiples of this number.
@@ -56,7 +57,7 @@ def plan(
         RuleError: a rank above the full rank of a layer it would apply to, or a budget below what is reachable.
         PlanError: a metric that the analysis does not have, or an unknown form.
     """
-    metric = _metric(analysis, metric)
+    metric = _metric(analysis, metric, best=isinstance(rule, Budget))
     allowed = _forms(forms, CONVOLUTION_FORMS if isinstance(rule, Budget) else ("channel",))
     if rank_multiple is not None and (not isinstance(rank_multiple, int) or rank_multiple < 1):
         raise RuleError(f"rank_multiple={rank_multiple!r}: give a whole number of at least 1, such as 8")
@@ -128,7 +129,9 @@ def pareto(
         raise PlanError(f"cost={cost!r}: there are macs, params and bytes")
     if points < 2:
         raise RuleError(f"points={points}: a curve needs at least 2")
-    options = _Options(analysis, cost, _metric(analysis, metric), _forms(forms, CONVOLUTION_FORMS), rank_multiple or 1)
+    options = _Options(
+        analysis, cost, _metric(analysis, metric, best=True), _forms(forms, CONVOLUTION_FORMS), rank_multiple or 1
+    )
     solved = Allocation.of([menu for menu, _ in options.menus], limit=options.whole - options.fixed)
     least = Fraction(options.fixed + solved.cheapest, options.whole)
     shares = (least + (1 - least) * Fraction(step, points) for step in range(points))
@@ -313,8 +316,9 @@ def require_reachable(rule: Rule, sizes: Mapping[str, tuple[Sequence[int], int]]
         )
 
 
-def _metric(analysis: Analysis, metric: Metric | None) -> Metric:
-    chosen = metric or ("activation" if "activation" in analysis.metrics else "plain")
+def _metric(analysis: Analysis, metric: Metric | None, *, best: bool) -> Metric:
+    usual: Metric = "activation" if "activation" in analysis.metrics else "plain"
+    chosen = metric or (analysis.metrics[-1] if best else usual)
     if chosen not in analysis.metrics:
         how = "with gradients=True " if chosen == "loss" else ""
         raise PlanError(
@@ -345,7 +349,10 @@ def _possible(layer: LayerAnalysis, forms: Sequence[FormName], metric: Metric) -
 def _why_impossible(layer: LayerAnalysis, metric: Metric) -> str | None:
     if not layer.forms or layer.refusal:
         return layer.refusal or "it has no factored form"
-    return "the calibration data did not reach it" if metric not in layer.problems else None
+    if metric in layer.problems:
+        return None
+    reached = metric == "loss" and "activation" in layer.problems
+    return "the network's outputs do not feel it" if reached else "the calibration data did not reach it"
 
 
 def _decide(

@@ -14,7 +14,7 @@ from spectrim.plan import Metric
 from spectrim.surgery import replace
 
 _LOST = 0.1
-_SAMPLES = 256
+SAMPLES = 256
 
 Told = Callable[[str, int, int], None]
 
@@ -29,20 +29,20 @@ def sensitivity(
 ) -> Analysis:
     """The analysis with `sensitivity`: squared error of the network's outputs for each share of energy a layer loses.
 
-    Each layer by itself is factored at a rank that loses about a tenth of its energy, and the network is run on up to
+    Each layer by itself is factored at a rank that loses about a tenth of its energy, and the network is run on about
     256 samples. Makes budgets better where layers differ in what they matter; no labels are used.
 
     Args:
         model: The model that was analysed; put back as it was after each layer.
         analysis: From `st.analyze` with a calibration.
-        batches: Inputs; as many as are needed are used.
+        batches: Inputs; as many as are needed are used, whatever their order.
         metric: In which metric the layers are factored.
         on_progress: Told about every layer.
 
     Raises:
         DataError: no batches.
     """
-    used = _some(batches)
+    used = subset(batches, samples=SAMPLES)
     if not used:
         raise DataError("there is no data to measure sensitivities on; give at least one batch")
     means = {name: one.mean for name, one in analysis.calibration.moments.items()} if analysis.calibration else {}
@@ -56,15 +56,21 @@ def sensitivity(
     return with_changes(analysis, sensitivity=felt)
 
 
-def _some(batches: Sequence[Inputs]) -> list[Inputs]:
+def subset(batches: Sequence[Inputs], *, samples: int) -> list[Inputs]:
+    """Whole batches with at least so many samples, the same ones in whatever order they come."""
     used: list[Inputs] = []
-    samples = 0
-    for batch in batches:
-        if samples >= _SAMPLES:
+    taken = 0
+    for batch in sorted(batches, key=_digest):
+        if taken >= samples:
             break
         used.append(batch)
-        samples += max((len(one) for one in tensors((batch.args, batch.kwargs)) if one.ndim), default=1)
+        taken += max((len(one) for one in tensors((batch.args, batch.kwargs)) if one.ndim), default=1)
     return used
+
+
+def _digest(batch: Inputs) -> float:
+    """A number that tells batches apart."""
+    return sum(float(one.double().sum()) for one in tensors((batch.args, batch.kwargs)))
 
 
 def _felt(
