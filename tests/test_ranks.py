@@ -318,3 +318,12 @@ def test_a_curve_of_nothing_is_refused() -> None:
         st.pareto(known, cost="time")  # type: ignore[arg-type]
     with pytest.raises(errors.RuleError, match="at least 2"):
         st.pareto(known, points=1)
+
+
+def test_the_full_rank_is_that_of_the_form() -> None:
+    model = nn.Sequential(nn.Conv2d(6, 8, 3, padding=1), nn.Flatten(), nn.Linear(8 * 16, 3))
+    x = torch.randn(2, 6, 4, 4)
+    small = st.compress(model, st.Rank(9), example_inputs=x, forms=("spatial",), include="0", allow_growth=True)
+    assert (small.plan["0"].form, small.plan["0"].rank) == ("spatial", 9)
+    with pytest.raises(st.errors.RuleError, match="has full rank 8"):
+        st.compress(model, st.Rank(9), example_inputs=x, include="0")

@@ -12,7 +12,7 @@ from spectrim.calibrate import calibrate
 from spectrim.errors import DataError, PlanError
 from spectrim.execution import Inputs, as_inputs, require_repeatable
 from spectrim.factorize import duplicate, factorize
-from spectrim.forms import geometry
+from spectrim.forms import forms_of, geometry
 from spectrim.measure import Measurement, count
 from spectrim.plan import Budget, FormName, Metric, Plan, Rule
 from spectrim.ranks import plan as make_plan
@@ -96,11 +96,13 @@ def compress(
     if reconstruct is True and (data is None or metric == "plain"):
         raise DataError("reconstruction is done on calibration data in a data metric; pass data= and no metric='plain'")
     example = as_inputs(example_inputs)
-    layers = _layers(model, example, rule_or_plan, selection) if analysis is None else set()
+    layers = _layers(model, example, rule_or_plan, selection, forms) if analysis is None else set()
     batches: list[Inputs] = []
     if data is not None and metric != "plain" and _uses_data(rule_or_plan):
         require_repeatable(model, example)
         batches = [as_inputs(one) for one in islice(_unlabelled(data, example), max_batches)]
+        if not batches:
+            raise DataError("the calibration data is empty; give at least one batch")
     if analysis is None:
         wanted = {layer.metric for layer in rule_or_plan} if isinstance(rule_or_plan, Plan) else {metric}
         gradients = "loss" in wanted or (metric is None and isinstance(rule_or_plan, Budget))
@@ -135,7 +137,13 @@ class _Selection:
         return self.include != ("*",) or bool(self.exclude) or self.keep_last
 
 
-def _layers(model: nn.Module, example: Inputs, rule_or_plan: Rule | Plan, selection: _Selection) -> set[str]:
+def _layers(
+    model: nn.Module,
+    example: Inputs,
+    rule_or_plan: Rule | Plan,
+    selection: _Selection,
+    forms: Sequence[FormName] | None,
+) -> set[str]:
     """Names of the layers that need statistics; every mistake that can be seen without data is raised here."""
     targets, _ = survey(
         model, example, include=selection.include, exclude=selection.exclude, keep_last=selection.keep_last
@@ -143,7 +151,7 @@ def _layers(model: nn.Module, example: Inputs, rule_or_plan: Rule | Plan, select
     open_to = [target for target in targets if target.refusal is None]
     if not isinstance(rule_or_plan, Plan):
         sizes = {
-            target.name: (target.module.get_parameter("weight").shape, geometry(target.module).full_rank)
+            target.name: (target.module.get_parameter("weight").shape, _full_rank(target.module, forms))
             for target in open_to
         }
         require_reachable(rule_or_plan, sizes)
@@ -151,6 +159,13 @@ def _layers(model: nn.Module, example: Inputs, rule_or_plan: Rule | Plan, select
         planned = {layer.name for layer in rule_or_plan.factored if layer.metric != "plain"}
         open_to = [target for target in open_to if target.name in planned]
     return {site for target in open_to for site in target.sites}
+
+
+def _full_rank(layer: nn.Module, forms: Sequence[FormName] | None) -> int:
+    """The largest rank in the form that a per-layer rule would use."""
+    able = forms_of(layer)
+    form = next((one for one in forms or () if one in able), able[0])
+    return max(geometry(layer).full_ranks(form))
 
 
 def _uses_data(rule_or_plan: Rule | Plan) -> bool:

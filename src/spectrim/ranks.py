@@ -59,15 +59,18 @@ def plan(
     """
     metric = _metric(analysis, metric, best=isinstance(rule, Budget))
     allowed = _forms(forms, CONVOLUTION_FORMS if isinstance(rule, Budget) else ("channel",))
-    if rank_multiple is not None and (not isinstance(rank_multiple, int) or rank_multiple < 1):
-        raise RuleError(f"rank_multiple={rank_multiple!r}: give a whole number of at least 1, such as 8")
-    sizes = {layer.name: (layer.shape, layer.full_rank) for layer in analysis if layer.form and not layer.refusal}
+    multiple = _multiple(rank_multiple)
+    sizes = {
+        layer.name: (layer.shape, max(layer.sizes.full_ranks(possible[0])))
+        for layer in analysis
+        if layer.sizes and (possible := _possible(layer, allowed, metric))
+    }
     require_reachable(rule, sizes)
     if isinstance(rule, Budget):
-        options = _Options(analysis, rule.limits, metric, allowed, rank_multiple or 1)
+        options = _Options(analysis, rule.limits, metric, allowed, multiple)
         return _budgeted(options, rule)
     layers = tuple(
-        _decide(layer, rule, metric=metric, forms=allowed, multiple=rank_multiple or 1, allow_growth=allow_growth)
+        _decide(layer, rule, metric=metric, forms=allowed, multiple=multiple, allow_growth=allow_growth)
         for layer in analysis
     )
     return Plan(rule=rule, metric=metric, layers=layers)
@@ -129,9 +132,8 @@ def pareto(
         raise PlanError(f"cost={cost!r}: there are macs, params and bytes")
     if points < 2:
         raise RuleError(f"points={points}: a curve needs at least 2")
-    options = _Options(
-        analysis, cost, _metric(analysis, metric, best=True), _forms(forms, CONVOLUTION_FORMS), rank_multiple or 1
-    )
+    chosen, allowed = _metric(analysis, metric, best=True), _forms(forms, CONVOLUTION_FORMS)
+    options = _Options(analysis, cost, chosen, allowed, _multiple(rank_multiple))
     solved = Allocation.of([menu for menu, _ in options.menus], limit=options.whole - options.fixed)
     least = Fraction(options.fixed + solved.cheapest, options.whole)
     shares = (least + (1 - least) * Fraction(step, points) for step in range(points))
@@ -189,7 +191,8 @@ class _Options:
         if self.cost == "macs":
             return choices.macs
         # each tensor of a file has an entry in its header
-        entries = len(choices.ranks[0]) * (len(layer.name) + 120) if self.cost == "bytes" else 0
+        tensors = len(choices.ranks[0]) + (not layer.has_bias and self.metric != "plain")
+        entries = tensors * (len(layer.name) + 120) if self.cost == "bytes" else 0
         return choices.params * self._unit(layer) + entries * (1 + len(layer.also))
 
     def _unit(self, layer: LayerAnalysis) -> int:
@@ -326,6 +329,14 @@ def _metric(analysis: Analysis, metric: Metric | None, *, best: bool) -> Metric:
             f"pass calibration=st.calibrate(model, batches) {how}to st.analyze"
         )
     return chosen
+
+
+def _multiple(rank_multiple: int | None) -> int:
+    if rank_multiple is None:
+        return 1
+    if isinstance(rank_multiple, bool) or not isinstance(rank_multiple, int) or rank_multiple < 1:
+        raise RuleError(f"rank_multiple={rank_multiple!r}: give a whole number of at least 1, such as 8")
+    return rank_multiple
 
 
 def _forms(forms: Sequence[FormName] | None, default: tuple[FormName, ...]) -> tuple[FormName, ...]:
