@@ -18,7 +18,7 @@ LEVELS = (
     ("linalg", "layers"),
     ("forms",),
     ("execution",),
-    ("surgery", "sequel"),
+    ("surgery", "sequel", "prefix"),
     ("calibrate", "measure"),
     ("factorize",),
     ("analyze",),

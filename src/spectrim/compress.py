@@ -13,8 +13,9 @@ from spectrim.errors import DataError, PlanError
 from spectrim.execution import Inputs, as_inputs, require_repeatable
 from spectrim.factorize import duplicate, factorize
 from spectrim.forms import forms_of, geometry
+from spectrim.linalg import Factors
 from spectrim.measure import Measurement, count
-from spectrim.plan import Budget, FormName, Metric, Plan, Rule
+from spectrim.plan import Budget, FormName, LayerPlan, Metric, Plan, Rule
 from spectrim.ranks import plan as make_plan
 from spectrim.ranks import refresh, require_reachable
 from spectrim.reconstruct import Told
@@ -210,11 +211,11 @@ def _built(
     model: nn.Module, plan: Plan, analysis: Analysis, batches: Sequence[Inputs], *, on_progress: Told | None
 ) -> nn.Module:
     """A copy of the model with the plan carried out, fitted to `batches` if there are any."""
-    factors = {
-        layer.name: analysis[layer.name].decomposition(layer.form, layer.metric).factors(layer.ranks)
-        for layer in plan.factored
-        if layer.metric is not None
-    }
+
+    def factors(layer: LayerPlan) -> Factors:
+        assert layer.metric is not None
+        return analysis[layer.name].decomposition(layer.form, layer.metric).factors(layer.ranks)
+
     moments = analysis.calibration.moments if analysis.calibration else {}
     means = {name: one.mean for name, one in moments.items()}
     if not batches:

@@ -9,7 +9,7 @@ from spectrim.errors import ModelError
 from spectrim.forms import as_kernels, as_stored, build, geometry, kernels, stored
 from spectrim.layers import low_rank_layers
 from spectrim.linalg import Factors, Ranks, algebra, balanced, is_finite
-from spectrim.plan import FormName, Plan
+from spectrim.plan import FormName, LayerPlan, Plan
 from spectrim.surgery import names_of, replace
 
 
@@ -28,14 +28,14 @@ def duplicate(model: nn.Module) -> nn.Module:
 
 
 def factorize(
-    model: nn.Module, plan: Plan, *, factors: Mapping[str, Factors], means: Mapping[str, Tensor] | None = None
+    model: nn.Module, plan: Plan, *, factors: Callable[[LayerPlan], Factors], means: Mapping[str, Tensor] | None = None
 ) -> nn.Module:
     """Replace the planned layers of `model` by their factors, in `model` itself, all of them or none.
 
     Args:
         model: The model (or an exact copy of it) that was analysed.
         plan: Which layer and form.
-        factors: By layer name, from its input to its output.
+        factors: Gives the factors of a planned layer, from its input to its output.
         means: By the name of every layer, its mean input (groups, in); gives the mean correction.
 
     Raises:
@@ -45,7 +45,7 @@ def factorize(
     for layer in plan.factored:
         names = (layer.name, *layer.also)
         biases = mean_corrections(means or {}) if layer.metric != "plain" else own_bias
-        replacements |= factored_at(model, names, form=layer.form, factors=factors[layer.name], bias=biases)
+        replacements |= factored_at(model, names, form=layer.form, factors=factors(layer), bias=biases)
     replace(model, replacements)
     return model
 

@@ -8,18 +8,20 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.calibrate import Running, answers, patches, pooled
-from spectrim.execution import Inputs, call
+from spectrim.execution import Inputs, call, evaluating, watching
 from spectrim.factorize import factored_at, factorize, product, refitted_at
 from spectrim.forms import decompose, kernels
 from spectrim.linalg import Factors, Problem, algebra
 from spectrim.plan import LayerPlan, Plan
+from spectrim.prefix import Prefix
 from spectrim.sequel import Sequel, following, sequels
 from spectrim.surgery import replace
 
 Told = Callable[[str, int, int], None]
 """Called with a layer's name before it is fitted, how many layers are done, and how many there are."""
 
-_MEMORY = 2**29
+_MEMORY = 2**26
+_KEPT = 3 * 2**25
 _RIDGE = 1e-2
 _TURNS = 1
 
@@ -53,7 +55,7 @@ def reconstruct(
     plan: Plan,
     *,
     batches: Sequence[Inputs],
-    factors: Mapping[str, Factors],
+    factors: Callable[[LayerPlan], Factors],
     means: Mapping[str, Tensor],
     felt: Mapping[str, Tensor] | None = None,
     positions: int | None = 64,
@@ -68,7 +70,7 @@ def reconstruct(
     that stream lacks; where only a ReLU follows, y is not asked for where the ReLU hides it anyway.
 
     Time: a run of the compressed network up to each layer, and one of the dense network. Memory: one layer's sampled
-    inputs and second moments, the batches, and the sampled outputs of as many dense layers as fit into half a gigabyte
+    inputs and second moments, the batches, and the sampled outputs of as many dense layers as fit into 64 MB
     (more layers take another run of the dense network each time it is full).
 
     Args:
@@ -76,7 +78,7 @@ def reconstruct(
         small: An exact copy of it, which is changed.
         plan: Forms and ranks, layers in order of execution; those in the plain metric are exchanged as they are.
         batches: What the networks are run on.
-        factors: By layer name, the factors of layers that are not fitted: those in the plain metric, those that the
+        factors: Gives the factors of layers that are not fitted: those in the plain metric, those that the
             data do not reach, and those that choose what they look at by value.
         means: Mean inputs of these, by layer name.
         felt: By layer name, the output-side metric G (groups, out, out) of layers planned in the loss metric.
@@ -87,13 +89,14 @@ def reconstruct(
     following_them = sequels(model, batches[0], {layer.name for layer in chosen})
     places = [_place(small, layer, following_them) for layer in chosen]
     as_planned = [layer for layer in plan.factored if layer.metric == "plain"]
+    prefix = Prefix(small, room=_KEPT)
     start = 0
     while start < len(places):
         dense, end = _record(model, places, start, batches, positions)
         for place in places[start:end]:
             if on_progress is not None:
                 on_progress(place.plan.name, start, len(places))
-            now = _collect(small, place, dense, batches, positions)
+            now = _collect(prefix, place, dense, batches, positions)
             then = {site: dense.pop(site) for site in place.sites}
             G = felt.get(place.plan.name) if felt and place.plan.metric == "loss" else None
             if _comparable(now, then):
@@ -122,39 +125,51 @@ def _record(
     adding = {place.plan.name for place in places if place.sequel and place.sequel.stream}
     seen = {site: _Seen() for site in order}
     layers: dict[str, nn.Module] = {}
-    room, end = _MEMORY, len(places)
-
-    def keep(name: str, kept: list[Tensor], rows: Tensor) -> None:
-        nonlocal room, end
-        kept.append(rows)
-        room -= rows.numel() * rows.element_size()
-        if room < 0:
-            end = max(start + 1, min(end, order[name]))
+    end = len(places)
 
     def on_call(name: str, layer: nn.Module, _: Tensor, output: Tensor) -> None:
         layers[name] = layer
         if order[name] < end:
-            keep(name, seen[name].outputs, answers(layer, output, positions=positions))
+            seen[name].outputs.append(answers(layer, output, positions=positions))
 
     def on_stream(name: str, stream: Tensor) -> None:
         if order[name] < end and name in adding:
-            keep(name, seen[name].streams, answers(layers[name], stream, positions=positions))
+            seen[name].streams.append(answers(layers[name], stream, positions=positions))
 
     for position, batch in enumerate(batches):
         with following(model, order, on_call=on_call, on_stream=on_stream):
             call(model, batch, what=f"batch {position}")
-    return {site: seen[site] for site, number in order.items() if number < end}, end
+        if not position:
+            end = _affordable(places, start, seen, batches=len(batches))
+            seen = {site: one for site, one in seen.items() if order[site] < end}
+    return seen, end
+
+
+def _affordable(places: Sequence[_Place], start: int, first: Mapping[str, _Seen], *, batches: int) -> int:
+    """How many places, one at least, fit into memory if every batch takes as much as the first one."""
+    room = _MEMORY
+    for number in range(start, len(places)):
+        rows = [row for site in places[number].sites for row in (*first[site].outputs, *first[site].streams)]
+        room -= batches * sum(row.numel() * row.element_size() for row in rows)
+        if room < 0:
+            return max(start + 1, number)
+    return len(places)
 
 
 def _collect(
-    small: nn.Module, place: _Place, dense: Mapping[str, _Seen], batches: Sequence[Inputs], positions: int | None
+    prefix: Prefix, place: _Place, dense: Mapping[str, _Seen], batches: Sequence[Inputs], positions: int | None
 ) -> dict[str, _Seen]:
     """Inputs and streams that the place sees in the network as it is now."""
     seen = {site: _Seen() for site in place.sites}
     streaming = place.sequel is not None and place.sequel.stream
     layers: dict[str, nn.Module] = {}
+    calls = {site: len(dense[site].outputs) // len(batches) for site in place.sites}
+    left: dict[str, int] = {}
 
     def on_call(name: str, layer: nn.Module, given: Tensor, output: Tensor) -> None:
+        if name not in seen:
+            return
+        reached()
         layers[name] = layer
         rows = patches(layer, given, positions=positions, size=output.shape[-2:])
         seen[name].inputs.append(rows.clone() if rows.data_ptr() == given.data_ptr() else rows)
@@ -163,16 +178,19 @@ def _collect(
             raise _Enough
 
     def on_stream(name: str, stream: Tensor) -> None:
-        if streaming:
-            seen[name].streams.append(answers(layers[name], stream, positions=positions))
-            raise _Enough
+        seen[name].streams.append(answers(layers[name], stream, positions=positions))
+        raise _Enough
 
-    calls = {site: len(dense[site].outputs) // len(batches) for site in place.sites}
-    left: dict[str, int] = {}
+    small = prefix.model
     for position, batch in enumerate(batches):
         left = dict(calls)
-        with suppress(_Enough), following(small, place.sites, on_call=on_call, on_stream=on_stream):
-            call(small, batch, what=f"batch {position}")
+        with suppress(_Enough), prefix.passing(position) as reached:
+            if streaming:
+                with following(small, place.sites, on_call=on_call, on_stream=on_stream):
+                    call(small, batch, what=f"batch {position}")
+            else:
+                with evaluating(small), watching(small, on_call):
+                    call(small, batch, what=f"batch {position}")
     return seen
 
 

@@ -69,6 +69,8 @@ class _Reader(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if not self.nodes:
+            return func(*args, **(kwargs or {}))
         operands = list(tensors((args, kwargs or {})))
         # before the call: one that works in place gives back the tensor that it was given
         used = {id(one): self.nodes[id(one)] for one in operands if id(one) in self.nodes}
@@ -165,21 +167,21 @@ def following(
             on_stream(name, taken.other)
 
     reader.on_step = step
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
-    handles = [norm.register_forward_hook(lambda norm, _, output: reader.normalised(norm, output)) for norm in norms]
-    try:
-        with evaluating(model), watching(model, begin), reader:
-            yield reader
-    finally:
-        for handle in handles:
-            handle.remove()
+    with evaluating(model), watching(model, begin), reader:
+        yield reader
 
 
 def sequels(model: nn.Module, inputs: Inputs, sites: Collection[str]) -> dict[str, Sequel]:
     """The sequel of every layer in `sites` that is called exactly once."""
     layers: dict[str, nn.Module] = {}
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     with following(model, sites, on_call=lambda name, layer, _, __: layers.update({name: layer})) as reader:
-        call(model, inputs)
+        handles = [one.register_forward_hook(lambda norm, _, output: reader.normalised(norm, output)) for one in norms]
+        try:
+            call(model, inputs)
+        finally:
+            for handle in handles:
+                handle.remove()
     return {name: _sequel(layers[name], nodes[0]) for name, nodes in reader.starts.items() if len(nodes) == 1}
 
 
