@@ -243,7 +243,13 @@ def _feel(model: nn.Module, inputs: Inputs, layers: Collection[str] | None, felt
                 if not total.requires_grad:
                     return
                 wanted = [output for _, _, output in outputs]
-                found = torch.autograd.grad(total, wanted, retain_graph=probe + 1 < _PROBES, allow_unused=True)
+                try:
+                    found = torch.autograd.grad(total, wanted, retain_graph=probe + 1 < _PROBES, allow_unused=True)
+                except RuntimeError as error:
+                    raise ModelError(
+                        f"{type(model).__name__} cannot be differentiated: {str(error).splitlines()[0]}; use the "
+                        "activation metric, which needs no gradients"
+                    ) from error
                 for (name, layer, output), gradient in zip(outputs, found, strict=True):
                     if gradient is not None:
                         rows = algebra(answers(layer, gradient, positions=None))

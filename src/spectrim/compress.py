@@ -9,7 +9,7 @@ from torch import nn
 
 from spectrim.analyze import Analysis, analyze, survey
 from spectrim.calibrate import calibrate
-from spectrim.errors import DataError, PlanError
+from spectrim.errors import DataError, ModelError, PlanError
 from spectrim.execution import Inputs, as_inputs, require_repeatable
 from spectrim.factorize import duplicate, factorize
 from spectrim.forms import forms_of, geometry
@@ -106,8 +106,15 @@ def compress(
             raise DataError("the calibration data is empty; give at least one batch")
     if analysis is None:
         wanted = {layer.metric for layer in rule_or_plan} if isinstance(rule_or_plan, Plan) else {metric}
-        gradients = "loss" in wanted or (metric is None and isinstance(rule_or_plan, Budget))
-        analysis = _analysed(model, example, batches, layers, selection, gradients=gradients)
+        analysis = _analysed(
+            model,
+            example,
+            batches,
+            layers,
+            selection,
+            needs_gradients="loss" in wanted,
+            likes_gradients=metric is None and isinstance(rule_or_plan, Budget),
+        )
         if batches and isinstance(rule_or_plan, Budget):
             analysis = sensitivity(model, analysis, batches, on_progress=_telling(on_progress, "weigh"))
     if isinstance(rule_or_plan, Plan):
@@ -191,12 +198,18 @@ def _analysed(
     layers: set[str],
     selection: _Selection,
     *,
-    gradients: bool,
+    needs_gradients: bool,
+    likes_gradients: bool,
 ) -> Analysis:
     statistics = calibrate(model, batches, layers=layers) if batches else None
-    if statistics is not None and gradients:
-        felt = calibrate(model, subset(batches, samples=SAMPLES), layers=layers, gradients=True)
-        statistics = statistics.feeling(felt)
+    if statistics is not None and (needs_gradients or likes_gradients):
+        try:
+            felt = calibrate(model, subset(batches, samples=SAMPLES), layers=layers, gradients=True)
+            statistics = statistics.feeling(felt)
+        except (DataError, ModelError):
+            # a network that runs but cannot be differentiated is compressed in the activation metric
+            if needs_gradients:
+                raise
     return analyze(
         model,
         example,
