@@ -9,7 +9,7 @@ from torch import nn
 
 from spectrim.analyze import Analysis, analyze, survey
 from spectrim.calibrate import calibrate
-from spectrim.errors import DataError, ModelError, PlanError
+from spectrim.errors import DataError, PlanError
 from spectrim.execution import Inputs, as_inputs, require_repeatable
 from spectrim.factorize import duplicate, factorize
 from spectrim.forms import forms_of, geometry
@@ -20,7 +20,7 @@ from spectrim.ranks import plan as make_plan
 from spectrim.ranks import refresh, require_reachable
 from spectrim.reconstruct import Told
 from spectrim.reconstruct import reconstruct as rebuild
-from spectrim.sensitivity import SAMPLES, sensitivity, subset
+from spectrim.sensitivity import felt, sensitivity
 from spectrim.surgery import Patterns, replace
 
 
@@ -203,13 +203,7 @@ def _analysed(
 ) -> Analysis:
     statistics = calibrate(model, batches, layers=layers) if batches else None
     if statistics is not None and (needs_gradients or likes_gradients):
-        try:
-            felt = calibrate(model, subset(batches, samples=SAMPLES), layers=layers, gradients=True)
-            statistics = statistics.feeling(felt)
-        except (DataError, ModelError):
-            # a network that runs but cannot be differentiated is compressed in the activation metric
-            if needs_gradients:
-                raise
+        statistics = felt(model, statistics, batches, layers=layers, required=needs_gradients)
     return analyze(
         model,
         example,
@@ -233,7 +227,7 @@ def _built(
     means = {name: one.mean for name, one in moments.items()}
     if not batches:
         return factorize(duplicate(model), plan, factors=factors, means=means)
-    felt = {layer.name: layer.problems["loss"].output for layer in analysis if "loss" in layer.problems}
+    outputs = {layer.name: layer.problems["loss"].output for layer in analysis if "loss" in layer.problems}
     return rebuild(
         model,
         duplicate(model),
@@ -241,7 +235,7 @@ def _built(
         batches=batches,
         factors=factors,
         means=means,
-        felt={name: one for name, one in felt.items() if one is not None},
+        felt={name: one for name, one in outputs.items() if one is not None},
         on_progress=on_progress,
     )
 

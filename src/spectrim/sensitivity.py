@@ -1,13 +1,14 @@
 """How much a network's answer feels an error in each layer: measured, by making one."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace as with_changes
 
 import torch
 from torch import Tensor, nn
 
 from spectrim.analyze import Analysis, LayerAnalysis
-from spectrim.errors import DataError
+from spectrim.calibrate import Calibration, calibrate
+from spectrim.errors import DataError, ModelError
 from spectrim.execution import Inputs, call, evaluating, tensors
 from spectrim.factorize import factored_at, mean_corrections
 from spectrim.plan import Metric
@@ -48,12 +49,33 @@ def sensitivity(
     means = {name: one.mean for name, one in analysis.calibration.moments.items()} if analysis.calibration else {}
     layers = [layer for layer in analysis if metric in layer.problems]
     whole = _outputs(model, used)
-    felt: dict[str, float] = {}
+    found: dict[str, float] = {}
     for done, layer in enumerate(layers):
         if on_progress is not None:
             on_progress(layer.name, done, len(layers))
-        felt[layer.name] = _felt(model, layer, used, whole, metric=metric, means=means)
-    return with_changes(analysis, sensitivity=felt)
+        found[layer.name] = _felt(model, layer, used, whole, metric=metric, means=means)
+    return with_changes(analysis, sensitivity=found)
+
+
+def felt(
+    model: nn.Module,
+    statistics: Calibration,
+    batches: Sequence[Inputs],
+    *,
+    layers: Collection[str] | None = None,
+    required: bool = True,
+) -> Calibration:
+    """The statistics with the gradients' moments that the loss metric needs, from about 128 samples.
+
+    Raises:
+        SpectrimError: the model cannot be differentiated; if not `required`, the statistics are given back as they are.
+    """
+    try:
+        return statistics.feeling(calibrate(model, subset(batches, samples=SAMPLES), layers=layers, gradients=True))
+    except (DataError, ModelError):
+        if required:
+            raise
+        return statistics
 
 
 def subset(batches: Sequence[Inputs], *, samples: int) -> list[Inputs]:

@@ -25,7 +25,7 @@ from spectrim.measure import Measurement, accuracy, measure
 from spectrim.plan import Budget, Metric, Plan
 from spectrim.ranks import plan
 from spectrim.report import LayerSpectrum, Results, Variant, report, table, words
-from spectrim.sensitivity import sensitivity
+from spectrim.sensitivity import felt, sensitivity
 
 _MODEL, _PLAN, _MEASURED, _PAGE = "model.safetensors", "plan.json", "measurement.json", "spectra.html"
 
@@ -156,7 +156,8 @@ def _planned(
     if edited is not None:
         return _analysis(given, layers, shown, {layer.metric for layer in edited}), edited
     rule, metric = choice.rule, choice.named_metric
-    analysis = _analysis(given, layers, shown, {metric or "activation"})
+    usual: Metric = "loss" if isinstance(rule, Budget) else "activation"
+    analysis = _analysis(given, layers, shown, {metric or usual}, required=metric is not None)
     if isinstance(rule, Budget) and analysis.calibration and given.calibration:
         batches = [as_inputs(batch) for batch in given.calibration]
         analysis = sensitivity(given.model, analysis, batches, on_progress=shown.layers("weigh"))
@@ -164,8 +165,10 @@ def _planned(
     return analysis, plan(analysis, rule, metric=metric, forms=choice.forms, rank_multiple=choice.rank_multiple)
 
 
-def _analysis(given: Subject, layers: Layers, shown: Stages, metrics: Container[Metric | None]) -> Analysis:
-    """The analysis, in these metrics as far as there are images."""
+def _analysis(
+    given: Subject, layers: Layers, shown: Stages, metrics: Container[Metric | None], *, required: bool = True
+) -> Analysis:
+    """The analysis, in these metrics as far as there are images, and gradients where they are not `required`."""
     include, exclude, keep_last = layers.included, layers.excluded, layers.keep_last
     # before the data are run: a pattern that matches nothing is told at once, and only these layers are watched
     targets, _ = survey(given.model, as_inputs(given.example), include=include, exclude=exclude, keep_last=keep_last)
@@ -174,7 +177,10 @@ def _analysis(given: Subject, layers: Layers, shown: Stages, metrics: Container[
     if given.calibration and ("activation" in metrics or "loss" in metrics):
         shown.begin("calibrate", of=len(given.calibration))
         batches = shown.each(given.calibration)
-        calibration = calibrate(given.model, batches, layers=watched, gradients="loss" in metrics)
+        calibration = calibrate(given.model, batches, layers=watched)
+        if "loss" in metrics:
+            inputs = [as_inputs(batch) for batch in given.calibration]
+            calibration = felt(given.model, calibration, inputs, layers=watched, required=required)
     shown.begin("analyse")
     return analyze(
         given.model, given.example, calibration=calibration, include=include, exclude=exclude, keep_last=keep_last
