@@ -2,6 +2,7 @@
 
 from spectrim import errors
 from spectrim.analyze import Analysis, LayerAnalysis, analyze
+from spectrim.budget import Curve, pareto
 from spectrim.calibrate import Calibration, calibrate
 from spectrim.compress import Compressed, compress
 from spectrim.factorize import merge
@@ -17,7 +18,7 @@ from spectrim.layers import (
 from spectrim.linalg import Spectrum
 from spectrim.measure import Accuracy, Epoch, Interval, Measurement, accuracy, measure
 from spectrim.plan import Budget, Cost, Energy, LayerPlan, Plan, Rank, Ratio
-from spectrim.ranks import Curve, pareto, plan
+from spectrim.ranks import plan
 from spectrim.report import (
     LayerSpectrum,
     Published,

@@ -86,9 +86,10 @@ def reconstruct(
         on_progress: Told about every layer.
     """
     chosen = [layer for layer in plan.layers if not layer.fixed and layer.metric != "plain"]
-    following_them = sequels(model, batches[0], {layer.name for layer in chosen})
-    places = [_place(small, layer, following_them) for layer in chosen]
+    known = sequels(model, batches[0], {layer.name for layer in chosen})
+    places = [_place(small, layer, known) for layer in chosen]
     as_planned = [layer for layer in plan.factored if layer.metric == "plain"]
+    factorize(small, plan.model_copy(update={"layers": tuple(as_planned)}), factors=factors)
     prefix = Prefix(small, room=_KEPT)
     start = 0
     while start < len(places):
@@ -102,9 +103,8 @@ def reconstruct(
             if _comparable(now, then):
                 replace(small, _fitted(small, place, now, then, G))
             else:
-                as_planned.append(place.plan)
+                factorize(small, plan.model_copy(update={"layers": (place.plan,)}), factors=factors, means=means)
             start += 1
-    factorize(small, plan.model_copy(update={"layers": tuple(as_planned)}), factors=factors, means=means)
     if on_progress is not None:
         on_progress("", len(places), len(places))
     return small
