@@ -233,12 +233,12 @@ def _of_plan(plan: Plan) -> Listing:
 
 
 def _plan_row(layer: LayerPlan) -> tuple[str, ...]:
-    full = f" of {layer.full_rank}" if layer.full_rank else ""
+    full = f" of {layer.full_rank}" if layer.full_rank and len(layer.ranks) < 2 else ""
     return (
         _with_others(layer),
         words.shape(layer.shape),
         layer.form,
-        f"{layer.rank}{full}" if layer.rank else words.NOTHING,
+        f"{' and '.join(map(str, layer.ranks))}{full}" if layer.ranks else words.NOTHING,
         words.NOTHING if layer.break_even is None else str(layer.break_even),
         words.NOTHING if layer.predicted_error is None else words.percent(layer.predicted_error, places=1),
         _change(layer.dense.params, layer.kept.params),

@@ -214,8 +214,9 @@ def spectrum_finding(spectra: Sequence[LayerSpectrum], plans: Sequence[Plan]) ->
 
 
 def kept_ranks(plans: Iterable[Plan], *, layer: str, metric: Metric) -> tuple[int, ...]:
-    """The ranks at which plans keep a layer in a metric, smallest first."""
-    decisions = [one for plan in plans for one in plan if one.name == layer and one.metric == metric]
+    """The ranks at which plans keep a layer's matrix in a metric, smallest first; other forms have other spectra."""
+    chosen = [one for plan in plans for one in plan if one.name == layer and one.metric == metric]
+    decisions = [one for one in chosen if one.form in ("linear", "channel")]
     return tuple(sorted({one.rank for one in decisions if one.rank}))
 
 
