@@ -69,9 +69,10 @@ def reconstruct(
     W* as it is. Where the graph shows that a layer's output is only added to another stream, y also makes up for what
     that stream lacks; where only a ReLU follows, y is not asked for where the ReLU hides it anyway.
 
-    Time: a run of the compressed network up to each layer, and one of the dense network. Memory: one layer's sampled
-    inputs and second moments, the batches, and the sampled outputs of as many dense layers as fit into 64 MB
-    (more layers take another run of the dense network each time it is full).
+    Time: a run of the compressed network up to each layer, less the blocks whose outputs are kept, and one of the dense
+    network. Memory: one layer's sampled inputs and second moments, the batches, the sampled outputs of as many dense
+    layers as fit into 64 MB (more layers take another run of the dense network each time it is full), and up to 96 MB
+    of blocks' outputs.
 
     Args:
         model: The dense network.
