@@ -132,6 +132,7 @@ def report(given: argparse.Namespace, shares: list[float], seeds: list[int]) -> 
             kept.append(small.measurement.macs_ratio or 1.0)
             if given.finetune:
                 tuned.append(score(finetuned(small.model, model, seed), seed))
+            console.print(f"{share:g}, seed {seed}: {zero[-1]:.2f}", *(f"{one:.2f}" for one in tuned[-1:]))
         found |= {f"{share:g}": zero, f"{share:g} fine-tuned": tuned, f"{share:g} kept": kept}
         bar = BAR[given.network].get(share)
         bar = dense + bar if bar is not None and bar < 0 else bar
