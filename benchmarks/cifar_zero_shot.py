@@ -11,7 +11,6 @@ memory are those of one compression in a process of its own: import, data, calib
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -19,6 +18,7 @@ import time
 from pathlib import Path
 
 import torch
+from peak_memory import peak_gb
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -103,7 +103,7 @@ def main() -> None:
     given = parser.parse_args()
     if given.once:
         _, seconds = compressed(given, 0, given.once)
-        print(json.dumps([seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20]))
+        print(json.dumps([seconds, peak_gb()]))
         return
     shares = [float(share) for share in given.shares.split(",") if share] or list(BAR[given.network])
     seeds = [int(seed) for seed in given.seeds.split(",")]

@@ -6,10 +6,10 @@ The network is untrained: the time does not depend on the weights' values, and t
 """
 
 import argparse
-import resource
 import time
 
 import torch
+from peak_memory import peak_gb
 from rich.console import Console
 from torch.nn import functional
 
@@ -43,7 +43,7 @@ def main() -> None:
     )
     console.print(f"{made.measurement.macs_ratio:.4f} of the MACs, {torch.get_num_threads()} threads")
     console.print(f"{time.perf_counter() - start:.0f} s (bar 300 s)")
-    console.print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GB")
+    console.print(f"peak memory {peak_gb():.2f} GB")
 
 
 if __name__ == "__main__":
