@@ -7,7 +7,7 @@
 Each figure is the mean over calibration seeds (which 1024 training images, without labels) of the accuracy on the whole
 test set. Metric and allocation were chosen on training images that no calibration saw (`--held-out` shows those); the
 rate of the fine-tuning was not tuned, and 128 instead of 256 samples for sensitivities were taken for speed.
-Seconds and memory are those of one compression in a process of its own: import, data, calibration, ranks and reconstruction.
+Seconds and memory are those of one compression in a process of its own, import and data included.
 """
 
 import argparse
