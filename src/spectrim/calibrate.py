@@ -58,6 +58,14 @@ class Calibration:
     moments: Mapping[str, Moments]
     batches: int
 
+    @property
+    def bytes(self) -> int:
+        """What the statistics take in memory."""
+        kept = [
+            one for each in self.moments.values() for one in (each.mean, each.covariance, each.felt) if one is not None
+        ]
+        return sum(one.numel() * one.element_size() for one in kept)
+
     def feeling(self, other: "Calibration") -> "Calibration":
         """These statistics with the gradients' moments of another calibration of the same model, perhaps on less."""
         known = {name: one.felt for name, one in other.moments.items()}

@@ -20,7 +20,7 @@ from spectrim.ranks import plan as make_plan
 from spectrim.ranks import refresh, require_reachable
 from spectrim.reconstruct import Told
 from spectrim.reconstruct import reconstruct as rebuild
-from spectrim.sensitivity import felt, sensitivity
+from spectrim.sensitivity import felt, room, sensitivity
 from spectrim.surgery import Patterns, replace
 
 
@@ -49,6 +49,7 @@ def compress(
     allow_growth: bool = False,
     analysis: Analysis | None = None,
     reconstruct: Literal["auto"] | bool = "auto",
+    cache: int | None = None,
     inplace: bool = False,
     on_progress: Told | None = None,
 ) -> Compressed:
@@ -79,6 +80,8 @@ def compress(
         analysis: From `st.analyze` on this very model; saves calibrating and decomposing again for every rank.
         reconstruct: Fit the layers one after the other to undo what those before have changed; `auto` does it under a
             `Budget` with `data`.
+        cache: Bytes of activations that weighing and fitting may keep, so that not every pass has to begin at the first
+            layer; saves time only. By default what the statistics take, at least 160 MiB.
         inplace: Change `model` itself and return it.
         on_progress: Called with what is done next, how many steps of this stage are done, and of how many.
 
@@ -89,8 +92,7 @@ def compress(
         SpectrimError: one of its kinds, before anything has been changed.
     """
     selection = _Selection(include, exclude, keep_last)
-    planned = isinstance(rule_or_plan, Plan)
-    if planned and (selection.narrows or metric or forms or rank_multiple or allow_growth):
+    if isinstance(rule_or_plan, Plan) and (selection.narrows or metric or forms or rank_multiple or allow_growth):
         raise PlanError("a plan already says which layers, forms and metric; give these options to st.plan instead")
     if analysis is not None and selection.narrows:
         raise PlanError("an analysis already has its layers; give include, exclude, keep_last to st.analyze instead")
@@ -116,7 +118,8 @@ def compress(
             likes_gradients=metric is None and isinstance(rule_or_plan, Budget),
         )
         if batches and isinstance(rule_or_plan, Budget):
-            analysis = sensitivity(model, analysis, batches, on_progress=_telling(on_progress, "weigh"))
+            told = _telling(on_progress, "weigh")
+            analysis = sensitivity(model, analysis, batches, cache=cache, on_progress=told)
     if isinstance(rule_or_plan, Plan):
         plan = refresh(rule_or_plan, analysis)
     else:
@@ -125,7 +128,9 @@ def compress(
         )
     dense = count(model, example)
     fit = bool(batches) and (reconstruct is True or (reconstruct == "auto" and isinstance(plan.rule, Budget)))
-    smaller = _built(model, plan, analysis, batches if fit else [], on_progress=_telling(on_progress, "fit"))
+    smaller = _built(
+        model, plan, analysis, batches if fit else [], cache=cache, on_progress=_telling(on_progress, "fit")
+    )
     if inplace:
         changed = [one for one in plan if not one.fixed]
         replace(model, {name: smaller.get_submodule(name) for one in changed for name in (one.name, *one.also)})
@@ -215,7 +220,13 @@ def _analysed(
 
 
 def _built(
-    model: nn.Module, plan: Plan, analysis: Analysis, batches: Sequence[Inputs], *, on_progress: Told | None
+    model: nn.Module,
+    plan: Plan,
+    analysis: Analysis,
+    batches: Sequence[Inputs],
+    *,
+    cache: int | None,
+    on_progress: Told | None,
 ) -> nn.Module:
     """A copy of the model with the plan carried out, fitted to `batches` if there are any."""
 
@@ -236,6 +247,7 @@ def _built(
         factors=factors,
         means=means,
         felt={name: one for name, one in outputs.items() if one is not None},
+        cache=room(analysis, cache),
         on_progress=on_progress,
     )
 

@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 from spectrim.layers import is_low_rank
 
+CACHE = 5 * 2**25
+"""Bytes of activations kept to save time, if nothing else is said: 160 MiB."""
+
 _Key = tuple[str, int]
 """A module's name and the number of the call within one pass."""
 

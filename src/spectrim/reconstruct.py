@@ -13,15 +13,13 @@ from spectrim.factorize import factored_at, factorize, product, refitted_at
 from spectrim.forms import decompose, kernels
 from spectrim.linalg import Factors, Problem, algebra
 from spectrim.plan import LayerPlan, Plan
-from spectrim.prefix import Prefix
+from spectrim.prefix import CACHE, Prefix
 from spectrim.sequel import Sequel, following, sequels
 from spectrim.surgery import replace
 
 Told = Callable[[str, int, int], None]
 """Called with a layer's name before it is fitted, how many layers are done, and how many there are."""
 
-_MEMORY = 2**26
-_KEPT = 3 * 2**25
 _RIDGE = 1e-2
 _TURNS = 1
 
@@ -59,6 +57,7 @@ def reconstruct(
     means: Mapping[str, Tensor],
     felt: Mapping[str, Tensor] | None = None,
     positions: int | None = 64,
+    cache: int = CACHE,
     on_progress: Told | None = None,
 ) -> nn.Module:
     """Replace the planned layers one after the other, each fitted to undo what the ones before it have changed.
@@ -70,9 +69,7 @@ def reconstruct(
     that stream lacks; where only a ReLU follows, y is not asked for where the ReLU hides it anyway.
 
     Time: a run of the compressed network up to each layer, less the blocks whose outputs are kept, and one of the dense
-    network. Memory: one layer's sampled inputs and second moments, the batches, the sampled outputs of as many dense
-    layers as fit into 64 MB (more layers take another run of the dense network each time it is full), and up to 96 MB
-    of blocks' outputs.
+    network. Memory: one layer's sampled inputs and second moments, the batches, and `cache`.
 
     Args:
         model: The dense network.
@@ -84,6 +81,8 @@ def reconstruct(
         means: Mean inputs of these, by layer name.
         felt: By layer name, the output-side metric G (groups, out, out) of layers planned in the loss metric.
         positions: Places looked at in each sample, None for all.
+        cache: Bytes that may be kept to save time: two fifths for sampled outputs of the dense network, which is run
+            again each time they are full, and three fifths for outputs of blocks that are finished.
         on_progress: Told about every layer.
     """
     chosen = [layer for layer in plan.layers if not layer.fixed and layer.metric != "plain"]
@@ -91,10 +90,10 @@ def reconstruct(
     places = [_place(small, layer, known) for layer in chosen]
     as_planned = [layer for layer in plan.factored if layer.metric == "plain"]
     factorize(small, plan.model_copy(update={"layers": tuple(as_planned)}), factors=factors)
-    prefix = Prefix(small, room=_KEPT)
+    prefix = Prefix(small, room=3 * cache // 5)
     start = 0
     while start < len(places):
-        dense, end = _record(model, places, start, batches, positions)
+        dense, end = _record(model, places, start, batches, positions=positions, room=2 * cache // 5)
         for place in places[start:end]:
             if on_progress is not None:
                 on_progress(place.plan.name, start, len(places))
@@ -119,7 +118,13 @@ def _place(model: nn.Module, layer: LayerPlan, known: Mapping[str, Sequel]) -> _
 
 
 def _record(
-    model: nn.Module, places: Sequence[_Place], start: int, batches: Sequence[Inputs], positions: int | None
+    model: nn.Module,
+    places: Sequence[_Place],
+    start: int,
+    batches: Sequence[Inputs],
+    *,
+    positions: int | None,
+    room: int,
 ) -> tuple[dict[str, _Seen], int]:
     """Outputs and streams of the dense network, of as many places from `start` on as memory allows, and their end."""
     order = {site: number for number, place in enumerate(places) for site in place.sites if number >= start}
@@ -141,17 +146,16 @@ def _record(
         with following(model, order, on_call=on_call, on_stream=on_stream):
             call(model, batch, what=f"batch {position}")
         if not position:
-            end = _affordable(places, start, seen, batches=len(batches))
+            end = _affordable(places, start, seen, room=room // len(batches))
             seen = {site: one for site, one in seen.items() if order[site] < end}
     return seen, end
 
 
-def _affordable(places: Sequence[_Place], start: int, first: Mapping[str, _Seen], *, batches: int) -> int:
-    """How many places, one at least, fit into memory if every batch takes as much as the first one."""
-    room = _MEMORY
+def _affordable(places: Sequence[_Place], start: int, first: Mapping[str, _Seen], *, room: int) -> int:
+    """Where the places end, one at least, whose rows of one batch fit into the room."""
     for number in range(start, len(places)):
         rows = [row for site in places[number].sites for row in (*first[site].outputs, *first[site].streams)]
-        room -= batches * sum(row.numel() * row.element_size() for row in rows)
+        room -= sum(row.numel() * row.element_size() for row in rows)
         if room < 0:
             return max(start + 1, number)
     return len(places)

@@ -1,6 +1,6 @@
 """How much a network's answer feels an error in each layer: measured, by making one."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace as with_changes
 
 import torch
@@ -8,14 +8,17 @@ from torch import Tensor, nn
 
 from spectrim.analyze import Analysis, LayerAnalysis
 from spectrim.calibrate import Calibration, calibrate
-from spectrim.errors import DataError, ModelError
+from spectrim.errors import DataError, ModelError, PlanError
 from spectrim.execution import Inputs, call, evaluating, tensors
 from spectrim.factorize import factored_at, mean_corrections
 from spectrim.plan import Metric
+from spectrim.prefix import CACHE, Prefix
 from spectrim.surgery import replace
 
+_LEAST, _MOST = 32, 256
+_GRADIENTS = 128
 _LOST = 0.1
-SAMPLES = 128
+_PRECISION = 0.1
 
 Told = Callable[[str, int, int], None]
 
@@ -26,34 +29,39 @@ def sensitivity(
     batches: Sequence[Inputs],
     *,
     metric: Metric = "activation",
+    cache: int | None = None,
     on_progress: Told | None = None,
 ) -> Analysis:
     """The analysis with `sensitivity`: squared error of the network's outputs for each share of energy a layer loses.
 
-    Each layer by itself is factored at a rank that loses about a tenth of its energy, and the network is run on about
-    128 samples. Makes budgets better where layers differ in what they matter; no labels are used.
+    Each layer by itself is factored at a rank that loses about a tenth of its energy, and the network is run on 32 to
+    256 samples, until the mean over them is known to a tenth. Makes budgets better where layers differ in what they
+    matter; no labels are used.
 
     Args:
         model: The model that was analysed; put back as it was after each layer.
         analysis: From `st.analyze` with a calibration.
         batches: Inputs; as many as are needed are used, whatever their order.
         metric: In which metric the layers are factored.
+        cache: Bytes of blocks' outputs that may be kept, so that not every pass has to begin at the first layer.
+            By default what the statistics take, at least 160 MiB.
         on_progress: Told about every layer.
 
     Raises:
         DataError: no batches.
     """
-    used = subset(batches, samples=SAMPLES)
+    used = subset(batches, samples=_MOST)
     if not used:
         raise DataError("there is no data to measure sensitivities on; give at least one batch")
     means = {name: one.mean for name, one in analysis.calibration.moments.items()} if analysis.calibration else {}
     layers = [layer for layer in analysis if metric in layer.problems]
-    whole = _outputs(model, used)
+    answers: list[list[Tensor]] = []
+    prefix = Prefix(model, room=room(analysis, cache))
     found: dict[str, float] = {}
     for done, layer in enumerate(layers):
         if on_progress is not None:
             on_progress(layer.name, done, len(layers))
-        found[layer.name] = _felt(model, layer, used, whole, metric=metric, means=means)
+        found[layer.name] = _felt(prefix, layer, used, answers, metric=metric, means=means)
     return with_changes(analysis, sensitivity=found)
 
 
@@ -71,11 +79,20 @@ def felt(
         SpectrimError: the model cannot be differentiated; if not `required`, the statistics are given back as they are.
     """
     try:
-        return statistics.feeling(calibrate(model, subset(batches, samples=SAMPLES), layers=layers, gradients=True))
+        return statistics.feeling(calibrate(model, subset(batches, samples=_GRADIENTS), layers=layers, gradients=True))
     except (DataError, ModelError):
         if required:
             raise
         return statistics
+
+
+def room(analysis: Analysis, cache: int | None) -> int:
+    """Bytes of activations that may be kept: as asked for, or as many again as the statistics take."""
+    if cache is not None:
+        if cache < 0:
+            raise PlanError(f"cache={cache}: a number of bytes, 0 to keep nothing")
+        return cache
+    return max(CACHE, analysis.calibration.bytes) if analysis.calibration else CACHE
 
 
 def subset(batches: Sequence[Inputs], *, samples: int) -> list[Inputs]:
@@ -96,36 +113,61 @@ def _digest(batch: Inputs) -> float:
 
 
 def _felt(
-    model: nn.Module,
+    prefix: Prefix,
     layer: LayerAnalysis,
     batches: Sequence[Inputs],
-    whole: Sequence[Tensor],
+    answers: list[list[Tensor]],
     *,
     metric: Metric,
     means: dict[str, Tensor],
 ) -> float:
+    """The sensitivity of one layer; the dense network's answers are added as they are needed."""
     form = "spatial" if "spatial" in layer.forms else layer.forms[0]
     choices = layer.choices(form, metric)
     nearest = int(abs(choices.lost - _LOST).argmin())
     lost = float(choices.lost[nearest])
     if lost <= 0:
         return 0.0
-    names = (layer.name, *layer.also)
+    model, names = prefix.model, (layer.name, *layer.also)
     before = {name: model.get_submodule(name) for name in names}
-    factors = layer.decomposition(form, metric).factors(tuple(int(rank) for rank in choices.ranks[nearest]))
-    replace(model, factored_at(model, names, form=form, factors=factors, bias=mean_corrections(means)))
-    try:
-        now = _outputs(model, batches)
-    finally:
-        replace(model, before)
-    squares = sum(float((one - other).square().sum()) for one, other in zip(whole, now, strict=True))
-    return squares / max(1, sum(one.numel() for one in whole)) / lost
+    factors = layer.decomposition(form, metric).factors(tuple(int(rank) for rank in choices.ranks[nearest]), sweeps=0)
+    after = factored_at(model, names, form=form, factors=factors, bias=mean_corrections(means))
+    squares = torch.zeros(0, dtype=torch.float64)
+    for position, batch in enumerate(batches):
+        if position == len(answers):
+            answers.append(_answer(model, batch, position))
+        replace(model, after)
+        try:
+            changed = _from(prefix, after, batch, position)
+        finally:
+            replace(model, before)
+        squares = torch.cat([squares, _by_sample(answers[position], changed)])
+        spread = float(squares.std()) / len(squares) ** 0.5 if len(squares) >= _LEAST else 0.0
+        if 0 < spread <= _PRECISION * float(squares.mean()):
+            break
+    return float(squares.mean()) / lost
 
 
-def _outputs(model: nn.Module, batches: Sequence[Inputs]) -> list[Tensor]:
-    found: list[Tensor] = []
+def _from(prefix: Prefix, after: Mapping[str, nn.Module], batch: Inputs, position: int) -> list[Tensor]:
+    """The network's answer with the layers `after` in it; what comes before them is remembered."""
+    with prefix.passing(position) as reached:
+        handles = [layer.register_forward_pre_hook(lambda *_: reached()) for layer in after.values()]
+        try:
+            return _answer(prefix.model, batch, position)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _by_sample(one: Sequence[Tensor], other: Sequence[Tensor]) -> Tensor:
+    """Mean squares of differences, sample by sample if all tensors have as many; else of everything, (1,)."""
+    rows = {len(each) if each.ndim > 1 else 1 for each in one}
+    number = rows.pop() if len(rows) == 1 else 1
+    differences = [(a - b).reshape(number, -1) for a, b in zip(one, other, strict=True)]
+    return torch.cat(differences, dim=1).double().square().mean(dim=1).cpu()
+
+
+def _answer(model: nn.Module, batch: Inputs, position: int) -> list[Tensor]:
     with evaluating(model):
-        for position, batch in enumerate(batches):
-            answer = call(model, batch, what=f"batch {position}")
-            found += [one.detach().to(torch.float32, copy=True) for one in tensors(answer) if one.is_floating_point()]
-    return found
+        answer = call(model, batch, what=f"batch {position}")
+    return [one.detach().to(torch.float32, copy=True) for one in tensors(answer) if one.is_floating_point()]

@@ -48,6 +48,15 @@ class Problem:
         groups, _, n = self.matrices.shape
         return torch.eye(n, dtype=torch.float64, device=self.matrices.device).expand(groups, n, n)
 
+    @property
+    def invertible(self) -> Tensor:
+        """The metric with a floor, (groups, n, n), so that it has an inverse. Made anew each time: it is large."""
+        return _lifted(self.metric, self._floor)
+
+    @cached_property
+    def _floor(self) -> Tensor:
+        return _needed_floor(self.metric)
+
     @cached_property
     def total(self) -> float:
         """The energy: the sum of the outputs' variances, or of the weight's squares in the plain metric."""
@@ -74,23 +83,24 @@ class Problem:
         )
 
 
-def lifted(metric: Tensor) -> Tensor:
-    """The metric (.., n, n) with a floor, so that it has an inverse: 1e-7 of its mean variance, or what it needs.
+def _lifted(metric: Tensor, floor: Tensor) -> Tensor:
+    one = torch.eye(metric.shape[-1], dtype=metric.dtype, device=metric.device)
+    return (metric + metric.mT) / 2 + floor[..., None, None] * one
+
+
+def _needed_floor(metric: Tensor) -> Tensor:
+    """What to add to the diagonals of (groups, n, n): 1e-7 of the mean variance, or what an inverse needs, (groups,).
 
     It needs more where statistics were summed in float32, whose rounding leaves negative variances.
     """
-    n = metric.shape[-1]
     mean = metric.diagonal(dim1=-2, dim2=-1).mean(dim=-1)
     floor = torch.where(mean > 0, mean * _FLOOR, torch.ones_like(mean))
-    one = torch.eye(n, dtype=metric.dtype, device=metric.device)
-    raised = metric
     for _ in range(8):
-        raised = (metric + metric.mT) / 2 + floor[..., None, None] * one
-        failed = torch.linalg.cholesky_ex(raised)[1] > 0
+        failed = torch.linalg.cholesky_ex(_lifted(metric, floor))[1] > 0
         if not bool(failed.any()):
             break
         floor = torch.where(failed, 10 * floor, floor)
-    return raised
+    return floor
 
 
 def balanced(factors: Factors) -> Factors:

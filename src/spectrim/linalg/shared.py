@@ -32,7 +32,9 @@ def gathered(V: Tensor, A: Tensor, Q: int) -> tuple[Tensor, Tensor]:
     """T A, (r Q, P Q), and T A T^T, (r Q, r Q), for T = V kron I_Q."""
     r, P = V.shape
     TA = (V @ A.reshape(P, -1)).reshape(r * Q, P * Q)
-    TAT = (TA.reshape(r * Q, P, Q).transpose(1, 2) @ V.T).transpose(1, 2).reshape(r * Q, r * Q)
+    # one large product: batched over r Q small ones it is ten times slower
+    columns = TA.reshape(r * Q, P, Q).transpose(1, 2).reshape(-1, P)
+    TAT = (columns @ V.T).reshape(r * Q, Q, r).transpose(1, 2).reshape(r * Q, r * Q)
     return TA, (TAT + TAT.T) / 2
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spectrim.linalg.problem import Factors, Problem, Ranks, lifted
+from spectrim.linalg.problem import Factors, Problem, Ranks
 from spectrim.linalg.shared import (
     best_gather,
     better_projection,
@@ -73,4 +73,4 @@ class SpatialDecomposition:
 def _each(problem: Problem) -> list[tuple[Tensor, Tensor]]:
     groups, out, into, height, width = problem.weight.shape
     weights = problem.matrices.reshape(groups, out, into * height, width)
-    return list(zip(weights, lifted(problem.metric), strict=True))
+    return list(zip(weights, problem.invertible, strict=True))

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from spectrim.linalg.problem import Factors, Problem, Ranks, lifted
+from spectrim.linalg.problem import Factors, Problem, Ranks
 from spectrim.linalg.shared import (
     best_gather,
     better_projection,
@@ -108,4 +108,4 @@ def _core(M: Tensor, A: Tensor, V: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 def _each(problem: Problem) -> list[tuple[Tensor, Tensor]]:
     weights = problem.matrices.reshape(*problem.weight.shape[:3], -1)
-    return list(zip(weights, lifted(problem.metric), strict=True))
+    return list(zip(weights, problem.invertible, strict=True))
