@@ -66,10 +66,11 @@ class Calibration:
         ]
         return sum(one.numel() * one.element_size() for one in kept)
 
-    def feeling(self, other: "Calibration") -> "Calibration":
-        """These statistics with the gradients' moments of another calibration of the same model, perhaps on less."""
-        known = {name: one.felt for name, one in other.moments.items()}
-        return replace(self, moments={name: replace(one, felt=known.get(name)) for name, one in self.moments.items()})
+    def feeling(self, gradients: Mapping[str, Tensor]) -> "Calibration":
+        """These statistics with the gradients' moments of the same model, perhaps on less data."""
+        return replace(
+            self, moments={name: replace(one, felt=gradients.get(name)) for name, one in self.moments.items()}
+        )
 
 
 def calibrate(
@@ -106,7 +107,7 @@ def calibrate(
 
     def watch(name: str, layer: nn.Module, given: Tensor, output: Tensor) -> None:
         if (layers is None or name in layers) and given.is_floating_point():
-            rows = patches(layer, given, positions=positions, size=output.shape[-2:])
+            rows = patches(layer, given.detach(), positions=positions, size=output.shape[-2:])
             sums.setdefault(name, Running()).add(rows)
 
     hint = "" if labels else " If the batches are pairs of inputs and labels, pass labels=True."
@@ -117,9 +118,10 @@ def calibrate(
                 break
             inputs = split_labels(batch, position=position)[0] if labels else as_inputs(batch)
             try:
-                call(model, inputs, what=f"batch {position}", hint=hint)
                 if gradients:
-                    _feel(model, inputs, layers, felt)
+                    _feel(model, inputs, layers, felt, what=f"batch {position}", hint=hint)
+                else:
+                    call(model, inputs, what=f"batch {position}", hint=hint)
             except ModelError as error:
                 raise DataError(str(error)) from error
             seen += 1
@@ -127,6 +129,21 @@ def calibrate(
         raise DataError("the calibration data is empty; give at least one batch")
     moments = {name: running.finish(name) for name, running in sums.items() if running.count}
     return Calibration({name: replace(one, felt=felt.get(name)) for name, one in moments.items()}, seen)
+
+
+def gradient_moments(
+    model: nn.Module, batches: Iterable[Inputs], *, layers: Collection[str] | None = None
+) -> dict[str, Tensor]:
+    """By layer name, what `Moments.felt` is, without any other statistics.
+
+    Raises:
+        ModelError: a batch the model cannot run, or a model that cannot be differentiated.
+    """
+    felt: dict[str, Tensor] = {}
+    with evaluating(model):
+        for position, batch in enumerate(batches):
+            _feel(model, batch, layers, felt, what=f"batch {position}")
+    return felt
 
 
 def pooled(moments: list[Moments], *, name: str, width: int) -> tuple[Tensor, float]:
@@ -222,7 +239,15 @@ def _stretched(layer: nn.ConvTranspose2d, x: Tensor, size: Sequence[int]) -> Ten
     return functional.pad(wide, pads)
 
 
-def _feel(model: nn.Module, inputs: Inputs, layers: Collection[str] | None, felt: dict[str, Tensor]) -> None:
+def _feel(
+    model: nn.Module,
+    inputs: Inputs,
+    layers: Collection[str] | None,
+    felt: dict[str, Tensor],
+    *,
+    what: str,
+    hint: str = "",
+) -> None:
     """Add the second moments, per sample, of the gradients of random signs times the network's outputs.
 
     The mean over random signs of such a gradient's second moment is that of all outputs together (Hutchinson 1990);
@@ -245,7 +270,7 @@ def _feel(model: nn.Module, inputs: Inputs, layers: Collection[str] | None, felt
     signs = torch.Generator().manual_seed(0)
     try:
         with torch.enable_grad():
-            answer = call(model, _differentiable(to_device(inputs, device_of(model))))
+            answer = call(model, _differentiable(to_device(inputs, device_of(model))), what=what, hint=hint)
             for probe in range(_PROBES):
                 total = sum(((_signs(one, signs) * one).sum() for one in _answers(answer)), torch.zeros(()))
                 if not total.requires_grad:
@@ -260,8 +285,8 @@ def _feel(model: nn.Module, inputs: Inputs, layers: Collection[str] | None, felt
                     ) from error
                 for (name, layer, output), gradient in zip(outputs, found, strict=True):
                     if gradient is not None:
-                        rows = algebra(answers(layer, gradient, positions=None))
-                        moment = rows.mT @ rows / (_PROBES * len(output))
+                        rows = _summable(answers(layer, gradient, positions=None))
+                        moment = algebra(rows.mT @ rows) / (_PROBES * len(output))
                         felt[name] = felt[name] + moment if name in felt else moment
     finally:
         for handle in handles:
@@ -290,6 +315,10 @@ def _signs(like: Tensor, generator: torch.Generator) -> Tensor:
     return signs - signs.mean(dim=-1, keepdim=True) if like.ndim > 1 and like.shape[-1] > 1 else signs
 
 
+def _summable(rows: Tensor) -> Tensor:
+    return rows.to(torch.promote_types(rows.dtype, torch.float32))
+
+
 class Running:
     """Mean and centred second moment, merged batch by batch (Chan, Golub & LeVeque 1979), never cancelling."""
 
@@ -304,18 +333,19 @@ class Running:
         number = rows.shape[1]
         if not number:
             return
-        rows = rows.detach().to(torch.promote_types(rows.dtype, torch.float32))
+        rows = _summable(rows.detach())
         mean = rows.mean(dim=1)
         centred = rows - mean.unsqueeze(1)
-        scatter, mean = algebra(centred.mT @ centred), algebra(mean)
+        scatter, mean = centred.mT @ centred, algebra(mean)
         self.noise = max(self.noise, 4 * torch.finfo(rows.dtype).eps)
         if not self.count:
-            self.count, self.mean, self.scatter = number, mean, scatter
+            self.count, self.mean, self.scatter = number, mean, algebra(scatter)
             return
         total = self.count + number
         shift = mean - self.mean
-        self.scatter += scatter
-        self.scatter += (self.count * number / total) * shift.unsqueeze(2) * shift.unsqueeze(1)
+        # in place, since these are the largest arrays there are
+        self.scatter += scatter.to(self.scatter.device)
+        self.scatter.baddbmm_(shift.unsqueeze(2), shift.unsqueeze(1), alpha=self.count * number / total)
         self.mean = self.mean + shift * (number / total)
         self.count = total
 
@@ -323,4 +353,4 @@ class Running:
         """The moments; `name` is for the message when they are not finite."""
         if not is_finite(self.scatter):
             raise DataError(f"the inputs of layer {name!r} are NaN or infinite on the calibration data; check the data")
-        return Moments(self.count, self.mean, self.scatter / self.count, self.noise)
+        return Moments(self.count, self.mean, self.scatter.div_(self.count), self.noise)

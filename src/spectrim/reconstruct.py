@@ -3,6 +3,8 @@
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +24,7 @@ Told = Callable[[str, int, int], None]
 
 _RIDGE = 1e-2
 _TURNS = 1
+_SWEEPS = 2
 
 
 class _Enough(BaseException):
@@ -225,7 +228,9 @@ def _fitted(
         best = fit.weight(targets)
         factors: Factors = ()
         if form != "dense":
-            factors = decompose(form, Problem(best.reshape(shape), fit.metric, output=G)).factors(ranks)
+            # to see what a ReLU hides, the start of the iteration is good enough
+            problem = Problem(best.reshape(shape), fit.metric, output=G)
+            factors = decompose(form, problem).factors(ranks, sweeps=0 if turn else _SWEEPS)
             best = product(layer, form=form, factors=factors)
         if turn:
             targets = wanted.revised(targets, best, fit)
@@ -291,8 +296,12 @@ class _Fit:
             middle, mean = self.means[site].unsqueeze(1), _mean(targets[site]).unsqueeze(1) * self.biased
             for x, y in zip(batches, targets[site], strict=True):
                 cross += algebra((y - mean.to(y.dtype)).mT @ (x.to(y.dtype) - middle.to(y.dtype))) / total
-        change: Tensor = torch.linalg.solve(self.metric, (cross - self.dense @ self.covariance).mT)
+        change = torch.cholesky_solve((cross - self.dense @ self.covariance).mT, self._root)
         return self.dense + change.mT
+
+    @cached_property
+    def _root(self) -> Tensor:
+        return cast(Tensor, torch.linalg.cholesky(self.metric))
 
     def bias(self, site: str, whole: Tensor, targets: Sequence[Tensor]) -> Tensor:
         """(out,): what makes the mean output exact for the weight `whole`, (groups, out, n); zero without a bias."""

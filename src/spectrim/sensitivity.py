@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.analyze import Analysis, LayerAnalysis
-from spectrim.calibrate import Calibration, calibrate
+from spectrim.calibrate import Calibration, gradient_moments
 from spectrim.errors import DataError, ModelError, PlanError
 from spectrim.execution import Inputs, call, evaluating, tensors
 from spectrim.factorize import factored_at, mean_corrections
@@ -79,7 +79,7 @@ def felt(
         SpectrimError: the model cannot be differentiated; if not `required`, the statistics are given back as they are.
     """
     try:
-        return statistics.feeling(calibrate(model, subset(batches, samples=_GRADIENTS), layers=layers, gradients=True))
+        return statistics.feeling(gradient_moments(model, subset(batches, samples=_GRADIENTS), layers=layers))
     except (DataError, ModelError):
         if required:
             raise
