@@ -115,8 +115,7 @@ def test_a_single_layer_is_as_good_as_its_own_fit(form: FormName, rank: int) -> 
         )
         assert made.plan["0"].form == form
         errors.append(float((answer(made.model, x) - wanted).square().mean()))
-    # the ridge of a hundredth of the mean variance is part of the metric
-    assert errors[1] <= 1.05 * errors[0]
+    assert errors[1] <= (1 + 1e-6) * errors[0]
 
 
 @pytest.mark.parametrize("name", ["cnn", "residual", "tied", "two inputs"])

@@ -69,7 +69,8 @@ def reconstruct(
     so far. W* = (cov(y, x) + r W)(cov(x) + r I)^-1, r a hundredth of the mean variance, is factored in the metric
     cov(x) + r I, and the bias makes the mean exact (asymmetric reconstruction; Zhang 2016). Layers that stay dense take
     W* as it is. Where the graph shows that a layer's output is only added to another stream, y also makes up for what
-    that stream lacks; where only a ReLU follows, y is not asked for where the ReLU hides it anyway.
+    that stream lacks; where only a ReLU follows, y is not asked for where the ReLU hides it anyway. Where, on these
+    data, the planned factors come nearer to y than the fitted ones, which are drawn towards W, they are kept.
 
     Time: a run of the compressed network up to each layer, less the blocks whose outputs are kept, and one of the dense
     network. Memory: one layer's sampled inputs and second moments, the batches, and `cache`.
@@ -79,8 +80,9 @@ def reconstruct(
         small: An exact copy of it, which is changed.
         plan: Forms and ranks, layers in order of execution; those in the plain metric are exchanged as they are.
         batches: What the networks are run on.
-        factors: Gives the factors of layers that are not fitted: those in the plain metric, those that the
-            data do not reach, and those that choose what they look at by value.
+        factors: Gives the planned factors of layers; used where fitting does not bring them nearer, and for layers that
+            are not fitted: those in the plain metric, those that the data do not reach, and those that choose what they
+            look at by value.
         means: Mean inputs of these, by layer name.
         felt: By layer name, the output-side metric G (groups, out, out) of layers planned in the loss metric.
         positions: Places looked at in each sample, None for all.
@@ -104,7 +106,7 @@ def reconstruct(
             then = {site: dense.pop(site) for site in place.sites}
             G = felt.get(place.plan.name) if felt and place.plan.metric == "loss" else None
             if _comparable(now, then):
-                replace(small, _fitted(small, place, now, then, G))
+                replace(small, _fitted(small, place, now, then, G=G, planned=factors))
             else:
                 factorize(small, plan.model_copy(update={"layers": (place.plan,)}), factors=factors, means=means)
             start += 1
@@ -214,9 +216,15 @@ def _comparable(now: Mapping[str, _Seen], then: Mapping[str, _Seen]) -> bool:
 
 
 def _fitted(
-    small: nn.Module, place: _Place, now: Mapping[str, _Seen], dense: Mapping[str, _Seen], G: Tensor | None
+    small: nn.Module,
+    place: _Place,
+    now: Mapping[str, _Seen],
+    dense: Mapping[str, _Seen],
+    *,
+    G: Tensor | None,
+    planned: Callable[[LayerPlan], Factors],
 ) -> dict[str, nn.Module]:
-    """The replacement for a place, fitted to its rows in the output metric G."""
+    """The replacement for a place, fitted to its rows in the output metric G, or as planned if that is no worse."""
     layer, form, ranks = small.get_submodule(place.plan.name), place.plan.form, place.plan.ranks
     shape = kernels(layer).shape
     # a layer that stays dense stays as it is built: without a bias, moments are taken around zero
@@ -225,7 +233,8 @@ def _fitted(
     wanted = _Wanted(place, now, dense)
     targets = wanted.first()
     for turn in reversed(range(1 + _TURNS * wanted.hides)):
-        best = fit.weight(targets)
+        cross = fit.cross(targets)
+        best = fit.weight(cross)
         factors: Factors = ()
         if form != "dense":
             # to see what a ReLU hides, the start of the iteration is good enough
@@ -234,6 +243,10 @@ def _fitted(
             best = product(layer, form=form, factors=factors)
         if turn:
             targets = wanted.revised(targets, best, fit)
+    before = () if form == "dense" else planned(place.plan)
+    unfitted = product(layer, form=form, factors=before) if before else fit.dense
+    if fit.error(unfitted, cross, G) < fit.error(best, cross, G):
+        best, factors = unfitted, before
 
     def bias(name: str, _: nn.Module, whole: Tensor) -> Tensor | None:
         return fit.bias(name, whole, targets[name]) if biased else None
@@ -288,16 +301,25 @@ class _Fit:
         eye = torch.eye(C.shape[1], dtype=C.dtype, device=C.device)
         return cls(W, inputs, means, C, C + ridge * eye, biased)
 
-    def weight(self, targets: _Rows) -> Tensor:
-        """(cov(y, x) + r W)(cov(x) + r I)^-1, written as a correction of W."""
+    def cross(self, targets: _Rows) -> Tensor:
+        """cov(y, x), (groups, out, n)."""
         total = sum(rows.shape[1] for batches in self.inputs.values() for rows in batches)
         cross = torch.zeros_like(self.dense)
         for site, batches in self.inputs.items():
             middle, mean = self.means[site].unsqueeze(1), _mean(targets[site]).unsqueeze(1) * self.biased
             for x, y in zip(batches, targets[site], strict=True):
                 cross += algebra((y - mean.to(y.dtype)).mT @ (x.to(y.dtype) - middle.to(y.dtype))) / total
+        return cross
+
+    def weight(self, cross: Tensor) -> Tensor:
+        """(cov(y, x) + r W)(cov(x) + r I)^-1, written as a correction of W."""
         change = torch.cholesky_solve((cross - self.dense @ self.covariance).mT, self._root)
         return self.dense + change.mT
+
+    def error(self, whole: Tensor, cross: Tensor, G: Tensor | None) -> float:
+        """The mean of (y - Q x)^T G (y - Q x) for a weight Q, less what no Q changes, if the mean is exact."""
+        product = (whole @ self.covariance - 2 * cross) @ whole.mT
+        return float(product.diagonal(dim1=1, dim2=2).sum() if G is None else (product * G.to(product)).sum())
 
     @cached_property
     def _root(self) -> Tensor:
