@@ -273,7 +273,7 @@ def _problems(target: Target, calibration: Calibration | None) -> dict[Metric, P
         found["activation"] = Problem(weight, covariance, noise=noise)
         felt = [one.felt for one in moments if one.felt is not None]
         if len(felt) == len(moments):
-            found["loss"] = Problem(weight, covariance, output=torch.stack(felt).sum(dim=0), noise=noise)
+            found["loss"] = found["activation"].felt(torch.stack(felt).sum(dim=0))
     return found
 
 

@@ -24,7 +24,6 @@ Told = Callable[[str, int, int], None]
 
 _RIDGE = 1e-2
 _TURNS = 1
-_SWEEPS = 2
 
 
 class _Enough(BaseException):
@@ -237,9 +236,7 @@ def _fitted(
         best = fit.weight(cross)
         factors: Factors = ()
         if form != "dense":
-            # to see what a ReLU hides, the start of the iteration is good enough
-            problem = Problem(best.reshape(shape), fit.metric, output=G)
-            factors = decompose(form, problem).factors(ranks, sweeps=0 if turn else _SWEEPS)
+            factors = decompose(form, Problem(best.reshape(shape), fit.metric, output=G)).factors(ranks)
             best = product(layer, form=form, factors=factors)
         if turn:
             targets = wanted.revised(targets, best, fit)

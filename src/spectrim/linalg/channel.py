@@ -48,11 +48,8 @@ class ChannelDecomposition:
         """Energy lost at rank 1..k."""
         return self.spectrum.tail_energy
 
-    def factors(self, ranks: Ranks, *, sweeps: int = 0) -> Factors:
-        """(down, up), (groups, rank, in, *kernel) and (groups, out, rank), with up @ down = U_r U_r^T W.
-
-        The solution is closed: `sweeps`, as other forms have them, change nothing.
-        """
+    def factors(self, ranks: Ranks) -> Factors:
+        """(down, up), (groups, rank, in, *kernel) and (groups, out, rank), with up @ down = U_r U_r^T W."""
         up = self.basis[:, :, : ranks[0]]
         down = up.mT @ self.problem.matrices
         groups, _, *sizes = self.problem.weight.shape

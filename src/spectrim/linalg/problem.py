@@ -1,6 +1,6 @@
 """What is to be approximated, and in which metric."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -33,6 +33,11 @@ class Problem:
     covariance: Tensor | None = None
     output: Tensor | None = None
     noise: float = 0.0
+    _shared: dict[str, Tensor] = field(repr=False, default_factory=dict)
+
+    def felt(self, output: Tensor) -> "Problem":
+        """The same problem in the output metric G."""
+        return replace(self, output=output)
 
     @cached_property
     def matrices(self) -> Tensor:
@@ -51,11 +56,9 @@ class Problem:
     @property
     def invertible(self) -> Tensor:
         """The metric with a floor, (groups, n, n), so that it has an inverse. Made anew each time: it is large."""
-        return _lifted(self.metric, self._floor)
-
-    @cached_property
-    def _floor(self) -> Tensor:
-        return _needed_floor(self.metric)
+        if "floor" not in self._shared:
+            self._shared["floor"] = _needed_floor(self.metric)
+        return _lifted((self.metric + self.metric.mT).div_(2), self._shared["floor"])
 
     @cached_property
     def total(self) -> float:
@@ -84,8 +87,9 @@ class Problem:
 
 
 def _lifted(metric: Tensor, floor: Tensor) -> Tensor:
-    one = torch.eye(metric.shape[-1], dtype=metric.dtype, device=metric.device)
-    return (metric + metric.mT) / 2 + floor[..., None, None] * one
+    """The metric itself, changed."""
+    metric.diagonal(dim1=-2, dim2=-1).add_(floor.unsqueeze(-1))
+    return metric
 
 
 def _needed_floor(metric: Tensor) -> Tensor:
@@ -96,7 +100,7 @@ def _needed_floor(metric: Tensor) -> Tensor:
     mean = metric.diagonal(dim1=-2, dim2=-1).mean(dim=-1)
     floor = torch.where(mean > 0, mean * _FLOOR, torch.ones_like(mean))
     for _ in range(8):
-        failed = torch.linalg.cholesky_ex(_lifted(metric, floor))[1] > 0
+        failed = torch.linalg.cholesky_ex(_lifted(metric.clone(), floor))[1] > 0
         if not bool(failed.any()):
             break
         floor = torch.where(failed, 10 * floor, floor)

@@ -6,10 +6,27 @@ Tucker-2. The metric A (P Q, P Q) is the covariance of the inputs. Everything is
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import cast
 
 import torch
 from torch import Tensor
+
+SWEEPS = 6
+_SLOW = 1e-2
+
+
+@dataclass(eq=False)
+class Progress:
+    """Whether alternating least squares still gets anywhere: a sweep should lessen the error by a hundredth."""
+
+    whole: Tensor
+    left: float = float("inf")
+
+    def stalled(self, explained: Tensor) -> bool:
+        """After a sweep that explains this much of the whole energy."""
+        before, self.left = self.left, float(self.whole - explained)
+        return self.left > (1 - _SLOW) * before
 
 
 def nested_start(M: Tensor, A: Tensor) -> Tensor:
@@ -22,8 +39,12 @@ def nested_start(M: Tensor, A: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh((S + S.T) / 2)
     roots = values.clamp(min=1e-12 * float(values[-1])).sqrt()
     root = (vectors * roots) @ vectors.T
-    rows = M.permute(0, 2, 1).reshape(out * Q, P)
-    _, _, right = torch.linalg.svd(rows @ root, full_matrices=False)
+    rows = M.permute(0, 2, 1).reshape(out * Q, P) @ root
+    if len(rows) < P:
+        right = torch.linalg.svd(rows, full_matrices=False)[2]
+    else:
+        # all directions are there, so nothing is lost by squaring but the order of the last ones
+        right = torch.linalg.eigh(rows.T @ rows)[1].flip(1).T
     directions = right @ ((vectors / roots) @ vectors.T)
     return orthonormal(directions)
 

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from spectrim.linalg.problem import Factors, Problem, Ranks
 from spectrim.linalg.shared import (
+    SWEEPS,
+    Progress,
     best_gather,
     better_projection,
     energy,
@@ -50,24 +52,31 @@ class SpatialDecomposition:
             lost += (energy(M, A) - kept).clamp(min=0).cpu().numpy()
         return lost
 
-    def factors(self, ranks: Ranks, *, sweeps: int = 2) -> Factors:
+    def factors(self, ranks: Ranks, *, sweeps: int = SWEEPS) -> Factors:
         """(down, up), (groups, rank, in, height, 1) and (groups, out, rank, 1, width).
 
-        Alternating least squares: `sweeps` times the second factor, then some steps on the first; the second last.
+        Alternating least squares: at most `sweeps` times some steps on the first factor, then the second anew.
         """
         groups, out, into, height, width = self.problem.weight.shape
         downs, ups = [], []
         for (M, A), start in zip(_each(self.problem), self.basis, strict=True):
-            V = start[: ranks[0]]
-            H, _ = best_gather(M, A, V)
-            for _ in range(sweeps):
-                V = orthonormal(better_projection(M, A, H, V))
-                H, _ = best_gather(M, A, V)
+            V, H = _fitted(M, A, start[: ranks[0]], sweeps)
             downs.append(V)
             ups.append(H)
         down = torch.stack(downs).reshape(groups, ranks[0], into, height, 1)
         up = torch.stack(ups).reshape(groups, out, ranks[0], 1, width)
         return down, self.problem.unweighted(up)
+
+
+def _fitted(M: Tensor, A: Tensor, V: Tensor, sweeps: int) -> tuple[Tensor, Tensor]:
+    H, TAT = best_gather(M, A, V)
+    progress = Progress(energy(M, A))
+    for _ in range(sweeps):
+        if progress.stalled(((H @ TAT) * H).sum()):
+            break
+        V = orthonormal(better_projection(M, A, H, V))
+        H, TAT = best_gather(M, A, V)
+    return V, H
 
 
 def _each(problem: Problem) -> list[tuple[Tensor, Tensor]]:

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from spectrim.linalg.problem import Factors, Problem, Ranks
 from spectrim.linalg.shared import (
+    SWEEPS,
+    Progress,
     best_gather,
     better_projection,
     energy,
@@ -63,7 +65,7 @@ class Tucker2Decomposition:
                 lost[row] += (total - kept).clamp(min=0).cpu().numpy()[out - 1]
         return lost
 
-    def factors(self, ranks: Ranks, *, sweeps: int = 2) -> Factors:
+    def factors(self, ranks: Ranks, *, sweeps: int = SWEEPS) -> Factors:
         """(first, core, last): (groups, rank_in, in, 1, ..), (groups, rank, rank_in, *kernel), (groups, out, rank)."""
         groups, _, into, *kernel = self.problem.weight.shape
         rank_in, rank = ranks
@@ -88,22 +90,28 @@ def steps(full: int) -> npt.NDArray[np.int64]:
 
 
 def _fitted(M: Tensor, A: Tensor, V: Tensor, rank: int, sweeps: int) -> tuple[Tensor, Tensor, Tensor]:
-    core, last = _core(M, A, V, rank)
+    core, last, explained = _core(M, A, V, rank)
+    progress = Progress(energy(M, A))
     for _ in range(sweeps):
+        if progress.stalled(explained):
+            break
         V = orthonormal(better_projection(M, A, last @ core, V))
-        core, last = _core(M, A, V, rank)
+        core, last, explained = _core(M, A, V, rank)
     return V, core, last
 
 
-def _core(M: Tensor, A: Tensor, V: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The best core (rank, rank_in * places) and last factor (out, rank) for a given V: least squares, then the
-    channel form's closed solution in the metric that V leaves."""
+def _core(M: Tensor, A: Tensor, V: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The best core (rank, rank_in * places) and last factor (out, rank) for a given V, and the energy they explain.
+
+    Least squares, then the channel form's closed solution in the metric that V leaves.
+    """
     H, TAT = best_gather(M, A, V)
+    gram = H @ TAT @ H.T
     if rank == len(H):
-        return H, torch.eye(rank, dtype=H.dtype, device=H.device)
-    _, vectors = torch.linalg.eigh(H @ TAT @ H.T)
+        return H, torch.eye(rank, dtype=H.dtype, device=H.device), gram.trace()
+    values, vectors = torch.linalg.eigh(gram)
     last = vectors.flip(1)[:, :rank]
-    return last.T @ H, last
+    return last.T @ H, last, values[-rank:].sum()
 
 
 def _each(problem: Problem) -> list[tuple[Tensor, Tensor]]:
