@@ -353,4 +353,4 @@ class Running:
         """The moments; `name` is for the message when they are not finite."""
         if not is_finite(self.scatter):
             raise DataError(f"the inputs of layer {name!r} are NaN or infinite on the calibration data; check the data")
-        return Moments(self.count, self.mean, self.scatter.div_(self.count), self.noise)
+        return Moments(self.count, self.mean, self.scatter / self.count, self.noise)
