@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from typer.testing import CliRunner
 
@@ -236,6 +236,15 @@ def test_options_reach_the_library(run: Run, tmp_path: Path) -> None:
     assert plan["head"].form == "dense"
     assert {layer.form for layer in plan} <= {"dense", "spatial", "linear"}
     assert any(layer.form == "spatial" and layer.rank % 4 == 0 for layer in plan)
+
+
+def test_the_cache_changes_nothing_but_the_time(run: Run, tmp_path: Path) -> None:
+    command = ("compress", *TRAINED, "--macs", 0.5, "--images", 128, "--batch", 32, "--no-test")
+    for cache in (0, 100):
+        assert run(*command, "--cache", cache, "--out", tmp_path / str(cache)).code == 0
+    one, other = (load_file(tmp_path / str(cache) / "model.safetensors") for cache in (0, 100))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
 def test_the_seed_decides_which_images_are_drawn(run: Run, tmp_path: Path) -> None:

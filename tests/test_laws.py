@@ -238,3 +238,42 @@ def error(model: nn.Module, small: nn.Module, x: Tensor, metric: Metric) -> floa
     axes = 0 if isinstance(model[0], nn.Linear) else (0, *range(2, dense.ndim))
     centred = dense - dense.mean(dim=axes, keepdim=True)
     return float((dense - kept - (dense - kept).mean(dim=axes, keepdim=True)).norm() / centred.norm())
+
+
+SINGLE = [
+    pytest.param(build, (*shape[:2], *(min(size, most) for size in shape[2:])), form, id=f"{kind}-{form}")
+    for kind, (build, shape) in KINDS.items()
+    # at most 64 output positions, so that all of them are looked at
+    for most in (3 if kind == "transposed" else 8,)
+    for form in forms_of(build())
+]
+
+
+@pytest.mark.parametrize("share", [0.2, 0.6, 1.0])
+@pytest.mark.parametrize(("build", "shape", "form"), SINGLE)
+def test_reconstruction_never_raises_the_calibration_error_of_a_layer(
+    build: Any, shape: tuple[int, ...], form: FormName, share: float
+) -> None:
+    """Behind a layer that has lost most of its input, against the planned factors with the best bias for them."""
+    torch.manual_seed(0)
+    channels = shape[1]
+    before: nn.Module = nn.Linear(channels, channels) if len(shape) == 2 else nn.Conv2d(channels, channels, 1)
+    if len(shape) == 3:
+        before = nn.Conv1d(channels, channels, 1)
+    model, x = nn.Sequential(before, nn.ReLU(), build(), nn.Identity()).double(), inputs(*shape)
+    analysis = st.analyze(model, x, calibration=st.calibrate(model, x.split(7)))
+    harsh = st.plan(analysis, st.Ratio(0.2), metric="activation", forms=(form,), allow_growth=True)
+    asked = st.plan(analysis, st.Ratio(share), metric="activation", forms=(form,), allow_growth=True)
+    layers = tuple(asked[layer.name] if layer.name == "2" else layer for layer in harsh)
+    plan = harsh.model_copy(update={"layers": layers})
+    planned, fitted = (
+        st.compress(model, plan, example_inputs=x, data=x.split(7), analysis=analysis, reconstruct=again).model
+        for again in (False, True)
+    )
+    wanted, given = answer(model, x), answer(fitted[:2], x)
+    axes = 0 if wanted.ndim == 2 else (0, *range(2, wanted.ndim))
+    lost = [wanted - answer(one[2], given) for one in (planned, fitted)]
+    means = [one.mean(dim=axes, keepdim=True) for one in lost]
+    assert float(means[1].abs().max()) <= 1e-9 * float(wanted.abs().max())
+    errors = [float((one - mean).square().mean()) for one, mean in zip(lost, means, strict=True)]
+    assert errors[1] <= errors[0] * (1 + 1e-9) + 1e-20

@@ -53,6 +53,25 @@ def test_no_data_is_said(batches: list[Tensor]) -> None:
         st.sensitivity(model, analysis, [])
 
 
+def test_room_is_not_negative(batches: list[Tensor]) -> None:
+    model = Weighted()
+    analysis = st.analyze(model, batches[0], calibration=st.calibrate(model, batches))
+    with pytest.raises(st.errors.PlanError, match="cache=-1: a number of bytes"):
+        st.sensitivity(model, analysis, [as_inputs(one) for one in batches], cache=-1)
+
+
+def test_no_more_samples_are_run_than_it_takes() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 8), nn.Linear(8, 6))
+    x = torch.randn(256, 12, generator=torch.Generator().manual_seed(1))
+    analysis = st.analyze(model, x, calibration=st.calibrate(model, [x]))
+    passes: list[int] = []
+    model[1].register_forward_hook(lambda *_: passes.append(1))
+    st.sensitivity(model, analysis, [as_inputs(one) for one in x.split(8)])
+    # 32 samples at least: four batches for the dense answers, and four for the other layer; all would be 32 of each
+    assert 2 * 4 <= len(passes) <= 2 * 12
+
+
 @pytest.mark.parametrize("frozen", [False, True])
 def test_gradient_moments_scale_with_what_follows(frozen: bool, batches: list[Tensor]) -> None:
     model = Weighted(frozen=frozen)

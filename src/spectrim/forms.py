@@ -194,9 +194,16 @@ def matrices(layer: nn.Module) -> Tensor:
     return kernels(layer).flatten(2)
 
 
-def decompose(form: FormName, problem: Problem) -> Decomposition:
-    """The bases from which factors of any rank are made in this form."""
-    return _DECOMPOSE[form].of(problem)
+def decompose(form: FormName, problem: Problem, *, near: Factors = ()) -> Decomposition:
+    """The bases from which factors of any rank are made in this form.
+
+    Where factors are found by iteration, those of a problem that is nearly the same are a better start, up to their own
+    rank, and save finding one: `near`.
+    """
+    kind = _DECOMPOSE[form]
+    if near and issubclass(kind, SpatialDecomposition | Tucker2Decomposition):
+        return kind(problem, near[0].flatten(2))
+    return kind.of(problem)
 
 
 def build(layer: nn.Module, *, form: FormName, ranks: Ranks, bias: bool) -> LowRankLayer:

@@ -231,12 +231,13 @@ def _fitted(
     fit = _Fit.of(layer, {site: one.inputs for site, one in now.items()}, biased=biased)
     wanted = _Wanted(place, now, dense)
     targets = wanted.first()
+    factors: Factors = ()
     for turn in reversed(range(1 + _TURNS * wanted.hides)):
         cross = fit.cross(targets)
         best = fit.weight(cross)
-        factors: Factors = ()
         if form != "dense":
-            factors = decompose(form, Problem(best.reshape(shape), fit.metric, output=G)).factors(ranks)
+            problem = Problem(best.reshape(shape), fit.metric, output=G)
+            factors = decompose(form, problem, near=factors).factors(ranks)
             best = product(layer, form=form, factors=factors)
         if turn:
             targets = wanted.revised(targets, best, fit)

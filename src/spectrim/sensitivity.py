@@ -142,8 +142,8 @@ def _felt(
         finally:
             replace(model, before)
         squares = torch.cat([squares, _by_sample(answers[position], changed)])
-        spread = float(squares.std()) / len(squares) ** 0.5 if len(squares) >= _LEAST else 0.0
-        if 0 < spread <= _PRECISION * float(squares.mean()):
+        mean = float(squares.mean())
+        if len(squares) >= _LEAST and 0 < mean >= float(squares.std()) / (_PRECISION * len(squares) ** 0.5):
             break
     return float(squares.mean()) / lost
 

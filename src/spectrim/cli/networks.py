@@ -79,7 +79,7 @@ def plan_network(
     _check(choice, source)
     out = out / _PLAN if out.is_dir() else out
     with stages() as shown, outputs(out.parent, {out.name: Plan.load}) as folder:
-        _, made = _planned(subject(source, shown), layers, choice, shown)
+        _, made = _planned(subject(source, shown), layers, choice, shown, cache=source.cache_bytes)
         made.save(folder / out.name)
     console = Console(highlight=False)
     console.print(table(made))
@@ -128,7 +128,7 @@ def compress_network(
     with stages() as shown, outputs(out, _ours(out)) as folder:
         given = subject(source, shown)
         why_not = _why_not_tested(given, asked=test)
-        analysis, made = _planned(given, layers, choice, shown, edited=edited)
+        analysis, made = _planned(given, layers, choice, shown, cache=source.cache_bytes, edited=edited)
         shown.begin("compress")
         small = compress(
             given.model,
@@ -137,6 +137,7 @@ def compress_network(
             data=given.calibration if analysis.calibration else None,
             analysis=analysis,
             reconstruct="auto" if reconstruct is None else reconstruct,
+            cache=source.cache_bytes,
             on_progress=shown.layers("reconstruct"),
         )
         dense, kept = _measured(given, small, shown) if why_not is None else (_counted(given), small.measurement)
@@ -150,7 +151,7 @@ def compress_network(
 
 
 def _planned(
-    given: Subject, layers: Layers, choice: Choice, shown: Stages, *, edited: Plan | None = None
+    given: Subject, layers: Layers, choice: Choice, shown: Stages, *, cache: int | None, edited: Plan | None = None
 ) -> tuple[Analysis, Plan]:
     """The analysis, and the plan that the rule gives, or the one that was edited."""
     if edited is not None:
@@ -160,7 +161,7 @@ def _planned(
     analysis = _analysis(given, layers, shown, {metric or usual}, required=metric is not None)
     if isinstance(rule, Budget) and analysis.calibration and given.calibration:
         batches = [as_inputs(batch) for batch in given.calibration]
-        analysis = sensitivity(given.model, analysis, batches, on_progress=shown.layers("weigh"))
+        analysis = sensitivity(given.model, analysis, batches, cache=cache, on_progress=shown.layers("weigh"))
     shown.begin("plan")
     return analysis, plan(analysis, rule, metric=metric, forms=choice.forms, rank_multiple=choice.rank_multiple)
 

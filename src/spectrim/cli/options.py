@@ -101,6 +101,16 @@ class Source:
     seed: Annotated[
         int, typer.Option(metavar="N", min=0, rich_help_panel=_DATA, help="Decides which images are drawn.")
     ] = 0
+    cache: Annotated[
+        int | None,
+        typer.Option(
+            metavar="MB",
+            min=0,
+            rich_help_panel=_DATA,
+            help="Megabytes of activations kept between passes, for speed only; by default as much as the statistics "
+            "take, and at least 168.",
+        ),
+    ] = None
     mean: Annotated[
         str | None,
         typer.Option(
@@ -112,6 +122,11 @@ class Source:
         ),
     ] = None
     std: Annotated[str | None, typer.Option(metavar="0.2,0.2,0.2", rich_help_panel=_DATA, help="See --mean.")] = None
+
+    @property
+    def cache_bytes(self) -> int | None:
+        """What weighing and fitting layers may keep."""
+        return None if self.cache is None else self.cache * 10**6
 
     @property
     def runs_code(self) -> bool:

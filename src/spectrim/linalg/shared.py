@@ -12,7 +12,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-SWEEPS = 6
+SWEEPS = 4
 _SLOW = 1e-2
 
 
