@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, Generic, TypeVar, cast, final
+from typing import Any, ClassVar, Generic, Self, TypeVar, cast, final
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ class _LowRank(nn.Module, Generic[_Whole]):
     @property
     def form(self) -> FormName:
         """The form's name."""
-        raise AttributeError("form")
+        raise NotImplementedError
 
     @property
     def chain(self) -> tuple[nn.Module, ...]:
@@ -34,7 +34,7 @@ class _LowRank(nn.Module, Generic[_Whole]):
     @property
     def rank(self) -> int:
         """Singular values kept, in each group of a grouped convolution."""
-        raise AttributeError("rank")
+        raise NotImplementedError
 
     @property
     def groups(self) -> int:
@@ -48,7 +48,7 @@ class _LowRank(nn.Module, Generic[_Whole]):
 
     def product(self, weights: Sequence[Tensor]) -> Tensor:
         """The dense weight that these weights of the chain (of any number type) stand for."""
-        raise AttributeError("product")
+        raise NotImplementedError
 
     @property
     def bias(self) -> Tensor | None:
@@ -64,7 +64,7 @@ class _LowRank(nn.Module, Generic[_Whole]):
 
     def empty_dense(self) -> _Whole:
         """An unset dense layer with the same sizes and options, without storage."""
-        raise AttributeError("empty_dense")
+        raise NotImplementedError
 
 
 @final
@@ -179,6 +179,15 @@ class _Channel(_LowRankConv[_Conv]):
 
     down: _Conv
     up: nn.Conv1d | nn.Conv2d
+    _up: ClassVar[type[nn.Conv1d] | type[nn.Conv2d]] = nn.Conv2d
+
+    @classmethod
+    def empty_like(cls, layer: _Conv, *, ranks: Sequence[int], bias: bool) -> Self:
+        """Unset factors with all options of `layer`, its device, type and flags. Draws no random numbers."""
+        inner = ranks[0] * layer.groups
+        down = _conv_like(layer, layer.in_channels, inner, bias=False)
+        up = cls._up(inner, layer.out_channels, 1, bias=bias, **_meta(layer))
+        return _placed(cls(down, up), like=layer)
 
     def __init__(self, down: _Conv, up: nn.Conv1d | nn.Conv2d) -> None:
         super().__init__(down, up)
@@ -211,39 +220,17 @@ class _Channel(_LowRankConv[_Conv]):
 class LowRankConv1d(_Channel[nn.Conv1d]):
     """An `nn.Conv1d` in the channel form: `down` has its kernel, `up` a kernel of 1 and the bias."""
 
-    @classmethod
-    def empty_like(cls, layer: nn.Conv1d, *, ranks: Sequence[int], bias: bool) -> "LowRankConv1d":
-        """Unset factors with all options of `layer`, its device, type and flags. Draws no random numbers."""
-        inner = ranks[0] * layer.groups
-        down = _conv_like(layer, layer.in_channels, inner, bias=False)
-        up = nn.Conv1d(inner, layer.out_channels, 1, bias=bias, **_meta(layer))
-        return _placed(cls(down, up), like=layer)
+    _up = nn.Conv1d
 
 
 @final
 class LowRankConv2d(_Channel[nn.Conv2d]):
     """An `nn.Conv2d` in the channel form: `down` has its kernel, `up` a kernel of 1 and the bias."""
 
-    @classmethod
-    def empty_like(cls, layer: nn.Conv2d, *, ranks: Sequence[int], bias: bool) -> "LowRankConv2d":
-        """Unset factors with all options of `layer`, its device, type and flags. Draws no random numbers."""
-        inner = ranks[0] * layer.groups
-        down = _conv_like(layer, layer.in_channels, inner, bias=False)
-        up = nn.Conv2d(inner, layer.out_channels, 1, bias=bias, **_meta(layer))
-        return _placed(cls(down, up), like=layer)
-
 
 @final
 class LowRankConvTranspose2d(_Channel[nn.ConvTranspose2d]):
     """An `nn.ConvTranspose2d` in the channel form: `down` is transposed and has its kernel, `up` a kernel of 1."""
-
-    @classmethod
-    def empty_like(cls, layer: nn.ConvTranspose2d, *, ranks: Sequence[int], bias: bool) -> "LowRankConvTranspose2d":
-        """Unset factors with all options of `layer`, its device, type and flags. Draws no random numbers."""
-        inner = ranks[0] * layer.groups
-        down = _conv_like(layer, layer.in_channels, inner, bias=False)
-        up = nn.Conv2d(inner, layer.out_channels, 1, bias=bias, **_meta(layer))
-        return _placed(cls(down, up), like=layer)
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:  # noqa: A002
         """Apply both factors; `output_size` as for `nn.ConvTranspose2d`."""
