@@ -7,7 +7,7 @@
 Each figure is the mean over calibration seeds (which 1024 training images, without labels) of the accuracy on the whole
 test set. Metric, allocation and the rate of the fine-tuning were chosen on training images that neither calibration nor
 fine-tuning saw (`--held-out` shows those).
-Seconds and memory are those of one compression in a process of its own, import and data included.
+Seconds are those of one `st.compress`, memory is the peak of the process it has to itself, import and data included.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -27,7 +28,9 @@ from torch import Tensor, nn
 
 import spectrim as st
 from spectrim.data import load
+from spectrim.execution import as_inputs
 from spectrim.models import cifar_inputs, resolve
+from spectrim.sensitivity import felt
 
 PEER = {0.75: 89.1, 0.6: 81.6, 0.5: 71.8, 0.4: 47.2}
 BAR = {
@@ -49,13 +52,24 @@ def network(given: argparse.Namespace) -> nn.Module:
     return resolve(f"spectrim:{given.network}", weights=given.weights).eval()
 
 
-def compressed(given: argparse.Namespace, seed: int, share: float) -> tuple[st.Compressed, float]:
-    """A compressed network, and the seconds it took."""
+def calibration(seed: int) -> tuple[Tensor, ...]:
+    """The images, as the networks take them, in batches."""
     images = load("cifar10", split="train").images[split(seed)[0]]
-    model, x = network(given), cifar_inputs(images)
-    start = time.perf_counter()
-    small = st.compress(model, st.Budget(macs=share), example_inputs=x[:1], data=x.split(BATCH))
-    return small, time.perf_counter() - start
+    return cifar_inputs(images).split(BATCH)
+
+
+def analysed(model: nn.Module, data: Sequence[Tensor]) -> st.Analysis:
+    """What `st.compress` works out before it looks at the budget, so that all budgets share it."""
+    batches = [as_inputs(one) for one in data]
+    statistics = felt(model, st.calibrate(model, data), batches)
+    return st.sensitivity(model, st.analyze(model, data[0][:1], calibration=statistics), batches)
+
+
+def compressed(
+    model: nn.Module, data: Sequence[Tensor], share: float, *, analysis: st.Analysis | None = None
+) -> st.Compressed:
+    """The compressed network, in one call."""
+    return st.compress(model, st.Budget(macs=share), example_inputs=data[0][:1], data=data, analysis=analysis)
 
 
 def cost(given: argparse.Namespace, share: float) -> tuple[float, float]:
@@ -104,7 +118,10 @@ def main() -> None:
     parser.add_argument("--once", type=float, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.once:
-        _, seconds = compressed(given, 0, given.once)
+        model, data = network(given), calibration(0)
+        start = time.perf_counter()
+        compressed(model, data, given.once)
+        seconds = time.perf_counter() - start
         print(json.dumps([seconds, peak_gb()]))
         return
     shares = [float(share) for share in given.shares.split(",") if share] or list(BAR[given.network])
@@ -123,24 +140,28 @@ def report(given: argparse.Namespace, shares: list[float], seeds: list[int]) -> 
         return accuracy(one, test.images, test.labels)
 
     dense = statistics.mean(score(model, seed) for seed in (seeds if given.held_out else seeds[:1]))
-    table = Table("MACs kept", "accuracy", "sd", "best peer", "bar", "held", "fine-tuned", "sd", "bar", "held")
     found: dict[str, list[float]] = {"dense": [dense]}
+    for seed in track(seeds, given.network, console=console, transient=True):
+        data = calibration(seed)
+        analysis = analysed(model, data)
+        for share in shares:
+            small = compressed(model, data, share, analysis=analysis)
+            found.setdefault(f"{share:g}", []).append(score(small.model, seed))
+            found.setdefault(f"{share:g} kept", []).append(small.measurement.macs_ratio or 1.0)
+            if given.finetune:
+                after = score(finetuned(small.model, model, seed), seed)
+                found.setdefault(f"{share:g} fine-tuned", []).append(after)
+            said = (found[key][-1] for key in (f"{share:g}", f"{share:g} fine-tuned") if key in found)
+            console.print(f"seed {seed}, {share:g}:", *(f"{one:.2f}" for one in said))
+    table = Table("MACs kept", "accuracy", "sd", "best peer", "bar", "held", "fine-tuned", "sd", "bar", "held")
     held = True
     for share in shares:
-        zero, tuned, kept = [], [], []
-        for seed in track(seeds, f"{given.network} at {share:g}", console=console, transient=True):
-            small, _ = compressed(given, seed, share)
-            zero.append(score(small.model, seed))
-            kept.append(small.measurement.macs_ratio or 1.0)
-            if given.finetune:
-                tuned.append(score(finetuned(small.model, model, seed), seed))
-            console.print(f"{share:g}, seed {seed}: {zero[-1]:.2f}", *(f"{one:.2f}" for one in tuned[-1:]))
-        found |= {f"{share:g}": zero, f"{share:g} fine-tuned": tuned, f"{share:g} kept": kept}
         bar = BAR[given.network].get(share)
         bar = dense + bar if bar is not None and bar < 0 else bar
-        cells = [*figures(zero, bar), *(figures(tuned, FINETUNED.get(share)) if tuned else [""] * 4)]
+        tuned = found.get(f"{share:g} fine-tuned")
+        cells = [*figures(found[f"{share:g}"], bar), *(figures(tuned, FINETUNED.get(share)) if tuned else [""] * 4)]
         peer = f"{PEER[share]:g}" if share in PEER and given.network == "resnet20" else ""
-        table.add_row(f"{max(kept):.4f}", *cells[:2], peer, *cells[2:])
+        table.add_row(f"{max(found[f'{share:g} kept']):.4f}", *cells[:2], peer, *cells[2:])
         held &= "no" not in cells
     seconds, memory = cost(given, 0.5)
     console.print(f"{given.network}: dense {dense:.2f}, seeds {seeds}, {IMAGES} images, no labels")
