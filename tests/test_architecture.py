@@ -70,7 +70,7 @@ PUBLIC = {
         "accuracy",
     ),
     *("analyze", "calibrate", "compress", "errors", "finetune", "load", "measure", "merge", "pareto", "plan"),
-    *("plot_accuracy", "plot_curves", "plot_spectra", "report", "save", "sensitivity", "table", "text"),
+    *("plot_accuracy", "plot_curves", "plot_spectra", "report", "save", "sensitivity", "table", "text", "training"),
 }
 FILES = sorted(ROOT.rglob("*.py"))
 

@@ -1,6 +1,6 @@
 """Spectrim makes trained neural networks smaller and faster by low-rank factorisation, and proves what was gained."""
 
-from spectrim import errors
+from spectrim import errors, training
 from spectrim.analyze import Analysis, LayerAnalysis, analyze
 from spectrim.budget import Curve, pareto
 from spectrim.calibrate import Calibration, calibrate
@@ -86,4 +86,5 @@ __all__ = [
     "sensitivity",
     "table",
     "text",
+    "training",
 ]

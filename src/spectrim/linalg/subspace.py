@@ -1,0 +1,176 @@
+"""The best rank-D approximation of a matrix that changes a little at a time, each from the last one's subspace."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from spectrim.errors import ModelError
+
+_OVERSAMPLING = 10
+_ROUNDS = 8
+# of the energy lost above the least possible, as a share of that: half as much of the error, and a margin of 4
+_TOLERANCE = 5e-5
+
+
+@dataclass(frozen=True, eq=False)
+class Truncated:
+    """A matrix of rank D as `left @ right.mT`.
+
+    Attributes:
+        left: (out, rank), of the matrix's type.
+        right: (in, rank); one of the two has orthonormal columns.
+        basis: (min(out, in), n) orthonormal columns to start from after the next change; n is 0 where a full
+            decomposition is always as fast.
+        decomposed: Whether this took a full decomposition.
+    """
+
+    left: Tensor
+    right: Tensor
+    basis: Tensor
+    decomposed: bool
+
+    @property
+    def matrix(self) -> Tensor:
+        """W_D, (out, in)."""
+        return self.left @ self.right.mT
+
+
+def truncate_exactly(W: Tensor, rank: int) -> Truncated:
+    """The best approximation of W (out, in) of rank `rank`, from `torch.linalg.svd` (Eckart & Young 1936).
+
+    Raises:
+        ModelError: NaN or infinite entries.
+    """
+    _energy(W)
+    U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+    return Truncated(U[:, :rank] * S[:rank], Vh[:rank].mT, W.new_empty(min(W.shape), 0), decomposed=True)
+
+
+def truncate(W: Tensor, rank: int, *, basis: Tensor | None = None) -> Truncated:
+    """The best approximation of W of rank `rank`, within 1e-4 of the least error |W - W_D|_F that there is.
+
+    Block Krylov iteration (Halko 2011, Musco & Musco 2015) on W^T W, or W W^T if that is smaller, from the basis of the
+    last call: the Ritz vectors of the span of V and W^T W V. Their residual says how much energy the subspace misses at
+    most; while that is too much another round follows, and after a few a full decomposition. An error below rounding
+    (2 roots of the type's epsilon, relative to W) counts as this size.
+
+    Args:
+        W: (out, in), float32 or float64, without gradient.
+        rank: D, 1 to min(out, in).
+        basis: `Truncated.basis` of the last call; None to start with a full decomposition.
+
+    Raises:
+        ModelError: NaN or infinite entries.
+    """
+    energy = _energy(W)
+    # A is tall, so that the basis lives on the shorter side
+    A = W if W.shape[0] >= W.shape[1] else W.mT
+    size = _basis_size(A.shape[1], rank)
+    warm = _iterated(A, basis, rank, energy=energy) if basis is not None and basis.shape[1] == size > 0 else None
+    V, B = _decomposed(A, max(size, rank)) if warm is None else warm
+    left, right = (B, V) if A is W else (V, B)
+    return Truncated(left[:, :rank], right[:, :rank], V[:, :size].contiguous(), decomposed=warm is None)
+
+
+def _basis_size(side: int, rank: int) -> int:
+    """Columns of the basis; none where twice as many would be half of the space or more."""
+    size = rank + _OVERSAMPLING
+    return size if 4 * size <= side else 0
+
+
+def _energy(W: Tensor) -> float:
+    """|W|_F^2; rows in the matrix's own type, their sum in float64."""
+    energy = float(torch.linalg.vector_norm(W, dim=1).double().square().sum())
+    if energy - energy != 0.0:
+        raise ModelError(f"the {W.shape[0]} x {W.shape[1]} weight has NaN or infinite entries, so it has no best rank")
+    return energy
+
+
+def _decomposed(A: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """The `size` leading right singular vectors V (n, size) of A (m, n), and A V."""
+    wide = A.double()
+    V = torch.linalg.eigh(wide.mT @ wide)[1].flip(1)[:, :size].to(A.dtype)
+    return V, A @ V
+
+
+def _iterated(A: Tensor, V: Tensor, rank: int, *, energy: float) -> tuple[Tensor, Tensor] | None:
+    """As `_decomposed`, from the basis V (n, k) of a matrix near A; None when that does not find it."""
+    size = V.shape[1]
+    # the last column tells of directions that the basis has no part of: a fixed vector without any structure
+    probe = torch.randn(len(V), 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    V = _orthonormal(torch.cat([V[:, :-1].double(), probe.to(V.device)], dim=1))
+    B = A @ V.to(A.dtype)
+    Z = _times_transposed(A, B)
+    floor = 4 * torch.finfo(A.dtype).eps * energy
+    for _ in range(_ROUNDS):
+        # all products with A in its own type, all algebra of the few columns in float64
+        U = _orthonormal(Z - V @ (V.mT @ Z), outside=V)
+        both = torch.cat([B, A @ U.to(A.dtype)], dim=1).double()
+        values, vectors = torch.linalg.eigh(both.mT @ both)
+        values, vectors = values.flip(0)[:size], vectors.flip(1)[:, :size]
+        V = torch.cat([V, U], dim=1) @ vectors
+        B = (both @ vectors).to(A.dtype)
+        Z = _times_transposed(A, B)
+        least = max(energy - float(values[:rank].sum()), floor)
+        if _missed(Z, V, values, rank) <= _TOLERANCE * least:
+            return V.to(A.dtype), B
+    return None
+
+
+def _times_transposed(A: Tensor, B: Tensor) -> Tensor:
+    """A^T B in float64; the transposes are the faster order for row-major A."""
+    return (B.mT @ A).mT.double()
+
+
+def _missed(Z: Tensor, V: Tensor, values: Tensor, rank: int) -> float:
+    """Energy that the first `rank` Ritz vectors may miss, from the residuals of Z = A^T A V.
+
+    A residual of norm p couples a Ritz value t to what is outside the subspace, whose spectrum ends near some s: the
+    eigenvalue of [[t, p], [p, s]] lies above t by less than p^2 / (t - s), and by at most p. For s stands a Ritz value
+    half way into the oversampling; the last one is found late in a cluster of values, and would promise too much.
+    """
+    residual = torch.linalg.vector_norm(Z[:, :rank] - V[:, :rank] * values[:rank], dim=0)
+    gap = values[:rank] - values[(rank + len(values)) // 2]
+    half = gap / 2
+    return float((torch.hypot(half, residual) - half).sum())
+
+
+def _orthonormal(block: Tensor, *, outside: Tensor | None = None) -> Tensor:
+    """Orthonormal columns with the span of `block` (n, k), float64, and orthogonal to `outside`, if given.
+
+    By the Cholesky factor of the Gram matrix, again where one pass leaves rounding, and by Householder's QR where
+    columns are nearly dependent, as they are when little is left outside.
+    """
+    found: Tensor | None = block
+    for _ in range(2):
+        found = None if found is None else _cholesky_qr(found)
+        if found is None or outside is None:
+            break
+        overlap = outside.mT @ found
+        if float(overlap.abs().max()) < 1e-10:
+            break
+        found = found - outside @ overlap
+    if found is not None:
+        return found
+    if outside is None:
+        return _householder(block)
+    scaled = block / torch.linalg.vector_norm(block, dim=0).clamp(min=1e-300)
+    return _householder(torch.cat([outside, scaled], dim=1))[:, outside.shape[1] :]
+
+
+def _householder(block: Tensor) -> Tensor:
+    """Orthonormal columns whatever the block is."""
+    Q: Tensor = torch.linalg.qr(block)[0]
+    return Q
+
+
+def _cholesky_qr(block: Tensor) -> Tensor | None:
+    """Orthonormal to about 1e-10, or None where the columns are too near to dependent for that."""
+    gram = block.mT @ block
+    scale = gram.diagonal().clamp(min=1e-300).rsqrt()
+    L, failed = torch.linalg.cholesky_ex(gram * scale * scale.unsqueeze(1))
+    if int(failed) > 0 or float(L.diagonal().min()) < 1e-3:
+        return None
+    inverse: Tensor = torch.linalg.solve_triangular(L, torch.diag(scale), upper=False)
+    return block @ inverse.mT

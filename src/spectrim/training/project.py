@@ -1,0 +1,185 @@
+"""Projection between epochs: every weight replaced by its best low-rank approximation, training free in between."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from spectrim.errors import TrainingError
+from spectrim.factorize import duplicate, factored_at, own_bias
+from spectrim.forms import Geometry, as_kernels, as_stored, forms_of, geometry
+from spectrim.linalg import Factors, algebra, is_finite
+from spectrim.plan import Energy, Rank, Ratio
+from spectrim.surgery import Patterns, Target, replace
+from spectrim.training.truncated import Choice, choose
+
+# what torch's optimisers call the running mean of the gradient
+_MOMENTUM = ("exp_avg", "momentum_buffer")
+
+
+@dataclass(frozen=True)
+class ProjectEachEpoch:
+    """Replace every weight by its best approximation of rank D, whenever called; use it in any loop.
+
+        project = st.training.ProjectEachEpoch(st.Rank(20))
+        for epoch in range(epochs):
+            train(model, optimizer)
+            project(model, optimizer)
+        small = project.finish(model)
+
+    Projected gradient descent on matrices of bounded rank (Jain 2010, singular value projection). The projection is the
+    plain truncated SVD (Eckart & Young 1936), in float64; convolutions in the channel form, each group by itself.
+
+    Attributes:
+        rule: The rank of every layer. `Energy` is of the weight as it is at each call, so ranks can fall with time.
+        every_steps: Project at every so many calls of `step`; None leaves it to calls at the ends of epochs.
+        include: Name patterns of the layers to project.
+        exclude: Name patterns of layers to leave out.
+        keep_last: Leave out the layer registered last.
+    """
+
+    rule: Rank | Ratio | Energy
+    every_steps: int | None = field(default=None, kw_only=True)
+    include: Patterns = field(default=("*",), kw_only=True)
+    exclude: Patterns = field(default=(), kw_only=True)
+    keep_last: bool = field(default=False, kw_only=True)
+    _steps: list[int] = field(default_factory=lambda: [0], init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        every = self.every_steps
+        if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
+            raise TrainingError(f"every_steps={every!r} is not a whole number of at least 1, such as 100, or None")
+
+    def __call__(self, model: nn.Module, optimizer: Optimizer | None = None) -> Mapping[str, float]:
+        """Project the weights of `model` itself, and the optimiser's momentum with them.
+
+        The momentum M (Adam's `exp_avg`, SGD's `momentum_buffer`) of a projected weight U S V^T keeps its part in the
+        tangent space of the matrices of rank D there, U U^T M + M V V^T - U U^T M V V^T (Vandereycken 2013): the rest
+        would at once lead out of the rank again. Second moments stay: they are the gradient's size, entry by entry.
+
+        Args:
+            model: Its chosen weights are overwritten.
+            optimizer: The one that trains them; without it, nothing but the weights changes.
+
+        Returns:
+            By layer name, the relative error |W - W_D| / |W| of this projection.
+
+        Raises:
+            RuleError: not a rule for single layers, or a rank above the full rank of a layer.
+            PatternError: a pattern matches no layer.
+            TrainingError: no layer is left to project, one is parametrised, or a weight became NaN; nothing is changed.
+        """
+        projections = [(target, _Projection.of(target, rank)) for target, rank in self._choice(model).layers]
+        errors: dict[str, float] = {}
+        with torch.no_grad():
+            for target, projection in projections:
+                weight = target.module.get_parameter("weight")
+                weight.copy_(as_stored(projection.kept, projection.sizes))
+                errors[target.name] = projection.error
+                for momentum in _momenta(optimizer, weight):
+                    momentum.copy_(projection.tangent(momentum))
+        return MappingProxyType(errors)
+
+    def step(self, model: nn.Module, optimizer: Optimizer | None = None) -> bool:
+        """Count one optimiser step, and project if it is one of every `every_steps`; whether it was.
+
+        The count starts at 0 with this object, and is not part of any saved state.
+
+        Raises:
+            TrainingError: `every_steps` is None; else as a call.
+        """
+        if self.every_steps is None:
+            raise TrainingError(
+                "step() counts to every_steps, which is None; give ProjectEachEpoch(.., every_steps=100)"
+            )
+        self._steps[0] += 1
+        due = self._steps[0] % self.every_steps == 0
+        if due:
+            self(model, optimizer)
+        return due
+
+    def finish(self, model: nn.Module) -> nn.Module:
+        """A copy of `model` with the chosen layers factored; right after a projection its outputs are the same.
+
+        A weight that has been trained since is projected once more, in the copy. With `Energy`, one that is below its
+        full rank already keeps the rank that it has.
+
+        Raises:
+            As a call.
+        """
+        copied = duplicate(model)
+        replacements: dict[str, nn.Module] = {}
+        for target, rank in self._choice(copied).layers:
+            projection = _Projection.of(target, rank, settle=True, fixed=not isinstance(self.rule, Energy))
+            replacements |= factored_at(
+                copied,
+                (target.name, *target.also),
+                form=forms_of(target.module)[0],
+                factors=projection.factors,
+                bias=own_bias,
+            )
+        replace(copied, replacements)
+        return copied
+
+    def _choice(self, model: nn.Module) -> Choice:
+        return choose(model, self.rule, include=self.include, exclude=self.exclude, keep_last=self.keep_last)
+
+
+def _momenta(optimizer: Optimizer | None, weight: nn.Parameter) -> list[Tensor]:
+    state = {} if optimizer is None else optimizer.state.get(weight, {})
+    return [state[name] for name in _MOMENTUM if isinstance(state.get(name), Tensor)]
+
+
+@dataclass(frozen=True, eq=False)
+class _Projection:
+    """U S V^T, in float64: (groups, out, rank), (groups, rank), (groups, rank, n)."""
+
+    sizes: Geometry
+    U: Tensor
+    S: Tensor
+    Vh: Tensor
+    error: float
+
+    @classmethod
+    def of(cls, target: Target, rank: int, *, settle: bool = False, fixed: bool = True) -> "_Projection":
+        """The best one of a weight; with `settle`, of the rank that the weight has already, if that is below `rank`.
+
+        Without `fixed` also if it is above, but not full: a rule that asks anew each time has projected it.
+        """
+        weight, sizes = target.module.get_parameter("weight"), geometry(target.module)
+        if not is_finite(weight):
+            raise TrainingError(
+                f"the weight of {target.name} became NaN or infinite; lower the learning rate or check the data"
+            )
+        U, S, Vh = torch.linalg.svd(as_kernels(algebra(weight), sizes).flatten(2), full_matrices=False)
+        if settle:
+            noise = torch.finfo(weight.dtype).eps * max(sizes.out, sizes.width) * S[:, :1]
+            held = int((noise < S).sum(dim=1).max())
+            rank = held if 0 < held < (rank if fixed else sizes.full_rank) else rank
+        total = float(S.square().sum())
+        lost = float(S[:, rank:].square().sum())
+        error = (lost / total) ** 0.5 if total > 0 else 0.0
+        return cls(sizes, U[:, :, :rank], S[:, :rank], Vh[:, :rank], error)
+
+    @property
+    def kept(self) -> Tensor:
+        """W_D, (groups, out, in, *kernel)."""
+        flat = (self.U * self.S.unsqueeze(1)) @ self.Vh
+        return flat.reshape(self.sizes.groups, self.sizes.out, self.sizes.into, *self.sizes.kernel)
+
+    @property
+    def factors(self) -> Factors:
+        """(down, up), (groups, rank, in, *kernel) and (groups, out, rank)."""
+        down = self.Vh.reshape(*self.S.shape, self.sizes.into, *self.sizes.kernel)
+        return down, self.U * self.S.unsqueeze(1)
+
+    def tangent(self, momentum: Tensor) -> Tensor:
+        """A tensor like the weight, projected onto the tangent space at W_D."""
+        M = as_kernels(algebra(momentum), self.sizes)
+        flat = M.flatten(2)
+        outside = flat - self.U @ (self.U.mT @ flat)
+        outside = outside - (outside @ self.Vh.mT) @ self.Vh
+        return as_stored((flat - outside).reshape(M.shape), self.sizes)
