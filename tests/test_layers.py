@@ -9,6 +9,7 @@ from torch import nn
 
 import spectrim as st
 from spectrim import errors
+from spectrim.layers import _LowRank
 
 
 def layer(*, bias: bool = True) -> st.LowRankLinear:
@@ -58,3 +59,11 @@ def test_copies_state_and_exported_programs_just_work() -> None:
     with torch.no_grad():
         assert torch.equal(twin(x), model(x))
         torch.testing.assert_close(exported(x), model(x))
+
+
+def test_a_low_rank_layer_without_its_parts_cannot_be_made() -> None:
+    class Unfinished(_LowRank[nn.Linear]):
+        pass
+
+    with pytest.raises(TypeError, match="abstract"):
+        Unfinished()

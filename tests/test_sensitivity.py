@@ -115,3 +115,12 @@ def test_an_inplace_relu_after_the_layer_does_not_spoil_its_gradient(batches: li
         model = nn.Sequential(nn.Linear(12, 8), nn.ReLU(inplace=inplace), nn.Linear(8, 5))
         moments.append(st.calibrate(model, batches, gradients=True).moments["0"].felt)
     torch.testing.assert_close(moments[0], moments[1])
+
+
+def test_compress_refuses_negative_room_before_it_runs_the_model(batches: list[Tensor]) -> None:
+    model = Weighted()
+    calls: list[int] = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    with pytest.raises(st.errors.PlanError, match="cache=-1: a number of bytes"):
+        st.compress(model, st.Budget(macs=0.5), example_inputs=batches[0], data=batches, cache=-1)
+    assert not calls

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from spectrim.errors import ModelError
-from spectrim.linalg.subspace import Truncated, truncate, truncate_exactly
+from spectrim.linalg import Truncated, truncate, truncate_exactly
 
 
 def planted(values: Tensor, *, out: int = 160, into: int = 128, seed: int = 0) -> Tensor:

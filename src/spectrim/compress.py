@@ -20,7 +20,7 @@ from spectrim.ranks import plan as make_plan
 from spectrim.ranks import refresh, require_reachable
 from spectrim.reconstruct import Told
 from spectrim.reconstruct import reconstruct as rebuild
-from spectrim.sensitivity import felt, room, sensitivity
+from spectrim.sensitivity import felt, require_room, room, sensitivity
 from spectrim.surgery import Patterns, replace
 
 
@@ -92,6 +92,7 @@ def compress(
         SpectrimError: one of its kinds, before anything has been changed.
     """
     selection = _Selection(include, exclude, keep_last)
+    require_room(cache)
     if isinstance(rule_or_plan, Plan) and (selection.narrows or metric or forms or rank_multiple or allow_growth):
         raise PlanError("a plan already says which layers, forms and metric; give these options to st.plan instead")
     if analysis is not None and selection.narrows:

@@ -1,5 +1,6 @@
 """The layers that take a dense layer's place: ordinary modules made of ordinary modules."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, ClassVar, Generic, Self, TypeVar, cast, final
@@ -13,13 +14,13 @@ from spectrim.plan import FormName
 _Whole = TypeVar("_Whole", nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d)
 
 
-class _LowRank(nn.Module, Generic[_Whole]):
+class _LowRank(nn.Module, Generic[_Whole], ABC):
     """A chain of layers whose product is one layer's weight; only the last one has a bias."""
 
     @property
+    @abstractmethod
     def form(self) -> FormName:
         """The form's name."""
-        raise NotImplementedError
 
     @property
     def chain(self) -> tuple[nn.Module, ...]:
@@ -32,9 +33,9 @@ class _LowRank(nn.Module, Generic[_Whole]):
         return (self.rank,)
 
     @property
+    @abstractmethod
     def rank(self) -> int:
         """Singular values kept, in each group of a grouped convolution."""
-        raise NotImplementedError
 
     @property
     def groups(self) -> int:
@@ -46,9 +47,9 @@ class _LowRank(nn.Module, Generic[_Whole]):
         """The product, shaped as the dense layer's weight, made anew at each access."""
         return self.product([cast(Tensor, part.weight) for part in self.chain])
 
+    @abstractmethod
     def product(self, weights: Sequence[Tensor]) -> Tensor:
         """The dense weight that these weights of the chain (of any number type) stand for."""
-        raise NotImplementedError
 
     @property
     def bias(self) -> Tensor | None:
@@ -62,9 +63,9 @@ class _LowRank(nn.Module, Generic[_Whole]):
             x = part(x)
         return x
 
+    @abstractmethod
     def empty_dense(self) -> _Whole:
         """An unset dense layer with the same sizes and options, without storage."""
-        raise NotImplementedError
 
 
 @final

@@ -51,6 +51,11 @@ class Ratio:
     def __str__(self) -> str:
         return f"Ratio({self.ratio:g})"
 
+    def rank_of(self, full: int) -> int:
+        """How many of `full` singular values are kept."""
+        # the small addition keeps 0.29 * 100 from becoming 28
+        return max(1, int(self.ratio * full + 1e-9))
+
 
 @dataclass(frozen=True)
 class Energy:

@@ -172,9 +172,7 @@ def _ranks(layer: LayerAnalysis, form: FormName, rule: Rank | Ratio | Energy, *,
         case Rank(rank=rank):
             return tuple(min(rank, most) for most in full), f"rank {rank} as asked"
         case Ratio(ratio=ratio):
-            # the small addition keeps 0.29 * 100 from becoming 28
-            ranks = tuple(max(1, int(ratio * most + 1e-9)) for most in full)
-            return ranks, f"{ratio:.4g} of {listed(full)} singular values"
+            return tuple(rule.rank_of(most) for most in full), f"{ratio:.4g} of {listed(full)} singular values"
         case Energy(energy=energy):
             choices = layer.choices(form, metric)
             enough = np.flatnonzero(choices.lost <= (1 - energy) * (1 + 1e-12))

@@ -23,7 +23,6 @@ Told = Callable[[str, int, int], None]
 """Called with a layer's name before it is fitted, how many layers are done, and how many there are."""
 
 _RIDGE = 1e-2
-_TURNS = 1
 
 
 class _Enough(BaseException):
@@ -232,7 +231,7 @@ def _fitted(
     wanted = _Wanted(place, now, dense)
     targets = wanted.first()
     factors: Factors = ()
-    for turn in reversed(range(1 + _TURNS * wanted.hides)):
+    for turn in reversed(range(1 + wanted.hides)):
         cross = fit.cross(targets)
         best = fit.weight(cross)
         if form != "dense":

@@ -49,7 +49,9 @@ def sensitivity(
 
     Raises:
         DataError: no batches.
+        PlanError: a negative `cache`.
     """
+    require_room(cache)
     used = subset(batches, samples=_MOST)
     if not used:
         raise DataError("there is no data to measure sensitivities on; give at least one batch")
@@ -86,11 +88,15 @@ def felt(
         return statistics
 
 
+def require_room(cache: int | None) -> None:
+    """Refuse a negative number of bytes, before any long work."""
+    if cache is not None and cache < 0:
+        raise PlanError(f"cache={cache}: a number of bytes, 0 to keep nothing")
+
+
 def room(analysis: Analysis, cache: int | None) -> int:
     """Bytes of activations that may be kept: as asked for, or as many again as the statistics take."""
     if cache is not None:
-        if cache < 0:
-            raise PlanError(f"cache={cache}: a number of bytes, 0 to keep nothing")
         return cache
     return max(CACHE, analysis.calibration.bytes) if analysis.calibration else CACHE
 

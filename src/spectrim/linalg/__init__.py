@@ -7,6 +7,7 @@ from spectrim.linalg.channel import ChannelDecomposition
 from spectrim.linalg.problem import Factors, Problem, Ranks, balanced
 from spectrim.linalg.spatial import SpatialDecomposition
 from spectrim.linalg.spectrum import FloatArray, Spectrum, algebra, is_finite, spectrum
+from spectrim.linalg.subspace import Truncated, truncate, truncate_exactly
 from spectrim.linalg.tucker2 import Tucker2Decomposition
 
 Decomposition = ChannelDecomposition | SpatialDecomposition | Tucker2Decomposition
@@ -20,9 +21,12 @@ __all__ = [
     "Ranks",
     "SpatialDecomposition",
     "Spectrum",
+    "Truncated",
     "Tucker2Decomposition",
     "algebra",
     "balanced",
     "is_finite",
     "spectrum",
+    "truncate",
+    "truncate_exactly",
 ]

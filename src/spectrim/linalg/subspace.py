@@ -1,11 +1,13 @@
 """The best rank-D approximation of a matrix that changes a little at a time, each from the last one's subspace."""
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from spectrim.errors import ModelError
+from spectrim.linalg.shared import orthonormal
 
 _OVERSAMPLING = 10
 _ROUNDS = 8
@@ -82,7 +84,7 @@ def _basis_size(side: int, rank: int) -> int:
 def _energy(W: Tensor) -> float:
     """|W|_F^2; rows in the matrix's own type, their sum in float64."""
     energy = float(torch.linalg.vector_norm(W, dim=1).double().square().sum())
-    if energy - energy != 0.0:
+    if not math.isfinite(energy):
         raise ModelError(f"the {W.shape[0]} x {W.shape[1]} weight has NaN or infinite entries, so it has no best rank")
     return energy
 
@@ -154,15 +156,9 @@ def _orthonormal(block: Tensor, *, outside: Tensor | None = None) -> Tensor:
     if found is not None:
         return found
     if outside is None:
-        return _householder(block)
+        return orthonormal(block.mT).mT
     scaled = block / torch.linalg.vector_norm(block, dim=0).clamp(min=1e-300)
-    return _householder(torch.cat([outside, scaled], dim=1))[:, outside.shape[1] :]
-
-
-def _householder(block: Tensor) -> Tensor:
-    """Orthonormal columns whatever the block is."""
-    Q: Tensor = torch.linalg.qr(block)[0]
-    return Q
+    return orthonormal(torch.cat([outside, scaled], dim=1).mT).mT[:, outside.shape[1] :]
 
 
 def _cholesky_qr(block: Tensor) -> Tensor | None:

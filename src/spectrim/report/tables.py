@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from spectrim.analyze import Analysis, LayerAnalysis
+from spectrim.decisions import listed
 from spectrim.errors import DataError
 from spectrim.measure import Measurement
 from spectrim.plan import LayerPlan, Metric, Plan
@@ -238,7 +239,7 @@ def _plan_row(layer: LayerPlan) -> tuple[str, ...]:
         _with_others(layer),
         words.shape(layer.shape),
         layer.form,
-        f"{' and '.join(map(str, layer.ranks))}{full}" if layer.ranks else words.NOTHING,
+        f"{listed(layer.ranks)}{full}" if layer.ranks else words.NOTHING,
         words.NOTHING if layer.break_even is None else str(layer.break_even),
         words.NOTHING if layer.predicted_error is None else words.percent(layer.predicted_error, places=1),
         _change(layer.dense.params, layer.kept.params),

@@ -20,7 +20,7 @@ from spectrim.training.truncated import Choice, choose
 _MOMENTUM = ("exp_avg", "momentum_buffer")
 
 
-@dataclass(frozen=True)
+@dataclass
 class ProjectEachEpoch:
     """Replace every weight by its best approximation of rank D, whenever called; use it in any loop.
 
@@ -46,7 +46,7 @@ class ProjectEachEpoch:
     include: Patterns = field(default=("*",), kw_only=True)
     exclude: Patterns = field(default=(), kw_only=True)
     keep_last: bool = field(default=False, kw_only=True)
-    _steps: list[int] = field(default_factory=lambda: [0], init=False, repr=False, compare=False)
+    _steps: int = field(default=0, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         every = self.every_steps
@@ -95,8 +95,8 @@ class ProjectEachEpoch:
             raise TrainingError(
                 "step() counts to every_steps, which is None; give ProjectEachEpoch(.., every_steps=100)"
             )
-        self._steps[0] += 1
-        due = self._steps[0] % self.every_steps == 0
+        self._steps += 1
+        due = self._steps % self.every_steps == 0
         if due:
             self(model, optimizer)
         return due

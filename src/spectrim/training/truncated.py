@@ -13,8 +13,7 @@ from spectrim.errors import ModelError, RuleError, TrainingError
 from spectrim.execution import Trace
 from spectrim.factorize import factored_at, own_bias
 from spectrim.forms import LAYERS, Geometry, as_kernels, as_stored, forms_of, geometry, matrices
-from spectrim.linalg import Factors, algebra, spectrum
-from spectrim.linalg.subspace import Truncated, truncate, truncate_exactly
+from spectrim.linalg import Factors, Truncated, algebra, spectrum, truncate, truncate_exactly
 from spectrim.plan import Energy, Rank, Ratio
 from spectrim.ranks import require_reachable
 from spectrim.surgery import Patterns, Target, find_targets, replace
@@ -49,7 +48,7 @@ def truncated_(
         exclude: Name patterns of layers to leave out.
         keep_last: Leave out the layer registered last.
         exact: A full decomposition whenever W has changed, instead of one started from the last subspace (within 1e-4
-            of the least error, see `linalg.subspace.truncate`).
+            of the least error, see `linalg.truncate`).
         shrink: Share of W - W_D taken away after every step, 0 to 1.
 
     Returns:
@@ -117,9 +116,8 @@ def _rank(rule: Rank | Ratio | Energy, layer: nn.Module, full: int) -> int:
     match rule:
         case Rank(rank=rank):
             return rank
-        case Ratio(ratio=ratio):
-            # the small addition keeps 0.29 * 100 from becoming 28
-            return max(1, int(ratio * full + 1e-9))
+        case Ratio():
+            return rule.rank_of(full)
         case Energy(energy=energy):
             return spectrum(matrices(layer)).rank_for(energy)
 
