@@ -208,6 +208,20 @@ def test_sweeps_are_worth_their_time(form: FormName) -> None:
     assert better < 0.99 * start
 
 
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("form", ITERATED)
+def test_steps_in_float32_as_wide_layers_take_them_are_as_good(
+    form: FormName, metric: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = problem((7, 5, 3, 3), metric, groups=2)
+    found = decompose(form, given)
+    exact = {ranks: lost(given, form, fitted(found, ranks, sweeps=4)) for ranks, _ in every_rank(found)}
+    monkeypatch.setattr(linalg.shared, "_WIDE", 0)
+    for ranks, tail in every_rank(found):
+        now = lost(given, form, fitted(found, ranks, sweeps=4))
+        assert now <= min(tail, 1.001 * exact[ranks]) + 1e-9 * given.total
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_the_tails_fall_to_nothing_as_ranks_grow(form: FormName) -> None:
     given = problem((7, 5, 3, 3), "activation")
@@ -247,6 +261,20 @@ def test_singular_covariances_give_finite_factors_that_are_exact_at_full_rank(fo
         for ranks, _ in every_rank(found):
             assert all(part.isfinite().all() for part in fitted(found, ranks))
     torch.testing.assert_close(assembled(form, fitted(found, full(found))), weight, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("covariance", SINGULAR.values(), ids=SINGULAR.keys())
+@pytest.mark.parametrize("form", ITERATED)
+def test_steps_in_float32_survive_singular_covariances(
+    form: FormName, covariance: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linalg.shared, "_WIDE", 0)
+    given = Problem(numbers(1, 5, 4, 3, 3), covariance(36).double(), noise=1e-7)
+    found = decompose(form, given)
+    for ranks, tail in every_rank(found):
+        now = lost(given, form, fitted(found, ranks, sweeps=4))
+        assert np.isfinite(now)
+        assert now <= tail + 1e-6 * given.total
 
 
 @pytest.mark.parametrize("seed", range(2))
