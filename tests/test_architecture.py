@@ -17,7 +17,7 @@ LEVELS = (
     ("plan",),
     ("linalg", "layers"),
     ("forms",),
-    ("execution",),
+    ("execution", "processes"),
     ("surgery", "sequel", "prefix"),
     ("calibrate", "measure"),
     ("factorize",),
@@ -44,6 +44,7 @@ PUBLIC = {
         "Energy",
         "Epoch",
         "Finetuned",
+        "History",
         "Interval",
     ),
     *(
@@ -70,7 +71,18 @@ PUBLIC = {
         "accuracy",
     ),
     *("analyze", "calibrate", "compress", "errors", "finetune", "load", "measure", "merge", "pareto", "plan"),
-    *("plot_accuracy", "plot_curves", "plot_spectra", "report", "save", "sensitivity", "table", "text", "training"),
+    *(
+        "plot_accuracy",
+        "plot_curves",
+        "plot_history",
+        "plot_spectra",
+        "report",
+        "save",
+        "sensitivity",
+        "table",
+        "text",
+        "training",
+    ),
 }
 FILES = sorted(ROOT.rglob("*.py"))
 

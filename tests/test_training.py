@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import spectrim as st
 from spectrim import errors
-from spectrim.training import Step
+from spectrim.training import Step, fit
 from spectrim.training.checkpoint import Checkpoint
 
 
@@ -171,3 +171,28 @@ def test_bad_input_is_one_clear_error(call: Callable[..., Any], kind: type[error
         call(model, x, y)
     assert same_state(model, before)
     assert model.training
+
+
+def test_the_best_epoch_is_kept_when_asked_and_an_interrupted_run_still_knows_it(tmp_path: Path) -> None:
+    model, x, y = task()
+    model = nn.Sequential(*(nn.Linear(12, 8), nn.BatchNorm1d(8), nn.Linear(8, 4)))
+    seen: list[dict[str, Tensor]] = []
+
+    def data(epoch: int) -> list[tuple[Tensor, Tensor]]:
+        seen.append(state(model))  # after epoch - 1
+        return epochs(x, y if epoch < 2 else (y + 1) % 4)(epoch)  # from epoch 2 on it learns the wrong
+
+    given = {"epochs": 5, "lr": 1e-2, "held_out": [(x, y)], "keep": "best"}
+    start = state(model)
+    curve = fit(model, data, **given)
+    best = max(curve, key=lambda epoch: epoch.held_out).epoch
+    assert best < 4
+    assert same_state(model, seen[best + 1])
+    whole = state(model)
+    kept = Checkpoint(tmp_path / "state.safetensors", run="this one")
+    model.load_state_dict(start)
+    with pytest.raises(InterruptedRunError):
+        fit(model, data, **given, checkpoint=kept, on_step=stop_in_epoch(4))
+    model.load_state_dict(start)
+    fit(model, data, **given, checkpoint=kept)
+    assert same_state(model, whole)

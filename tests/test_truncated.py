@@ -168,6 +168,29 @@ def test_one_step_is_shrunk_once_and_only_in_training() -> None:
     assert torch.equal(W, after)
 
 
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD])
+@pytest.mark.parametrize("exact", [False, True])
+def test_fused_optimisers_are_noticed_though_they_do_not_count(kind: type[torch.optim.Optimizer], exact: bool) -> None:
+    model, x = small_mlp(), inputs(6, 12)
+    truncated_(model, st.Rank(3), exact=exact)
+    optimiser, W = kind(model.parameters(), lr=1e-2, fused=True), full(model[0])
+    for _ in range(3):
+        model(x).square().sum().backward()
+        before = W.detach().clone()
+        # two more passes without a step change nothing
+        model(x).square().sum().backward()
+        model.eval()(x)
+        assert torch.equal(model.train()[0].weight, model[0].weight)
+        assert torch.equal(W, before)
+        optimiser.step()
+        optimiser.zero_grad()
+        stepped = W.detach().clone()
+        assert not torch.equal(stepped, before)
+        torch.testing.assert_close(model.eval()[0].weight.detach(), best(stepped, 3), atol=1e-4, rtol=1e-4)
+        model.train()(x)
+        torch.testing.assert_close(W.detach(), best(stepped, 3) + 0.9 * (stepped - best(stepped, 3)), atol=1e-4, rtol=0)
+
+
 def test_published_training_never_changes_the_weight_itself() -> None:
     model = small_mlp()
     truncated_(model, st.Rank(3), shrink=0)
@@ -200,13 +223,14 @@ def test_a_shared_weight_is_truncated_and_shrunk_once(make: type[nn.Module], mon
     torch.testing.assert_close(truncation.finish()(x), expected)
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("exact", [False, True])
-def test_training_goes_on_bit_for_bit_from_a_state_dict(exact: bool) -> None:
+def test_training_goes_on_bit_for_bit_from_a_state_dict(exact: bool, fused: bool) -> None:
     def fresh() -> tuple[nn.Module, torch.optim.Optimizer]:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(12, 80), nn.ReLU(), nn.Linear(80, 80), nn.ReLU(), nn.Linear(80, 4))
         truncated_(model, st.Rank(4), exact=exact, exclude="4")
-        return model, torch.optim.Adam(model.parameters(), lr=1e-2)
+        return model, torch.optim.Adam(model.parameters(), lr=1e-2, fused=fused)
 
     whole, optimiser = fresh()
     train(whole, optimiser, steps=10)
@@ -304,3 +328,171 @@ def test_a_weight_that_becomes_nan_in_training_is_named() -> None:
         full(model[2]).fill_(float("nan"))
     with pytest.raises(errors.TrainingError, match="2: the 16 x 16 weight has NaN"):
         model(inputs(2, 12))
+
+
+def movable(*, exact: bool = False) -> tuple[nn.Module, st.training.Truncation]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 80), nn.ReLU(), nn.Linear(80, 80), nn.ReLU(), nn.Linear(80, 4))
+    return model, truncated_(model, st.Ratio(1.0), movable=True, exact=exact)
+
+
+def test_at_full_rank_nothing_changes_and_finish_gives_the_plain_layers_back() -> None:
+    model, x = small_cnn(), inputs(2, 3, 12, 12)
+    plain = copy.deepcopy(model)
+    truncation = truncated_(model, st.Ratio(1.0), movable=True)
+    assert dict(truncation.ranks) == {name: one.full_rank for name, one in truncation.sizes.items()}
+    ranks = dict.fromkeys(truncation.ranks, 2)
+    truncation.set_ranks(ranks)
+    assert dict(truncation.ranks) == ranks
+    assert not torch.allclose(model.eval()(x), plain(x))
+    truncation.set_ranks({name: one.full_rank for name, one in truncation.sizes.items()})
+    assert torch.equal(model(x), plain(x))
+    model(x).square().sum().backward()
+    plain(x).square().sum().backward()
+    for name, weight in truncation.weights().items():
+        assert torch.equal(weight.grad, plain.get_submodule(name).weight.grad)
+    assert truncation.finish() is model
+    assert same_state(model, state(plain))
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize(("before", "after"), [(8, 3), (3, 8), (80, 5), (30, 4), (4, 30), (4, 80)])
+def test_ranks_move_down_and_up(before: int, after: int, exact: bool) -> None:
+    model, truncation = movable(exact=exact)
+    truncation.set_ranks({"2": before})
+    train(model, torch.optim.Adam(model.parameters(), lr=1e-3), steps=2)
+    truncation.set_ranks({"2": after})
+    W = truncation.weights()["2"].detach().clone()
+    model.eval()
+    kept = model[2].weight.detach()
+    assert float((W - kept).norm()) <= (1 + 1e-4) * float((W - best(W, after)).norm()) + 1e-5
+    assert torch.linalg.matrix_rank(kept, rtol=1e-5) == after
+    assert torch.equal(truncation.weights()["2"], W)
+    assert truncation.ranks["2"] == after
+    small = truncation.finish()
+    assert after == 80 or small[2].rank == after
+    assert type(small[0]) is nn.Linear
+
+
+@pytest.mark.parametrize("rank", [39, 40, 79])
+def test_a_movable_layer_stays_dense_where_factors_would_not_be_smaller(rank: int) -> None:
+    model, truncation = movable()
+    x = inputs(5, 12, dtype=torch.float32)
+    truncation.set_ranks({"2": rank})
+    assert truncation.stays_dense("2", rank) == (rank >= 40)
+    expected, before = model.eval()(x), sum(p.numel() for p in model.parameters())
+    small = truncation.finish()
+    torch.testing.assert_close(small(x), expected, atol=1e-5, rtol=1e-5)
+    assert type(small[2]) is (nn.Linear if rank >= 40 else st.LowRankLinear)
+    assert sum(p.numel() for p in small.parameters()) <= before
+    assert torch.linalg.matrix_rank(small[2].weight) == rank
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_training_goes_on_bit_for_bit_after_the_ranks_have_moved(exact: bool) -> None:
+    def fresh() -> tuple[nn.Module, st.training.Truncation, torch.optim.Optimizer]:
+        model, truncation = movable(exact=exact)
+        return model, truncation, torch.optim.Adam(model.parameters(), lr=1e-2)
+
+    whole, truncation, optimiser = fresh()
+    for seed, ranks in enumerate([{"2": 9}, {"2": 5, "0": 2}, {"2": 7}]):
+        truncation.set_ranks(ranks)
+        train(whole, optimiser, steps=3, seed=seed)
+    truncation.set_ranks({"2": 4})
+    kept = copy.deepcopy((whole.state_dict(), optimiser.state_dict()))
+    train(whole, optimiser, steps=10, seed=7)
+    again, other_truncation, other = fresh()
+    again.load_state_dict(kept[0])
+    other.load_state_dict(kept[1])
+    assert dict(other_truncation.ranks) == {"0": 2, "2": 4, "4": 4}
+    train(again, other, steps=10, seed=7)
+    assert same_state(again, state(whole))
+
+
+@pytest.mark.parametrize("rank", [12, 5])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_soft_threshold_is_the_proximal_operator(rank: int, groups: int) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4 * groups, 12 * groups, 3, groups=groups)).double()
+    truncation = truncated_(model, st.Rank(rank), movable=True)
+    W = truncation.weights()["0"]
+    U, S, Vh = torch.linalg.svd(W.detach().reshape(groups, 12, -1), full_matrices=False)
+    S[:, rank:] = 0
+    amount = float(S[:, 3:5].mean())
+    lowered = (S - amount).clamp(min=0)
+    left = truncation.soft_threshold({"0": amount})
+    expected = (U * lowered.unsqueeze(1)) @ Vh
+    torch.testing.assert_close(W.detach().reshape(expected.shape), expected)
+    assert left["0"] == truncation.ranks["0"] == int((lowered > 0).sum(dim=1).max())
+    # no other matrix of that rank makes t |X|_* + |X - W|^2 / 2 smaller
+    start = (U * S.unsqueeze(1)) @ Vh
+
+    def value(X: Tensor) -> float:
+        return float(amount * torch.linalg.svdvals(X).sum() + 0.5 * (X - start).square().sum())
+
+    least = value(expected)
+    for seed in range(5):
+        moved = expected + 1e-3 * inputs(*expected.shape, seed=seed)
+        assert value(torch.stack([best(one, rank) for one in moved])) > least
+    torch.testing.assert_close(model[0].weight.detach(), W.detach())
+
+
+def test_a_threshold_above_every_value_leaves_zero_and_rank_1() -> None:
+    model, truncation = movable()
+    assert dict(truncation.soft_threshold({"2": 1e6})) == {"2": 1}
+    assert float(truncation.weights()["2"].detach().abs().max()) == 0
+    train(model, torch.optim.SGD(model.parameters(), lr=0.1), steps=2)
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_ranks_by_name_leave_every_other_layer_alone() -> None:
+    model = small_mlp()
+    truncation = truncated_(model, {"2": 3})
+    assert dict(truncation.ranks) == {"2": 3}
+    assert "not among the ranks" in truncation.skipped["0"]
+    for ranks, kind, message in [
+        ({"fc": 3}, errors.PatternError, "no layer 'fc'"),
+        ({"0": 13}, errors.RuleError, "full rank, 12"),
+        ({"0": True}, errors.RuleError, "whole number"),
+        ({}, errors.TrainingError, "no layer to truncate"),
+    ]:
+        with pytest.raises(kind, match=message):
+            truncated_(small_mlp(), ranks)
+
+
+def test_moving_ranks_is_checked_wholly_before_anything_changes() -> None:
+    model, truncation = movable()
+    truncation.set_ranks({"0": 3, "2": 9})
+    before = state(model)
+    for ranks, kind, message in [
+        ({"0": 2, "fc2": 3}, errors.PatternError, "no layer 'fc2'"),
+        ({"0": 2, "2": 0}, errors.RuleError, "rank 0 for 2"),
+        ({"0": 2, "2": 81}, errors.RuleError, "full rank, 80"),
+        ({"0": 2, "2": 2.0}, errors.RuleError, "whole number"),
+    ]:
+        with pytest.raises(kind, match=message):
+            truncation.set_ranks(ranks)
+    for amounts, kind, message in [
+        ({"0": 0.1, "2": -1.0}, errors.RuleError, "threshold -1.0 for 2"),
+        ({"0": 0.1, "2": float("nan")}, errors.RuleError, "threshold nan for 2"),
+        ({"0": 0.1, "1": 0.1}, errors.PatternError, "no truncated layer '1'"),
+    ]:
+        with pytest.raises(kind, match=message):
+            truncation.soft_threshold(amounts)
+    with torch.no_grad():
+        truncation.weights()["2"][0, 0] = float("nan")
+    for call in (
+        lambda: truncation.set_ranks({"0": 2, "2": 4}),
+        lambda: truncation.set_ranks({"0": 2, "2": 40}),
+        lambda: truncation.soft_threshold({"0": 0.1, "2": 0.1}),
+        truncation.spectra,
+    ):
+        with pytest.raises(errors.TrainingError, match="NaN"):
+            call()
+    with torch.no_grad():
+        truncation.weights()["2"].copy_(before["2.parametrizations.weight.original"])
+    assert same_state(model, before)
+    truncation.remove()
+    with pytest.raises(errors.TrainingError, match="ended already"):
+        truncation.set_ranks({"0": 2})
+    assert dict(truncation.ranks) == {"0": 3, "2": 9, "4": 4}

@@ -27,13 +27,14 @@ from spectrim.report import (
     Variant,
     plot_accuracy,
     plot_curves,
+    plot_history,
     plot_spectra,
     report,
     table,
     text,
 )
 from spectrim.sensitivity import sensitivity
-from spectrim.training import Finetuned, finetune
+from spectrim.training import Finetuned, History, finetune
 
 __version__ = "0.1.0"
 
@@ -48,6 +49,7 @@ __all__ = [
     "Energy",
     "Epoch",
     "Finetuned",
+    "History",
     "Interval",
     "LayerAnalysis",
     "LayerPlan",
@@ -80,6 +82,7 @@ __all__ = [
     "plan",
     "plot_accuracy",
     "plot_curves",
+    "plot_history",
     "plot_spectra",
     "report",
     "save",

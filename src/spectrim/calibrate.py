@@ -22,6 +22,7 @@ from spectrim.execution import (
     watching,
 )
 from spectrim.linalg import algebra, is_finite
+from spectrim.processes import Accelerator, in_turn, summed
 
 _PROBES = 2
 
@@ -82,6 +83,7 @@ def calibrate(
     layers: Collection[str] | None = None,
     positions: int | None = 64,
     gradients: bool = False,
+    accelerator: Accelerator | None = None,
 ) -> Calibration:
     """Run batches through the model and stream the statistics of every Linear and convolution layer's input.
 
@@ -98,6 +100,8 @@ def calibrate(
             layer), chosen at random but the same for every sample; None for all of them.
         gradients: Also stream the second moments of gradients that the loss metric is made of; takes about four times
             as long. No labels are used.
+        accelerator: An `accelerate.Accelerator`, under `torchrun`: every process is given the same batches and runs
+            those that are its turn, and all get the statistics of all, equal to one process's up to rounding.
 
     Raises:
         DataError: no batches, a batch the model cannot run, or activations that are NaN or infinite.
@@ -113,9 +117,12 @@ def calibrate(
     hint = "" if labels else " If the batches are pairs of inputs and labels, pass labels=True."
     seen = 0
     with evaluating(model), watching(model, watch):
-        for position, batch in enumerate(batches):
+        for position, batch, mine in in_turn(batches, accelerator):
             if max_batches is not None and position >= max_batches:
                 break
+            seen += 1
+            if not mine:
+                continue
             inputs = split_labels(batch, position=position)[0] if labels else as_inputs(batch)
             try:
                 if gradients:
@@ -124,9 +131,10 @@ def calibrate(
                     call(model, inputs, what=f"batch {position}", hint=hint)
             except ModelError as error:
                 raise DataError(str(error)) from error
-            seen += 1
     if not seen:
         raise DataError("the calibration data is empty; give at least one batch")
+    names = [name for name, one in model.named_modules() if isinstance(one, WATCHED)]
+    sums, felt = _pooled_sums(sums, names, accelerator), summed(felt, names=names, accelerator=accelerator)
     moments = {name: running.finish(name) for name, running in sums.items() if running.count}
     return Calibration({name: replace(one, felt=felt.get(name)) for name, one in moments.items()}, seen)
 
@@ -293,6 +301,29 @@ def _feel(
             handle.remove()
 
 
+def _pooled_sums(
+    sums: "dict[str, Running]", names: Sequence[str], accelerator: Accelerator | None
+) -> "dict[str, Running]":
+    """The statistics of all processes together."""
+    if accelerator is None or accelerator.num_processes == 1:
+        return sums
+    sums = {name: one for name, one in sums.items() if one.count}
+
+    def over_all(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return summed(tensors, names=names, accelerator=accelerator)
+
+    counts = over_all({name: torch.tensor([one.count, 1, one.noise]).double() for name, one in sums.items()})
+    means = over_all({name: one.mean * one.count for name, one in sums.items()})
+    means = {name: whole / counts[name][0] for name, whole in means.items()}
+    scatters = over_all({name: one.around(means[name]) for name, one in sums.items()})
+    made = {}
+    for name, (count, processes, noise) in ((name, one.tolist()) for name, one in counts.items()):
+        made[name] = Running()
+        made[name].count, made[name].noise = round(count), noise / processes
+        made[name].mean, made[name].scatter = means[name], scatters[name]
+    return made
+
+
 def _differentiable(inputs: Inputs) -> Inputs:
     """Inputs that gradients flow from, so that layers with frozen weights are reached as well."""
 
@@ -348,6 +379,11 @@ class Running:
         self.scatter.baddbmm_(shift.unsqueeze(2), shift.unsqueeze(1), alpha=self.count * number / total)
         self.mean = self.mean + shift * (number / total)
         self.count = total
+
+    def around(self, mean: Tensor) -> Tensor:
+        """The scatter around another mean (groups, in)."""
+        shift = self.mean - mean
+        return self.scatter + self.count * shift.unsqueeze(2) * shift.unsqueeze(1)
 
     def finish(self, name: str) -> Moments:
         """The moments; `name` is for the message when they are not finite."""

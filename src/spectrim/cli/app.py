@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from spectrim.cli import data, networks
+from spectrim.cli.finetune import finetune_network
 from spectrim.cli.studies import recipe, run
 from spectrim.errors import SpectrimError
 from spectrim.recipes import DEMO
@@ -22,6 +23,7 @@ app = typer.Typer(
 app.command("analyze")(networks.analyze_network)
 app.command("plan")(networks.plan_network)
 app.command("compress")(networks.compress_network)
+app.command("finetune")(finetune_network)
 app.add_typer(data.app, name="data")
 app.add_typer(recipe, name="recipe")
 

@@ -50,39 +50,59 @@ def _options(group: type) -> Iterator[inspect.Parameter]:
         yield parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[name])
 
 
+Model = Annotated[
+    str,
+    typer.Option(
+        metavar="REF",
+        rich_help_panel=_NETWORK,
+        help="spectrim:NAME, torchvision:NAME, timm:NAME, or pkg.module:factory, which RUNS THE CODE of that "
+        "module: name only code that you trust.",
+    ),
+]
+Option = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=VALUE",
+        rich_help_panel=_NETWORK,
+        help="An argument of the network's factory, such as outputs=47. Can be repeated.",
+    ),
+]
+Flatten = Annotated[
+    bool,
+    typer.Option("--flatten", rich_help_panel=_NETWORK, help="The network takes vectors: (batch, C * H * W)."),
+]
+DataFolder = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", rich_help_panel=_DATA, help="Where its raw files lie, if you have them."),
+]
+Mean = Annotated[
+    str | None,
+    typer.Option(
+        metavar="0.5,0.5,0.5",
+        rich_help_panel=_DATA,
+        help="The network takes (pixel / 255 - mean) / std; one value, or one a channel. By default cifar10 is "
+        "normalised as spectrim.models.cifar_inputs does, and other images are pixel / 255. Networks of "
+        "`spectrim recipe mnist-mlp` want --mean 0.1307 --std 0.3081.",
+    ),
+]
+Std = Annotated[str | None, typer.Option(metavar="0.2,0.2,0.2", rich_help_panel=_DATA, help="See --mean.")]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Source:
     """A network, and the images or the shape it is run on."""
 
-    model: Annotated[
-        str,
-        typer.Option(
-            metavar="REF",
-            rich_help_panel=_NETWORK,
-            help="spectrim:NAME, torchvision:NAME, timm:NAME, or pkg.module:factory, which RUNS THE CODE of that "
-            "module: name only code that you trust.",
-        ),
-    ]
+    model: Model
     weights: Annotated[
         Path | None,
         typer.Option(metavar="FILE", rich_help_panel=_NETWORK, help="Its trained weights, a .safetensors file."),
     ] = None
-    option: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME=VALUE",
-            rich_help_panel=_NETWORK,
-            help="An argument of the network's factory, such as outputs=47. Can be repeated.",
-        ),
-    ] = None
+    option: Option = None
     input: Annotated[
         str | None,
         typer.Option(metavar="3,32,32", rich_help_panel=_NETWORK, help="Shape of one input, where there is no --data."),
     ] = None
-    flatten: Annotated[
-        bool,
-        typer.Option("--flatten", rich_help_panel=_NETWORK, help="The network takes vectors: (batch, C * H * W)."),
-    ] = False
+    flatten: Flatten = False
     data: Annotated[
         str | None,
         typer.Option(
@@ -92,10 +112,7 @@ class Source:
             "training split. Without --data only the weights are looked at.",
         ),
     ] = None
-    data_folder: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", rich_help_panel=_DATA, help="Where its raw files lie, if you have them."),
-    ] = None
+    data_folder: DataFolder = None
     images: Annotated[int, typer.Option(metavar="N", min=1, rich_help_panel=_DATA, help="Calibration images.")] = 1024
     batch: Annotated[int, typer.Option(metavar="N", min=1, rich_help_panel=_DATA, help="Images at a time.")] = 256
     seed: Annotated[
@@ -111,17 +128,8 @@ class Source:
             "take, and at least 168.",
         ),
     ] = None
-    mean: Annotated[
-        str | None,
-        typer.Option(
-            metavar="0.5,0.5,0.5",
-            rich_help_panel=_DATA,
-            help="The network takes (pixel / 255 - mean) / std; one value, or one a channel. By default cifar10 is "
-            "normalised as spectrim.models.cifar_inputs does, and other images are pixel / 255. Networks of "
-            "`spectrim recipe mnist-mlp` want --mean 0.1307 --std 0.3081.",
-        ),
-    ] = None
-    std: Annotated[str | None, typer.Option(metavar="0.2,0.2,0.2", rich_help_panel=_DATA, help="See --mean.")] = None
+    mean: Mean = None
+    std: Std = None
 
     @property
     def cache_bytes(self) -> int | None:
@@ -245,12 +253,12 @@ class Choice:
     @property
     def named_metric(self) -> Metric | None:
         """The metric, if one was named."""
-        return None if self.metric is None else _one_of(_METRICS, self.metric, option="--metric")
+        return None if self.metric is None else one_of(_METRICS, self.metric, option="--metric")
 
     @property
     def forms(self) -> tuple[FormName, ...] | None:
         """The forms, if any were named."""
-        return tuple(_one_of(CONVOLUTION_FORMS, form, option="--form") for form in self.form or ()) or None
+        return tuple(one_of(CONVOLUTION_FORMS, form, option="--form") for form in self.form or ()) or None
 
 
 def arguments(*groups: object) -> list[str]:
@@ -284,7 +292,8 @@ def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def _one_of(allowed: Sequence[_Name], name: str, *, option: str) -> _Name:
+def one_of(allowed: Sequence[_Name], name: str, *, option: str) -> _Name:
+    """The allowed word that was given."""
     for one in allowed:
         if one == name:
             return one

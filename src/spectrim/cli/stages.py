@@ -61,8 +61,8 @@ class Stages:
 
 
 @contextmanager
-def stages() -> Iterator[Stages]:
-    """Stages as they are shown; an interrupt ends the command with one line and exit code 130."""
+def stages(*, left: Callable[[], str] = lambda: "nothing was written") -> Iterator[Stages]:
+    """Stages as they are shown; an interrupt ends the command with one line, of what is `left`, and exit code 130."""
     console = Console(highlight=False)
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
@@ -72,5 +72,6 @@ def stages() -> Iterator[Stages]:
             shown.end()
         except KeyboardInterrupt:
             bars.stop()
-            Console(stderr=True, highlight=False).print("interrupted; nothing was written")
+            said = f"interrupted; {left()}"
+            Console(stderr=True, highlight=False).print(said, markup=False, soft_wrap=True)
             raise typer.Exit(130) from None

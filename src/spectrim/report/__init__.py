@@ -1,7 +1,7 @@
 """Reports: the values of a study as terminal tables, figures, and one self-contained HTML page."""
 
 from spectrim.measure import Epoch
-from spectrim.report.figures import plot_accuracy, plot_curves, plot_spectra
+from spectrim.report.figures import plot_accuracy, plot_curves, plot_history, plot_spectra
 from spectrim.report.html import report
 from spectrim.report.results import LayerSpectrum, Published, Results, Run, Variant
 from spectrim.report.tables import table, text
@@ -15,6 +15,7 @@ __all__ = [
     "Variant",
     "plot_accuracy",
     "plot_curves",
+    "plot_history",
     "plot_spectra",
     "report",
     "table",

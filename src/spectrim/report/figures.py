@@ -13,6 +13,7 @@ from plotly.subplots import make_subplots
 from spectrim.analyze import Analysis
 from spectrim.errors import DataError, PatternError
 from spectrim.linalg import Spectrum
+from spectrim.measure import Epoch
 from spectrim.plan import Metric, Plan
 from spectrim.report import words
 from spectrim.report.results import LayerSpectrum, Results, Run, Variant
@@ -113,9 +114,12 @@ def plot_accuracy(results: Results, *, against: Against = "rank") -> go.Figure:
         raise DataError(f"no network of {results.title!r} has both an accuracy and a {against}; nothing to plot")
     shown = [one for one in results.variants if one.name in placed]
     figure = go.Figure()
-    for label, group in words.grouped(shown).items():
+    groups = words.grouped(shown)
+    unmeasured = [label for label, group in groups.items() if group[0].metric is None]
+    for label, group in groups.items():
         points = sorted(((placed[one.name], one) for one in group), key=lambda point: point[0])
-        figure.add_trace(_accuracy_trace(label, points))
+        position = unmeasured.index(label) if label in unmeasured else 0
+        figure.add_trace(_accuracy_trace(label, points, position=position))
     ends = sorted(placed.values())
     _add_dense(figure, results.dense, against, ends=(ends[0], ends[-1]))
     if against == "rank":
@@ -158,6 +162,42 @@ def plot_curves(results: Results) -> go.Figure:
     if held_out:
         figure.update_yaxes(type="linear", title_text="Held-out accuracy (%)", row=1, col=2)
     return figure
+
+
+def plot_history(history: Sequence[Epoch]) -> go.Figure:
+    """Training loss on a logarithmic axis, and accuracy on held-out data where it was taken, by epoch; the best marked.
+
+    Raises:
+        DataError: there is no epoch to show.
+    """
+    if not history:
+        raise DataError("there is no epoch to plot: the history is empty")
+    held = [(epoch.epoch + 1, 100 * epoch.held_out) for epoch in history if epoch.held_out is not None]
+    figure = make_subplots(rows=1, cols=2, horizontal_spacing=0.12) if held else go.Figure()
+    x, loss = [epoch.epoch + 1 for epoch in history], [epoch.loss for epoch in history]
+    figure.add_trace(_line(x, loss, name="training loss", at=0, hover="epoch %{x}: loss %{y:.4g}"))
+    if held:
+        x, accuracy = [at for at, _ in held], [value for _, value in held]
+        right = {"xaxis": "x2", "yaxis": "y2"}
+        hover = "epoch %{x}: %{y:.2f} %"
+        figure.add_trace(_line(x, accuracy, name="held-out accuracy", at=1, hover=hover).update(right))
+        best = max(held, key=lambda point: point[1])
+        star = {"symbol": "star", "size": 14, "color": _COLOURS[1], "line": {"color": "white", "width": 1}}
+        mark = go.Scatter(x=[best[0]], y=[best[1]], name="best", mode="markers", marker=star, hovertemplate=hover)
+        figure.add_trace(mark.update(right))
+    figure.update_layout(template=_TEMPLATE, height=_HEIGHT)
+    figure.update_xaxes(title_text="Epoch", dtick=max(1, -(-len(history) // 10)))
+    figure.update_yaxes(type="log", title_text="Training loss", tickformat="~g")
+    if held:
+        figure.update_yaxes(type="linear", title_text="Held-out accuracy (%)", row=1, col=2)
+    return figure
+
+
+def _line(x: list[int], y: list[float], *, name: str, at: int, hover: str) -> go.Scatter:
+    colour = _COLOURS[at]
+    marker = {"symbol": _SYMBOLS[at], "size": 7, "color": colour}
+    line = {"color": colour, "width": 2.2, "dash": ("solid", "dash")[at]}
+    return go.Scatter(x=x, y=y, name=name, mode="lines+markers", line=line, marker=marker, hovertemplate=hover)
 
 
 def available(results: Results) -> tuple[Against, ...]:
@@ -272,8 +312,11 @@ def _bars(variant: Variant) -> tuple[float, float]:
     return 100 * (interval.value - interval.low), 100 * (interval.high - interval.value)
 
 
-def _accuracy_trace(label: str, points: Sequence[tuple[float, Variant]]) -> go.Scatter:
+def _accuracy_trace(label: str, points: Sequence[tuple[float, Variant]], *, position: int) -> go.Scatter:
+    """One group of networks; `position` tells those apart that have no metric."""
     colour, symbol, _ = _METRIC_STYLE[points[0][1].metric]
+    if position:
+        colour, symbol = _COLOURS[(2 + position) % len(_COLOURS)], _SYMBOLS[(2 + position) % len(_SYMBOLS)]
     fresh = points[0][1].stage == "zero-shot"
     down, up = zip(*(_bars(one) for _, one in points), strict=True)
     return go.Scatter(
@@ -332,7 +375,7 @@ def _add_published(figure: go.Figure, results: Results, *, ends: tuple[float, fl
 
 def _zoom(results: Results, placed: Sequence[Variant]) -> dict[str, Any]:
     """The range (%) near the dense accuracy, where the rest of the scale would hide what happens there."""
-    tuned = [100 * (one.accuracy or 0) for one in placed if one.stage == "fine-tuned"]
+    tuned = [100 * (one.accuracy or 0) for one in placed if one.stage in ("fine-tuned", "trained")]
     everything = [100 * (one.accuracy or 0) for one in placed]
     top = max(100 * (results.dense.accuracy or 0), *everything)
     if not tuned or top - min(everything) < 3 * (top - min(tuned)):
@@ -342,7 +385,8 @@ def _zoom(results: Results, placed: Sequence[Variant]) -> dict[str, Any]:
 
 
 def _rule_label(variant: Variant) -> str:
-    return words.asked(variant.rule) if variant.rule is not None else variant.name
+    """What colours a curve: the rank, or the name of what was trained at one."""
+    return words.asked(variant.rule) if variant.rule is not None and variant.stage != "trained" else variant.name
 
 
 def _curve_style(variant: Variant, rules: list[str]) -> _Style:

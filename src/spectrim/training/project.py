@@ -12,9 +12,9 @@ from spectrim.errors import TrainingError
 from spectrim.factorize import duplicate, factored_at, own_bias
 from spectrim.forms import Geometry, as_kernels, as_stored, forms_of, geometry
 from spectrim.linalg import Factors, algebra, is_finite
-from spectrim.plan import Energy, Rank, Ratio
+from spectrim.plan import Energy
 from spectrim.surgery import Patterns, Target, replace
-from spectrim.training.truncated import Choice, choose
+from spectrim.training.truncated import Choice, LayerRule, choose
 
 # what torch's optimisers call the running mean of the gradient
 _MOMENTUM = ("exp_avg", "momentum_buffer")
@@ -34,14 +34,15 @@ class ProjectEachEpoch:
     plain truncated SVD (Eckart & Young 1936), in float64; convolutions in the channel form, each group by itself.
 
     Attributes:
-        rule: The rank of every layer. `Energy` is of the weight as it is at each call, so ranks can fall with time.
+        rule: The rank of every layer, or ranks by the layers' names. `Energy` is of the weight as it is at each call,
+            so ranks can fall with time.
         every_steps: Project at every so many calls of `step`; None leaves it to calls at the ends of epochs.
         include: Name patterns of the layers to project.
         exclude: Name patterns of layers to leave out.
         keep_last: Leave out the layer registered last.
     """
 
-    rule: Rank | Ratio | Energy
+    rule: LayerRule
     every_steps: int | None = field(default=None, kw_only=True)
     include: Patterns = field(default=("*",), kw_only=True)
     exclude: Patterns = field(default=(), kw_only=True)

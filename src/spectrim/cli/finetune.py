@@ -1,0 +1,503 @@
+"""`spectrim finetune`: train a compressed network so that it regains what compression lost."""
+
+import hashlib
+import json
+import math
+import shlex
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import typer
+from rich.console import Console
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from spectrim import data
+from spectrim.cli.options import DataFolder, Flatten, Mean, Model, Option, Source, Std, arguments, one_of, unfolded
+from spectrim.cli.outputs import Ours, outputs
+from spectrim.cli.stages import Stages, stages
+from spectrim.cli.subject import Images, Preparation, subject
+from spectrim.errors import DataError, FileError
+from spectrim.factorize import duplicate
+from spectrim.files import Frozen, parse, read_text, write_text
+from spectrim.io import load, save
+from spectrim.measure import Accuracy, Measurement, accuracy, measure
+from spectrim.models.weights import fill_, read_state
+from spectrim.report import plot_history, words
+from spectrim.report.tables import Column, Listing
+from spectrim.training import Checkpoint, Finetuned, History, Step, finetune
+from spectrim.training.checkpoint import fingerprint
+from spectrim.training.settings import Settings
+
+_MODEL, _HISTORY, _PAGE, _MEASURED = "model.safetensors", "history.json", "history.html", "measurement.json"
+_UNFINISHED = "unfinished.safetensors"
+_MARK = "<!-- Made by Spectrim. -->"
+_DATA, _NETWORK, _WHAT, _HOW = "The data", "The network", "What is trained", "How it is trained"
+_CHOICES = ("all", "factors", "head")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subjects:
+    """The compressed network, its teacher, and the images."""
+
+    model: Model
+    weights: Annotated[
+        Path,
+        typer.Option(
+            metavar="FILE|DIR",
+            rich_help_panel=_NETWORK,
+            help="The compressed network: the folder that `spectrim compress` wrote, or a .safetensors file.",
+        ),
+    ]
+    teacher_weights: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            rich_help_panel=_NETWORK,
+            help="The dense network's weights: its answers are learnt instead of the labels.",
+        ),
+    ] = None
+    option: Option = None
+    flatten: Flatten = False
+    data: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            rich_help_panel=_DATA,
+            help="A data set of `spectrim data list`, obtained first if need be. Its test split serves the final "
+            "figures only.",
+        ),
+    ]
+    data_folder: DataFolder = None
+    held_out: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            rich_help_panel=_DATA,
+            help="Training images to leave out, for the accuracy after each epoch; by default a tenth, at most 5000.",
+        ),
+    ] = None
+    batch: Annotated[int, typer.Option(metavar="N", min=1, rich_help_panel=_DATA, help="Images at a time.")] = 128
+    seed: Annotated[
+        int,
+        typer.Option(
+            metavar="N", min=0, rich_help_panel=_DATA, help="Decides which are left out, their order, and dropout."
+        ),
+    ] = 0
+    mean: Mean = None
+    std: Std = None
+
+    @property
+    def source(self) -> Source:
+        """The network as the other commands know it, without its weights."""
+        return Source(
+            model=self.model,
+            option=self.option,
+            flatten=self.flatten,
+            data=self.data,
+            data_folder=self.data_folder,
+            images=1,
+            mean=self.mean,
+            std=self.std,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """What is trained, and how."""
+
+    train: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="all|factors|head|PATTERN",
+            rich_help_panel=_WHAT,
+            help="Everything (default), the factored layers, the last layer, or what matches name patterns such as "
+            "'layer3.*'. Patterns can be repeated.",
+        ),
+    ] = None
+    unfreeze_norms: Annotated[
+        bool,
+        typer.Option(
+            "--unfreeze-norms", rich_help_panel=_WHAT, help="BatchNorm statistics follow the batches; else they stay."
+        ),
+    ] = False
+    epochs: Annotated[int, typer.Option(metavar="N", rich_help_panel=_HOW, help="Passes over the images.")] = 3
+    lr: Annotated[
+        float, typer.Option(metavar="RATE", rich_help_panel=_HOW, help="Peak learning rate; it decays to 0.")
+    ] = 1e-3
+    optimizer: Annotated[str, typer.Option(metavar="adamw|sgd", rich_help_panel=_HOW, help="SGD has --momentum.")] = (
+        "adamw"
+    )
+    momentum: Annotated[float, typer.Option(metavar="SHARE", rich_help_panel=_HOW, help="Of SGD.")] = 0.9
+    weight_decay: Annotated[float, typer.Option(metavar="RATE", rich_help_panel=_HOW, help="Of what is trained.")] = 0.0
+    warm_up: Annotated[
+        float, typer.Option(metavar="SHARE", rich_help_panel=_HOW, help="Of all steps, with a rising learning rate.")
+    ] = 0.1
+    clip: Annotated[
+        float, typer.Option(metavar="NORM", rich_help_panel=_HOW, help="Largest norm of the gradient; 0 for any.")
+    ] = 1.0
+    temperature: Annotated[
+        float, typer.Option(metavar="T", rich_help_panel=_HOW, help="Softens the teacher's answers and the network's.")
+    ] = 4.0
+    label_weight: Annotated[
+        float, typer.Option(metavar="SHARE", rich_help_panel=_HOW, help="Of the labels, beside a teacher.")
+    ] = 0.0
+    precision: Annotated[
+        str, typer.Option(metavar="float32|bf16", rich_help_panel=_HOW, help="Number type of the computation.")
+    ] = "float32"
+    keep: Annotated[
+        str,
+        typer.Option(
+            metavar="best|last", rich_help_panel=_HOW, help="Weights of the best epoch on the held-out images, or last."
+        ),
+    ] = "best"
+    patience: Annotated[
+        int | None, typer.Option(metavar="N", rich_help_panel=_HOW, help="Stop after N epochs without a better one.")
+    ] = None
+    save_every: Annotated[
+        int, typer.Option(metavar="STEPS", min=1, rich_help_panel=_HOW, help="How often the state is saved.")
+    ] = 500
+
+    def settings(self, *, seed: int) -> Settings:
+        """All of it that `finetune` calls settings; a mistake is told before anything is loaded."""
+        return Settings(
+            epochs=self.epochs,
+            lr=self.lr,
+            optimizer=one_of(("adamw", "sgd"), self.optimizer, option="--optimizer"),
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+            warm_up=self.warm_up,
+            clip=self.clip or None,
+            temperature=self.temperature,
+            label_weight=self.label_weight,
+            precision=one_of(("float32", "bf16"), self.precision, option="--precision"),
+            keep=one_of(("best", "last"), self.keep, option="--keep"),
+            patience=self.patience,
+            seed=seed,
+        )
+
+    @property
+    def trained(self) -> str | list[str]:
+        """One of the three words, or patterns."""
+        given = self.train or ["all"]
+        if len(given) > 1 and any(one in _CHOICES for one in given):
+            raise typer.BadParameter(f"--train {' '.join(given)}: give one of {', '.join(_CHOICES)}, or patterns only")
+        return given[0] if given[0] in _CHOICES else given
+
+
+class Tuned(Frozen):
+    """What `spectrim finetune` writes as measurement.json: the network before and after, and how to do it again.
+
+    Attributes:
+        before: As it was given, with its accuracy on the test images, as `after` and `teacher`.
+        held_out: Accuracy on the held-out training images before and after.
+    """
+
+    version: Literal[1] = 1
+    command: str
+    before: Measurement
+    after: Measurement
+    teacher: Measurement | None = None
+    held_out: tuple[Accuracy, Accuracy]
+    model_sha256: str
+
+    @classmethod
+    def load(cls, path: Path) -> "Tuned":
+        """Read one. Raises `FileError` for a missing, cut or invalid file."""
+        return parse(cls, read_text(path), origin=str(path))
+
+
+@unfolded
+def finetune_network(
+    *,
+    subjects: Subjects,
+    tuning: Tuning,
+    test: Annotated[
+        bool, typer.Option("--test/--no-test", help="Accuracy on the test images, before and after.")
+    ] = True,
+    out: Annotated[
+        Path,
+        typer.Option(
+            metavar="DIR",
+            help=f"Folder for {_MODEL}, {_HISTORY}, {_PAGE} and {_MEASURED}. The same command goes on with a run that "
+            "was stopped.",
+        ),
+    ],
+) -> None:
+    """Train a compressed network a little more, so that it regains the accuracy that compression cost."""
+    settings, unfinished = tuning.settings(seed=subjects.seed), out / _UNFINISHED
+    _ = tuning.trained, subjects.source.options
+    if settings.label_weight > 0 and subjects.teacher_weights is None:
+        raise typer.BadParameter("--label-weight is a share beside a teacher: give --teacher-weights")
+    with stages(left=lambda: _left(unfinished)) as shown, outputs(out, _ours(out)) as folder:
+        ready = _ready(subjects, shown)
+        first = accuracy(ready.network, ready.held_out)
+        made = _tuned(ready, subjects, tuning, settings, shown, unfinished)
+        held_out = first, accuracy(made.model, ready.held_out)
+        measured = _measured(ready, made.model, shown) if test else _counted(ready, made.model)
+        shown.begin("write")
+        save(made.model, folder / _MODEL)
+        made.history.save(folder / _HISTORY)
+        write_text(folder / _PAGE, f"{_MARK}\n{plot_history(made.history).to_html(include_plotlyjs=True)}")
+        command = shlex.join(
+            ["spectrim", "finetune", *arguments(subjects, tuning), *([] if test else ["--no-test"]), "--out", str(out)]
+        )
+        before, after, teacher = measured
+        found = Tuned(
+            command=command,
+            before=before,
+            after=after,
+            teacher=teacher,
+            held_out=held_out,
+            model_sha256=_sha256(folder / _MODEL),
+        )
+        write_text(folder / _MEASURED, found.model_dump_json(indent=1, exclude_none=True) + "\n")
+    unfinished.unlink(missing_ok=True)
+    _show(found, made.history, ready, out)
+
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """Some images of a data set in batches, prepared as they are asked for; shuffled by a generator if there is one."""
+
+    split: data.Dataset
+    chosen: Tensor
+    prepare: Preparation
+    size: int
+    seed: int | None = None
+
+    def __len__(self) -> int:
+        if self.seed is None:
+            return math.ceil(len(self.chosen) / self.size)
+        return max(1, len(self.chosen) // self.size)  # a short rest is left out
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        chosen = self.chosen
+        if self.seed is not None:
+            chosen = chosen[torch.randperm(len(chosen), generator=torch.Generator().manual_seed(self.seed))]
+        for part in chosen.split(self.size)[: len(self)]:
+            yield self.prepare(self.split.images[part]), self.split.labels[part]
+
+
+@dataclass(frozen=True, eq=False)
+class _Ready:
+    """Everything that is needed, loaded; what it was made from is known by `checksum`."""
+
+    network: nn.Module
+    teacher: nn.Module | None
+    example: Tensor
+    images: Images
+    train: Callable[[int], _Part]
+    held_out: _Part
+    checksum: str
+
+
+def _ready(subjects: Subjects, shown: Stages) -> _Ready:
+    # what it would say of a network without weights does not hold: they are filled in here
+    quiet = Stages(Console(quiet=True), shown.bars)
+    if not shown.console.is_terminal:
+        shown.console.print(f"load {subjects.data}\nload {subjects.model}", markup=False, soft_wrap=True)
+    if subjects.source.runs_code:
+        shown.console.print(f"--model {subjects.model} runs the code of that module", markup=False, soft_wrap=True)
+    given = subject(subjects.source, quiet)
+    quiet.end()
+    network = _filled(given.model, subjects.weights)
+    teacher = None if subjects.teacher_weights is None else _filled(given.model, subjects.teacher_weights)
+    why_not = given.untestable()
+    if why_not is not None or given.images is None:
+        raise DataError(f"the labels cannot be learnt: {why_not}; do --option and --data fit the network?")
+    split = data.load(subjects.data, split="train", folder=subjects.data_folder)
+    aside = min(5000, math.ceil(len(split) / 10)) if subjects.held_out is None else subjects.held_out
+    if aside >= len(split):
+        raise DataError(f"{subjects.data} has {len(split)} training images; --held-out {aside} leaves none to train on")
+    order = torch.randperm(len(split), generator=torch.Generator().manual_seed(subjects.seed))
+    prepare = given.images.prepare
+
+    def epoch(number: int) -> _Part:
+        seed = subjects.seed * 1_000_003 + number
+        return _Part(split, order[aside:], prepare, subjects.batch, seed=seed)
+
+    held_out = _Part(split, order[:aside], prepare, max(256, subjects.batch))
+    return _Ready(network, teacher, given.example, given.images, epoch, held_out, split.checksum)
+
+
+def _filled(blank: nn.Module, path: Path) -> nn.Module:
+    """A copy of the network with the weights of a file that `spectrim.save` wrote, or of a plain one."""
+    if path.is_dir() or _is_ours(path):
+        return load(path, blank).eval()
+    model = duplicate(blank)
+    fill_(model, read_state(path), origin=path)
+    return model.eval()
+
+
+def _is_ours(path: Path) -> bool:
+    if path.suffix.lower() != ".safetensors":
+        return False
+    try:
+        with safe_open(path, framework="pt") as opened:
+            return "spectrim" in (opened.metadata() or {})
+    except (SafetensorError, OSError):
+        return False  # and reading it will say why
+
+
+def _tuned(
+    ready: _Ready, subjects: Subjects, tuning: Tuning, settings: Settings, shown: Stages, unfinished: Path
+) -> Finetuned:
+    """The training itself, from where an earlier one of the same options was stopped."""
+    own = asdict(subjects) | asdict(tuning)
+    # where files lie does not matter, what is in them does
+    given = {name: own[name] for name in own.keys() - {"weights", "teacher_weights", "data_folder", "save_every"}}
+    teacher = None if ready.teacher is None else fingerprint(ready.teacher)["weights"]
+    identity = {**fingerprint(ready.network), "teacher": teacher, "images": ready.checksum, **given}
+    checkpoint = Checkpoint(unfinished, run=json.dumps(identity, sort_keys=True), unfit="refuse")
+    steps = len(ready.train(0))
+    shown.begin("train", of=settings.epochs * steps)
+    return finetune(
+        ready.network,
+        ready.train,
+        teacher=ready.teacher,
+        train=tuning.trained,
+        epochs=settings.epochs,
+        lr=settings.lr,
+        optimizer=settings.optimizer,
+        momentum=settings.momentum,
+        weight_decay=settings.weight_decay,
+        warm_up=settings.warm_up,
+        clip=settings.clip,
+        temperature=settings.temperature,
+        label_weight=settings.label_weight,
+        precision=settings.precision,
+        frozen_norms=not tuning.unfreeze_norms,
+        held_out=ready.held_out,
+        keep=settings.keep,
+        patience=settings.patience,
+        seed=settings.seed,
+        checkpoint=checkpoint,
+        save_every=tuning.save_every,
+        on_step=_Teller(shown),
+    )
+
+
+@dataclass
+class _Teller:
+    """Shows each step in a terminal, and the last one of each epoch elsewhere."""
+
+    shown: Stages
+    begun: bool = False
+
+    def __call__(self, step: Step) -> None:
+        if not self.begun and (step.epoch or step.step):
+            where = f"going on from epoch {step.epoch + 1}, step {step.step + 1}"
+            self.shown.console.print(where, markup=False, soft_wrap=True)
+        self.begun = True
+        self.shown.reach(step.epoch * step.steps + step.step + 1)
+        right = "" if step.accuracy is None else f", accuracy {words.percent(step.accuracy)}"
+        said = f"epoch {step.epoch + 1}/{step.epochs}, loss {step.loss:.3f}{right}"
+        left = "" if step.seconds_left is None else f", {_time(step.seconds_left)} left"
+        self.shown.say(f"{said}{left}")
+        if not self.shown.console.is_terminal and step.step + 1 == step.steps:
+            self.shown.console.print(said, markup=False, soft_wrap=True)
+
+
+def _time(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"
+
+
+def _measured(ready: _Ready, made: nn.Module, shown: Stages) -> tuple[Measurement, Measurement, Measurement | None]:
+    """Before, after, and the teacher, with their accuracies on the test images."""
+    tests = ready.images.tests()
+    counted = _counted(ready, made)
+    networks = {"network before": ready.network, "network after": made, "teacher": ready.teacher}
+    found: list[Measurement | None] = []
+    for (name, network), own in zip(networks.items(), counted, strict=True):
+        if network is None or own is None:
+            found.append(None)
+            continue
+        shown.begin(f"test the {name}", of=len(tests))
+        found.append(own.model_copy(update={"accuracy": accuracy(network, shown.each(tests))}))
+    before, after, teacher = found
+    assert before is not None
+    assert after is not None
+    return before, after, teacher
+
+
+def _counted(ready: _Ready, made: nn.Module) -> tuple[Measurement, Measurement, Measurement | None]:
+    def one(network: nn.Module) -> Measurement:
+        return measure(network, ready.example, latency=False)
+
+    return one(ready.network), one(made), None if ready.teacher is None else one(ready.teacher)
+
+
+def _show(found: Tuned, history: History, ready: _Ready, out: Path) -> None:
+    console = Console(highlight=False)
+    console.print(_table(found, ready))
+    if history.stopped_early:
+        console.print(f"Stopped after {len(history)} epochs: the held-out accuracy no longer rose.", soft_wrap=True)
+    if history.kept is not None and history.kept + 1 < len(history):
+        console.print(f"Saved is epoch {history.kept + 1}, the best on the held-out images.", soft_wrap=True)
+    for name, what in (
+        (_MODEL, "the network: spectrim.load(path, network)"),
+        (_HISTORY, "every epoch"),
+        (_PAGE, "open this in a browser"),
+        (_MEASURED, "every number"),
+    ):
+        console.print(f"  {out / name}  ({what})", markup=False, soft_wrap=True)
+
+
+def _table(found: Tuned, ready: _Ready) -> Listing:
+    before, after = found.held_out
+    rows = [("before", found.before, before), ("after", found.after, after)]
+    cells = [_row(name, measured, held_out) for name, measured, held_out in rows]
+    if found.teacher is not None:
+        cells.append(_row("teacher", found.teacher, None))
+    columns = (
+        Column("Network", number=False),
+        Column("Params", 1),
+        Column("MACs", 2),
+        Column("Held-out\naccuracy"),
+        Column("Test\naccuracy"),
+    )
+    note = f"{before.total:,} held-out training images of {ready.images.info.name}"
+    tested = found.after.accuracy
+    note += f"; {tested.total:,} test images." if tested else "; not tested (--no-test)."
+    return Listing("Fine-tuning", columns, tuple(cells), strong=frozenset({1}), note=note)
+
+
+def _row(name: str, measured: Measurement, held_out: Accuracy | None) -> tuple[str, ...]:
+    shares = (held_out, measured.accuracy)
+    shown = [words.NOTHING if one is None else words.percent(one.value) for one in shares]
+    return (name, words.count(measured.params), words.count(measured.macs), *shown)
+
+
+def _left(unfinished: Path) -> str:
+    if not unfinished.exists():
+        return "nothing was written"
+    return f"{unfinished} holds what is done, and the same command goes on from there"
+
+
+def _ours(out: Path) -> dict[str, Ours]:
+    """What may be replaced: histories, their pages, measurements, and the network that the measurement describes."""
+
+    def require_recorded(model: Path) -> None:
+        if Tuned.load(out / _MEASURED).model_sha256 != _sha256(model):
+            raise FileError(f"{model} was changed after it was written")
+
+    return {_MODEL: require_recorded, _HISTORY: History.load, _PAGE: _require_page, _MEASURED: Tuned.load}
+
+
+def _require_page(path: Path) -> None:
+    if not read_text(path).startswith(_MARK):
+        raise FileError(f"{path} is another page")
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with path.open("rb") as opened:
+            return hashlib.file_digest(opened, "sha256").hexdigest()
+    except OSError as error:
+        raise FileError(f"cannot read {path}: {error.strerror or error}") from error

@@ -1,0 +1,82 @@
+"""What a training run tells afterwards."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field
+
+from spectrim.errors import FileError
+from spectrim.files import Frozen, parse, read_text, write_text
+from spectrim.measure import Epoch
+
+
+class _File(Frozen):
+    version: Literal[1] = 1
+    epochs: tuple[Epoch, ...]
+    lr: tuple[float, ...]
+    stopped_early: bool
+    kept: int | None = Field(default=None, ge=0)
+
+
+class History(tuple[Epoch, ...]):
+    """The epochs of a run, in order, those before an interruption included; a tuple with more to tell.
+
+    Attributes:
+        lr: The learning rate of the last step of each epoch.
+        stopped_early: Whether patience ended the run before its last epoch.
+        kept: Position of the epoch whose weights the network has; None before the first one has ended.
+    """
+
+    lr: tuple[float, ...]
+    stopped_early: bool
+    kept: int | None
+
+    def __new__(
+        cls,
+        epochs: Iterable[Epoch] = (),
+        *,
+        lr: Iterable[float] = (),
+        stopped_early: bool = False,
+        kept: int | None = None,
+    ) -> Self:
+        """A history of these epochs."""
+        made = super().__new__(cls, epochs)
+        made.lr, made.stopped_early, made.kept = tuple(lr), stopped_early, kept
+        return made
+
+    def __repr__(self) -> str:
+        more = f", stopped_early={self.stopped_early}, kept={self.kept}"
+        return f"History({super().__repr__()}, lr={self.lr}{more})"
+
+    @property
+    def best(self) -> Epoch | None:
+        """The epoch of the best accuracy on held-out data, the first of equals; None where there is none."""
+        taken = [epoch for epoch in self if epoch.held_out is not None]
+        return max(taken, key=lambda epoch: epoch.held_out or 0.0, default=None)
+
+    def to_json(self) -> str:
+        """JSON text, from which `from_json` makes an equal history."""
+        file = _File(epochs=tuple(self), lr=self.lr, stopped_early=self.stopped_early, kept=self.kept)
+        return file.model_dump_json(indent=1)
+
+    @classmethod
+    def from_json(cls, text: str, *, origin: str = "the text") -> "History":
+        """The history that JSON `text` holds; `origin` names it in a message.
+
+        Raises:
+            FileError: the text is not a history.
+        """
+        file = parse(_File, text, origin=origin)
+        if len(file.lr) != len(file.epochs) or not (file.kept is None or file.kept < len(file.epochs)):
+            raise FileError(f"{origin} is not a valid history: {len(file.epochs)} epochs, lr and kept do not fit them")
+        return cls(file.epochs, lr=file.lr, stopped_early=file.stopped_early, kept=file.kept)
+
+    def save(self, path: str | Path) -> Path:
+        """Write JSON, wholly or not at all. Raises `FileError` where that is not possible."""
+        return write_text(Path(path), self.to_json() + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "History":
+        """Read JSON. Raises `FileError` for a missing, cut or invalid file."""
+        return cls.from_json(read_text(Path(path)), origin=str(path))

@@ -1,0 +1,130 @@
+"""The loss of a batch: from labels, from a teacher, or from both."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from spectrim.errors import DataError, ModelError, TrainingError
+from spectrim.execution import Inputs, call, device_of, split_labels
+from spectrim.training.settings import Settings
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """The loss, and how many of the `labelled` answers are right; None where the labels are no class indices."""
+
+    loss: Tensor
+    correct: int | None
+    labelled: int
+
+
+def outcome(model: nn.Module, batch: Any, *, position: int, teacher: nn.Module | None, settings: Settings) -> Outcome:
+    """Run a batch (inputs.., targets) through the model, and through the teacher if there is one.
+
+    Raises:
+        DataError: not a labelled batch, or targets that do not fit the outputs.
+        ModelError: the model cannot run the batch.
+        TrainingError: BatchNorm needs more than one value.
+    """
+    inputs, targets = split_labels(batch, position=position)
+    with _precision(model, settings):
+        outputs = _outputs(model, inputs, position)
+        with torch.no_grad():
+            logits = None if teacher is None else _outputs(teacher, inputs, position)
+    try:
+        targets = torch.as_tensor(targets).to(outputs.device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(f"the labels of batch {position} make no tensor ({error}); give class indices") from error
+    if logits is None and targets.is_floating_point():
+        logits = _require_logits(targets, outputs)
+    elif logits is None:
+        loss = functional.cross_entropy(outputs, _require_classes(targets, outputs, position))
+        return Outcome(loss, *_right(outputs, targets))
+    _require_fit(logits, outputs)
+    loss = _distillation(outputs, logits, settings.temperature)
+    if settings.label_weight > 0:
+        entropy = functional.cross_entropy(outputs, _require_classes(targets, outputs, position))
+        loss = settings.label_weight * entropy + (1 - settings.label_weight) * loss
+    return Outcome(loss, *_right(outputs, targets))
+
+
+@contextmanager
+def _precision(model: nn.Module, settings: Settings) -> Iterator[None]:
+    with torch.autocast(device_of(model).type, dtype=torch.bfloat16, enabled=settings.precision == "bf16"):
+        yield
+
+
+def _outputs(model: nn.Module, inputs: Inputs, position: int) -> Tensor:
+    """(batch, classes), in float32 at least."""
+    try:
+        found = call(model, inputs, what=f"batch {position}")
+    except ModelError as error:
+        if "Expected more than 1 value per channel" in str(error.__cause__):
+            raise TrainingError(
+                f"batch {position} ({inputs.describe()}) is too small for BatchNorm, which takes a mean and a variance "
+                "of it; leave the last, smaller batch out (DataLoader(.., drop_last=True)), or freeze the norms' "
+                "statistics (frozen_norms=True)"
+            ) from error
+        raise
+    if not isinstance(found, Tensor) or found.ndim < 2 or not found.is_floating_point():
+        got = f"{found.dtype} {list(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
+        raise DataError(
+            f"{type(model).__name__} gives {got}, not logits (batch, classes); train a network that gives these alone"
+        )
+    return found.float() if found.itemsize < 4 else found
+
+
+def _require_logits(targets: Tensor, outputs: Tensor) -> Tensor:
+    if targets.ndim < 2:
+        raise DataError(
+            f"labels are {_kind(targets)}: class indices are whole numbers (use labels.long()), and a teacher's logits "
+            f"are {list(outputs.shape)}"
+        )
+    return targets
+
+
+def _require_fit(logits: Tensor, outputs: Tensor) -> None:
+    if logits.shape != outputs.shape:
+        raise DataError(f"the teacher's logits {list(logits.shape)} do not fit the outputs {list(outputs.shape)}")
+
+
+def _require_classes(labels: Tensor, outputs: Tensor, position: int) -> Tensor:
+    """The labels, int64."""
+    if not _whole(labels):
+        raise DataError(
+            f"batch {position} has labels {_kind(labels)}: class indices are whole numbers; use labels.long()"
+        )
+    if outputs.ndim != 2 or labels.shape != outputs.shape[:1]:
+        raise DataError(f"labels {list(labels.shape)} do not fit the outputs {list(outputs.shape)}")
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < outputs.shape[1]:
+        raise DataError(
+            f"batch {position} has labels {int(labels.min())}..{int(labels.max())}, outside 0..{outputs.shape[1] - 1}, "
+            "the model's classes"
+        )
+    return labels.long()
+
+
+def _right(outputs: Tensor, labels: Tensor) -> tuple[int | None, int]:
+    if not _whole(labels) or outputs.ndim != 2 or labels.shape != outputs.shape[:1]:
+        return None, 0
+    return int((outputs.detach().argmax(dim=1) == labels).sum()), len(labels)
+
+
+def _whole(labels: Tensor) -> bool:
+    return not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+def _distillation(outputs: Tensor, logits: Tensor, temperature: float) -> Tensor:
+    """KL divergence of the softened answers, times the temperature squared (Hinton 2015)."""
+    student = functional.log_softmax(outputs / temperature, dim=1)
+    master = functional.log_softmax(logits / temperature, dim=1)
+    return functional.kl_div(student, master, reduction="batchmean", log_target=True) * temperature**2
