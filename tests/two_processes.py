@@ -6,6 +6,8 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, TensorDataset
 
 import spectrim as st
 
@@ -48,13 +50,86 @@ def statistics(calibration: st.Calibration) -> dict[str, Tensor]:
     return {name: tensor.contiguous() for name, tensor in found.items()}
 
 
+def student() -> nn.Module:
+    torch.manual_seed(1)
+    first = nn.Sequential(
+        nn.Conv2d(2, 12, 3, padding=1), nn.BatchNorm2d(12), nn.ReLU(), nn.Conv2d(12, 12, 3), nn.ReLU()
+    )
+    dense = nn.Sequential(*first, nn.Flatten(), nn.Linear(108, 3))
+    return st.compress(dense, st.Rank(4), example_inputs=torch.zeros(1, 2, 5, 5), keep_last=True).model
+
+
+def labelled() -> DataLoader:
+    """Batches of 8, 8, 8 and 5, shuffled anew in every epoch."""
+    images = torch.randn(29, 2, 5, 5, generator=torch.Generator().manual_seed(2))
+    return DataLoader(TensorDataset(images, torch.arange(29) % 3), batch_size=8, shuffle=True)
+
+
+def tuned(checkpoint: str | None = None, *, accelerator: Accelerator | None = None, epochs: int = 3) -> st.Finetuned:
+    """By labels and a teacher, with held-out accuracy."""
+    held_out = [(batch, torch.zeros(len(batch), dtype=torch.long)) for batch in batches()]
+    return st.finetune(
+        student(),
+        labelled(),
+        teacher=student(),
+        label_weight=0.5,
+        epochs=epochs,
+        lr=1e-2,
+        held_out=held_out,
+        keep="best",
+        checkpoint=checkpoint,
+        save_every=1 if checkpoint else None,
+        accelerator=accelerator,
+    )
+
+
+def stopped(path: str, accelerator: Accelerator) -> None:
+    """Interrupted in the second epoch by an error on both sides, as when a machine is lost."""
+    steps = 0
+
+    def count(*_: object) -> None:
+        nonlocal steps
+        steps += 1
+        if steps == 6:
+            raise ConnectionError("lost")
+
+    handle = nn.modules.module.register_module_forward_pre_hook(
+        lambda module, _: count() if isinstance(module, DistributedDataParallel) else None
+    )
+    try:
+        tuned(path, accelerator=accelerator)
+    except st.errors.ModelError:
+        return
+    finally:
+        handle.remove()
+    raise AssertionError("it was not interrupted")
+
+
+def refused(accelerator: Accelerator) -> str:
+    """What is said of a batch with fewer samples than processes."""
+    try:
+        st.finetune(student(), [(torch.randn(1, 2, 5, 5), torch.tensor([0]))], epochs=1, accelerator=accelerator)
+    except st.errors.DataError as error:
+        return str(error)
+    return ""
+
+
 def main() -> None:
     torch.set_num_threads(1)
     accelerator = Accelerator(cpu=True)
     assert accelerator.num_processes == 2
+    out = sys.argv[1]
     found = statistics(st.calibrate(network(), batches(), gradients=True, accelerator=accelerator))
+    trained = tuned(accelerator=accelerator)
+    found |= {f"tuned.{name}": tensor.contiguous() for name, tensor in trained.model.state_dict().items()}
+    found["curve"] = torch.tensor([[one.loss, one.held_out or 0.0] for one in trained.history]).double()
+    checkpoint = f"{out}.unfinished"
+    stopped(checkpoint, accelerator)
+    again = tuned(checkpoint, accelerator=accelerator)
+    found |= {f"resumed.{name}": tensor.contiguous() for name, tensor in again.model.state_dict().items()}
+    message = refused(accelerator)
     if accelerator.is_main_process:
-        save_file(found, sys.argv[1])
+        save_file(found, out, metadata={"refused": message})
     accelerator.end_training()
 
 

@@ -124,9 +124,9 @@ def finetune(
     student = duplicate(model)
     if accelerator is not None:
         student = student.to(accelerator.device)
-        if teacher is not None and device_of(teacher) != accelerator.device:
+        if teacher is not None and device_of(teacher) != device_of(student):
             raise TrainingError(
-                f"the teacher is on {device_of(teacher)} and this process works on {accelerator.device}; "
+                f"the teacher is on {device_of(teacher)} and this process works on {device_of(student)}; "
                 "give teacher.to(accelerator.device)"
             )
     trained = _trained(student, train)
