@@ -75,6 +75,7 @@ PUBLIC = {
         "plot_accuracy",
         "plot_curves",
         "plot_history",
+        "plot_ranks",
         "plot_spectra",
         "report",
         "save",

@@ -265,3 +265,17 @@ def test_a_step_that_fails_changes_neither_ranks_nor_count() -> None:
     for damaged in ({"step": 3}, {"schedule": 1}, {**schedule.state_dict(), "step": -1}):
         with pytest.raises(errors.TrainingError, match="not the state"):
             schedule.load_state_dict(damaged)
+
+
+def test_the_ranks_over_time_are_a_figure() -> None:
+    _, truncation = network()
+    schedule = RankSchedule(st.Budget(params=0.5), every=2, end=8)
+    train(truncation, torch.optim.Adam(truncation.weights().values()), schedule, steps=10)
+    figure = st.plot_ranks(schedule.history)
+    first, second, cost = figure.data
+    assert [trace.name for trace in (first, second, cost)] == ["0", "2", "cost"]
+    assert list(first.x) == list(cost.x) == [record.step for record in schedule.history]
+    assert list(second.y) == [record.ranks["2"] for record in schedule.history]
+    assert list(cost.y) == pytest.approx([100 * record.kept for record in schedule.history])
+    with pytest.raises(errors.DataError, match="history is empty"):
+        st.plot_ranks(())

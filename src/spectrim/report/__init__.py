@@ -1,7 +1,7 @@
 """Reports: the values of a study as terminal tables, figures, and one self-contained HTML page."""
 
 from spectrim.measure import Epoch
-from spectrim.report.figures import plot_accuracy, plot_curves, plot_history, plot_spectra
+from spectrim.report.figures import plot_accuracy, plot_curves, plot_history, plot_ranks, plot_spectra
 from spectrim.report.html import report
 from spectrim.report.results import LayerSpectrum, Published, Results, Run, Variant
 from spectrim.report.tables import table, text
@@ -16,6 +16,7 @@ __all__ = [
     "plot_accuracy",
     "plot_curves",
     "plot_history",
+    "plot_ranks",
     "plot_spectra",
     "report",
     "table",

@@ -2,9 +2,9 @@
 
 import difflib
 import html
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import plotly.graph_objects as go
@@ -190,6 +190,55 @@ def plot_history(history: Sequence[Epoch]) -> go.Figure:
     figure.update_yaxes(type="log", title_text="Training loss", tickformat="~g")
     if held:
         figure.update_yaxes(type="linear", title_text="Held-out accuracy (%)", row=1, col=2)
+    return figure
+
+
+class Ranks(Protocol):
+    """Ranks at one moment of training, such as an entry of `RankSchedule.history`."""
+
+    @property
+    def step(self) -> int:
+        """Optimiser steps taken."""
+
+    @property
+    def ranks(self) -> Mapping[str, int]:
+        """By the layers' names."""
+
+    @property
+    def kept(self) -> float:
+        """What the network costs, kept / dense."""
+
+
+def plot_ranks(history: Sequence[Ranks]) -> go.Figure:
+    """Each layer's rank, and the share of the cost that is kept, by optimiser step.
+
+    Args:
+        history: `RankSchedule.history`.
+
+    Raises:
+        DataError: there is nothing to show.
+    """
+    if not history:
+        raise DataError("there are no ranks to plot: the history is empty; call step() of the schedule while training")
+    figure = make_subplots(rows=1, cols=2, horizontal_spacing=0.12)
+    steps = [record.step for record in history]
+    for at, name in enumerate(history[-1].ranks):
+        values = [record.ranks[name] for record in history]
+        line = {"shape": "hv", "width": 2.2, "color": _COLOURS[at % len(_COLOURS)]}
+        marker = {"symbol": _SYMBOLS[at % len(_SYMBOLS)], "size": 5}
+        hover = f"step %{{x}}: {html.escape(name)} at rank %{{y}}<extra></extra>"
+        figure.add_trace(
+            go.Scatter(x=steps, y=values, name=html.escape(name), line=line, marker=marker, hovertemplate=hover)
+        )
+    kept = [100 * record.kept for record in history]
+    line = {"shape": "hv", "width": 2.2, "color": _GREY}
+    cost = go.Scatter(x=steps, y=kept, name="cost", line=line, hovertemplate="step %{x}: %{y:.1f} %<extra></extra>")
+    figure.add_trace(cost, row=1, col=2)
+    figure.update_layout(template=_TEMPLATE, height=_HEIGHT)
+    figure.update_traces(mode="lines+markers")
+    figure.update_xaxes(title_text="Optimiser step")
+    figure.update_yaxes(title_text="Rank", rangemode="tozero", row=1, col=1)
+    figure.update_yaxes(title_text="Cost, kept / dense (%)", rangemode="tozero", row=1, col=2)
     return figure
 
 
