@@ -10,7 +10,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 from spectrim.errors import DataError
-from spectrim.recipes import MNIST_MLP, STUDIES, MlpStudy, run_study
+from spectrim.recipes import MNIST_DYNAMIC, MNIST_FACTORS, MNIST_MLP, MNIST_PROJECTED, STUDIES, Study, run_study
 from spectrim.recipes import Progress as Event
 from spectrim.report import table
 
@@ -26,26 +26,71 @@ def list_recipes() -> None:
     Console(highlight=False).print(rows)
 
 
+Seeds = Annotated[str, typer.Option(metavar="0,1,2", help="Seeds, a whole run each.")]
+Out = Annotated[Path, typer.Option(metavar="DIR", help="Folder for everything it makes; rerun to resume.")]
+DataFolder = Annotated[
+    Path | None, typer.Option("--data-folder", metavar="DIR", help="Where the MNIST files lie, if you have them.")
+]
+Quick = Annotated[bool, typer.Option("--quick", help="Little data, few epochs: to see it work.")]
+
+
 @recipe.command("mnist-mlp")
 def mnist_mlp(
     *,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for everything it makes; rerun to resume.")] = Path(
-        "spectrim-mnist-mlp"
-    ),
-    seeds: Annotated[str, typer.Option(metavar="0,1,2", help="Seeds, a whole run each.")] = "0",
-    data_folder: Annotated[
-        Path | None, typer.Option("--data-folder", metavar="DIR", help="Where the MNIST files lie, if you have them.")
-    ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Little data, few epochs: to see it work.")] = False,
+    out: Out = Path("spectrim-mnist-mlp"),
+    seeds: Seeds = "0",
+    data_folder: DataFolder = None,
+    quick: Quick = False,
 ) -> None:
     """The classic study on MNIST: 784-1024x5-10, every layer but the last at rank 200, 100, 50, 20, 10."""
-    study = MNIST_MLP.model_copy(update={"seeds": _seeds(seeds)})
-    if len(study.seeds) > 1 or study.seeds != (0,):
-        study = study.model_copy(update={"command": f"{study.command} --seeds {seeds}"})
-    run(study.quick() if quick else study, out=out, data_folder=data_folder)
+    run(_asked(MNIST_MLP, seeds=seeds, quick=quick), out=out, data_folder=data_folder)
 
 
-def run(study: MlpStudy, *, out: Path, data_folder: Path | None) -> None:
+@recipe.command("mnist-factors")
+def mnist_factors(
+    *,
+    out: Out = Path("spectrim-mnist-factors"),
+    seeds: Seeds = "0",
+    data_folder: DataFolder = None,
+    quick: Quick = False,
+) -> None:
+    """The same network factored at rank 20, and its factors fine-tuned: with labels, and with a teacher."""
+    run(_asked(MNIST_FACTORS, seeds=seeds, quick=quick), out=out, data_folder=data_folder)
+
+
+@recipe.command("mnist-dynamic")
+def mnist_dynamic(
+    *,
+    out: Out = Path("spectrim-mnist-dynamic"),
+    seeds: Seeds = "0",
+    data_folder: DataFolder = None,
+    quick: Quick = False,
+) -> None:
+    """The same network truncated to rank 20 in every forward pass: as published, and stabilised."""
+    run(_asked(MNIST_DYNAMIC, seeds=seeds, quick=quick), out=out, data_folder=data_folder)
+
+
+@recipe.command("mnist-projected")
+def mnist_projected(
+    *,
+    out: Out = Path("spectrim-mnist-projected"),
+    seeds: Seeds = "0",
+    data_folder: DataFolder = None,
+    quick: Quick = False,
+) -> None:
+    """The same network trained from scratch, its weights projected to rank 20 at every epoch."""
+    run(_asked(MNIST_PROJECTED, seeds=seeds, quick=quick), out=out, data_folder=data_folder)
+
+
+def _asked(study: Study, *, seeds: str, quick: bool) -> Study:
+    """The study with the options of the command line."""
+    chosen = _seeds(seeds)
+    if chosen != (0,):
+        study = study.model_copy(update={"seeds": chosen, "command": f"{study.command} --seeds {seeds}"})
+    return study.quick() if quick else study
+
+
+def run(study: Study, *, out: Path, data_folder: Path | None) -> None:
     """Run a study with a progress bar, then show its table and where the report is."""
     console = Console(highlight=False)
     console.print(study.title, style="bold", markup=False)
@@ -57,7 +102,7 @@ def run(study: MlpStudy, *, out: Path, data_folder: Path | None) -> None:
 
         def show(event: Event) -> None:
             nonlocal told
-            if not console.is_terminal and event.part != told:
+            if not console.is_terminal and event.part != told and event.parts_done < event.parts:
                 console.print(f"{event.parts_done + 1}/{event.parts} {event.part}", markup=False)
             told = event.part
             done = event.done / event.of if event.of else 0.0
@@ -80,7 +125,8 @@ def run(study: MlpStudy, *, out: Path, data_folder: Path | None) -> None:
         ("plan.json", "what was done to each layer"),
         ("results.json", "every number"),
     ):
-        console.print(f"  {out / name}  ({what})", markup=False, soft_wrap=True)
+        if name != "plan.json" or results.variant(results.chosen or "dense").plan is not None:
+            console.print(f"  {out / name}  ({what})", markup=False, soft_wrap=True)
 
 
 def _seeds(text: str) -> tuple[int, ...]:

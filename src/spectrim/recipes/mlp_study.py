@@ -1,9 +1,7 @@
 """The classic study of a fully connected network: rank against accuracy, before and after fine-tuning the factors."""
 
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache, partial
 
 import torch
 from pydantic import Field
@@ -12,254 +10,105 @@ from torch import Tensor, nn
 from spectrim.analyze import Analysis, analyze
 from spectrim.calibrate import calibrate
 from spectrim.compress import compress
-from spectrim.execution import evaluating
-from spectrim.files import Frozen, require_writable_folder
-from spectrim.io import save
-from spectrim.measure import Accuracy, accuracy
-from spectrim.models import mlp
+from spectrim.files import Frozen
 from spectrim.plan import Metric, Rank
 from spectrim.ranks import plan
-from spectrim.recipes.images import Images, Minibatches, load_images
-from spectrim.recipes.outcome import Network, SeedOutcome, choose, provenance_of, spectra_of, summarise, variants_of
-from spectrim.recipes.parts import Parts, Trained, key_of
-from spectrim.recipes.progress import OnProgress, Teller, silent
-from spectrim.report import Published, Results, report
-from spectrim.training import finetune, fit
+from spectrim.recipes.outcome import Network, SeedOutcome, spectra_of
+from spectrim.recipes.parts import Trained
+from spectrim.recipes.study import Phase, SeedRun, Study
+from spectrim.training import finetune
 from spectrim.training.checkpoint import Checkpoint
 
-METRICS: tuple[Metric, ...] = ("plain", "activation")
 
-
-class Phase(Frozen):
-    """A stretch of training with Adam: epochs, peak learning rate, batch size, decoupled weight decay."""
-
-    epochs: int = Field(ge=1)
-    lr: float = Field(gt=0)
-    batch: int = Field(ge=1)
-    weight_decay: float = Field(default=0.0, ge=0)
-
-
-class MlpStudy(Frozen):
-    """Everything that decides the outcome of a study.
+class Tuning(Frozen):
+    """How the factors come about and are fine-tuned.
 
     Attributes:
-        name: Its name on the command line.
-        title: One line for the report.
-        dataset: As `spectrim data list` names it.
-        width: Size of the hidden layers.
-        hidden: How many there are.
+        metric: Of the factorisation.
+        phase: Of the fine-tuning.
+        temperature: With the dense network as the teacher; None trains with the labels.
+    """
+
+    metric: Metric
+    phase: Phase
+    temperature: float | None = Field(default=None, gt=0)
+
+
+class MlpStudy(Study):
+    """Every layer but the last factored, as it comes out (zero-shot) and with the factors fine-tuned.
+
+    Attributes:
         ranks: Applied to every layer but the last.
-        held_out: Training images set aside for choices.
-        limit: Use at most so many training and test images.
         calibration_images: Training images for the activation metric.
-        dense: Training of the dense network, cross-entropy.
-        tuning: Fine-tuning of the factored network, the dense one as the teacher.
-        temperature: Of the distillation.
-        seeds: One whole run each.
-        tolerance: The chosen network is the smallest that loses at most this share of held-out accuracy.
-        published: Figures to compare with.
-        command: What repeats the study.
+        tunings: Each one at each rank.
     """
 
-    name: str
-    title: str
-    dataset: str
-    width: int = Field(default=1024, ge=1)
-    hidden: int = Field(default=5, ge=1)
     ranks: tuple[int, ...]
-    held_out: int = Field(ge=1)
-    limit: int | None = Field(default=None, ge=1)
     calibration_images: int = Field(ge=1)
-    dense: Phase
-    tuning: Phase
-    temperature: float = Field(default=4.0, gt=0)
-    seeds: tuple[int, ...] = (0,)
-    tolerance: float = Field(default=0.005, ge=0)
-    published: tuple[Published, ...] = ()
-    command: str
+    tunings: tuple[Tuning, ...]
 
-    def quick(self) -> "MlpStudy":
-        """The same study on little data with few epochs: to see it work, not for its figures."""
-        return self.model_copy(
-            update={
-                "title": f"{self.title} (quick look: little data, few epochs)",
-                "command": f"{self.command} --quick",
-                "limit": min(self.limit or 2000, 2000),
-                "held_out": min(self.held_out, 1000),
-                "calibration_images": min(self.calibration_images, 1000),
-                "dense": self.dense.model_copy(update={"epochs": min(self.dense.epochs, 4)}),
-                "tuning": self.tuning.model_copy(update={"epochs": min(self.tuning.epochs, 2)}),
-            }
-        )
+    @property
+    def steps(self) -> int:
+        """Analysing, and each rank in each way."""
+        return 1 + len(self.ranks) * len(self.tunings)
 
-
-def run_study(
-    study: MlpStudy, out: Path, *, data_folder: Path | None = None, on_progress: OnProgress = silent
-) -> Results:
-    """Train, compress, fine-tune and measure, and write everything to a folder.
-
-    `out` then holds `report.html`, `results.json`, `plan.json` and `model.safetensors` (the chosen network), and the
-    trained parts, from which an interrupted run goes on when it is started again.
-
-    Args:
-        study: What to do.
-        out: A folder; made if need be.
-        data_folder: Where the data set's files lie, if not in the cache.
-        on_progress: Called at every step.
-
-    Raises:
-        FileError: `out` cannot be written to; nothing has been done then.
-        DataError: the data set cannot be obtained.
-    """
-    start = time.perf_counter()
-    out = require_writable_folder(out)
-    teller = Teller(on_progress, parts=1 + len(study.seeds) * (2 + len(METRICS) * len(study.ranks)) + 2)
-    teller.begin(f"reading {study.dataset}")
-    images = load_images(study.dataset, held_out=study.held_out, limit=study.limit, folder=data_folder)
-    seeds = tuple(
-        _SeedRun(study, seed, images, Parts(out / "parts" / f"seed{seed}"), teller).run() for seed in study.seeds
-    )
-    teller.begin("testing")
-    dense, variants = variants_of(seeds, images, teller)
-    chosen, because = choose(seeds, study.tolerance)
-    results = Results(
-        title=study.title,
-        summary=summarise(dense, next(v for v in variants if v.name == chosen.name)),
-        dense=dense,
-        variants=variants,
-        chosen=chosen.name,
-        chosen_because=because,
-        spectra=spectra_of(seeds[0].analysis),
-        published=study.published,
-        command=study.command,
-        provenance=provenance_of(
-            images,
-            dataset=study.dataset,
-            seeds=study.seeds,
-            settings=study.model_dump_json(exclude={"published", "title", "name", "command"}),
-            seconds=time.perf_counter() - start,
-        ),
-    )
-    teller.begin("writing")
-    save(chosen.model, out / "model.safetensors")
-    chosen.plan.save(out / "plan.json")
-    results.save(out / "results.json")
-    report(results, out / "report.html")
-    teller.end()
-    return results
-
-
-@dataclass(frozen=True, eq=False)
-class _SeedRun:
-    """One seed of a study: its dense network and all that comes of it, trained or found on disk."""
-
-    study: MlpStudy
-    seed: int
-    images: Images
-    parts: Parts
-    teller: Teller
-
-    def run(self) -> SeedOutcome:
-        dense, curve = self._dense()
-        self._begin("analysing")
-        train = self.images.train
-        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(self.seed))
-        some = train.images[order[: self.study.calibration_images]]
-        calibration = calibrate(dense, some.split(1000))
-        analysis = analyze(dense, train.images[:1], calibration=calibration, keep_last=True)
-        logits = _logits(dense, train.images)
+    def outcome(self, run: SeedRun) -> SeedOutcome:
+        """Every rank in every way."""
+        dense, curve = run.dense()
+        analysis = _analysis(run, dense, images=self.calibration_images)
+        answers = cache(lambda: run.answers(dense))
         networks = tuple(
             network
-            for metric in METRICS
-            for rank in self.study.ranks
-            for network in self._compressed(dense, analysis, metric=metric, rank=rank, logits=logits)
+            for tuning in self.tunings
+            for rank in self.ranks
+            for network in self._factored(run, dense, analysis, answers, tuning=tuning, rank=rank)
         )
-        return SeedOutcome(self.seed, dense, self._held_out(dense), curve, analysis, networks)
+        return SeedOutcome(run.seed, dense, run.held_out(dense), curve, networks, spectra_of(analysis))
 
-    def _dense(self) -> Trained:
-        phase = self.study.dense
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
-            blank = mlp(
-                self.images.train.images[0].numel(),
-                self.images.classes,
-                width=self.study.width,
-                hidden=self.study.hidden,
-            )
-        self._begin("training the dense network")
+    def _shortened(self) -> Mapping[str, object]:
+        tunings = tuple(one.model_copy(update={"phase": one.phase.at_most(2)}) for one in self.tunings)
+        return {"calibration_images": min(self.calibration_images, 1000), "tunings": tunings}
 
-        def train(checkpoint: Checkpoint) -> Trained:
-            curve = fit(
-                blank,
-                self._epochs(self.images.train.labels, phase),
-                epochs=phase.epochs,
-                lr=phase.lr,
-                weight_decay=phase.weight_decay,
-                held_out=self.images.held_out.batches(),
-                seed=self.seed,
-                checkpoint=checkpoint,
-                on_step=self.teller.training,
-            )
-            return blank, curve
-
-        dense, curve = self.parts.trained("dense", key=self._key(), blank=blank, train=train)
-        return dense.eval(), curve
-
-    def _compressed(
-        self, dense: nn.Module, analysis: Analysis, *, metric: Metric, rank: int, logits: Tensor
+    def _factored(
+        self,
+        run: SeedRun,
+        dense: nn.Module,
+        analysis: Analysis,
+        answers: Callable[[], Tensor],
+        *,
+        tuning: Tuning,
+        rank: int,
     ) -> Iterator[Network]:
-        """The network of one rank and metric as factored, and after its factors were tuned."""
-        self._begin(f"rank {rank}, {metric} metric: factoring and fine-tuning")
-        phase = self.study.tuning
+        """The network of one rank as factored, and after its factors were tuned."""
+        metric, phase = tuning.metric, tuning.phase
+        run.begin(f"rank {rank}, {metric} metric: factoring and fine-tuning")
         decided = plan(analysis, Rank(rank), metric=metric)
-        example = self.images.train.images[:1]
+        example = run.images.train.images[:1]
         small = compress(dense, decided, example_inputs=example, analysis=analysis)
-        yield Network(metric, rank, "zero-shot", small.model, decided, self._held_out(small.model), ())
+        network = partial(Network, rule=Rank(rank), metric=metric, plan=decided)
+        yield network(f"rank {rank}, {metric}, zero-shot", "zero-shot", small.model, run.held_out(small.model))
 
         def train(checkpoint: Checkpoint) -> Trained:
+            targets = run.images.train.labels if tuning.temperature is None else answers()
             tuned = finetune(
                 small.model,
-                self._epochs(logits, phase),
+                run.epochs(targets, phase),
                 train="factors",
-                epochs=phase.epochs,
-                lr=phase.lr,
-                weight_decay=phase.weight_decay,
-                temperature=self.study.temperature,
-                held_out=self.images.held_out.batches(),
-                seed=self.seed,
-                checkpoint=checkpoint,
-                on_step=self.teller.training,
+                temperature=tuning.temperature or 1.0,
+                **run.options(phase, checkpoint),
             )
             return tuned.model, tuned.history
 
-        key = self._key(
-            metric=metric, rank=rank, calibration=self.study.calibration_images, tuning=(phase, self.study.temperature)
-        )
-        model, curve = self.parts.trained(f"rank{rank:04d}-{metric}", key=key, blank=dense, train=train)
-        yield Network(metric, rank, "fine-tuned", model, decided, self._held_out(model), curve)
-
-    def _begin(self, what: str) -> None:
-        self.teller.begin(f"seed {self.seed}: {what}" if len(self.study.seeds) > 1 else what)
-
-    def _held_out(self, model: nn.Module) -> Accuracy:
-        return accuracy(model, self.images.held_out.batches())
-
-    def _epochs(self, targets: Tensor, phase: Phase) -> Callable[[int], Minibatches]:
-        return lambda epoch: Minibatches(self.images.train.images, targets, phase.batch, self.seed, epoch)
-
-    def _key(self, **more: object) -> str:
-        study = self.study
-        return key_of(
-            data=self.images.checksum,
-            split=(study.held_out, study.limit),
-            shape=(study.width, study.hidden),
-            dense=study.dense,
-            seed=self.seed,
-            **more,
-        )
+        key = run.key(metric=metric, rank=rank, calibration=self.calibration_images, tuning=(phase, tuning.temperature))
+        name = f"rank{rank:04d}-{metric}" + ("" if tuning.temperature else "-labels")
+        model, curve = run.parts.trained(name, key=key, blank=dense, train=train)
+        yield network(f"rank {rank}, {metric}, fine-tuned", "fine-tuned", model, run.held_out(model), curve)
 
 
-def _logits(model: nn.Module, images: Tensor) -> Tensor:
-    """The teacher's answers, computed once instead of in every epoch."""
-    with evaluating(model):
-        return torch.cat([model(some) for some in images.split(1000)])
+def _analysis(run: SeedRun, dense: nn.Module, *, images: int) -> Analysis:
+    """Of every layer but the last, in both metrics."""
+    run.begin("analysing")
+    train = run.images.train
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(run.seed))
+    calibration = calibrate(dense, train.images[order[:images]].split(1000))
+    return analyze(dense, train.images[:1], calibration=calibration, keep_last=True)

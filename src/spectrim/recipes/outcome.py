@@ -13,30 +13,40 @@ import torch
 from torch import nn
 
 from spectrim.analyze import Analysis
+from spectrim.execution import evaluating
 from spectrim.measure import Accuracy, Epoch, accuracy, measure
 from spectrim.plan import Metric, Plan, Rank
-from spectrim.recipes.images import Images
+from spectrim.recipes.images import Batch, Images
 from spectrim.recipes.progress import Teller
-from spectrim.report import LayerSpectrum, Run, Variant
-from spectrim.report.results import Stage
+from spectrim.report import LayerSpectrum, Run, Variant, words
+from spectrim.report.results import Agreement, Stage
 
 
 @dataclass(frozen=True, eq=False)
 class Network:
-    """One compressed network of one seed."""
+    """One compressed network of one seed.
 
-    metric: Metric
-    rank: int
+    Attributes:
+        name: Unique within a study.
+        stage: What has been done to it.
+        model: Ready to be saved.
+        held_out: Accuracy on held-out training images.
+        curve: Of its training, if any.
+        rule: What was asked of every layer.
+        metric: Of the factorisation, if there was one before training.
+        plan: Of the same.
+        reference: The network as it was trained, if `model` has been made from it and should answer the same.
+    """
+
+    name: str
     stage: Stage
     model: nn.Module
-    plan: Plan
     held_out: Accuracy
-    curve: tuple[Epoch, ...]
-
-    @property
-    def name(self) -> str:
-        """Unique within a study."""
-        return f"rank {self.rank}, {self.metric}, {self.stage}"
+    curve: tuple[Epoch, ...] = ()
+    rule: Rank | None = None
+    metric: Metric | None = None
+    plan: Plan | None = None
+    reference: nn.Module | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,8 +57,8 @@ class SeedOutcome:
     dense: nn.Module
     held_out: Accuracy
     curve: tuple[Epoch, ...]
-    analysis: Analysis
     networks: tuple[Network, ...]
+    spectra: tuple[LayerSpectrum, ...] = ()
 
 
 def variants_of(seeds: Sequence[SeedOutcome], images: Images, teller: Teller) -> tuple[Variant, tuple[Variant, ...]]:
@@ -62,22 +72,40 @@ def variants_of(seeds: Sequence[SeedOutcome], images: Images, teller: Teller) ->
     for index, network in enumerate(first.networks):
         teller.tell(index, of=len(first.networks), note=network.name)
         same = [one.networks[index] for one in seeds]
-        runs = tuple(
-            Run(seed=one.seed, test=accuracy(each.model, tests), held_out=each.held_out, curve=each.curve)
-            for one, each in zip(seeds, same, strict=True)
-        )
+        runs = tuple(_run(one.seed, each, tests) for one, each in zip(seeds, same, strict=True))
         variants.append(
             Variant(
                 name=network.name,
                 stage=network.stage,
                 measurement=measure(network.model, example, reference=first.dense),
-                rule=Rank(network.rank),
+                rule=network.rule,
                 metric=network.metric,
                 plan=network.plan,
                 runs=runs,
             )
         )
     return dense, tuple(variants)
+
+
+def _run(seed: int, network: Network, tests: Sequence[Batch]) -> Run:
+    return Run(
+        seed=seed,
+        test=accuracy(network.model, tests),
+        held_out=network.held_out,
+        curve=network.curve,
+        agreement=None if network.reference is None else _agreement(network.model, network.reference, tests),
+    )
+
+
+def _agreement(model: nn.Module, reference: nn.Module, tests: Sequence[Batch]) -> Agreement:
+    with evaluating(model), evaluating(reference):
+        ours, theirs = (torch.cat([one(images) for images, _ in tests]) for one in (model, reference))
+    return Agreement(
+        largest_difference=float((ours - theirs).abs().max()),
+        largest_logit=float(theirs.abs().max()),
+        equal=int((ours.argmax(dim=1) == theirs.argmax(dim=1)).sum()),
+        of=len(ours),
+    )
 
 
 def choose(seeds: Sequence[SeedOutcome], tolerance: float) -> tuple[Network, str]:
@@ -91,18 +119,23 @@ def choose(seeds: Sequence[SeedOutcome], tolerance: float) -> tuple[Network, str
     if not close:
         best = max(networks, key=lambda pair: pair[1])[0]
         return best, "the most accurate on held-out training images; none came within the tolerance of dense"
-    smallest = min(close, key=lambda pair: (pair[0].plan.kept_cost.params, -pair[1]))[0]
+    smallest = min(close, key=lambda pair: (_size(pair[0].model), -pair[1]))[0]
     return smallest, f"the smallest within {100 * tolerance:g} points of dense on held-out training images"
+
+
+def _size(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def summarise(dense: Variant, chosen: Variant) -> str:
     """What was compressed and what came out, for somebody who has not read the code."""
     before, after = dense.measurement, chosen.measurement
     speed = f", {after.speedup.value:.1f}x faster one image at a time" if after.speedup else ""
+    agreement = chosen.runs[0].agreement
     return (
         f"A network of {before.params:,} parameters that is right on {100 * (dense.accuracy or 0):.2f} % of the test "
         f"images became one of {after.params:,} that is right on {100 * (chosen.accuracy or 0):.2f} %: "
-        f"{before.params / after.params:.1f}x smaller{speed}."
+        f"{before.params / after.params:.1f}x smaller{speed}." + (f" {words.agreement(agreement)}" if agreement else "")
     )
 
 

@@ -10,7 +10,7 @@ from spectrim.files import Frozen, parse, read_text, write_text
 from spectrim.measure import Accuracy, Epoch, Measurement
 from spectrim.plan import Metric, Plan, Rule
 
-Stage = Literal["dense", "zero-shot", "fine-tuned"]
+Stage = Literal["dense", "zero-shot", "fine-tuned", "trained"]
 
 
 class LayerSpectrum(Frozen):
@@ -23,13 +23,33 @@ class LayerSpectrum(Frozen):
     values: tuple[float, ...]
 
 
+class Agreement(Frozen):
+    """How closely a factored network answers as the one it was made from, on the test set.
+
+    Attributes:
+        largest_difference: Of any two logits.
+        largest_logit: For scale, the largest absolute value of a logit.
+        equal: Examples that both classify alike.
+        of: All examples.
+    """
+
+    largest_difference: float
+    largest_logit: float
+    equal: int
+    of: int
+
+
 class Run(Frozen):
-    """One seed of a variant: its accuracy on the test set and on held-out training data, and its training curve."""
+    """One seed of a variant: its accuracy on the test set and on held-out training data, and its training curve.
+
+    `agreement` is there where the network was made from another one with the same outputs.
+    """
 
     seed: int
     test: Accuracy
     held_out: Accuracy | None = None
     curve: tuple[Epoch, ...] = ()
+    agreement: Agreement | None = None
 
 
 class Variant(Frozen):
@@ -37,7 +57,8 @@ class Variant(Frozen):
 
     Attributes:
         name: Short and unique, such as `rank 20, activation, fine-tuned`.
-        stage: `dense`, `zero-shot` (compressed, not trained again) or `fine-tuned`.
+        stage: `dense`, `zero-shot` (compressed, not trained again), `fine-tuned`, or `trained` (at low rank, with
+            the SVD inside the training).
         measurement: Costs, and latency against dense; from the first seed.
         rule: What was asked of every layer.
         metric: What the approximation error was measured on.

@@ -8,7 +8,7 @@ import numpy as np
 from spectrim.linalg import Spectrum
 from spectrim.measure import Interval, Measurement
 from spectrim.plan import Budget, Energy, Metric, Plan, Rank, Ratio, Rule
-from spectrim.report.results import LayerSpectrum, Results, Variant
+from spectrim.report.results import Agreement, LayerSpectrum, Results, Variant
 
 TIMES = "\N{MULTIPLICATION SIGN}"
 TO = "\N{EN DASH}"
@@ -110,6 +110,15 @@ def uncertainty(variant: Variant) -> str:
     return bounds(variant.runs[0].test.interval, scale=100) if variant.runs else NOTHING
 
 
+def agreement(one: Agreement) -> str:
+    """How the factored network compares with the one that was trained."""
+    alike = f"all {one.of:,}" if one.equal == one.of else f"{one.equal:,} of {one.of:,}"
+    return (
+        f"Against the network that was trained, its logits differ by at most {one.largest_difference:.1g} (the largest "
+        f"is {one.largest_logit:.3g}), and {alike} test images are classified alike."
+    )
+
+
 def asked(rule: Rule | None) -> str:
     """A rule as words: `rank 20`."""
     match rule:
@@ -186,7 +195,9 @@ def grouped(variants: Iterable[Variant]) -> dict[str, list[Variant]]:
 
 
 def group_label(variant: Variant) -> str:
-    """The stage, and the metric where there is one."""
+    """The stage, and the metric where there is one; what was trained at low rank goes by its name."""
+    if variant.stage == "trained":
+        return variant.name
     return f"{variant.stage}, {variant.metric} metric" if variant.metric else variant.stage
 
 
