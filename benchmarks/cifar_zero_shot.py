@@ -12,11 +12,12 @@ Seconds are those of one `st.compress`, memory is the peak of the process it has
 
 import argparse
 import json
+import math
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -86,23 +87,39 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     return 100 * st.accuracy(model, batches).value
 
 
-def finetuned(small: nn.Module, teacher: nn.Module, seed: int) -> nn.Module:
-    """Three epochs over 10 000 training images, flipped and shifted at random, with the dense network's answers."""
-    padded = nn.functional.pad(cifar_inputs(load("cifar10", split="train").images[split(seed)[2]]), (4, 4, 4, 4))
+class Augmented:
+    """Batches of one epoch, each image flipped and shifted by itself, made as they are asked for; no labels."""
 
-    def epoch(number: int) -> list[tuple[Tensor, Tensor]]:
-        draw = torch.Generator().manual_seed(1000 * seed + number)
-        batches = []
-        for places in torch.randperm(len(padded), generator=draw).split(128):
+    def __init__(self, padded: Tensor, *, draw: int) -> None:
+        self.padded, self.draw = padded, draw
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.padded) / 128)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        draw = torch.Generator().manual_seed(self.draw)
+        for places in torch.randperm(len(self.padded), generator=draw).split(128):
             corners = torch.randint(9, (len(places), 2), generator=draw).tolist()
             flipped = torch.rand(len(places), generator=draw) < 0.5
-            shifted = zip(padded[places], corners, strict=True)
+            shifted = zip(self.padded[places], corners, strict=True)
             x = torch.stack([image[:, top : top + 32, left : left + 32] for image, (top, left) in shifted])
             x[flipped] = x[flipped].flip(-1)
-            batches.append((x, torch.zeros(len(x), dtype=torch.long)))
-        return batches
+            yield x, torch.zeros(len(x), dtype=torch.long)
+
+
+def finetuned(small: nn.Module, teacher: nn.Module, seed: int) -> nn.Module:
+    """Three epochs over 10 000 training images, with the dense network's answers."""
+    images = padded(cifar_inputs(load("cifar10", split="train").images[split(seed)[2]]))
+
+    def epoch(number: int) -> Augmented:
+        return Augmented(images, draw=1000 * seed + number)
 
     return st.finetune(small, epoch, teacher=teacher, epochs=3, lr=3e-4, seed=seed).model
+
+
+def padded(images: Tensor) -> Tensor:
+    """With four pixels of the mean colour around, of which `Augmented` cuts 32 x 32."""
+    return nn.functional.pad(images, (4, 4, 4, 4))
 
 
 def main() -> None:
