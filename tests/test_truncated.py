@@ -114,6 +114,24 @@ def test_finish_gives_factors_with_the_same_outputs(make: Callable[..., nn.Modul
     torch.testing.assert_close(small(x), expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("end", ["finish", "remove"])
+def test_a_copy_made_before_the_end_outlives_it(end: str) -> None:
+    model = small_mlp()
+    truncation = truncated_(model, st.Rank(3), exact=True)
+    train(model, torch.optim.Adam(model.parameters(), lr=1e-2), steps=3)
+    kept = copy.deepcopy(model).eval()
+    x = inputs(5, 12)
+    before = kept(x).detach()
+    getattr(truncation, end)()
+    torch.testing.assert_close(kept(x), before)
+    torch.testing.assert_close(model.eval()(x), before, rtol=1e-4, atol=1e-5)
+    plain = copy.deepcopy(kept)
+    for layer in plain.modules():
+        if parametrize.is_parametrized(layer):
+            parametrize.remove_parametrizations(layer, "weight")
+    torch.testing.assert_close(plain(x), before)
+
+
 def test_remove_gives_back_the_plain_layers_with_the_same_outputs() -> None:
     model = small_mlp()
     weight, x = model[0].weight, inputs(6, 12)

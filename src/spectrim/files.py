@@ -1,5 +1,6 @@
 """Files that are either whole or absent, and values read from them that are checked before use."""
 
+import hashlib
 import os
 import tempfile
 from collections.abc import Callable
@@ -60,6 +61,19 @@ def read_text(path: Path) -> str:
         return Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise FileError(f"{path} is not a text file (byte {error.start} is not UTF-8)") from error
+    except OSError as error:
+        raise FileError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def sha256_of(path: Path) -> str:
+    """The checksum of a file, as hexadecimal digits.
+
+    Raises:
+        FileError: it cannot be read.
+    """
+    try:
+        with path.open("rb") as opened:
+            return hashlib.file_digest(opened, "sha256").hexdigest()
     except OSError as error:
         raise FileError(f"cannot read {path}: {error.strerror or error}") from error
 

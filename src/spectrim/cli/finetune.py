@@ -1,6 +1,5 @@
 """`spectrim finetune`: train a compressed network so that it regains what compression lost."""
 
-import hashlib
 import json
 import math
 import shlex
@@ -22,7 +21,7 @@ from spectrim.cli.stages import Stages, stages
 from spectrim.cli.subject import Images, Preparation, subject
 from spectrim.errors import DataError, FileError
 from spectrim.factorize import duplicate
-from spectrim.files import Frozen, parse, read_text, write_text
+from spectrim.files import Frozen, parse, read_text, sha256_of, write_text
 from spectrim.io import load, save
 from spectrim.measure import Accuracy, Measurement, accuracy, measure
 from spectrim.models.weights import fill_, read_state
@@ -253,7 +252,7 @@ def finetune_network(
             after=after,
             teacher=teacher,
             held_out=held_out,
-            model_sha256=_sha256(folder / _MODEL),
+            model_sha256=sha256_of(folder / _MODEL),
         )
         write_text(folder / _MEASURED, found.model_dump_json(indent=1, exclude_none=True) + "\n")
     unfinished.unlink(missing_ok=True)
@@ -484,7 +483,7 @@ def _ours(out: Path) -> dict[str, Ours]:
     """What may be replaced: histories, their pages, measurements, and the network that the measurement describes."""
 
     def require_recorded(model: Path) -> None:
-        if Tuned.load(out / _MEASURED).model_sha256 != _sha256(model):
+        if Tuned.load(out / _MEASURED).model_sha256 != sha256_of(model):
             raise FileError(f"{model} was changed after it was written")
 
     return {_MODEL: require_recorded, _HISTORY: History.load, _PAGE: _require_page, _MEASURED: Tuned.load}
@@ -493,11 +492,3 @@ def _ours(out: Path) -> dict[str, Ours]:
 def _require_page(path: Path) -> None:
     if not read_text(path).startswith(_MARK):
         raise FileError(f"{path} is another page")
-
-
-def _sha256(path: Path) -> str:
-    try:
-        with path.open("rb") as opened:
-            return hashlib.file_digest(opened, "sha256").hexdigest()
-    except OSError as error:
-        raise FileError(f"cannot read {path}: {error.strerror or error}") from error

@@ -1,6 +1,5 @@
 """`spectrim analyze`, `spectrim plan` and `spectrim compress`: the library's chain on a network of yours."""
 
-import hashlib
 import shlex
 from collections.abc import Container
 from contextlib import nullcontext
@@ -19,7 +18,7 @@ from spectrim.cli.subject import Subject, subject
 from spectrim.compress import Compressed, compress
 from spectrim.errors import FileError
 from spectrim.execution import as_inputs
-from spectrim.files import Frozen, parse, read_text, write_text
+from spectrim.files import Frozen, parse, read_text, sha256_of, write_text
 from spectrim.io import save
 from spectrim.measure import Measurement, accuracy, measure
 from spectrim.plan import Budget, Metric, Plan
@@ -145,7 +144,7 @@ def compress_network(
         save(small.model, folder / _MODEL)
         small.plan.save(folder / _PLAN)
         command = _command(source, layers, choice, plan=plan, reconstruct=reconstruct, test=test, out=out)
-        found = Measured(command=command, dense=dense, compressed=kept, model_sha256=_sha256(folder / _MODEL))
+        found = Measured(command=command, dense=dense, compressed=kept, model_sha256=sha256_of(folder / _MODEL))
         write_text(folder / _MEASURED, found.model_dump_json(indent=1, exclude_none=True) + "\n")
     _show(small.plan, found, source, given, why_not, out)
 
@@ -291,7 +290,7 @@ def _ours(out: Path) -> dict[str, Ours]:
     """What `compress` may replace: plans, measurements, and the very network that the measurement there describes."""
 
     def require_recorded(model: Path) -> None:
-        if Measured.load(out / _MEASURED).model_sha256 != _sha256(model):
+        if Measured.load(out / _MEASURED).model_sha256 != sha256_of(model):
             raise FileError(f"{model} was changed after it was written")
 
     return {_MODEL: require_recorded, _PLAN: Plan.load, _MEASURED: Measured.load}
@@ -300,11 +299,3 @@ def _ours(out: Path) -> dict[str, Ours]:
 def _require_page(path: Path) -> None:
     if "Made by Spectrim." not in read_text(path):
         raise FileError(f"{path} is another page")
-
-
-def _sha256(path: Path) -> str:
-    try:
-        with path.open("rb") as opened:
-            return hashlib.file_digest(opened, "sha256").hexdigest()
-    except OSError as error:
-        raise FileError(f"cannot read {path}: {error.strerror or error}") from error

@@ -342,7 +342,14 @@ class Truncation:
     def _restore(self, target: Target) -> None:
         for site in target.sites:
             layer = self.model.get_submodule(site)
-            parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
+            if len(layer.parametrizations) > 1:  # type: ignore[arg-type]
+                parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
+                continue
+            # torch's way changes the class, which copies of the layer share, such as the best epoch's
+            weight = _original(layer)
+            del layer.parametrizations
+            layer.__class__ = type(layer).__bases__[0]
+            layer.register_parameter("weight", weight)
 
 
 def _require_finite(name: str, weight: Tensor) -> None:
