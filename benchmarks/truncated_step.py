@@ -1,6 +1,6 @@
 """The price of truncation in every forward pass, against a dense step and against a full SVD in every step.
 
-    python benchmarks/truncated_step.py [--repeats 20] [--exact-repeats 2] [--threads 1]
+    python benchmarks/truncated_step.py [--repeats 20] [--exact-repeats 2] [--threads 1] [--fused]
 
 One training step of a 784-5x1024-10 network, batch 256, Adam, rank 20 in all layers but the last. The steps are timed
 in turn, and the ratios are medians over the turns. What a truncation costs is a step's time less the dense step's.
@@ -22,12 +22,12 @@ BATCH, RANK = 256, 20
 STEP_BAR, TRUNCATION_BAR = 1.6, 40.0
 
 
-def trainer(prepare: Callable[[nn.Module], object]) -> Callable[[], float]:
+def trainer(prepare: Callable[[nn.Module], object], *, fused: bool) -> Callable[[], float]:
     """A function that takes one training step of a network of its own, and gives the seconds."""
     torch.manual_seed(0)
     model = mlp()
     prepare(model)
-    optimiser = torch.optim.Adam(model.parameters(), lr=1e-3)
+    optimiser = torch.optim.Adam(model.parameters(), lr=1e-3, fused=fused)
     data = torch.Generator().manual_seed(1)
 
     def step() -> float:
@@ -48,12 +48,13 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--exact-repeats", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--fused", action="store_true", help="PyTorch's fused Adam, with the faster dense step")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     rule = st.Rank(RANK)
-    dense = trainer(lambda model: None)
-    truncated = trainer(lambda model: st.training.truncated_(model, rule, keep_last=True))
-    exact = trainer(lambda model: st.training.truncated_(model, rule, keep_last=True, exact=True))
+    dense = trainer(lambda model: None, fused=args.fused)
+    truncated = trainer(lambda model: st.training.truncated_(model, rule, keep_last=True), fused=args.fused)
+    exact = trainer(lambda model: st.training.truncated_(model, rule, keep_last=True, exact=True), fused=args.fused)
     for _ in range(3):
         dense(), truncated()
     exact()
