@@ -12,9 +12,14 @@ from typing import cast
 import torch
 from torch import Tensor
 
-SWEEPS = 4
+_SWEEPS = 4
 _SLOW = 1e-2
 _WIDE = 1024
+
+
+def most_sweeps(A: Tensor) -> int:
+    """How often alternating least squares goes around at most, by the size of the metric: half as often if wide."""
+    return _SWEEPS if len(A) <= _WIDE else _SWEEPS // 2
 
 
 @dataclass(eq=False)

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from spectrim.linalg.problem import Factors, Problem, Ranks
 from spectrim.linalg.shared import (
-    SWEEPS,
     Progress,
     best_gather,
     better_projection,
     energy,
     explained_by,
     gathered,
+    most_sweeps,
     nested_start,
     orthonormal,
 )
@@ -52,7 +52,7 @@ class SpatialDecomposition:
             lost += (energy(M, A) - kept).clamp(min=0).cpu().numpy()
         return lost
 
-    def factors(self, ranks: Ranks, *, sweeps: int = SWEEPS) -> Factors:
+    def factors(self, ranks: Ranks, *, sweeps: int | None = None) -> Factors:
         """(down, up), (groups, rank, in, height, 1) and (groups, out, rank, 1, width).
 
         Alternating least squares: at most `sweeps` times some steps on the first factor, then the second anew.
@@ -68,10 +68,10 @@ class SpatialDecomposition:
         return down, self.problem.unweighted(up)
 
 
-def _fitted(M: Tensor, A: Tensor, V: Tensor, sweeps: int) -> tuple[Tensor, Tensor]:
+def _fitted(M: Tensor, A: Tensor, V: Tensor, sweeps: int | None) -> tuple[Tensor, Tensor]:
     H, TAT = best_gather(M, A, V)
     progress = Progress(energy(M, A))
-    for _ in range(sweeps):
+    for _ in range(most_sweeps(A) if sweeps is None else sweeps):
         if progress.stalled(((H @ TAT) * H).sum()):
             break
         V = orthonormal(better_projection(M, A, H, V))

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from spectrim.linalg.problem import Factors, Problem, Ranks
 from spectrim.linalg.shared import (
-    SWEEPS,
     Progress,
     best_gather,
     better_projection,
     energy,
     explained_by,
     gathered,
+    most_sweeps,
     nested_start,
     orthonormal,
 )
@@ -65,7 +65,7 @@ class Tucker2Decomposition:
                 lost[row] += (total - kept).clamp(min=0).cpu().numpy()[out - 1]
         return lost
 
-    def factors(self, ranks: Ranks, *, sweeps: int = SWEEPS) -> Factors:
+    def factors(self, ranks: Ranks, *, sweeps: int | None = None) -> Factors:
         """(first, core, last): (groups, rank_in, in, 1, ..), (groups, rank, rank_in, *kernel), (groups, out, rank)."""
         groups, _, into, *kernel = self.problem.weight.shape
         rank_in, rank = ranks
@@ -89,10 +89,10 @@ def steps(full: int) -> npt.NDArray[np.int64]:
     return np.unique([*range(step, full + 1, step), full]).astype(np.int64)
 
 
-def _fitted(M: Tensor, A: Tensor, V: Tensor, rank: int, sweeps: int) -> tuple[Tensor, Tensor, Tensor]:
+def _fitted(M: Tensor, A: Tensor, V: Tensor, rank: int, sweeps: int | None) -> tuple[Tensor, Tensor, Tensor]:
     core, last, explained = _core(M, A, V, rank)
     progress = Progress(energy(M, A))
-    for _ in range(sweeps):
+    for _ in range(most_sweeps(A) if sweeps is None else sweeps):
         if progress.stalled(explained):
             break
         V = orthonormal(better_projection(M, A, last @ core, V))
