@@ -227,8 +227,8 @@ def test_a_shared_weight_is_truncated_and_shrunk_once(make: type[nn.Module], mon
     x = inputs(5, 6 if make is Double else 8)
     truncation = truncated_(model, st.Rank(2))
     calls = []
-    real = st.training.truncated.truncate
-    monkeypatch.setattr(st.training.truncated, "truncate", lambda *a, **k: calls.append(1) or real(*a, **k))
+    real = st.training.cut.truncate
+    monkeypatch.setattr(st.training.cut, "truncate", lambda *a, **k: calls.append(1) or real(*a, **k))
     model(x).sum().backward()
     assert not calls
     optimiser = torch.optim.SGD(model.parameters(), lr=0.01)

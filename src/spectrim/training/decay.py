@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from spectrim.errors import ModelError, TrainingError
 from spectrim.layers import LowRankConvTranspose2d, LowRankLayer, Tucker2Conv2d, low_rank_layers
 from spectrim.surgery import Patterns
+from spectrim.training.choice import LayerRule
 from spectrim.training.project import ProjectEachEpoch
-from spectrim.training.truncated import LayerRule
 
 
 def frobenius_decay(model: nn.Module) -> Tensor:

@@ -11,10 +11,10 @@ from torch.optim import Optimizer
 from spectrim.errors import TrainingError
 from spectrim.factorize import duplicate, factored_at, own_bias
 from spectrim.forms import Geometry, as_kernels, as_stored, forms_of, geometry
-from spectrim.linalg import Factors, algebra, is_finite
+from spectrim.linalg import Factors, algebra
 from spectrim.plan import Energy
 from spectrim.surgery import Patterns, Target, replace
-from spectrim.training.truncated import Choice, LayerRule, choose
+from spectrim.training.choice import Choice, LayerRule, choose, require_finite
 
 # what torch's optimisers call the running mean of the gradient
 _MOMENTUM = ("exp_avg", "momentum_buffer")
@@ -151,10 +151,7 @@ class _Projection:
         Without `fixed` also if it is above, but not full: a rule that asks anew each time has projected it.
         """
         weight, sizes = target.module.get_parameter("weight"), geometry(target.module)
-        if not is_finite(weight):
-            raise TrainingError(
-                f"the weight of {target.name} became NaN or infinite; lower the learning rate or check the data"
-            )
+        require_finite(target.name, weight)
         U, S, Vh = torch.linalg.svd(as_kernels(algebra(weight), sizes).flatten(2), full_matrices=False)
         if settle:
             noise = torch.finfo(weight.dtype).eps * max(sizes.out, sizes.width) * S[:, :1]

@@ -12,10 +12,10 @@ from torch import nn
 from spectrim.errors import TrainingError
 from spectrim.files import Frozen
 from spectrim.forms import Positions, geometry, matrices
-from spectrim.linalg import is_finite, spectrum
+from spectrim.linalg import spectrum
 from spectrim.plan import Ratio
 from spectrim.surgery import Patterns, Target
-from spectrim.training.truncated import choose
+from spectrim.training.choice import choose, require_finite
 
 
 class StableRanks(Frozen):
@@ -154,8 +154,5 @@ class Switch:
 
 def _stable_rank(target: Target) -> float:
     weight = target.module.get_parameter("weight")
-    if not is_finite(weight):
-        raise TrainingError(
-            f"the weight of {target.name} became NaN or infinite; lower the learning rate or check the data"
-        )
+    require_finite(target.name, weight)
     return spectrum(matrices(target.module)).stable_rank

@@ -1,0 +1,103 @@
+"""Which layers are trained at low rank, and at which rank each."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from spectrim.errors import PatternError, RuleError, TrainingError
+from spectrim.execution import Trace
+from spectrim.forms import LAYERS, geometry, matrices
+from spectrim.linalg import is_finite, spectrum
+from spectrim.plan import Energy, Rank, Ratio
+from spectrim.ranks import require_reachable
+from spectrim.surgery import Patterns, Target, find_targets, near
+
+LayerRule = Rank | Ratio | Energy | Mapping[str, int]
+"""What says a rank for each layer by itself: a rule for all of them, or the ranks by the layers' names."""
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """Layers to work on with their ranks, and for every other name why it is left alone."""
+
+    layers: tuple[tuple[Target, int], ...]
+    skipped: Mapping[str, str]
+
+
+def choose(
+    model: nn.Module,
+    rule: LayerRule,
+    *,
+    include: Patterns,
+    exclude: Patterns,
+    keep_last: bool,
+    movable: bool = False,
+) -> Choice:
+    """The layers whose weight a rule truncates; raises as `truncated_` does."""
+    if not isinstance(rule, Rank | Ratio | Energy | Mapping):
+        raise RuleError(f"{rule!r} does not say a rank for each layer; give Rank(20), Ratio(0.25) or Energy(0.9)")
+    named = model.named_modules(remove_duplicate=False)
+    calls = {name: 1 for name, module in named if isinstance(module, LAYERS)}
+    targets = find_targets(model, Trace({}, calls), include=include, exclude=exclude, keep_last=keep_last)
+    for target in targets:
+        if parametrize.is_parametrized(target.module) and "parametrised" in (target.refusal or ""):
+            raise TrainingError(
+                f"{target.name} is parametrised already, perhaps truncated; call finish() or remove() of that "
+                "truncation, or torch's remove_parametrizations, or leave the layer out with exclude="
+            )
+    fit = [target for target in targets if target.refusal is None]
+    full = {target.name: geometry(target.module).full_rank for target in fit}
+    ranks = _ranks(rule, fit, full)
+    taken = [target for target in fit if target.name in ranks and (movable or ranks[target.name] < full[target.name])]
+    skipped = {target.name: target.refusal for target in targets if target.refusal is not None}
+    unnamed = {name: "it is not among the ranks given" for name in full if name not in ranks}
+    whole = {name: f"rank {rank} is its full rank" for name, rank in ranks.items() if rank == full[name]}
+    if not taken:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in [*whole.items(), *skipped.items()][:4])
+        raise TrainingError(f"{rule} leaves no layer to truncate ({reasons}); choose a smaller rank or other layers")
+    kept = {} if movable else whole
+    return Choice(tuple((one, ranks[one.name]) for one in taken), MappingProxyType({**skipped, **unnamed, **kept}))
+
+
+def _ranks(rule: LayerRule, layers: Sequence[Target], full: Mapping[str, int]) -> dict[str, int]:
+    """The rank of every layer that the rule speaks of."""
+    if isinstance(rule, Mapping):
+        names = {name: target.name for target in layers for name in (target.name, *target.also)}
+        require_ranks(rule, {name: full[first] for name, first in names.items()})
+        return {names[name]: rank for name, rank in rule.items()}
+    sizes = {target.name: (target.module.get_parameter("weight").shape, full[target.name]) for target in layers}
+    require_reachable(rule, sizes)
+    return {target.name: _rank(rule, target.module, full[target.name]) for target in layers}
+
+
+def _rank(rule: Rank | Ratio | Energy, layer: nn.Module, full: int) -> int:
+    match rule:
+        case Rank(rank=rank):
+            return rank
+        case Ratio():
+            return rule.rank_of(full)
+        case Energy(energy=energy):
+            return spectrum(matrices(layer)).rank_for(energy)
+
+
+def require_ranks(ranks: Mapping[str, int], full: Mapping[str, int]) -> None:
+    """Check ranks by name against the full ranks of the layers that there are.
+
+    Raises:
+        PatternError: a name of no layer.
+        RuleError: a rank that its layer cannot have.
+    """
+    for name, rank in ranks.items():
+        if name not in full:
+            raise PatternError(f"there is no layer {name!r} to give rank {rank} to{near(str(name), full)}")
+        if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= full[name]:
+            raise RuleError(f"rank {rank!r} for {name}: give a whole number from 1 to its full rank, {full[name]}")
+
+
+def require_finite(name: str, weight: Tensor) -> None:
+    """Raises `TrainingError` for a weight that training has ruined."""
+    if not is_finite(weight):
+        raise TrainingError(f"the weight of {name} became NaN or infinite; lower the learning rate or check the data")
