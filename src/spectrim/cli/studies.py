@@ -34,52 +34,31 @@ DataFolder = Annotated[
 Quick = Annotated[bool, typer.Option("--quick", help="Little data, few epochs: to see it work.")]
 
 
-@recipe.command("mnist-mlp")
-def mnist_mlp(
-    *,
-    out: Out = Path("spectrim-mnist-mlp"),
-    seeds: Seeds = "0",
-    data_folder: DataFolder = None,
-    quick: Quick = False,
-) -> None:
-    """The classic study on MNIST: 784-1024x5-10, every layer but the last at rank 200, 100, 50, 20, 10."""
-    run(_asked(MNIST_MLP, seeds=seeds, quick=quick), out=out, data_folder=data_folder)
+def _offer(study: Study, what: str) -> None:
+    """Make a command of a study."""
+
+    def command(
+        *,
+        out: Out = Path(f"spectrim-{study.name}"),
+        seeds: Seeds = "0",
+        data_folder: DataFolder = None,
+        quick: Quick = False,
+    ) -> None:
+        run(_asked(study, seeds=seeds, quick=quick), out=out, data_folder=data_folder)
+
+    recipe.command(study.name, help=what)(command)
 
 
-@recipe.command("mnist-factors")
-def mnist_factors(
-    *,
-    out: Out = Path("spectrim-mnist-factors"),
-    seeds: Seeds = "0",
-    data_folder: DataFolder = None,
-    quick: Quick = False,
-) -> None:
-    """The same network factored at rank 20, and its factors fine-tuned: with labels, and with a teacher."""
-    run(_asked(MNIST_FACTORS, seeds=seeds, quick=quick), out=out, data_folder=data_folder)
-
-
-@recipe.command("mnist-dynamic")
-def mnist_dynamic(
-    *,
-    out: Out = Path("spectrim-mnist-dynamic"),
-    seeds: Seeds = "0",
-    data_folder: DataFolder = None,
-    quick: Quick = False,
-) -> None:
-    """The same network truncated to rank 20 in every forward pass: as published, and stabilised."""
-    run(_asked(MNIST_DYNAMIC, seeds=seeds, quick=quick), out=out, data_folder=data_folder)
-
-
-@recipe.command("mnist-projected")
-def mnist_projected(
-    *,
-    out: Out = Path("spectrim-mnist-projected"),
-    seeds: Seeds = "0",
-    data_folder: DataFolder = None,
-    quick: Quick = False,
-) -> None:
-    """The same network trained from scratch, its weights projected to rank 20 at every epoch."""
-    run(_asked(MNIST_PROJECTED, seeds=seeds, quick=quick), out=out, data_folder=data_folder)
+_offer(MNIST_MLP, "The classic study on MNIST: 784-1024x5-10, every layer but the last at rank 200, 100, 50, 20, 10.")
+_offer(
+    MNIST_FACTORS, "The same network factored at rank 20, and its factors fine-tuned: with labels, and with a teacher."
+)
+_offer(
+    MNIST_DYNAMIC,
+    "The same network truncated to rank 20 in every forward pass: as published, stabilised, and with ranks chosen in "
+    "training.",
+)
+_offer(MNIST_PROJECTED, "The same network trained from scratch, its weights projected to rank 20 at every epoch.")
 
 
 def _asked(study: Study, *, seeds: str, quick: bool) -> Study:
