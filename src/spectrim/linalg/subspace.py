@@ -111,11 +111,17 @@ def _iterated(A: Tensor, V: Tensor, rank: int, *, energy: float) -> tuple[Tensor
         both = torch.cat([B, A @ U.to(A.dtype)], dim=1).double()
         values, vectors = torch.linalg.eigh(both.mT @ both)
         values, vectors = values.flip(0)[:size], vectors.flip(1)[:, :size]
+        # what U brings to the Ritz vectors, times A: A^T of it is all that can lie outside the span, as Z is inside
+        brought = both[:, V.shape[1] :] @ vectors[V.shape[1] :, :rank]
         V = torch.cat([V, U], dim=1) @ vectors
         B = (both @ vectors).to(A.dtype)
+        enough = _TOLERANCE * max(energy - float(values[:rank].sum()), floor)
+        at_most = torch.linalg.vector_norm(brought, dim=0) * _outside(values, rank).clamp(min=0).sqrt()
+        if _missed(at_most, values, rank) <= enough:
+            return V.to(A.dtype), B
         Z = _times_transposed(A, B)
-        least = max(energy - float(values[:rank].sum()), floor)
-        if _missed(Z, V, values, rank) <= _TOLERANCE * least:
+        residual = torch.linalg.vector_norm(Z[:, :rank] - V[:, :rank] * values[:rank], dim=0)
+        if _missed(residual, values, rank) <= enough:
             return V.to(A.dtype), B
     return None
 
@@ -125,16 +131,21 @@ def _times_transposed(A: Tensor, B: Tensor) -> Tensor:
     return (B.mT @ A).mT.double()
 
 
-def _missed(Z: Tensor, V: Tensor, values: Tensor, rank: int) -> float:
-    """Energy that the first `rank` Ritz vectors may miss, from the residuals of Z = A^T A V.
+def _outside(values: Tensor, rank: int) -> Tensor:
+    """Where the spectrum outside the subspace ends, about: a Ritz value half way into the oversampling.
+
+    The last one is found late in a cluster of values, and would promise too much.
+    """
+    return values[(rank + len(values)) // 2]
+
+
+def _missed(residual: Tensor, values: Tensor, rank: int) -> float:
+    """Energy that the first `rank` Ritz vectors may miss, from the norms (rank,) of A^T A v - t v.
 
     A residual of norm p couples a Ritz value t to what is outside the subspace, whose spectrum ends near some s: the
-    eigenvalue of [[t, p], [p, s]] lies above t by less than p^2 / (t - s), and by at most p. For s stands a Ritz value
-    half way into the oversampling; the last one is found late in a cluster of values, and would promise too much.
+    eigenvalue of [[t, p], [p, s]] lies above t by less than p^2 / (t - s), and by at most p.
     """
-    residual = torch.linalg.vector_norm(Z[:, :rank] - V[:, :rank] * values[:rank], dim=0)
-    gap = values[:rank] - values[(rank + len(values)) // 2]
-    half = gap / 2
+    half = (values[:rank] - _outside(values, rank)) / 2
     return float((torch.hypot(half, residual) - half).sum())
 
 
