@@ -31,3 +31,11 @@ class FileError(SpectrimError, OSError):
 
 class TrainingError(SpectrimError, RuntimeError):
     """Training that cannot go on, such as a loss that became NaN."""
+
+
+class DependencyError(SpectrimError, ImportError):
+    """An optional package that is needed and not installed; the message says how to install it."""
+
+
+class EngineError(SpectrimError, RuntimeError):
+    """A runtime that cannot do what was asked: unknown, more threads than cores, outputs that change between runs."""

@@ -1,0 +1,324 @@
+"""A network as a file that other programs run: ONNX, a torch program, OpenVINO; compared with torch before it stays."""
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from spectrim.conversion import (
+    OPSET,
+    batch_size,
+    openvino_of,
+    quiet,
+    require_onnx,
+    require_openvino,
+    to_onnx,
+    to_program,
+)
+from spectrim.errors import FileError, ModelError, RuleError
+from spectrim.execution import Inputs, as_inputs
+from spectrim.export.check import Check, Run, checked, in_onnxruntime, in_openvino, in_torch, require_onnxruntime
+from spectrim.export.written import (
+    MARK,
+    Port,
+    is_exported,
+    ports_of_onnx,
+    ports_of_program,
+    sign,
+    target_of,
+    without_traces,
+    write_together,
+)
+from spectrim.files import Frozen, write_atomically
+from spectrim.layers import low_rank_layers
+from spectrim.padding import padded
+from spectrim.probe import probe
+from spectrim.runtimes import RuntimeName, prepare, require_runtime
+from spectrim.timing import Interval, compare, interleaved
+
+__all__ = ["Check", "Exported", "Pad", "Port", "export_onnx", "export_openvino", "export_program", "is_exported"]
+
+Pad = int | Literal["auto"] | None
+_ROUNDS = 15
+
+
+class Exported(Frozen):
+    """A network that was written to a file.
+
+    Attributes:
+        path: The file; OpenVINO's weights lie beside it, in the file of the same name that ends in .bin.
+        bytes: Size of all that was written.
+        opset: Version of the ONNX operators; None where the file is not ONNX.
+        inputs: In the order in which they are taken.
+        outputs: In the order in which the tensors stand in what the model returns.
+        padded: The multiple to which ranks were padded, or None.
+        padding_speedup: Where padding was timed: time without it over time with it.
+        check: None where it was not asked for.
+    """
+
+    path: Path
+    bytes: int
+    opset: int | None = None
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    padded: int | None = None
+    padding_speedup: Interval | None = None
+    check: Check | None = None
+
+
+def export_onnx(
+    model: nn.Module,
+    path: str | Path,
+    example_inputs: Any,
+    *,
+    dynamic_batch: bool = True,
+    pad: Pad = None,
+    check: bool = True,
+    tolerance: float = 1e-4,
+    runtime: str = "onnxruntime",
+    threads: int = 1,
+    metadata: Mapping[str, str] | None = None,
+) -> Exported:
+    """Write the model in evaluation mode as one ONNX file of opset 20, and compare it with torch in ONNX Runtime.
+
+    Args:
+        model: The model; it stays as it is.
+        path: The file; an existing folder stands for `model.onnx` in it. An older file is replaced, once the new one
+            has passed the check.
+        example_inputs: One call's inputs: a tensor, a tuple of them, or a mapping of keyword arguments.
+        dynamic_batch: Leave the batch size open: the first dimension of the first tensor in the inputs, and of every
+            other tensor in which it is the same.
+        pad: Zero-pad the ranks of factored layers to a multiple: a number, `auto` for the step of this hardware and
+            `runtime` where that is measurably faster, or None. See `padding.padded` for what it costs.
+        check: Compare with torch on the example, on two random inputs of its shapes, and with an open batch size on
+            other batch sizes. Whole numbers are drawn from those of the example, so that token ids stay valid.
+        tolerance: Largest difference allowed, as a share of an output's largest entry.
+        runtime: Where `pad="auto"` takes its times, with so many `threads`.
+        threads: See `runtime`.
+        metadata: Notes to write into the file, text by name.
+
+    Raises:
+        ModelError: the model cannot run the inputs, changes its output between runs, depends on the batch size, or has
+            an operator that cannot be exported; the message names the module.
+        EngineError: ONNX Runtime cannot run the file, or gives other outputs; nothing is written.
+        DependencyError: onnx, onnxscript or, for the check, onnxruntime is not installed.
+        RuleError: a multiple or tolerance that cannot be meant.
+        FileError: the file cannot be written.
+    """
+    require_onnx()
+    if check:
+        require_onnxruntime()
+    asked = _Asked(model, as_inputs(example_inputs), dynamic_batch, tolerance)
+    ready = _ready(asked, pad, runtime=runtime, threads=threads)
+    proto = to_onnx(ready.model, asked.inputs, dynamic_batch=dynamic_batch)
+    sign(proto, metadata or {})
+    found: list[Check] = []
+
+    def write(part: Path) -> None:
+        part.write_bytes(proto.SerializeToString())
+        if check:
+            found.append(asked.checked(in_onnxruntime(part, model), runtime=f"ONNX Runtime {version('onnxruntime')}"))
+
+    written = write_atomically(target_of(path, "model.onnx"), write)
+    inputs, outputs = ports_of_onnx(proto)
+    return ready.exported((written,), opset=OPSET, inputs=inputs, outputs=outputs, found=found)
+
+
+def export_program(
+    model: nn.Module,
+    path: str | Path,
+    example_inputs: Any,
+    *,
+    dynamic_batch: bool = True,
+    pad: Pad = None,
+    check: bool = True,
+    tolerance: float = 1e-4,
+    runtime: str = "torch",
+    threads: int = 1,
+) -> Exported:
+    """Write the model in evaluation mode as a torch program (`torch.export.save`, a .pt2 file), compared before that.
+
+    `torch.export.load(path).module()` runs it. Spectrim never loads such a file itself: parts of it may be pickled, and
+    can then run code when they are loaded. Load only files that you trust.
+
+    Args:
+        model: The model; it stays as it is.
+        path: The file; an existing folder stands for `model.pt2` in it. An older file is replaced.
+        example_inputs: As for `export_onnx`; they are not written to the file.
+        dynamic_batch: As for `export_onnx`.
+        pad: As for `export_onnx`.
+        check: As for `export_onnx`, with the very program that is then written.
+        tolerance: As for `export_onnx`.
+        runtime: Where `pad="auto"` takes its times, with so many `threads`.
+        threads: See `runtime`.
+
+    Raises:
+        ModelError, EngineError, RuleError, FileError: as `export_onnx`.
+    """
+    asked = _Asked(model, as_inputs(example_inputs), dynamic_batch, tolerance)
+    ready = _ready(asked, pad, runtime=runtime, threads=threads)
+    program = without_traces(to_program(ready.model, asked.inputs, dynamic_batch=dynamic_batch))
+    found = [asked.checked(in_torch(program), runtime=f"torch {torch.__version__}")] if check else []
+
+    def write(part: Path) -> None:
+        with quiet(), part.open("wb") as opened:
+            torch.export.save(program, opened, extra_files={MARK: version("spectrim")})
+
+    written = write_atomically(target_of(path, "model.pt2"), write)
+    inputs, outputs = ports_of_program(program)
+    return ready.exported((written,), inputs=inputs, outputs=outputs, found=found)
+
+
+def export_openvino(
+    model: nn.Module,
+    path: str | Path,
+    example_inputs: Any,
+    *,
+    dynamic_batch: bool = True,
+    pad: Pad = None,
+    check: bool = True,
+    tolerance: float = 1e-4,
+    runtime: str = "openvino",
+    threads: int = 1,
+) -> Exported:
+    """Write the model in evaluation mode as OpenVINO IR: `path`, and its weights, uncompressed, beside it in a .bin.
+
+    Args:
+        model: The model; it stays as it is.
+        path: The file, which ends in .xml; an existing folder stands for `model.xml` in it. An older pair is replaced,
+            once the new one has passed the check.
+        example_inputs: As for `export_onnx`.
+        dynamic_batch: As for `export_onnx`.
+        pad: As for `export_onnx`.
+        check: As for `export_onnx`, in OpenVINO on the CPU in float32.
+        tolerance: As for `export_onnx`.
+        runtime: Where `pad="auto"` takes its times, with so many `threads`.
+        threads: See `runtime`.
+
+    Raises:
+        ModelError, EngineError, RuleError, FileError: as `export_onnx`, and for a path that does not end in .xml.
+        DependencyError: openvino, onnx or onnxscript is not installed.
+    """
+    openvino = require_openvino()
+    require_onnx()
+    target = target_of(path, "model.xml")
+    if target.suffix != ".xml":
+        raise FileError(f"{target} must end in .xml; the weights go beside it, into {target.with_suffix('.bin').name}")
+    asked = _Asked(model, as_inputs(example_inputs), dynamic_batch, tolerance)
+    ready = _ready(asked, pad, runtime=runtime, threads=threads)
+    proto = to_onnx(ready.model, asked.inputs, dynamic_batch=dynamic_batch)
+    whole = openvino_of(proto, openvino)
+    whole.set_rt_info(version("spectrim"), [MARK, "version"])
+    given, outputs = ports_of_onnx(proto)
+    found: list[Check] = []
+
+    def write(folder: Path) -> None:
+        part = folder / target.name
+        with quiet():
+            openvino.save_model(whole, part, compress_to_fp16=False)
+        if check:
+            run = in_openvino(part, model, openvino, names=[port.name for port in given])
+            found.append(asked.checked(run, runtime=f"OpenVINO {version('openvino')}"))
+
+    written = write_together((target.with_suffix(".bin"), target), write)
+    used = {name for port in whole.inputs for name in port.names}  # it drops those that nothing depends on
+    inputs = tuple(port for port in given if port.name in used)
+    return ready.exported(written[::-1], inputs=inputs, outputs=outputs, found=found)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What is asked of any export."""
+
+    model: nn.Module
+    inputs: Inputs
+    dynamic_batch: bool
+    tolerance: float
+
+    def checked(self, run: Run, *, runtime: str) -> Check:
+        """What comes of comparing with the model as it was given."""
+        return checked(
+            self.model,
+            self.inputs,
+            run,
+            runtime=runtime,
+            dynamic_batch=self.dynamic_batch,
+            tolerance=self.tolerance,
+        )
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """The model as it is exported, and what padding did."""
+
+    model: nn.Module
+    padded: int | None = None
+    speedup: Interval | None = None
+
+    def exported(
+        self,
+        files: Sequence[Path],
+        *,
+        inputs: tuple[Port, ...],
+        outputs: tuple[Port, ...],
+        found: Sequence[Check],
+        opset: int | None = None,
+    ) -> Exported:
+        """What the caller is told."""
+        return Exported(
+            path=files[0],
+            bytes=sum(file.stat().st_size for file in files),
+            opset=opset,
+            inputs=inputs,
+            outputs=outputs,
+            padded=self.padded,
+            padding_speedup=self.speedup,
+            check=found[0] if found else None,
+        )
+
+
+def _ready(asked: _Asked, pad: Pad, *, runtime: str, threads: int) -> _Ready:
+    """The model, padded as asked; with `auto` only where the times show a gain."""
+    if not 0 < asked.tolerance < math.inf:
+        raise RuleError(f"tolerance={asked.tolerance}: give a share above 0, such as 1e-4")
+    if isinstance(pad, str) and pad != "auto":
+        raise RuleError(f"pad={pad!r}: give a number, 'auto' or None")
+    if asked.dynamic_batch:
+        batch_size(asked.inputs)
+    if pad is None:
+        return _Ready(asked.model)
+    if pad != "auto":
+        return _Ready(padded(asked.model, pad), padded=pad)
+    name = require_runtime(runtime, threads=threads)
+    ranks = _ranks(asked.model)
+    multiple = probe(runtime=name, threads=threads, batch=_batch(asked.inputs)).multiple if ranks else 1
+    wide = padded(asked.model, multiple)
+    if _ranks(wide) == ranks:
+        return _Ready(asked.model)
+    speedup = _gain(asked.model, wide, asked.inputs, runtime=name, threads=threads)
+    return _Ready(wide, multiple, speedup) if speedup.low > 1 else _Ready(asked.model, speedup=speedup)
+
+
+def _ranks(model: nn.Module) -> list[tuple[int, ...]]:
+    return [layer.ranks for layer in low_rank_layers(model).values()]
+
+
+def _batch(inputs: Inputs) -> int:
+    try:
+        return batch_size(inputs)
+    except ModelError:  # inputs without a first dimension
+        return 1
+
+
+def _gain(model: nn.Module, wide: nn.Module, inputs: Inputs, *, runtime: RuntimeName, threads: int) -> Interval:
+    """Time of the model over time of the padded one."""
+    with ExitStack() as stack:
+        both = [stack.enter_context(prepare(one, inputs, runtime=runtime, threads=threads)) for one in (wide, model)]
+        own, reference = interleaved([one.timer() for one in both], rounds=_ROUNDS)
+    return compare(own, reference).ratio
