@@ -1,7 +1,5 @@
 """Counting, timing and scoring."""
 
-from typing import Any
-
 import pytest
 import torch
 from cases import Tied, inputs, same_state, small_mlp, state
@@ -9,7 +7,8 @@ from torch import Tensor, nn
 
 import spectrim as st
 from spectrim import errors
-from spectrim.measure import _interleaved, _median_interval
+from spectrim.execution import as_inputs
+from spectrim.measure import batched, runtime_gain
 
 X = inputs(6, 12)
 
@@ -65,25 +64,6 @@ def test_measuring_leaves_models_threads_and_random_state_alone() -> None:
     assert torch.get_num_threads() == threads
 
 
-def test_rounds_alternate_their_order() -> None:
-    order: list[str] = []
-
-    def run(name: str) -> Any:
-        return lambda: order.append(name) or 0.0
-
-    _interleaved([run("a"), run("b")], 3)
-    assert "".join(order) == "abbaab"
-
-
-def test_a_hopeless_wait_ends_after_five_rounds() -> None:
-    assert len(_interleaved([lambda: 1.0], 100, patience=0.0)[0]) == 5
-
-
-def test_the_interval_of_the_median_comes_from_order_statistics() -> None:
-    found = _median_interval([float(number) for number in range(1, 32)])
-    assert (found.value, found.low, found.high) == (16, 11, 22)  # binomial(31, 1/2): ranks 10..22 cover 95 %
-
-
 def test_accuracy_and_its_wilson_interval() -> None:
     found = st.Accuracy(correct=95, total=100)
     assert found.value == 0.95
@@ -114,3 +94,86 @@ def test_accuracy_counts_over_batches() -> None:
 def test_impossible_settings_are_refused(rounds: int, threads: int) -> None:
     with pytest.raises(errors.DataError, match="at least 5 rounds and 1 thread"):
         st.measure(small_mlp(), X, rounds=rounds, threads=threads)
+
+
+@pytest.mark.parametrize("runtime", ["torch", "torch-bf16", "onnxruntime"])
+def test_measuring_in_a_runtime(runtime: str) -> None:
+    model, x = small_mlp(dtype=torch.float32), X.float()
+    small = st.compress(model, st.Rank(2), example_inputs=x).model
+    found = st.measure(small, x, reference=model, rounds=5, runtime=runtime)
+    assert (found.runtime, found.threads, found.batch) == (runtime, 1, None)
+    assert found.latency_ms > 0
+    assert found.reference_ms > 0
+    assert found.cpu_ms > 0
+    assert found.efficiency.value == pytest.approx(found.speedup.value / found.macs_speedup)
+    assert found.efficiency.low <= found.efficiency.value <= found.efficiency.high
+    assert found.verdict in ("faster", "slower", "no difference", "too noisy to tell")
+    assert st.Measurement.model_validate_json(found.model_dump_json()) == found
+
+
+def test_what_a_runtime_gains_by_itself() -> None:
+    """Arithmetic again: a network is not a thousand times itself."""
+    found = runtime_gain(small_mlp(dtype=torch.float32), X.float(), runtime="channels_last", rounds=5)
+    assert 1e-3 < found.ratio.low <= found.ratio.value <= found.ratio.high < 1e3
+    assert found.drift > 0
+    light, heavy = nn.Linear(512, 1), nn.Sequential(*[nn.Linear(512, 512) for _ in range(8)])
+    both = runtime_gain(light, torch.zeros(64, 512), reference=heavy, runtime="channels_last", rounds=5)
+    assert both.ratio.low > 1
+
+
+def test_a_batch_of_another_size() -> None:
+    found = st.measure(small_mlp(), X, batch=64, rounds=5)
+    assert found.batch == 64
+    assert found.macs == 64 * (12 * 16 + 16 * 16 + 16 * 4)
+    assert st.measure(small_mlp(), X, batch=2, latency=False).macs == 2 * (12 * 16 + 16 * 16 + 16 * 4)
+
+
+def test_samples_are_repeated_in_turn_in_every_tensor_that_has_them() -> None:
+    x, mask, scale = torch.arange(3), torch.arange(6).view(3, 2), torch.arange(5)
+    made = batched(as_inputs({"x": x, "more": [mask, scale, True]}), 4).kwargs
+    assert made["x"].tolist() == [0, 1, 2, 0]
+    assert made["more"][0].tolist() == [[0, 1], [2, 3], [4, 5], [0, 1]]
+    assert made["more"][1] is scale
+    assert made["more"][2] is True
+    assert batched(as_inputs(x), 2).args[0].tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(("given", "batch"), [(X, 0), (torch.tensor(1.0), 2), (torch.zeros(0, 12), 2)])
+def test_batches_that_cannot_be_made(given: Tensor, batch: int) -> None:
+    with pytest.raises(errors.DataError, match=f"batch={batch}"):
+        st.measure(small_mlp(), given, batch=batch)
+
+
+def test_a_model_that_changes_its_output_is_not_timed() -> None:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.calls = nn.Linear(12, 4), 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return self.fc(x) * self.calls
+
+    with pytest.raises(errors.ModelError, match="not repeatable"):
+        st.measure(Counting(), X.float(), rounds=5)
+    with pytest.raises(errors.ModelError, match="not repeatable"):
+        st.measure(small_mlp(dtype=torch.float32), X.float(), reference=Counting(), rounds=5)
+
+
+def test_runtimes_that_cannot_be_had_are_refused_before_anything_is_run() -> None:
+    for model in (small_mlp(), nn.Linear(1, 1)):  # the second one could not run X
+        with pytest.raises(errors.EngineError, match="did you mean 'openvino'"):
+            st.measure(model, X, runtime="openvion")
+        with pytest.raises(errors.EngineError, match="threads=4096"):
+            st.measure(model, X, threads=4096)
+
+
+def test_measurements_of_former_versions_are_read() -> None:
+    """Written before there were runtimes, with the noise unknown."""
+    text = '{"params": 3, "bytes": 12, "macs": 2, "latency_ms": 1.0, "threads": 1, "macs_ratio": 0.5, '
+    found = st.Measurement.model_validate_json(text + '"speedup": {"value": 1.8, "low": 1.75, "high": 1.85}}')
+    assert (found.runtime, found.batch, found.cpu_ms) == (None, None, None)
+    assert found.verdict == "faster"
+    assert found.efficiency.value == pytest.approx(0.9)
+    assert st.Measurement(params=3, bytes=12, macs=2).verdict is None
+    assert st.Measurement(params=3, bytes=12, macs=2).efficiency is None

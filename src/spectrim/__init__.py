@@ -5,6 +5,7 @@ from spectrim.analyze import Analysis, LayerAnalysis, analyze
 from spectrim.budget import Curve, pareto
 from spectrim.calibrate import Calibration, calibrate
 from spectrim.compress import Compressed, compress
+from spectrim.export import Exported, export_onnx, export_openvino, export_program
 from spectrim.factorize import merge
 from spectrim.io import load, save
 from spectrim.layers import (
@@ -16,8 +17,9 @@ from spectrim.layers import (
     Tucker2Conv2d,
 )
 from spectrim.linalg import Spectrum
-from spectrim.measure import Accuracy, Epoch, Interval, Measurement, accuracy, measure
+from spectrim.measure import Accuracy, Epoch, Interval, Measurement, accuracy, measure, runtime_gain
 from spectrim.plan import Budget, Cost, Energy, LayerPlan, Plan, Rank, Ratio
+from spectrim.probe import Grid, probe
 from spectrim.ranks import plan
 from spectrim.report import (
     LayerSpectrum,
@@ -35,6 +37,7 @@ from spectrim.report import (
     text,
 )
 from spectrim.sensitivity import sensitivity
+from spectrim.timing import Comparison
 from spectrim.training import Finetuned, History, finetune
 
 __version__ = "0.1.0"
@@ -44,12 +47,15 @@ __all__ = [
     "Analysis",
     "Budget",
     "Calibration",
+    "Comparison",
     "Compressed",
     "Cost",
     "Curve",
     "Energy",
     "Epoch",
+    "Exported",
     "Finetuned",
+    "Grid",
     "History",
     "Interval",
     "LayerAnalysis",
@@ -75,6 +81,9 @@ __all__ = [
     "calibrate",
     "compress",
     "errors",
+    "export_onnx",
+    "export_openvino",
+    "export_program",
     "finetune",
     "load",
     "measure",
@@ -86,7 +95,9 @@ __all__ = [
     "plot_history",
     "plot_ranks",
     "plot_spectra",
+    "probe",
     "report",
+    "runtime_gain",
     "save",
     "sensitivity",
     "table",

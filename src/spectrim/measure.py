@@ -3,9 +3,8 @@
 import json
 import math
 import statistics
-import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -14,19 +13,26 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from spectrim.errors import DataError
-from spectrim.execution import Inputs, as_inputs, call, device_of, evaluating, split_labels, to_device
+from spectrim.execution import Inputs, as_inputs, call, evaluating, require_repeatable, split_labels, tensors
 from spectrim.files import Frozen
+from spectrim.runtimes import Prepared, RuntimeName, changed, prepare, require_runtime
 from spectrim.surgery import unique_tensors
+from spectrim.timing import Comparison, Interval, Lap, Verdict, compare, interleaved
+
+__all__ = [
+    "Accuracy",
+    "Epoch",
+    "Interval",
+    "Measurement",
+    "accuracy",
+    "count",
+    "count_macs",
+    "file_size",
+    "measure",
+    "runtime_gain",
+]
 
 _Z95 = 1.959963984540054
-
-
-class Interval(Frozen):
-    """A figure with its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
 
 
 class Accuracy(Frozen):
@@ -67,30 +73,54 @@ class Measurement(Frozen):
         bytes: Size of the model's safetensors file.
         macs: Multiply-accumulates of one forward pass of the example inputs (1 MAC = 2 FLOPs), in matrix products,
             convolutions and attention; element-wise operations, norms and look-ups are not counted.
-        latency_ms: Median time of one forward pass of the example inputs, in milliseconds.
+        latency_ms: Median time of one forward pass of the example inputs, in milliseconds on the wall.
+        cpu_ms: The same in processor time, where one thread did the work; ratios are taken from it then.
+        reference_ms: The reference's median time, as `latency_ms`.
+        runtime: What it was timed in; see `spectrim.runtimes.RUNTIMES`.
         threads: Threads it was timed with.
+        batch: Samples of one pass, where the example was made larger or smaller for it.
         accuracy: On the data given, if any.
         params_ratio: kept / dense.
         bytes_ratio: kept / dense.
         macs_ratio: kept / dense.
-        speedup: Time of the reference over time of the model: median of paired rounds and its 95 % interval.
+        speedup: Time of the reference over time of the model, both in this runtime: median of paired rounds and its
+            95 % interval.
+        drift: Time of the reference in the first half of the rounds over that in the second: 1 on a quiet machine.
     """
 
     params: int
     bytes: int
     macs: int
     latency_ms: float | None = None
+    cpu_ms: float | None = None
+    reference_ms: float | None = None
+    runtime: RuntimeName | None = None
     threads: int | None = None
+    batch: int | None = None
     accuracy: Accuracy | None = None
     params_ratio: float | None = None
     bytes_ratio: float | None = None
     macs_ratio: float | None = None
     speedup: Interval | None = None
+    drift: float | None = None
 
     @property
     def macs_speedup(self) -> float | None:
         """The speed-up that the arithmetic promises: dense MACs over kept MACs."""
         return 1 / self.macs_ratio if self.macs_ratio else None
+
+    @property
+    def efficiency(self) -> Interval | None:
+        """How much of that speed-up the clock sees: `speedup` over `macs_speedup`, with its 95 % interval."""
+        if self.speedup is None or not self.macs_ratio:
+            return None
+        values = {name: getattr(self.speedup, name) * self.macs_ratio for name in ("value", "low", "high")}
+        return Interval(**values)
+
+    @property
+    def verdict(self) -> Verdict | None:
+        """Whether it is faster than the reference, or the machine was too noisy to tell; see `Comparison.verdict`."""
+        return None if self.speedup is None else Comparison(ratio=self.speedup, drift=self.drift or 1.0).verdict
 
     def against(self, dense: "Measurement") -> "Measurement":
         """This measurement with its three ratios to a dense one filled in."""
@@ -108,13 +138,15 @@ def measure(
     reference: nn.Module | None = None,
     data: Iterable[Any] | None = None,
     latency: bool = True,
+    runtime: str = "torch",
     threads: int = 1,
+    batch: int | None = None,
     rounds: int = 31,
 ) -> Measurement:
     """Measure a model, and compare it with a reference (its dense self) when one is given.
 
-    The two are timed in the same process in interleaved rounds of alternating order, and the ratio is taken round by
-    round, so that drift of the machine cancels. Both models stay as they are.
+    The two are timed in the same process and runtime in interleaved rounds of alternating order, and the ratio is taken
+    round by round, so that drift of the machine cancels. Both models stay as they are.
 
     Args:
         model: The model to measure.
@@ -122,22 +154,95 @@ def measure(
         reference: What to compare with.
         data: Batches (inputs.., labels) for the accuracy.
         latency: Time the model; off saves a second or more.
-        threads: Torch threads while timing; the former number is restored.
+        runtime: `torch`, `channels_last`, `compile`, `onnxruntime`, `openvino`, `openvino-bf16` or `torch-bf16`; see
+            `spectrim.runtimes.RUNTIMES`. Those of ONNX and OpenVINO take a model on the CPU only.
+        threads: Threads of one pass, at most as many as there are processor cores; torch's former number is restored.
+        batch: Repeat or cut the example along its first dimension to so many samples: that of the first tensor, and of
+            every other one with as many.
         rounds: Paired rounds, at least 5; fewer are done when they would take more than half a minute.
 
     Raises:
-        ModelError: the model cannot run `example_inputs`.
-        DataError: empty data, outputs that are not (batch, classes), or fewer than 5 rounds or 1 thread.
+        ModelError: the model cannot run `example_inputs`, changes its output between runs, or cannot be exported.
+        DataError: empty data, outputs that are not (batch, classes), fewer than 5 rounds or 1 thread, or an example
+            without a batch dimension to change.
+        EngineError: an unknown runtime, more threads than cores, or a runtime that refuses the model.
+        DependencyError: the runtime is not installed.
     """
-    if rounds < 5 or threads < 1:
-        raise DataError(f"rounds={rounds}, threads={threads}: give at least 5 rounds and 1 thread")
-    inputs = as_inputs(example_inputs)
+    _check(rounds, threads)
+    if latency:
+        require_runtime(runtime, threads=threads)
+    given = as_inputs(example_inputs)
+    inputs = given if batch is None else batched(given, batch)
     own = count(model, inputs)
     if data is not None:
         own = own.model_copy(update={"accuracy": accuracy(model, data)})
     if reference is not None:
         own = own.against(count(reference, inputs))
-    return own.model_copy(update=_timing(model, reference, inputs, threads, rounds)) if latency else own
+    if not latency:
+        return own
+    models = [model] if reference is None else [model, reference]
+    for one in models:
+        require_repeatable(one, given)
+    laps = _laps([(one, runtime) for one in models], inputs, threads=threads, rounds=rounds)
+    known = {"runtime": require_runtime(runtime, threads=threads), "threads": threads, "batch": batch}
+    return own.model_copy(update=known | _figures(laps))
+
+
+def runtime_gain(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    runtime: str,
+    reference: nn.Module | None = None,
+    threads: int = 1,
+    batch: int | None = None,
+    rounds: int = 31,
+) -> Comparison:
+    """What a runtime gains by itself: time of a model in torch eager over its time in the runtime.
+
+    Times as `measure` does, with the same arguments.
+
+    Args:
+        model: The dense model, so that the runtime's part in a gain is told apart from that of low rank.
+        example_inputs: One call's inputs.
+        runtime: The runtime to judge.
+        reference: What to run in torch eager instead of the model itself. With a compressed model and its dense self,
+            the two gains are told together.
+        threads: Threads of one pass.
+        batch: As for `measure`.
+        rounds: Paired rounds, at least 5.
+
+    Raises:
+        SpectrimError: one of its kinds, as `measure`.
+    """
+    _check(rounds, threads)
+    require_runtime(runtime, threads=threads)
+    given = as_inputs(example_inputs)
+    other = model if reference is None else reference
+    for one in (model, other):
+        require_repeatable(one, given)
+    inputs = given if batch is None else batched(given, batch)
+    return compare(*_laps([(model, runtime), (other, "torch")], inputs, threads=threads, rounds=rounds))
+
+
+def batched(inputs: Inputs, batch: int) -> Inputs:
+    """The inputs with so many samples: those there are, repeated in turn or cut off.
+
+    Samples lie along the first dimension of the first tensor, and of every other one of as many.
+
+    Raises:
+        DataError: there is no such dimension, or `batch` is below 1.
+    """
+    sizes = [len(one) for one in tensors((inputs.args, inputs.kwargs)) if one.ndim]
+    if not sizes or not sizes[0] or batch < 1:
+        raise DataError(f"batch={batch}: it must be at least 1, and {inputs.describe()} have samples to repeat")
+
+    def repeated(tensor: Tensor) -> Tensor:
+        if not tensor.ndim or len(tensor) != sizes[0]:
+            return tensor
+        return tensor[torch.arange(batch, device=tensor.device) % len(tensor)]
+
+    return changed(inputs, repeated)
 
 
 def count(model: nn.Module, example_inputs: Any) -> Measurement:
@@ -190,66 +295,30 @@ def accuracy(model: nn.Module, data: Iterable[Any]) -> Accuracy:
     return Accuracy(correct=correct, total=total)
 
 
-def _timing(model: nn.Module, reference: nn.Module | None, inputs: Inputs, threads: int, rounds: int) -> dict[str, Any]:
-    with _threads(threads), evaluating(model), evaluating(reference or model), torch.inference_mode():
-        run = _runner(model, inputs)
-        if reference is None:
-            times = _interleaved([run], rounds)[0]
-            return {"latency_ms": statistics.median(times) * 1e3, "threads": threads}
-        times, others = _interleaved([run, _runner(reference, inputs)], rounds)
-        ratios = sorted(other / own for own, other in zip(times, others, strict=True))
-    return {"latency_ms": statistics.median(times) * 1e3, "threads": threads, "speedup": _median_interval(ratios)}
+def _check(rounds: int, threads: int) -> None:
+    if rounds < 5 or threads < 1:
+        raise DataError(f"rounds={rounds}, threads={threads}: give at least 5 rounds and 1 thread")
 
 
-def _runner(model: nn.Module, inputs: Inputs) -> Callable[[], float]:
-    """A function that times enough passes to outlast the clock's grain, and gives seconds a pass."""
-    device = device_of(model)
-    moved = to_device(inputs, device)
-
-    def passes(number: int) -> float:
-        _finish(device)
-        start = time.perf_counter()
-        for _ in range(number):
-            model(*moved.args, **moved.kwargs)
-        _finish(device)
-        return (time.perf_counter() - start) / number
-
-    call(model, inputs)
-    passes(2)
-    number = max(1, math.ceil(2e-3 / max(passes(3), 1e-7)))
-    return lambda: passes(number)
+def _laps(subjects: Sequence[tuple[nn.Module, str]], inputs: Inputs, *, threads: int, rounds: int) -> list[list[Lap]]:
+    """The laps of each model in its runtime, by round."""
+    with ExitStack() as opened:
+        ready: list[Prepared] = []
+        for model, runtime in subjects:
+            made = prepare(model, inputs, runtime=runtime, threads=threads, checked=True)
+            ready.append(opened.enter_context(made))
+        return interleaved([one.timer() for one in ready], rounds=rounds)
 
 
-def _finish(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _interleaved(runs: list[Callable[[], float]], rounds: int, *, patience: float = 30.0) -> list[list[float]]:
-    times: list[list[float]] = [[] for _ in runs]
-    start = time.perf_counter()
-    for number in range(rounds):
-        order = range(len(runs)) if number % 2 == 0 else reversed(range(len(runs)))
-        for which in order:
-            times[which].append(runs[which]())
-        if number >= 4 and time.perf_counter() - start > patience:
-            break
-    return times
-
-
-def _median_interval(ordered: list[float]) -> Interval:
-    """Median and its distribution-free 95 % interval from order statistics."""
-    n = len(ordered)
-    reach = _Z95 * math.sqrt(n) / 2
-    low, high = math.floor(n / 2 - reach), math.ceil(n / 2 + reach)
-    return Interval(value=statistics.median(ordered), low=ordered[max(0, low)], high=ordered[min(n - 1, high)])
-
-
-@contextmanager
-def _threads(number: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+def _figures(laps: Sequence[Sequence[Lap]]) -> dict[str, Any]:
+    own = laps[0]
+    used = [lap.cpu for lap in own if lap.cpu is not None]
+    found: dict[str, Any] = {
+        "latency_ms": statistics.median(lap.wall for lap in own) * 1e3,
+        "cpu_ms": statistics.median(used) * 1e3 if len(used) == len(own) else None,
+    }
+    if len(laps) > 1:
+        compared = compare(own, laps[1])
+        found["reference_ms"] = statistics.median(lap.wall for lap in laps[1]) * 1e3
+        found |= {"speedup": compared.ratio, "drift": compared.drift}
+    return found

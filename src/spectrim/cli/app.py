@@ -9,6 +9,8 @@ import typer
 from rich.console import Console
 
 from spectrim.cli import data, networks
+from spectrim.cli.bench import bench_network
+from spectrim.cli.export import export_network
 from spectrim.cli.finetune import finetune_network
 from spectrim.cli.studies import recipe, run
 from spectrim.errors import SpectrimError
@@ -24,6 +26,8 @@ app.command("analyze")(networks.analyze_network)
 app.command("plan")(networks.plan_network)
 app.command("compress")(networks.compress_network)
 app.command("finetune")(finetune_network)
+app.command("export")(export_network)
+app.command("bench")(bench_network)
 app.add_typer(data.app, name="data")
 app.add_typer(recipe, name="recipe")
 
