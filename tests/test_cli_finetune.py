@@ -188,7 +188,7 @@ def test_an_interrupt_before_training_leaves_nothing(run: Run, tmp_path: Path, m
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(command, "_filled", stop)
+    monkeypatch.setattr(command, "filled", stop)
     before = files(tmp_path)
     said = run(*TAUGHT, "--out", "deep/tuned")
     assert (said.code, said.err) == (130, "interrupted; nothing was written\n")

@@ -20,6 +20,7 @@ from spectrim.linalg import Spectrum
 from spectrim.measure import Accuracy, Epoch, Interval, Measurement, accuracy, measure, runtime_gain
 from spectrim.plan import Budget, Cost, Energy, LayerPlan, Plan, Rank, Ratio
 from spectrim.probe import Grid, probe
+from spectrim.quantize import Quantized, QuantizedRow, QuantizedTable, compare_quantized, onnx_accuracy, quantize
 from spectrim.ranks import plan
 from spectrim.report import (
     LayerSpectrum,
@@ -68,6 +69,9 @@ __all__ = [
     "Measurement",
     "Plan",
     "Published",
+    "Quantized",
+    "QuantizedRow",
+    "QuantizedTable",
     "Rank",
     "Ratio",
     "Results",
@@ -79,6 +83,7 @@ __all__ = [
     "accuracy",
     "analyze",
     "calibrate",
+    "compare_quantized",
     "compress",
     "errors",
     "export_onnx",
@@ -88,6 +93,7 @@ __all__ = [
     "load",
     "measure",
     "merge",
+    "onnx_accuracy",
     "pareto",
     "plan",
     "plot_accuracy",
@@ -96,6 +102,7 @@ __all__ = [
     "plot_ranks",
     "plot_spectra",
     "probe",
+    "quantize",
     "report",
     "runtime_gain",
     "save",

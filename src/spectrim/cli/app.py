@@ -12,6 +12,7 @@ from spectrim.cli import data, networks
 from spectrim.cli.bench import bench_network
 from spectrim.cli.export import export_network
 from spectrim.cli.finetune import finetune_network
+from spectrim.cli.quantize import quantize_network
 from spectrim.cli.studies import recipe, run
 from spectrim.errors import SpectrimError
 from spectrim.recipes import DEMO
@@ -28,6 +29,7 @@ app.command("compress")(networks.compress_network)
 app.command("finetune")(finetune_network)
 app.command("export")(export_network)
 app.command("bench")(bench_network)
+app.command("quantize")(quantize_network)
 app.add_typer(data.app, name="data")
 app.add_typer(recipe, name="recipe")
 

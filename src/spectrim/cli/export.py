@@ -10,11 +10,10 @@ import typer
 from rich.console import Console
 from torch import nn
 
-from spectrim.cli.finetune import _filled as filled
 from spectrim.cli.options import Flatten, Model, Option, Source, one_of, unfolded
 from spectrim.cli.outputs import outputs
 from spectrim.cli.stages import Stages, stages
-from spectrim.cli.subject import Subject, subject
+from spectrim.cli.subject import Subject, filled, subject
 from spectrim.errors import FileError
 from spectrim.export import Exported, export_onnx, export_openvino, export_program, is_exported
 from spectrim.report import words

@@ -11,21 +11,18 @@ from typing import Annotated, Literal
 import torch
 import typer
 from rich.console import Console
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from spectrim import data
 from spectrim.cli.options import arguments, unfolded
 from spectrim.cli.outputs import Ours, outputs
 from spectrim.cli.stages import Stages, stages
-from spectrim.cli.subject import Images, Preparation, subject
+from spectrim.cli.subject import Images, Preparation, filled, subject
 from spectrim.cli.tuning import Subjects, Tuning
 from spectrim.errors import DataError, FileError
-from spectrim.factorize import duplicate
 from spectrim.files import Frozen, parse, read_text, sha256_of, write_text
-from spectrim.io import load, save
+from spectrim.io import save
 from spectrim.measure import Accuracy, Measurement, accuracy, measure
-from spectrim.models.weights import fill_, read_state
 from spectrim.report import plot_history, words
 from spectrim.report.tables import Column, Listing
 from spectrim.training import Checkpoint, Finetuned, History, Step, finetune
@@ -153,8 +150,8 @@ def _ready(subjects: Subjects, shown: Stages) -> _Ready:
         shown.console.print(f"--model {subjects.model} runs the code of that module", markup=False, soft_wrap=True)
     given = subject(subjects.source, quiet)
     quiet.end()
-    network = _filled(given.model, subjects.weights)
-    teacher = None if subjects.teacher_weights is None else _filled(given.model, subjects.teacher_weights)
+    network = filled(given.model, subjects.weights)
+    teacher = None if subjects.teacher_weights is None else filled(given.model, subjects.teacher_weights)
     why_not = given.untestable()
     if why_not is not None or given.images is None:
         raise DataError(f"the labels cannot be learnt: {why_not}; do --option and --data fit the network?")
@@ -171,25 +168,6 @@ def _ready(subjects: Subjects, shown: Stages) -> _Ready:
 
     held_out = _Part(split, order[:aside], prepare, max(256, subjects.batch))
     return _Ready(network, teacher, given.example, given.images, epoch, held_out, split.checksum)
-
-
-def _filled(blank: nn.Module, path: Path) -> nn.Module:
-    """A copy of the network with the weights of a file that `spectrim.save` wrote, or of a plain one."""
-    if path.is_dir() or _is_ours(path):
-        return load(path, blank).eval()
-    model = duplicate(blank)
-    fill_(model, read_state(path), origin=path)
-    return model.eval()
-
-
-def _is_ours(path: Path) -> bool:
-    if path.suffix.lower() != ".safetensors":
-        return False
-    try:
-        with safe_open(path, framework="pt") as opened:
-            return "spectrim" in (opened.metadata() or {})
-    except (SafetensorError, OSError):
-        return False  # and reading it will say why
 
 
 def _tuned(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 import typer
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from spectrim import data
@@ -14,7 +15,10 @@ from spectrim.cli.options import Source, numbers
 from spectrim.cli.stages import Stages
 from spectrim.errors import DataError
 from spectrim.execution import as_inputs, call, evaluating
+from spectrim.factorize import duplicate
+from spectrim.io import load
 from spectrim.models import CIFAR_MEAN, CIFAR_STD, resolve
+from spectrim.models.weights import fill_, read_state
 
 
 @dataclass(frozen=True)
@@ -176,3 +180,22 @@ def _images(source: Source, info: data.DatasetInfo, prepare: Preparation, shown:
 
 def _listed(values: tuple[float, ...]) -> str:
     return ",".join(f"{value:g}" for value in values)
+
+
+def filled(blank: nn.Module, path: Path) -> nn.Module:
+    """A copy of the network with the weights of a file that `spectrim.save` wrote, or of a plain one."""
+    if path.is_dir() or _is_ours(path):
+        return load(path, blank).eval()
+    model = duplicate(blank)
+    fill_(model, read_state(path), origin=path)
+    return model.eval()
+
+
+def _is_ours(path: Path) -> bool:
+    if path.suffix.lower() != ".safetensors":
+        return False
+    try:
+        with safe_open(path, framework="pt") as opened:
+            return "spectrim" in (opened.metadata() or {})
+    except (SafetensorError, OSError):
+        return False  # and reading it will say why
