@@ -52,6 +52,8 @@ PUBLIC = {
         "Interval",
     ),
     *(
+        "LatencyNote",
+        "LatencyTable",
         "LayerAnalysis",
         "LayerPlan",
         "LayerSpectrum",
@@ -87,6 +89,7 @@ PUBLIC = {
         "export_openvino",
         "export_program",
         "finetune",
+        "latency_table",
         "load",
         "measure",
         "merge",

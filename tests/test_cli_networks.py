@@ -81,6 +81,7 @@ def run(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setenv("SPECTRIM_DATA", str(tmp_path / "cache"))
+    monkeypatch.setenv("SPECTRIM_LATENCY", str(tmp_path / "times"))
     monkeypatch.delitem(sys.modules, "networks_of_mine", raising=False)
     save_file(weights, tmp_path / "mlp.safetensors")
     (tmp_path / "networks_of_mine.py").write_text(FACTORY)
@@ -238,6 +239,38 @@ def test_options_reach_the_library(run: Run, tmp_path: Path) -> None:
     assert any(layer.form == "spatial" and layer.rank % 4 == 0 for layer in plan)
 
 
+WIDE = ("--model", "spectrim:mlp", "--option", "inputs=64", "--option", "width=512", "--option", "hidden=2")
+
+
+def test_a_plan_of_latency_is_timed_shown_and_applied(run: Run, tmp_path: Path) -> None:
+    timed = ("--latency", 0.7, "--runtime", "torch", "--latency-batch", 64, "--rank-multiple", 16)
+    said = run("plan", *WIDE, "--input", "64", *timed, "--out", "plan.json")
+    assert said.code == 0, said.err
+    stages = [line for line in said.out.splitlines() if re.match(r"(load|analyse|plan|time|verify)", line)]
+    assert stages[:5] == ["load spectrim:mlp", "analyse", "plan", "time 3 shapes of layers", "verify in torch"]
+    assert "Latency in torch, 1 thread, batch 64" in said.out
+    assert all(re.search(rf"{what} +[0-9.]+ ms", said.out) for what in ("Dense", "Target", "Predicted", "Measured"))
+    made = st.Plan.load(tmp_path / "plan.json")
+    assert made.latency is not None
+    assert made.latency.verified
+    assert ("The network is as it was" in said.out) == (made.latency.refused is not None)
+    done = run("compress", *WIDE, "--input", "64", "--plan", "plan.json", "--out", "small")
+    assert done.code == 0, done.err
+    applied = st.Plan.load(tmp_path / "small" / "plan.json")
+    assert (applied.latency, applied.rank_multiple) == (made.latency, 16)
+    assert [(one.form, one.ranks) for one in applied] == [(one.form, one.ranks) for one in made]
+    assert "Measured" in done.out
+
+
+def test_the_step_of_the_hardware_is_probed(run: Run, tmp_path: Path) -> None:
+    probed = ("--ratio", 0.3, "--rank-multiple", "auto", "--runtime", "torch", "--threads", 1)
+    said = run("plan", *WIDE, "--input", "64", *probed, "--out", "plan.json")
+    assert said.code == 0, said.err
+    assert "probe" in said.out.splitlines()
+    step = st.Plan.load(tmp_path / "plan.json").rank_multiple or 1
+    assert all(layer.rank in (layer.full_rank, *range(step, 512, step)) for layer in st.Plan.load("plan.json").factored)
+
+
 def test_the_cache_changes_nothing_but_the_time(run: Run, tmp_path: Path) -> None:
     command = ("compress", *TRAINED, "--macs", 0.5, "--images", 128, "--batch", 32, "--no-test")
     for cache in (0, 100):
@@ -298,7 +331,7 @@ INPUT = ("compress", *MLP, "--rank", "4", "--out", "new/small", "--input", "64")
         (
             COMPRESS,
             2,
-            "exactly one of --macs, --params, --bytes, --rank, --ratio, --energy (or a --plan); none was given",
+            "exactly one of --macs, --params, --bytes, --latency, --rank, --ratio, --energy (or a --plan); none",
         ),
         ((*COMPRESS, "--macs", "0.5", "--rank", "4"), 2, "--macs and --rank are 2"),
         (("plan", *TRAINED, "--out", "new/plan.json"), 2, "none was given"),
@@ -314,6 +347,16 @@ INPUT = ("compress", *MLP, "--rank", "4", "--out", "new/small", "--input", "64")
         (("plan", *TRAINED, "--rank", "4", "--include", "layer*", "--out", "new/plan.json"), 1, "'layer*'"),
         ((*COMPRESS, "--rank", "4", "--form", "cubic"), 2, "--form 'cubic': there are channel, spatial, tucker2"),
         ((*COMPRESS, "--rank", "4", "--metric", "flat"), 2, "--metric 'flat': there are plain, activation, loss"),
+        ((*COMPRESS, "--latency", "0.5", "--macs", "0.5"), 2, "--macs and --latency are 2"),
+        ((*COMPRESS, "--latency", "1.5"), 1, "a budget is a share of the dense network, between 0 and 1"),
+        ((*COMPRESS, "--latency", "0.5", "--runtime", "onyx"), 1, "runtime 'onyx' is unknown"),
+        ((*COMPRESS, "--latency", "0.5", "--threads", "9999"), 1, "threads=9999"),
+        ((*COMPRESS, "--latency", "0.5", "--latency-batch", "0"), 2, "--latency-batch"),
+        ((*COMPRESS, "--macs", "0.5", "--runtime", "torch"), 2, "--runtime say how --latency or --rank-multiple auto"),
+        ((*COMPRESS, "--rank", "4", "--threads", "1", "--latency-batch", "2"), 2, "--threads and --latency-batch say"),
+        ((*COMPRESS, "--rank", "4", "--rank-multiple", "0"), 2, "--rank-multiple 0: give a whole number of at least 1"),
+        ((*COMPRESS, "--rank", "4", "--rank-multiple", "some"), 2, "--rank-multiple some: give a whole number"),
+        ((*COMPRESS, "--plan", "nowhere.json", "--latency", "0.5"), 2, "leave out --latency 0.5"),
         ((*COMPRESS, "--rank", "4", "--mean", "0.3"), 2, "both --mean and --std"),
         ((*COMPRESS, "--rank", "4", "--mean", "0.3,0.2", "--std", "1"), 2, "--mean and --std take one value"),
         ((*COMPRESS, "--rank", "4", "--mean", "0.3", "--std", "0"), 2, "no deviation is 0"),

@@ -9,12 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Double, SharedModule, Tied, WordModel, inputs, same_state, small_mlp, state
+from cases import Double, SharedModule, Tied, WordModel, inputs, same_state, small_cnn, small_mlp, state
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import spectrim as st
 from spectrim import errors
+from spectrim.forms import geometry
+from spectrim.latency import FormTimes, LatencyTable, LayerTimes
+from spectrim.plan import LatencyNote
 
 compress_module = sys.modules["spectrim.compress"]
 
@@ -456,3 +459,134 @@ def test_a_model_on_a_gpu_stays_there() -> None:
     torch.testing.assert_close(
         answer(made.model, X.float().cuda()).cpu(), answer(again.model, X.float()), rtol=1e-3, atol=1e-3
     )
+
+
+def feed_forward() -> nn.Sequential:
+    """Layers whose factors are ten times less work, on a batch that is large enough for that to be seen."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(64, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10))
+
+
+def hopeful(model: nn.Module, x: Tensor) -> tuple[st.Analysis, LatencyTable]:
+    """A table that takes factors for no work at all, and the analysis for it."""
+    known = st.analyze(model, x)
+    layers = []
+    for layer in known:
+        assert layer.sizes is not None
+        top = layer.break_even(layer.forms[0], "plain")
+        forms = (FormTimes(form=layer.forms[0], axes=((1, top),), ms=(1e-4, 1e-3)),) if top > 1 else ()
+        layers.append(LayerTimes(name=layer.name, dense_ms=1.0, forms=forms))
+    table = LatencyTable(
+        runtime="torch", threads=1, fingerprint="", rank_multiple=1, network_ms=len(layers), layers=tuple(layers)
+    )
+    return known, table
+
+
+class TestLatency:
+    @pytest.mark.parametrize(("runtime", "multiple"), [("torch", None), ("onnxruntime", 16)])
+    def test_a_network_is_measured_before_it_is_given_out(
+        self, runtime: str, multiple: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        if runtime == "onnxruntime":
+            pytest.importorskip("onnxruntime")
+        monkeypatch.setenv("SPECTRIM_LATENCY", str(tmp_path))
+        model, x = feed_forward(), torch.randn(32, 64)
+        before, random = state(model), torch.get_rng_state()
+        told: list[str] = []
+        made = st.compress(
+            model,
+            st.Budget(latency=0.8, runtime=runtime, batch=64),
+            example_inputs=x,
+            data=[x],
+            rank_multiple=multiple,
+            on_progress=lambda what, *_: told.append(what),
+        )
+        note = made.plan.latency
+        assert note is not None
+        assert note.verified
+        assert (note.runtime, note.threads, note.batch) == (runtime, 1, 64)
+        assert note.low <= note.measured <= note.high  # type: ignore[operator]
+        assert same_state(model, before)
+        assert torch.equal(random, torch.get_rng_state())
+        assert {"time 0", f"verify in {runtime}"} < set(told)
+        if made.refused is None:  # what the clock says is not for a test to say: either way something must hold
+            assert note.high < 1  # type: ignore[operator]
+            assert made.plan.factored
+            assert 0 < (made.measurement.params_ratio or 0) < 1
+            assert "fit 2" in told
+            assert (note.measured <= 0.8 * 1.02) == (note.missed is None)  # type: ignore[operator]
+        else:
+            assert torch.equal(made.model(x), model(x))
+            assert not made.plan.factored
+
+    @pytest.mark.parametrize("inplace", [False, True])
+    def test_where_nothing_is_faster_the_model_comes_back_as_it_was(self, inplace: bool) -> None:
+        model, x = small_mlp(), X[:1]  # so small that a second call takes longer than all the arithmetic
+        known, table = hopeful(model, x)
+        before, modules = state(model), list(model)
+        made = st.compress(
+            model,
+            st.Budget(latency=0.6),
+            example_inputs=x,
+            data=[X],
+            analysis=known,
+            latencies=table,
+            inplace=inplace,
+        )
+        assert made.refused is not None
+        assert made.refused.startswith("not surely faster: measured")
+        assert not made.plan.factored
+        assert any(layer.reason == made.refused for layer in made.plan)
+        assert (made.model is model) == inplace
+        assert same_state(made.model, before)
+        assert list(model) == modules
+        assert made.measurement.params_ratio == made.measurement.bytes_ratio == made.measurement.macs_ratio == 1
+        again = st.compress(model, made.plan, example_inputs=x, data=[X])
+        assert again.refused == made.refused
+        assert same_state(again.model, before)
+
+    def test_a_network_whose_file_would_grow_is_left_as_it_was(self) -> None:
+        model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+        x = torch.randn(3, 8)
+        note = LatencyNote(runtime="torch", threads=1, fingerprint="", dense_ms=1.0, predicted=0.5, measured=0.5)
+        known = st.analyze(model, x)
+        plan = st.plan(known, st.Rank(3))
+        plain = st.compress(model, plan, example_inputs=x, analysis=known)
+        assert plan.factored
+        assert (plain.measurement.bytes_ratio or 0) > 1
+        assert (plain.measurement.params_ratio or 1) < 1
+        made = st.compress(model, plan.model_copy(update={"latency": note}), example_inputs=x, analysis=known)
+        assert made.refused is not None
+        assert "the file would grow from" in made.refused
+        assert same_state(made.model, state(model))
+
+    def test_a_budget_out_of_reach_is_refused(self) -> None:
+        model = small_mlp()
+        known, table = hopeful(model, X)
+        with pytest.raises(errors.RuleError, match=r"cannot be reached: (the fastest this|with all its layers)"):
+            st.compress(model, st.Budget(latency=1e-6), example_inputs=X, analysis=known, latencies=table)
+
+    def test_bad_input_is_found_before_long_work(self) -> None:
+        def data() -> Any:
+            raise AssertionError("the data were read")
+            yield
+
+        model = small_mlp()
+        plan = st.plan(st.analyze(model, X), st.Rank(2))
+        with pytest.raises(errors.EngineError, match="runtime 'onyx' is unknown"):
+            st.compress(model, st.Budget(latency=0.5, runtime="onyx"), example_inputs=X, data=data())
+        with pytest.raises(errors.EngineError, match="threads=100000"):
+            st.compress(model, st.Budget(latency=0.5, threads=100_000), example_inputs=X, data=data())
+        with pytest.raises(errors.PlanError, match="already says which layers"):
+            st.compress(model, plan, example_inputs=X, latencies=hopeful(model, X)[1])
+        with pytest.raises(errors.RuleError, match=r"st\.probe"):
+            st.plan(st.analyze(model, X), st.Rank(2), rank_multiple="auto")  # type: ignore[arg-type]
+
+    def test_the_step_of_the_hardware_is_probed_and_noted(self) -> None:
+        model, x = small_cnn(), inputs(2, 3, 12, 12)
+        made = st.compress(model, st.Ratio(0.3), example_inputs=x, rank_multiple="auto", allow_growth=True)
+        step = made.plan.rank_multiple or 1
+        assert step in (1, 8, 16, 32)
+        for layer in made.plan.factored:
+            full = geometry(model.get_submodule(layer.name)).full_ranks(layer.form)
+            assert all(rank % step == 0 or rank == most for rank, most in zip(layer.ranks, full, strict=True))

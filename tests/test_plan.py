@@ -1,5 +1,6 @@
 """Plans as files: read, edited, damaged."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ from cases import inputs, small_mlp
 
 import spectrim as st
 from spectrim import errors
+from spectrim.plan import LatencyNote
 
 X = inputs(5, 12)
 
@@ -19,6 +21,55 @@ def plan() -> st.Plan:
 def test_a_plan_survives_its_file(tmp_path: Path, rule: st.Rank | st.Ratio | st.Energy) -> None:
     made = st.plan(st.analyze(small_mlp(), X, exclude="4"), rule)
     assert st.Plan.load(made.save(tmp_path / "folders" / "plan.json")) == made
+
+
+NOTE = LatencyNote(
+    runtime="onnxruntime",
+    threads=1,
+    fingerprint="this one",
+    dense_ms=2.0,
+    predicted=0.61,
+    measured=0.6,
+    low=0.58,
+    high=0.63,
+)
+
+
+def test_a_plan_of_latency_survives_its_file(tmp_path: Path) -> None:
+    rule = st.Budget(latency=0.6, runtime="onnxruntime")
+    made = plan().model_copy(update={"rule": rule, "latency": NOTE, "rank_multiple": 16})
+    again = st.Plan.load(made.save(tmp_path / "plan.json"))
+    assert again == made
+    assert again.latency is not None
+    assert again.latency.verified
+    assert not NOTE.model_copy(update={"measured": None}).verified
+
+
+def test_plans_of_earlier_versions_are_read(tmp_path: Path) -> None:
+    made = st.plan(st.analyze(small_mlp(), X), st.Budget(params=0.7))
+    path = made.save(tmp_path / "plan.json")
+    written = json.loads(path.read_text())
+    assert written["rule"] == {"params": 0.7, "rule": "budget"}
+    assert set(written) == {"version", "rule", "metric", "layers"}
+    assert st.Plan.load(path) == made
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"macs": 0.5, "threads": 1}, "belongs to a latency"),
+        ({"latency": 0.5, "threads": 0}, "whole number of at least 1"),
+        ({"latency": 0.5, "cores": 2}, "cores"),
+    ],
+    ids=str,
+)
+def test_a_budget_edited_into_nonsense_is_one_clear_error(
+    tmp_path: Path, wrong: dict[str, object], message: str
+) -> None:
+    path = plan().save(tmp_path / "plan.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rule": {"rule": "budget", **wrong}}))
+    with pytest.raises(errors.FileError, match=message):
+        st.Plan.load(path)
 
 
 def test_a_plan_reads_like_a_list_of_layers() -> None:

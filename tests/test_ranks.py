@@ -203,6 +203,19 @@ def test_a_layer_that_may_not_be_changed_stays_dense_under_a_budget() -> None:
         {"macs": float("inf")},
         {"macs": True},
         {"params": "half"},
+        {"latency": 0},
+        {"latency": 1.0},
+        {"latency": 0.5, "macs": 0.5},
+        {"latency": 0.5, "threads": 0},
+        {"latency": 0.5, "threads": 1.5},
+        {"latency": 0.5, "batch": 0},
+        {"latency": 0.5, "batch": True},
+        {"latency": 0.5, "runtime": ""},
+        {"latency": 0.5, "runtime": 3},
+        {"macs": 0.5, "runtime": "torch"},
+        {"params": 0.5, "threads": 1},
+        {"bytes": 0.5, "batch": 8},
+        {"runtime": "torch"},
     ],
     ids=str,
 )
@@ -214,6 +227,28 @@ def test_budgets_that_mean_nothing_are_refused(wrong: Any) -> None:
 def test_a_budget_says_what_it_limits() -> None:
     rule = st.Budget(bytes=0.25)
     assert (rule.limits, rule.share, str(rule)) == ("bytes", 0.25, "Budget(bytes=0.25)")
+
+
+def test_a_budget_of_latency_says_in_what_it_is_taken() -> None:
+    rule = st.Budget(latency=0.6)
+    assert (rule.limits, rule.share, rule.runtime, rule.batch, rule.threads) == ("latency", 0.6, "torch", None, 1)
+    assert str(rule) == "Budget(latency=0.6, runtime='torch', threads=1)"
+    full = st.Budget(latency=0.6, runtime="onnxruntime", batch=8, threads=2)
+    assert eval(str(full), {"Budget": st.Budget}) == full
+    with pytest.raises(errors.RuleError, match=r"threads=2 belongs to a latency.*Budget\(latency=.., threads=..\)"):
+        st.Budget(macs=0.5, threads=2)
+
+
+@pytest.mark.parametrize("rule", [st.Budget(macs=0.5), st.Ratio(0.3)], ids=str)
+def test_a_plan_notes_what_divides_its_ranks_until_they_are_edited(rule: Any) -> None:
+    model = small_cnn()
+    known = analysis(model, X)
+    plan = st.plan(known, rule, rank_multiple=4)
+    assert (plan.rank_multiple, st.plan(known, rule).rank_multiple) == (4, None)
+    assert st.compress(model, plan, example_inputs=X, analysis=known).plan.rank_multiple == 4
+    first = plan.factored[0]
+    changed = edited(plan, first.name, {"rank": first.rank - 1})  # type: ignore[operator]
+    assert st.compress(model, changed, example_inputs=X, analysis=known).plan.rank_multiple is None
 
 
 @pytest.mark.parametrize("rule", [st.Budget(macs=0.5), st.Budget(params=0.6), st.Ratio(0.4)], ids=str)

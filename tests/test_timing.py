@@ -112,3 +112,19 @@ def test_noise_is_told_from_a_difference() -> None:
     assert verdict(1 / 1.5, 0.02) == "slower"
     assert verdict(1.0, 0.02) == "no difference"
     assert verdict(1.5, 0.8) == "too noisy to tell"
+
+
+def test_what_happens_between_passes_is_not_timed() -> None:
+    order: list[str] = []
+
+    def between() -> None:
+        order.append("between")
+        time.sleep(2e-3)
+
+    lap = pass_timer(lambda: order.append("pass"), cpu=True, between=between)
+    del order[:]
+    found = lap()
+    assert order[:4] == ["between", "pass", "between", "pass"]
+    assert 2 <= len(order) <= 16
+    assert found.wall < 2e-3  # arithmetic: a sleep of that length would be in it
+    assert found.cpu is not None

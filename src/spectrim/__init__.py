@@ -8,6 +8,7 @@ from spectrim.compress import Compressed, compress
 from spectrim.export import Exported, export_onnx, export_openvino, export_program
 from spectrim.factorize import merge
 from spectrim.io import load, save
+from spectrim.latency import LatencyTable, latency_table
 from spectrim.layers import (
     LowRankConv1d,
     LowRankConv2d,
@@ -18,7 +19,7 @@ from spectrim.layers import (
 )
 from spectrim.linalg import Spectrum
 from spectrim.measure import Accuracy, Epoch, Interval, Measurement, accuracy, measure, runtime_gain
-from spectrim.plan import Budget, Cost, Energy, LayerPlan, Plan, Rank, Ratio
+from spectrim.plan import Budget, Cost, Energy, LatencyNote, LayerPlan, Plan, Rank, Ratio
 from spectrim.probe import Grid, probe
 from spectrim.quantize import Quantized, QuantizedRow, QuantizedTable, compare_quantized, onnx_accuracy, quantize
 from spectrim.ranks import plan
@@ -59,6 +60,8 @@ __all__ = [
     "Grid",
     "History",
     "Interval",
+    "LatencyNote",
+    "LatencyTable",
     "LayerAnalysis",
     "LayerPlan",
     "LayerSpectrum",
@@ -90,6 +93,7 @@ __all__ = [
     "export_openvino",
     "export_program",
     "finetune",
+    "latency_table",
     "load",
     "measure",
     "merge",

@@ -1,7 +1,7 @@
 """Forms and ranks of all layers under one budget, and the whole trade-off."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
@@ -22,8 +22,11 @@ from spectrim.decisions import (
     why_impossible,
 )
 from spectrim.errors import PlanError, RuleError
-from spectrim.linalg import Ranks
-from spectrim.plan import CONVOLUTION_FORMS, Budget, CostName, FormName, Metric, Plan
+from spectrim.latency import LatencyTable
+from spectrim.linalg import FloatArray, Ranks
+from spectrim.plan import CONVOLUTION_FORMS, Budget, FormName, LatencyNote, LayerPlan, Limit, Metric, Plan
+from spectrim.probe import Grid
+from spectrim.timing import Interval
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +48,7 @@ class Point:
 class Curve:
     """What every budget would lose, cheapest first. `cost` is what `kept` is a share of."""
 
-    cost: CostName
+    cost: Limit
     points: tuple[Point, ...]
 
     def __iter__(self) -> Iterator[Point]:
@@ -58,39 +61,41 @@ class Curve:
 def pareto(
     analysis: Analysis,
     *,
-    cost: CostName = "macs",
+    cost: Limit = "macs",
     points: int = 20,
     metric: Metric | None = None,
     forms: Sequence[FormName] | None = None,
-    rank_multiple: int | None = None,
+    rank_multiple: int | Grid | None = None,
+    latencies: LatencyTable | None = None,
 ) -> Curve:
     """The whole trade-off between cost and error from one decomposition of every layer.
 
     Args:
         analysis: From `st.analyze`.
-        cost: `macs`, `params` or `bytes`.
+        cost: `macs`, `params` or `bytes`, or `latency` as predicted from `latencies`.
         points: How many budgets, evenly spaced from the smallest that can be reached to just below the dense network.
         metric: As for `st.plan`.
         forms: As for `st.plan`.
         rank_multiple: As for `st.plan`.
+        latencies: As for `st.plan`; only for the latency.
 
     Raises:
-        RuleError: fewer than 2 points, or a rank_multiple that is not at least 1.
-        PlanError: an unknown cost, metric or form.
+        RuleError: fewer than 2 points, a rank_multiple that is not at least 1, or a latency without a table.
+        PlanError: an unknown cost, metric or form, or a table of another network.
     """
-    if cost not in ("macs", "params", "bytes"):
-        raise PlanError(f"cost={cost!r}: there are macs, params and bytes")
+    if cost not in ("macs", "params", "bytes", "latency"):
+        raise PlanError(f"cost={cost!r}: there are macs, params and bytes, and latency")
     if points < 2:
         raise RuleError(f"points={points}: a curve needs at least 2")
     chosen, allowed = metric_of(analysis, metric, best=True), forms_among(forms, CONVOLUTION_FORMS)
-    options = Options(analysis, cost, chosen, allowed, multiple_of(rank_multiple))
+    options = Options.of(analysis, cost, metric=chosen, forms=allowed, multiple=rank_multiple, latencies=latencies)
     solved = Allocation.of([menu for menu, _ in options.menus], limit=options.whole - options.fixed)
     least = Fraction(options.fixed + solved.cheapest, options.whole)
     shares = (least + (1 - least) * Fraction(step, points) for step in range(points))
     found = []
     for share in shares:
         picked = solved.pick(int(share * options.whole) - options.fixed)
-        rule = _budget(cost, float(min(max(share, Fraction(1, 10**9)), 1 - Fraction(1, 10**9))))
+        rule = options.rule(float(min(max(share, Fraction(1, 10**9)), 1 - Fraction(1, 10**9))))
         lost = sum(float(menu.losses[one]) for menu, one in zip(solved.menus, picked, strict=True))
         found.append(Point(options.kept(picked) / options.whole, lost, options.plan(rule, picked)))
     return Curve(cost, tuple(found))
@@ -98,23 +103,86 @@ def pareto(
 
 @dataclass(frozen=True, eq=False)
 class Options:
-    """Every option of every layer under a budget."""
+    """Every option of every layer under a budget.
+
+    Attributes:
+        analysis: The layers.
+        cost: What is limited; latencies count in whole nanoseconds.
+        metric: In what the losses count.
+        forms: Those that may be taken.
+        multiple: What divides the ranks, but full ones and what a table holds below it.
+        latencies: The times of the layers, if the latency is limited. Options that are slower than the dense layer are
+            none.
+    """
 
     analysis: Analysis
-    cost: CostName
+    cost: Limit
     metric: Metric
     forms: tuple[FormName, ...]
     multiple: int
+    latencies: LatencyTable | None = None
+
+    @classmethod
+    def of(
+        cls,
+        analysis: Analysis,
+        cost: Limit,
+        *,
+        metric: Metric,
+        forms: tuple[FormName, ...],
+        multiple: int | Grid | None,
+        latencies: LatencyTable | None,
+    ) -> "Options":
+        """The options, once table and multiple are known to go together.
+
+        Raises:
+            RuleError: a latency without a table, a table without a latency, or ranks that the table does not hold.
+            PlanError: a table of another network.
+        """
+        if (cost == "latency") != (latencies is not None):
+            raise RuleError(
+                "a budget of latency needs latencies=st.latency_table(model, example_inputs, analysis=..), and no "
+                "other budget does; st.compress makes it by itself"
+            )
+        if latencies is None:
+            return cls(analysis, cost, metric, forms, multiple_of(multiple))
+        step = latencies.rank_multiple if multiple is None else multiple_of(multiple)
+        if step % latencies.rank_multiple:
+            raise RuleError(
+                f"rank_multiple={step}: the table holds multiples of {latencies.rank_multiple}; make another table"
+            )
+        known = {layer.name for layer in analysis if layer.problems}
+        foreign = [layer.name for layer in latencies.layers if layer.name not in known]
+        if foreign:
+            raise PlanError(f"the latency table is of another network: it has a layer {foreign[0]!r}; make a new one")
+        return cls(analysis, cost, metric, forms, step, latencies)
 
     @property
     def whole(self) -> int:
         """What the dense network costs."""
+        if self.latencies is not None:
+            return _nanoseconds(self.latencies.network_ms)
         return int(getattr(self.analysis.whole, self.cost))
 
     @property
     def fixed(self) -> int:
-        """What it costs besides the layers of the analysis."""
+        """What it costs besides the layers of the analysis; below 0 where the times of single layers add up to more."""
+        if self.cost == "latency":
+            return self.whole - sum(self._dense(layer) for layer in self.analysis)
         return self.analysis.fixed(self.cost)
+
+    def rule(self, share: float) -> Budget:
+        """The budget of this share."""
+        match self.cost:
+            case "macs":
+                return Budget(macs=share)
+            case "params":
+                return Budget(params=share)
+            case "bytes":
+                return Budget(bytes=share)
+        table = self.latencies
+        assert table is not None
+        return Budget(latency=share, runtime=table.runtime, batch=table.batch, threads=table.threads)
 
     @cached_property
     def menus(self) -> list[tuple[Menu, list[tuple[FormName, Ranks]]]]:
@@ -127,16 +195,36 @@ class Options:
         named: list[tuple[FormName, Ranks]] = []
         for form in possible_forms(layer, self.forms, self.metric):
             choices = layer.choices(form, self.metric)
-            full = np.array(layer.sizes.full_ranks(form)) if layer.sizes else choices.ranks[-1]
-            even = (choices.ranks % self.multiple == 0) | (choices.ranks == full)
-            small = (choices.params < layer.dense.params) & (choices.macs <= layer.dense.macs)
-            fits = np.flatnonzero(even.all(axis=1) & small)
-            costs.append(self._factored(layer, choices)[fits])
+            fits, cost = self._offered(layer, choices)
+            costs.append(cost)
             losses.append(choices.lost[fits] * self.analysis.sensitivity.get(layer.name, usual))
             named += [(form, tuple(int(rank) for rank in choices.ranks[one])) for one in fits]
         return Menu(np.concatenate(costs).astype(np.int64), np.concatenate(losses)), named
 
+    def _offered(
+        self, layer: LayerAnalysis, choices: Choices
+    ) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.int64] | FloatArray]:
+        """Positions of the choices on the grid that are smaller than the layer (and faster), and what they cost."""
+        small = (choices.params < layer.dense.params) & (choices.macs <= layer.dense.macs)
+        if self.latencies is None:
+            full = np.array(layer.sizes.full_ranks(choices.form)) if layer.sizes else choices.ranks[-1]
+            even = (choices.ranks % self.multiple == 0) | (choices.ranks == full)
+            fits = np.flatnonzero(even.all(axis=1) & small)
+            return fits, self._factored(layer, choices)[fits]
+        layers = self.latencies.of(layer.name)
+        times = layers.of(choices.form) if layers else None
+        if times is None:
+            return np.zeros(0, dtype=np.intp), np.zeros(0)
+        below = self.multiple if self.multiple == self.latencies.rank_multiple else 0
+        fits = np.flatnonzero(times.covers(choices.ranks, step=self.multiple, below=below) & small)
+        costs = np.array([_nanoseconds(ms) for ms in times.at(choices.ranks[fits])], dtype=np.int64)
+        faster = costs < self._dense(layer)
+        return fits[faster], costs[faster]
+
     def _dense(self, layer: LayerAnalysis) -> int:
+        if self.latencies is not None:
+            times = self.latencies.of(layer.name)
+            return _nanoseconds(times.dense_ms) if times else 0
         return layer.dense.macs if self.cost == "macs" else layer.dense.params * self._unit(layer)
 
     def _factored(self, layer: LayerAnalysis, choices: Choices) -> npt.NDArray[np.int64]:
@@ -154,29 +242,70 @@ class Options:
         """What the whole model costs with these options."""
         return self.fixed + sum(int(menu.costs[one]) for (menu, _), one in zip(self.menus, picked, strict=True))
 
+    def lost(self, picked: Sequence[int]) -> float:
+        """What all layers lose together with these options."""
+        return sum(float(menu.losses[one]) for (menu, _), one in zip(self.menus, picked, strict=True))
+
     def plan(self, rule: Budget, picked: Sequence[int]) -> Plan:
         """These options as a plan, with reasons."""
         layers = []
         for layer, (menu, named), one in zip(self.analysis, self.menus, picked, strict=True):
             if one:
                 form, ranks = named[one - 1]
-                share = menu.costs[one] / max(1, menu.costs[0])
-                because = f"{form} at {share:.0%} of its {self.cost} loses least for what it saves"
+                because = f"{form} at {self._share(menu, one)} loses least for what it saves"
                 layers.append(factored(layer, form, ranks, metric=self.metric, reason=because))
             else:
                 layers.append(dense(layer, reason=self._why_dense(layer, menu, named), metric=self.metric))
-        return Plan(rule=rule, metric=self.metric, layers=tuple(layers))
+        multiple = self.multiple if self.multiple > 1 else None
+        note = self._note(self.kept(picked))
+        return Plan(rule=rule, metric=self.metric, layers=tuple(layers), rank_multiple=multiple, latency=note)
+
+    def _note(self, kept: int) -> LatencyNote | None:
+        table = self.latencies
+        if table is None:
+            return None
+        return LatencyNote(
+            runtime=table.runtime,
+            threads=table.threads,
+            batch=table.batch,
+            fingerprint=table.fingerprint,
+            dense_ms=table.network_ms,
+            predicted=kept / self.whole,
+        )
+
+    def _share(self, menu: Menu, one: int) -> str:
+        share = menu.costs[one] / max(1, menu.costs[0])
+        if self.latencies is None:
+            return f"{share:.0%} of its {self.cost}"
+        return f"{share:.0%} of its time ({menu.costs[one] / 1e6:.3g} of {menu.costs[0] / 1e6:.3g} ms)"
 
     def _why_dense(self, layer: LayerAnalysis, menu: Menu, named: list[tuple[FormName, Ranks]]) -> str:
         if not named:
-            return why_impossible(layer, self.metric) or "no rank of any form allowed here would be smaller"
+            return why_impossible(layer, self.metric) or self._why_nothing(layer)
         best = 1 + int(np.argmin(menu.losses[1:]))
         form, ranks = named[best - 1]
         share = menu.costs[best] / max(1, menu.costs[0])
+        what = self.cost if self.latencies is None else "time"
         return (
             f"the budget is met with less error elsewhere; the mildest option here, {form} at rank {listed(ranks)}, "
-            f"would save {1 - share:.0%} of its {self.cost}"
+            f"would save {1 - share:.0%} of its {what}"
         )
+
+    def _why_nothing(self, layer: LayerAnalysis) -> str:
+        """Why a layer that can be factored has no option."""
+        times = self.latencies.of(layer.name) if self.latencies else None
+        timed = [one for one in times.forms if one.form in self.forms] if times else []
+        if times is None or not timed:
+            return "no rank of any form allowed here would be smaller"
+        least = min(timed, key=lambda one: min(one.ms))
+        return (
+            f"its factors do not pay: the fastest are in the {least.form} form and take {min(least.ms):.3g} ms, "
+            f"the layer itself {times.dense_ms:.3g} ms"
+        )
+
+
+def _nanoseconds(ms: float) -> int:
+    return round(ms * 1e6)
 
 
 def budgeted(options: Options, rule: Budget) -> Plan:
@@ -185,25 +314,139 @@ def budgeted(options: Options, rule: Budget) -> Plan:
     Raises:
         RuleError: a budget below what is reachable; says what is.
     """
-    budget = int(Fraction(rule.share).limit_denominator(10**12) * options.whole)
+    return options.plan(rule, _picked(options, rule, share=rule.share))
+
+
+def _picked(options: Options, rule: Budget, *, share: float) -> list[int]:
+    budget = int(Fraction(share).limit_denominator(10**12) * options.whole)
     solved = Allocation.of([menu for menu, _ in options.menus], limit=budget - options.fixed)
     least = options.fixed + solved.cheapest
     if budget < least:
-        share = math.ceil(1e4 * least / options.whole) / 1e4
-        open_to = sum(bool(named) for _, named in options.menus)
-        raise RuleError(
-            f"{rule} cannot be reached: the smallest this model can be is Budget({rule.limits}={share:g}), with all "
-            f"{open_to} layers that can shrink at rank {options.multiple}; "
-            f"{options.fixed / options.whole:.1%} of the {rule.limits} are outside the layers that were looked at"
+        raise RuleError(_out_of_reach(options, rule, least / options.whole))
+    return solved.pick(budget - options.fixed)
+
+
+def _out_of_reach(options: Options, rule: Budget, least: float, *, how: str = "predicted") -> str:
+    open_to = sum(bool(named) for _, named in options.menus)
+    timed = options.cost == "latency"
+    if timed and (not open_to or least >= 1):
+        measured = f"with all its layers at their fastest ranks the model takes {least:.3g} of the dense time"
+        why = measured if open_to else "no layer would be faster in factors"
+        return (
+            f"{rule} cannot be reached: {why} with the {rule.runtime} runtime here; "
+            "limit the MACs or the parameters instead, or try another runtime or batch"
         )
-    return options.plan(rule, solved.pick(budget - options.fixed))
+    share = math.ceil(1e4 * least) / 1e4
+    smallest, at = ("fastest", f"their fastest ranks ({how})") if timed else ("smallest", f"rank {options.multiple}")
+    outside = "time is" if timed else f"{rule.limits} are"
+    return (
+        f"{rule} cannot be reached: the {smallest} this model can be is Budget({rule.limits}={share:g}), with all "
+        f"{open_to} layers that can shrink at {at}; "
+        f"{max(0, options.fixed) / options.whole:.1%} of the {outside} outside the layers that were looked at"
+    )
 
 
-def _budget(cost: CostName, share: float) -> Budget:
-    match cost:
-        case "macs":
-            return Budget(macs=share)
-        case "params":
-            return Budget(params=share)
-        case "bytes":
-            return Budget(bytes=share)
+@dataclass(frozen=True, eq=False)
+class _Candidate:
+    """A plan that was tried.
+
+    Attributes:
+        plan: The plan, with its prediction.
+        lost: What its layers lose together.
+        measured: Its share of the dense network's time.
+    """
+
+    plan: Plan
+    lost: float
+    measured: Interval
+
+    @property
+    def predicted(self) -> float:
+        """The share that was expected."""
+        assert self.plan.latency is not None
+        return self.plan.latency.predicted
+
+    def meets(self, target: float) -> bool:
+        """Whether the target is met, as well as can be measured."""
+        return self.measured.value <= target * (1 + _CLOSE)
+
+
+_CLOSE, _FAR = 0.02, 0.05
+"""A time this share above the target still meets it; one this far from its prediction shows the table to be off."""
+
+Verify = Callable[[Plan], Interval]
+"""Builds the network of a plan and times it against the dense one: its share of the dense time, with the interval."""
+
+
+def settled(options: Options, rule: Budget, *, verify: Verify) -> Plan:
+    """The plan that meets a budget of latency with the least loss, by the clock and not only by the table.
+
+    Where the first plan's time is more than 5 % off its prediction, or misses the target, the predicted savings are
+    scaled by what was saved in truth, and forms and ranks are chosen once more. Of both plans the one that meets the
+    target with less loss is taken, or the faster one where neither does. Is that not surely faster than the dense
+    network, every layer stays dense, and the plan says so.
+
+    What is out of reach is never told by the table alone: a network that has become small enough for the processor's
+    caches takes less than the sum of its layers.
+
+    Raises:
+        RuleError: no layer would be faster in factors, or the fastest network misses the budget; says what it takes.
+    """
+    target, least = rule.share, _least(options)
+    if not any(named for _, named in options.menus):
+        raise RuleError(_out_of_reach(options, rule, least))
+    first = _judged(options, rule, _picked(options, rule, share=max(target, least)), verify)
+    tried = [first]
+    if abs(first.measured.value - first.predicted) > _FAR * first.predicted or not first.meets(target):
+        picked = _picked(options, rule, share=max(least, _rescaled(first, target)))
+        if options.plan(rule, picked).layers != first.plan.layers:
+            tried.append(_judged(options, rule, picked, verify))
+    meeting = [one for one in tried if one.meets(target)]
+    best = min(meeting, key=lambda one: one.lost) if meeting else min(tried, key=lambda one: one.measured.value)
+    if least > target and not meeting:
+        raise RuleError(_out_of_reach(options, rule, best.measured.value, how="measured"))
+    return _noted(best, target, solved=len(tried))
+
+
+def _least(options: Options) -> float:
+    """The smallest share that the table promises."""
+    cheapest = options.fixed + sum(int(menu.costs.min()) for menu, _ in options.menus)
+    return cheapest / options.whole + 1e-9
+
+
+def _judged(options: Options, rule: Budget, picked: Sequence[int], verify: Verify) -> _Candidate:
+    plan = options.plan(rule, picked)
+    return _Candidate(plan, options.lost(picked), verify(plan))
+
+
+def _rescaled(first: _Candidate, target: float) -> float:
+    """The share to ask the table for, so that what is saved in truth is what is wanted; 0 where nothing was saved."""
+    gain = (1 - first.measured.value) / (1 - first.predicted)
+    return 1 - (1 - target) / gain if gain > 0 else 0.0
+
+
+def _noted(best: _Candidate, target: float, *, solved: int) -> Plan:
+    """The best plan with what was measured; all dense where it is not surely faster."""
+    note, share = best.plan.latency, best.measured
+    assert note is not None
+    said = f"{share.value:.3f} of the dense time in {note.runtime} (95 % interval {share.low:.3f} to {share.high:.3f})"
+    seen = {"measured": share.value, "low": share.low, "high": share.high, "solved": solved}
+    if share.high >= 1:
+        why = f"not surely faster: measured {said}"
+        return refused(best.plan.model_copy(update={"latency": note.model_copy(update=seen)}), reason=why)
+    missed = None if best.meets(target) else f"the target is {target:g}, and the fastest network found takes {said}"
+    return best.plan.model_copy(update={"latency": note.model_copy(update={**seen, "missed": missed})})
+
+
+def refused(plan: Plan, *, reason: str) -> Plan:
+    """The same plan with every layer dense, and why."""
+    assert plan.latency is not None
+    layers = tuple(_left(layer, reason=reason) for layer in plan.layers)
+    return plan.model_copy(update={"layers": layers, "latency": plan.latency.model_copy(update={"refused": reason})})
+
+
+def _left(layer: LayerPlan, *, reason: str) -> LayerPlan:
+    if layer.form == "dense":
+        return layer
+    undone = {"form": "dense", "rank": None, "rank_in": None, "metric": None, "predicted_error": None}
+    return layer.model_copy(update={**undone, "kept": layer.dense, "reason": reason})

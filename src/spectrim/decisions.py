@@ -1,11 +1,13 @@
 """One layer's decision as a value: factored at some ranks, or dense, and what may be chosen from."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 from spectrim.analyze import Analysis, LayerAnalysis
 from spectrim.errors import PlanError, RuleError
 from spectrim.linalg import Ranks
 from spectrim.plan import CONVOLUTION_FORMS, FormName, LayerPlan, Metric
+from spectrim.probe import Grid
 
 
 def metric_of(analysis: Analysis, metric: Metric | None, *, best: bool) -> Metric:
@@ -21,13 +23,19 @@ def metric_of(analysis: Analysis, metric: Metric | None, *, best: bool) -> Metri
     return chosen
 
 
-def multiple_of(rank_multiple: int | None) -> int:
+def multiple_of(rank_multiple: int | Grid | Literal["auto"] | None) -> int:
     """The number that ranks must be multiples of; raises `RuleError` for what is none."""
-    if rank_multiple is None:
+    number = rank_multiple.multiple if isinstance(rank_multiple, Grid) else rank_multiple
+    if number is None:
         return 1
-    if isinstance(rank_multiple, bool) or not isinstance(rank_multiple, int) or rank_multiple < 1:
+    if number == "auto":
+        raise RuleError(
+            "rank_multiple='auto' has to probe the hardware, which a plan does not: "
+            "give st.probe(runtime=.., threads=..), or let st.compress do it"
+        )
+    if isinstance(number, bool) or not isinstance(number, int) or number < 1:
         raise RuleError(f"rank_multiple={rank_multiple!r}: give a whole number of at least 1, such as 8")
-    return rank_multiple
+    return number
 
 
 def forms_among(forms: Sequence[FormName] | None, default: tuple[FormName, ...]) -> tuple[FormName, ...]:

@@ -1,8 +1,9 @@
 """What to do with every layer, as a frozen value that a person can read, edit and keep: rules and plans."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import ConfigDict, Field, model_validator
@@ -73,11 +74,13 @@ class Energy:
 
 
 CostName = Literal["macs", "params", "bytes"]
+Limit = Literal["macs", "params", "bytes", "latency"]
+_LIMITS: tuple[Limit, ...] = ("macs", "params", "bytes", "latency")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """What the whole network may cost, as a share of the dense network in (0, 1); exactly one of the three.
+    """What the whole network may cost, as a share of the dense network in (0, 1); exactly one of the four.
 
     Forms and ranks of all layers are then chosen together, so that the error is smallest.
 
@@ -85,26 +88,56 @@ class Budget:
         macs: Multiply-accumulates of one forward pass.
         params: Parameters.
         bytes: Bytes of the weights' file.
+        latency: Time of one forward pass on this machine, as it is measured.
+        runtime: Of a latency: what runs the network, one of `spectrim.runtimes.RUNTIMES`; by default `torch`.
+        batch: Of a latency: how many inputs a pass has; by default as many as the example inputs.
+        threads: Of a latency: how many threads run it; by default 1.
     """
 
     macs: float | None = None
     params: float | None = None
     bytes: float | None = None
+    latency: float | None = None
+    runtime: str | None = None
+    batch: int | None = None
+    threads: int | None = None
     __pydantic_config__: ClassVar = _STRICT
     rule: Literal["budget"] = field(default="budget", repr=False, kw_only=True)
 
     def __post_init__(self) -> None:
-        given = {name: value for name in ("macs", "params", "bytes") if (value := getattr(self, name)) is not None}
+        given = {name: value for name in _LIMITS if (value := getattr(self, name)) is not None}
         if len(given) != 1:
-            raise RuleError(f"a Budget limits exactly one of macs, params, bytes, not {len(given)}: Budget(macs=0.5)")
+            raise RuleError(f"a Budget limits exactly one of {', '.join(_LIMITS)}, not {len(given)}: Budget(macs=0.5)")
         ((name, value),) = given.items()
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
             raise RuleError(f"Budget({name}={value!r}): a budget is a share of the dense network, between 0 and 1")
+        self._require_circumstances()
+
+    def _require_circumstances(self) -> None:
+        """Fill in and check what a latency is measured in; the other limits have nothing to do with it."""
+        given = {name: value for name in _CIRCUMSTANCES if (value := getattr(self, name)) is not None}
+        if self.latency is None:
+            if given:
+                raise RuleError(
+                    f"{', '.join(f'{name}={value!r}' for name, value in given.items())} belongs to a latency; "
+                    f"leave it out, or give Budget(latency=.., {next(iter(given))}=..)"
+                )
+            return
+        for name, usual in _CIRCUMSTANCES.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, usual)  # a frozen value sets itself up
+        if not isinstance(self.runtime, str) or not self.runtime:
+            raise RuleError(f"Budget(runtime={self.runtime!r}): name a runtime, such as 'onnxruntime'")
+        for name in ("batch", "threads"):
+            number = getattr(self, name)
+            whole = isinstance(number, int) and not isinstance(number, bool)
+            if number is not None and not (whole and number >= 1):
+                raise RuleError(f"Budget({name}={number!r}): give a whole number of at least 1")
 
     @property
-    def limits(self) -> CostName:
+    def limits(self) -> Limit:
         """What is limited."""
-        return "macs" if self.macs is not None else "params" if self.params is not None else "bytes"
+        return next(name for name in _LIMITS if getattr(self, name) is not None)
 
     @property
     def share(self) -> float:
@@ -112,7 +145,11 @@ class Budget:
         return float(getattr(self, self.limits))
 
     def __str__(self) -> str:
-        return f"Budget({self.limits}={self.share:g})"
+        more = [f"{name}={getattr(self, name)!r}" for name in _CIRCUMSTANCES if getattr(self, name) is not None]
+        return f"Budget({', '.join([f'{self.limits}={self.share:g}', *more])})"
+
+
+_CIRCUMSTANCES: Mapping[str, str | int | None] = MappingProxyType({"runtime": "torch", "batch": None, "threads": 1})
 
 
 def _require_share(value: float, message: str) -> None:
@@ -190,12 +227,60 @@ class LayerPlan(Frozen):
         return tuple(rank for rank in (self.rank_in, self.rank) if rank is not None)
 
 
+class LatencyNote(Frozen):
+    """What a plan was expected to take and what it took, as shares of the dense network in the same runtime.
+
+    Attributes:
+        runtime: What ran the networks.
+        threads: With so many threads.
+        batch: Inputs of one pass; absent where the example inputs were taken as they are.
+        fingerprint: The machine, the runtime and the versions that the times belong to.
+        dense_ms: One pass of the dense network, in milliseconds.
+        predicted: The share that the table of layer latencies predicts.
+        measured: The share that was measured, dense and factored passes in turn; absent if it was not.
+        low: Lower end of its 95 % interval.
+        high: Upper end of its 95 % interval.
+        solved: How often forms and ranks were chosen: 2 where the first measurement was too far from its prediction.
+        missed: Why the target was not met, if it was not.
+        refused: Why every layer stays dense, if no faster network was found.
+    """
+
+    runtime: str
+    threads: int = Field(ge=1)
+    batch: int | None = Field(default=None, ge=1)
+    fingerprint: str
+    dense_ms: float = Field(gt=0)
+    predicted: float
+    measured: float | None = Field(default=None, gt=0)
+    low: float | None = Field(default=None, gt=0)
+    high: float | None = Field(default=None, gt=0)
+    solved: int = Field(default=1, ge=1)
+    missed: str | None = None
+    refused: str | None = None
+
+    @property
+    def verified(self) -> bool:
+        """Whether a network made by this plan was timed."""
+        return self.measured is not None
+
+
 class Plan(Frozen):
-    """What happens to every layer of one model. Made by `st.plan`, applied by `st.compress`, edited by hand as JSON."""
+    """What happens to every layer of one model. Made by `st.plan`, applied by `st.compress`, edited by hand as JSON.
+
+    Attributes:
+        rule: What was asked.
+        metric: In what the errors count.
+        layers: The decision for each weight.
+        rank_multiple: What divides the ranks, where that was asked for or probed; but full ranks and, under a budget of
+            latency, those of small layers that lie below it.
+        latency: Under a budget of latency: what was predicted, and measured.
+    """
 
     version: Literal[1] = 1
     rule: Annotated[Rule, Field(discriminator="rule")]
     metric: Metric
+    rank_multiple: int | None = Field(default=None, ge=1)
+    latency: LatencyNote | None = None
     layers: tuple[LayerPlan, ...]
 
     @model_validator(mode="after")

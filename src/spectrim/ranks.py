@@ -17,8 +17,10 @@ from spectrim.decisions import (
     why_impossible,
 )
 from spectrim.errors import PlanError, RuleError
+from spectrim.latency import LatencyTable
 from spectrim.linalg import Ranks
 from spectrim.plan import CONVOLUTION_FORMS, Budget, Energy, FormName, LayerPlan, Metric, Plan, Rank, Ratio, Rule
+from spectrim.probe import Grid
 
 
 def plan(
@@ -27,8 +29,9 @@ def plan(
     *,
     metric: Metric | None = None,
     forms: Sequence[FormName] | None = None,
-    rank_multiple: int | None = None,
+    rank_multiple: int | Grid | None = None,
     allow_growth: bool = False,
+    latencies: LatencyTable | None = None,
 ) -> Plan:
     """Decide the form and the rank of every layer.
 
@@ -43,15 +46,23 @@ def plan(
             activation metric, where it has that, for the other rules.
         forms: Which of `channel`, `spatial`, `tucker2` convolutions may take. By default a `Budget` may use all of
             them, and the other rules use the channel form; of several, those take the first that a layer has.
-        rank_multiple: Use only ranks that are multiples of this number.
+        rank_multiple: Use only ranks that are multiples of this number, or of the step that `st.probe` found, and full
+            ones. By default 1, and under a budget of latency that of the table.
         allow_growth: Factor layers even when they grow (for tests and studies).
+        latencies: From `st.latency_table`, for a budget of latency and only for that. Options that are slower than the
+            layer are not taken. The plan notes what is predicted; `st.compress` also measures it.
 
     Raises:
-        RuleError: a rank above the full rank of a layer it would apply to, or a budget below what is reachable.
-        PlanError: a metric that the analysis does not have, or an unknown form.
+        RuleError: a rank above the full rank of a layer it would apply to, a budget below what is reachable, a budget
+            of latency without a table or with one of another runtime, or ranks that the table does not hold.
+        PlanError: a metric that the analysis does not have, an unknown form, or a table of another network.
     """
-    metric = metric_of(analysis, metric, best=isinstance(rule, Budget))
-    allowed = forms_among(forms, CONVOLUTION_FORMS if isinstance(rule, Budget) else ("channel",))
+    if isinstance(rule, Budget):
+        options = options_of(
+            analysis, rule, metric=metric, forms=forms, rank_multiple=rank_multiple, latencies=latencies
+        )
+        return budgeted(options, rule)
+    metric, allowed = metric_of(analysis, metric, best=False), forms_among(forms, ("channel",))
     multiple = multiple_of(rank_multiple)
     sizes = {
         layer.name: (layer.shape, max(layer.sizes.full_ranks(possible[0])))
@@ -59,14 +70,38 @@ def plan(
         if layer.sizes and (possible := possible_forms(layer, allowed, metric))
     }
     require_reachable(rule, sizes)
-    if isinstance(rule, Budget):
-        options = Options(analysis, rule.limits, metric, allowed, multiple)
-        return budgeted(options, rule)
+    if latencies is not None:
+        raise RuleError(f"latencies= belongs to a budget of latency, and the rule is {rule}")
     layers = tuple(
         _decide(layer, rule, metric=metric, forms=allowed, multiple=multiple, allow_growth=allow_growth)
         for layer in analysis
     )
-    return Plan(rule=rule, metric=metric, layers=layers)
+    return Plan(rule=rule, metric=metric, layers=layers, rank_multiple=multiple if multiple > 1 else None)
+
+
+def options_of(
+    analysis: Analysis,
+    rule: Budget,
+    *,
+    metric: Metric | None,
+    forms: Sequence[FormName] | None,
+    rank_multiple: int | Grid | None,
+    latencies: LatencyTable | None,
+) -> Options:
+    """Every option of every layer under a budget; raises as `plan` does."""
+    timed_in = None if latencies is None else (latencies.runtime, latencies.batch, latencies.threads)
+    if rule.limits == "latency" and timed_in not in (None, (rule.runtime, rule.batch, rule.threads)):
+        assert latencies is not None
+        other = Budget(latency=rule.share, runtime=latencies.runtime, batch=latencies.batch, threads=latencies.threads)
+        raise RuleError(f"the latency table is for {other}, and the rule is {rule}; make a table for that")
+    return Options.of(
+        analysis,
+        rule.limits,
+        metric=metric_of(analysis, metric, best=True),
+        forms=forms_among(forms, CONVOLUTION_FORMS),
+        multiple=rank_multiple,
+        latencies=latencies,
+    )
 
 
 def refresh(edited: Plan, analysis: Analysis) -> Plan:
@@ -88,7 +123,10 @@ def refresh(edited: Plan, analysis: Analysis) -> Plan:
                 f"and this model {found}; make a plan for it with st.plan"
             )
         layers.append(_again(decided, layer, metric=edited.metric))
-    return Plan(rule=edited.rule, metric=edited.metric, layers=tuple(layers))
+    same = all(one.form == other.form and one.kept == other.kept for one, other in zip(layers, edited, strict=True))
+    # what was measured, and what divides the ranks, was said of the ranks that stood there
+    kept = {"rank_multiple": edited.rank_multiple, "latency": edited.latency} if same else {}
+    return Plan(rule=edited.rule, metric=edited.metric, layers=tuple(layers)).model_copy(update=kept)
 
 
 def _again(decided: LayerPlan, layer: LayerAnalysis, *, metric: Metric) -> LayerPlan:

@@ -74,9 +74,13 @@ class Prepared:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
 
-    def timer(self) -> Callable[[], Lap]:
-        """Warm up, and give a function that times a pass; processor time too where one thread does the work."""
-        return pass_timer(self.run, finish=self.finish, cpu=self._threads == 1 and self._device.type == "cpu")
+    def timer(self, *, between: Callable[[], object] | None = None) -> Callable[[], Lap]:
+        """Warm up, and give a function that times a pass; processor time too where one thread does the work.
+
+        `between` is called before every pass and not timed.
+        """
+        cpu = self._threads == 1 and self._device.type == "cpu"
+        return pass_timer(self.run, finish=self.finish, cpu=cpu, between=between)
 
     def close(self) -> None:
         """Free all that was made, and put back the number of threads and the model's flags."""

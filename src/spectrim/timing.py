@@ -19,6 +19,9 @@ _FINE = 1e-5
 _WIDE = 0.15
 """An interval wider than this share of its value says too little."""
 
+_APART = 8
+"""Passes of one lap, where something has to be done between them."""
+
 Verdict = Literal["faster", "slower", "no difference", "too noisy to tell"]
 
 
@@ -87,7 +90,12 @@ def steady(*series: Sequence[Lap]) -> list[list[float]]:
 
 
 def pass_timer(
-    run: Callable[[], object], *, finish: Callable[[], object] | None = None, cpu: bool = False, least: float = 2e-3
+    run: Callable[[], object],
+    *,
+    finish: Callable[[], object] | None = None,
+    cpu: bool = False,
+    least: float = 2e-3,
+    between: Callable[[], object] | None = None,
 ) -> Callable[[], Lap]:
     """Warm up, and give a function that times enough passes to outlast the clock's grain.
 
@@ -96,6 +104,7 @@ def pass_timer(
         finish: Waits until the device is done, after the last pass.
         cpu: The pass computes in one thread of this process, so that processor time can be told as well.
         least: Seconds to outlast.
+        between: Called before every pass and not timed; there are then at most 8 passes.
 
     Returns:
         A function that gives the mean seconds of a pass, over as many passes as it takes.
@@ -104,6 +113,9 @@ def pass_timer(
     cpu = cpu and time.get_clock_info("process_time").resolution <= _FINE
 
     def passes(number: int) -> Lap:
+        if between is not None:
+            laps = [apart() for _ in range(min(number, _APART))]
+            return Lap(statistics.fmean(lap.wall for lap in laps), statistics.fmean(cpu_of(laps)) if cpu else None)
         done()
         start, used = time.perf_counter(), time.process_time()
         for _ in range(number):
@@ -111,6 +123,19 @@ def pass_timer(
         done()
         spent = time.process_time() - used
         return Lap((time.perf_counter() - start) / number, spent / number if cpu else None)
+
+    def apart() -> Lap:
+        assert between is not None
+        between()
+        done()
+        start, used = time.perf_counter(), time.process_time()
+        run()
+        done()
+        spent = time.process_time() - used
+        return Lap(time.perf_counter() - start, spent)
+
+    def cpu_of(laps: Sequence[Lap]) -> list[float]:
+        return [lap.cpu or 0.0 for lap in laps]
 
     warm = passes(1).wall
     if warm < 0.05:  # a first pass may be slow for once

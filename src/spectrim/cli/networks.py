@@ -1,7 +1,7 @@
 """`spectrim analyze`, `spectrim plan` and `spectrim compress`: the library's chain on a network of yours."""
 
 import shlex
-from collections.abc import Container
+from collections.abc import Callable, Container
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Literal
@@ -15,15 +15,17 @@ from spectrim.cli.options import Choice, Layers, Source, arguments, unfolded
 from spectrim.cli.outputs import Ours, outputs
 from spectrim.cli.stages import Stages, stages
 from spectrim.cli.subject import Subject, subject
-from spectrim.compress import Compressed, compress
+from spectrim.compress import Compressed, choose, compress
 from spectrim.errors import FileError
 from spectrim.execution import as_inputs
 from spectrim.files import Frozen, parse, read_text, sha256_of, write_text
 from spectrim.io import save
 from spectrim.measure import Measurement, accuracy, measure
-from spectrim.plan import Budget, Metric, Plan
-from spectrim.ranks import plan
+from spectrim.plan import Budget, LatencyNote, Metric, Plan, Rule
+from spectrim.probe import Grid, probe
 from spectrim.report import LayerSpectrum, Results, Variant, report, table, words
+from spectrim.report.tables import Column, Listing
+from spectrim.runtimes import require_runtime
 from spectrim.sensitivity import felt, sensitivity
 
 _MODEL, _PLAN, _MEASURED, _PAGE = "model.safetensors", "plan.json", "measurement.json", "spectra.html"
@@ -82,6 +84,8 @@ def plan_network(
         made.save(folder / out.name)
     console = Console(highlight=False)
     console.print(table(made))
+    if made.latency:
+        console.print(_times(made.latency, made.rule))
     command = shlex.join(["spectrim", "compress", *arguments(source), "--plan", str(out), "--out"])
     console.print(f"  {out}  (the plan: edit a layer's form and rank if you like)", markup=False, soft_wrap=True)
     console.print(f"Apply it:\n  {command} DIR", markup=False, soft_wrap=True)
@@ -101,8 +105,8 @@ def compress_network(
         bool | None,
         typer.Option(
             "--reconstruct/--no-reconstruct",
-            help="Fit each layer to what it receives in the compressed network (default for --macs, --params and "
-            "--bytes, where there is --data).",
+            help="Fit each layer to what it receives in the compressed network (default for --macs, --params, --bytes "
+            "and --latency, where there is --data).",
         ),
     ] = None,
     test: Annotated[
@@ -162,7 +166,40 @@ def _planned(
         batches = [as_inputs(batch) for batch in given.calibration]
         analysis = sensitivity(given.model, analysis, batches, cache=cache, on_progress=shown.layers("weigh"))
     shown.begin("plan")
-    return analysis, plan(analysis, rule, metric=metric, forms=choice.forms, rank_multiple=choice.rank_multiple)
+    made = choose(
+        given.model,
+        analysis,
+        rule,
+        example_inputs=given.example,
+        metric=metric,
+        forms=choice.forms,
+        rank_multiple=_probed(choice, rule, shown),
+        on_progress=_timing(shown),
+    )
+    return analysis, made
+
+
+def _probed(choice: Choice, rule: Rule, shown: Stages) -> int | Grid | Literal["auto"] | None:
+    """What ranks are to be multiples of; under a budget of latency that is probed with its table."""
+    if choice.multiple != "auto" or (isinstance(rule, Budget) and rule.limits == "latency"):
+        return choice.multiple
+    shown.begin("probe")
+    return probe(runtime=choice.runtime or "torch", threads=choice.threads or 1, batch=choice.latency_batch or 1)
+
+
+def _timing(shown: Stages) -> Callable[[str, int, int], None]:
+    """Shows which layer is timed, and when a whole network is."""
+
+    def told(what: str, done: int, of: int) -> None:
+        if what.startswith("time "):
+            if done == 0:
+                shown.begin(f"time {of} shapes of layers", of=of)
+            shown.say(what)
+            shown.reach(done)
+        else:
+            shown.begin(what)
+
+    return told
 
 
 def _analysis(
@@ -189,7 +226,10 @@ def _analysis(
 
 def _check(choice: Choice, source: Source) -> None:
     """Mistakes in the rule that can be seen before anything is loaded."""
-    _ = choice.rule, choice.forms
+    _ = choice.forms, choice.multiple
+    rule = choice.rule
+    if choice.runtime is not None or (isinstance(rule, Budget) and rule.limits == "latency"):
+        require_runtime(choice.runtime or "torch", threads=choice.threads or 1)
     if choice.named_metric not in (None, "plain") and source.data is None:
         raise typer.BadParameter(f"--metric {choice.metric} needs images: give --data")
 
@@ -244,6 +284,8 @@ def _counted(given: Subject) -> Measurement:
 def _show(made: Plan, found: Measured, source: Source, given: Subject, why_not: str | None, out: Path) -> None:
     console = Console(highlight=False)
     console.print(table(made))
+    if made.latency:
+        console.print(_times(made.latency, made.rule))
     console.print(table(found.compressed))
     console.print(_accuracy(found, given, why_not), markup=False, soft_wrap=True)
     for name, what in ((_MODEL, "the network"), (_PLAN, "what was done to each layer"), (_MEASURED, "every number")):
@@ -260,6 +302,31 @@ def _show(made: Plan, found: Measured, source: Source, given: Subject, why_not: 
         f"  # takes float32 ({shape}){prepared}",
     ):
         console.print(line, markup=False, soft_wrap=True)
+
+
+def _times(note: LatencyNote, rule: Rule) -> Listing:
+    """What a pass was expected to take, and what it took."""
+
+    def row(name: str, share: float | None, interval: str = "") -> tuple[str, ...]:
+        if share is None:
+            return (name, words.NOTHING, words.NOTHING, "")
+        return (name, words.milliseconds(share * note.dense_ms), words.share(share), interval)
+
+    low_high = f"95 % interval {note.low:.3f} to {note.high:.3f}" if note.low and note.high else ""
+    rows = [row("Dense", 1.0), row("Predicted", note.predicted), row("Measured", note.measured, low_high)]
+    if isinstance(rule, Budget):
+        rows.insert(1, row("Target", rule.share))
+    columns = (
+        Column("", number=False),
+        Column("One pass"),
+        Column("Kept /\ndense"),
+        Column("", number=False, narrow=20),
+    )
+    threads = f"{note.threads} thread{'s' if note.threads != 1 else ''}"
+    batch = f", batch {note.batch}" if note.batch else ""
+    said = note.refused and f"The network is as it was: {note.refused}."
+    said = said or (note.missed and f"The target is missed: {note.missed}.")
+    return Listing(f"Latency in {note.runtime}, {threads}{batch}", columns, tuple(rows), note=said or "")
 
 
 def _accuracy(found: Measured, given: Subject, why_not: str | None) -> str:

@@ -7,18 +7,26 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 import typer
 
 from spectrim.plan import CONVOLUTION_FORMS, Budget, Energy, FormName, Metric, Rank, Ratio, Rule
+from spectrim.runtimes import RUNTIMES
 
-_NETWORK, _DATA, _LAYERS, _RULE = "The network", "The data", "Which layers", "How small (exactly one of the first six)"
+_NETWORK, _DATA, _LAYERS, _RULE = (
+    "The network",
+    "The data",
+    "Which layers",
+    "How small (exactly one of the first seven)",
+)
+_TIMED = ("runtime", "threads", "latency_batch")
 _METRICS: tuple[Metric, ...] = ("plain", "activation", "loss")
 _RULES: Mapping[str, Callable[[Any], Rule]] = {
     "macs": lambda share: Budget(macs=share),
     "params": lambda share: Budget(params=share),
     "bytes": lambda share: Budget(bytes=share),
+    "latency": lambda share: Budget(latency=share),  # in what runtime is added to it
     "rank": Rank,
     "ratio": Ratio,
     "energy": Energy,
@@ -200,6 +208,12 @@ class Choice:
     bytes: Annotated[
         float | None, typer.Option(metavar="SHARE", rich_help_panel=_RULE, help="Keep this share of its file size.")
     ] = None
+    latency: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE", rich_help_panel=_RULE, help="Keep this share of the time it takes here, see --runtime."
+        ),
+    ] = None
     rank: Annotated[int | None, typer.Option(metavar="N", rich_help_panel=_RULE, help="Every layer at this rank.")] = (
         None
     )
@@ -225,12 +239,33 @@ class Choice:
         typer.Option(
             metavar="channel|spatial|tucker2",
             rich_help_panel=_RULE,
-            help="A form that convolutions may take. Can be repeated. By default any for --macs, --params and --bytes, "
-            "and channel for the others.",
+            help="A form that convolutions may take. Can be repeated. By default any for --macs, --params, --bytes "
+            "and --latency, and channel for the others.",
         ),
     ] = None
     rank_multiple: Annotated[
-        int | None, typer.Option(metavar="N", min=1, rich_help_panel=_RULE, help="Only ranks that N divides.")
+        str | None,
+        typer.Option(
+            metavar="N|auto",
+            rich_help_panel=_RULE,
+            help="Only ranks that N divides, or the step that is probed on this machine and runtime (default for "
+            "--latency).",
+        ),
+    ] = None
+    runtime: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            rich_help_panel=_RULE,
+            help=f"What --latency, or --rank-multiple auto, is timed in: {', '.join(RUNTIMES)}; by default torch.",
+        ),
+    ] = None
+    threads: Annotated[
+        int | None, typer.Option(metavar="N", min=1, rich_help_panel=_RULE, help="With so many threads; 1 by default.")
+    ] = None
+    latency_batch: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, rich_help_panel=_RULE, help="Inputs of a pass that is timed; 1 by default."),
     ] = None
 
     @property
@@ -243,7 +278,24 @@ class Choice:
                 f"say how small by exactly one of {', '.join(map(_flag, _RULES))} (or a --plan); {got}"
             )
         ((name, value),) = given.items()
+        timed = {name: one for name in _TIMED if (one := getattr(self, name)) is not None}
+        if self.latency is not None:
+            return Budget(latency=value, runtime=self.runtime, threads=self.threads, batch=self.latency_batch)
+        if timed and self.multiple != "auto":
+            raise typer.BadParameter(
+                f"{' and '.join(map(_flag, timed))} say how --latency or --rank-multiple auto is timed; {name} is not"
+            )
         return _RULES[name.removeprefix("--")](value)
+
+    @property
+    def multiple(self) -> int | Literal["auto"] | None:
+        """What ranks are to be multiples of, if anything."""
+        text = self.rank_multiple
+        if text is None or text == "auto":
+            return None if text is None else "auto"
+        if not text.isdecimal() or int(text) < 1:
+            raise typer.BadParameter(f"--rank-multiple {text}: give a whole number of at least 1, or auto")
+        return int(text)
 
     @property
     def rules(self) -> dict[str, float]:

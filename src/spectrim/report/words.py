@@ -129,7 +129,7 @@ def asked(rule: Rule | None) -> str:
         case Energy():
             return f"energy {percent(rule.energy, places=0)}"
         case Budget():
-            kept = {"macs": "MACs", "params": "parameters", "bytes": "bytes"}[rule.limits]
+            kept = {"macs": "MACs", "params": "parameters", "bytes": "bytes", "latency": "time"}[rule.limits]
             return f"{percent(rule.share, places=0)} of the {kept}"
     return NOTHING
 

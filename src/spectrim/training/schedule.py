@@ -113,7 +113,7 @@ class RankSchedule:
     ) -> None:
         if not isinstance(rule, Energy | Budget | NuclearNorm):
             raise RuleError(f"{rule!r} does not move ranks; give Energy(0.9), Budget(params=0.1) or NuclearNorm(1e-3)")
-        if isinstance(rule, Budget) and rule.limits == "bytes":
+        if isinstance(rule, Budget) and rule.limits in ("bytes", "latency"):
             raise RuleError(f"{rule} cannot be followed in training; give params= or macs= instead")
         _require_steps(rule, every=every, begin=begin, end=end)
         if isinstance(rule, Budget) and rule.limits == "macs" and example_inputs is None:
