@@ -212,7 +212,8 @@ def test_other_settings_and_damaged_parts_are_done_again(
     dense.write_bytes(good[:500])
     run_study(one, tmp_path)
     assert dense.read_bytes() == good
-    run_study(one.model_copy(update={"dense": Phase(epochs=1, lr=5e-3, batch=64)}), tmp_path)
+    other = one.model_copy(update={"dense": Phase(epochs=1, lr=5e-3, batch=64)})
+    run_study(other, tmp_path / "other", parts=tmp_path / "parts")
     assert dense.read_bytes() != good
 
 
@@ -400,7 +401,7 @@ def test_factors_can_be_tuned_with_labels_or_with_a_teacher(shared: Path, tmp_pa
     assert labels.curve[0].loss != pytest.approx(teacher.curve[0].loss, rel=0.01)
 
 
-@pytest.mark.parametrize("name", ["mnist-mlp", "mnist-factors", "mnist-dynamic", "mnist-projected"])
+@pytest.mark.parametrize("name", [name for name in recipes.NAMES if name != "demo"])
 def test_every_study_has_its_command(name: str, tmp_path: Path) -> None:
     shown = CliRunner().invoke(app, ["recipe", name, "--help"])
     assert shown.exit_code == 0
@@ -429,10 +430,13 @@ def test_the_command_line_says_what_lies_where(
 def test_a_quick_look_is_a_small_part_of_the_study(study: Study) -> None:
     quick = study.quick()
     assert type(quick) is type(study)
-    assert quick.limit == 2000
+    assert quick.limit <= 2000
+    assert "quick look" in quick.title
+    assert quick.quick() == quick
     assert quick.dense.epochs <= 4
     assert quick.command == f"{study.command} --quick"
-    phases = [one.phase for one in getattr(quick, "tunings", getattr(quick, "ways", ()))]
+    tuned = [getattr(quick, name) for name in ("tuning", "energy_tuning") if hasattr(quick, name)]
+    phases = [one.phase for one in (*getattr(quick, "tunings", getattr(quick, "ways", ())), *tuned)]
     assert all(phase.epochs <= 2 for phase in phases)
     assert quick.seeds == study.seeds
 

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from torch import nn
 
 import spectrim as st
 from spectrim import errors
+from spectrim.plan import Metric
 from spectrim.report import words
 from spectrim.report.figures import available
 from spectrim.report.results import Results, Variant
@@ -616,3 +618,11 @@ def test_the_page_is_no_wider_than_a_phone(results: Results, tmp_path: Path) -> 
     for width, scrolled, drawn in found:
         assert scrolled <= width
         assert drawn >= 3
+
+
+@pytest.mark.parametrize("metric", get_args(Metric))
+def test_every_metric_can_be_shown(metric: Metric, results: Results, tmp_path: Path) -> None:
+    one = st.LayerSpectrum(layer="0", kind="Linear", shape=(4, 4), metric=metric, values=(2.0, 1.0))
+    variants = tuple(variant.model_copy(update={"metric": metric}) for variant in results.variants)
+    page = st.report(results.model_copy(update={"spectra": (one,), "variants": variants}), tmp_path / "page.html")
+    assert f"{metric} metric" in page.read_text(encoding="utf-8")

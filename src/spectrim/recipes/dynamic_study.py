@@ -3,16 +3,17 @@
 import copy
 from collections.abc import Callable, Mapping
 from functools import cache
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 from torch import Tensor, nn
 
 from spectrim.files import Frozen
 from spectrim.plan import Budget, Rank, Ratio
+from spectrim.recipes.fully_connected import FullyConnected
 from spectrim.recipes.outcome import Network, SeedOutcome
 from spectrim.recipes.parts import Trained
-from spectrim.recipes.study import Phase, SeedRun, Study
+from spectrim.recipes.study import Phase, SeedRun
 from spectrim.training import RankSchedule, Step, Truncation, fit, truncated_
 from spectrim.training.checkpoint import Checkpoint
 
@@ -49,7 +50,16 @@ class Moving(Truncating):
     settled: float = Field(gt=0, le=1)
 
 
-class DynamicStudy(Study):
+def _moves(way: object) -> str:
+    """Which of the two a way is, by the settings that only one of them has."""
+    names = way.keys() if isinstance(way, dict) else vars(way).keys()
+    return "moving" if names & {"start", "every", "settled"} else "truncating"
+
+
+Way = Annotated[Annotated[Moving, Tag("moving")] | Annotated[Truncating, Tag("truncating")], Discriminator(_moves)]
+
+
+class DynamicStudy(FullyConnected):
     """Every layer but the last truncated in every forward pass, then finished as a factored network.
 
     Attributes:
@@ -57,8 +67,9 @@ class DynamicStudy(Study):
         ways: How it is trained.
     """
 
+    kind: Literal["dynamic"] = "dynamic"
     rank: int = Field(ge=1)
-    ways: tuple[Moving | Truncating, ...]
+    ways: tuple[Way, ...] = Field(min_length=1)
 
     @property
     def steps(self) -> int:
@@ -104,7 +115,9 @@ class DynamicStudy(Study):
 
         name = f"rank{self.rank:04d}-truncated-{way.name.replace(' ', '-')}"
         # the part has the full weights, and is finished the same way whether it was trained now or found
-        trained, curve = run.parts.trained(name, key=run.key(rank=self.rank, way=way), blank=model, train=train)
+        trained, curve = run.parts.trained(
+            name, key=run.key(start=dense, rank=self.rank, way=way), blank=model, train=train
+        )
         small, final = self._truncated(dense, way)
         small.load_state_dict(trained.eval().state_dict())
         return Network(

@@ -1,31 +1,73 @@
 """Images in memory, split and normalised once, and their minibatches in a repeatable order."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from pydantic import Field
 from torch import Tensor
+from torch.nn import functional
 
 from spectrim.data import Dataset, load
 from spectrim.errors import DataError
+from spectrim.files import Frozen
 
 Batch = tuple[Tensor, Tensor]
 
 
+class Augment(Frozen):
+    """How training images are varied, anew in every epoch.
+
+    Attributes:
+        flips: Whether half of them are mirrored, left to right.
+        shift: Each image is moved by up to so many pixels in both directions; its edge is repeated.
+    """
+
+    flips: bool = False
+    shift: int = Field(default=0, ge=0)
+
+    def apply(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """Varied copies of images (N, C, H, W); what is drawn comes from `generator` alone."""
+        if self.flips:
+            mirrored = torch.rand(len(images), generator=generator) < 0.5
+            images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
+        return self._shifted(images, generator) if self.shift else images
+
+    def _shifted(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        number, _, height, width = images.shape
+        wide = functional.pad(images, [self.shift] * 4, mode="replicate")
+        down, right = torch.randint(0, 2 * self.shift + 1, (2, number, 1), generator=generator)
+        rows, columns = down + torch.arange(height), right + torch.arange(width)
+        which = torch.arange(number)[:, None, None]
+        # the indexed dimensions come first: (N, H, W, C)
+        return wide[which, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
+
+
 @dataclass(frozen=True, eq=False)
 class Part:
-    """Normalised images (N, C, H, W) float32 and labels (N,) int64."""
+    """Normalised images (N, C, H, W) float32 and labels (N,) int64; networks see them at `size` pixels, if given."""
 
     images: Tensor
     labels: Tensor
+    size: int | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def batches(self, size: int = 1000) -> list[Batch]:
         """All of it in order, for calibration and accuracy."""
-        return list(zip(self.images.split(size), self.labels.split(size), strict=True))
+        pairs = zip(self.images.split(size), self.labels.split(size), strict=True)
+        return [(resized(images, self.size), labels) for images, labels in pairs]
+
+    def example(self, number: int = 1) -> Tensor:
+        """The first few images, as a network sees them."""
+        return resized(self.images[:number], self.size)
+
+    def some(self, number: int, *, seed: int) -> "Part":
+        """At most so many of them, chosen by the seed."""
+        chosen = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:number]
+        return Part(self.images[chosen], self.labels[chosen], self.size)
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,16 +79,24 @@ class Images:
     test: Part
     classes: int
     source: str
-    checksum: str
+    checksums: tuple[str, str]
+
+    @property
+    def checksum(self) -> str:
+        """Those of the training and the test split, sha256 of all their bytes."""
+        return f"train {self.checksums[0]}, test {self.checksums[1]}"
 
 
-def load_images(name: str, *, held_out: int, limit: int | None = None, folder: Path | None = None) -> Images:
+def load_images(
+    name: str, *, held_out: int, limit: int | None = None, size: int | None = None, folder: Path | None = None
+) -> Images:
     """Load a data set, set `held_out` training images aside, and normalise by the training images' mean and deviation.
 
     Args:
         name: As `spectrim.data` knows it.
         held_out: How many training images never to train on; the same ones every time.
         limit: Use at most so many of the rest, and of the test images, for a quick look.
+        size: Side in pixels that networks see the images at; None leaves them.
         folder: Where the files lie, if the user has them.
 
     Raises:
@@ -57,11 +107,10 @@ def load_images(name: str, *, held_out: int, limit: int | None = None, folder: P
         raise DataError(f"{name} has {len(train)} training images; {held_out} cannot be held out of them")
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
     kept, aside = order[held_out:][:limit], order[:held_out]
-    pixels = train.images[kept].float()
-    mean, deviation = pixels.mean(), pixels.std()
+    mean, deviation = _scale(train.images[kept].float())
 
     def part(dataset: Dataset, index: Tensor) -> Part:
-        return Part((dataset.images[index].float() - mean) / deviation, dataset.labels[index])
+        return Part((dataset.images[index].float() - mean) / deviation, dataset.labels[index], size)
 
     tested = torch.arange(len(test))[:limit]
     return Images(
@@ -70,8 +119,23 @@ def load_images(name: str, *, held_out: int, limit: int | None = None, folder: P
         test=part(test, tested),
         classes=len(train.classes),
         source=train.source,
-        checksum=f"train {train.checksum[:16]}, test {test.checksum[:16]}",
+        checksums=(train.checksum, test.checksum),
     )
+
+
+def _scale(pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation; of each colour, where there are several."""
+    if pixels.shape[1] == 1:
+        return pixels.mean(), pixels.std()
+    sides = (0, 2, 3)
+    return pixels.mean(dim=sides)[:, None, None], pixels.std(dim=sides)[:, None, None]
+
+
+def resized(images: Tensor, size: int | None) -> Tensor:
+    """Images (N, C, H, W) at `size` x `size` pixels, by bilinear interpolation; as they are for None."""
+    if size is None or tuple(images.shape[2:]) == (size, size):
+        return images
+    return functional.interpolate(images, size=(size, size), mode="bilinear", align_corners=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +147,8 @@ class Minibatches:
     size: int
     seed: int
     epoch: int
+    augment: Augment = field(default_factory=Augment)
+    pixels: int | None = None
 
     def __len__(self) -> int:
         return max(1, len(self.inputs) // self.size)
@@ -91,4 +157,5 @@ class Minibatches:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         order = torch.randperm(len(self.inputs), generator=generator)
         for index in order.split(self.size)[: len(self)]:
-            yield self.inputs[index], self.targets[index]
+            varied = self.augment.apply(self.inputs[index], generator)
+            yield resized(varied, self.pixels), self.targets[index]

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache, partial
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -13,9 +14,10 @@ from spectrim.compress import compress
 from spectrim.files import Frozen
 from spectrim.plan import Metric, Rank
 from spectrim.ranks import plan
+from spectrim.recipes.fully_connected import FullyConnected
 from spectrim.recipes.outcome import Network, SeedOutcome, spectra_of
 from spectrim.recipes.parts import Trained
-from spectrim.recipes.study import Phase, SeedRun, Study
+from spectrim.recipes.study import Phase, SeedRun
 from spectrim.training import finetune
 from spectrim.training.checkpoint import Checkpoint
 
@@ -34,7 +36,7 @@ class Tuning(Frozen):
     temperature: float | None = Field(default=None, gt=0)
 
 
-class MlpStudy(Study):
+class MlpStudy(FullyConnected):
     """Every layer but the last factored, as it comes out (zero-shot) and with the factors fine-tuned.
 
     Attributes:
@@ -43,9 +45,10 @@ class MlpStudy(Study):
         tunings: Each one at each rank.
     """
 
-    ranks: tuple[int, ...]
+    kind: Literal["mlp"] = "mlp"
+    ranks: tuple[Annotated[int, Field(ge=1)], ...] = Field(min_length=1)
     calibration_images: int = Field(ge=1)
-    tunings: tuple[Tuning, ...]
+    tunings: tuple[Tuning, ...] = Field(min_length=1)
 
     @property
     def steps(self) -> int:
@@ -99,7 +102,13 @@ class MlpStudy(Study):
             )
             return tuned.model, tuned.history
 
-        key = run.key(metric=metric, rank=rank, calibration=self.calibration_images, tuning=(phase, tuning.temperature))
+        key = run.key(
+            start=dense,
+            metric=metric,
+            rank=rank,
+            calibration=self.calibration_images,
+            tuning=(phase, tuning.temperature),
+        )
         name = f"rank{rank:04d}-{metric}" + ("" if tuning.temperature else "-labels")
         model, curve = run.parts.trained(name, key=key, blank=dense, train=train)
         yield network(f"rank {rank}, {metric}, fine-tuned", "fine-tuned", model, run.held_out(model), curve)

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,13 +14,16 @@ import torch
 from torch import nn
 
 from spectrim.analyze import Analysis
+from spectrim.errors import DependencyError
 from spectrim.execution import evaluating
-from spectrim.measure import Accuracy, Epoch, accuracy, measure
-from spectrim.plan import Metric, Plan, Rank
+from spectrim.measure import Accuracy, Epoch, Measurement, accuracy, count, measure
+from spectrim.plan import Metric, Plan, Rule
 from spectrim.recipes.images import Batch, Images
 from spectrim.recipes.progress import Teller
 from spectrim.report import LayerSpectrum, Run, Variant, words
 from spectrim.report.results import Agreement, Stage
+from spectrim.runtimes import RuntimeName, require_runtime
+from spectrim.training.checkpoint import fingerprint
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +47,7 @@ class Network:
     model: nn.Module
     held_out: Accuracy
     curve: tuple[Epoch, ...] = ()
-    rule: Rank | None = None
+    rule: Rule | None = None
     metric: Metric | None = None
     plan: Plan | None = None
     reference: nn.Module | None = None
@@ -61,30 +65,95 @@ class SeedOutcome:
     spectra: tuple[LayerSpectrum, ...] = ()
 
 
-def variants_of(seeds: Sequence[SeedOutcome], images: Images, teller: Teller) -> tuple[Variant, tuple[Variant, ...]]:
+@dataclass(frozen=True)
+class Timing:
+    """How the networks of a study are timed: in which runtimes, the first one for the table, and how many at a time."""
+
+    runtimes: tuple[RuntimeName, ...]
+    batch: int
+
+    @classmethod
+    def of(cls, runtimes: Sequence[RuntimeName], *, batch: int) -> "Timing":
+        """The runtimes asked for; for none, torch, and ONNX Runtime where it is installed.
+
+        Raises:
+            EngineError, DependencyError: one that was asked for cannot be had.
+        """
+        if runtimes:
+            return cls(tuple(require_runtime(name) for name in runtimes), batch)
+        try:
+            return cls(("torch", require_runtime("onnxruntime")), batch)
+        except DependencyError:
+            return cls(("torch",), batch)
+
+    @property
+    def words(self) -> str:
+        """For the foot of a report."""
+        images = "one image at a time" if self.batch == 1 else f"batches of {self.batch} images"
+        return (
+            f"{images}, one thread, median of interleaved pairs with its 95 % interval, in {', '.join(self.runtimes)}"
+        )
+
+    def measure(self, model: nn.Module, images: Images, *, reference: nn.Module | None = None) -> list[Measurement]:
+        """The model in every runtime; its MACs are those of one image."""
+        found = []
+        counted = count(model, images.test.example())
+        for runtime in self.runtimes:
+            one = measure(model, images.test.example(self.batch), reference=reference, runtime=runtime)
+            found.append(one.model_copy(update={"macs": counted.macs, "batch": self.batch}))
+        return found
+
+
+def variants_of(
+    seeds: Sequence[SeedOutcome], images: Images, teller: Teller, *, timing: Timing
+) -> tuple[Variant, tuple[Variant, ...]]:
     """Open the test set, once for every network, and time the first seed's networks against its dense one."""
-    tests, example, first = images.test.batches(), images.test.images[:1], seeds[0]
+    tests, first = images.test.batches(), seeds[0]
     runs = tuple(
-        Run(seed=one.seed, test=accuracy(one.dense, tests), held_out=one.held_out, curve=one.curve) for one in seeds
+        Run(
+            seed=one.seed,
+            test=accuracy(one.dense, tests),
+            held_out=one.held_out,
+            curve=one.curve,
+            model=model_file("dense", one.seed),
+        )
+        for one in seeds
     )
-    dense = Variant(name="dense", stage="dense", measurement=measure(first.dense, example), runs=runs)
+    timed: dict[str, list[Measurement]] = {}
+    measured, *others = timing.measure(first.dense, images)
+    dense = Variant(name="dense", stage="dense", measurement=measured, runs=runs, in_runtimes=tuple(others))
     variants = []
     for index, network in enumerate(first.networks):
         teller.tell(index, of=len(first.networks), note=network.name)
         same = [one.networks[index] for one in seeds]
         runs = tuple(_run(one.seed, each, tests) for one, each in zip(seeds, same, strict=True))
+        shapes = fingerprint(network.model)["network"]
+        if shapes not in timed:
+            timed[shapes] = timing.measure(network.model, images, reference=first.dense)
+        measured, *others = timed[shapes]
         variants.append(
             Variant(
                 name=network.name,
                 stage=network.stage,
-                measurement=measure(network.model, example, reference=first.dense),
+                measurement=measured,
                 rule=network.rule,
                 metric=network.metric,
                 plan=network.plan,
                 runs=runs,
+                in_runtimes=tuple(others),
             )
         )
     return dense, tuple(variants)
+
+
+def model_file(name: str, seed: int) -> str:
+    """Where in a run's folder a network lies."""
+    return f"models/seed{seed}/{file_name(name)}.safetensors"
+
+
+def file_name(name: str) -> str:
+    """A network's name as the beginning of a file's."""
+    return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
 
 
 def _run(seed: int, network: Network, tests: Sequence[Batch]) -> Run:
@@ -94,6 +163,7 @@ def _run(seed: int, network: Network, tests: Sequence[Batch]) -> Run:
         held_out=network.held_out,
         curve=network.curve,
         agreement=None if network.reference is None else _agreement(network.model, network.reference, tests),
+        model=model_file(network.name, seed),
     )
 
 
@@ -127,38 +197,56 @@ def _size(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def summarise(dense: Variant, chosen: Variant) -> str:
+def summarise(dense: Variant, chosen: Variant, *, remark: str = "", quick: bool = False) -> str:
     """What was compressed and what came out, for somebody who has not read the code."""
     before, after = dense.measurement, chosen.measurement
-    speed = f", {after.speedup.value:.1f}x faster one image at a time" if after.speedup else ""
+    at_once = "one image at a time" if after.batch in (None, 1) else f"{after.batch} images at a time"
+    gain = after.speedup.value if after.speedup else 1.0
+    speed = f", {gain:.1f}x faster {at_once}" if gain > 1 else f", {gain:.2f}x as fast {at_once}" if gain < 1 else ""
     agreement = chosen.runs[0].agreement
-    return (
+    sentences = (
+        "A quick look with little data and few epochs: these are not the figures of the study." if quick else "",
         f"A network of {before.params:,} parameters that is right on {100 * (dense.accuracy or 0):.2f} % of the test "
         f"images became one of {after.params:,} that is right on {100 * (chosen.accuracy or 0):.2f} %: "
-        f"{before.params / after.params:.1f}x smaller{speed}." + (f" {words.agreement(agreement)}" if agreement else "")
+        f"{before.params / after.params:.1f}x smaller{speed}.",
+        words.agreement(agreement) if agreement else "",
+        remark,
     )
+    return " ".join(filter(None, sentences))
 
 
-def spectra_of(analysis: Analysis) -> tuple[LayerSpectrum, ...]:
-    """Every singular value of the analysis."""
+def spectra_of(analysis: Analysis, *, cumulative: bool = False) -> tuple[LayerSpectrum, ...]:
+    """Every singular value of the analysis, with the share of the energy that the first ones hold where asked for."""
     return tuple(
         LayerSpectrum(
-            layer=layer.name, kind=layer.kind, shape=layer.shape, metric=metric, values=tuple(spectrum.values.tolist())
+            layer=layer.name,
+            kind=layer.kind,
+            shape=layer.shape,
+            metric=metric,
+            values=tuple(spectrum.values.tolist()),
+            cumulative=tuple(spectrum.cumulative_energy.tolist()) if cumulative else (),
         )
         for layer in analysis
         for metric, spectrum in layer.spectra.items()
     )
 
 
-def provenance_of(
-    images: Images, *, dataset: str, seeds: Sequence[int], settings: str, seconds: float
-) -> dict[str, str]:
-    """Versions, machine, data and settings, for the foot of the report."""
+def versions() -> dict[str, str]:
+    """Of what decides the figures."""
     return {
         "spectrim": version("spectrim"),
         "torch": torch.__version__,
         "numpy": np.__version__,
         "python": platform.python_version(),
+    }
+
+
+def provenance_of(
+    images: Images, *, dataset: str, seeds: Sequence[int], settings: str, timing: Timing, seconds: float
+) -> dict[str, str]:
+    """Versions, machine, data and settings, for the foot of the report."""
+    return {
+        **versions(),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, "
         f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
         "seeds": ", ".join(map(str, seeds)),
@@ -166,7 +254,7 @@ def provenance_of(
         f"and {len(images.test)} test images",
         "data checksum (sha256)": images.checksum,
         "settings": settings,
-        "timing": "one image at a time, one thread, median of interleaved pairs with its 95 % interval",
+        "timing": timing.words,
         "finished": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "took": f"{seconds:.0f} s (parts found on disk not counted)",
     }

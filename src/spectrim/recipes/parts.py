@@ -12,14 +12,17 @@ from spectrim.errors import FileError
 from spectrim.files import Frozen, parse, read_text, write_text
 from spectrim.io import load, save
 from spectrim.measure import Epoch
+from spectrim.plan import Plan
 from spectrim.training.checkpoint import Checkpoint
 
 Trained = tuple[nn.Module, tuple[Epoch, ...]]
+Made = tuple[nn.Module, Plan]
 
 
 class _Note(Frozen):
     key: str
-    curve: tuple[Epoch, ...]
+    curve: tuple[Epoch, ...] = ()
+    plan: Plan | None = None
 
 
 def key_of(**inputs: object) -> str:
@@ -42,16 +45,39 @@ class Parts:
             blank: The dense network to load into.
             train: Trains it; the checkpoint it is given holds the epochs of an interrupted run.
         """
-        weights, note = self.folder / f"{name}.safetensors", self.folder / f"{name}.json"
-        try:
-            found = parse(_Note, read_text(note), origin=str(note))
-            if found.key == key:
-                return load(weights, blank), found.curve
-        except FileError:
-            pass  # absent or damaged: train it (again)
+        found = self._found(name, key=key, blank=blank)
+        if found is not None:
+            return found[0], found[1].curve
         unfinished = Checkpoint(self.folder / f"{name}.unfinished.safetensors", run=key)
         model, curve = train(unfinished)
-        save(model, weights)
-        write_text(note, _Note(key=key, curve=curve).model_dump_json(indent=1))
+        self._keep(name, model, _Note(key=key, curve=curve))
         unfinished.path.unlink(missing_ok=True)
         return model, curve
+
+    def compressed(self, name: str, *, key: str, blank: nn.Module, make: Callable[[], Made]) -> Made:
+        """The network `name` and its plan: from disk if they are there with the same `key`, otherwise made and kept.
+
+        Args:
+            name: File name without ending.
+            key: From `key_of`.
+            blank: The dense network to load into.
+            make: Compresses it.
+        """
+        found = self._found(name, key=key, blank=blank)
+        if found is not None and found[1].plan is not None:
+            return found[0], found[1].plan
+        model, plan = make()
+        self._keep(name, model, _Note(key=key, plan=plan))
+        return model, plan
+
+    def _found(self, name: str, *, key: str, blank: nn.Module) -> tuple[nn.Module, _Note] | None:
+        note = self.folder / f"{name}.json"
+        try:
+            found = parse(_Note, read_text(note), origin=str(note))
+            return (load(self.folder / f"{name}.safetensors", blank), found) if found.key == key else None
+        except FileError:
+            return None  # absent or damaged: to be made (again)
+
+    def _keep(self, name: str, model: nn.Module, note: _Note) -> None:
+        save(model, self.folder / f"{name}.safetensors")
+        write_text(self.folder / f"{name}.json", note.model_dump_json(indent=1, exclude_none=True))

@@ -1,19 +1,21 @@
 """Projection at every epoch: the network trained from scratch, its weights cut to low rank after each epoch."""
 
 from collections.abc import Mapping
+from typing import Literal
 
 from pydantic import Field
 from torch import nn
 
 from spectrim.plan import Rank
+from spectrim.recipes.fully_connected import FullyConnected
 from spectrim.recipes.outcome import Network, SeedOutcome
 from spectrim.recipes.parts import Trained
-from spectrim.recipes.study import Phase, SeedRun, Study
+from spectrim.recipes.study import Phase, SeedRun
 from spectrim.training import ProjectEachEpoch, Step, fit
 from spectrim.training.checkpoint import Checkpoint
 
 
-class ProjectedStudy(Study):
+class ProjectedStudy(FullyConnected):
     """Trained from the dense network's own start with the labels, projected after every epoch, then factored.
 
     Attributes:
@@ -21,6 +23,7 @@ class ProjectedStudy(Study):
         projected: The training; its last action is a projection.
     """
 
+    kind: Literal["projected"] = "projected"
     rank: int = Field(ge=1)
     projected: Phase
 

@@ -3,14 +3,15 @@
 import time
 from pathlib import Path
 
+from spectrim.errors import DataError
 from spectrim.files import require_writable_folder
-from spectrim.io import save
-from spectrim.recipes.images import load_images
-from spectrim.recipes.outcome import choose, provenance_of, summarise, variants_of
+from spectrim.recipes.folder import RunFolder
+from spectrim.recipes.images import Images, load_images
+from spectrim.recipes.outcome import Timing, choose, provenance_of, summarise, variants_of
 from spectrim.recipes.parts import Parts
 from spectrim.recipes.progress import OnProgress, Teller, silent
 from spectrim.recipes.study import SeedRun, Study
-from spectrim.report import Results, report
+from spectrim.report import Results
 
 
 def run_study(
@@ -23,9 +24,10 @@ def run_study(
 ) -> Results:
     """Train, compress and measure, and write everything to a folder.
 
-    `out` then holds `report.html`, `results.json` and `model.safetensors` (the chosen network of the first seed),
-    `plan.json` where the chosen network was made by a plan, and the trained parts, from which an interrupted run goes
-    on when it is started again.
+    `out` then holds the recipe as it was run (`recipe.toml`), `results.json`, `report.html`, every network of every
+    seed (`models`), the chosen one of the first seed (`model.safetensors`) with its `plan.json` where it was made by a
+    plan, what all of it was made from, with the checksum of every file (`run.json`), and the trained parts, from which
+    an interrupted run goes on when it is started again.
 
     Args:
         study: What to do.
@@ -36,44 +38,69 @@ def run_study(
         on_progress: Called at every step.
 
     Raises:
-        FileError: `out` or `parts` cannot be written to; nothing has been done then.
-        DataError: the data set cannot be obtained.
+        FileError: `out` or `parts` cannot be written to, or `out` holds the run of another recipe; nothing has been
+            done then.
+        DataError: the data set cannot be obtained; names the recipe that stands in, if there is one.
+        EngineError, DependencyError: a runtime or a package that the recipe needs cannot be had.
     """
     start = time.perf_counter()
-    out = require_writable_folder(out)
-    parts = require_writable_folder(out / "parts" if parts is None else parts)
+    study.require()
+    timing = Timing.of(study.runtimes, batch=study.latency_batch)
+    folder = RunFolder.claim(Path(out), study)
+    parts = require_writable_folder(folder.path / "parts" if parts is None else parts)
     teller = Teller(on_progress, parts=1 + len(study.seeds) * (1 + study.steps) + 2)
     teller.begin(f"reading {study.dataset}")
-    images = load_images(study.dataset, held_out=study.held_out, limit=study.limit, folder=data_folder)
+    images = images_of(study, data_folder)
     seeds = tuple(
         study.outcome(SeedRun(study, seed, images, Parts(parts / f"seed{seed}"), teller)) for seed in study.seeds
     )
     teller.begin("testing")
-    dense, variants = variants_of(seeds, images, teller)
+    dense, variants = variants_of(seeds, images, teller, timing=timing)
     chosen, because = choose(seeds, study.tolerance)
     results = Results(
         title=study.title,
-        summary=summarise(dense, next(v for v in variants if v.name == chosen.name)),
+        summary=summarise(
+            dense,
+            next(v for v in variants if v.name == chosen.name),
+            remark=study.remark(images, seeds[0].dense, variants),
+            quick=study.is_quick,
+        ),
         dense=dense,
         variants=variants,
         chosen=chosen.name,
         chosen_because=because,
         spectra=seeds[0].spectra,
-        published=study.published,
+        published=tuple(one.shown() for one in study.published),
         command=study.command,
         provenance=provenance_of(
             images,
             dataset=study.dataset,
             seeds=study.seeds,
-            settings=study.model_dump_json(exclude={"published", "title", "name", "command"}),
+            settings=study.model_dump_json(exclude={"published", "title", "name", "command"}, exclude_none=True),
+            timing=timing,
             seconds=time.perf_counter() - start,
         ),
     )
     teller.begin("writing")
-    save(chosen.model, out / "model.safetensors")
-    if chosen.plan is not None:
-        chosen.plan.save(out / "plan.json")
-    results.save(out / "results.json")
-    report(results, out / "report.html")
+    folder.keep(study, results, seeds=seeds, chosen=chosen, images=images)
     teller.end()
     return results
+
+
+def images_of(study: Study, data_folder: Path | None = None) -> Images:
+    """The data set of a study, split and normalised.
+
+    Raises:
+        DataError: it cannot be obtained; names the recipe that stands in, if there is one.
+    """
+    try:
+        return load_images(
+            study.dataset, held_out=study.held_out, limit=study.limit, size=study.pixels(), folder=data_folder
+        )
+    except DataError as error:
+        if study.stand_in is None:
+            raise
+        raise DataError(
+            f"{error}\nor with this recipe: --data-folder DIR. Without the data another recipe stands in for it: "
+            f"spectrim recipe {study.stand_in}"
+        ) from error

@@ -1,8 +1,9 @@
 """What the studies share: the settings of all of them, and one run of a seed with its dense network."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Self
 
 import torch
@@ -12,14 +13,17 @@ from torch import Tensor, nn
 from spectrim.execution import evaluating
 from spectrim.files import Frozen
 from spectrim.measure import Accuracy, accuracy
-from spectrim.models import mlp
-from spectrim.recipes.images import Images, Minibatches
+from spectrim.recipes.images import Augment, Images, Minibatches, Part
 from spectrim.recipes.outcome import SeedOutcome
 from spectrim.recipes.parts import Parts, Trained, key_of
 from spectrim.recipes.progress import Teller
-from spectrim.report import Published
+from spectrim.report import Published, Variant
+from spectrim.report.results import PublishedPoint
+from spectrim.runtimes import RuntimeName
 from spectrim.training import fit
-from spectrim.training.checkpoint import Checkpoint
+from spectrim.training.checkpoint import Checkpoint, fingerprint
+
+QUICK = " (quick look: little data, few epochs)"
 
 
 class Phase(Frozen):
@@ -34,43 +38,75 @@ class Phase(Frozen):
         """The same with no more than so many epochs."""
         return self.model_copy(update={"epochs": min(self.epochs, epochs)})
 
+    def in_small_steps(self, epochs: int) -> "Phase":
+        """No more than so many epochs in batches of at most 32: on little data large ones would be too few steps."""
+        return self.at_most(epochs).model_copy(update={"batch": min(self.batch, 32)})
 
-class Study(Frozen, ABC):
-    """Everything that decides the outcome of a study of the fully connected network; each study adds its own.
+
+class Earlier(Frozen):
+    """Somebody else's figures for the same study; accuracy in [0, 1].
 
     Attributes:
+        source: Whose.
+        dense: Accuracy of the dense network.
+        ranks: Accuracy by rank.
+        points: Compressed networks that no single rank describes.
+    """
+
+    source: str
+    dense: float | None = Field(default=None, ge=0, le=1)
+    ranks: dict[int, float] = Field(default_factory=dict)
+    points: tuple[PublishedPoint, ...] = ()
+
+    def shown(self) -> Published:
+        """As a report takes them."""
+        first: tuple[tuple[int | None, float], ...] = () if self.dense is None else ((None, self.dense),)
+        return Published(source=self.source, accuracy=(*first, *self.ranks.items()), points=self.points)
+
+
+class Study(Frozen, ABC):
+    """Everything that decides the outcome of a study; each kind adds its network and its own settings.
+
+    Attributes:
+        kind: Which class of study it is.
         name: Its name on the command line.
         title: One line for the report.
         dataset: As `spectrim data list` names it.
-        width: Size of the hidden layers.
-        hidden: How many there are.
         held_out: Training images set aside for choices.
         limit: Use at most so many training and test images.
         dense: Training of the dense network, cross-entropy.
         seeds: One whole run each.
         tolerance: The chosen network is the smallest that loses at most this share of held-out accuracy.
+        runtimes: What the networks are timed in, the first one for the table; none means torch, and ONNX Runtime where
+            it is installed.
+        latency_batch: Images of one timed pass.
+        stand_in: The recipe to take where the data cannot be had.
         published: Figures to compare with.
         command: What repeats the study.
     """
 
-    name: str
+    kind: str
+    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     title: str
     dataset: str
-    width: int = Field(default=1024, ge=1)
-    hidden: int = Field(default=5, ge=1)
     held_out: int = Field(ge=1)
     limit: int | None = Field(default=None, ge=1)
     dense: Phase
-    seeds: tuple[int, ...] = (0,)
+    seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
     tolerance: float = Field(default=0.005, ge=0)
-    published: tuple[Published, ...] = ()
-    command: str
+    runtimes: tuple[RuntimeName, ...] = ("torch",)
+    latency_batch: int = Field(default=1, ge=1)
+    stand_in: str | None = None
+    published: tuple[Earlier, ...] = ()
+    command: str = ""
 
     def quick(self) -> Self:
         """The same study on little data with few epochs: to see it work, not for its figures."""
+        if self.is_quick:
+            return self
         return self.model_copy(
             update={
-                "title": f"{self.title} (quick look: little data, few epochs)",
+                "title": f"{self.title}{QUICK}",
                 "command": f"{self.command} --quick",
                 "limit": min(self.limit or 2000, 2000),
                 "held_out": min(self.held_out, 1000),
@@ -78,6 +114,16 @@ class Study(Frozen, ABC):
                 **self._shortened(),
             }
         )
+
+    @property
+    def is_quick(self) -> bool:
+        """Whether it is a quick look, made by `quick`."""
+        return self.title.endswith(QUICK)
+
+    @property
+    def identity(self) -> str:
+        """A hash of all that decides what one seed gives; seeds, words and published figures do not."""
+        return key_of(**self.model_dump(mode="json", exclude={"seeds", "title", "published", "command", "stand_in"}))
 
     @abstractmethod
     def _shortened(self) -> Mapping[str, object]:
@@ -91,6 +137,37 @@ class Study(Frozen, ABC):
     @abstractmethod
     def outcome(self, run: "SeedRun") -> SeedOutcome:
         """All networks of one seed, before the test set is opened."""
+
+    @abstractmethod
+    def network(self, images: Images) -> nn.Module:
+        """The dense network, untrained, for these images.
+
+        Raises:
+            ModelError, DependencyError: it cannot be made here.
+        """
+
+    @abstractmethod
+    def network_settings(self) -> Mapping[str, object]:
+        """What decides the network and its training besides the common settings, for the key of finished parts."""
+
+    def require(self) -> None:
+        """Raise what can be told before anything is read or written: a missing package, weights that cannot be read."""
+
+    def augment(self) -> Augment:
+        """How training images are varied."""
+        return Augment()
+
+    def pixels(self) -> int | None:
+        """Side of the images as the network sees them; None for that of the data set."""
+        return None
+
+    def start(self, model: nn.Module) -> bool:
+        """Fill in weights that are given instead of trained; whether there were any."""
+        return False
+
+    def remark(self, images: Images, dense: nn.Module, variants: Sequence[Variant]) -> str:
+        """What else to say about the results, in a sentence or two."""
+        return ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,13 +184,15 @@ class SeedRun:
         """The dense network before any training; the seed alone decides its weights."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            inputs = self.images.train.images[0].numel()
-            return mlp(inputs, self.images.classes, width=self.study.width, hidden=self.study.hidden)
+            return self.study.network(self.images)
 
     def dense(self) -> Trained:
         """The dense network, trained with the labels, and its curve."""
         phase, model = self.study.dense, self.blank()
-        self.begin("training the dense network")
+        given = self.study.start(model)
+        self.begin("taking the given weights" if given else "training the dense network")
+        if given:
+            return model.eval(), ()
 
         def train(checkpoint: Checkpoint) -> Trained:
             curve = fit(
@@ -132,7 +211,7 @@ class SeedRun:
             "epochs": phase.epochs,
             "lr": phase.lr,
             "weight_decay": phase.weight_decay,
-            "held_out": self.images.held_out.batches(),
+            "held_out": self.tested,
             "seed": self.seed,
             "checkpoint": checkpoint,
             "on_step": self.teller.training,
@@ -142,27 +221,37 @@ class SeedRun:
         """A new part of the progress."""
         self.teller.begin(f"seed {self.seed}: {what}" if len(self.study.seeds) > 1 else what)
 
+    @cached_property
+    def tested(self) -> list[tuple[Tensor, Tensor]]:
+        """The training images that nothing is trained on, in batches."""
+        return self.images.held_out.batches()
+
     def held_out(self, model: nn.Module) -> Accuracy:
         """Accuracy on the training images that nothing is trained on."""
-        return accuracy(model, self.images.held_out.batches())
+        return accuracy(model, self.tested)
 
     def answers(self, dense: nn.Module) -> Tensor:
         """The teacher's logits (N, classes) of the training images, computed once instead of in every epoch."""
         with evaluating(dense):
-            return torch.cat([dense(some) for some in self.images.train.images.split(1000)])
+            return torch.cat([dense(some) for some, _ in self.images.train.batches()])
 
-    def epochs(self, targets: Tensor, phase: Phase) -> Callable[[int], Minibatches]:
-        """The minibatches of every epoch, the same ones for every network of this seed."""
-        return lambda epoch: Minibatches(self.images.train.images, targets, phase.batch, self.seed, epoch)
+    def epochs(self, targets: Tensor, phase: Phase, *, of: Part | None = None) -> Callable[[int], Minibatches]:
+        """The minibatches of every epoch, the same ones for every network of this seed; `of` names other images."""
+        images, study = (of or self.images.train).images, self.study
+        return lambda epoch: Minibatches(
+            images, targets, phase.batch, self.seed, epoch, study.augment(), study.pixels()
+        )
 
-    def key(self, **more: object) -> str:
-        """A hash of the data, of the dense network's training and of `more`."""
+    def key(self, *, start: nn.Module | None = None, **more: object) -> str:
+        """A hash of the data, of the dense network's training, of the weights to start from, and of `more`."""
         study = self.study
         return key_of(
             data=self.images.checksum,
             split=(study.held_out, study.limit),
-            shape=(study.width, study.hidden),
+            network=study.network_settings(),
+            seen=(study.augment(), study.pixels()),
             dense=study.dense,
             seed=self.seed,
+            start=None if start is None else fingerprint(start),
             **more,
         )

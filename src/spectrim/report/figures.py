@@ -35,6 +35,7 @@ _GREY = "#808790"
 _METRIC_STYLE: dict[Metric | None, tuple[str, str, str]] = {
     "plain": (_COLOURS[0], "circle", "solid"),
     "activation": (_COLOURS[1], "square", "dash"),
+    "loss": (_COLOURS[3], "triangle-up", "dot"),
     None: (_COLOURS[2], "diamond", "solid"),
 }
 _POINTS = 200

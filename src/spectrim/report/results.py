@@ -14,13 +14,24 @@ Stage = Literal["dense", "zero-shot", "fine-tuned", "trained"]
 
 
 class LayerSpectrum(Frozen):
-    """Singular values of one layer in one metric, largest first; `shape` is the weight's, output first."""
+    """Singular values of one layer in one metric, largest first.
+
+    Attributes:
+        layer: Its name.
+        kind: Its class, such as `Linear`.
+        shape: The weight's, output first.
+        metric: What the values are of.
+        values: The singular values.
+        cumulative: Share of the energy that the first 1..k of them hold (the explained variance), where a study asks
+            for it.
+    """
 
     layer: str
     kind: str
     shape: tuple[int, ...]
     metric: Metric
     values: tuple[float, ...]
+    cumulative: tuple[float, ...] = ()
 
 
 class Agreement(Frozen):
@@ -42,7 +53,8 @@ class Agreement(Frozen):
 class Run(Frozen):
     """One seed of a variant: its accuracy on the test set and on held-out training data, and its training curve.
 
-    `agreement` is there where the network was made from another one with the same outputs.
+    `agreement` is there where the network was made from another one with the same outputs; `model` is the file of the
+    network, relative to the folder of the run.
     """
 
     seed: int
@@ -50,6 +62,7 @@ class Run(Frozen):
     held_out: Accuracy | None = None
     curve: tuple[Epoch, ...] = ()
     agreement: Agreement | None = None
+    model: str | None = None
 
 
 class Variant(Frozen):
@@ -64,6 +77,7 @@ class Variant(Frozen):
         metric: What the approximation error was measured on.
         plan: Per layer what was done; from the first seed.
         runs: One entry a seed.
+        in_runtimes: The same as `measurement` in further runtimes, each named by its own `runtime`.
     """
 
     name: str
@@ -73,6 +87,7 @@ class Variant(Frozen):
     metric: Metric | None = None
     plan: Plan | None = None
     runs: tuple[Run, ...] = ()
+    in_runtimes: tuple[Measurement, ...] = ()
 
     @property
     def accuracy(self) -> float | None:
@@ -85,11 +100,36 @@ class Variant(Frozen):
         return statistics.stdev(run.test.value for run in self.runs) if len(self.runs) > 1 else None
 
 
+class PublishedPoint(Frozen):
+    """A compressed network of somebody else.
+
+    Attributes:
+        name: What it is, such as `75 % energy, fine-tuned`.
+        accuracy: In [0, 1].
+        params_ratio: kept / dense, if it is known.
+        macs_ratio: kept / dense, if it is known.
+        speedup: Time of the dense network over its time, if it is known.
+    """
+
+    name: str
+    accuracy: float = Field(ge=0, le=1)
+    params_ratio: float | None = Field(default=None, gt=0)
+    macs_ratio: float | None = Field(default=None, gt=0)
+    speedup: float | None = Field(default=None, gt=0)
+
+
 class Published(Frozen):
-    """Somebody else's figures for the same study: accuracy in [0, 1] by rank; rank None is the dense network."""
+    """Somebody else's figures for the same study.
+
+    Attributes:
+        source: Whose.
+        accuracy: In [0, 1] by rank; rank None is the dense network.
+        points: Networks that no single rank describes.
+    """
 
     source: str
     accuracy: tuple[tuple[int | None, float], ...]
+    points: tuple[PublishedPoint, ...] = ()
 
 
 class Results(Frozen):

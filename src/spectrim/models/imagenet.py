@@ -1,0 +1,55 @@
+"""torchvision's own weights of a network, fetched by torchvision where they can be had."""
+
+import importlib
+from typing import Any
+
+from torch import nn
+
+from spectrim.errors import DependencyError, ModelError
+
+
+def fill_(model: nn.Module, reference: str, *, head: str) -> None:
+    """Load torchvision's default ImageNet weights into `model`, all but those of the layer `head`.
+
+    torchvision fetches and checks the file, and keeps it in torch's cache; the network has to be one of its own.
+
+    Args:
+        model: Made by torchvision, with any number of outputs; changed only when everything fits.
+        reference: Such as `torchvision:resnet18`.
+        head: The last layer, whose outputs are other classes.
+
+    Raises:
+        DependencyError: torchvision is not installed.
+        ModelError: a network of somebody else, or weights that cannot be fetched or do not fit.
+    """
+    source, _, name = reference.partition(":")
+    if source != "torchvision":
+        raise ModelError(
+            f"{reference}: ImageNet weights are had for networks of torchvision, such as torchvision:resnet18"
+        )
+    state = {key: value for key, value in _fetched(name).items() if not key.startswith(f"{head}.")}
+    own = model.state_dict()
+    odd = sorted(
+        {key for key in own if not key.startswith(f"{head}.")} ^ set(state)
+        | {key for key in state.keys() & own.keys() if own[key].shape != state[key].shape}
+    )
+    if odd:
+        raise ModelError(f"torchvision's weights of {name} do not fit this network: {', '.join(odd[:3])} differ")
+    model.load_state_dict(state, strict=False)
+
+
+def _fetched(name: str) -> dict[str, Any]:
+    try:
+        models = importlib.import_module("torchvision.models")
+    except ImportError as error:
+        raise DependencyError(
+            f'ImageNet weights need torchvision ({error}); run: pip install "spectrim[vision]"'
+        ) from error
+    try:
+        weights = models.get_model_weights(name).DEFAULT
+        return dict(weights.get_state_dict(progress=False, check_hash=True))
+    except Exception as error:
+        raise ModelError(
+            f"torchvision could not fetch its ImageNet weights of {name} ({type(error).__name__}: {error}); give a "
+            "file with --weights FILE.safetensors, or leave the option out to train from scratch"
+        ) from error

@@ -1,0 +1,126 @@
+"""The folder of a run: whose it is, and what lies in it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from spectrim.errors import FileError
+from spectrim.files import Frozen, parse, read_text, require_writable_folder, sha256_of, write_text
+from spectrim.io import save
+from spectrim.recipes.files import read_recipe, recipe_text
+from spectrim.recipes.images import Images
+from spectrim.recipes.outcome import Network, SeedOutcome, model_file, versions
+from spectrim.recipes.study import Study
+from spectrim.report import Results, report
+from spectrim.runtimes import fingerprint
+
+RECIPE, MANIFEST, RESULTS, REPORT = "recipe.toml", "run.json", "results.json", "report.html"
+MODEL, PLAN = "model.safetensors", "plan.json"
+
+
+class Manifest(Frozen):
+    """What a finished run was made from, and what it wrote.
+
+    Attributes:
+        recipe: Name of the recipe.
+        identity: Hash of its settings; see `Study.identity`.
+        seeds: Of the run.
+        versions: Of Spectrim, torch, numpy and Python.
+        machine: Processor, instructions and versions: where these are the same, accuracies repeat exactly.
+        dataset: Its name.
+        source: Where its files came from.
+        data: SHA-256 of the training and the test split.
+        files: SHA-256 of every file of the run, by its path in the folder.
+    """
+
+    version: Literal[1] = 1
+    recipe: str
+    identity: str
+    seeds: tuple[int, ...]
+    versions: dict[str, str]
+    machine: str
+    dataset: str
+    source: str
+    data: tuple[str, str]
+    files: dict[str, str]
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A folder that holds one run of one recipe, finished or not."""
+
+    path: Path
+
+    @classmethod
+    def claim(cls, path: Path, study: Study) -> "RunFolder":
+        """Take a folder for a run of `study`, and note the recipe in it.
+
+        Raises:
+            FileError: it cannot be written to, or holds the run of another recipe; nothing has been changed then.
+        """
+        path = Path(path)
+        if (path / RECIPE).exists():
+            _require_same(path, study)
+        folder = cls(require_writable_folder(path))
+        if not (path / RECIPE).exists():
+            write_text(path / RECIPE, recipe_text(study))
+        return folder
+
+    def keep(
+        self, study: Study, results: Results, *, seeds: Sequence[SeedOutcome], chosen: Network, images: Images
+    ) -> None:
+        """Write everything; the manifest last, so that it is there only for a whole run."""
+        write_text(self.path / RECIPE, recipe_text(study))
+        kept = [RECIPE, RESULTS, REPORT, MODEL]
+        for outcome in seeds:
+            models = {"dense": outcome.dense, **{one.name: one.model for one in outcome.networks}}
+            for name, model in models.items():
+                kept.append(model_file(name, outcome.seed))
+                save(model, self.path / kept[-1])
+        save(chosen.model, self.path / MODEL)
+        if chosen.plan is not None:
+            chosen.plan.save(self.path / PLAN)
+            kept.append(PLAN)
+        results.save(self.path / RESULTS)
+        report(results, self.path / REPORT)
+        manifest = Manifest(
+            recipe=study.name,
+            identity=study.identity,
+            seeds=study.seeds,
+            versions=versions(),
+            machine=fingerprint("torch"),
+            dataset=study.dataset,
+            source=images.source,
+            data=images.checksums,
+            files={name: sha256_of(self.path / name) for name in sorted(kept)},
+        )
+        write_text(self.path / MANIFEST, manifest.model_dump_json(indent=1) + "\n")
+
+    def manifest(self) -> Manifest:
+        """What the run wrote. Raises `FileError` where no finished run lies."""
+        if not (self.path / MANIFEST).exists():
+            raise FileError(
+                f"{self.path} holds no finished run: there is no {MANIFEST} in it; "
+                "name the folder that a recipe was run into, or finish the run with the command that began it"
+            )
+        return parse(Manifest, read_text(self.path / MANIFEST), origin=str(self.path / MANIFEST))
+
+
+def _require_same(path: Path, study: Study) -> None:
+    """FileError unless the folder's recipe is this one, other seeds allowed."""
+    advice = "give another folder with --out, or delete this one"
+    try:
+        there = read_recipe(path / RECIPE)
+    except FileError as error:
+        raise FileError(f"it cannot be told whose run {path} holds: {error}; {advice}") from error
+    if there.identity == study.identity:
+        return
+    if there.name != study.name:
+        raise FileError(f"{path} holds a run of another recipe, {there.name}; {advice}")
+    one, other = (each.model_dump(mode="json") for each in (there, study))
+    names = [name for name in other if one.get(name) != other[name] and name not in ("seeds", "title", "command")]
+    raise FileError(
+        f"{path} holds a run of {study.name} with other settings ({', '.join(names)}"
+        f"{', it was a quick look' if there.is_quick else ''}); {advice}"
+    )

@@ -1,0 +1,432 @@
+"""The studies of convolutional networks, run for real on the embedded digits, and what `verify` finds of them."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+from urllib.error import URLError
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import spectrim as st
+from spectrim import errors, models, recipes
+from spectrim.models import imagenet
+from spectrim.recipes import Augment, ClassifierStudy, MiniResNetStudy, Phase, Progress, Tuned, run_study, verify_run
+from spectrim.recipes.images import Minibatches, Part, load_images
+from spectrim.recipes.mini_resnet_study import Compressing
+from spectrim.recipes.outcome import Timing
+from spectrim.recipes.parts import Parts
+from spectrim.recipes.progress import Teller, silent
+from spectrim.recipes.run import images_of
+from spectrim.recipes.study import SeedRun
+from spectrim.recipes.thresholds import effective_rank, gap_rank, hard_rank, held_out_plan, spectral_plan
+
+SHORT = Phase(epochs=1, lr=2e-3, batch=64)
+TUNED = Tuned(phase=SHORT, temperature=4.0)
+MINI = MiniResNetStudy(
+    name="tiny-resnet",
+    title="a tiny mini-ResNet",
+    dataset="digits",
+    held_out=237,
+    width=8,
+    hidden=32,
+    augmentation=Augment(shift=1),
+    dense=Phase(epochs=4, lr=4e-3, batch=64),
+    energies=(0.75,),
+    energy_tuning=TUNED.model_copy(update={"frozen_norms": False}),
+    budgets=(0.3,),
+    calibration_images=64,
+    thresholds=("held-out",),
+    threshold_images=50,
+    tuning=TUNED,
+    runtimes=("torch",),
+    command="spectrim recipe tiny-resnet",
+)
+FACTORY = """
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.layer1 = nn.Sequential(nn.Conv2d(1, 12, 3, padding=1, bias=False), nn.BatchNorm2d(12), nn.ReLU())
+        self.layer2 = nn.Sequential(nn.Conv2d(12, 24, 3, stride=2, bias=False), nn.BatchNorm2d(24), nn.ReLU())
+        self.fc = nn.Linear(24, num_classes)
+
+    def forward(self, x):
+        return self.fc(self.layer2(self.layer1(x)).mean((2, 3)))
+
+def net(num_classes):
+    return Net(num_classes)
+"""
+SMALL = ClassifierStudy(
+    name="tiny-classifier",
+    title="a tiny classifier study",
+    dataset="digits",
+    held_out=237,
+    model="tiny_network_of_a_test:net",
+    size=12,
+    convolution="layer2.0",
+    dense=Phase(epochs=4, lr=1e-2, batch=64),
+    head=SHORT,
+    head_images=300,
+    macs=0.5,
+    calibration_images=64,
+    tuning=TUNED,
+    runtimes=("torch",),
+    latency_batch=4,
+    command="spectrim recipe tiny-classifier",
+)
+
+
+class InterruptedRunError(Exception):
+    """Stands for Ctrl-C."""
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, st.Results]:
+    out = tmp_path_factory.mktemp("mini")
+    return out, run_study(MINI, out)
+
+
+@pytest.fixture
+def network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tiny_network_of_a_test.py").write_text(FACTORY)
+    monkeypatch.chdir(tmp_path)
+
+
+def test_three_ways_stand_side_by_side_before_and_after(finished: tuple[Path, st.Results]) -> None:
+    _, results = finished
+    ways = {"75 % energy", "budget, 30 % of the parameters", "per-layer energy, held-out"}
+    assert {one.name.rpartition(", ")[0] for one in results.variants} == ways
+    assert len(results.variants) == 2 * len(ways)
+    by_name = {one.name: one for one in results.variants}
+    for way in ways:
+        before, after = (by_name[f"{way}, {stage}"] for stage in ("zero-shot", "fine-tuned"))
+        assert before.plan == after.plan
+        assert (before.stage, after.stage) == ("zero-shot", "fine-tuned")
+        assert before.measurement == after.measurement
+        assert before.measurement.macs_speedup > 1
+        assert before.measurement.speedup is not None
+        assert (len(before.runs[0].curve), len(after.runs[0].curve)) == (0, 1)
+    assert results.dense.accuracy > 0.6
+    energy = by_name["75 % energy, zero-shot"]
+    assert energy.rule == st.Energy(0.75)
+    left = len(energy.plan) - len(energy.plan.factored)
+    assert f"would be larger: {left} of {len(energy.plan)} at 75 %" in results.summary
+    limited = by_name["budget, 30 % of the parameters, fine-tuned"]
+    assert limited.measurement.params_ratio <= 0.3
+    assert limited.plan.metric == "activation"
+    scanned = by_name["per-layer energy, held-out, fine-tuned"]
+    assert scanned.measurement.params_ratio <= 0.3
+    assert "held-out cross-entropy" in scanned.plan.factored[0].reason
+
+
+def test_a_layer_that_would_grow_stays_dense_unless_it_is_allowed_to(
+    finished: tuple[Path, st.Results], tmp_path: Path
+) -> None:
+    dense = st.load(finished[0] / "models/seed0/dense.safetensors", models.mini_resnet(width=8, hidden=32)).eval()
+    found = []
+    for growth in (False, True):
+        study = MINI.model_copy(update={"energies": (0.95,), "allow_growth": growth})
+        run = SeedRun(study, 0, images_of(study), Parts(tmp_path / str(growth)), Teller(silent, parts=1))
+        zero_shot = next(Compressing(study, run, dense).energies())
+        assert {layer.form for layer in zero_shot.plan} <= {"dense", "linear", "channel"}
+        found.append(zero_shot.plan)
+    kept, grown = found
+    assert all(layer.kept.params < layer.dense.params for layer in kept.factored)
+    assert any(layer.kept.params > layer.dense.params for layer in grown.factored)
+    assert len(grown.factored) > len(kept.factored)
+    assert any("(break-even)" in layer.reason for layer in kept)
+
+
+def test_an_interrupted_run_finds_what_was_compressed_and_ends_the_same(
+    finished: tuple[Path, st.Results], tmp_path: Path
+) -> None:
+    def stop(event: Progress) -> None:
+        if "budget" in event.part and event.note.startswith("epoch 1/1") and event.done > 3:
+            raise InterruptedRunError
+
+    shutil.copytree(finished[0] / "parts/seed0", tmp_path / "parts/seed0", ignore=shutil.ignore_patterns("budget*"))
+    with pytest.raises(InterruptedRunError):
+        run_study(MINI, tmp_path, on_progress=stop)
+    made = tmp_path / "parts/seed0/budget-30-of-the-parameters-compressed.safetensors"
+    stamp = made.stat().st_mtime_ns
+    notes: list[str] = []
+    again = run_study(MINI, tmp_path, on_progress=lambda event: notes.append(event.note))
+    assert made.stat().st_mtime_ns == stamp
+    assert not any(note.startswith(("weigh", "fit", "scanning")) for note in notes)
+    # curves hold seconds
+    assert [one.runs[0].test for one in again.variants] == [one.runs[0].test for one in finished[1].variants]
+    for name in ("model", "models/seed0/budget-30-of-the-parameters-fine-tuned"):
+        one, other = ((folder / f"{name}.safetensors").read_bytes() for folder in (tmp_path, finished[0]))
+        assert one == other
+
+
+def test_a_run_holds_and_what_was_changed_is_found(finished: tuple[Path, st.Results], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished[0], folder)
+    checks = verify_run(folder)
+    assert all(check.good for check in checks)
+    said = {check.what for check in checks}
+    assert {"file models/seed0/dense.safetensors", "data, training split (sha256)", "dense: parameters"} <= said
+    assert {"75 % energy, zero-shot: test accuracy, seed 0", "dense: held-out accuracy, seed 0"} <= said
+    assert "spectrum of head" in said
+    assert sum(check.verdict == "not judged" for check in checks) == 1 + len(finished[1].variants)
+
+    # another network under the same name, noted as if it belonged there
+    manifest = json.loads((folder / "run.json").read_text())
+    name = "models/seed0/75-energy-fine-tuned.safetensors"
+    shutil.copy(folder / "models/seed0/75-energy-zero-shot.safetensors", folder / name)
+    altered = {check.what: check for check in verify_run(folder, latency=False) if not check.good}
+    assert altered[f"file {name}"].verdict == "altered"
+    manifest["files"][name] = manifest["files"]["models/seed0/75-energy-zero-shot.safetensors"]
+    (folder / "run.json").write_text(json.dumps(manifest))
+    differs = [check for check in verify_run(folder, latency=False) if not check.good]
+    assert {check.verdict for check in differs} == {"differs"}
+    assert "75 % energy, fine-tuned: test accuracy, seed 0" in {check.what for check in differs}
+
+    (folder / name).unlink()
+    missing = {check.what: check.verdict for check in verify_run(folder, latency=False) if not check.good}
+    assert missing == {f"file {name}": "missing", "75 % energy, fine-tuned: network, seed 0": "missing"}
+
+
+def test_results_edited_by_hand_are_found(finished: tuple[Path, st.Results], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished[0], folder)
+    written = json.loads((folder / "results.json").read_text())
+    written["variants"][0]["runs"][0]["test"]["correct"] += 1
+    written["dense"]["measurement"]["macs"] -= 1
+    (folder / "results.json").write_text(json.dumps(written))
+    assert {check.what for check in verify_run(folder, latency=False) if not check.good} == {"file results.json"}
+    manifest = json.loads((folder / "run.json").read_text())
+    manifest["files"].pop("results.json")
+    manifest["data"][1] = "0" * 64
+    (folder / "run.json").write_text(json.dumps(manifest))
+    assert {check.what for check in verify_run(folder, latency=False) if not check.good} == {
+        "75 % energy, zero-shot: test accuracy, seed 0",
+        "dense: MACs of one image",
+        "data, test split (sha256)",
+    }
+    # on another kind of machine a few images may differ, a count may not
+    (folder / "run.json").write_text(json.dumps({**manifest, "machine": "another"}))
+    assert "75 % energy, zero-shot: test accuracy, seed 0" not in {
+        check.what for check in verify_run(folder, latency=False) if not check.good
+    }
+
+
+def test_an_unfinished_run_cannot_be_verified(tmp_path: Path) -> None:
+    with pytest.raises(errors.FileError, match="holds no finished run"):
+        verify_run(tmp_path)
+
+
+@pytest.mark.usefixtures("network")
+def test_the_classifier_beside_the_whole_network(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    results = run_study(SMALL, out)
+    names = [one.name for one in results.variants]
+    assert names == [
+        "classifier dense (-0 %), head tuned",
+        "classifier at rank 5 (-50 %), zero-shot",
+        "classifier at rank 5 (-50 %), head tuned",
+        "classifier at rank 2 (-80 %), zero-shot",
+        "classifier at rank 2 (-80 %), head tuned",
+        "whole network, 50 % of the MACs, zero-shot",
+        "whole network, 50 % of the MACs, fine-tuned",
+    ]
+    by_name = {one.name: one for one in results.variants}
+    blank = models.resolve(SMALL.model, options={"num_classes": 10})
+    dense = st.load(out / "models/seed0/dense.safetensors", blank).state_dict()
+    for rank in (5, 2):
+        share = {5: 50, 2: 80}[rank]
+        tuned = st.load(out / f"models/seed0/classifier-at-rank-{rank}-{share}-head-tuned.safetensors", blank)
+        assert tuned.fc.rank == rank
+        backbone = {name: value for name, value in tuned.state_dict().items() if not name.startswith("fc.")}
+        assert all(torch.equal(value, dense[name]) for name, value in backbone.items())
+        before, after = (
+            by_name[f"classifier at rank {rank} (-{share} %), {stage}"] for stage in ("zero-shot", "head tuned")
+        )
+        assert after.runs[0].curve[0].loss > 0
+        assert before.measurement == after.measurement
+    control = st.load(out / "models/seed0/classifier-dense-0-head-tuned.safetensors", blank).state_dict()
+    assert not torch.equal(control["fc.weight"], dense["fc.weight"])
+    assert by_name[names[-1]].measurement.macs_ratio <= 0.5
+    assert by_name[names[-1]].measurement.batch == 4
+    seen = {(one.layer, one.metric): one for one in results.spectra}
+    assert set(seen) == {(layer, metric) for layer in ("layer2.0", "fc") for metric in ("plain", "activation")}
+    for one in seen.values():
+        squares = np.array(one.values) ** 2
+        assert one.cumulative == pytest.approx(np.cumsum(squares) / squares.sum(), abs=1e-9)
+    assert f"holds 250 of the {results.dense.measurement.params:,} parameters" in results.summary
+    # the images are seen at 12 pixels, and MACs are those of one
+    assert results.dense.measurement.macs == 12 * 12 * 12 * 9 + 25 * 24 * 12 * 9 + 240
+    assert all(check.good for check in verify_run(out, latency=False))
+
+    # its dense network as a file: nothing is trained, and the rest is the same
+    save_file(dense, tmp_path / "given.safetensors")
+    given = SMALL.model_copy(update={"weights": str(tmp_path / "given.safetensors")})
+    notes: list[str] = []
+    again = run_study(given, tmp_path / "given", on_progress=lambda event: notes.append(event.part))
+    assert "taking the given weights" in notes
+    assert again.dense.runs[0].test == results.dense.runs[0].test
+    assert again.dense.runs[0].curve == ()
+    with pytest.raises(errors.FileError, match="holds a run of tiny-classifier with other settings"):
+        run_study(given, out)
+
+
+@pytest.mark.usefixtures("network")
+def test_a_layer_that_the_network_has_not_is_named(tmp_path: Path) -> None:
+    study = SMALL.model_copy(update={"classifier": "head", "dense": SHORT})
+    with pytest.raises(errors.ModelError, match="has no layer 'head'; name one in the recipe"):
+        run_study(study, tmp_path / "run")
+
+
+def test_resnet18_is_torchvisions_own_and_imagenet_is_an_honest_option(monkeypatch: pytest.MonkeyPatch) -> None:
+    torchvision = pytest.importorskip("torchvision.models")
+    study = recipes.find_study("resnet18-cifar10")
+    images = load_images("digits", held_out=237)
+    model = study.network(images)
+    assert isinstance(model, torchvision.ResNet)
+    assert tuple(model.fc.weight.shape) == (10, 512)
+    assert {study.convolution, study.classifier} <= set(dict(model.named_modules()))
+    assert not study.start(model)
+
+    whole = torchvision.resnet18().state_dict()
+    weights = type(torchvision.ResNet18_Weights.DEFAULT)
+    monkeypatch.setattr(weights, "get_state_dict", lambda *_, **__: whole)
+    own = model.fc.weight.detach().clone()
+    assert not study.model_copy(update={"weights": "imagenet"}).start(model)
+    assert torch.equal(model.layer2[1].conv2.weight, whole["layer2.1.conv2.weight"])
+    assert torch.equal(model.fc.weight, own)
+
+    def offline(*_: object, **__: object) -> None:
+        raise URLError("no route")
+
+    monkeypatch.setattr(weights, "get_state_dict", offline)
+    with pytest.raises(errors.ModelError, match=r"could not fetch .* resnet18 .*no route.*--weights FILE"):
+        study.model_copy(update={"weights": "imagenet"}).start(model)
+    with pytest.raises(errors.ModelError, match="networks of torchvision"):
+        imagenet.fill_(model, "timm:resnet18", head="fc")
+    with pytest.raises(errors.FileError, match="missing"):
+        study.model_copy(update={"weights": "nowhere.safetensors"}).start(model)
+
+
+def test_emnist_that_cannot_be_had_names_its_stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(name: str, **_: object) -> None:
+        raise errors.DataError(f"data set {name!r} could not be obtained")
+
+    monkeypatch.setattr("spectrim.recipes.images.load", refuse)
+    with pytest.raises(errors.DataError) as caught:
+        run_study(recipes.find_study("miniresnet-emnist"), tmp_path)
+    assert "'emnist-balanced' could not be obtained" in str(caught.value)
+    assert "--data-folder DIR" in str(caught.value)
+    assert "spectrim recipe miniresnet-fashion" in str(caught.value)
+
+
+def test_spectral_thresholds_find_planted_ranks() -> None:
+    values = np.array([9.0, 8.0, 7.5, 0.5, 0.4, 0.3, 0.2, 0.0])
+    assert gap_rank(st.Spectrum(values)) == 3
+    # a larger ratio at the end is noise, or zeros
+    assert gap_rank(st.Spectrum(np.array([1.0]))) == 1
+    generator = np.random.default_rng(0)
+    noise = generator.normal(size=(200, 100)) / math.sqrt(200)
+    left, _ = np.linalg.qr(generator.normal(size=(200, 4)))
+    right, _ = np.linalg.qr(generator.normal(size=(100, 4)))
+    spectrum = st.Spectrum(np.linalg.svd(noise + (left * 8.0) @ right.T, compute_uv=False))
+    assert hard_rank(spectrum, outputs=200, inputs=100) == 4
+    assert gap_rank(spectrum) == 4
+    assert effective_rank(st.Spectrum(np.ones(6))) == 6
+    assert effective_rank(st.Spectrum(np.array([1.0, 0.0]))) == 1
+
+
+def test_a_scan_keeps_what_the_network_needs() -> None:
+    torch.manual_seed(0)
+    first, second = nn.Linear(20, 20), nn.Linear(20, 4)
+    model = nn.Sequential(nn.Flatten(), first, nn.ReLU(), second).eval()
+    with torch.no_grad():  # rank 2 is all there is of the first layer
+        first.weight.copy_(torch.randn(20, 2) @ torch.randn(2, 20))
+    inputs = torch.randn(200, 1, 4, 5)
+    part = Part(inputs, model(inputs).argmax(dim=1))
+    analysis = st.analyze(model, inputs[:1])
+    told: list[int] = []
+    plan = held_out_plan(model, analysis, part, share=0.5, told=lambda done, _: told.append(done))
+    assert plan["1"].rank == 2
+    assert plan.kept_cost.params <= 0.5 * plan.dense_cost.params
+    assert told == list(range(len(told)))
+    assert plan.rule == st.Budget(params=0.5)
+    spectral = spectral_plan(analysis, "gap")
+    assert spectral["1"].rank == 2
+    assert spectral.rule == st.Energy(min(1.0, spectral.rule.energy))
+    held = [analysis[one.name].spectra["plain"].cumulative_energy[one.rank - 1] for one in spectral.factored]
+    assert spectral.rule.energy == pytest.approx(min(held))
+    # no threshold is small enough: as small as it goes
+    smallest = held_out_plan(model, analysis, part, share=0.01)
+    assert {layer.rank for layer in smallest.factored} == {1}
+
+
+def test_images_vary_by_seed_and_epoch_alone() -> None:
+    images = torch.arange(2 * 3 * 6 * 6, dtype=torch.float32).reshape(2, 3, 6, 6)
+    generator = torch.Generator().manual_seed(0)
+    moved = Augment(shift=2).apply(images.repeat(50, 1, 1, 1), generator)
+    assert moved.shape == (100, 3, 6, 6)
+    padded = torch.nn.functional.pad(images, [2] * 4, mode="replicate")
+    shifts = {(down, right) for down in range(5) for right in range(5)}
+    seen = set()
+    for index, one in enumerate(moved):
+        fits = [
+            (down, right)
+            for down, right in shifts
+            if torch.equal(one, padded[index % 2, :, down : down + 6, right : right + 6])
+        ]
+        assert len(fits) == 1
+        seen |= set(fits)
+    assert len(seen) > 20
+    mirrored = Augment(flips=True).apply(images.repeat(50, 1, 1, 1), generator)
+    flipped = [torch.equal(one, images[index % 2].flip(2)) for index, one in enumerate(mirrored)]
+    same = [torch.equal(one, images[index % 2]) for index, one in enumerate(mirrored)]
+    assert all(one != other for one, other in zip(flipped, same, strict=True))
+    assert 30 < sum(flipped) < 70
+
+    def epoch(number: int, seed: int = 0) -> torch.Tensor:
+        batches = Minibatches(
+            images.repeat(8, 1, 1, 1), torch.arange(16), 4, seed, number, Augment(flips=True, shift=1), pixels=9
+        )
+        return torch.cat([inputs for inputs, _ in batches])
+
+    assert epoch(0).shape == (16, 3, 9, 9)
+    assert torch.equal(epoch(1), epoch(1))
+    assert not torch.equal(epoch(0), epoch(1))
+    assert not torch.equal(epoch(0), epoch(0, seed=1))
+
+
+def test_runtimes_are_those_asked_for_or_those_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Timing.of(("torch",), batch=2) == Timing(("torch",), 2)
+
+    def absent(name: str, **_: object) -> str:
+        if name == "onnxruntime":
+            raise errors.DependencyError("not installed")
+        return name
+
+    monkeypatch.setattr("spectrim.recipes.outcome.require_runtime", absent)
+    assert Timing.of((), batch=1).runtimes == ("torch",)
+    with pytest.raises(errors.DependencyError):
+        Timing.of(("torch", "onnxruntime"), batch=1)
+
+
+def test_a_further_runtime_has_its_own_figures() -> None:
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    timing = Timing.of((), batch=2)
+    assert timing.runtimes == ("torch", "onnxruntime")
+    images = load_images("digits", held_out=237)
+    model = models.mlp(64, width=32, hidden=1)
+    small = st.compress(model, st.Rank(2), example_inputs=torch.zeros(1, 64), keep_last=True).model
+    first, second = timing.measure(small, images, reference=model)
+    assert (first.runtime, second.runtime) == timing.runtimes
+    assert first.macs == second.macs == st.measure(small, images.test.example(), latency=False).macs
+    assert first.macs_ratio == second.macs_ratio < 1
+    assert second.speedup is not None
+    assert "batches of 2 images" in timing.words
