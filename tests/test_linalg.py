@@ -124,7 +124,7 @@ def test_balancing_keeps_the_product_and_evens_the_norms_of_a_chain() -> None:
 FORMS: tuple[FormName, ...] = ("channel", "spatial", "tucker2")
 ITERATED: tuple[FormName, ...] = ("spatial", "tucker2")
 METRICS = ("plain", "activation")
-SHAPES = [(4, 3, 3, 3), (3, 5, 2, 3), (8, 2, 3, 2)]
+SHAPES = [(4, 3, 3, 3), (3, 5, 2, 3), (8, 2, 3, 2), (2, 9, 1, 3)]
 
 
 def numbers(*shape: int, seed: int = 0) -> Tensor:
@@ -206,6 +206,19 @@ def test_sweeps_are_worth_their_time(form: FormName) -> None:
     ranks = (5,) if form == "spatial" else (3, 4)
     start, better = (lost(given, form, fitted(found, ranks, sweeps=sweeps)) for sweeps in (0, 2))
     assert better < 0.99 * start
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("form", ITERATED)
+def test_the_plain_metric_is_the_identity_solved_without_it(form: FormName, shape: tuple[int, ...]) -> None:
+    plain = problem(shape, "plain", groups=2)
+    _, _, n = plain.weight.flatten(2).shape
+    given = Problem(plain.weight, torch.eye(n, dtype=torch.float64).expand(2, n, n))
+    for ranks, tail in every_rank(found := decompose(form, plain)):
+        ours, theirs = (lost(plain, form, fitted(one, ranks, sweeps=4)) for one in (found, decompose(form, given)))
+        assert ours <= theirs + 1e-4 * plain.total  # neither has quite come to its end after four sweeps
+        if form == "spatial":  # the singular value decomposition of the rearranged weight, Jaderberg's second scheme
+            assert ours == pytest.approx(tail, abs=1e-9 * plain.total)
 
 
 @pytest.mark.parametrize("metric", METRICS)

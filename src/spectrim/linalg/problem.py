@@ -1,5 +1,6 @@
 """What is to be approximated, and in which metric."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -59,6 +60,11 @@ class Problem:
         if "floor" not in self._shared:
             self._shared["floor"] = _needed_floor(self.metric)
         return _lifted((self.metric + self.metric.mT).div_(2), self._shared["floor"])
+
+    @property
+    def metrics(self) -> Sequence[Tensor | None]:
+        """By group the metric that has an inverse, or None for the identity."""
+        return [None] * len(self.weight) if self.covariance is None else list(self.invertible)
 
     @cached_property
     def total(self) -> float:

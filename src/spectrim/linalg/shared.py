@@ -2,7 +2,8 @@
 
 A weight W (out, P, Q) is to become H (V kron I_Q): V (r, P) is applied at each of the Q places alike, and H (out, r, Q)
 gathers them. With Q the columns of a kernel this is the spatial form; with Q all of its places it is the first step of
-Tucker-2. The metric A (P Q, P Q) is the covariance of the inputs. Everything is for one group, in float64.
+Tucker-2. The metric A (P Q, P Q) is the covariance of the inputs; None is the identity, where all of this is in closed
+form. Everything is for one group, in float64.
 """
 
 from collections.abc import Callable
@@ -17,9 +18,9 @@ _SLOW = 1e-2
 _WIDE = 1024
 
 
-def most_sweeps(A: Tensor) -> int:
+def most_sweeps(A: Tensor | None) -> int:
     """How often alternating least squares goes around at most, by the size of the metric: half as often if wide."""
-    return _SWEEPS if len(A) <= _WIDE else _SWEEPS // 2
+    return _SWEEPS if A is None or len(A) <= _WIDE else _SWEEPS // 2
 
 
 @dataclass(eq=False)
@@ -35,24 +36,32 @@ class Progress:
         return self.left > (1 - _SLOW) * before
 
 
-def nested_start(M: Tensor, A: Tensor) -> Tensor:
+def leading(M: Tensor) -> Tensor:
+    """Rows whose first r are the best V for every r in the plain metric, orthonormal, (min(P, out Q), P).
+
+    The right singular vectors of all M_q above each other.
+    """
+    out, P, Q = M.shape
+    rows = M.permute(0, 2, 1).reshape(out * Q, P)
+    if len(rows) < P:
+        return cast(Tensor, torch.linalg.svd(rows, full_matrices=False)[2])
+    # all directions are there, so nothing is lost by squaring but the order of the last ones
+    return cast(Tensor, torch.linalg.eigh(rows.T @ rows)[1].flip(1).T)
+
+
+def nested_start(M: Tensor, A: Tensor | None) -> Tensor:
     """Rows whose first r are a good V for every r, orthonormal, (min(P, out Q), P).
 
     The eigenvectors of S^1/2 (sum_q M_q^T M_q) S^1/2, with S the metric summed over the places, brought back by S^-1/2.
     """
-    out, P, Q = M.shape
+    if A is None:
+        return leading(M)
+    _, P, Q = M.shape
     S = A.reshape(P, Q, P, Q).diagonal(dim1=1, dim2=3).sum(dim=-1)
     values, vectors = torch.linalg.eigh((S + S.T) / 2)
     roots = values.clamp(min=1e-12 * float(values[-1])).sqrt()
     root = (vectors * roots) @ vectors.T
-    rows = M.permute(0, 2, 1).reshape(out * Q, P) @ root
-    if len(rows) < P:
-        right = torch.linalg.svd(rows, full_matrices=False)[2]
-    else:
-        # all directions are there, so nothing is lost by squaring but the order of the last ones
-        right = torch.linalg.eigh(rows.T @ rows)[1].flip(1).T
-    directions = right @ ((vectors / roots) @ vectors.T)
-    return orthonormal(directions)
+    return orthonormal(leading(root @ M) @ ((vectors / roots) @ vectors.T))
 
 
 def gathered(V: Tensor, A: Tensor, Q: int) -> tuple[Tensor, Tensor]:
@@ -65,21 +74,27 @@ def gathered(V: Tensor, A: Tensor, Q: int) -> tuple[Tensor, Tensor]:
     return TA, (TAT + TAT.T) / 2
 
 
-def best_gather(M: Tensor, A: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
-    """The H (out, r Q) that minimises the error for a given V, and T A T^T.
+def best_gather(M: Tensor, A: Tensor | None, V: Tensor) -> tuple[Tensor, Tensor]:
+    """The H (out, r Q) that minimises the error for a given V, and H T A T^T.
 
     Written as a correction of M T^T, so that it is exact where V already spans everything, however ill A may be.
     """
     out, _, Q = M.shape
-    TA, TAT = gathered(V, A, Q)
     H = (V @ M).reshape(out, -1)
+    if A is None:
+        return H, H
+    TA, TAT = gathered(V, A, Q)
     rest = M - V.T @ H.reshape(out, -1, Q)
     H = H + solver(TAT)(TA @ rest.reshape(out, -1).T).T
-    return H, TAT
+    return H, H @ TAT
 
 
-def explained_by(TAT: Tensor, TAM: Tensor) -> Tensor:
-    """Rows whose squares add up to the energy that the first rows of T explain, for every number of rows at once."""
+def explained_by(M: Tensor, A: Tensor | None, V: Tensor) -> Tensor:
+    """Rows (r Q, out) whose squares add up to the energy that the first rows of T explain, for every number at once."""
+    if A is None:
+        return (V @ M).permute(1, 2, 0).reshape(-1, len(M))
+    TA, TAT = gathered(V, A, M.shape[2])
+    TAM = TA @ M.flatten(1).T
     factor, failed = torch.linalg.cholesky_ex(TAT)
     if int(failed):
         n = len(TAT)
@@ -88,8 +103,10 @@ def explained_by(TAT: Tensor, TAM: Tensor) -> Tensor:
     return cast(Tensor, torch.linalg.solve_triangular(factor, TAM, upper=False))
 
 
-def energy(M: Tensor, A: Tensor) -> Tensor:
+def energy(M: Tensor, A: Tensor | None) -> Tensor:
     """The whole energy of M in the metric A."""
+    if A is None:
+        return M.square().sum()
     rows = M.flatten(1)
     return ((rows @ A) * rows).sum()
 

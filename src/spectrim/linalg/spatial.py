@@ -15,7 +15,6 @@ from spectrim.linalg.shared import (
     better_projection,
     energy,
     explained_by,
-    gathered,
     most_sweeps,
     nested_start,
     orthonormal,
@@ -46,8 +45,7 @@ class SpatialDecomposition:
         width = self.problem.weight.shape[-1]
         lost = np.zeros(self.basis.shape[1])
         for (M, A), V in zip(_each(self.problem), self.basis, strict=True):
-            TA, TAT = gathered(V, A, width)
-            explained = explained_by(TAT, TA @ M.flatten(1).T).square().sum(dim=1)
+            explained = explained_by(M, A, V).square().sum(dim=1)
             kept = explained.reshape(-1, width).sum(dim=1).cumsum(dim=0)
             lost += (energy(M, A) - kept).clamp(min=0).cpu().numpy()
         return lost
@@ -55,7 +53,8 @@ class SpatialDecomposition:
     def factors(self, ranks: Ranks, *, sweeps: int | None = None) -> Factors:
         """(down, up), (groups, rank, in, height, 1) and (groups, out, rank, 1, width).
 
-        Alternating least squares: at most `sweeps` times some steps on the first factor, then the second anew.
+        Alternating least squares: at most `sweeps` times some steps on the first factor, then the second anew. In the
+        plain metric the start is the solution already.
         """
         groups, out, into, height, width = self.problem.weight.shape
         downs, ups = [], []
@@ -68,18 +67,20 @@ class SpatialDecomposition:
         return down, self.problem.unweighted(up)
 
 
-def _fitted(M: Tensor, A: Tensor, V: Tensor, sweeps: int | None) -> tuple[Tensor, Tensor]:
-    H, TAT = best_gather(M, A, V)
+def _fitted(M: Tensor, A: Tensor | None, V: Tensor, sweeps: int | None) -> tuple[Tensor, Tensor]:
+    H, weighed = best_gather(M, A, V)
+    if A is None:
+        return V, H
     progress = Progress(energy(M, A))
     for _ in range(most_sweeps(A) if sweeps is None else sweeps):
-        if progress.stalled(((H @ TAT) * H).sum()):
+        if progress.stalled((weighed * H).sum()):
             break
         V = orthonormal(better_projection(M, A, H, V))
-        H, TAT = best_gather(M, A, V)
+        H, weighed = best_gather(M, A, V)
     return V, H
 
 
-def _each(problem: Problem) -> list[tuple[Tensor, Tensor]]:
+def _each(problem: Problem) -> list[tuple[Tensor, Tensor | None]]:
     groups, out, into, height, width = problem.weight.shape
     weights = problem.matrices.reshape(groups, out, into * height, width)
-    return list(zip(weights, problem.invertible, strict=True))
+    return list(zip(weights, problem.metrics, strict=True))

@@ -16,7 +16,7 @@ from spectrim.linalg.shared import (
     better_projection,
     energy,
     explained_by,
-    gathered,
+    leading,
     most_sweeps,
     nested_start,
     orthonormal,
@@ -55,8 +55,7 @@ class Tucker2Decomposition:
         lost = np.zeros((len(into), len(out)))
         for (M, A), V in zip(_each(self.problem), self.basis, strict=True):
             places = M.shape[2]
-            TA, TAT = gathered(V, A, places)
-            explained = explained_by(TAT, TA @ M.flatten(1).T)
+            explained = explained_by(M, A, V)
             total, gram, done = energy(M, A), torch.zeros(len(M), len(M), dtype=M.dtype, device=M.device), 0
             for row, rank in enumerate(into):
                 new = explained[done * places : int(rank) * places]
@@ -89,24 +88,37 @@ def steps(full: int) -> npt.NDArray[np.int64]:
     return np.unique([*range(step, full + 1, step), full]).astype(np.int64)
 
 
-def _fitted(M: Tensor, A: Tensor, V: Tensor, rank: int, sweeps: int | None) -> tuple[Tensor, Tensor, Tensor]:
+def _fitted(M: Tensor, A: Tensor | None, V: Tensor, rank: int, sweeps: int | None) -> tuple[Tensor, Tensor, Tensor]:
     core, last, explained = _core(M, A, V, rank)
     progress = Progress(energy(M, A))
     for _ in range(most_sweeps(A) if sweeps is None else sweeps):
         if progress.stalled(explained):
             break
-        V = orthonormal(better_projection(M, A, last @ core, V))
+        V = _better(M, A, V, core, last)
         core, last, explained = _core(M, A, V, rank)
     return V, core, last
 
 
-def _core(M: Tensor, A: Tensor, V: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+def _better(M: Tensor, A: Tensor | None, V: Tensor, core: Tensor, last: Tensor) -> Tensor:
+    """A V with a smaller error for a given core and last factor.
+
+    In the plain metric the best one for that last factor: a step of higher-order orthogonal iteration (De Lathauwer
+    2000).
+    """
+    if A is None:
+        best = leading((last.T @ M.flatten(1)).reshape(-1, *M.shape[1:]))
+        # few outputs span few directions, and what fills them up does not matter
+        return best[: len(V)] if len(best) >= len(V) else orthonormal(torch.cat([best, V]))[: len(V)]
+    return orthonormal(better_projection(M, A, last @ core, V))
+
+
+def _core(M: Tensor, A: Tensor | None, V: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """The best core (rank, rank_in * places) and last factor (out, rank) for a given V, and the energy they explain.
 
     Least squares, then the channel form's closed solution in the metric that V leaves.
     """
-    H, TAT = best_gather(M, A, V)
-    gram = H @ TAT @ H.T
+    H, weighed = best_gather(M, A, V)
+    gram = weighed @ H.T
     if rank == len(H):
         return H, torch.eye(rank, dtype=H.dtype, device=H.device), gram.trace()
     values, vectors = torch.linalg.eigh(gram)
@@ -114,6 +126,6 @@ def _core(M: Tensor, A: Tensor, V: Tensor, rank: int) -> tuple[Tensor, Tensor, T
     return last.T @ H, last, values[-rank:].sum()
 
 
-def _each(problem: Problem) -> list[tuple[Tensor, Tensor]]:
+def _each(problem: Problem) -> list[tuple[Tensor, Tensor | None]]:
     weights = problem.matrices.reshape(*problem.weight.shape[:3], -1)
-    return list(zip(weights, problem.invertible, strict=True))
+    return list(zip(weights, problem.metrics, strict=True))
