@@ -57,7 +57,7 @@ NETWORKS = {
         slow=True,
     ),
     "resnet20": Network(resnet20, (3, 32, 32), {"1/2": st.Budget(macs=HALF)}),
-    "mnist": Network(mlp, (784,), {"rank 20": st.Rank(20)}),
+    "mnist": Network(mlp, (784,), {f"rank {rank}": st.Rank(rank) for rank in (20, 16, 32)}),
     "transformer": Network(
         lambda: nn.TransformerEncoderLayer(512, 8, 2048, batch_first=True), (128, 512), {"1/2": st.Budget(macs=HALF)}
     ),
@@ -72,8 +72,8 @@ BARS: dict[tuple[str, str, str, int], float] = {
     ("resnet18", "1/2", "channels_last", 1): 0.80,
     ("resnet18", "1/3", "channels_last", 1): 0.80,
     ("resnet20", "1/2", "onnxruntime", 1): 0.88,
-    ("mnist", "rank 20", "onnxruntime", 1): 1.0,
-    ("mnist", "rank 20", "onnxruntime", 64): 0.95,
+    **{("mnist", f"rank {rank}", "onnxruntime", 1): 1.0 for rank in (20, 16, 32)},
+    **{("mnist", f"rank {rank}", "onnxruntime", 64): 0.95 for rank in (20, 16, 32)},
 }
 TOTAL_BARS = {"float32": 4.0, "bfloat16": 7.0}
 
