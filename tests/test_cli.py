@@ -43,6 +43,9 @@ def test_the_demo_ends_with_a_table_and_where_to_look(demo: tuple[Path, subproce
         "results.json",
         "plan.json",
         "model.safetensors",
+        "recipe.toml",
+        "run.json",
+        "models",
         "parts",
     }
     results = st.Results.load(folder / "spectrim-demo" / "results.json")
