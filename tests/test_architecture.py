@@ -25,7 +25,7 @@ LEVELS = (
     ("analyze",),
     ("allocate", "decisions", "latency"),
     ("budget",),
-    ("ranks", "io", "reconstruct", "sensitivity"),
+    ("ranks", "settle", "io", "reconstruct", "sensitivity"),
     ("compress", "export", "quantize", "training", "report"),
     ("data", "models"),
     ("recipes",),

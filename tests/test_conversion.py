@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from cases import same_state, state
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 
 import spectrim as st
 from spectrim import conversion
@@ -178,7 +178,7 @@ def test_an_operator_without_translation_is_named() -> None:
 
 
 def test_an_operator_of_ones_own_is_named() -> None:
-    @torch.library.custom_op("spectrim_test::lifted", mutates_args=())
+    @library.custom_op("spectrim_test::lifted", mutates_args=())
     def lifted(x: Tensor) -> Tensor:
         return x + 1
 

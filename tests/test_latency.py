@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import spectrim as st
 from spectrim import errors
-from spectrim.budget import Options, settled
+from spectrim.budget import Options
 from spectrim.execution import as_inputs
 from spectrim.forms import build, forms_of, geometry
 from spectrim.latency import FormTimes, LatencyTable, LayerTimes, cache_folder, latency_table, making, random_factors
@@ -26,6 +26,7 @@ from spectrim.latency.shapes import axes_of, uses
 from spectrim.plan import FormName, LatencyNote
 from spectrim.probe import Grid
 from spectrim.ranks import options_of
+from spectrim.settle import settled
 from spectrim.timing import Interval
 
 X = inputs(8, 3, 12, 12)

@@ -1,7 +1,7 @@
 """Forms and ranks of all layers under one budget, and the whole trade-off."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
@@ -24,9 +24,8 @@ from spectrim.decisions import (
 from spectrim.errors import PlanError, RuleError
 from spectrim.latency import LatencyTable
 from spectrim.linalg import FloatArray, Ranks
-from spectrim.plan import CONVOLUTION_FORMS, Budget, FormName, LatencyNote, LayerPlan, Limit, Metric, Plan
+from spectrim.plan import CONVOLUTION_FORMS, Budget, FormName, LatencyNote, Limit, Metric, Plan
 from spectrim.probe import Grid
-from spectrim.timing import Interval
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,8 +95,8 @@ def pareto(
     for share in shares:
         picked = solved.pick(int(share * options.whole) - options.fixed)
         rule = options.rule(float(min(max(share, Fraction(1, 10**9)), 1 - Fraction(1, 10**9))))
-        lost = sum(float(menu.losses[one]) for menu, one in zip(solved.menus, picked, strict=True))
-        found.append(Point(options.kept(picked) / options.whole, lost, options.plan(rule, picked)))
+        kept, lost = options.kept(picked) / options.whole, options.lost(picked)
+        found.append(Point(kept, lost, options.plan(rule, picked)))
     return Curve(cost, tuple(found))
 
 
@@ -314,19 +313,25 @@ def budgeted(options: Options, rule: Budget) -> Plan:
     Raises:
         RuleError: a budget below what is reachable; says what is.
     """
-    return options.plan(rule, _picked(options, rule, share=rule.share))
+    return options.plan(rule, picked_at(options, rule, share=rule.share))
 
 
-def _picked(options: Options, rule: Budget, *, share: float) -> list[int]:
+def picked_at(options: Options, rule: Budget, *, share: float) -> list[int]:
+    """The option of every layer that together lose least at this share, which need not be the rule's own.
+
+    Raises:
+        RuleError: a share below what is reachable; says what is.
+    """
     budget = int(Fraction(share).limit_denominator(10**12) * options.whole)
     solved = Allocation.of([menu for menu, _ in options.menus], limit=budget - options.fixed)
     least = options.fixed + solved.cheapest
     if budget < least:
-        raise RuleError(_out_of_reach(options, rule, least / options.whole))
+        raise RuleError(out_of_reach(options, rule, least / options.whole))
     return solved.pick(budget - options.fixed)
 
 
-def _out_of_reach(options: Options, rule: Budget, least: float, *, how: str = "predicted") -> str:
+def out_of_reach(options: Options, rule: Budget, least: float, *, how: str = "predicted") -> str:
+    """What to say of a budget when `least` is the smallest share there is."""
     open_to = sum(bool(named) for _, named in options.menus)
     timed = options.cost == "latency"
     if timed and (not open_to or least >= 1):
@@ -344,109 +349,3 @@ def _out_of_reach(options: Options, rule: Budget, least: float, *, how: str = "p
         f"{open_to} layers that can shrink at {at}; "
         f"{max(0, options.fixed) / options.whole:.1%} of the {outside} outside the layers that were looked at"
     )
-
-
-@dataclass(frozen=True, eq=False)
-class _Candidate:
-    """A plan that was tried.
-
-    Attributes:
-        plan: The plan, with its prediction.
-        lost: What its layers lose together.
-        measured: Its share of the dense network's time.
-    """
-
-    plan: Plan
-    lost: float
-    measured: Interval
-
-    @property
-    def predicted(self) -> float:
-        """The share that was expected."""
-        assert self.plan.latency is not None
-        return self.plan.latency.predicted
-
-    def meets(self, target: float) -> bool:
-        """Whether the target is met, as well as can be measured."""
-        return self.measured.value <= target * (1 + _CLOSE)
-
-
-_CLOSE, _FAR = 0.02, 0.05
-"""A time this share above the target still meets it; one this far from its prediction shows the table to be off."""
-
-Verify = Callable[[Plan], Interval]
-"""Builds the network of a plan and times it against the dense one: its share of the dense time, with the interval."""
-
-
-def settled(options: Options, rule: Budget, *, verify: Verify) -> Plan:
-    """The plan that meets a budget of latency with the least loss, by the clock and not only by the table.
-
-    Where the first plan's time is more than 5 % off its prediction, or misses the target, the predicted savings are
-    scaled by what was saved in truth, and forms and ranks are chosen once more. Of both plans the one that meets the
-    target with less loss is taken, or the faster one where neither does. Is that not surely faster than the dense
-    network, every layer stays dense, and the plan says so.
-
-    What is out of reach is never told by the table alone: a network that has become small enough for the processor's
-    caches takes less than the sum of its layers.
-
-    Raises:
-        RuleError: no layer would be faster in factors, or the fastest network misses the budget; says what it takes.
-    """
-    target, least = rule.share, _least(options)
-    if not any(named for _, named in options.menus):
-        raise RuleError(_out_of_reach(options, rule, least))
-    first = _judged(options, rule, _picked(options, rule, share=max(target, least)), verify)
-    tried = [first]
-    if abs(first.measured.value - first.predicted) > _FAR * first.predicted or not first.meets(target):
-        picked = _picked(options, rule, share=max(least, _rescaled(first, target)))
-        if options.plan(rule, picked).layers != first.plan.layers:
-            tried.append(_judged(options, rule, picked, verify))
-    meeting = [one for one in tried if one.meets(target)]
-    best = min(meeting, key=lambda one: one.lost) if meeting else min(tried, key=lambda one: one.measured.value)
-    if least > target and not meeting:
-        raise RuleError(_out_of_reach(options, rule, best.measured.value, how="measured"))
-    return _noted(best, target, solved=len(tried))
-
-
-def _least(options: Options) -> float:
-    """The smallest share that the table promises."""
-    cheapest = options.fixed + sum(int(menu.costs.min()) for menu, _ in options.menus)
-    return cheapest / options.whole + 1e-9
-
-
-def _judged(options: Options, rule: Budget, picked: Sequence[int], verify: Verify) -> _Candidate:
-    plan = options.plan(rule, picked)
-    return _Candidate(plan, options.lost(picked), verify(plan))
-
-
-def _rescaled(first: _Candidate, target: float) -> float:
-    """The share to ask the table for, so that what is saved in truth is what is wanted; 0 where nothing was saved."""
-    gain = (1 - first.measured.value) / (1 - first.predicted)
-    return 1 - (1 - target) / gain if gain > 0 else 0.0
-
-
-def _noted(best: _Candidate, target: float, *, solved: int) -> Plan:
-    """The best plan with what was measured; all dense where it is not surely faster."""
-    note, share = best.plan.latency, best.measured
-    assert note is not None
-    said = f"{share.value:.3f} of the dense time in {note.runtime} (95 % interval {share.low:.3f} to {share.high:.3f})"
-    seen = {"measured": share.value, "low": share.low, "high": share.high, "solved": solved}
-    if share.high >= 1:
-        why = f"not surely faster: measured {said}"
-        return refused(best.plan.model_copy(update={"latency": note.model_copy(update=seen)}), reason=why)
-    missed = None if best.meets(target) else f"the target is {target:g}, and the fastest network found takes {said}"
-    return best.plan.model_copy(update={"latency": note.model_copy(update={**seen, "missed": missed})})
-
-
-def refused(plan: Plan, *, reason: str) -> Plan:
-    """The same plan with every layer dense, and why."""
-    assert plan.latency is not None
-    layers = tuple(_left(layer, reason=reason) for layer in plan.layers)
-    return plan.model_copy(update={"layers": layers, "latency": plan.latency.model_copy(update={"refused": reason})})
-
-
-def _left(layer: LayerPlan, *, reason: str) -> LayerPlan:
-    if layer.form == "dense":
-        return layer
-    undone = {"form": "dense", "rank": None, "rank_in": None, "metric": None, "predicted_error": None}
-    return layer.model_copy(update={**undone, "kept": layer.dense, "reason": reason})

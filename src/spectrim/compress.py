@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.analyze import Analysis, LayerAnalysis, analyze, survey
-from spectrim.budget import refused, settled
 from spectrim.calibrate import calibrate
 from spectrim.errors import DataError, PlanError
 from spectrim.execution import Inputs, as_inputs, require_repeatable
@@ -26,6 +25,7 @@ from spectrim.reconstruct import Told
 from spectrim.reconstruct import reconstruct as rebuild
 from spectrim.runtimes import Prepared, prepare, require_runtime
 from spectrim.sensitivity import felt, require_room, room, sensitivity
+from spectrim.settle import refused, settled
 from spectrim.surgery import Patterns, replace
 from spectrim.timing import Interval, compare, interleaved
 

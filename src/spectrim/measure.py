@@ -12,10 +12,11 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from spectrim.conversion import with_tensors
 from spectrim.errors import DataError
 from spectrim.execution import Inputs, as_inputs, call, evaluating, require_repeatable, split_labels, tensors
 from spectrim.files import Frozen
-from spectrim.runtimes import Prepared, RuntimeName, changed, prepare, require_runtime
+from spectrim.runtimes import Prepared, RuntimeName, prepare, require_runtime
 from spectrim.surgery import unique_tensors
 from spectrim.timing import Comparison, Interval, Lap, Verdict, compare, interleaved
 
@@ -242,7 +243,7 @@ def batched(inputs: Inputs, batch: int) -> Inputs:
             return tensor
         return tensor[torch.arange(batch, device=tensor.device) % len(tensor)]
 
-    return changed(inputs, repeated)
+    return with_tensors(inputs, repeated)
 
 
 def count(model: nn.Module, example_inputs: Any) -> Measurement:

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from spectrim.conversion import openvino_of, to_onnx
+from spectrim.conversion import first_line, openvino_of, to_onnx, with_tensors
 from spectrim.errors import DependencyError, EngineError, ModelError, SpectrimError
 from spectrim.execution import Inputs, as_inputs, call, device_of, evaluating, require_repeatable, tensors, to_device
 from spectrim.timing import Lap, pass_timer
@@ -199,21 +199,6 @@ def fingerprint(runtime: str, *, threads: int = 1) -> str:
     return "; ".join([_processor(), f"{os.cpu_count()} cores", instructions, name, *packages, f"threads {threads}"])
 
 
-def changed(inputs: Inputs, change: Callable[[Tensor], Tensor]) -> Inputs:
-    """The inputs with `change` of every tensor in them, at any depth of tuples, lists and mappings."""
-
-    def each(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return change(value)
-        if isinstance(value, Mapping):
-            return {key: each(item) for key, item in value.items()}
-        if type(value) in (tuple, list):
-            return type(value)(each(item) for item in value)
-        return value
-
-    return Inputs(each(inputs.args), each(inputs.kwargs))
-
-
 _Runs = tuple[Callable[[], object], Callable[[], list[Tensor]]]
 
 
@@ -221,9 +206,9 @@ def _torch(model: nn.Module, inputs: Inputs, *, runtime: RuntimeName) -> _Runs:
     if runtime != "torch":
         model = _copied(model)
     if runtime == "torch-bf16":
-        model, inputs = model.to(torch.bfloat16), changed(inputs, _halved)
+        model, inputs = model.to(torch.bfloat16), with_tensors(inputs, _halved)
     if runtime != "torch":
-        model, inputs = model.to(memory_format=torch.channels_last), changed(inputs, _laid_out)
+        model, inputs = model.to(memory_format=torch.channels_last), with_tensors(inputs, _laid_out)
     call(model, inputs)
     function: Callable[..., Any] = model
     if runtime == "compile":
@@ -263,7 +248,7 @@ def _compiled(model: nn.Module, inputs: Inputs) -> Callable[..., Any]:
         with torch.inference_mode(), torch._inductor.config.patch(freezing=True, compile_threads=1):
             made(*inputs.args, **inputs.kwargs)
     except Exception as error:
-        raise EngineError(f"torch.compile cannot compile {type(model).__name__}: {_reason(error)}") from error
+        raise EngineError(f"torch.compile cannot compile {type(model).__name__}: {first_line(error)}") from error
     return made
 
 
@@ -282,7 +267,7 @@ def _engine(
     except SpectrimError:
         raise
     except Exception as error:
-        raise EngineError(f"{runtime} cannot run the model: {_reason(error)}") from error
+        raise EngineError(f"{runtime} cannot run the model: {first_line(error)}") from error
     return run, outputs
 
 
@@ -388,11 +373,6 @@ def _processor() -> str:
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
-
-
-def _reason(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0].rstrip(".") if lines else type(error).__name__
 
 
 def _closed() -> Any:

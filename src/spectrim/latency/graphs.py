@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor, nn
 
-from spectrim.conversion import OPSET
-from spectrim.errors import DependencyError
+from spectrim.conversion import OPSET, optional
 from spectrim.layers import is_low_rank
 
 if TYPE_CHECKING:
@@ -22,10 +21,7 @@ def layer_graph(layer: nn.Module, shape: Sequence[int]) -> "onnx.ModelProto":
     Raises:
         DependencyError: onnx is not installed.
     """
-    try:
-        import onnx
-    except ImportError as error:
-        raise DependencyError('onnx is not installed; pip install "spectrim[onnx]"') from error
+    onnx: Any = optional("onnx", extra="onnx")
     chain = tuple(layer.children()) if is_low_rank(layer) else (layer,)
     made = _Graph(onnx)
     name = "input"

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from spectrim.conversion import openvino_of, require_openvino
+from spectrim.conversion import first_line, openvino_of, require_openvino
 from spectrim.errors import DataError, DependencyError, EngineError, FileError, ModelError
 from spectrim.execution import Inputs, as_inputs, split_labels
 from spectrim.files import write_atomically
@@ -95,7 +95,7 @@ def engine(proto: "onnx.ModelProto", *, runtime: str = "onnxruntime", threads: i
     except EngineError:
         raise
     except Exception as error:
-        raise EngineError(f"{name} cannot load the model: {_reason(error)}") from error
+        raise EngineError(f"{name} cannot load the model: {first_line(error)}") from error
 
 
 def require_engine(runtime: str, *, threads: int) -> str:
@@ -147,7 +147,7 @@ def answers(run: Run, feeds: Feeds, *, what: str) -> list[NDArray[Any]]:
         return run(feeds)
     except Exception as error:
         shapes = ", ".join(f"{name} {one.dtype} {list(one.shape)}" for name, one in feeds.items())
-        raise DataError(f"{what} ({shapes}) cannot be run by the quantised network: {_reason(error)}") from error
+        raise DataError(f"{what} ({shapes}) cannot be run by the quantised network: {first_line(error)}") from error
 
 
 def difference(quantised: Run, exact: Run, batches: Iterable[Feeds]) -> float:
@@ -230,7 +230,7 @@ def read(path: Path) -> "onnx.ModelProto":
     except OSError as error:
         raise FileError(f"cannot read {path}: {error.strerror or error}") from error
     except Exception as error:
-        raise FileError(f"{path} is not an ONNX model: {_reason(error)}") from error
+        raise FileError(f"{path} is not an ONNX model: {first_line(error)}") from error
 
 
 def write(proto: "onnx.ModelProto", path: Path) -> Path:
@@ -244,8 +244,3 @@ def batched(model_inputs: Inputs, data: Iterable[Any]) -> Iterator[Inputs]:
     for batch in data:
         labelled = isinstance(batch, Sequence) and not isinstance(batch, str) and len(batch) == wanted + 1
         yield as_inputs((batch[0] if wanted == 1 else batch[:-1]) if labelled else batch)
-
-
-def _reason(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0].rstrip(".") if lines else type(error).__name__

@@ -1,14 +1,9 @@
 """One network in one scheme: exported, quantised, checked, and written as an ONNX file."""
 
-import contextlib
 import difflib
-import io
-import logging
 import platform
 import tempfile
-import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -17,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from pydantic import Field
 from torch import nn
 
-from spectrim.conversion import to_onnx
+from spectrim.conversion import first_line, quiet, to_onnx
 from spectrim.errors import DataError, FileError, ModelError, RuleError
 from spectrim.execution import Inputs, as_inputs
 from spectrim.files import Frozen
@@ -240,7 +235,7 @@ def _computing(source: Source, scheme: Scheme, *, reduced: bool) -> "onnx.ModelP
     from onnxruntime.quantization import QuantType, quant_pre_process, quantize_dynamic, quantize_static
 
     shared = {"per_channel": True, "reduce_range": reduced, "weight_type": QuantType.QInt8}
-    with tempfile.TemporaryDirectory(prefix="spectrim-") as folder, _quiet():
+    with tempfile.TemporaryDirectory(prefix="spectrim-") as folder, quiet():
         given, ready, done = (Path(folder) / f"{name}.onnx" for name in ("given", "ready", "done"))
         onnx.save(source.proto, given)
         try:
@@ -263,7 +258,7 @@ def _computing(source: Source, scheme: Scheme, *, reduced: bool) -> "onnx.ModelP
                 )
         except Exception as error:
             raise DataError(
-                f"ONNX Runtime cannot quantise this network ({scheme}): {_first_line(error)}; do the data fit it? "
+                f"ONNX Runtime cannot quantise this network ({scheme}): {first_line(error)}; do the data fit it? "
                 "scheme='int8-weights' asks least of a network"
             ) from error
         return onnx.load(done)
@@ -320,25 +315,3 @@ def before(budget: Budget, *, bits: int = 8) -> Budget:
     if share >= 1:
         raise RuleError(f"{budget} is met by the dense network in {bits} bits alone; quantise it, without low rank")
     return Budget(bytes=share)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the quantiser's warnings, log lines and prints; errors are still raised."""
-    level = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with (
-            warnings.catch_warnings(),
-            contextlib.redirect_stdout(io.StringIO()),
-            contextlib.redirect_stderr(io.StringIO()),
-        ):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0].rstrip(".") if lines else type(error).__name__
