@@ -21,18 +21,19 @@ def layer_graph(layer: nn.Module, shape: Sequence[int]) -> "onnx.ModelProto":
     Raises:
         DependencyError: onnx is not installed.
     """
-    onnx: Any = optional("onnx", extra="onnx")
+    package: Any = optional("onnx", extra="onnx")
     chain = tuple(layer.children()) if is_low_rank(layer) else (layer,)
-    made = _Graph(onnx)
+    made = _Graph(package)
     name = "input"
     for part in chain:
         name = made.add(part, name, dimensions=len(shape))
-    number = onnx.helper.np_dtype_to_tensor_dtype(_array(chain[0].get_parameter("weight")).dtype)
-    given = onnx.helper.make_tensor_value_info("input", number, list(shape))
-    gives = onnx.helper.make_tensor_value_info(name, number, [None] * len(shape))
-    graph = onnx.helper.make_graph(made.nodes, "layer", [given], [gives], made.constants)
-    opsets = [onnx.helper.make_opsetid("", OPSET)]
-    return onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    number = package.helper.np_dtype_to_tensor_dtype(_array(chain[0].get_parameter("weight")).dtype)
+    given = package.helper.make_tensor_value_info("input", number, list(shape))
+    gives = package.helper.make_tensor_value_info(name, number, [None] * len(shape))
+    graph = package.helper.make_graph(made.nodes, "layer", [given], [gives], made.constants)
+    opsets = [package.helper.make_opsetid("", OPSET)]
+    proto: onnx.ModelProto = package.helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    return proto
 
 
 class _Graph:
