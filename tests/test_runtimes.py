@@ -87,6 +87,28 @@ def test_several_inputs_and_outputs(runtime: str) -> None:
     assert all(close(one, other, runtime=runtime) for one, other in zip(found, wanted.values(), strict=True))
 
 
+class Unused(nn.Module):
+    """A model that leaves one of its inputs alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor, unused: Tensor) -> Tensor:
+        return self.linear(x)
+
+
+@pytest.mark.parametrize("runtime", ["torch", *EXPORTED])
+def test_an_input_that_nothing_depends_on(runtime: str) -> None:
+    torch.manual_seed(0)
+    model, x = Unused().eval(), torch.rand(2, 4)
+    with torch.no_grad():
+        wanted = model(x, x)
+    with prepare(model, (x, torch.rand(2, 5)), runtime=runtime) as ready:
+        (found,) = ready.outputs()
+    assert close(found, wanted, runtime=runtime)
+
+
 def test_compiled_outputs_are_those_of_torch_and_weights_are_frozen(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = small_net().eval(), inputs(2, 3, 9, 9, dtype=torch.float32)
     with torch.no_grad():

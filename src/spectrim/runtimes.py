@@ -309,7 +309,8 @@ def _openvino(proto: "onnx.ModelProto", arrays: Mapping[str, NDArray[Any]], runt
     if got != precision:
         raise EngineError(f"OpenVINO computes in {got} on this processor, not in {precision}")
     request = compiled.create_infer_request()
-    given = {name: openvino.Tensor(array, shared_memory=True) for name, array in arrays.items()}
+    taken = {name for place in compiled.inputs for name in place.names}  # an input that nothing depends on is gone
+    given = {name: openvino.Tensor(array, shared_memory=True) for name, array in arrays.items() if name in taken}
     for name, tensor in given.items():
         request.set_tensor(name, tensor)
 
