@@ -36,6 +36,7 @@ from spectrim.probe import probe
 from spectrim.runtimes import RUNTIMES, require_runtime
 
 HALF, THIRD, TOTAL = 0.5, 1 / 3, 0.35
+MNIST_RANKS = (20, 16, 32, 48, 64)
 FORMS = ("channel", "spatial", "tucker2")
 
 
@@ -57,7 +58,7 @@ NETWORKS = {
         slow=True,
     ),
     "resnet20": Network(resnet20, (3, 32, 32), {"1/2": st.Budget(macs=HALF)}),
-    "mnist": Network(mlp, (784,), {f"rank {rank}": st.Rank(rank) for rank in (20, 16, 32)}),
+    "mnist": Network(mlp, (784,), {f"rank {rank}": st.Rank(rank) for rank in MNIST_RANKS}),
     "transformer": Network(
         lambda: nn.TransformerEncoderLayer(512, 8, 2048, batch_first=True), (128, 512), {"1/2": st.Budget(macs=HALF)}
     ),
@@ -72,8 +73,8 @@ BARS: dict[tuple[str, str, str, int], float] = {
     ("resnet18", "1/2", "channels_last", 1): 0.80,
     ("resnet18", "1/3", "channels_last", 1): 0.80,
     ("resnet20", "1/2", "onnxruntime", 1): 0.88,
-    **{("mnist", f"rank {rank}", "onnxruntime", 1): 1.0 for rank in (20, 16, 32)},
-    **{("mnist", f"rank {rank}", "onnxruntime", 64): 0.95 for rank in (20, 16, 32)},
+    **{("mnist", f"rank {rank}", "onnxruntime", 1): 1.0 for rank in MNIST_RANKS},
+    **{("mnist", f"rank {rank}", "onnxruntime", 64): 0.95 for rank in MNIST_RANKS},
 }
 TOTAL_BARS = {"float32": 4.0, "bfloat16": 7.0}
 

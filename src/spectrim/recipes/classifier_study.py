@@ -45,6 +45,7 @@ class ClassifierStudy(Study):
         macs: Share of the whole network's MACs to keep.
         metric: In which forms and ranks are chosen for that; `plain` needs no calibration and is done in seconds.
         forms: Which of them convolutions may take.
+        rank_multiple: Its ranks are multiples of this number, such as the width of the processor's vectors.
         calibration_images: Training images for that, without labels.
         tuning: Fine-tuning of the whole network.
     """
@@ -64,6 +65,7 @@ class ClassifierStudy(Study):
     forms: tuple[Literal["channel", "spatial", "tucker2"], ...] = Field(
         default=("channel", "spatial", "tucker2"), min_length=1
     )
+    rank_multiple: int = Field(default=1, ge=1)
     calibration_images: int = Field(ge=1)
     tuning: Tuned
     runtimes: tuple[RuntimeName, ...] = ()
@@ -198,11 +200,17 @@ class ClassifierStudy(Study):
                 data=None if self.metric == "plain" else [images for images, _ in some.batches(64)],
                 metric=self.metric,
                 forms=self.forms,
+                rank_multiple=self.rank_multiple,
                 on_progress=lambda what, at, of: run.teller.tell(at, of=of, note=what),
             )
             return done.model, done.plan
 
         made = work.compressed(
-            make, macs=self.macs, metric=self.metric, forms=self.forms, images=self.calibration_images
+            make,
+            macs=self.macs,
+            metric=self.metric,
+            forms=self.forms,
+            multiple=self.rank_multiple,
+            images=self.calibration_images,
         )
         yield from work.networks(*made, self.tuning)

@@ -72,14 +72,32 @@ class Part:
 
 @dataclass(frozen=True, eq=False)
 class Images:
-    """A data set as a study uses it: choices are made on `held_out` (from the training set), reports on `test`."""
+    """A data set as a study uses it: choices are made on `held_out` (from the training set), reports on `test`.
+
+    Attributes:
+        train: What networks are trained on.
+        held_out: Training images set aside.
+        test: Looked at once, at the end.
+        names: Of the classes.
+        source: Where the data came from.
+        checksums: Of the training and the test split.
+        mean: That images were normalised by, in [0, 255]; a scalar, or (C, 1, 1).
+        deviation: Likewise.
+    """
 
     train: Part
     held_out: Part
     test: Part
-    classes: int
+    names: tuple[str, ...]
     source: str
     checksums: tuple[str, str]
+    mean: Tensor
+    deviation: Tensor
+
+    @property
+    def classes(self) -> int:
+        """How many there are."""
+        return len(self.names)
 
     @property
     def checksum(self) -> str:
@@ -117,9 +135,11 @@ def load_images(
         train=part(train, kept),
         held_out=part(train, aside),
         test=part(test, tested),
-        classes=len(train.classes),
+        names=tuple(train.classes),
         source=train.source,
         checksums=(train.checksum, test.checksum),
+        mean=mean,
+        deviation=deviation,
     )
 
 
@@ -157,5 +177,6 @@ class Minibatches:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         order = torch.randperm(len(self.inputs), generator=generator)
         for index in order.split(self.size)[: len(self)]:
-            varied = self.augment.apply(self.inputs[index], generator)
-            yield resized(varied, self.pixels), self.targets[index]
+            varied = resized(self.augment.apply(self.inputs[index], generator), self.pixels)
+            # convolutions on a CPU train a fifth faster on images whose colours lie side by side
+            yield varied.contiguous(memory_format=torch.channels_last), self.targets[index]

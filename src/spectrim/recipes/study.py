@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from pydantic import Field
@@ -27,12 +27,13 @@ QUICK = " (quick look: little data, few epochs)"
 
 
 class Phase(Frozen):
-    """A stretch of training with Adam: epochs, peak learning rate, batch size, decoupled weight decay."""
+    """A stretch of training with Adam: epochs, peak learning rate, batch size, decoupled weight decay, precision."""
 
     epochs: int = Field(ge=1)
     lr: float = Field(gt=0)
     batch: int = Field(ge=1)
     weight_decay: float = Field(default=0.0, ge=0)
+    precision: Literal["float32", "bf16"] = "float32"
 
     def at_most(self, epochs: int) -> "Phase":
         """The same with no more than so many epochs."""
@@ -211,6 +212,7 @@ class SeedRun:
             "epochs": phase.epochs,
             "lr": phase.lr,
             "weight_decay": phase.weight_decay,
+            "precision": phase.precision,
             "held_out": self.tested,
             "seed": self.seed,
             "checkpoint": checkpoint,

@@ -143,6 +143,7 @@ def fit(
     held_out: Sequence[Any] | None = None,
     keep: Literal["last", "best"] = "last",
     frozen_norms: bool = False,
+    precision: Literal["float32", "bf16"] = "float32",
     seed: int = 0,
     checkpoint: Checkpoint | None = None,
     on_step: Callable[[Step], None] | None = None,
@@ -167,6 +168,7 @@ def fit(
         keep: The weights and buffers at the end: those of the last epoch, or of the one with the best held-out accuracy
             (the first of equals).
         frozen_norms: Leave BatchNorm statistics as they are.
+        precision: `"bf16"` computes in bfloat16 where that is safe (autocast); weights and loss stay float32.
         seed: Of whatever the model and the data draw; the caller's random states are put back.
         checkpoint: Where the state is kept after each epoch and at an interrupt, and taken up from.
         on_step: Called after each step.
@@ -187,6 +189,7 @@ def fit(
         clip=clip,
         temperature=temperature,
         keep=keep,
+        precision=precision,
         seed=seed,
     )
     chosen = model.parameters() if parameters is None else parameters
