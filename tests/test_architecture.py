@@ -30,6 +30,7 @@ LEVELS = (
     ("data", "models"),
     ("recipes",),
     ("cli",),
+    ("__main__",),
 )
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 OPTIONAL = {"torchvision", "PIL", "onnx", "onnxruntime", "openvino", "torchao"}

@@ -53,6 +53,18 @@ def test_the_demo_ends_with_a_table_and_where_to_look(demo: tuple[Path, subproce
     st.load(folder / "spectrim-demo", models.mlp(64))
 
 
+def test_the_package_runs_as_the_command_does(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-m", "spectrim", "recipe", "show", "mnist-mlp"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == spectrim("recipe", "show", "mnist-mlp", folder=tmp_path).stdout
+
+
 def test_a_second_demo_takes_up_what_is_there(demo: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     folder, first = demo
     again = spectrim("demo", "--quick", folder=folder)
