@@ -16,7 +16,7 @@ import typer
 from pydantic import Field
 from rich.console import Console
 
-from spectrim.cli.options import Flatten, Model, Option, Source, arguments, numbers, one_of, unfolded
+from spectrim.cli.options import Flatten, Model, Option, WithSource, arguments, numbers, one_of, unfolded
 from spectrim.cli.outputs import outputs
 from spectrim.cli.stages import Stages, stages
 from spectrim.cli.subject import subject
@@ -35,7 +35,7 @@ _NOISY = "too noisy to tell"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Timed:
+class Timed(WithSource):
     """The compressed network, and what it is run on."""
 
     model: Model
@@ -50,11 +50,6 @@ class Timed:
     option: Option = None
     input: Annotated[str, typer.Option(metavar="3,32,32", rich_help_panel=_NETWORK, help="Shape of one input.")]
     flatten: Flatten = False
-
-    @property
-    def source(self) -> Source:
-        """The network as the other commands know it, without its weights: time does not depend on them."""
-        return Source(model=self.model, option=self.option, input=self.input, flatten=self.flatten)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,13 +193,7 @@ def _check(timed: Timed, timing: Timing) -> None:
 
 def _try(timed: Timed, shown: Stages) -> None:
     """Make both networks once here, where a mistake is told at once and in full."""
-    quiet = Stages(Console(quiet=True), shown.bars)
-    shown.begin(f"load {timed.model}")
-    if timed.source.runs_code:
-        shown.console.print(f"--model {timed.model} runs the code of that module", markup=False, soft_wrap=True)
-    given = subject(timed.source, quiet)
-    quiet.end()
-    load(timed.weights, given.model)
+    load(timed.weights, subject(timed.source, shown, filled_later=True).model)
 
 
 def _rows(timed: Timed, timing: Timing, shown: Stages, left_out: dict[str, str]) -> Iterator[Row]:

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from torch import nn
 
-from spectrim.cli.options import Flatten, Model, Option, Source, one_of, unfolded
+from spectrim.cli.options import Flatten, Model, Option, WithSource, one_of, unfolded
 from spectrim.cli.outputs import outputs
 from spectrim.cli.stages import Stages, stages
 from spectrim.cli.subject import Subject, filled, subject
@@ -33,7 +33,7 @@ _NETWORK, _FILE, _PADDING = "The network", "The file", "Padding"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Network:
+class Network(WithSource):
     """The network, its weights, and one input."""
 
     model: Model
@@ -49,11 +49,6 @@ class Network:
     option: Option = None
     input: Annotated[str, typer.Option(metavar="3,32,32", rich_help_panel=_NETWORK, help="Shape of one input.")]
     flatten: Flatten = False
-
-    @property
-    def source(self) -> Source:
-        """The network as the other commands know it, without its weights."""
-        return Source(model=self.model, option=self.option, input=self.input, flatten=self.flatten)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,17 +187,8 @@ def _require_ours(path: Path) -> None:
 
 def _network(network: Network, shown: Stages) -> tuple[nn.Module, Subject]:
     """The network with its weights, and one input."""
-    if network.weights is None:
-        given = subject(network.source, shown)
-        return given.model, given
-    shown.begin(f"load {network.model}")
-    if network.source.runs_code:
-        shown.console.print(f"--model {network.model} runs the code of that module", markup=False, soft_wrap=True)
-    # what it would say of a network without weights does not hold: they are filled in here
-    quiet = Stages(Console(quiet=True), shown.bars)
-    given = subject(network.source, quiet)
-    quiet.end()
-    return filled(given.model, network.weights), given
+    given = subject(network.source, shown, filled_later=network.weights is not None)
+    return given.model if network.weights is None else filled(given.model, network.weights), given
 
 
 def _show(made: Exported, target: Target, pad: object) -> None:

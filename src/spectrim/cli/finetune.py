@@ -142,14 +142,7 @@ class _Ready:
 
 
 def _ready(subjects: Subjects, shown: Stages) -> _Ready:
-    # what it would say of a network without weights does not hold: they are filled in here
-    quiet = Stages(Console(quiet=True), shown.bars)
-    if not shown.console.is_terminal:
-        shown.console.print(f"load {subjects.data}\nload {subjects.model}", markup=False, soft_wrap=True)
-    if subjects.source.runs_code:
-        shown.console.print(f"--model {subjects.model} runs the code of that module", markup=False, soft_wrap=True)
-    given = subject(subjects.source, quiet)
-    quiet.end()
+    given = subject(subjects.source, shown, filled_later=True)
     network = filled(given.model, subjects.weights)
     teacher = None if subjects.teacher_weights is None else filled(given.model, subjects.teacher_weights)
     why_not = given.untestable()

@@ -165,6 +165,17 @@ class Source:
 
 
 @dataclass(frozen=True, kw_only=True)
+class WithSource:
+    """Of a group of options that has some of those of `Source` under the same names."""
+
+    @property
+    def source(self) -> Source:
+        """The network as the other commands know it, without its weights, which this group gives another meaning."""
+        own, known = ({one.name for one in fields(group)} for group in (self, Source))
+        return Source(**{name: getattr(self, name) for name in own & known - {"weights"}})
+
+
+@dataclass(frozen=True, kw_only=True)
 class Layers:
     """Which layers may be factored."""
 

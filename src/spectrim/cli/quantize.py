@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from torch import Tensor, nn
 
-from spectrim.cli.options import DataFolder, Flatten, Mean, Model, Option, Source, Std, arguments, one_of, unfolded
+from spectrim.cli.options import DataFolder, Flatten, Mean, Model, Option, Std, WithSource, arguments, one_of, unfolded
 from spectrim.cli.outputs import Ours, outputs
 from spectrim.cli.stages import Stages, stages
 from spectrim.cli.subject import Subject, filled, subject
@@ -46,7 +46,7 @@ class Bits(Frozen):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Networks:
+class Networks(WithSource):
     """The network to quantise, its dense self, and the images."""
 
     model: Model
@@ -90,23 +90,6 @@ class Networks:
     ] = 0
     mean: Mean = None
     std: Std = None
-
-    @property
-    def source(self) -> Source:
-        """The network as the other commands know it, without its weights."""
-        return Source(
-            model=self.model,
-            option=self.option,
-            input=self.input,
-            flatten=self.flatten,
-            data=self.data,
-            data_folder=self.data_folder,
-            images=self.images,
-            batch=self.batch,
-            seed=self.seed,
-            mean=self.mean,
-            std=self.std,
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,12 +170,7 @@ def _checked(networks: Networks, scheming: Scheming, out: Path) -> Scheme:
 
 
 def _loaded(networks: Networks, shown: Stages) -> tuple[Subject, nn.Module, nn.Module | None]:
-    # what it would say of a network without weights does not hold: they are filled in here
-    quiet = Stages(Console(quiet=True), shown.bars)
-    if networks.source.runs_code:
-        shown.console.print(f"--model {networks.model} runs the code of that module", markup=False, soft_wrap=True)
-    given = subject(networks.source, quiet)
-    quiet.end()
+    given = subject(networks.source, shown, filled_later=True)
     small = filled(given.model, networks.weights)
     dense = None if networks.dense_weights is None else filled(given.model, networks.dense_weights)
     return given, small, dense

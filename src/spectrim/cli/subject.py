@@ -98,8 +98,13 @@ class Subject:
         return f"{self.images.info.name} has {classes} classes, and for one image the network gives {gives}"
 
 
-def subject(source: Source, shown: Stages) -> Subject:
+def subject(source: Source, shown: Stages, *, filled_later: bool = False) -> Subject:
     """Make the network and obtain the images; mistakes that need neither are found first.
+
+    Args:
+        source: What was asked for.
+        shown: Told of both.
+        filled_later: The network gets its weights from the caller; nothing is said of their absence.
 
     Raises:
         SpectrimError: the network or the images are not to be had, or do not fit together.
@@ -112,7 +117,7 @@ def subject(source: Source, shown: Stages) -> Subject:
     shown.begin(f"load {source.model}")
     if source.runs_code:
         shown.console.print(f"--model {source.model} runs the code of that module", markup=False, soft_wrap=True)
-    elif source.weights is None:
+    elif source.weights is None and not filled_later:
         shown.console.print("without --weights this network is untrained", markup=False, soft_wrap=True)
     model = resolve(source.model, weights=source.weights, options=options).eval()
     example = images.calibration[0][:1] if images else torch.zeros(1, *shape)

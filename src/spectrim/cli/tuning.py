@@ -1,12 +1,12 @@
 """The options of `spectrim finetune`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from spectrim.cli.options import DataFolder, Flatten, Mean, Model, Option, Source, Std, one_of
+from spectrim.cli.options import DataFolder, Flatten, Mean, Model, Option, Source, Std, WithSource, one_of
 from spectrim.training.settings import Settings
 
 _DATA, _NETWORK, _WHAT, _HOW = "The data", "The network", "What is trained", "How it is trained"
@@ -14,7 +14,7 @@ _CHOICES = ("all", "factors", "head")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Subjects:
+class Subjects(WithSource):
     """The compressed network, its teacher, and the images."""
 
     model: Model
@@ -67,17 +67,8 @@ class Subjects:
 
     @property
     def source(self) -> Source:
-        """The network as the other commands know it, without its weights."""
-        return Source(
-            model=self.model,
-            option=self.option,
-            flatten=self.flatten,
-            data=self.data,
-            data_folder=self.data_folder,
-            images=1,
-            mean=self.mean,
-            std=self.std,
-        )
+        """The same; one image is enough to see what the network takes."""
+        return replace(super().source, images=1)
 
 
 @dataclass(frozen=True, kw_only=True)
