@@ -1,7 +1,12 @@
 """`spectrim bench` on a compressed network."""
 
 import multiprocessing
+import os
 import shlex
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -74,6 +79,43 @@ def test_each_runtime_and_batch_is_a_row(monkeypatch: pytest.MonkeyPatch) -> Non
     wanted = ["spectrim", "bench", *COMMAND, "--runtime", "channels_last", "--batch", "1,3,3", "--json", "speed.json"]
     assert sorted(shlex.split(found.command)) == sorted(wanted)
     assert "time in channels_last" in said.output
+
+
+def wait_for(wanted: bool) -> bool:
+    """Whether soon a process that was spawned from this folder is there, or is not, as is wanted."""
+    for _ in range(1200):
+        if any(map(_times_here, Path("/proc").glob("[0-9]*"))) == wanted:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def _times_here(process: Path) -> bool:
+    try:
+        here = (process / "cwd").resolve() == Path.cwd() and int(process.name) != os.getpid()
+        return here and b"spawn_main" in (process / "cmdline").read_bytes()
+    except OSError:
+        return False  # it has ended meanwhile
+
+
+@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="looks at processes as Linux shows them")
+def test_an_interrupt_ends_it_and_its_process_and_writes_nothing() -> None:
+    many = ("--runtime", "torch", "--batch", ",".join(map(str, range(1, 400))), "--json", "speed.json")
+    running = subprocess.Popen(
+        [sys.executable, "-m", "spectrim", "bench", *COMMAND, *many],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    assert wait_for(True)
+    os.killpg(running.pid, signal.SIGINT)  # as a terminal does: to the command and to the process that it started
+    said, _ = running.communicate(timeout=60)
+    assert running.returncode == 130, said
+    assert "interrupted" in said
+    assert "Traceback" not in said
+    assert not Path("speed.json").exists()
+    assert wait_for(False), "its process times on"
 
 
 def test_a_noisy_machine_is_told(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,144 @@
+"""The bars of the studies of convolutional networks, held against runs of them.
+
+    python benchmarks/image_studies.py miniresnet-mnist --out runs       # seeds 0, 1, 2; runs or resumes runs/NAME
+    python benchmarks/image_studies.py miniresnet-fashion --out runs --seeds 0
+    python benchmarks/image_studies.py resnet18-cifar10 --out runs
+
+Accuracy is the mean over the seeds, on the whole test set. Times mean something when nothing else is running; a
+finished study is timed anew each time.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+import spectrim as st
+from spectrim.recipes import find_study, run_study
+from spectrim.recipes.progress import Progress
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One figure that a study has to reach, or that is to stay below."""
+
+    what: str
+    found: float
+    bar: float
+    most: bool = False
+
+    @property
+    def held(self) -> bool:
+        """Whether it does."""
+        return self.found <= self.bar if self.most else self.found >= self.bar
+
+
+def percent(variant: st.Variant) -> float:
+    """Mean accuracy in per cent."""
+    return 100 * (variant.accuracy or 0.0)
+
+
+def tuned(results: st.Results, beginning: str) -> list[st.Variant]:
+    """The fine-tuned networks whose names begin so."""
+    return [one for one in results.variants if one.stage == "fine-tuned" and one.name.startswith(beginning)]
+
+
+def fastest(variant: st.Variant, *, surely: bool = False) -> float:
+    """The best speed-up over dense in the same runtime; `surely`, the lower end of its interval."""
+    timed = [one.speedup for one in (variant.measurement, *variant.in_runtimes) if one.speedup]
+    return max(one.low if surely else one.value for one in timed)
+
+
+def mnist(results: st.Results) -> Sequence[Bar]:
+    """75 % energy, and one budget."""
+    dense, (energy,), small = percent(results.dense), tuned(results, "75 %"), tuned(results, "budget")[-1]
+    return (
+        Bar("dense accuracy", dense, 99.3),
+        Bar("75 % energy, fine-tuned: accuracy", percent(energy), 99.2),
+        Bar("the same, points below dense", dense - percent(energy), 0.1, most=True),
+        Bar(f"{small.name}: accuracy", percent(small), 99.2),
+        Bar("the same, parameters kept (%)", 100 * (small.measurement.params_ratio or 1), 7.0, most=True),
+        Bar("the same, best speed-up, lower end", fastest(small, surely=True), 1.0),
+    )
+
+
+def fashion(results: st.Results) -> Sequence[Bar]:
+    """One budget of at most a fifth of the parameters."""
+    dense = percent(results.dense)
+    small = max((one for one in tuned(results, "budget") if (one.measurement.params_ratio or 1) <= 0.2), key=percent)
+    return (
+        Bar(f"{small.name}: points below dense", dense - percent(small), 0.3, most=True),
+        Bar("the same, parameters kept (%)", 100 * (small.measurement.params_ratio or 1), 20.0, most=True),
+        Bar("the same, best speed-up, lower end", fastest(small, surely=True), 1.0),
+    )
+
+
+def resnet18(results: st.Results) -> Sequence[Bar]:
+    """The classifier at half of its ranks, and the whole network at half of its MACs."""
+    dense, (half,), (whole,) = percent(results.dense), tuned(results, "classifier at rank 5"), tuned(results, "whole")
+    return (
+        Bar(f"{half.name}: points below dense", dense - percent(half), 0.2, most=True),
+        Bar(f"{whole.name}: points below dense", dense - percent(whole), 0.3, most=True),
+        Bar("the same, MACs kept (%)", 100 * (whole.measurement.macs_ratio or 1), 50.0, most=True),
+        Bar("the same, best speed-up", fastest(whole), 1.6),
+    )
+
+
+BARS: dict[str, Callable[[st.Results], Sequence[Bar]]] = {
+    "miniresnet-mnist": mnist,
+    "miniresnet-fashion": fashion,
+    "resnet18-cifar10": resnet18,
+}
+
+
+def figures(results: st.Results) -> Table:
+    """Every network in every runtime."""
+    table = Table("network", "accuracy", "params kept", "MACs kept", "speed-up, by runtime")
+    for one in (results.dense, *results.variants):
+        spread = "" if one.spread is None else f" ({100 * one.spread:.2f})"
+        measured = one.measurement
+        timed = [each for each in (measured, *one.in_runtimes) if each.speedup]
+        shown = ", ".join(
+            f"{each.runtime} {each.speedup.value:.2f} [{each.speedup.low:.2f}, {each.speedup.high:.2f}]"
+            for each in timed
+            if each.speedup
+        )
+        kept = [f"{100 * (ratio or 1):.1f} %" for ratio in (measured.params_ratio, measured.macs_ratio)]
+        table.add_row(one.name, f"{percent(one):.2f}{spread}", *kept, shown)
+    return table
+
+
+def main() -> None:
+    """Run the study and compare."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", choices=BARS)
+    parser.add_argument("--out", type=Path, required=True, help="folder for the folders of the runs")
+    parser.add_argument("--seeds", type=lambda text: tuple(map(int, text.split(","))), help="by default the recipe's")
+    given = parser.parse_args()
+    console, study = Console(width=160, highlight=False), find_study(given.study)
+    if given.seeds:
+        study = study.model_copy(update={"seeds": given.seeds})
+    said: list[str] = []
+
+    def tell(event: Progress) -> None:
+        if event.part not in said:
+            said.append(event.part)
+            console.print(event.part)
+
+    results = run_study(study, given.out / study.name, on_progress=tell)
+    bars = BARS[study.name](results)
+    table = Table("", "found", "bar", "")
+    for one in bars:
+        sign, verdict = "<=" if one.most else ">=", "PASS" if one.held else "MISS"
+        table.add_row(one.what, f"{one.found:.2f}", f"{sign} {one.bar:g}", verdict)
+    console.print(figures(results))
+    console.print(table)
+    sys.exit(0 if all(one.held for one in bars) else 1)
+
+
+if __name__ == "__main__":
+    main()
