@@ -6,7 +6,7 @@ import signal
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -218,10 +218,12 @@ def _rows(timed: Timed, timing: Timing, shown: Stages, left_out: dict[str, str])
 
 def _in_process(tasks: list[_Task]) -> Iterator[Row]:
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max_workers=1, mp_context=spawn, initializer=_leave_interrupts_to_the_parent) as worker:
+    with ProcessPoolExecutor(max_workers=1, mp_context=spawn) as worker:
         for task in tasks:
             try:
-                yield worker.submit(_timed_in_process, task).result()
+                with _interrupts_held_back():
+                    timed = worker.submit(_timed_in_process, task)
+                yield timed.result()
             except KeyboardInterrupt:
                 for child in multiprocessing.active_children():
                     child.terminate()
@@ -233,8 +235,17 @@ def _in_process(tasks: list[_Task]) -> Iterator[Row]:
                 ) from error
 
 
-def _leave_interrupts_to_the_parent() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+@contextmanager
+def _interrupts_held_back() -> Iterator[None]:
+    """A process that is started here never sees an interrupt: its parent ends it. One that comes now comes after."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _show(found: Benched, path: Path | None) -> None:
