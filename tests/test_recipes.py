@@ -14,6 +14,7 @@ import spectrim as st
 from spectrim import errors, models, recipes
 from spectrim.cli.app import app
 from spectrim.cli.studies import run
+from spectrim.data import load
 from spectrim.recipes import (
     DynamicStudy,
     MlpStudy,
@@ -25,9 +26,12 @@ from spectrim.recipes import (
     Truncating,
     Tuning,
     run_study,
+    verify_run,
 )
 from spectrim.recipes.images import Minibatches, load_images
+from spectrim.recipes.outcome import summarise
 from spectrim.report import words
+from spectrim.report.pixels import png_text
 from spectrim.report.results import Agreement
 
 TINY = MlpStudy(
@@ -146,6 +150,82 @@ def test_the_choice_is_made_on_held_out_training_images(finished: tuple[Path, st
         chosen = results.variant(results.chosen)
         assert chosen.measurement.params == min(one.measurement.params for one in close)
         assert chosen in close
+
+
+def test_the_changed_answers_are_those_of_the_saved_networks(
+    finished: tuple[Path, st.Results, list[Progress]],
+) -> None:
+    out, results, _ = finished
+    changes, data = results.changes, load_images("digits", held_out=237)
+    assert (changes.variant, changes.seeds) == (results.chosen, (0, 1))
+    truth, counts = data.test.labels, torch.zeros(10, 5, dtype=torch.int64)
+    blank, (pictures, _) = models.mlp(64, width=48, hidden=2), data.test.batches(len(data.test))[0]
+    for dense, small in zip(results.dense.runs, results.variant(results.chosen).runs, strict=True):
+        with torch.no_grad():
+            shares = [st.load(out / one.model, blank).eval()(pictures).softmax(dim=1) for one in (dense, small)]
+        before, after = (one.argmax(dim=1) for one in shares)
+        for label, was, now in zip(truth.tolist(), before.tolist(), after.tolist(), strict=True):
+            counts[label, 0] += 1
+            counts[label, 1] += was == label
+            counts[label, 2] += was == label != now
+            counts[label, 3] += was != label == now
+            counts[label, 4] += label not in (was, now) and was != now
+        if dense.seed == 0:
+            flipped, sure = (before, after), shares
+    assert [one.name for one in changes.classes] == list("0123456789")
+    assert [[one.total, one.before, one.broken, one.mended, one.confused] for one in changes.classes] == counts.tolist()
+    assert changes.whole.after == sum(run.test.correct for run in results.variant(results.chosen).runs)
+    assert changes.whole.broken > 0
+
+    original = load("digits", split="test").images
+    assert {one.kind for one in changes.flipped} >= {"broken"}
+    for one in changes.flipped:
+        assert (one.truth, one.before, one.after) == (int(truth[one.index]), *(int(a[one.index]) for a in flipped))
+        assert one.sure_before == pytest.approx(float(sure[0][one.index].max()), abs=1e-3)
+        assert one.sure_after == pytest.approx(float(sure[1][one.index].max()), abs=1e-3)
+        assert one.image == png_text(original[one.index].numpy())
+    difference = sure[1] - sure[0]
+    moved = {at: float(difference[at, flipped[1][at]] - difference[at, flipped[0][at]]) for at in range(len(truth))}
+    for kind, most in (("broken", 24), ("mended", 12), ("confused", 12)):
+        shown = [moved[one.index] for one in changes.flipped if one.kind == kind]
+        assert len(shown) <= most
+        assert shown == sorted(shown, reverse=True)
+
+
+def test_changed_answers_that_were_edited_are_found(
+    finished: tuple[Path, st.Results, list[Progress]], tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished[0], folder)
+    told = f"{finished[1].chosen}: answers changed"
+    manifest = json.loads((folder / "run.json").read_text())
+    manifest["files"].pop("results.json")
+    (folder / "run.json").write_text(json.dumps(manifest))
+    whole = json.loads((folder / "results.json").read_text())
+    checks = verify_run(folder, latency=False)
+    assert told in {check.what for check in checks}
+    assert all(check.good for check in checks)
+    edited = json.loads(json.dumps(whole))
+    edited["changes"]["classes"][3]["confused"] += 1
+    (folder / "results.json").write_text(json.dumps(edited))
+    assert {check.what for check in verify_run(folder, latency=False) if not check.good} == {told}
+
+
+def test_a_summary_says_no_more_than_the_clock_does(finished: tuple[Path, st.Results, list[Progress]]) -> None:
+    _, results, _ = finished
+    chosen, calm = results.variant(results.chosen), {"drift": 1.0, "batch": None}
+
+    def said(gain: float, width: float = 0.01, **more: object) -> str:
+        speedup = st.Interval(value=gain, low=gain - width, high=gain + width)
+        measured = chosen.measurement.model_copy(update={**calm, "speedup": speedup, **more})
+        return summarise(results.dense, chosen.model_copy(update={"measurement": measured}))
+
+    assert "x smaller, 2.0x faster one image at a time." in said(2.0)
+    assert ", 1.05x faster one image" in said(1.05)
+    assert ", 0.80x as fast 16 images at a time." in said(0.8, batch=16)
+    assert ", as fast as before one image at a time." in said(1.005)
+    assert "too restless to tell" in said(2.0, width=0.5)
+    assert ": no smaller, " in said(2.0, params=results.dense.measurement.params)
 
 
 def test_progress_only_goes_forward_to_the_end(finished: tuple[Path, st.Results, list[Progress]]) -> None:

@@ -193,6 +193,11 @@ def choose(seeds: Sequence[SeedOutcome], tolerance: float) -> tuple[Network, str
     return smallest, f"the smallest within {100 * tolerance:g} points of dense on held-out training images"
 
 
+def pairs_of(seeds: Sequence[SeedOutcome], name: str) -> dict[int, tuple[nn.Module, nn.Module]]:
+    """By seed, the dense network and the compressed one of this name."""
+    return {one.seed: (one.dense, next(net.model for net in one.networks if net.name == name)) for one in seeds}
+
+
 def _size(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
@@ -202,13 +207,21 @@ def summarise(dense: Variant, chosen: Variant, *, remark: str = "", quick: bool 
     before, after = dense.measurement, chosen.measurement
     at_once = "one image at a time" if after.batch in (None, 1) else f"{after.batch} images at a time"
     gain = after.speedup.value if after.speedup else 1.0
-    speed = f", {gain:.1f}x faster {at_once}" if gain > 1 else f", {gain:.2f}x as fast {at_once}" if gain < 1 else ""
+    said = {
+        "faster": f", {gain:.{1 if gain > 1.1 else 2}f}x faster {at_once}",
+        "slower": f", {gain:.2f}x as fast {at_once}",
+        "no difference": f", as fast as before {at_once}",
+        "too noisy to tell": f", {gain:.1f}x as fast {at_once} on a machine too restless to tell more",
+    }
+    speed = said[after.verdict] if after.verdict else ""
+    times = before.params / after.params
+    size = f"{times:.1f}x smaller" if times >= 1.05 else "hardly smaller" if times > 1 else "no smaller"
     agreement = chosen.runs[0].agreement
     sentences = (
         "A quick look with little data and few epochs: these are not the figures of the study." if quick else "",
         f"A network of {before.params:,} parameters that is right on {100 * (dense.accuracy or 0):.2f} % of the test "
         f"images became one of {after.params:,} that is right on {100 * (chosen.accuracy or 0):.2f} %: "
-        f"{before.params / after.params:.1f}x smaller{speed}.",
+        f"{size}{speed}.",
         words.agreement(agreement) if agreement else "",
         remark,
     )
@@ -245,10 +258,11 @@ def provenance_of(
     images: Images, *, dataset: str, seeds: Sequence[int], settings: str, timing: Timing, seconds: float
 ) -> dict[str, str]:
     """Versions, machine, data and settings, for the foot of the report."""
+    threads = torch.get_num_threads()
     return {
         **versions(),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, "
-        f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
+        f"{torch.backends.cpu.get_cpu_capability()}, {threads} thread{'s' if threads != 1 else ''}",
         "seeds": ", ".join(map(str, seeds)),
         "data": f"{dataset} from {images.source}; {len(images.train)} training, {len(images.held_out)} held-out "
         f"and {len(images.test)} test images",

@@ -5,9 +5,10 @@ from pathlib import Path
 
 from spectrim.errors import DataError
 from spectrim.files import require_writable_folder
+from spectrim.recipes.changes import changes_of
 from spectrim.recipes.folder import RunFolder
 from spectrim.recipes.images import Images, load_images
-from spectrim.recipes.outcome import Timing, choose, provenance_of, summarise, variants_of
+from spectrim.recipes.outcome import Timing, choose, pairs_of, provenance_of, summarise, variants_of
 from spectrim.recipes.parts import Parts
 from spectrim.recipes.progress import OnProgress, Teller, silent
 from spectrim.recipes.study import SeedRun, Study
@@ -71,6 +72,7 @@ def run_study(
         chosen_because=because,
         spectra=seeds[0].spectra,
         published=tuple(one.shown() for one in study.published),
+        changes=changes_of(chosen.name, pairs_of(seeds, chosen.name), images),
         command=study.command,
         provenance=provenance_of(
             images,

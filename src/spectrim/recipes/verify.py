@@ -14,13 +14,15 @@ from spectrim.errors import FileError
 from spectrim.files import sha256_of
 from spectrim.io import load
 from spectrim.measure import Accuracy, Measurement, accuracy, count, measure
+from spectrim.recipes.changes import changes_of
 from spectrim.recipes.files import read_recipe
 from spectrim.recipes.folder import RECIPE, RESULTS, Manifest, RunFolder
 from spectrim.recipes.images import Batch, Images
 from spectrim.recipes.progress import OnProgress, Teller, silent
 from spectrim.recipes.run import images_of
 from spectrim.recipes.study import Study
-from spectrim.report import LayerSpectrum, Results, Run, Variant, words
+from spectrim.report import Changes, Flipped, LayerSpectrum, Results, Run, Variant, words
+from spectrim.report.results import Tally
 from spectrim.runtimes import fingerprint
 
 Verdict = Literal["ok", "differs", "missing", "altered", "not judged"]
@@ -59,7 +61,8 @@ def verify_run(
 
     Every file must have the checksum that the run noted, the data too. Every saved network is loaded and scored on the
     test set and the held-out training images: exactly as noted on the same kind of machine with the same versions of
-    torch, elsewhere up to `ELSEWHERE` of the images (at least 2) may differ. Parameters, bytes and MACs must be exactly
+    torch, elsewhere up to `ELSEWHERE` of the images (at least 2) may differ; so for what the chosen network answers
+    differently from the dense one. Parameters, bytes and MACs must be exactly
     as noted, singular values of the dense network's weights within 0.01 % of the largest. Latency is measured and
     shown, not judged. Training curves cannot be measured again.
 
@@ -89,10 +92,12 @@ def verify_run(
         opened.path, study, images, images.test.batches(), images.held_out.batches(), _slack(manifest), latency
     )
     networks = (results.dense, *results.variants)
-    teller = Teller(on_progress, parts=len(networks))
+    teller = Teller(on_progress, parts=len(networks) + 1)
     for variant in networks:
         teller.begin(variant.name)
         checks += again.variant(variant, results.dense)
+    teller.begin("changed answers and spectra")
+    checks += again.changes(results)
     checks += again.spectra(results)
     teller.end()
     return tuple(checks)
@@ -154,8 +159,11 @@ class _Again:
                 yield _same(told, _shown(stored), _shown(found), same=self._close(stored, found))
 
     def _close(self, stored: Accuracy, found: Accuracy) -> bool:
-        allowed = 0 if self.slack is None else max(2, ceil(self.slack * stored.total))
-        return stored.total == found.total and abs(stored.correct - found.correct) <= allowed
+        return stored.total == found.total and abs(stored.correct - found.correct) <= self._allowed(stored.total)
+
+    def _allowed(self, images: int) -> int:
+        """How many of so many images may be classified differently."""
+        return 0 if self.slack is None else max(2, ceil(self.slack * images))
 
     def _costs(self, variant: Variant, model: nn.Module) -> Iterator[Check]:
         found = count(model, self.images.test.example())
@@ -178,6 +186,40 @@ class _Again:
         )
         yield Check(f"{variant.name}: latency ({stored.runtime})", _time(stored), _time(found), "not judged")
 
+    def changes(self, results: Results) -> Iterator[Check]:
+        """What the chosen network answers differently from the dense one, and which images show it."""
+        stored = results.changes
+        if stored is None:
+            return
+        small = {run.seed: run for run in results.variant(stored.variant).runs}
+        try:
+            pairs = {one.seed: (self.load(one), self.load(small[one.seed])) for one in results.dense.runs}
+        except FileError:
+            return  # the missing network has its own line
+        found = changes_of(stored.variant, pairs, self.images)
+        yield _same(
+            f"{stored.variant}: answers changed",
+            _flips(stored.whole),
+            _flips(found.whole),
+            same=self._alike(stored, found),
+        )
+
+    def _alike(self, stored: Changes, found: Changes) -> bool:
+        """Whether no count of any class is further off than it may be, and the images shown are those of now.
+
+        Which images move the networks' confidence most is decided by its last digits: a few may be others.
+        """
+        if [one.name for one in stored.classes] != [one.name for one in found.classes]:
+            return False
+        counts, again = (
+            np.array([(one.total, one.before, one.broken, one.mended, one.confused) for one in each.classes])
+            for each in (stored, found)
+        )
+        allowed = self._allowed(stored.whole.total)
+        shown = {one.index: _shown_answers(one) for one in found.flipped}
+        others = [one for one in stored.flipped if shown.get(one.index) != _shown_answers(one)]
+        return bool(np.abs(counts - again).max() <= allowed) and len(others) <= max(2, allowed)
+
     def spectra(self, results: Results) -> Iterator[Check]:
         """The singular values of the weights themselves; those in a data metric need the calibration again."""
         try:
@@ -198,6 +240,14 @@ class _Again:
 
 def _shown(one: Accuracy) -> str:
     return f"{one.correct:,} of {one.total:,}"
+
+
+def _shown_answers(one: Flipped) -> tuple[int, int, int, str]:
+    return one.truth, one.before, one.after, one.image
+
+
+def _flips(one: Tally) -> str:
+    return f"{one.broken:,} broken, {one.mended:,} mended, {one.confused:,} confused"
 
 
 def _time(one: Measurement) -> str:

@@ -1,24 +1,46 @@
 """Reports: the values of a study as terminal tables, figures, and one self-contained HTML page."""
 
 from spectrim.measure import Epoch
-from spectrim.report.figures import plot_accuracy, plot_curves, plot_history, plot_ranks, plot_spectra
+from spectrim.report.accuracy import plot_accuracy, plot_classes
+from spectrim.report.figures import plot_curves, plot_history, plot_ranks, plot_spectra
 from spectrim.report.html import report
-from spectrim.report.results import LayerSpectrum, Published, Results, Run, Variant
+from spectrim.report.paper import save_figure
+from spectrim.report.results import (
+    Changes,
+    ClassChange,
+    Flipped,
+    LayerSpectrum,
+    Published,
+    PublishedPoint,
+    Results,
+    Run,
+    Variant,
+)
+from spectrim.report.study_tables import changes_table, published_table, runtimes_table
 from spectrim.report.tables import table, text
 
 __all__ = [
+    "Changes",
+    "ClassChange",
     "Epoch",
+    "Flipped",
     "LayerSpectrum",
     "Published",
+    "PublishedPoint",
     "Results",
     "Run",
     "Variant",
+    "changes_table",
     "plot_accuracy",
+    "plot_classes",
     "plot_curves",
     "plot_history",
     "plot_ranks",
     "plot_spectra",
+    "published_table",
     "report",
+    "runtimes_table",
+    "save_figure",
     "table",
     "text",
 ]

@@ -14,10 +14,13 @@ from plotly.offline import get_plotlyjs
 
 from spectrim.errors import DataError
 from spectrim.files import write_text
+from spectrim.measure import Measurement
 from spectrim.plan import Plan
 from spectrim.report import words
-from spectrim.report.figures import AGAINST, available, plot_accuracy, plot_curves, plot_spectra, relevant_plans
-from spectrim.report.results import LayerSpectrum, Results, Variant
+from spectrim.report.accuracy import AGAINST, available, plot_accuracy, plot_classes
+from spectrim.report.figures import plot_curves, plot_spectra, relevant_plans
+from spectrim.report.results import Changes, Flipped, LayerSpectrum, Results, Variant
+from spectrim.report.study_tables import changes_table, published_table, runtimes_table
 from spectrim.report.tables import Listing, table
 
 
@@ -44,6 +47,9 @@ def report(results: Results, path: str | Path) -> Path:
         spectra=_spectra_gallery(results),
         curves=_curves_gallery(results),
         study=table(results),
+        published=published_table(results),
+        runtimes=runtimes_table(results),
+        changes=_changed(results.changes) if results.changes is not None else None,
         said=_said_by_the_name(table(results)),
         plans=_plans(results),
         plotly=Markup(get_plotlyjs()),  # plotly's own script, meant for inlining
@@ -79,6 +85,39 @@ class _Gallery:
     labels: tuple[str, ...]
     findings: tuple[str, ...]
     items: Markup
+
+
+@dataclass(frozen=True)
+class _Image:
+    """A test image that is answered differently: what it shows, and what was and is said, each with its certainty."""
+
+    source: str
+    alt: str
+    truth: str
+    before: str
+    after: str
+    sure_before: str
+    sure_after: str
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Images of one kind, out of `total`."""
+
+    key: str
+    title: str
+    total: int
+    images: tuple[_Image, ...]
+
+
+@dataclass(frozen=True)
+class _Changed:
+    variant: str
+    finding: str
+    gallery: _Gallery
+    listing: Listing
+    groups: tuple[_Group, ...]
+    seeds: tuple[int, ...]
 
 
 @cache
@@ -117,12 +156,19 @@ def _cards(kept: Variant, dense: Variant) -> tuple[_Card, ...]:
         cards.append(
             _Card(label, *_with_unit(big), change, f"{words.share(ratio)} kept" if ratio is not None else "", ratio)
         )
-    if one.speedup is not None:
-        threads = f"{one.threads} thread{'s' if one.threads != 1 else ''}" if one.threads else ""
-        now = f"{words.milliseconds(one.latency_ms)}, {threads}" if one.latency_ms is not None else threads
-        verdict = words.verdict(one.speedup)
-        cards.append(_Card("Measured speed-up", words.speedup(one.speedup), "", verdict, now.strip(", ")))
-    return tuple(cards)
+    timed = [each for each in (one, *kept.in_runtimes) if each.speedup is not None]
+    return (*cards, _speed_card(timed[0], timed[1:])) if timed else tuple(cards)
+
+
+def _speed_card(first: Measurement, others: Sequence[Measurement]) -> _Card:
+    """The first runtime large, named, and the others below it."""
+    assert first.speedup is not None
+    verdict = f"{words.judged(first)}, 95 % interval {words.bounds(first.speedup)}{words.TIMES}"
+    where = words.timed_in(first)
+    latency = words.milliseconds(first.latency_ms) if first.latency_ms is not None else ""
+    more = [", ".join(filter(None, (where, latency)))]
+    more += [f"{each.runtime}: {words.speedup(each.speedup)}, {words.judged(each)}" for each in others if each.speedup]
+    return _Card("Measured speed-up", words.speedup(first.speedup), "", verdict, "; ".join(filter(None, more)))
 
 
 def _with_unit(figure: str) -> tuple[str, str]:
@@ -155,6 +201,28 @@ def _spectra_gallery(results: Results) -> _Gallery | None:
 def _curves_gallery(results: Results) -> _Gallery | None:
     finding = words.curves_finding(results)
     return _gallery("curves", "Figure", [("Training", plot_curves(results), finding)] if finding else [])
+
+
+def _changed(changes: Changes) -> _Changed | None:
+    if not any(one.total for one in changes.classes):
+        return None
+    finding = words.changes_finding(changes)
+    gallery = _gallery("classes", "Figure", [("Classes", plot_classes(changes), finding)])
+    assert gallery is not None
+    whole = changes.whole
+    totals = {"broken": whole.broken, "mended": whole.mended, "confused": whole.confused}
+    groups = tuple(
+        _Group(kind, title, totals[kind], tuple(_image(one, changes) for one in changes.flipped if one.kind == kind))
+        for kind, title in words.KIND.items()
+    )
+    return _Changed(changes.variant, finding, gallery, changes_table(changes), groups, changes.seeds)
+
+
+def _image(one: Flipped, changes: Changes) -> _Image:
+    truth, before, after = (changes.classes[at].name for at in (one.truth, one.before, one.after))
+    sure_before, sure_after = (words.percent(share, places=0) for share in (one.sure_before, one.sure_after))
+    alt = f"Test image {one.index}, {truth}: {before} ({sure_before} sure) became {after} ({sure_after} sure)"
+    return _Image(f"data:image/png;base64,{one.image}", alt, truth, before, after, sure_before, sure_after)
 
 
 def _gallery(key: str, choose: str, shown: Sequence[tuple[str, go.Figure, str]]) -> _Gallery | None:
@@ -192,12 +260,13 @@ def _plans(results: Results) -> tuple[tuple[str, Listing], ...]:
 
 
 def _said_by_the_name(listing: Listing) -> frozenset[int]:
-    """The columns that only repeat what the names of the rows say; a phone has no room for them."""
+    """The columns that mostly repeat what the names of the rows say; a phone has no room for them."""
     says = {
         at: all(row[at] in row[0] for row in listing.rows if row[at] != words.NOTHING)
         for at in range(1, len(listing.columns))
     }
-    return frozenset(at for at, repeats in says.items() if repeats)
+    spare = {at for at, column in enumerate(listing.columns) if column.head in ("Metric", "Stage")}
+    return frozenset(at for at, repeats in says.items() if repeats) | spare
 
 
 def _joined(names: Iterable[str]) -> str:

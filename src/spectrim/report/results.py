@@ -1,5 +1,6 @@
 """What a report shows, as one frozen value that goes to `results.json` and back."""
 
+import math
 import statistics
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -9,8 +10,12 @@ from pydantic import Field, model_validator
 from spectrim.files import Frozen, parse, read_text, write_text
 from spectrim.measure import Accuracy, Epoch, Measurement
 from spectrim.plan import Metric, Plan, Rule
+from spectrim.timing import Interval
 
 Stage = Literal["dense", "zero-shot", "fine-tuned", "trained"]
+Kind = Literal["broken", "mended", "confused"]
+
+_Z95 = 1.959963984540054
 
 
 class LayerSpectrum(Frozen):
@@ -32,6 +37,15 @@ class LayerSpectrum(Frozen):
     metric: Metric
     values: tuple[float, ...]
     cumulative: tuple[float, ...] = ()
+
+    @model_validator(mode="after")
+    def _one_share_a_value(self) -> Self:
+        if self.cumulative and len(self.cumulative) != len(self.values):
+            raise ValueError(
+                f"layer {self.layer!r} has {len(self.values)} singular values, and {len(self.cumulative)} cumulative "
+                "shares of their energy"
+            )
+        return self
 
 
 class Agreement(Frozen):
@@ -132,6 +146,120 @@ class Published(Frozen):
     points: tuple[PublishedPoint, ...] = ()
 
 
+class Tally(Frozen):
+    """How the answers of two networks to the same examples compare, as counts.
+
+    Attributes:
+        total: Examples.
+        before: That the first network (the dense one) gets right.
+        broken: Right before, wrong now.
+        mended: Wrong before, right now.
+        confused: Wrong before, and wrong now with another answer.
+    """
+
+    total: int = Field(ge=0)
+    before: int = Field(ge=0)
+    broken: int = Field(ge=0)
+    mended: int = Field(ge=0)
+    confused: int = Field(ge=0)
+
+    @model_validator(mode="after")
+    def _adds_up(self) -> Self:
+        if self.broken > self.before or self.mended + self.confused > self.total - self.before:
+            raise ValueError(
+                f"of {self.total} examples {self.before} were right; {self.broken} of them cannot have become wrong, "
+                f"and {self.mended} and {self.confused} of the others right, and wrong in another way"
+            )
+        return self
+
+    @property
+    def after(self) -> int:
+        """Examples that the second network gets right."""
+        return self.before - self.broken + self.mended
+
+    @property
+    def difference(self) -> Interval:
+        """Accuracy after less before, in [-1, 1], with its 95 % interval.
+
+        Both networks answer the same examples, so only those that changed sides carry chance (Agresti & Min 2005:
+        the paired difference with half an example added to each side that changed).
+        """
+        changed, shift = self.broken + self.mended + 1, self.mended - self.broken
+        total = self.total + 2
+        half = _Z95 * math.sqrt(max(0.0, changed - shift * shift / total)) / total
+        value, centre = shift / max(1, self.total), shift / total
+        return Interval(value=value, low=max(-1.0, min(value, centre - half)), high=min(1.0, max(value, centre + half)))
+
+
+class ClassChange(Tally):
+    """The examples of one class; `name` is what the data set calls it."""
+
+    name: str
+
+
+class Flipped(Frozen):
+    """A test example that the two networks answer differently.
+
+    Attributes:
+        index: Its position in the test set.
+        truth: Its class, as a position among `Changes.classes`; the answers likewise.
+        before: What the dense network said.
+        after: What the other one said.
+        sure_before: The probability that the dense network gave its own answer.
+        sure_after: That the other one gave its own.
+        image: Its pixels, a PNG file in base64.
+    """
+
+    index: int = Field(ge=0)
+    truth: int = Field(ge=0)
+    before: int = Field(ge=0)
+    after: int = Field(ge=0)
+    sure_before: float = Field(ge=0, le=1)
+    sure_after: float = Field(ge=0, le=1)
+    image: str = Field(pattern=r"^[A-Za-z0-9+/]+={0,2}$")
+
+    @model_validator(mode="after")
+    def _did_flip(self) -> Self:
+        if self.before == self.after:
+            raise ValueError(f"example {self.index} was answered alike, {self.before}: it has not flipped")
+        return self
+
+    @property
+    def kind(self) -> Kind:
+        """`broken`: right before, wrong now; `mended`: the reverse; `confused`: wrong both times."""
+        return "broken" if self.before == self.truth else "mended" if self.after == self.truth else "confused"
+
+
+class Changes(Frozen):
+    """What a compressed network answers differently from the dense one, on the test set.
+
+    Attributes:
+        variant: Name of the compressed network.
+        seeds: That the counts are summed over; an example counts once a seed.
+        classes: One entry a class, in the order of the data set.
+        flipped: Examples of the first seed that were answered differently: of each kind those in which the networks'
+            confidence differs most.
+    """
+
+    variant: str
+    seeds: tuple[int, ...] = Field(min_length=1)
+    classes: tuple[ClassChange, ...] = Field(min_length=1)
+    flipped: tuple[Flipped, ...] = ()
+
+    @model_validator(mode="after")
+    def _classes_exist(self) -> Self:
+        for one in self.flipped:
+            if max(one.truth, one.before, one.after) >= len(self.classes):
+                raise ValueError(f"example {one.index} is of a class that is not among the {len(self.classes)} classes")
+        return self
+
+    @property
+    def whole(self) -> Tally:
+        """All classes together."""
+        names = ("total", "before", "broken", "mended", "confused")
+        return Tally(**{name: sum(getattr(one, name) for one in self.classes) for name in names})
+
+
 class Results(Frozen):
     """A study, measured.
 
@@ -144,6 +272,7 @@ class Results(Frozen):
         chosen_because: Why it is this one.
         spectra: Singular values by layer and metric, of the first seed.
         published: Figures to compare with.
+        changes: What the chosen network answers differently from the dense one.
         command: What repeats the study.
         provenance: Versions, machine, seeds, data and their checksums, duration; shown at the foot.
     """
@@ -157,6 +286,7 @@ class Results(Frozen):
     chosen_because: str = ""
     spectra: tuple[LayerSpectrum, ...] = ()
     published: tuple[Published, ...] = ()
+    changes: Changes | None = None
     command: str | None = None
     provenance: dict[str, str] = Field(default_factory=dict)
 
@@ -168,6 +298,8 @@ class Results(Frozen):
             raise ValueError(f"two networks are named {twice[0]!r}")
         if self.chosen is not None and self.chosen not in names:
             raise ValueError(f"the chosen network {self.chosen!r} is not among {', '.join(map(repr, names))}")
+        if self.changes is not None and self.changes.variant not in names:
+            raise ValueError(f"the changes are of {self.changes.variant!r}, which is no network of these results")
         return self
 
     def variant(self, name: str) -> Variant:

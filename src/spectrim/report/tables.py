@@ -15,7 +15,7 @@ from spectrim.analyze import Analysis, LayerAnalysis
 from spectrim.decisions import listed
 from spectrim.errors import DataError
 from spectrim.measure import Measurement
-from spectrim.plan import LayerPlan, Metric, Plan
+from spectrim.plan import Cost, LayerPlan, Metric, Plan
 from spectrim.report import words
 from spectrim.report.results import Results, Variant
 
@@ -221,19 +221,23 @@ def _of_plan(plan: Plan) -> Listing:
         Column("Break\neven", 6),
         Column("Predicted\nerror", 2),
         Column("Params", 1),
+        Column("Share of\nparams", 9),
         Column("MACs", 3),
+        Column("Share of\nMACs", 8),
         Column("Reason", 4, number=False, narrow=24),
     )
     before, after = plan.dense_cost, plan.kept_cost
-    title = f"{words.asked(plan.rule).capitalize()}, {plan.metric} metric: {len(plan.factored)} of {len(plan)} factored"
+    title = (
+        f"{words.sentence(words.asked(plan.rule))}, {plan.metric} metric: {len(plan.factored)} of {len(plan)} factored"
+    )
     note = (
         f"All layers: {words.count(before.params)} → {words.count(after.params)} parameters, "
-        f"{words.count(before.macs)} → {words.count(after.macs)} MACs."
+        f"{words.count(before.macs)} → {words.count(after.macs)} MACs. Shares are of these sums, before and after."
     )
-    return Listing(title, columns, tuple(_plan_row(layer) for layer in plan), note=note)
+    return Listing(title, columns, tuple(_plan_row(layer, before, after) for layer in plan), note=note)
 
 
-def _plan_row(layer: LayerPlan) -> tuple[str, ...]:
+def _plan_row(layer: LayerPlan, before: Cost, after: Cost) -> tuple[str, ...]:
     full = f" of {layer.full_rank}" if layer.full_rank and len(layer.ranks) < 2 else ""
     return (
         _with_others(layer),
@@ -243,9 +247,17 @@ def _plan_row(layer: LayerPlan) -> tuple[str, ...]:
         words.NOTHING if layer.break_even is None else str(layer.break_even),
         words.NOTHING if layer.predicted_error is None else words.percent(layer.predicted_error, places=1),
         _change(layer.dense.params, layer.kept.params),
+        _shares((layer.dense.params, before.params), (layer.kept.params, after.params)),
         _change(layer.dense.macs, layer.kept.macs),
+        _shares((layer.dense.macs, before.macs), (layer.kept.macs, after.macs)),
         layer.reason,
     )
+
+
+def _shares(*parts: tuple[int, int]) -> str:
+    """Part of whole before and after, as percentages."""
+    said = [words.percent(part / whole, places=1) if whole else words.NOTHING for part, whole in parts]
+    return said[0] if said[0] == said[1] else "\n→ ".join(said)
 
 
 def _change(before: int, after: int) -> str:

@@ -4,11 +4,22 @@ import math
 from collections.abc import Iterable, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from spectrim.linalg import Spectrum
 from spectrim.measure import Interval, Measurement
 from spectrim.plan import Budget, Energy, Metric, Plan, Rank, Ratio, Rule
-from spectrim.report.results import Agreement, LayerSpectrum, Results, Variant
+from spectrim.report.results import (
+    Agreement,
+    Changes,
+    Kind,
+    LayerSpectrum,
+    Published,
+    PublishedPoint,
+    Results,
+    Tally,
+    Variant,
+)
 
 TIMES = "\N{MULTIPLICATION SIGN}"
 TO = "\N{EN DASH}"
@@ -88,6 +99,31 @@ def verdict(speedup: Interval) -> str:
     return f"{word}, 95 % interval {bounds(speedup)}{TIMES}"
 
 
+def judged(measurement: Measurement) -> str:
+    """What the timing against dense allows to say, the calm of the machine considered."""
+    said = {"no difference": "no sure difference", None: NOTHING}
+    return said.get(measurement.verdict, str(measurement.verdict))
+
+
+def timed_in(measurement: Measurement) -> str:
+    """What a latency is of: `torch, 1 thread, batches of 32`."""
+    return ", ".join(filter(None, (measurement.runtime, circumstances(measurement))))
+
+
+def circumstances(measurement: Measurement) -> str:
+    """How it was timed: `1 thread, batches of 32`; nothing where that is not known."""
+    threads = f"{measurement.threads} thread{'s' if measurement.threads != 1 else ''}" if measurement.threads else ""
+    batch = f"batches of {measurement.batch}" if measurement.batch and measurement.batch > 1 else ""
+    return ", ".join(filter(None, (threads, batch)))
+
+
+def in_common(names: Sequence[str]) -> str:
+    """What several networks' names share, `rank 20` of `rank 20, zero-shot` and `rank 20, fine-tuned`; else all."""
+    first, *others = [name.split(", ") for name in names]
+    shared = [part for part in first if all(part in other for other in others)]
+    return ", ".join(shared) or and_more(names, most=2)
+
+
 def difference(variant: Variant, dense: Variant) -> str:
     """The accuracy against dense, in percentage points."""
     if variant.accuracy is None or dense.accuracy is None:
@@ -117,6 +153,11 @@ def agreement(one: Agreement) -> str:
         f"Against the network that was trained, its logits differ by at most {one.largest_difference:.1g} (the largest "
         f"is {one.largest_logit:.3g}), and {alike} test images are classified alike."
     )
+
+
+def sentence(words: str) -> str:
+    """With a capital at the beginning, and those within as they are."""
+    return words[:1].upper() + words[1:]
 
 
 def asked(rule: Rule | None) -> str:
@@ -176,29 +217,133 @@ def accuracy_finding(results: Results) -> str:
         ordered = sorted(group, key=lambda one: one.measurement.params)
         ends = [percent(one.accuracy or 0) for one in (ordered[0], ordered[-1])]
         shown = ends[0] if len(ordered) == 1 else f"{ends[0]} with the smallest network to {ends[1]} with the largest"
-        sentences.append(f"{label.capitalize()}: {shown}.")
+        sentences.append(f"{sentence(label)}: {shown}.")
     if measured:
         best = max(measured, key=lambda one: one.accuracy or 0)
         against = (
             f", {difference(best, results.dense)} points against dense" if results.dense.accuracy is not None else ""
         )
         sentences.append(f"The most accurate compressed network is {best.name} with {accuracy(best)}{against}.")
+    sentences += map(published_finding, results.published)
     return " ".join(sentences)
 
 
 def grouped(variants: Iterable[Variant]) -> dict[str, list[Variant]]:
-    """The variants by stage and metric, such as `fine-tuned, plain metric`, in order of appearance."""
+    """The variants by stage and family, such as `fine-tuned, plain metric`, in order of appearance."""
+    shown = list(variants)
+    titles = families(shown)
     groups: dict[str, list[Variant]] = {}
-    for one in variants:
-        groups.setdefault(group_label(one), []).append(one)
+    for one in shown:
+        title = titles[one.name]
+        label = one.name if title == _untuned(one) else ", ".join(filter(None, (one.stage, title)))
+        groups.setdefault(label, []).append(one)
     return groups
 
 
-def group_label(variant: Variant) -> str:
-    """The stage, and the metric where there is one; what was trained at low rank goes by its name."""
-    if variant.stage == "trained":
-        return variant.name
-    return f"{variant.stage}, {variant.metric} metric" if variant.metric else variant.stage
+def families(variants: Iterable[Variant]) -> dict[str, str]:
+    """What belongs together, by the networks' names: those made by one kind of rule in one metric.
+
+    The kind of rule is said where there are several. A network that no rule describes, and one that is the only one of
+    its kind, goes by its own name.
+    """
+    shown = list(variants)
+    kinds = {type(one.rule) for one in shown if one.rule is not None and one.stage != "trained"}
+    titles = {one.name: _family(one, several=len(kinds) > 1) for one in shown}
+    members: dict[str, set[str]] = {}
+    for one in shown:
+        members.setdefault(titles[one.name], set()).add(_untuned(one))
+    if len(members) == 1:
+        return titles
+    return {
+        name: _only(members[title]) if len(members[title]) == 1 else title or "others" for name, title in titles.items()
+    }
+
+
+def _only(names: set[str]) -> str:
+    (name,) = names
+    return name
+
+
+def _family(variant: Variant, *, several: bool) -> str:
+    if variant.stage == "trained" or variant.rule is None:
+        return _untuned(variant)
+    kind = _KINDS[type(variant.rule)] if several else ""
+    return ", ".join(filter(None, (kind, f"{variant.metric} metric" if variant.metric else "")))
+
+
+_KINDS: dict[type, str] = {Rank: "rank", Ratio: "ratio", Energy: "energy", Budget: "budget"}
+
+
+def _untuned(variant: Variant) -> str:
+    """The name without the stage at its end."""
+    title, comma, last = variant.name.rpartition(", ")
+    return title if comma and (last == variant.stage or last.endswith(" tuned")) else variant.name
+
+
+def published_place(point: PublishedPoint, against: str) -> float | None:
+    """What a published network keeps of its own dense one's cost: kept / dense."""
+    match against:
+        case "params":
+            return point.params_ratio
+        case "macs":
+            return point.macs_ratio
+        case "latency":
+            return None if point.speedup is None else 1 / point.speedup
+    return None
+
+
+def published_finding(published: Published) -> str:
+    """Somebody else's figures in a sentence."""
+    said = [f"{'dense' if rank is None else f'rank {rank}'} {percent(value)}" for rank, value in published.accuracy]
+    for one in published.points:
+        kept = {"parameters": one.params_ratio, "MACs": one.macs_ratio}
+        costs = [f"{share(ratio)} of the {name}" for name, ratio in kept.items() if ratio is not None]
+        costs += [f"{factor(one.speedup)} as fast"] if one.speedup is not None else []
+        said.append(f"{one.name} {percent(one.accuracy)}{' with ' if costs else ''}{' and '.join(costs)}")
+    return f"Published ({published.source}): {'; '.join(said)}."
+
+
+def changes_finding(changes: Changes, *, most: int = 3) -> str:
+    """How many answers changed, and for which classes that makes a sure difference."""
+    whole = changes.whole
+    seeds = f" (all {len(changes.seeds)} seeds together)" if len(changes.seeds) > 1 else ""
+    sentences = [
+        f"Of {whole.total:,} test images{seeds} {whole.broken:,} became wrong, {whole.mended:,} became right and "
+        f"{whole.confused:,} are wrong in another way: {points_interval(whole)}."
+    ]
+    for word, sign in (("worse", -1), ("better", 1)):
+        found = sorted((one for one in changes.classes if sure(one) == sign), key=abs_difference)
+        if found:
+            named = [f"{one.name} ({points(one.difference.value)})" for one in reversed(found)]
+            sentences.append(f"Surely {word}, in points: {and_more(named, most=most)}.")
+    if len(sentences) == 1:
+        sentences.append("No class is surely better or worse than before.")
+    return " ".join(sentences)
+
+
+def abs_difference(one: Tally) -> float:
+    """The size of the change in accuracy."""
+    return abs(one.difference.value)
+
+
+def sure(one: Tally) -> int:
+    """-1: surely worse than before; 1: surely better; 0: the 95 % interval of the difference holds 0."""
+    interval = one.difference
+    return -1 if interval.high < 0 else 1 if interval.low > 0 else 0
+
+
+def points_interval(one: Tally) -> str:
+    """`−0.30 points, 95 % interval −0.52–−0.08`."""
+    interval = one.difference
+    return f"{points(interval.value)} points, 95 % interval {points(interval.low)} to {points(interval.high)}"
+
+
+KIND: dict[Kind, str] = {
+    "broken": "Right before, wrong now",
+    "mended": "Wrong before, right now",
+    "confused": "Wrong both times, with another answer",
+}
+"""The kinds of changed answers as headings."""
 
 
 def spectrum_finding(spectra: Sequence[LayerSpectrum], plans: Sequence[Plan]) -> str:
@@ -208,12 +353,12 @@ def spectrum_finding(spectra: Sequence[LayerSpectrum], plans: Sequence[Plan]) ->
     for one in spectra:
         values = Spectrum(np.array(one.values))
         sentences.append(
-            f"In the {one.metric} metric, {values.rank_for(0.5)} of them hold 50 % of the energy, "
+            f"In the {one.metric} metric, {values.rank_for(0.5)} of them hold 50 % of the energy (explained variance), "
             f"{values.rank_for(0.9)} hold 90 % and {values.rank_for(0.99)} hold 99 %."
         )
     kept = []
     for one in spectra:
-        held = Spectrum(np.array(one.values)).cumulative_energy
+        held = explained(one)
         kept += [
             f"{percent(held[rank - 1], places=1)} at rank {rank} ({one.metric})"
             for rank in kept_ranks(plans, layer=one.layer, metric=one.metric)
@@ -222,6 +367,11 @@ def spectrum_finding(spectra: Sequence[LayerSpectrum], plans: Sequence[Plan]) ->
     if kept:
         sentences.append(f"Energy kept: {and_more(kept, most=6)}.")
     return " ".join(sentences)
+
+
+def explained(spectrum: LayerSpectrum) -> NDArray[np.float64]:
+    """The share of the energy that the first 1..k values hold: as the study noted it, else from the values."""
+    return np.array(spectrum.cumulative or Spectrum(np.array(spectrum.values)).cumulative_energy, dtype=np.float64)
 
 
 def kept_ranks(plans: Iterable[Plan], *, layer: str, metric: Metric) -> tuple[int, ...]:
