@@ -168,7 +168,12 @@ def test_compress_writes_the_network_that_it_measured(run: Run, tmp_path: Path) 
     said = run("compress", *TRAINED, "--params", 0.6, "--out", "deep/small")
     assert said.code == 0, said.err
     small = tmp_path / "deep" / "small"
-    assert {one.name for one in small.iterdir()} == {"model.safetensors", "plan.json", "measurement.json"}
+    assert {one.name for one in small.iterdir()} == {
+        "model.safetensors",
+        "plan.json",
+        "measurement.json",
+        "report.html",
+    }
     found = Measured.load(small / "measurement.json")
     network = in_python(said.out)
     assert not network.training
@@ -409,7 +414,7 @@ def test_a_plan_for_another_network_is_refused(run: Run, tmp_path: Path) -> None
     assert files(tmp_path) == before
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "plan.json", "measurement.json"])
+@pytest.mark.parametrize("name", ["model.safetensors", "plan.json", "measurement.json", "report.html"])
 def test_a_file_that_is_not_of_an_earlier_run_is_never_replaced(run: Run, tmp_path: Path, name: str) -> None:
     (tmp_path / "small").mkdir()
     (tmp_path / "small" / name).write_text("mine")

@@ -153,6 +153,28 @@ def hostile(results: Results) -> Results:
 # ------------------------------------------------------------------------------------------------ results.json
 
 
+def test_one_compressed_network_makes_results(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(12, 20), nn.ReLU(), nn.Linear(20, 4)).eval(), torch.randn(1, 12)
+    data = [(torch.randn(8, 12), torch.arange(8) % 4)]
+    analysis = st.analyze(model, x)
+    small = st.compress(model, st.Rank(2), example_inputs=x, analysis=analysis)
+    dense, kept = (st.measure(one, x, latency=False) for one in (model, small.model))
+    kept = small.measurement.model_copy(update={"accuracy": st.accuracy(small.model, data)})
+    found = st.Results.of_network("mine", dense=dense, kept=kept, plan=small.plan, analysis=analysis)
+    assert found.dense.measurement == dense
+    assert found.dense.accuracy is None
+    assert found.chosen == "compressed"
+    assert found.variant("compressed").accuracy == kept.accuracy.value
+    assert found.variant("compressed").plan == small.plan
+    assert [one.layer for one in found.spectra] == [one.name for one in analysis]
+    page = st.report(found, tmp_path / "report.html").read_text(encoding="utf-8")
+    assert all(name in page for name in ("mine", "compressed", *(one.name for one in analysis)))
+    alone = st.Results.of_network("mine", dense=dense)
+    assert (alone.variants, alone.chosen, alone.spectra) == ((), None, ())
+    st.report(alone, tmp_path / "alone.html")
+
+
 def test_results_survive_the_file(results: Results, tmp_path: Path) -> None:
     assert Results.load(results.save(tmp_path / "deep" / "results.json")) == results
 

@@ -17,9 +17,8 @@ import spectrim as st
 from spectrim.models import mini_resnet, mlp
 from spectrim.recipes.changes import changes_of
 from spectrim.recipes.images import Images, load_images
-from spectrim.recipes.outcome import spectra_of
 from spectrim.recipes.thresholds import MEANING, spectral_plan
-from spectrim.report.results import PublishedPoint, Results, Variant
+from spectrim.report.results import PublishedPoint, Results, Variant, spectra_of
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: no browser to drive")
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)

@@ -23,12 +23,13 @@ from spectrim.io import save
 from spectrim.measure import Measurement, accuracy, measure
 from spectrim.plan import Budget, LatencyNote, Metric, Plan, Rule
 from spectrim.probe import Grid, probe
-from spectrim.report import LayerSpectrum, Results, Variant, report, table, words
+from spectrim.report import Results, report, table, words
 from spectrim.report.tables import Column, Listing
 from spectrim.runtimes import require_runtime
 from spectrim.sensitivity import felt, sensitivity
 
-_MODEL, _PLAN, _MEASURED, _PAGE = "model.safetensors", "plan.json", "measurement.json", "spectra.html"
+_MODEL, _PLAN, _MEASURED, _REPORT = "model.safetensors", "plan.json", "measurement.json", "report.html"
+_PAGE = "spectra.html"
 
 
 class Measured(Frozen):
@@ -61,7 +62,9 @@ def analyze_network(
         listing = table(analysis)
         if folder is not None:
             command = shlex.join(["spectrim", "analyze", *arguments(source, layers), "--out", str(out)])
-            report(_page(analysis, source, command), folder / _PAGE)
+            title = f"Singular values of {source.model}"
+            whole = Results.of_network(title, dense=analysis.whole, analysis=analysis, command=command)
+            report(whole, folder / _PAGE)
     console = Console(highlight=False)
     console.print(listing)
     if out is not None:
@@ -117,7 +120,8 @@ def compress_network(
         Path,
         typer.Option(
             metavar="DIR",
-            help=f"Folder for {_MODEL}, {_PLAN} and {_MEASURED}. Those of an earlier run are replaced, and no other.",
+            help=f"Folder for {_MODEL}, {_PLAN}, {_MEASURED} and {_REPORT}. Those of an earlier run are replaced, and "
+            "no other.",
         ),
     ],
 ) -> None:
@@ -150,6 +154,9 @@ def compress_network(
         command = _command(source, layers, choice, plan=plan, reconstruct=reconstruct, test=test, out=out)
         found = Measured(command=command, dense=dense, compressed=kept, model_sha256=sha256_of(folder / _MODEL))
         write_text(folder / _MEASURED, found.model_dump_json(indent=1, exclude_none=True) + "\n")
+        title = f"{source.model}, compressed"
+        both = Results.of_network(title, dense=dense, kept=kept, plan=small.plan, analysis=analysis, command=command)
+        report(both, folder / _REPORT)
     _show(small.plan, found, source, given, why_not, out)
 
 
@@ -234,18 +241,6 @@ def _check(choice: Choice, source: Source) -> None:
         raise typer.BadParameter(f"--metric {choice.metric} needs images: give --data")
 
 
-def _page(analysis: Analysis, source: Source, command: str) -> Results:
-    """The study of one network, dense."""
-    spectra = tuple(
-        LayerSpectrum(layer=one.name, kind=one.kind, shape=one.shape, metric=metric, values=tuple(found.values))
-        for one in analysis
-        for metric, found in one.spectra.items()
-    )
-    dense = Variant(name="dense", stage="dense", measurement=analysis.whole)
-    title = f"Singular values of {source.model}"
-    return Results(title=title, dense=dense, variants=(), spectra=spectra, command=command)
-
-
 def _given_plan(path: Path, layers: Layers, choice: Choice) -> Plan:
     more = arguments(layers, choice)
     if more:
@@ -288,7 +283,13 @@ def _show(made: Plan, found: Measured, source: Source, given: Subject, why_not: 
         console.print(_times(made.latency, made.rule))
     console.print(table(found.compressed))
     console.print(_accuracy(found, given, why_not), markup=False, soft_wrap=True)
-    for name, what in ((_MODEL, "the network"), (_PLAN, "what was done to each layer"), (_MEASURED, "every number")):
+    files = {
+        _MODEL: "the network",
+        _PLAN: "what was done to each layer",
+        _MEASURED: "every number",
+        _REPORT: "open this in a browser",
+    }
+    for name, what in files.items():
         console.print(f"  {out / name}  ({what})", markup=False, soft_wrap=True)
     options = f", options={source.options!r}" if source.options else ""
     shape = ", ".join(["batch", *map(str, given.example.shape[1:])])
@@ -360,7 +361,7 @@ def _ours(out: Path) -> dict[str, Ours]:
         if Measured.load(out / _MEASURED).model_sha256 != sha256_of(model):
             raise FileError(f"{model} was changed after it was written")
 
-    return {_MODEL: require_recorded, _PLAN: Plan.load, _MEASURED: Measured.load}
+    return {_MODEL: require_recorded, _PLAN: Plan.load, _MEASURED: Measured.load, _REPORT: _require_page}
 
 
 def _require_page(path: Path) -> None:

@@ -18,11 +18,11 @@ from spectrim.models import imagenet, resolve
 from spectrim.models.weights import fill_, read_state
 from spectrim.plan import Budget, Metric, Rank
 from spectrim.recipes.images import Augment, Images
-from spectrim.recipes.outcome import Network, SeedOutcome, spectra_of
+from spectrim.recipes.outcome import Network, SeedOutcome
 from spectrim.recipes.parts import Made
 from spectrim.recipes.study import Phase, SeedRun, Study
 from spectrim.recipes.tuning import Smaller, Tuned
-from spectrim.report import Variant
+from spectrim.report import Variant, spectra_of
 from spectrim.runtimes import RuntimeName
 
 IMAGENET = "imagenet"

@@ -13,12 +13,12 @@ from spectrim.models import mini_resnet
 from spectrim.plan import Budget, Energy, FormName, Metric, Plan, Rule
 from spectrim.ranks import plan
 from spectrim.recipes.images import Augment, Images, Part
-from spectrim.recipes.outcome import Network, SeedOutcome, spectra_of
+from spectrim.recipes.outcome import Network, SeedOutcome
 from spectrim.recipes.parts import Made
 from spectrim.recipes.study import SeedRun, Study
 from spectrim.recipes.thresholds import MEANING, Threshold, held_out_plan, spectral_plan
 from spectrim.recipes.tuning import Smaller, Tuned
-from spectrim.report import Variant
+from spectrim.report import Variant, spectra_of
 from spectrim.runtimes import RuntimeName
 
 Share = Annotated[float, Field(gt=0, lt=1)]

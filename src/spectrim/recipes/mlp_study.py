@@ -15,9 +15,10 @@ from spectrim.files import Frozen
 from spectrim.plan import Metric, Rank
 from spectrim.ranks import plan
 from spectrim.recipes.fully_connected import FullyConnected
-from spectrim.recipes.outcome import Network, SeedOutcome, spectra_of
+from spectrim.recipes.outcome import Network, SeedOutcome
 from spectrim.recipes.parts import Trained
 from spectrim.recipes.study import Phase, SeedRun
+from spectrim.report import spectra_of
 from spectrim.training import finetune
 from spectrim.training.checkpoint import Checkpoint
 

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from spectrim.analyze import Analysis
 from spectrim.errors import DependencyError
 from spectrim.execution import evaluating
 from spectrim.measure import Accuracy, Epoch, Measurement, accuracy, count, measure
@@ -226,22 +225,6 @@ def summarise(dense: Variant, chosen: Variant, *, remark: str = "", quick: bool 
         remark,
     )
     return " ".join(filter(None, sentences))
-
-
-def spectra_of(analysis: Analysis, *, cumulative: bool = False) -> tuple[LayerSpectrum, ...]:
-    """Every singular value of the analysis, with the share of the energy that the first ones hold where asked for."""
-    return tuple(
-        LayerSpectrum(
-            layer=layer.name,
-            kind=layer.kind,
-            shape=layer.shape,
-            metric=metric,
-            values=tuple(spectrum.values.tolist()),
-            cumulative=tuple(spectrum.cumulative_energy.tolist()) if cumulative else (),
-        )
-        for layer in analysis
-        for metric, spectrum in layer.spectra.items()
-    )
 
 
 def versions() -> dict[str, str]:

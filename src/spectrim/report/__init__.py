@@ -15,6 +15,7 @@ from spectrim.report.results import (
     Results,
     Run,
     Variant,
+    spectra_of,
 )
 from spectrim.report.study_tables import changes_table, published_table, runtimes_table
 from spectrim.report.tables import table, text
@@ -41,6 +42,7 @@ __all__ = [
     "report",
     "runtimes_table",
     "save_figure",
+    "spectra_of",
     "table",
     "text",
 ]

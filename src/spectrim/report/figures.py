@@ -15,7 +15,7 @@ from spectrim.linalg import Spectrum
 from spectrim.measure import Epoch
 from spectrim.plan import Plan
 from spectrim.report import words
-from spectrim.report.results import LayerSpectrum, Results, Run, Variant
+from spectrim.report.results import LayerSpectrum, Results, Run, Variant, spectra_of
 from spectrim.report.style import COLOURS, GREY, HEIGHT, METRIC_STYLE, SYMBOLS, TEMPLATE, Style, safe
 
 _POINTS = 200
@@ -179,11 +179,7 @@ def _spectra(source: Analysis | Results) -> tuple[LayerSpectrum, ...]:
     if isinstance(source, Results):
         spectra = source.spectra
     elif isinstance(source, Analysis):
-        spectra = tuple(
-            LayerSpectrum(layer=one.name, kind=one.kind, shape=one.shape, metric=metric, values=tuple(values.values))
-            for one in source
-            for metric, values in one.spectra.items()
-        )
+        spectra = spectra_of(source)
     else:
         raise DataError(f"spectra come from an Analysis or from Results, and this is a {type(source).__name__}")
     if not spectra:

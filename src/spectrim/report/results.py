@@ -7,6 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from spectrim.analyze import Analysis
 from spectrim.files import Frozen, parse, read_text, write_text
 from spectrim.measure import Accuracy, Epoch, Measurement
 from spectrim.plan import Metric, Plan, Rule
@@ -46,6 +47,22 @@ class LayerSpectrum(Frozen):
                 "shares of their energy"
             )
         return self
+
+
+def spectra_of(analysis: Analysis, *, cumulative: bool = False) -> tuple[LayerSpectrum, ...]:
+    """Every singular value of the analysis, with the share of the energy that the first ones hold where asked for."""
+    return tuple(
+        LayerSpectrum(
+            layer=layer.name,
+            kind=layer.kind,
+            shape=layer.shape,
+            metric=metric,
+            values=tuple(spectrum.values.tolist()),
+            cumulative=tuple(spectrum.cumulative_energy.tolist()) if cumulative else (),
+        )
+        for layer in analysis
+        for metric, spectrum in layer.spectra.items()
+    )
 
 
 class Agreement(Frozen):
@@ -302,6 +319,48 @@ class Results(Frozen):
             raise ValueError(f"the changes are of {self.changes.variant!r}, which is no network of these results")
         return self
 
+    @classmethod
+    def of_network(
+        cls,
+        title: str,
+        *,
+        dense: Measurement,
+        kept: Measurement | None = None,
+        stage: Stage = "zero-shot",
+        plan: Plan | None = None,
+        analysis: Analysis | None = None,
+        command: str | None = None,
+    ) -> "Results":
+        """One network, and what compression made of it: the results of a study of a single step.
+
+        Args:
+            title: One line.
+            dense: The network as it was; its accuracy is shown where it was measured.
+            kept: The compressed network, if there is one; named `compressed`.
+            stage: What has been done to that since.
+            plan: What was done to each layer.
+            analysis: Where the singular values come from.
+            command: What repeats it.
+        """
+        first = Variant(name="dense", stage="dense", measurement=dense, runs=_tested(dense))
+        second = kept and Variant(
+            name="compressed",
+            stage=stage,
+            measurement=kept,
+            rule=plan.rule if plan else None,
+            metric=plan.metric if plan else None,
+            plan=plan,
+            runs=_tested(kept),
+        )
+        return cls(
+            title=title,
+            dense=first,
+            variants=(second,) if second else (),
+            chosen=second.name if second else None,
+            spectra=spectra_of(analysis) if analysis else (),
+            command=command,
+        )
+
     def variant(self, name: str) -> Variant:
         """The variant of this name. Raises `KeyError` when there is none."""
         for one in (self.dense, *self.variants):
@@ -319,3 +378,7 @@ class Results(Frozen):
     def load(cls, path: str | Path) -> "Results":
         """Read results. Raises `FileError` for a missing, cut or invalid file."""
         return parse(cls, read_text(Path(path)), origin=str(path))
+
+
+def _tested(one: Measurement) -> tuple[Run, ...]:
+    return () if one.accuracy is None else (Run(seed=0, test=one.accuracy),)
