@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from functools import partial
 from pathlib import Path
 from urllib.error import URLError
 
@@ -16,6 +17,7 @@ import spectrim as st
 from spectrim import errors, models, recipes
 from spectrim.models import imagenet
 from spectrim.recipes import Augment, ClassifierStudy, MiniResNetStudy, Phase, Progress, Tuned, run_study, verify_run
+from spectrim.recipes.heads import Features
 from spectrim.recipes.images import Minibatches, Part, load_images
 from spectrim.recipes.mini_resnet_study import Compressing
 from spectrim.recipes.outcome import Timing
@@ -71,7 +73,7 @@ SMALL = ClassifierStudy(
     size=12,
     convolution="layer2.0",
     dense=Phase(epochs=4, lr=1e-2, batch=64),
-    head=SHORT,
+    head=Tuned(phase=SHORT, temperature=1.0),
     head_images=300,
     macs=0.5,
     calibration_images=64,
@@ -275,6 +277,30 @@ def test_the_classifier_beside_the_whole_network(tmp_path: Path) -> None:
     assert again.dense.runs[0].curve == ()
     with pytest.raises(errors.FileError, match="holds a run of tiny-classifier with other settings"):
         run_study(given, out)
+
+
+def test_a_head_tuned_on_features_is_the_network_tuned_with_its_backbone_frozen() -> None:
+    images = load_images("digits", held_out=237, limit=200)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 20), nn.ReLU(), nn.Linear(20, 10)).eval()
+    features = Features.of(model, "3", train=images.train, held_out=images.held_out)
+    assert torch.equal(model[3](features.train), model(images.train.images))
+    how = Tuned(phase=Phase(epochs=3, lr=1e-2, batch=50))
+    options = {"epochs": 3, "lr": 1e-2}
+    ours, done = features.tuned(model, "3", how=how, teacher=None, seed=0, **options)
+    batches = partial(Minibatches, images.train.images, images.train.labels, 50, 0)
+    theirs = st.finetune(model, batches, train=["3"], held_out=images.held_out.batches(), **options)
+    for name, value in theirs.model.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name], value, rtol=1e-4, atol=1e-5)
+    assert done.history[-1].held_out == theirs.history[-1].held_out
+    assert not torch.equal(ours[3].weight, model[3].weight)
+
+
+def test_a_layer_that_is_not_the_last_is_no_head() -> None:
+    images = load_images("digits", held_out=237, limit=20)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10), nn.Softmax(dim=1))
+    with pytest.raises(errors.ModelError, match="does not end with '1'"):
+        Features.of(model, "1", train=images.train, held_out=images.held_out)
 
 
 @pytest.mark.usefixtures("network")

@@ -1,6 +1,7 @@
 """A published network with a small classifier: what compressing that layer gives, and what the whole network gives."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -16,14 +17,16 @@ from spectrim.files import sha256_of
 from spectrim.measure import count, measure
 from spectrim.models import imagenet, resolve
 from spectrim.models.weights import fill_, read_state
-from spectrim.plan import Budget, Metric, Rank
+from spectrim.plan import Budget, Metric, Plan, Rank
+from spectrim.recipes.heads import Features
 from spectrim.recipes.images import Augment, Images
 from spectrim.recipes.outcome import Network, SeedOutcome
-from spectrim.recipes.parts import Made
-from spectrim.recipes.study import Phase, SeedRun, Study
+from spectrim.recipes.parts import Made, Trained
+from spectrim.recipes.study import SeedRun, Study
 from spectrim.recipes.tuning import Smaller, Tuned
 from spectrim.report import Variant, spectra_of
 from spectrim.runtimes import RuntimeName
+from spectrim.training.checkpoint import Checkpoint
 
 IMAGENET = "imagenet"
 
@@ -40,7 +43,7 @@ class ClassifierStudy(Study):
         convolution: A convolution in the middle, whose spectrum is shown.
         classifier: The last layer.
         compressions: Shares of the classifier's ranks that are taken away; 0 leaves it dense.
-        head: Training of the classifier alone, with the labels.
+        head: Training of the classifier alone; the dense one learns from the labels.
         head_images: On so many training images.
         macs: Share of the whole network's MACs to keep.
         metric: In which forms and ranks are chosen for that; `plain` needs no calibration and is done in seconds.
@@ -58,7 +61,7 @@ class ClassifierStudy(Study):
     convolution: str = "layer2.1.conv2"
     classifier: str = "fc"
     compressions: tuple[Annotated[float, Field(ge=0, lt=1)], ...] = (0.0, 0.5, 0.8)
-    head: Phase
+    head: Tuned
     head_images: int = Field(ge=1)
     macs: float = Field(default=0.5, gt=0, lt=1)
     metric: Metric = "activation"
@@ -147,7 +150,7 @@ class ClassifierStudy(Study):
             "held_out": min(self.held_out, 500),
             "dense": self.dense.in_small_steps(2),
             "size": None,
-            "head": self.head.at_most(2),
+            "head": self.head.in_small_steps(2),
             "head_images": min(self.head_images, 500),
             "calibration_images": min(self.calibration_images, 64),
             # the algebra of wide layers takes minutes in the others, however few the images
@@ -164,9 +167,8 @@ class ClassifierStudy(Study):
         return analyze(dense, example, calibration=seen, include=(self.convolution, self.classifier))
 
     def _classifiers(self, run: SeedRun, dense: nn.Module) -> Iterator[Network]:
-        """The backbone frozen; the control is the dense classifier, tuned in the same way."""
-        some = run.images.train.some(self.head_images, seed=run.seed)
-        tuned = Tuned(phase=self.head)
+        """The backbone frozen; the control is the dense classifier, which learns from the labels."""
+        heads = _Heads(self, run, dense)
         full = min(dense.get_submodule(self.classifier).get_parameter("weight").shape)
         for share in self.compressions:
             rank = max(1, round((1 - share) * full))
@@ -174,7 +176,7 @@ class ClassifierStudy(Study):
             run.begin(f"{title}: tuning the head")
             work = Smaller(run, dense, title, Rank(rank) if share else None, "plain" if share else None)
             if not share:
-                yield from work.networks(dense, None, tuned, train="head", data=some, zero_shot=False)
+                yield heads.tuned(work, dense, None)
                 continue
 
             def make(rank: int = rank) -> Made:
@@ -183,7 +185,8 @@ class ClassifierStudy(Study):
                 return done.model, done.plan
 
             made = work.compressed(make, classifier=self.classifier, rank=rank)
-            yield from work.networks(*made, tuned, train="head", data=some)
+            yield work.zero_shot(*made)
+            yield heads.tuned(work, *made)
 
     def _whole(self, run: SeedRun, dense: nn.Module) -> Iterator[Network]:
         rule = Budget(macs=self.macs)
@@ -214,3 +217,36 @@ class ClassifierStudy(Study):
             images=self.calibration_images,
         )
         yield from work.networks(*made, self.tuning)
+
+
+class _Heads:
+    """The classifier of one seed, trained alone."""
+
+    def __init__(self, study: ClassifierStudy, run: SeedRun, dense: nn.Module) -> None:
+        self.study, self.run, self.dense = study, run, dense
+
+    @cached_property
+    def features(self) -> Features:
+        """What the dense network's classifier receives."""
+        some = self.run.images.train.some(self.study.head_images, seed=self.run.seed)
+        return Features.of(self.dense, self.study.classifier, train=some, held_out=self.run.images.held_out)
+
+    def tuned(self, work: Smaller, model: nn.Module, plan: Plan | None) -> Network:
+        """The network with its classifier tuned; one of low rank may learn from the dense one."""
+        study, how = self.study, self.study.head
+        taught = plan is not None and how.temperature is not None
+
+        def train(checkpoint: Checkpoint) -> Trained:
+            better, done = self.features.tuned(
+                model,
+                study.classifier,
+                how=how,
+                teacher=self.dense.get_submodule(study.classifier) if taught else None,
+                **self.run.options(how.phase, checkpoint),
+            )
+            return better, done.history
+
+        key = self.run.key(
+            start=model, teacher=work.dense_key, head=study.classifier, tuned=how, images=study.head_images
+        )
+        return work.trained(plan, "head tuned", key=key, train=train)

@@ -160,7 +160,10 @@ def resized(images: Tensor, size: int | None) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Minibatches:
-    """One epoch of (inputs, targets) in an order that only the seed and the epoch decide; a short rest is left out."""
+    """One epoch of (inputs, targets) in an order that only the seed and the epoch decide; a short rest is left out.
+
+    Inputs are images (N, C, H, W), or features of them (N, F), which no augmentation fits.
+    """
 
     inputs: Tensor
     targets: Tensor
@@ -178,5 +181,6 @@ class Minibatches:
         order = torch.randperm(len(self.inputs), generator=generator)
         for index in order.split(self.size)[: len(self)]:
             varied = resized(self.augment.apply(self.inputs[index], generator), self.pixels)
-            # convolutions on a CPU train a fifth faster on images whose colours lie side by side
-            yield varied.contiguous(memory_format=torch.channels_last), self.targets[index]
+            if varied.ndim == 4:  # convolutions on a CPU train a fifth faster where colours lie side by side
+                varied = varied.contiguous(memory_format=torch.channels_last)
+            yield varied, self.targets[index]

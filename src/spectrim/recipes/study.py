@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from spectrim.execution import evaluating
 from spectrim.files import Frozen
 from spectrim.measure import Accuracy, accuracy
-from spectrim.recipes.images import Augment, Images, Minibatches, Part
+from spectrim.recipes.images import Augment, Images, Minibatches
 from spectrim.recipes.outcome import SeedOutcome
 from spectrim.recipes.parts import Parts, Trained, key_of
 from spectrim.recipes.progress import Teller
@@ -237,9 +237,9 @@ class SeedRun:
         with evaluating(dense):
             return torch.cat([dense(some) for some, _ in self.images.train.batches()])
 
-    def epochs(self, targets: Tensor, phase: Phase, *, of: Part | None = None) -> Callable[[int], Minibatches]:
-        """The minibatches of every epoch, the same ones for every network of this seed; `of` names other images."""
-        images, study = (of or self.images.train).images, self.study
+    def epochs(self, targets: Tensor, phase: Phase) -> Callable[[int], Minibatches]:
+        """The minibatches of every epoch, the same ones for every network of this seed."""
+        images, study = self.images.train.images, self.study
         return lambda epoch: Minibatches(
             images, targets, phase.batch, self.seed, epoch, study.augment(), study.pixels()
         )

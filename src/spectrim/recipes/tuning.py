@@ -7,12 +7,12 @@ from pydantic import Field
 from torch import nn
 
 from spectrim.files import Frozen
+from spectrim.measure import Epoch
 from spectrim.plan import Metric, Plan, Rule
-from spectrim.recipes.images import Part
 from spectrim.recipes.outcome import Network, file_name
 from spectrim.recipes.parts import Made, Trained
 from spectrim.recipes.study import Phase, SeedRun
-from spectrim.surgery import Patterns
+from spectrim.report.results import Stage
 from spectrim.training import finetune
 from spectrim.training.checkpoint import Checkpoint
 
@@ -58,49 +58,43 @@ class Smaller:
         key = self.run.key(start=self.dense, **settings)
         return self.run.parts.compressed(f"{file_name(self.title)}-compressed", key=key, blank=self.dense, make=make)
 
-    def networks(
-        self,
-        model: nn.Module,
-        plan: Plan | None,
-        tuned: Tuned,
-        *,
-        train: str | Patterns = "all",
-        data: Part | None = None,
-        zero_shot: bool = True,
-    ) -> Iterator[Network]:
-        """The network as it was compressed, unless `zero_shot` is off, and after fine-tuning on `data`."""
-        run, label = self.run, "fine-tuned" if train == "all" else f"{train} tuned"
-        if zero_shot:
-            yield Network(
-                f"{self.title}, zero-shot",
-                "zero-shot",
-                model,
-                run.held_out(model),
-                rule=self.rule,
-                metric=self.metric,
-                plan=plan,
-            )
-        images = data or run.images.train
+    def networks(self, model: nn.Module, plan: Plan | None, tuned: Tuned) -> Iterator[Network]:
+        """The network as it was compressed, and after fine-tuning on all training images."""
+        images = self.run.images.train
 
         def trained(checkpoint: Checkpoint) -> Trained:
             done = finetune(
                 model,
-                run.epochs(images.labels, tuned.phase, of=images),
+                self.run.epochs(images.labels, tuned.phase),
                 teacher=None if tuned.temperature is None else self.dense,
                 temperature=tuned.temperature or 1.0,
                 frozen_norms=tuned.frozen_norms,
-                train=train,
-                **run.options(tuned.phase, checkpoint),
+                **self.run.options(tuned.phase, checkpoint),
             )
             return done.model, done.history
 
-        key = run.key(start=model, teacher=self.dense_key, tuned=tuned, train=train, images=len(images))
-        better, curve = run.parts.trained(f"{file_name(self.title)}-tuned", key=key, blank=self.dense, train=trained)
-        yield Network(
+        yield self.zero_shot(model, plan)
+        key = self.run.key(start=model, teacher=self.dense_key, tuned=tuned, train="all", images=len(images))
+        yield self.trained(plan, "fine-tuned", key=key, train=trained)
+
+    def zero_shot(self, model: nn.Module, plan: Plan | None) -> Network:
+        """The network as it was compressed."""
+        return self._network("zero-shot", "zero-shot", model, (), plan)
+
+    def trained(self, plan: Plan | None, label: str, *, key: str, train: Callable[[Checkpoint], Trained]) -> Network:
+        """The network after training: from disk where it was trained from the same, by `train` otherwise."""
+        name = f"{file_name(self.title)}-tuned"
+        better, curve = self.run.parts.trained(name, key=key, blank=self.dense, train=train)
+        return self._network(label, "fine-tuned", better, curve, plan)
+
+    def _network(
+        self, label: str, stage: Stage, model: nn.Module, curve: tuple[Epoch, ...], plan: Plan | None
+    ) -> Network:
+        return Network(
             f"{self.title}, {label}",
-            "fine-tuned",
-            better,
-            run.held_out(better),
+            stage,
+            model,
+            self.run.held_out(model),
             curve,
             rule=self.rule,
             metric=self.metric,
