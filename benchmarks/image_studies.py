@@ -79,7 +79,8 @@ def fashion(results: st.Results) -> Sequence[Bar]:
 
 def resnet18(results: st.Results) -> Sequence[Bar]:
     """The classifier at half of its ranks, and the whole network at half of its MACs."""
-    dense, (half,), (whole,) = percent(results.dense), tuned(results, "classifier at rank 5"), tuned(results, "whole")
+    dense, (half,) = percent(results.dense), tuned(results, "classifier at rank 5")
+    whole = results.variant(results.chosen or "")  # zero-shot or fine-tuned, by held-out images
     return (
         Bar(f"{half.name}: points below dense", dense - percent(half), 0.2, most=True),
         Bar(f"{whole.name}: points below dense", dense - percent(whole), 0.3, most=True),
