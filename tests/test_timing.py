@@ -91,6 +91,9 @@ def test_processor_time_of_several_threads_is_not_taken() -> None:
         (0.7, 0.69, 0.71, 0.99, "slower"),
         (1.01, 0.99, 1.03, 1.0, "no difference"),
         (1.5, 1.2, 1.8, 1.0, "too noisy to tell"),
+        (2.1, 1.95, 2.3, 1.0, "faster"),  # how much is not sure, and that it is faster is
+        (0.4, 0.3, 0.5, 1.0, "slower"),
+        (0.8, 0.7, 0.9, 1.0, "too noisy to tell"),
         (1.05, 0.95, 1.15, 1.0, "too noisy to tell"),
         (1.04, 1.02, 1.06, 1.10, "too noisy to tell"),
         (0.96, 0.94, 0.98, 0.90, "too noisy to tell"),

@@ -17,7 +17,7 @@ _Z95 = 1.959963984540054
 _FINE = 1e-5
 """Seconds: a processor clock that ticks more coarsely is of no use."""
 _WIDE = 0.15
-"""An interval wider than this share of its value says too little."""
+"""An interval near 1 that is wider than this share of its value says too little."""
 
 _APART = 8
 """Passes of one lap, where something has to be done between them."""
@@ -59,9 +59,14 @@ class Comparison(Frozen):
 
     @property
     def verdict(self) -> Verdict:
-        """What can be said: too noisy when the interval is wide, or the machine changed by more than the difference."""
-        ratio = self.ratio
-        if ratio.high - ratio.low > _WIDE * ratio.value:
+        """What can be said.
+
+        Too noisy is an interval that is wide, unless 1 lies farther from it than it is wide, and a machine that changed
+        by more than the difference.
+        """
+        ratio, width = self.ratio, self.ratio.high - self.ratio.low
+        near = ratio.low - width <= 1 <= ratio.high + width
+        if near and width > _WIDE * ratio.value:
             return "too noisy to tell"
         if ratio.low <= 1 <= ratio.high:
             return "no difference"
