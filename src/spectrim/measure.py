@@ -18,7 +18,7 @@ from spectrim.execution import Inputs, as_inputs, call, evaluating, require_repe
 from spectrim.files import Frozen
 from spectrim.runtimes import Prepared, RuntimeName, prepare, require_runtime
 from spectrim.surgery import unique_tensors
-from spectrim.timing import Comparison, Interval, Lap, Verdict, compare, interleaved
+from spectrim.timing import Z95, Comparison, Interval, Lap, Verdict, compare, interleaved
 
 __all__ = [
     "Accuracy",
@@ -32,8 +32,6 @@ __all__ = [
     "measure",
     "runtime_gain",
 ]
-
-_Z95 = 1.959963984540054
 
 
 class Accuracy(Frozen):
@@ -51,9 +49,9 @@ class Accuracy(Frozen):
     def interval(self) -> Interval:
         """The share with its 95 % Wilson score interval (Wilson 1927), which covers the sampling of the test set."""
         n, p = self.total, self.value
-        scale = 1 + _Z95**2 / n
-        centre = (p + _Z95**2 / (2 * n)) / scale
-        half = _Z95 / scale * math.sqrt(p * (1 - p) / n + _Z95**2 / (4 * n * n))
+        scale = 1 + Z95**2 / n
+        centre = (p + Z95**2 / (2 * n)) / scale
+        half = Z95 / scale * math.sqrt(p * (1 - p) / n + Z95**2 / (4 * n * n))
         return Interval(value=p, low=max(0.0, min(p, centre - half)), high=min(1.0, max(p, centre + half)))
 
 

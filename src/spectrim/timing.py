@@ -13,7 +13,8 @@ from typing import Literal, NamedTuple, TypeVar
 from spectrim.files import Frozen
 
 _T = TypeVar("_T")
-_Z95 = 1.959963984540054
+Z95 = 1.959963984540054
+"""Standard deviations of a normal distribution to both sides that hold 95 % of it."""
 _FINE = 1e-5
 """Seconds: a processor clock that ticks more coarsely is of no use."""
 _WIDE = 0.15
@@ -178,7 +179,7 @@ def interleaved(
 def median_interval(values: Sequence[float]) -> Interval:
     """Median and its distribution-free 95 % interval, from order statistics."""
     ordered, n = sorted(values), len(values)
-    reach = _Z95 * math.sqrt(n) / 2
+    reach = Z95 * math.sqrt(n) / 2
     low, high = math.floor(n / 2 - reach), math.ceil(n / 2 + reach)
     return Interval(value=statistics.median(ordered), low=ordered[max(0, low)], high=ordered[min(n - 1, high)])
 

@@ -40,17 +40,18 @@ def report(results: Results, path: str | Path) -> Path:
         raise DataError(
             f"a report shows Results, and got {type(results).__name__}; read them with Results.load('results.json')"
         )
+    study = table(results)
     page = _template().render(
         results=results,
         glances=_glances(results),
         accuracy=_accuracy_gallery(results),
         spectra=_spectra_gallery(results),
         curves=_curves_gallery(results),
-        study=table(results),
+        study=study,
         published=published_table(results),
         runtimes=runtimes_table(results),
         changes=_changed(results.changes) if results.changes is not None else None,
-        said=_said_by_the_name(table(results)),
+        said=_said_by_the_name(study),
         plans=_plans(results),
         plotly=Markup(get_plotlyjs()),  # plotly's own script, meant for inlining
     )
@@ -210,9 +211,13 @@ def _changed(changes: Changes) -> _Changed | None:
     gallery = _gallery("classes", "Figure", [("Classes", plot_classes(changes), finding)])
     assert gallery is not None
     whole = changes.whole
-    totals = {"broken": whole.broken, "mended": whole.mended, "confused": whole.confused}
     groups = tuple(
-        _Group(kind, title, totals[kind], tuple(_image(one, changes) for one in changes.flipped if one.kind == kind))
+        _Group(
+            kind,
+            title,
+            getattr(whole, kind),
+            tuple(_image(one, changes) for one in changes.flipped if one.kind == kind),
+        )
         for kind, title in words.KIND.items()
     )
     return _Changed(changes.variant, finding, gallery, changes_table(changes), groups, changes.seeds)

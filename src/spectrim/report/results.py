@@ -11,12 +11,10 @@ from spectrim.analyze import Analysis
 from spectrim.files import Frozen, parse, read_text, write_text
 from spectrim.measure import Accuracy, Epoch, Measurement
 from spectrim.plan import Metric, Plan, Rule
-from spectrim.timing import Interval
+from spectrim.timing import Z95, Interval
 
 Stage = Literal["dense", "zero-shot", "fine-tuned", "trained"]
 Kind = Literal["broken", "mended", "confused"]
-
-_Z95 = 1.959963984540054
 
 
 class LayerSpectrum(Frozen):
@@ -203,7 +201,7 @@ class Tally(Frozen):
         """
         changed, shift = self.broken + self.mended + 1, self.mended - self.broken
         total = self.total + 2
-        half = _Z95 * math.sqrt(max(0.0, changed - shift * shift / total)) / total
+        half = Z95 * math.sqrt(max(0.0, changed - shift * shift / total)) / total
         value, centre = shift / max(1, self.total), shift / total
         return Interval(value=value, low=max(-1.0, min(value, centre - half)), high=min(1.0, max(value, centre + half)))
 
