@@ -80,9 +80,11 @@ def fashion(results: st.Results) -> Sequence[Bar]:
 def resnet18(results: st.Results) -> Sequence[Bar]:
     """The classifier at half of its ranks, and the whole network at half of its MACs."""
     dense, (half,) = percent(results.dense), tuned(results, "classifier at rank 5")
+    (control,) = tuned(results, "classifier dense")
     whole = results.variant(results.chosen or "")  # zero-shot or fine-tuned, by held-out images
     return (
         Bar(f"{half.name}: points below dense", dense - percent(half), 0.2, most=True),
+        Bar("the same, points below dense, its head tuned too", percent(control) - percent(half), 0.2, most=True),
         Bar(f"{whole.name}: points below dense", dense - percent(whole), 0.3, most=True),
         Bar("the same, MACs kept (%)", 100 * (whole.measurement.macs_ratio or 1), 50.0, most=True),
         Bar("the same, best speed-up", fastest(whole), 1.6),

@@ -430,6 +430,7 @@ def test_images_vary_by_seed_and_epoch_alone() -> None:
 
 def test_runtimes_are_those_asked_for_or_those_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Timing.of(("torch",), batch=2) == Timing(("torch",), 2)
+    assert Timing.of(("torch",), batch=2, quick=True).rounds < Timing(("torch",), 2).rounds
 
     def absent(name: str, **_: object) -> str:
         if name == "onnxruntime":

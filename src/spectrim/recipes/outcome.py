@@ -70,20 +70,22 @@ class Timing:
 
     runtimes: tuple[RuntimeName, ...]
     batch: int
+    rounds: int = 31
 
     @classmethod
-    def of(cls, runtimes: Sequence[RuntimeName], *, batch: int) -> "Timing":
-        """The runtimes asked for; for none, torch, and ONNX Runtime where it is installed.
+    def of(cls, runtimes: Sequence[RuntimeName], *, batch: int, quick: bool = False) -> "Timing":
+        """The runtimes asked for; for none, torch, and ONNX Runtime where it is installed. Fewer rounds for `quick`.
 
         Raises:
             EngineError, DependencyError: one that was asked for cannot be had.
         """
+        rounds = 9 if quick else cls.rounds
         if runtimes:
-            return cls(tuple(require_runtime(name) for name in runtimes), batch)
+            return cls(tuple(require_runtime(name) for name in runtimes), batch, rounds)
         try:
-            return cls(("torch", require_runtime("onnxruntime")), batch)
+            return cls(("torch", require_runtime("onnxruntime")), batch, rounds)
         except DependencyError:
-            return cls(("torch",), batch)
+            return cls(("torch",), batch, rounds)
 
     @property
     def words(self) -> str:
@@ -98,7 +100,8 @@ class Timing:
         found = []
         counted = count(model, images.test.example())
         for runtime in self.runtimes:
-            one = measure(model, images.test.example(self.batch), reference=reference, runtime=runtime)
+            example = images.test.example(self.batch)
+            one = measure(model, example, reference=reference, runtime=runtime, rounds=self.rounds)
             found.append(one.model_copy(update={"macs": counted.macs, "batch": self.batch}))
         return found
 
