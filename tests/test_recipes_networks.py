@@ -20,7 +20,7 @@ from spectrim.recipes import Augment, ClassifierStudy, MiniResNetStudy, Phase, P
 from spectrim.recipes.heads import Features
 from spectrim.recipes.images import Minibatches, Part, load_images
 from spectrim.recipes.mini_resnet_study import Compressing
-from spectrim.recipes.outcome import Timing
+from spectrim.recipes.outcome import Network, SeedOutcome, Timing, choose
 from spectrim.recipes.parts import Parts
 from spectrim.recipes.progress import Teller, silent
 from spectrim.recipes.run import images_of
@@ -457,3 +457,24 @@ def test_a_further_runtime_has_its_own_figures() -> None:
     assert first.macs_ratio == second.macs_ratio < 1
     assert second.speedup is not None
     assert "batches of 2 images" in timing.words
+
+
+@pytest.mark.parametrize(
+    ("candidates", "kept"),
+    [
+        ([(40, 91), (41, 94), (60, 99)], 41),  # 2.5 % more parameters and three points better
+        ([(40, 91), (44, 94), (60, 99)], 40),  # 10 % more are another size
+        ([(40, 94), (41, 94)], 40),
+        ([(10, 80), (40, 91)], 40),  # the first is outside the tolerance
+        ([(10, 80), (20, 85)], 20),  # and here none is inside: the best
+    ],
+)
+def test_kept_is_the_smallest_or_a_better_one_of_its_size(candidates: list[tuple[int, int]], kept: int) -> None:
+    networks = tuple(
+        Network(str(size), "zero-shot", nn.Linear(size, 1, bias=False), st.Accuracy(correct=right, total=100))
+        for size, right in candidates
+    )
+    outcome = SeedOutcome(0, nn.Linear(100, 1), st.Accuracy(correct=95, total=100), (), networks)
+    chosen, because = choose([outcome], 0.05)
+    assert chosen.name == str(kept)
+    assert ("larger than it" in because) == ((41, 94) in candidates)

@@ -24,6 +24,8 @@ from spectrim.report.results import Agreement, Stage
 from spectrim.runtimes import RuntimeName, require_runtime
 from spectrim.training.checkpoint import fingerprint
 
+_AS_SMALL = 1.05
+
 
 @dataclass(frozen=True, eq=False)
 class Network:
@@ -181,7 +183,10 @@ def _agreement(model: nn.Module, reference: nn.Module, tests: Sequence[Batch]) -
 
 
 def choose(seeds: Sequence[SeedOutcome], tolerance: float) -> tuple[Network, str]:
-    """The smallest network within the tolerance of dense on held-out training images; the best one if none is."""
+    """The smallest network within the tolerance of dense on held-out training images; the best one if none is.
+
+    Of networks of about the same size the more accurate one is kept.
+    """
     means = [
         statistics.fmean(one.networks[index].held_out.value for one in seeds) for index in range(len(seeds[0].networks))
     ]
@@ -191,8 +196,13 @@ def choose(seeds: Sequence[SeedOutcome], tolerance: float) -> tuple[Network, str
     if not close:
         best = max(networks, key=lambda pair: pair[1])[0]
         return best, "the most accurate on held-out training images; none came within the tolerance of dense"
-    smallest = min(close, key=lambda pair: (_size(pair[0].model), -pair[1]))[0]
-    return smallest, f"the smallest within {100 * tolerance:g} points of dense on held-out training images"
+    smallest = min(_size(network.model) for network, _ in close)
+    as_small = [pair for pair in close if _size(pair[0].model) <= _AS_SMALL * smallest]
+    kept = max(as_small, key=lambda pair: (pair[1], -_size(pair[0].model)))[0]
+    because = f"the smallest within {100 * tolerance:g} points of dense on held-out training images"
+    if len({_size(network.model) for network, _ in as_small}) > 1:
+        because += f"; of those at most {100 * (_AS_SMALL - 1):.0f} % larger than it, the most accurate there"
+    return kept, because
 
 
 def pairs_of(seeds: Sequence[SeedOutcome], name: str) -> dict[int, tuple[nn.Module, nn.Module]]:

@@ -77,7 +77,8 @@ class Study(Frozen, ABC):
         limit: Use at most so many training and test images.
         dense: Training of the dense network, cross-entropy.
         seeds: One whole run each.
-        tolerance: The chosen network is the smallest that loses at most this share of held-out accuracy.
+        tolerance: The chosen network is the smallest that loses at most this share of held-out accuracy; of those up to
+            5 % larger, the most accurate.
         runtimes: What the networks are timed in, the first one for the table; none means torch, and ONNX Runtime where
             it is installed.
         latency_batch: Images of one timed pass.
