@@ -51,6 +51,15 @@ def test_every_recipe_is_listed_and_shown() -> None:
     assert "mnist-mlp" in str(refused.exception)
 
 
+def test_a_quick_look_takes_the_seeds_it_is_given(mine: Path) -> None:
+    done = CliRunner().invoke(app, ["recipe", "run", "mine.toml", "--quick", "--seeds", "3,1"])
+    assert done.exit_code == 0, done.output
+    results = st.Results.load(mine.parent / "spectrim-mine" / "results.json")
+    assert [run.seed for run in results.dense.runs] == [3, 1]
+    assert results.command == "spectrim recipe run mine.toml --quick --seeds 3,1"
+    assert "quick look" in results.title
+
+
 def test_a_shown_recipe_can_be_edited_and_run_and_verified(mine: Path) -> None:
     done = CliRunner().invoke(app, ["recipe", "run", "mine.toml", "--seeds", "0,1"])
     assert done.exit_code == 0, done.output

@@ -6,9 +6,9 @@ from cases import Tied, inputs, same_state, small_mlp, state
 from torch import Tensor, nn
 
 import spectrim as st
-from spectrim import errors
+from spectrim import errors, models
 from spectrim.execution import as_inputs
-from spectrim.measure import batched, runtime_gain
+from spectrim.measure import batched, measure_each, runtime_gain
 
 X = inputs(6, 12)
 
@@ -177,3 +177,27 @@ def test_measurements_of_former_versions_are_read() -> None:
     assert found.efficiency.value == pytest.approx(0.9)
     assert st.Measurement(params=3, bytes=12, macs=2).verdict is None
     assert st.Measurement(params=3, bytes=12, macs=2).efficiency is None
+
+
+class TestSeveralAgainstOne:
+    def test_each_is_measured_as_by_itself(self) -> None:
+        dense, example = models.mlp(20, width=16, hidden=1), torch.randn(2, 20)
+        smaller = [st.compress(dense, st.Rank(rank), example_inputs=example, keep_last=True).model for rank in (2, 4)]
+        seen: list[int] = []
+        found = measure_each(smaller, example, reference=dense, batch=3, rounds=5, on_model=seen.append)
+        assert seen == [0, 1]
+        for one, model in zip(found, smaller, strict=True):
+            alone = st.measure(model, example, reference=dense, batch=3, rounds=5)
+            untimed = {"latency_ms", "cpu_ms", "reference_ms", "speedup", "drift"}
+            assert one.model_dump(exclude=untimed) == alone.model_dump(exclude=untimed)
+            assert one.speedup is not None
+
+    def test_nothing_is_left_changed(self) -> None:
+        dense, example = models.mlp(20, width=16, hidden=1).train(), torch.randn(2, 20)
+        threads = torch.get_num_threads()
+        with pytest.raises(errors.ModelError):
+            measure_each([dense, nn.Linear(3, 3)], example, reference=dense, rounds=5)
+        assert dense.training
+        assert torch.get_num_threads() == threads
+        with pytest.raises(errors.DataError, match="at least 5 rounds"):
+            measure_each([dense], example, reference=dense, rounds=2)

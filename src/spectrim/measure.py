@@ -3,7 +3,7 @@
 import json
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -185,6 +185,51 @@ def measure(
     laps = _laps([(one, runtime) for one in models], inputs, threads=threads, rounds=rounds)
     known = {"runtime": require_runtime(runtime, threads=threads), "threads": threads, "batch": batch}
     return own.model_copy(update=known | _figures(laps))
+
+
+def measure_each(
+    models: Sequence[nn.Module],
+    example_inputs: Any,
+    *,
+    reference: nn.Module,
+    runtime: str = "torch",
+    threads: int = 1,
+    batch: int | None = None,
+    rounds: int = 31,
+    on_model: Callable[[int], object] = lambda _: None,
+) -> list[Measurement]:
+    """Measure several models against one reference, each as `measure` does.
+
+    The reference is brought into the runtime once, which is most of the work where that means an export.
+
+    Args:
+        models: The models to measure.
+        example_inputs: One call's inputs.
+        reference: What to compare with.
+        runtime: As for `measure`.
+        threads: Threads of one pass.
+        batch: As for `measure`.
+        rounds: Paired rounds, at least 5.
+        on_model: Called with the position of a model before it is timed.
+
+    Raises:
+        SpectrimError: one of its kinds, as `measure`.
+    """
+    _check(rounds, threads)
+    known = {"runtime": require_runtime(runtime, threads=threads), "threads": threads, "batch": batch}
+    given = as_inputs(example_inputs)
+    inputs = given if batch is None else batched(given, batch)
+    for one in (reference, *models):
+        require_repeatable(one, given)
+    dense, found = count(reference, inputs), []
+    with prepare(reference, inputs, runtime=runtime, threads=threads, checked=True) as other:
+        for position, model in enumerate(models):
+            on_model(position)
+            own = count(model, inputs).against(dense)
+            with prepare(model, inputs, runtime=runtime, threads=threads, checked=True) as ready:
+                laps = interleaved([ready.timer(), other.timer()], rounds=rounds)
+            found.append(own.model_copy(update=known | _figures(laps)))
+    return found
 
 
 def runtime_gain(

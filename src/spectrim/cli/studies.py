@@ -50,7 +50,7 @@ Out = Annotated[Path, typer.Option(metavar="DIR", help="Folder for everything it
 DataFolder = Annotated[
     Path | None, typer.Option("--data-folder", metavar="DIR", help="Where the data set's files lie, if you have them.")
 ]
-Quick = Annotated[bool, typer.Option("--quick", help="Little data, few epochs: to see it work.")]
+Quick = Annotated[bool, typer.Option("--quick", help="Little data, few epochs, one seed: to see it work.")]
 Weights = Annotated[
     str | None,
     typer.Option(
@@ -140,6 +140,8 @@ for _name in NAMES:
 
 def _asked(study: Study, *, seeds: str | None, quick: bool, weights: str | None = None) -> Study:
     """The study with the options of the command line."""
+    if quick:
+        study = study.quick()
     if seeds is not None and (chosen := _seeds(seeds)) != study.seeds:
         study = study.model_copy(update={"seeds": chosen, "command": f"{study.command} --seeds {seeds}"})
     if weights is not None:
@@ -148,7 +150,7 @@ def _asked(study: Study, *, seeds: str | None, quick: bool, weights: str | None 
                 f"--weights is for recipes of the kind classifier; {study.name} is of the kind {study.kind}"
             )
         study = study.model_copy(update={"weights": weights, "command": f"{study.command} --weights {weights}"})
-    return study.quick() if quick else study
+    return study
 
 
 @contextmanager

@@ -1,10 +1,11 @@
 """What came out of a study: its networks, the one to keep, and the results to show."""
 
+import itertools
 import os
 import platform
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -15,7 +16,7 @@ from torch import nn
 
 from spectrim.errors import DependencyError
 from spectrim.execution import evaluating
-from spectrim.measure import Accuracy, Epoch, Measurement, accuracy, count, measure
+from spectrim.measure import Accuracy, Epoch, Measurement, accuracy, count, measure, measure_each
 from spectrim.plan import Metric, Plan, Rule
 from spectrim.recipes.images import Batch, Images
 from spectrim.recipes.progress import Teller
@@ -72,22 +73,20 @@ class Timing:
 
     runtimes: tuple[RuntimeName, ...]
     batch: int
-    rounds: int = 31
 
     @classmethod
-    def of(cls, runtimes: Sequence[RuntimeName], *, batch: int, quick: bool = False) -> "Timing":
-        """The runtimes asked for; for none, torch, and ONNX Runtime where it is installed. Fewer rounds for `quick`.
+    def of(cls, runtimes: Sequence[RuntimeName], *, batch: int) -> "Timing":
+        """The runtimes asked for; for none, torch, and ONNX Runtime where it is installed.
 
         Raises:
             EngineError, DependencyError: one that was asked for cannot be had.
         """
-        rounds = 9 if quick else cls.rounds
         if runtimes:
-            return cls(tuple(require_runtime(name) for name in runtimes), batch, rounds)
+            return cls(tuple(require_runtime(name) for name in runtimes), batch)
         try:
-            return cls(("torch", require_runtime("onnxruntime")), batch, rounds)
+            return cls(("torch", require_runtime("onnxruntime")), batch)
         except DependencyError:
-            return cls(("torch",), batch, rounds)
+            return cls(("torch",), batch)
 
     @property
     def words(self) -> str:
@@ -97,15 +96,36 @@ class Timing:
             f"{images}, one thread, median of interleaved pairs with its 95 % interval, in {', '.join(self.runtimes)}"
         )
 
-    def measure(self, model: nn.Module, images: Images, *, reference: nn.Module | None = None) -> list[Measurement]:
-        """The model in every runtime; its MACs are those of one image."""
-        found = []
-        counted = count(model, images.test.example())
+    def measure(self, model: nn.Module, images: Images) -> list[Measurement]:
+        """The model by itself in every runtime; its MACs are those of one image."""
+        example, counted = images.test.example(self.batch), count(model, images.test.example())
+        found = (measure(model, example, runtime=runtime) for runtime in self.runtimes)
+        return [self._of_one_image(one, counted) for one in found]
+
+    def against(
+        self, reference: nn.Module, models: Mapping[str, nn.Module], images: Images, *, told: Callable[[str], object]
+    ) -> dict[str, list[Measurement]]:
+        """Every model in every runtime, compared with the reference; `told` is called with the name of each."""
+        names, networks = list(models), list(models.values())
+        found: dict[str, list[Measurement]] = {name: [] for name in names}
         for runtime in self.runtimes:
-            example = images.test.example(self.batch)
-            one = measure(model, example, reference=reference, runtime=runtime, rounds=self.rounds)
-            found.append(one.model_copy(update={"macs": counted.macs, "batch": self.batch}))
+
+            def tell(position: int, runtime: str = runtime) -> None:
+                told(f"timing {names[position]} in {runtime}")
+
+            timed = measure_each(
+                networks,
+                images.test.example(self.batch),
+                reference=reference,
+                runtime=runtime,
+                on_model=tell,
+            )
+            for name, model, one in zip(names, networks, timed, strict=True):
+                found[name].append(self._of_one_image(one, count(model, images.test.example())))
         return found
+
+    def _of_one_image(self, measured: Measurement, counted: Measurement) -> Measurement:
+        return measured.model_copy(update={"macs": counted.macs, "batch": self.batch})
 
 
 def variants_of(
@@ -123,18 +143,19 @@ def variants_of(
         )
         for one in seeds
     )
-    timed: dict[str, list[Measurement]] = {}
     measured, *others = timing.measure(first.dense, images)
     dense = Variant(name="dense", stage="dense", measurement=measured, runs=runs, in_runtimes=tuple(others))
+    # networks of the same shapes take the same time
+    shapes = {one.name: fingerprint(one.model)["network"] for one in first.networks}
+    first_of = {shape: name for name, shape in reversed(shapes.items())}
+    distinct = {one.name: one.model for one in first.networks if one.name in first_of.values()}
+    done, of = itertools.count(), len(distinct) * len(timing.runtimes) + len(first.networks)
+    timed = timing.against(first.dense, distinct, images, told=lambda note: teller.tell(next(done), of=of, note=note))
     variants = []
     for index, network in enumerate(first.networks):
-        teller.tell(index, of=len(first.networks), note=network.name)
+        teller.tell(next(done), of=of, note=network.name)
         same = [one.networks[index] for one in seeds]
-        runs = tuple(_run(one.seed, each, tests) for one, each in zip(seeds, same, strict=True))
-        shapes = fingerprint(network.model)["network"]
-        if shapes not in timed:
-            timed[shapes] = timing.measure(network.model, images, reference=first.dense)
-        measured, *others = timed[shapes]
+        measured, *others = timed[first_of[shapes[network.name]]]
         variants.append(
             Variant(
                 name=network.name,
@@ -143,7 +164,7 @@ def variants_of(
                 rule=network.rule,
                 metric=network.metric,
                 plan=network.plan,
-                runs=runs,
+                runs=tuple(_run(one.seed, each, tests) for one, each in zip(seeds, same, strict=True)),
                 in_runtimes=tuple(others),
             )
         )

@@ -46,7 +46,7 @@ def run_study(
     """
     start = time.perf_counter()
     study.require()
-    timing = Timing.of(study.runtimes, batch=study.latency_batch, quick=study.is_quick)
+    timing = Timing.of(study.runtimes, batch=study.latency_batch)
     folder = RunFolder.claim(Path(out), study)
     parts = require_writable_folder(folder.path / "parts" if parts is None else parts)
     teller = Teller(on_progress, parts=1 + len(study.seeds) * (1 + study.steps) + 2)

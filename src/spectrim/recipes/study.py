@@ -103,13 +103,14 @@ class Study(Frozen, ABC):
     command: str = ""
 
     def quick(self) -> Self:
-        """The same study on little data with few epochs: to see it work, not for its figures."""
+        """The same study on little data with few epochs, for its first seed: to see it work, not for its figures."""
         if self.is_quick:
             return self
         return self.model_copy(
             update={
                 "title": f"{self.title}{QUICK}",
                 "command": f"{self.command} --quick",
+                "seeds": self.seeds[:1],
                 "limit": min(self.limit or 2000, 2000),
                 "held_out": min(self.held_out, 1000),
                 "dense": self.dense.at_most(4),
