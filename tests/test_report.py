@@ -350,6 +350,8 @@ def pretty(text: str) -> str:
         (words.milliseconds(0.019), "0.0190 ms"),
         (words.milliseconds(1234.5), "1234 ms"),
         (words.points(-0.0236), "~2.36"),
+        (words.points(0.0236), "+2.36"),
+        (words.points(-0.00001), "0.00"),
         (words.verdict(st.Interval(value=1.5, low=1.2, high=1.8)), "faster, 95 % interval 1.20_1.80*"),
         (words.verdict(st.Interval(value=0.5, low=0.4, high=0.9)), "slower, 95 % interval 0.40_0.90*"),
         (words.verdict(st.Interval(value=1.0, low=0.9, high=1.1)), "no sure difference, 95 % interval 0.90_1.10*"),
@@ -637,6 +639,20 @@ def test_accuracies_with_error_bars(results: Results, against) -> None:
     listed = {"plain metric", "activation metric", "zero-shot (open, dotted)", "fine-tuned (filled)"}
     assert listed <= set(named)
     assert not any(one.showlegend for key, one in groups.items() if key[1] == "dot")
+
+
+def test_error_bars_end_where_accuracies_do(results: Results) -> None:
+    best = results.variants[0].model_copy(update={"runs": (run(0, 1000), run(1, 900))})
+    worst = results.variants[2].model_copy(update={"runs": (run(0, 0), run(1, 10))})
+    figure = st.plot_accuracy(results.model_copy(update={"variants": (best, worst)}), against="params")
+    reach = {
+        round(y, 6): (y - down, y + up)
+        for trace in figure.data
+        if trace.error_y.array is not None
+        for y, up, down in zip(trace.y, trace.error_y.array, trace.error_y.arrayminus, strict=True)
+    }
+    assert reach[95.0] == pytest.approx((95 - 100 * best.spread, 100))
+    assert reach[0.5] == pytest.approx((0, 0.5 + 100 * worst.spread))
 
 
 def test_one_seed_shows_the_interval(results: Results) -> None:

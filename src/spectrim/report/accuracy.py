@@ -82,9 +82,9 @@ def _position(variant: Variant, against: Against) -> float | None:
 
 
 def _bars(variant: Variant) -> tuple[float, float]:
-    """How far the error bar reaches down and up, in percentage points."""
-    if variant.spread is not None:
-        return 100 * variant.spread, 100 * variant.spread
+    """How far the error bar reaches down and up, in percentage points; no accuracy is below 0 or above 100 %."""
+    if variant.spread is not None and variant.accuracy is not None:
+        return 100 * min(variant.spread, variant.accuracy), 100 * min(variant.spread, 1 - variant.accuracy)
     interval = variant.runs[0].test.interval
     return 100 * (interval.value - interval.low), 100 * (interval.high - interval.value)
 

@@ -57,8 +57,9 @@ def share(ratio: float | None) -> str:
 
 
 def points(difference: float) -> str:
-    """A difference of two accuracies in percentage points, with its sign: −0.023 is `−2.30`."""
-    return f"{100 * difference:+.2f}".replace("-", "\N{MINUS SIGN}")
+    """A difference of two accuracies in percentage points, with its sign: −0.023 is `−2.30`; none is `0.00`."""
+    signed = f"{100 * difference:+z.2f}".replace("-", "\N{MINUS SIGN}")
+    return "0.00" if signed == "+0.00" else signed
 
 
 def factor(value: float) -> str:
