@@ -179,12 +179,9 @@ def measure(
         own = own.against(count(reference, inputs))
     if not latency:
         return own
-    models = [model] if reference is None else [model, reference]
-    for one in models:
-        require_repeatable(one, given)
-    laps = _laps([(one, runtime) for one in models], inputs, threads=threads, rounds=rounds)
-    known = {"runtime": require_runtime(runtime, threads=threads), "threads": threads, "batch": batch}
-    return own.model_copy(update=known | _figures(laps))
+    beside = () if reference is None else (reference,)
+    (timed,) = _timed([model], beside, given=given, inputs=inputs, runtime=runtime, threads=threads, rounds=rounds)
+    return own.model_copy(update=timed | {"batch": batch})
 
 
 def measure_each(
@@ -200,7 +197,8 @@ def measure_each(
 ) -> list[Measurement]:
     """Measure several models against one reference, each as `measure` does.
 
-    The reference is brought into the runtime once, which is most of the work where that means an export.
+    The reference is brought into the runtime once, not once a model: where that means an export, it takes longer than
+    the timing.
 
     Args:
         models: The models to measure.
@@ -216,20 +214,22 @@ def measure_each(
         SpectrimError: one of its kinds, as `measure`.
     """
     _check(rounds, threads)
-    known = {"runtime": require_runtime(runtime, threads=threads), "threads": threads, "batch": batch}
+    require_runtime(runtime, threads=threads)
     given = as_inputs(example_inputs)
     inputs = given if batch is None else batched(given, batch)
-    for one in (reference, *models):
-        require_repeatable(one, given)
-    dense, found = count(reference, inputs), []
-    with prepare(reference, inputs, runtime=runtime, threads=threads, checked=True) as other:
-        for position, model in enumerate(models):
-            on_model(position)
-            own = count(model, inputs).against(dense)
-            with prepare(model, inputs, runtime=runtime, threads=threads, checked=True) as ready:
-                laps = interleaved([ready.timer(), other.timer()], rounds=rounds)
-            found.append(own.model_copy(update=known | _figures(laps)))
-    return found
+    dense = count(reference, inputs)
+    counted = [count(model, inputs).against(dense) for model in models]
+    timed = _timed(
+        models,
+        (reference,),
+        given=given,
+        inputs=inputs,
+        runtime=runtime,
+        threads=threads,
+        rounds=rounds,
+        on_model=on_model,
+    )
+    return [own.model_copy(update=times | {"batch": batch}) for own, times in zip(counted, timed, strict=True)]
 
 
 def runtime_gain(
@@ -266,7 +266,11 @@ def runtime_gain(
     for one in (model, other):
         require_repeatable(one, given)
     inputs = given if batch is None else batched(given, batch)
-    return compare(*_laps([(model, runtime), (other, "torch")], inputs, threads=threads, rounds=rounds))
+    with (
+        prepare(model, inputs, runtime=runtime, threads=threads, checked=True) as there,
+        prepare(other, inputs, threads=threads, checked=True) as eager,
+    ):
+        return compare(*interleaved([there.timer(), eager.timer()], rounds=rounds))
 
 
 def batched(inputs: Inputs, batch: int) -> Inputs:
@@ -344,14 +348,34 @@ def _check(rounds: int, threads: int) -> None:
         raise DataError(f"rounds={rounds}, threads={threads}: give at least 5 rounds and 1 thread")
 
 
-def _laps(subjects: Sequence[tuple[nn.Module, str]], inputs: Inputs, *, threads: int, rounds: int) -> list[list[Lap]]:
-    """The laps of each model in its runtime, by round."""
+def _timed(
+    models: Sequence[nn.Module],
+    beside: Sequence[nn.Module],
+    *,
+    given: Inputs,
+    inputs: Inputs,
+    runtime: str,
+    threads: int,
+    rounds: int,
+    on_model: Callable[[int], object] = lambda _: None,
+) -> list[dict[str, Any]]:
+    """Runtime and times of every model in turn, in rounds with what stands `beside` it, which is made ready once."""
+    known = {"runtime": require_runtime(runtime, threads=threads), "threads": threads}
+    for one in (*models, *beside):
+        require_repeatable(one, given)
+    found = []
     with ExitStack() as opened:
-        ready: list[Prepared] = []
-        for model, runtime in subjects:
-            made = prepare(model, inputs, runtime=runtime, threads=threads, checked=True)
-            ready.append(opened.enter_context(made))
-        return interleaved([one.timer() for one in ready], rounds=rounds)
+
+        def ready(model: nn.Module) -> Prepared:
+            return prepare(model, inputs, runtime=runtime, threads=threads, checked=True)
+
+        others = [opened.enter_context(ready(one)) for one in beside]
+        for position, model in enumerate(models):
+            on_model(position)
+            with ready(model) as own:
+                laps = interleaved([one.timer() for one in (own, *others)], rounds=rounds)
+            found.append(known | _figures(laps))
+    return found
 
 
 def _figures(laps: Sequence[Sequence[Lap]]) -> dict[str, Any]:

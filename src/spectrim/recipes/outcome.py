@@ -26,6 +26,7 @@ from spectrim.runtimes import RuntimeName, require_runtime
 from spectrim.training.checkpoint import fingerprint
 
 _AS_SMALL = 1.05
+"""Networks of at most so many times the parameters of the smallest count as no larger."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,6 +108,7 @@ class Timing:
     ) -> dict[str, list[Measurement]]:
         """Every model in every runtime, compared with the reference; `told` is called with the name of each."""
         names, networks = list(models), list(models.values())
+        counted = [count(model, images.test.example()) for model in networks]
         found: dict[str, list[Measurement]] = {name: [] for name in names}
         for runtime in self.runtimes:
 
@@ -120,8 +122,8 @@ class Timing:
                 runtime=runtime,
                 on_model=tell,
             )
-            for name, model, one in zip(names, networks, timed, strict=True):
-                found[name].append(self._of_one_image(one, count(model, images.test.example())))
+            for name, one, own in zip(names, timed, counted, strict=True):
+                found[name].append(self._of_one_image(one, own))
         return found
 
     def _of_one_image(self, measured: Measurement, counted: Measurement) -> Measurement:
@@ -212,16 +214,16 @@ def choose(seeds: Sequence[SeedOutcome], tolerance: float) -> tuple[Network, str
         statistics.fmean(one.networks[index].held_out.value for one in seeds) for index in range(len(seeds[0].networks))
     ]
     dense = statistics.fmean(one.held_out.value for one in seeds)
-    networks = list(zip(seeds[0].networks, means, strict=True))
-    close = [(network, mean) for network, mean in networks if mean >= dense - tolerance]
+    networks = [(one, mean, _size(one.model)) for one, mean in zip(seeds[0].networks, means, strict=True)]
+    close = [each for each in networks if each[1] >= dense - tolerance]
     if not close:
-        best = max(networks, key=lambda pair: pair[1])[0]
+        best = max(networks, key=lambda each: each[1])[0]
         return best, "the most accurate on held-out training images; none came within the tolerance of dense"
-    smallest = min(_size(network.model) for network, _ in close)
-    as_small = [pair for pair in close if _size(pair[0].model) <= _AS_SMALL * smallest]
-    kept = max(as_small, key=lambda pair: (pair[1], -_size(pair[0].model)))[0]
+    smallest = min(size for _, _, size in close)
+    as_small = [each for each in close if each[2] <= _AS_SMALL * smallest]
+    kept = max(as_small, key=lambda each: (each[1], -each[2]))[0]
     because = f"the smallest within {100 * tolerance:g} points of dense on held-out training images"
-    if len({_size(network.model) for network, _ in as_small}) > 1:
+    if any(size > smallest for _, _, size in as_small):
         because += f"; of those at most {100 * (_AS_SMALL - 1):.0f} % larger than it, the most accurate there"
     return kept, because
 

@@ -4,7 +4,8 @@ from spectrim.training.checkpoint import Checkpoint, resumed
 from spectrim.training.decay import Spectral, frobenius_decay, spectral
 from spectrim.training.finetune import Finetuned, finetune
 from spectrim.training.history import History
-from spectrim.training.loop import Step, fit
+from spectrim.training.job import Step
+from spectrim.training.loop import fit
 from spectrim.training.project import ProjectEachEpoch
 from spectrim.training.schedule import NuclearNorm, RankSchedule, RankStep
 from spectrim.training.switch import StableRanks, Switch

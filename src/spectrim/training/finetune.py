@@ -18,7 +18,7 @@ from spectrim.processes import Accelerator
 from spectrim.surgery import Patterns, near
 from spectrim.training.checkpoint import Checkpoint, fingerprint
 from spectrim.training.history import History
-from spectrim.training.loop import EpochData, Job, Step, as_epochs, norms
+from spectrim.training.job import EpochData, Job, Step, as_epochs, norms
 from spectrim.training.loop import train as run
 from spectrim.training.settings import Settings
 
