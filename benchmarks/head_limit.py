@@ -6,15 +6,19 @@
 The recipe tunes the factors of the classifier on 10 000 training images. Here nothing is saved: the divergence of their
 answers from those of the dense classifier is minimised over *every* training image, by 600 steps of L-BFGS, from the
 directions in which the logits vary most and from random ones; the best on the training images is kept. That all starts
-end alike says that what remains is due to the rank. Most of the time goes into the features of all images, some minutes
-of one core. The last column is the standard deviation of the difference to dense, from the images on which
-the two answer differently.
+end alike says that what remains is due to the rank. Every seed of the run is asked. The last column is the standard
+deviation of the points lost: of one network from the images on which the two answer differently, of their mean from
+network to network.
 """
 
 import argparse
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
+from statistics import mean, stdev
 
 import torch
 from rich.console import Console
@@ -26,7 +30,7 @@ from torch.nn import functional
 import spectrim as st
 from spectrim.recipes import ClassifierStudy, read_recipe
 from spectrim.recipes.heads import Features
-from spectrim.recipes.images import Part
+from spectrim.recipes.images import Images, Part
 from spectrim.recipes.run import images_of
 
 STARTS, STEPS = 4, 600
@@ -90,8 +94,66 @@ def features_of(model: nn.Module, layer: str, part: Part) -> tuple[Tensor, Tenso
     return seen.train, seen.labels
 
 
+@dataclass(frozen=True)
+class Limit:
+    """The best classifier of one rank on one network, on one part of the images; accuracies in [0, 1]."""
+
+    rank: int
+    part: str
+    seed: int
+    left: float
+    worst: float
+    agreement: float
+    dense: float
+    lost: float
+    sd: float
+
+
+def limits(study: ClassifierStudy, images: Images, file: Path, seed: int, ranks: list[int]) -> Iterator[Limit]:
+    """Every rank on the dense network of one seed."""
+    model = st.load(file, study.network(images)).eval()
+    layer = model.get_submodule(study.classifier)
+    assert isinstance(layer, nn.Linear)
+    x, _ = features_of(model, study.classifier, images.train)
+    parts = {"held-out": images.held_out, "test": images.test}
+    asked = {name: features_of(model, study.classifier, part) for name, part in parts.items()}
+    taught = layer(x).detach()
+    for rank in ranks:
+        tried = [fitted(begun(layer, x, one), x, taught) for one in bases(layer, x, rank)]
+        left, head = min(tried, key=lambda one: one[0])
+        for name, (features, labels) in asked.items():
+            answer, dense = head(features).argmax(1), layer(features).detach().argmax(1)
+            right, dense_right = ((one == labels).double() for one in (answer, dense))
+            lost = dense_right - right
+            yield Limit(
+                rank,
+                name,
+                seed,
+                left,
+                max(one for one, _ in tried),
+                float((answer == dense).double().mean()),
+                float(dense_right.mean()),
+                float(lost.mean()),
+                float(lost.std()) / math.sqrt(len(lost)),
+            )
+
+
+def shown(found: list[Limit]) -> Table:
+    """A row a network, and where there are several the mean of what they lose, with the deviation between them."""
+    table = Table("rank", "images", "seed", "KL, training", "at worst", "agree (%)", "dense", "points lost", "sd")
+    for (rank, part), some in groupby(sorted(found, key=attrgetter("rank", "part")), key=attrgetter("rank", "part")):
+        same = list(some)
+        for one in same:
+            points = (f"{100 * value:.2f}" for value in (one.agreement, one.dense, one.lost, one.sd))
+            table.add_row(str(rank), part, str(one.seed), f"{one.left:.4f}", f"{one.worst:.4f}", *points)
+        if len(same) > 1:
+            lost = [100 * one.lost for one in same]
+            table.add_row(str(rank), part, "mean", *[""] * 4, f"{mean(lost):.2f}", f"{stdev(lost):.2f}")
+    return table
+
+
 def main() -> None:
-    """Every rank, on held-out training images and on the test set."""
+    """Every rank on the dense network of every seed, on held-out training images and on the test set."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="folder of a finished run of a recipe of the kind classifier")
     parser.add_argument("--ranks", default="5", help="such as 2,5,9")
@@ -99,41 +161,12 @@ def main() -> None:
     console, study = Console(width=120, highlight=False), read_recipe(given.run / "recipe.toml")
     if not isinstance(study, ClassifierStudy):
         parser.error(f"{given.run} holds a run of the kind {study.kind}, not classifier")
-    images = images_of(study)
-    file = given.run / "models" / f"seed{study.seeds[0]}" / "dense.safetensors"
-    model = st.load(file, study.network(images)).eval()
-    layer = model.get_submodule(study.classifier)
-    assert isinstance(layer, nn.Linear)
-    console.print(f"features of {len(images.train):,} training images, {len(images.held_out):,} held out, the test set")
-    x, _ = features_of(model, study.classifier, images.train)
-    asked = {
-        name: features_of(model, study.classifier, part)
-        for name, part in (("held-out", images.held_out), ("test", images.test))
-    }
-    taught = layer(x).detach()
-    table = Table("rank", "KL, training", "images", "KL", "agree (%)", "accuracy", "dense", "points lost", "sd")
-    for rank in (int(one) for one in given.ranks.split(",")):
-        starts = bases(layer, x, rank)
-        tried = [
-            fitted(begun(layer, x, one), x, taught)
-            for one in track(starts, f"rank {rank}", console=console, transient=True)
-        ]
-        left, head = min(tried, key=lambda one: one[0])
-        for name, (features, labels) in asked.items():
-            answer, dense = head(features), layer(features).detach()
-            right, dense_right = ((one.argmax(1) == labels).double() for one in (answer, dense))
-            lost = dense_right - right
-            table.add_row(
-                str(rank),
-                f"{left:.4f} ({max(one for one, _ in tried):.4f} at worst)",
-                name,
-                f"{float(divergence(answer, dense)):.4f}",
-                f"{100 * float((answer.argmax(1) == dense.argmax(1)).double().mean()):.2f}",
-                *(f"{100 * float(one.mean()):.2f}" for one in (right, dense_right)),
-                f"{100 * float(lost.mean()):.2f}",
-                f"{100 * float(lost.std()) / math.sqrt(len(lost)):.2f}",
-            )
-    console.print(table)
+    images, ranks = images_of(study), [int(one) for one in given.ranks.split(",")]
+    found: list[Limit] = []
+    for seed in track(study.seeds, "networks", console=console, transient=True):
+        file = given.run / "models" / f"seed{seed}" / "dense.safetensors"
+        found += limits(study, images, file, seed, ranks)
+    console.print(shown(found))
 
 
 if __name__ == "__main__":

@@ -326,6 +326,14 @@ def test_images_are_prepared_as_the_networks_want_them(run: Run) -> None:
     assert "takes float32 (batch, 1, 8, 8), (pixel / 255 - 0.3) / 0.4" in said.out
 
 
+@pytest.mark.parametrize("rule", [("--macs", 0.0001), ("--rank", 60)], ids=lambda rule: rule[0])
+def test_a_rule_out_of_reach_is_told_before_the_images_are_run(rule: tuple[str, float], run: Run) -> None:
+    said = run("compress", *RESNET, "--data", "digits", *rule, "--out", "small")
+    assert said.code == 1
+    assert "cannot be reached" in said.err or "above what some layers can have" in said.err
+    assert "calibrate" not in said.out
+
+
 COMPRESS = ("compress", *TRAINED, "--out", "new/small")
 INPUT = ("compress", *MLP, "--rank", "4", "--out", "new/small", "--input", "64")
 

@@ -1,10 +1,12 @@
 """Rules and plans: one budget for the whole network, kept in truth; the trade-off curve; plans edited by hand."""
 
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import pytest
 import torch
 from cases import Residual, Tied, inputs, small_cnn, small_mlp
@@ -14,7 +16,7 @@ import spectrim as st
 from spectrim import errors
 from spectrim.forms import geometry
 from spectrim.models import resnet20
-from spectrim.plan import CostName, FormName
+from spectrim.plan import CostName, FormName, Metric
 
 COSTS: tuple[CostName, ...] = get_args(CostName)
 X = inputs(8, 3, 12, 12)
@@ -120,6 +122,43 @@ def test_a_budget_out_of_reach_names_the_smallest_and_that_one_works(cost: CostN
     assert ratio(made, cost) <= least
     with pytest.raises(errors.RuleError, match="cannot be reached"):
         st.plan(known, budget(cost, least - 2e-4), rank_multiple=multiple)
+
+
+@pytest.mark.parametrize("build_and_x", NETWORKS.values(), ids=NETWORKS.keys())
+@pytest.mark.parametrize("metric", ["plain", "activation"])
+def test_what_ranks_cost_is_known_from_shapes(metric: Metric, build_and_x: tuple[Any, Tensor]) -> None:
+    build, x = build_and_x
+    model = build()
+    bare, known = analysis(model, x, calibrated=False), analysis(model, x)
+    assert bare.sites == known.sites
+    for layer, full in zip(bare, known, strict=True):
+        for form in layer.forms if layer.problems else ():
+            offers, choices = layer.offers(form, metric), full.choices(form, metric)
+            for name in ("ranks", "params", "macs"):
+                np.testing.assert_array_equal(getattr(offers, name), getattr(choices, name))
+            assert choices.lost.shape == choices.params.shape
+
+
+@pytest.mark.parametrize("cost", COSTS)
+@pytest.mark.parametrize("forms", [None, ("spatial",)])
+def test_a_rule_that_no_data_can_make_possible_is_refused_before_they_are_run(
+    forms: tuple[FormName, ...] | None, cost: CostName
+) -> None:
+    def untouched() -> Iterator[Tensor]:
+        raise AssertionError("the calibration data were asked for")
+        yield X
+
+    model = small_cnn(bias=False)
+    known = analysis(model, X)
+    with pytest.raises(errors.RuleError, match="cannot be reached") as early:
+        st.compress(model, budget(cost, 0.001), example_inputs=X, data=untouched(), forms=forms)
+    with pytest.raises(errors.RuleError, match="cannot be reached") as late:
+        st.plan(known, budget(cost, 0.001), forms=forms)
+    assert str(early.value) == str(late.value)
+    with pytest.raises(errors.RuleError, match="is above what some layers can have"):
+        st.compress(model, st.Rank(1000), example_inputs=X, data=untouched(), forms=forms)
+    with pytest.raises(errors.PlanError, match="give some of channel, spatial, tucker2"):
+        st.compress(model, budget(cost, 0.5), example_inputs=X, data=untouched(), forms=("tucker3",))
 
 
 def test_a_budget_out_of_reach_says_what_lies_outside_the_layers() -> None:

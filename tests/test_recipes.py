@@ -304,6 +304,22 @@ def test_an_output_folder_that_cannot_be_written_is_refused_at_once(tmp_path: Pa
     assert (tmp_path / "file").read_text() == "mine"
 
 
+@pytest.mark.parametrize(
+    "study",
+    [
+        pytest.param(TINY.model_copy(update={"ranks": (4, 4000)}), id="mlp"),
+        pytest.param(DYNAMIC.model_copy(update={"rank": 4000}), id="dynamic"),
+        pytest.param(PROJECTED.model_copy(update={"rank": 4000}), id="projected"),
+    ],
+)
+def test_a_rank_that_no_layer_can_have_is_told_before_anything_is_trained(study: Study, tmp_path: Path) -> None:
+    parts: list[str] = []
+    with pytest.raises(errors.RuleError, match=r"Rank\(4000\) is above what some layers can have"):
+        run_study(study, tmp_path / "run", on_progress=lambda event: parts.append(event.part))
+    assert set(parts) == {"reading digits"}
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("study", INSIDE)
 def test_what_was_trained_at_low_rank_is_finished_and_answers_the_same(
     study: DynamicStudy | ProjectedStudy, trained: dict[str, tuple[Path, st.Results]]

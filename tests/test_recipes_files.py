@@ -146,20 +146,29 @@ def test_a_file_that_cannot_be_read(content: bytes | None, tmp_path: Path) -> No
 
 def test_a_folder_belongs_to_one_recipe(tmp_path: Path) -> None:
     study = parse_recipe(SMALL, origin="test")
-    RunFolder.claim(tmp_path, study)
+    folder = RunFolder(tmp_path)
+    folder.claim(study)
+    # a recipe that the user put there is not written over
+    with pytest.raises(errors.FileError, match=r"settings \(held_out\); .* or delete this one$"):
+        folder.claim(study.model_copy(update={"held_out": 200}))
+    # that of a run of which nothing has come yet is
+    (tmp_path / "parts").mkdir()
+    folder.claim(study.model_copy(update={"held_out": 200}))
+    folder.claim(study)
+    (tmp_path / "parts" / "dense.unfinished.safetensors").touch()
     noted = (tmp_path / "recipe.toml").read_bytes()
     # other seeds and words are the same recipe
-    RunFolder.claim(tmp_path, study.model_copy(update={"seeds": (0, 1), "title": "other words"}))
+    folder.claim(study.model_copy(update={"seeds": (0, 1), "title": "other words"}))
     with pytest.raises(errors.FileError, match=r"run of another recipe, mine; give another folder with --out, or del"):
-        RunFolder.claim(tmp_path, study.model_copy(update={"name": "other"}))
+        folder.claim(study.model_copy(update={"name": "other"}))
     with pytest.raises(errors.FileError, match=r"run of mine with other settings \(held_out\); give another folder"):
-        RunFolder.claim(tmp_path, study.model_copy(update={"held_out": 200}))
-    with pytest.raises(errors.FileError, match=r"with other settings \(held_out, limit\)"):
-        RunFolder.claim(tmp_path, study.model_copy(update={"held_out": 1200}).quick())
+        folder.claim(study.model_copy(update={"held_out": 200}))
+    with pytest.raises(errors.FileError, match=r"\(held_out, limit\).* not trained again if you copy its parts"):
+        folder.claim(study.model_copy(update={"held_out": 1200}).quick())
     assert (tmp_path / "recipe.toml").read_bytes() == noted
     (tmp_path / "recipe.toml").write_text("nonsense = ")
     with pytest.raises(errors.FileError, match="cannot be told whose run"):
-        RunFolder.claim(tmp_path, study)
+        folder.claim(study)
 
 
 def test_keys_of_parts_know_the_data_and_every_setting_that_matters() -> None:

@@ -5,6 +5,7 @@ import math
 import shutil
 from functools import partial
 from pathlib import Path
+from typing import Any
 from urllib.error import URLError
 
 import numpy as np
@@ -304,10 +305,33 @@ def test_a_layer_that_is_not_the_last_is_no_head() -> None:
 
 
 @pytest.mark.usefixtures("network")
-def test_a_layer_that_the_network_has_not_is_named(tmp_path: Path) -> None:
-    study = SMALL.model_copy(update={"classifier": "head", "dense": SHORT})
-    with pytest.raises(errors.ModelError, match="has no layer 'head'; name one in the recipe"):
-        run_study(study, tmp_path / "run")
+@pytest.mark.parametrize(
+    ("changed", "kind", "message"),
+    [
+        ({"classifier": "head"}, errors.ModelError, "has no layer 'head'; .* name one in the recipe"),
+        ({"classifier": "layer2.0"}, errors.ModelError, "classifier = 'layer2.0' in the recipe is a Conv2d, not a li"),
+        ({"convolution": "layer2"}, errors.ModelError, "convolution = 'layer2' in the recipe is a Sequential, not a c"),
+        ({"size": 1}, errors.ModelError, r"cannot run example_inputs \(float32 \[1, 1, 1, 1\]\)"),
+        ({"macs": 0.001}, errors.RuleError, r"Budget\(macs=0.001\) cannot be reached"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_is_told_before_anything_is_trained(
+    changed: dict[str, Any], kind: type[Exception], message: str, tmp_path: Path
+) -> None:
+    parts: list[str] = []
+    with pytest.raises(kind, match=message):
+        run_study(
+            SMALL.model_copy(update=changed), tmp_path / "run", on_progress=lambda event: parts.append(event.part)
+        )
+    assert set(parts) == {"reading digits"}
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_budget_out_of_reach_is_told_before_anything_is_trained(tmp_path: Path) -> None:
+    with pytest.raises(errors.RuleError, match=r"Budget\(params=0.001\) cannot be reached"):
+        run_study(MINI.model_copy(update={"budgets": (0.3, 0.001)}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_resnet18_is_torchvisions_own_and_imagenet_is_an_honest_option(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -346,10 +370,11 @@ def test_emnist_that_cannot_be_had_names_its_stand_in(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr("spectrim.recipes.images.load", refuse)
     with pytest.raises(errors.DataError) as caught:
-        run_study(recipes.find_study("miniresnet-emnist"), tmp_path)
+        run_study(recipes.find_study("miniresnet-emnist"), tmp_path / "run")
     assert "'emnist-balanced' could not be obtained" in str(caught.value)
     assert "--data-folder DIR" in str(caught.value)
     assert "spectrim recipe miniresnet-fashion" in str(caught.value)
+    assert not (tmp_path / "run").exists()
 
 
 def test_spectral_thresholds_find_planted_ranks() -> None:

@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import product
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,6 @@ from spectrim.linalg import (
     Problem,
     Ranks,
     Spectrum,
-    Tucker2Decomposition,
     is_finite,
     spectrum,
 )
@@ -31,21 +29,30 @@ from spectrim.surgery import Patterns, Target, find_targets
 
 
 @dataclass(frozen=True, eq=False)
-class Choices:
-    """Every rank of one layer in one form, with what it costs and what it loses, before the fit is improved.
+class Offers:
+    """Every rank of one layer in one form, with what it costs: known from its shape alone.
 
     Attributes:
         form: The form.
         ranks: Whole numbers (n, 1), or (n, 2) of (rank_in, rank) in the tucker2 form.
         params: Numbers stored, bias included, (n,).
         macs: Multiply-accumulates of a pass, (n,).
-        lost: Share of the energy lost, (n,); its root is the relative error.
     """
 
     form: FormName
     ranks: npt.NDArray[np.int64]
     params: npt.NDArray[np.int64]
     macs: npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Choices(Offers):
+    """The same with what each rank loses, before the fit is improved.
+
+    Attributes:
+        lost: Share of the energy lost, (n,); its root is the relative error.
+    """
+
     lost: FloatArray
 
 
@@ -61,7 +68,7 @@ class LayerAnalysis:
         forms: The forms its type of layer can take, the one with a closed solution first.
         refusal: Why it stays dense all the same, or None.
         has_bias: Whether the layer adds a bias.
-        places: How many distinct layers use the weight (each keeps a bias of its own).
+        sites: The first name of each distinct layer that uses the weight (each keeps a bias of its own).
         sizes: Its groups, inputs, outputs and kernel; None for layers that are not matrices.
         positions: Vectors handled in one forward pass of the example inputs, all uses together.
         itemsize: Bytes of one number.
@@ -76,7 +83,7 @@ class LayerAnalysis:
     forms: tuple[FormName, ...]
     refusal: str | None
     has_bias: bool
-    places: int
+    sites: tuple[str, ...]
     sizes: Geometry | None
     positions: Positions
     itemsize: int
@@ -84,6 +91,7 @@ class LayerAnalysis:
     problems: Mapping[Metric, Problem] = field(repr=False)
     _weight: Tensor | None = field(repr=False, default=None)
     _found: dict[tuple[FormName, Metric], Decomposition] = field(repr=False, default_factory=dict)
+    _offered: dict[tuple[FormName, Metric], Offers] = field(repr=False, default_factory=dict)
     _listed: dict[tuple[FormName, Metric], Choices] = field(repr=False, default_factory=dict)
 
     @property
@@ -116,22 +124,28 @@ class LayerAnalysis:
             self._listed[form, metric] = self._list(form, metric)
         return self._listed[form, metric]
 
-    def _list(self, form: FormName, metric: Metric) -> Choices:
+    def offers(self, form: FormName, metric: Metric) -> Offers:
+        """Every rank of a form with its cost; nothing is decomposed for it."""
+        if (form, metric) not in self._offered:
+            self._offered[form, metric] = self._offer(form, metric)
+        return self._offered[form, metric]
+
+    def _offer(self, form: FormName, metric: Metric) -> Offers:
         assert self.sizes is not None
-        found = self.decomposition(form, metric)
-        if isinstance(found, Tucker2Decomposition):
-            ranks = np.array(list(product(*found.grid)), dtype=np.int64)
-        else:
-            ranks = np.arange(1, len(found.tails) + 1, dtype=np.int64)[:, None]
+        ranks = self.sizes.ranks(form)
         costs = [self.sizes.cost(form, tuple(map(int, each)), self.positions) for each in ranks]
-        total = self.problems[metric].total
-        return Choices(
+        return Offers(
             form,
             ranks,
             np.array([cost.params for cost in costs], dtype=np.int64) + self._biases(metric),
             np.array([cost.macs for cost in costs], dtype=np.int64),
-            np.clip(found.tails.reshape(-1) / total, 0.0, 1.0) if total > 0 else np.zeros(len(ranks)),
         )
+
+    def _list(self, form: FormName, metric: Metric) -> Choices:
+        offers, total = self.offers(form, metric), self.problems[metric].total
+        tails = self.decomposition(form, metric).tails.reshape(-1)
+        lost = np.clip(tails / total, 0.0, 1.0) if total > 0 else np.zeros(len(tails))
+        return Choices(**vars(offers), lost=lost)
 
     def error(self, form: FormName, ranks: Ranks, metric: Metric) -> float:
         """The relative error at `ranks`; between the ranks of a coarse grid that of the next smaller pair."""
@@ -165,7 +179,7 @@ class LayerAnalysis:
 
     def _biases(self, metric: Metric) -> int:
         assert self.sizes is not None
-        return self.places * self.sizes.groups * self.sizes.out if self.has_bias or metric != "plain" else 0
+        return len(self.sites) * self.sizes.groups * self.sizes.out if self.has_bias or metric != "plain" else 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,6 +212,11 @@ class Analysis:
             if name in (layer.name, *layer.also):
                 return layer
         raise KeyError(f"the analysis has no layer {name!r}; it has {', '.join(layer.name for layer in self.layers)}")
+
+    @property
+    def sites(self) -> set[str]:
+        """The names of the layers that can be factored, one for each distinct layer: those that need statistics."""
+        return {site for layer in self.layers if layer.problems for site in layer.sites}
 
     def fixed(self, cost: CostName) -> int:
         """What the model costs besides the layers of this analysis."""
@@ -300,7 +319,7 @@ def _layer(target: Target, calibration: Calibration | None, seen: Trace) -> Laye
         forms=forms_of(module),
         refusal=target.refusal,
         has_bias=has_bias,
-        places=len(target.sites),
+        sites=target.sites,
         sizes=sizes,
         positions=positions,
         itemsize=next((p.element_size() for p in module.parameters(recurse=False)), 4),

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from spectrim.allocate import Allocation, Menu
-from spectrim.analyze import Analysis, Choices, LayerAnalysis
+from spectrim.analyze import Analysis, LayerAnalysis, Offers
 from spectrim.decisions import (
     dense,
     factored,
@@ -89,7 +89,7 @@ def pareto(
     chosen, allowed = metric_of(analysis, metric, best=True), forms_among(forms, CONVOLUTION_FORMS)
     options = Options.of(analysis, cost, metric=chosen, forms=allowed, multiple=rank_multiple, latencies=latencies)
     solved = Allocation.of([menu for menu, _ in options.menus], limit=options.whole - options.fixed)
-    least = Fraction(options.fixed + solved.cheapest, options.whole)
+    least = Fraction(options.least, options.whole)
     shares = (least + (1 - least) * Fraction(step, points) for step in range(points))
     found = []
     for share in shares:
@@ -184,6 +184,34 @@ class Options:
         return Budget(latency=share, runtime=table.runtime, batch=table.batch, threads=table.threads)
 
     @cached_property
+    def cheapest(self) -> dict[str, int]:
+        """What the smallest factors of each layer cost, by name; told by shapes and times, nothing is decomposed."""
+        found = {}
+        for layer in self.analysis:
+            offered = (self._offered(layer, layer.offers(form, self.metric))[1] for form in self._possible(layer))
+            costs = [int(each.min()) for each in offered if len(each)]
+            if costs:
+                found[layer.name] = min(costs)
+        return found
+
+    @property
+    def least(self) -> int:
+        """The smallest cost that a budget can ask for."""
+        dense = {layer.name: self._dense(layer) for layer in self.analysis}
+        return self.fixed + sum(min(cost, self.cheapest.get(name, cost)) for name, cost in dense.items())
+
+    def require(self, rule: Budget, *, share: float) -> int:
+        """What a share of the dense network's cost is, in whole numbers.
+
+        Raises:
+            RuleError: it is below what is reachable; says what is.
+        """
+        budget = int(Fraction(share).limit_denominator(10**12) * self.whole)
+        if budget < self.least:
+            raise RuleError(out_of_reach(self, rule, self.least / self.whole))
+        return budget
+
+    @cached_property
     def menus(self) -> list[tuple[Menu, list[tuple[FormName, Ranks]]]]:
         """By layer: costs and losses, the dense layer first, and the form and ranks of the others."""
         return [self._menu(layer) for layer in self.analysis]
@@ -192,7 +220,7 @@ class Options:
         costs, losses = [np.array([self._dense(layer)])], [np.zeros(1)]
         usual = float(np.median([*self.analysis.sensitivity.values()])) if self.analysis.sensitivity else 1.0
         named: list[tuple[FormName, Ranks]] = []
-        for form in possible_forms(layer, self.forms, self.metric):
+        for form in self._possible(layer):
             choices = layer.choices(form, self.metric)
             fits, cost = self._offered(layer, choices)
             costs.append(cost)
@@ -200,23 +228,28 @@ class Options:
             named += [(form, tuple(int(rank) for rank in choices.ranks[one])) for one in fits]
         return Menu(np.concatenate(costs).astype(np.int64), np.concatenate(losses)), named
 
+    def _possible(self, layer: LayerAnalysis) -> list[FormName]:
+        # before the data have been run, none is known to miss a layer
+        metric = self.metric if self.metric in self.analysis.metrics else "plain"
+        return possible_forms(layer, self.forms, metric)
+
     def _offered(
-        self, layer: LayerAnalysis, choices: Choices
+        self, layer: LayerAnalysis, offers: Offers
     ) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.int64] | FloatArray]:
-        """Positions of the choices on the grid that are smaller than the layer (and faster), and what they cost."""
-        small = (choices.params < layer.dense.params) & (choices.macs <= layer.dense.macs)
+        """Positions of the ranks on the grid that are smaller than the layer (and faster), and what they cost."""
+        small = (offers.params < layer.dense.params) & (offers.macs <= layer.dense.macs)
         if self.latencies is None:
-            full = np.array(layer.sizes.full_ranks(choices.form)) if layer.sizes else choices.ranks[-1]
-            even = (choices.ranks % self.multiple == 0) | (choices.ranks == full)
+            full = np.array(layer.sizes.full_ranks(offers.form)) if layer.sizes else offers.ranks[-1]
+            even = (offers.ranks % self.multiple == 0) | (offers.ranks == full)
             fits = np.flatnonzero(even.all(axis=1) & small)
-            return fits, self._factored(layer, choices)[fits]
+            return fits, self._factored(layer, offers)[fits]
         layers = self.latencies.of(layer.name)
-        times = layers.of(choices.form) if layers else None
+        times = layers.of(offers.form) if layers else None
         if times is None:
             return np.zeros(0, dtype=np.intp), np.zeros(0)
         below = self.multiple if self.multiple == self.latencies.rank_multiple else 0
-        fits = np.flatnonzero(times.covers(choices.ranks, step=self.multiple, below=below) & small)
-        costs = np.array([_nanoseconds(ms) for ms in times.at(choices.ranks[fits])], dtype=np.int64)
+        fits = np.flatnonzero(times.covers(offers.ranks, step=self.multiple, below=below) & small)
+        costs = np.array([_nanoseconds(ms) for ms in times.at(offers.ranks[fits])], dtype=np.int64)
         faster = costs < self._dense(layer)
         return fits[faster], costs[faster]
 
@@ -226,13 +259,13 @@ class Options:
             return _nanoseconds(times.dense_ms) if times else 0
         return layer.dense.macs if self.cost == "macs" else layer.dense.params * self._unit(layer)
 
-    def _factored(self, layer: LayerAnalysis, choices: Choices) -> npt.NDArray[np.int64]:
+    def _factored(self, layer: LayerAnalysis, offers: Offers) -> npt.NDArray[np.int64]:
         if self.cost == "macs":
-            return choices.macs
+            return offers.macs
         # each tensor of a file has an entry in its header
-        tensors = len(choices.ranks[0]) + (not layer.has_bias and self.metric != "plain")
+        tensors = len(offers.ranks[0]) + (not layer.has_bias and self.metric != "plain")
         entries = tensors * (len(layer.name) + 120) if self.cost == "bytes" else 0
-        return choices.params * self._unit(layer) + entries * (1 + len(layer.also))
+        return offers.params * self._unit(layer) + entries * (1 + len(layer.also))
 
     def _unit(self, layer: LayerAnalysis) -> int:
         return layer.itemsize if self.cost == "bytes" else 1
@@ -322,17 +355,13 @@ def picked_at(options: Options, rule: Budget, *, share: float) -> list[int]:
     Raises:
         RuleError: a share below what is reachable; says what is.
     """
-    budget = int(Fraction(share).limit_denominator(10**12) * options.whole)
-    solved = Allocation.of([menu for menu, _ in options.menus], limit=budget - options.fixed)
-    least = options.fixed + solved.cheapest
-    if budget < least:
-        raise RuleError(out_of_reach(options, rule, least / options.whole))
-    return solved.pick(budget - options.fixed)
+    limit = options.require(rule, share=share) - options.fixed
+    return Allocation.of([menu for menu, _ in options.menus], limit=limit).pick(limit)
 
 
 def out_of_reach(options: Options, rule: Budget, least: float, *, how: str = "predicted") -> str:
     """What to say of a budget when `least` is the smallest share there is."""
-    open_to = sum(bool(named) for _, named in options.menus)
+    open_to = len(options.cheapest)
     timed = options.cost == "latency"
     if timed and (not open_to or least >= 1):
         measured = f"with all its layers at their fastest ranks the model takes {least:.3g} of the dense time"

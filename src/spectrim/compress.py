@@ -1,25 +1,25 @@
 """The one-call path: calibrate, analyse, plan, replace, count what was gained."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from spectrim.analyze import Analysis, LayerAnalysis, analyze, survey
+from spectrim.analyze import Analysis, LayerAnalysis, analyze
 from spectrim.calibrate import calibrate
 from spectrim.errors import DataError, PlanError
 from spectrim.execution import Inputs, as_inputs, require_repeatable
 from spectrim.factorize import duplicate, factorize
-from spectrim.forms import forms_of, geometry
 from spectrim.latency import LatencyTable, latency_table, random_factors
 from spectrim.linalg import Factors
 from spectrim.measure import Measurement, batched, count
 from spectrim.plan import Budget, FormName, LayerPlan, Metric, Plan, Rule
 from spectrim.probe import Grid, probe
-from spectrim.ranks import options_of, refresh, require_reachable
+from spectrim.ranks import options_of, refresh, require_possible
 from spectrim.ranks import plan as make_plan
 from spectrim.reconstruct import Told
 from spectrim.reconstruct import reconstruct as rebuild
@@ -118,44 +118,46 @@ def compress(
     Raises:
         SpectrimError: one of its kinds, before anything has been changed.
     """
-    selection = _Selection(include, exclude, keep_last)
     require_room(cache)
+    narrowed = include != ("*",) or bool(exclude) or keep_last
     chosen = metric or forms or rank_multiple or allow_growth or latencies
-    if isinstance(rule_or_plan, Plan) and (selection.narrows or chosen):
+    if isinstance(rule_or_plan, Plan) and (narrowed or chosen):
         raise PlanError("a plan already says which layers, forms and metric; give these options to st.plan instead")
-    if analysis is not None and selection.narrows:
+    if analysis is not None and narrowed:
         raise PlanError("an analysis already has its layers; give include, exclude, keep_last to st.analyze instead")
     if reconstruct is True and (data is None or metric == "plain"):
         raise DataError("reconstruction is done on calibration data in a data metric; pass data= and no metric='plain'")
     _require_runtime(rule_or_plan)
     example = as_inputs(example_inputs)
-    layers = _layers(model, example, rule_or_plan, selection, forms) if analysis is None else set()
+    analyzed = partial(analyze, model, example, include=include, exclude=exclude, keep_last=keep_last)
+    known = analyzed() if analysis is None else analysis
+    if not isinstance(rule_or_plan, Plan):
+        grid = None if rank_multiple == "auto" else rank_multiple
+        usual: Metric = "plain" if data is None else "activation"
+        require_possible(known, rule_or_plan, metric=metric or usual, forms=forms, rank_multiple=grid)
     batches: list[Inputs] = []
     if data is not None and metric != "plain" and _uses_data(rule_or_plan):
         require_repeatable(model, example)
         batches = [as_inputs(one) for one in islice(_unlabelled(data, example), max_batches)]
         if not batches:
             raise DataError("the calibration data is empty; give at least one batch")
-    if analysis is None:
-        wanted = {layer.metric for layer in rule_or_plan} if isinstance(rule_or_plan, Plan) else {metric}
-        analysis = _analysed(
+    if analysis is None and batches:
+        known = _informed(
             model,
-            example,
+            known,
+            rule_or_plan,
             batches,
-            layers,
-            selection,
-            needs_gradients="loss" in wanted,
-            likes_gradients=metric is None and isinstance(rule_or_plan, Budget),
+            analyzed=analyzed,
+            metric=metric,
+            cache=cache,
+            on_progress=on_progress,
         )
-        if batches and isinstance(rule_or_plan, Budget):
-            told = _telling(on_progress, "weigh")
-            analysis = sensitivity(model, analysis, batches, cache=cache, on_progress=told)
     if isinstance(rule_or_plan, Plan):
-        plan = refresh(rule_or_plan, analysis)
+        plan = refresh(rule_or_plan, known)
     else:
         plan = choose(
             model,
-            analysis,
+            known,
             rule_or_plan,
             example_inputs=example,
             metric=metric,
@@ -166,7 +168,7 @@ def compress(
             on_progress=on_progress,
         )
     fitted_to = batches if _is_fitted(plan, reconstruct=reconstruct) else []
-    smaller = _built(model, plan, analysis, fitted_to, cache=cache, on_progress=_telling(on_progress, "fit"))
+    smaller = _built(model, plan, known, fitted_to, cache=cache, on_progress=_telling(on_progress, "fit"))
     return _finished(model, smaller, plan, example, inplace=inplace)
 
 
@@ -291,47 +293,36 @@ def _is_refused(plan: Plan) -> bool:
     return plan.latency is not None and plan.latency.refused is not None
 
 
-@dataclass(frozen=True)
-class _Selection:
-    include: Patterns
-    exclude: Patterns
-    keep_last: bool
-
-    @property
-    def narrows(self) -> bool:
-        """Whether it leaves anything out."""
-        return self.include != ("*",) or bool(self.exclude) or self.keep_last
-
-
-def _layers(
+def _informed(
     model: nn.Module,
-    example: Inputs,
+    bare: Analysis,
     rule_or_plan: Rule | Plan,
-    selection: _Selection,
-    forms: Sequence[FormName] | None,
-) -> set[str]:
-    """Names of the layers that need statistics; every mistake that can be seen without data is raised here."""
-    targets, _ = survey(
-        model, example, include=selection.include, exclude=selection.exclude, keep_last=selection.keep_last
-    )
-    open_to = [target for target in targets if target.refusal is None]
-    if not isinstance(rule_or_plan, Plan):
-        sizes = {
-            target.name: (target.module.get_parameter("weight").shape, _full_rank(target.module, forms))
-            for target in open_to
-        }
-        require_reachable(rule_or_plan, sizes)
-    elif not isinstance(rule_or_plan.rule, Budget):
-        planned = {layer.name for layer in rule_or_plan.factored if layer.metric != "plain"}
-        open_to = [target for target in open_to if target.name in planned]
-    return {site for target in open_to for site in target.sites}
+    batches: Sequence[Inputs],
+    *,
+    analyzed: Callable[..., Analysis],
+    metric: Metric | None,
+    cache: int | None,
+    on_progress: Told | None,
+) -> Analysis:
+    """The analysis with statistics of the layers that need them, and under a budget with their sensitivities."""
+    budgeted = isinstance(rule_or_plan, Budget)
+    wanted = {layer.metric for layer in rule_or_plan} if isinstance(rule_or_plan, Plan) else {metric}
+    sites = _sites(bare, rule_or_plan)
+    statistics = calibrate(model, batches, layers=sites)
+    if "loss" in wanted or (budgeted and metric is None):
+        statistics = felt(model, statistics, batches, layers=sites, required="loss" in wanted)
+    analysis = analyzed(calibration=statistics)
+    if not budgeted:
+        return analysis
+    return sensitivity(model, analysis, batches, cache=cache, on_progress=_telling(on_progress, "weigh"))
 
 
-def _full_rank(layer: nn.Module, forms: Sequence[FormName] | None) -> int:
-    """The largest rank in the form that a per-layer rule would use."""
-    able = forms_of(layer)
-    form = next((one for one in forms or () if one in able), able[0])
-    return max(geometry(layer).full_ranks(form))
+def _sites(analysis: Analysis, rule_or_plan: Rule | Plan) -> set[str]:
+    """Names of the layers that need statistics."""
+    if not isinstance(rule_or_plan, Plan) or isinstance(rule_or_plan.rule, Budget):
+        return analysis.sites
+    planned = {layer.name for layer in rule_or_plan.factored if layer.metric != "plain"}
+    return {site for layer in analysis if layer.name in planned for site in layer.sites}
 
 
 def _uses_data(rule_or_plan: Rule | Plan) -> bool:
@@ -347,29 +338,6 @@ def _unlabelled(data: Iterable[Any], example: Inputs) -> Iterator[Any]:
             yield batch[0] if example.kwargs or wanted == 1 else batch[:-1]
         else:
             yield batch
-
-
-def _analysed(
-    model: nn.Module,
-    example: Inputs,
-    batches: Sequence[Inputs],
-    layers: set[str],
-    selection: _Selection,
-    *,
-    needs_gradients: bool,
-    likes_gradients: bool,
-) -> Analysis:
-    statistics = calibrate(model, batches, layers=layers) if batches else None
-    if statistics is not None and (needs_gradients or likes_gradients):
-        statistics = felt(model, statistics, batches, layers=layers, required=needs_gradients)
-    return analyze(
-        model,
-        example,
-        calibration=statistics,
-        include=selection.include,
-        exclude=selection.exclude,
-        keep_last=selection.keep_last,
-    )
 
 
 def _built(

@@ -2,10 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import product
 from math import prod
 from types import MappingProxyType
 from typing import Any, cast
 
+import numpy as np
+import numpy.typing as npt
 from torch import Tensor, nn
 
 from spectrim.errors import ModelError
@@ -26,6 +29,7 @@ from spectrim.linalg import (
     Ranks,
     SpatialDecomposition,
     Tucker2Decomposition,
+    rank_grid,
 )
 from spectrim.plan import Cost, FormName
 
@@ -114,6 +118,12 @@ class Geometry:
         if form == "tucker2":
             return min(self.into, self.out * places), min(self.out, self.into * places)
         return (self.full_rank,)
+
+    def ranks(self, form: FormName) -> npt.NDArray[np.int64]:
+        """Every rank that is looked at, (n, 1); in the tucker2 form the pairs of a grid, (n, 2)."""
+        if form == "tucker2":
+            return np.array(list(product(rank_grid(self.into), rank_grid(self.out))), dtype=np.int64)
+        return np.arange(1, self.full_ranks(form)[0] + 1, dtype=np.int64)[:, None]
 
     def cost(self, form: FormName, ranks: Ranks, positions: Positions) -> Cost:
         """Cost of the factors at `ranks`, without a bias."""

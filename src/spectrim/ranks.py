@@ -64,12 +64,7 @@ def plan(
         return budgeted(options, rule)
     metric, allowed = metric_of(analysis, metric, best=False), forms_among(forms, ("channel",))
     multiple = multiple_of(rank_multiple)
-    sizes = {
-        layer.name: (layer.shape, max(layer.sizes.full_ranks(possible[0])))
-        for layer in analysis
-        if layer.sizes and (possible := possible_forms(layer, allowed, metric))
-    }
-    require_reachable(rule, sizes)
+    require_reachable(rule, _full_ranks(analysis, allowed, metric))
     if latencies is not None:
         raise RuleError(f"latencies= belongs to a budget of latency, and the rule is {rule}")
     layers = tuple(
@@ -77,6 +72,43 @@ def plan(
         for layer in analysis
     )
     return Plan(rule=rule, metric=metric, layers=layers, rank_multiple=multiple if multiple > 1 else None)
+
+
+def _full_ranks(analysis: Analysis, forms: Sequence[FormName], metric: Metric) -> dict[str, tuple[Sequence[int], int]]:
+    """The weight's shape, and the largest rank in the form that a per-layer rule would use, by the layer's name."""
+    return {
+        layer.name: (layer.shape, max(layer.sizes.full_ranks(possible[0])))
+        for layer in analysis
+        if layer.sizes and (possible := possible_forms(layer, forms, metric))
+    }
+
+
+def require_possible(
+    analysis: Analysis,
+    rule: Rule,
+    *,
+    metric: Metric,
+    forms: Sequence[FormName] | None = None,
+    rank_multiple: int | Grid | None = None,
+) -> None:
+    """Check a rule against the shapes of the layers, before they are decomposed, and before any data are run.
+
+    Args:
+        analysis: From `st.analyze`, with or without a calibration.
+        rule: As for `plan`. Of a budget of latency nothing can be told.
+        metric: The one that the plan is to be made in; all but `plain` give every layer a bias.
+        forms: As for `plan`.
+        rank_multiple: As for `plan`.
+
+    Raises:
+        RuleError: not a rule, a rank above the full rank of a layer, or a budget below what is reachable; says what is.
+        PlanError: an unknown form.
+    """
+    if not isinstance(rule, Budget):
+        require_reachable(rule, _full_ranks(analysis, forms_among(forms, ("channel",)), "plain"))
+    elif rule.limits != "latency":
+        allowed = forms_among(forms, CONVOLUTION_FORMS)
+        Options(analysis, rule.limits, metric, allowed, multiple_of(rank_multiple)).require(rule, share=rule.share)
 
 
 def options_of(

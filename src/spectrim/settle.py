@@ -55,8 +55,9 @@ def settled(options: Options, rule: Budget, *, verify: Verify) -> Plan:
     Raises:
         RuleError: no layer would be faster in factors, or the fastest network misses the budget; says what it takes.
     """
-    target, least = rule.share, _least(options)
-    if not any(named for _, named in options.menus):
+    # rounded up, so that the table itself holds it
+    target, least = rule.share, options.least / options.whole + 1e-9
+    if not options.cheapest:
         raise RuleError(out_of_reach(options, rule, least))
     first = _judged(options, rule, picked_at(options, rule, share=max(target, least)), verify)
     tried = [first]
@@ -69,12 +70,6 @@ def settled(options: Options, rule: Budget, *, verify: Verify) -> Plan:
     if least > target and not meeting:
         raise RuleError(out_of_reach(options, rule, best.measured.value, how="measured"))
     return _noted(best, target, solved=len(tried))
-
-
-def _least(options: Options) -> float:
-    """The smallest share that the table promises."""
-    cheapest = options.fixed + sum(int(menu.costs.min()) for menu, _ in options.menus)
-    return cheapest / options.whole + 1e-9
 
 
 def _judged(options: Options, rule: Budget, picked: Sequence[int], verify: Verify) -> _Candidate:

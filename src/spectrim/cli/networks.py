@@ -3,13 +3,14 @@
 import shlex
 from collections.abc import Callable, Container
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
 
-from spectrim.analyze import Analysis, analyze, survey
+from spectrim.analyze import Analysis, analyze
 from spectrim.calibrate import calibrate
 from spectrim.cli.options import Choice, Layers, Source, arguments, unfolded
 from spectrim.cli.outputs import Ours, outputs
@@ -23,6 +24,7 @@ from spectrim.io import save
 from spectrim.measure import Measurement, accuracy, measure
 from spectrim.plan import Budget, LatencyNote, Metric, Plan, Rule
 from spectrim.probe import Grid, probe
+from spectrim.ranks import require_possible
 from spectrim.report import Results, report, table, words
 from spectrim.report.tables import Column, Listing
 from spectrim.runtimes import require_runtime
@@ -168,7 +170,7 @@ def _planned(
         return _analysis(given, layers, shown, {layer.metric for layer in edited}), edited
     rule, metric = choice.rule, choice.named_metric
     usual: Metric = "loss" if isinstance(rule, Budget) else "activation"
-    analysis = _analysis(given, layers, shown, {metric or usual}, required=metric is not None)
+    analysis = _analysis(given, layers, shown, {metric or usual}, choice=choice)
     if isinstance(rule, Budget) and analysis.calibration and given.calibration:
         batches = [as_inputs(batch) for batch in given.calibration]
         analysis = sensitivity(given.model, analysis, batches, cache=cache, on_progress=shown.layers("weigh"))
@@ -210,25 +212,38 @@ def _timing(shown: Stages) -> Callable[[str, int, int], None]:
 
 
 def _analysis(
-    given: Subject, layers: Layers, shown: Stages, metrics: Container[Metric | None], *, required: bool = True
+    given: Subject, layers: Layers, shown: Stages, metrics: Container[Metric | None], *, choice: Choice | None = None
 ) -> Analysis:
-    """The analysis, in these metrics as far as there are images, and gradients where they are not `required`."""
-    include, exclude, keep_last = layers.included, layers.excluded, layers.keep_last
-    # before the data are run: a pattern that matches nothing is told at once, and only these layers are watched
-    targets, _ = survey(given.model, as_inputs(given.example), include=include, exclude=exclude, keep_last=keep_last)
-    watched = {site for target in targets if target.refusal is None for site in target.sites}
-    calibration = None
-    if given.calibration and ("activation" in metrics or "loss" in metrics):
-        shown.begin("calibrate", of=len(given.calibration))
-        batches = shown.each(given.calibration)
-        calibration = calibrate(given.model, batches, layers=watched)
-        if "loss" in metrics:
-            inputs = [as_inputs(batch) for batch in given.calibration]
-            calibration = felt(given.model, calibration, inputs, layers=watched, required=required)
-    shown.begin("analyse")
-    return analyze(
-        given.model, given.example, calibration=calibration, include=include, exclude=exclude, keep_last=keep_last
+    """The analysis in these metrics as far as there are images, and gradients where no metric was asked for.
+
+    What cannot be done by `choice` whatever the images is told before they are run.
+    """
+    selected = partial(
+        analyze,
+        given.model,
+        given.example,
+        include=layers.included,
+        exclude=layers.excluded,
+        keep_last=layers.keep_last,
     )
+    calibrated = bool(given.calibration) and ("activation" in metrics or "loss" in metrics)
+    if not calibrated:
+        shown.begin("analyse")
+    bare = selected()
+    if choice is not None:
+        usual: Metric = choice.named_metric or ("activation" if calibrated else "plain")
+        multiple = None if choice.multiple == "auto" else choice.multiple
+        require_possible(bare, choice.rule, metric=usual, forms=choice.forms, rank_multiple=multiple)
+    if not calibrated or not given.calibration:
+        return bare
+    shown.begin("calibrate", of=len(given.calibration))
+    calibration = calibrate(given.model, shown.each(given.calibration), layers=bare.sites)
+    if "loss" in metrics:
+        inputs = [as_inputs(batch) for batch in given.calibration]
+        required = choice is None or choice.named_metric is not None
+        calibration = felt(given.model, calibration, inputs, layers=bare.sites, required=required)
+    shown.begin("analyse")
+    return selected(calibration=calibration)
 
 
 def _check(choice: Choice, source: Source) -> None:

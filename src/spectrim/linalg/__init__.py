@@ -8,7 +8,7 @@ from spectrim.linalg.problem import Factors, Problem, Ranks, balanced
 from spectrim.linalg.spatial import SpatialDecomposition
 from spectrim.linalg.spectrum import FloatArray, Spectrum, algebra, is_finite, spectrum
 from spectrim.linalg.subspace import Truncated, truncate, truncate_exactly
-from spectrim.linalg.tucker2 import Tucker2Decomposition
+from spectrim.linalg.tucker2 import Tucker2Decomposition, rank_grid
 
 Decomposition = ChannelDecomposition | SpatialDecomposition | Tucker2Decomposition
 
@@ -26,6 +26,7 @@ __all__ = [
     "algebra",
     "balanced",
     "is_finite",
+    "rank_grid",
     "spectrum",
     "truncate",
     "truncate_exactly",

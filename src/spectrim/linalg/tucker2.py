@@ -46,7 +46,7 @@ class Tucker2Decomposition:
     @cached_property
     def grid(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """The input ranks and the output ranks of `tails`: all of them up to 64, then as many, evenly spaced."""
-        return steps(self.basis.shape[1]), steps(self.problem.weight.shape[1])
+        return rank_grid(self.basis.shape[1]), rank_grid(self.problem.weight.shape[1])
 
     @cached_property
     def tails(self) -> FloatArray:
@@ -80,7 +80,7 @@ class Tucker2Decomposition:
         )
 
 
-def steps(full: int) -> npt.NDArray[np.int64]:
+def rank_grid(full: int) -> npt.NDArray[np.int64]:
     """1..full if these are few, else about 64 multiples of a power of two, and `full` itself."""
     step = 1
     while full > _GRID * step:

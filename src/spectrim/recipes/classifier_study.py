@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 
 from spectrim.analyze import Analysis, analyze
 from spectrim.calibrate import calibrate
@@ -14,11 +14,13 @@ from spectrim.compress import compress
 from spectrim.errors import ModelError
 from spectrim.execution import watching
 from spectrim.files import sha256_of
+from spectrim.forms import LAYERS
 from spectrim.measure import count, measure
 from spectrim.models import imagenet, resolve
 from spectrim.models.weights import fill_, read_state
 from spectrim.plan import Budget, Metric, Plan, Rank
-from spectrim.recipes.heads import Features
+from spectrim.ranks import require_possible
+from spectrim.recipes.heads import Features, received
 from spectrim.recipes.images import Augment, Images
 from spectrim.recipes.outcome import Network, SeedOutcome
 from spectrim.recipes.parts import Made, Trained
@@ -26,6 +28,7 @@ from spectrim.recipes.study import SeedRun, Study
 from spectrim.recipes.tuning import Smaller, Tuned
 from spectrim.report import Variant, spectra_of
 from spectrim.runtimes import RuntimeName
+from spectrim.surgery import near
 from spectrim.training.checkpoint import Checkpoint
 
 IMAGENET = "imagenet"
@@ -96,6 +99,25 @@ class ClassifierStudy(Study):
         if self.weights not in (None, IMAGENET):
             read_state(Path(str(self.weights)))
 
+    def require_possible(self, model: nn.Module, example: Tensor) -> None:
+        """The network has the layers named, ends with the classifier, and can be as small as the budget."""
+        layers = dict(model.named_modules())
+        for key, name, kinds in (("convolution", self.convolution, LAYERS), ("classifier", self.classifier, nn.Linear)):
+            if name not in layers:
+                raise ModelError(f"{self.model} has no layer {name!r}{near(name, layers)}; name one in the recipe")
+            if not isinstance(layers[name], kinds):
+                wanted = "linear layer" if key == "classifier" else "convolution"
+                raise ModelError(f"{key} = {name!r} in the recipe is a {type(layers[name]).__name__}, not a {wanted}")
+        analysis = analyze(model, example)
+        received(model, self.classifier, example)
+        require_possible(
+            analysis,
+            Budget(macs=self.macs),
+            metric=self.metric,
+            forms=self.forms,
+            rank_multiple=self.rank_multiple,
+        )
+
     def augment(self) -> Augment:
         """As the settings say."""
         return self.augmentation
@@ -117,9 +139,6 @@ class ClassifierStudy(Study):
     def outcome(self, run: SeedRun) -> SeedOutcome:
         """The classifier at every rank, then the whole network."""
         dense, curve = run.dense()
-        for name in (self.convolution, self.classifier):
-            if name not in dict(dense.named_modules()):
-                raise ModelError(f"{self.model} has no layer {name!r}; name one in the recipe")
         shown = (self.convolution, self.classifier)
         spectra = tuple(one for one in spectra_of(self._analysis(run, dense), cumulative=True) if one.layer in shown)
         networks = (*self._classifiers(run, dense), *self._whole(run, dense))

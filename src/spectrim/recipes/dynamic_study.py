@@ -76,6 +76,10 @@ class DynamicStudy(FullyConnected):
         """One a way."""
         return len(self.ways)
 
+    def require_possible(self, model: nn.Module, example: Tensor) -> None:
+        """Every layer but the last can have the rank."""
+        self.require_ranks(model, example, (self.rank,))
+
     def outcome(self, run: SeedRun) -> SeedOutcome:
         """Each way from the same dense network."""
         dense, curve = run.dense()

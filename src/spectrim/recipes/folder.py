@@ -16,7 +16,7 @@ from spectrim.report import Results, report
 from spectrim.runtimes import fingerprint
 
 RECIPE, MANIFEST, RESULTS, REPORT = "recipe.toml", "run.json", "results.json", "report.html"
-MODEL, PLAN = "model.safetensors", "plan.json"
+MODEL, PLAN, PARTS = "model.safetensors", "plan.json", "parts"
 
 
 class Manifest(Frozen):
@@ -52,20 +52,29 @@ class RunFolder:
 
     path: Path
 
-    @classmethod
-    def claim(cls, path: Path, study: Study) -> "RunFolder":
-        """Take a folder for a run of `study`, and note the recipe in it.
+    def require_free(self, study: Study) -> None:
+        """Check that a run of `study` may be written here, and leave everything as it is.
 
         Raises:
-            FileError: it cannot be written to, or holds the run of another recipe; nothing has been changed then.
+            FileError: it cannot be written to, or holds the run of another recipe.
         """
-        path = Path(path)
-        if (path / RECIPE).exists():
-            _require_same(path, study)
-        folder = cls(require_writable_folder(path))
-        if not (path / RECIPE).exists():
-            write_text(path / RECIPE, recipe_text(study))
-        return folder
+        if self._is_begun:
+            _require_same(self.path, study)
+        require_writable_folder(next(one for one in (self.path, *self.path.parents) if one.exists()))
+
+    def claim(self, study: Study) -> None:
+        """Take the folder for a run of `study`, and note the recipe in it; raises as `require_free` does."""
+        self.require_free(study)
+        require_writable_folder(self.path)
+        if not self._is_begun:
+            write_text(self.path / RECIPE, recipe_text(study))
+
+    @property
+    def _is_begun(self) -> bool:
+        """Whether a recipe lies here that is more than a trace of a run that stopped before anything came of it."""
+        recipe, parts = self.path / RECIPE, self.path / PARTS
+        is_trace = parts.is_dir() and all(one in (recipe, parts) or one.is_dir() for one in self.path.rglob("*"))
+        return recipe.exists() and not is_trace
 
     def keep(
         self, study: Study, results: Results, *, seeds: Sequence[SeedOutcome], chosen: Network, images: Images
@@ -110,6 +119,7 @@ class RunFolder:
 def _require_same(path: Path, study: Study) -> None:
     """FileError unless the folder's recipe is this one, other seeds allowed."""
     advice = "give another folder with --out, or delete this one"
+    trained = any(one.is_file() for one in (path / PARTS).rglob("*"))
     try:
         there = read_recipe(path / RECIPE)
     except FileError as error:
@@ -123,4 +133,5 @@ def _require_same(path: Path, study: Study) -> None:
     raise FileError(
         f"{path} holds a run of {study.name} with other settings ({', '.join(names)}"
         f"{', it was a quick look' if there.is_quick else ''}); {advice}"
+        f"{'. What both have in common is not trained again if you copy its parts into the other' if trained else ''}"
     )

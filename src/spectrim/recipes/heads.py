@@ -62,16 +62,24 @@ class Features:
         return better, done
 
 
-def _received(model: nn.Module, layer: str, part: Part) -> Iterator[Batch]:
+def received(model: nn.Module, layer: str, images: Tensor) -> Tensor:
+    """What the last layer receives (N, F) of images as the network sees them.
+
+    Raises:
+        ModelError: the network's answer is not what the layer gives.
+    """
     seen: list[tuple[Tensor, Tensor]] = []
     hook = model.get_submodule(layer).register_forward_hook(lambda _, given, output: seen.append((given[0], output)))
     try:
         with evaluating(model):
-            for images, labels in part.batches(250):
-                seen.clear()
-                answer = model(images)
-                if len(seen) != 1 or not torch.equal(seen[0][1], answer):
-                    raise ModelError(f"the network does not end with {layer!r}: it cannot be tuned alone")
-                yield seen[0][0].detach().clone(), labels
+            answer = model(images)
     finally:
         hook.remove()
+    if len(seen) != 1 or not torch.equal(seen[0][1], answer):
+        raise ModelError(f"the network does not end with {layer!r}: it cannot be tuned alone")
+    return seen[0][0].detach().clone()
+
+
+def _received(model: nn.Module, layer: str, part: Part) -> Iterator[Batch]:
+    for images, labels in part.batches(250):
+        yield received(model, layer, images), labels

@@ -5,13 +5,13 @@ from functools import cached_property
 from typing import Annotated, Literal
 
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 
 from spectrim.analyze import Analysis, analyze
 from spectrim.compress import compress
 from spectrim.models import mini_resnet
 from spectrim.plan import Budget, Energy, FormName, Metric, Plan, Rule
-from spectrim.ranks import plan
+from spectrim.ranks import plan, require_possible
 from spectrim.recipes.images import Augment, Images, Part
 from spectrim.recipes.outcome import Network, SeedOutcome
 from spectrim.recipes.parts import Made
@@ -76,6 +76,12 @@ class MiniResNetStudy(Study):
     def augment(self) -> Augment:
         """As the settings say."""
         return self.augmentation
+
+    def require_possible(self, model: nn.Module, example: Tensor) -> None:
+        """Every budget can be reached."""
+        analysis = analyze(model, example)
+        for share in self.budgets:
+            require_possible(analysis, Budget(params=share), metric=self.budget_metric)
 
     def outcome(self, run: SeedRun) -> SeedOutcome:
         """Every way, each as it comes out and fine-tuned."""

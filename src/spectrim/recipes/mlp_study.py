@@ -56,6 +56,10 @@ class MlpStudy(FullyConnected):
         """Analysing, and each rank in each way."""
         return 1 + len(self.ranks) * len(self.tunings)
 
+    def require_possible(self, model: nn.Module, example: Tensor) -> None:
+        """Every layer but the last can have the ranks."""
+        self.require_ranks(model, example, self.ranks)
+
     def outcome(self, run: SeedRun) -> SeedOutcome:
         """Every rank in every way."""
         dense, curve = run.dense()

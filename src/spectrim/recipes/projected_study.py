@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 
 from spectrim.plan import Rank
 from spectrim.recipes.fully_connected import FullyConnected
@@ -31,6 +31,10 @@ class ProjectedStudy(FullyConnected):
     def steps(self) -> int:
         """Training."""
         return 1
+
+    def require_possible(self, model: nn.Module, example: Tensor) -> None:
+        """Every layer but the last can have the rank."""
+        self.require_ranks(model, example, (self.rank,))
 
     def outcome(self, run: SeedRun) -> SeedOutcome:
         """The projected network, and the dense one to compare it with."""

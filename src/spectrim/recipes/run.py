@@ -6,7 +6,7 @@ from pathlib import Path
 from spectrim.errors import DataError
 from spectrim.files import require_writable_folder
 from spectrim.recipes.changes import changes_of
-from spectrim.recipes.folder import RunFolder
+from spectrim.recipes.folder import PARTS, RunFolder
 from spectrim.recipes.images import Images, load_images
 from spectrim.recipes.outcome import Timing, choose, pairs_of, provenance_of, summarise, variants_of
 from spectrim.recipes.parts import Parts
@@ -43,15 +43,20 @@ def run_study(
             done then.
         DataError: the data set cannot be obtained; names the recipe that stands in, if there is one.
         EngineError, DependencyError: a runtime or a package that the recipe needs cannot be had.
+        ModelError, RuleError: the network cannot take the images, or what the recipe asks of it cannot be; told before
+            anything is trained or written.
     """
     start = time.perf_counter()
     study.require()
     timing = Timing.of(study.runtimes, batch=study.latency_batch)
-    folder = RunFolder.claim(Path(out), study)
-    parts = require_writable_folder(folder.path / "parts" if parts is None else parts)
+    folder = RunFolder(Path(out))
+    folder.require_free(study)
     teller = Teller(on_progress, parts=1 + len(study.seeds) * (1 + study.steps) + 2)
     teller.begin(f"reading {study.dataset}")
     images = images_of(study, data_folder)
+    study.require_possible(study.blank(images), images.train.example())
+    folder.claim(study)
+    parts = require_writable_folder(folder.path / PARTS if parts is None else parts)
     seeds = tuple(
         study.outcome(SeedRun(study, seed, images, Parts(parts / f"seed{seed}"), teller)) for seed in study.seeds
     )

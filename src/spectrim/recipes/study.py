@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from spectrim.execution import evaluating
+from spectrim.execution import as_inputs, evaluating, trace
 from spectrim.files import Frozen
 from spectrim.measure import Accuracy, accuracy
 from spectrim.recipes.images import Augment, Images, Minibatches
@@ -156,6 +156,24 @@ class Study(Frozen, ABC):
     def require(self) -> None:
         """Raise what can be told before anything is read or written: a missing package, weights that cannot be read."""
 
+    def blank(self, images: Images, *, seed: int = 0) -> nn.Module:
+        """The dense network before any training; the seed alone decides its weights."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return self.network(images)
+
+    def require_possible(self, model: nn.Module, example: Tensor) -> None:
+        """Raise what an untrained network tells before hours of training: here, that it cannot take the images.
+
+        Args:
+            model: From `blank`.
+            example: One image (1, C, H, W), as the network sees it.
+
+        Raises:
+            ModelError, RuleError: what the settings ask cannot be done with this network.
+        """
+        trace(model, as_inputs(example))
+
     def augment(self) -> Augment:
         """How training images are varied."""
         return Augment()
@@ -184,10 +202,8 @@ class SeedRun:
     teller: Teller
 
     def blank(self) -> nn.Module:
-        """The dense network before any training; the seed alone decides its weights."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
-            return self.study.network(self.images)
+        """The dense network before any training."""
+        return self.study.blank(self.images, seed=self.seed)
 
     def dense(self) -> Trained:
         """The dense network, trained with the labels, and its curve."""
