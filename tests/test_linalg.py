@@ -247,7 +247,7 @@ def test_the_tails_fall_to_nothing_as_ranks_grow(form: FormName) -> None:
 
 def test_a_coarse_grid_of_ranks_holds_both_ends() -> None:
     for size in (1, 5, 64, 65, 130, 512):
-        ranks = linalg.tucker2.steps(size)
+        ranks = linalg.rank_grid(size)
         assert 1 <= ranks[0] <= max(1, size // 32)
         assert (ranks[-1], len(ranks) <= 65) == (size, True)
         assert (np.diff(ranks) > 0).all()
