@@ -297,6 +297,35 @@ def test_a_head_tuned_on_features_is_the_network_tuned_with_its_backbone_frozen(
     assert not torch.equal(ours[3].weight, model[3].weight)
 
 
+def test_a_head_may_learn_what_the_dense_one_answers_to_an_image_and_its_mirror_image() -> None:
+    images = load_images("digits", held_out=237, limit=30)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 20), nn.ReLU(), nn.Linear(20, 10)).eval()
+    given = {"train": images.train, "held_out": images.held_out}
+    plain, both = Features.of(model, "3", **given), Features.of(model, "3", **given, mirrored=True)
+    assert (plain.views, both.views) == (1, 2)
+    torch.testing.assert_close(plain.answers(model[3]), model(images.train.images))
+    mirrored = Part(images.train.images.flip(3), images.train.labels)
+    assert torch.equal(both.train, torch.cat([plain.train, model[:3](mirrored.images)]))
+    assert torch.equal(both.labels, torch.cat([images.train.labels] * 2))
+    assert all(
+        torch.equal(*each)
+        for one, other in zip(plain.held_out, both.held_out, strict=True)
+        for each in zip(one, other, strict=True)
+    )
+    mean = (model(images.train.images) + model(mirrored.images)) / 2
+    torch.testing.assert_close(both.answers(model[3]), torch.cat([mean, mean]))
+    shared = both.answers(model[3], label_share=0.2).softmax(1)
+    wanted = 0.8 * mean.softmax(1) + 0.2 * nn.functional.one_hot(images.train.labels, 10)
+    torch.testing.assert_close(shared, torch.cat([wanted, wanted]))
+    how = Tuned(phase=Phase(epochs=1, lr=1e-3, batch=10), temperature=1.0)
+    options = {"how": how, "teacher": model[3], "seed": 0, "epochs": 1, "lr": 1e-5}
+    # the dense layer itself has nothing to learn from its own answers, and something from their mean
+    losses = [each.tuned(model, "3", **options)[1].history[-1].loss for each in (plain, both)]
+    assert losses[0] < 1e-5
+    assert losses[1] > 100 * losses[0]
+
+
 def test_a_layer_that_is_not_the_last_is_no_head() -> None:
     images = load_images("digits", held_out=237, limit=20)
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10), nn.Softmax(dim=1))

@@ -47,7 +47,10 @@ class ClassifierStudy(Study):
         classifier: The last layer.
         compressions: Shares of the classifier's ranks that are taken away; 0 leaves it dense.
         head: Training of the classifier alone; the dense one learns from the labels.
-        head_images: On so many training images.
+        head_images: On at most so many training images.
+        head_mirrored: Each of them also mirrored; a classifier of low rank then learns the mean of what the dense one
+            answers to both.
+        head_labels: Share of the true label in that.
         macs: Share of the whole network's MACs to keep.
         metric: In which forms and ranks are chosen for that; `plain` needs no calibration and is done in seconds.
         forms: Which of them convolutions may take.
@@ -66,6 +69,8 @@ class ClassifierStudy(Study):
     compressions: tuple[Annotated[float, Field(ge=0, lt=1)], ...] = (0.0, 0.5, 0.8)
     head: Tuned
     head_images: int = Field(ge=1)
+    head_mirrored: bool = False
+    head_labels: float = Field(default=0.0, ge=0, lt=1)
     macs: float = Field(default=0.5, gt=0, lt=1)
     metric: Metric = "activation"
     forms: tuple[Literal["channel", "spatial", "tucker2"], ...] = Field(
@@ -248,7 +253,13 @@ class _Heads:
     def features(self) -> Features:
         """What the dense network's classifier receives."""
         some = self.run.images.train.some(self.study.head_images, seed=self.run.seed)
-        return Features.of(self.dense, self.study.classifier, train=some, held_out=self.run.images.held_out)
+        return Features.of(
+            self.dense,
+            self.study.classifier,
+            train=some,
+            held_out=self.run.images.held_out,
+            mirrored=self.study.head_mirrored,
+        )
 
     def tuned(self, work: Smaller, model: nn.Module, plan: Plan | None) -> Network:
         """The network with its classifier tuned; one of low rank may learn from the dense one."""
@@ -261,11 +272,16 @@ class _Heads:
                 study.classifier,
                 how=how,
                 teacher=self.dense.get_submodule(study.classifier) if taught else None,
+                label_share=study.head_labels,
                 **self.run.options(how.phase, checkpoint),
             )
             return better, done.history
 
         key = self.run.key(
-            start=model, teacher=work.dense_key, head=study.classifier, tuned=how, images=study.head_images
+            start=model,
+            teacher=work.dense_key,
+            head=study.classifier,
+            tuned=how,
+            images=(study.head_images, study.head_mirrored, study.head_labels),
         )
         return work.trained(plan, "head tuned", key=key, train=train)

@@ -64,6 +64,10 @@ class Part:
         """The first few images, as a network sees them."""
         return resized(self.images[:number], self.size)
 
+    def mirrored(self) -> "Part":
+        """The same images with left and right exchanged."""
+        return Part(self.images.flip(3), self.labels, self.size)
+
     def some(self, number: int, *, seed: int) -> "Part":
         """At most so many of them, chosen by the seed."""
         chosen = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:number]
