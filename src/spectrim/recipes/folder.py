@@ -119,7 +119,6 @@ class RunFolder:
 def _require_same(path: Path, study: Study) -> None:
     """FileError unless the folder's recipe is this one, other seeds allowed."""
     advice = "give another folder with --out, or delete this one"
-    trained = any(one.is_file() for one in (path / PARTS).rglob("*"))
     try:
         there = read_recipe(path / RECIPE)
     except FileError as error:
@@ -129,6 +128,7 @@ def _require_same(path: Path, study: Study) -> None:
     if there.name != study.name:
         raise FileError(f"{path} holds a run of another recipe, {there.name}; {advice}")
     one, other = (each.model_dump(mode="json") for each in (there, study))
+    trained = any(part.is_file() for part in (path / PARTS).rglob("*"))
     names = [name for name in other if one.get(name) != other[name] and name not in ("seeds", "title", "command")]
     raise FileError(
         f"{path} holds a run of {study.name} with other settings ({', '.join(names)}"
