@@ -161,6 +161,16 @@ def test_a_rule_that_no_data_can_make_possible_is_refused_before_they_are_run(
         st.compress(model, budget(cost, 0.5), example_inputs=X, data=untouched(), forms=("tucker3",))
 
 
+def test_a_layer_that_the_data_did_not_reach_has_no_rank_to_be_above() -> None:
+    model, x = small_mlp(), inputs(8, 12)
+    known = st.analyze(model, x, calibration=st.calibrate(model, [x], layers={"0", "2"}))
+    made = st.compress(model, st.Rank(5), example_inputs=x, analysis=known)
+    assert made.plan["4"].form == "dense"
+    assert made.plan["4"].full_rank is not None
+    assert made.plan["4"].full_rank < 5
+    assert made.plan.layers == st.plan(known, st.Rank(5)).layers
+
+
 def test_a_budget_out_of_reach_says_what_lies_outside_the_layers() -> None:
     model, x = Residual(), inputs(2, 3, 10, 10)
     norms = sum(p.numel() for m in model.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters())

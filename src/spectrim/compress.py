@@ -131,7 +131,7 @@ def compress(
     example = as_inputs(example_inputs)
     analyzed = partial(analyze, model, example, include=include, exclude=exclude, keep_last=keep_last)
     known = analyzed() if analysis is None else analysis
-    if not isinstance(rule_or_plan, Plan):
+    if analysis is None and not isinstance(rule_or_plan, Plan):
         grid = None if rank_multiple == "auto" else rank_multiple
         usual: Metric = "plain" if data is None else "activation"
         require_possible(known, rule_or_plan, metric=metric or usual, forms=forms, rank_multiple=grid)

@@ -226,20 +226,20 @@ def _analysis(
         exclude=layers.excluded,
         keep_last=layers.keep_last,
     )
-    calibrated = bool(given.calibration) and ("activation" in metrics or "loss" in metrics)
-    if not calibrated:
+    images = given.calibration if "activation" in metrics or "loss" in metrics else None
+    if not images:
         shown.begin("analyse")
     bare = selected()
     if choice is not None:
-        usual: Metric = choice.named_metric or ("activation" if calibrated else "plain")
+        usual: Metric = choice.named_metric or ("activation" if images else "plain")
         multiple = None if choice.multiple == "auto" else choice.multiple
         require_possible(bare, choice.rule, metric=usual, forms=choice.forms, rank_multiple=multiple)
-    if not calibrated or not given.calibration:
+    if not images:
         return bare
-    shown.begin("calibrate", of=len(given.calibration))
-    calibration = calibrate(given.model, shown.each(given.calibration), layers=bare.sites)
+    shown.begin("calibrate", of=len(images))
+    calibration = calibrate(given.model, shown.each(images), layers=bare.sites)
     if "loss" in metrics:
-        inputs = [as_inputs(batch) for batch in given.calibration]
+        inputs = [as_inputs(batch) for batch in images]
         required = choice is None or choice.named_metric is not None
         calibration = felt(given.model, calibration, inputs, layers=bare.sites, required=required)
     shown.begin("analyse")
