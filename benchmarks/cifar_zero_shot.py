@@ -29,10 +29,10 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import spectrim as st
+from spectrim.analysis.sensitivities import felt
+from spectrim.core.execution import as_inputs
 from spectrim.data import load
-from spectrim.execution import as_inputs
 from spectrim.models import cifar_inputs, resolve
-from spectrim.sensitivity import felt
 
 PEER = {0.75: 89.1, 0.6: 81.6, 0.5: 71.8, 0.4: 47.2}
 BAR = {

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 import spectrim as st
 from spectrim.data import load
 from spectrim.models import cifar_inputs
-from spectrim.quantize import QuantizedTable, Scheme, compare_quantized
+from spectrim.quantization import QuantizedTable, Scheme, compare_quantized
 
 SMALLER, POINTS = 1.8, 1.2
 SCHEMES: tuple[Scheme, ...] = ("int8-weights", "int8-static")

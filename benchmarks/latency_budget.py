@@ -28,8 +28,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import spectrim as st
+from spectrim.benchmark.latency import LatencyTable, latency_table
 from spectrim.data import load
-from spectrim.latency import LatencyTable, latency_table
 from spectrim.models import resolve
 
 NETWORKS = {"resnet18": ("torchvision:resnet18", 224), "resnet20": ("spectrim:resnet20", 32)}

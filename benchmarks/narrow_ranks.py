@@ -20,7 +20,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import spectrim as st
-from spectrim.layers import low_rank_layers
+from spectrim.layers.factored import low_rank_layers
 from spectrim.models import mlp
 
 BATCH, BAR, ROUNDS = 64, 0.95, 101

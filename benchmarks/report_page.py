@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 
 import spectrim as st
-from spectrim.plan import Cost, LayerPlan, Metric
-from spectrim.report.pixels import png_text
-from spectrim.report.results import Changes, ClassChange, Flipped
+from spectrim.core.plans import Cost, LayerPlan, Metric
+from spectrim.reporting.pixels import png_text
+from spectrim.reporting.results import Changes, ClassChange, Flipped
 
 SHAPES = ((3072, 1024), (1024, 1024), (4096, 1024), (1024, 4096))
 METRICS: tuple[Metric, ...] = ("plain", "activation")

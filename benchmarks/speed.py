@@ -29,11 +29,11 @@ from rich.table import Table
 from torch import nn
 
 import spectrim as st
-from spectrim.measure import runtime_gain
+from spectrim.benchmark.measurement import runtime_gain
+from spectrim.layers.padding import padded
 from spectrim.models import mlp, resnet20, resolve
-from spectrim.padding import padded
-from spectrim.probe import probe
-from spectrim.runtimes import RUNTIMES, require_runtime
+from spectrim.runtimes.rank_grid import probe
+from spectrim.runtimes.sessions import RUNTIMES, require_runtime
 
 HALF, THIRD, TOTAL = 0.5, 1 / 3, 0.35
 MNIST_RANKS = (20, 16, 32, 48, 64)

@@ -1,4 +1,4 @@
-"""Plans and outputs of two networks at three budgets, with and without data, as `tests/data/figures` holds them.
+"""Plans and outputs of two networks at three budgets, with and without data, as `tests/files/figures` holds them.
 
     python tests/figures.py             # compares all of them; `test_figures.py` compares those that are quick
     python tests/figures.py --write     # writes the files anew: only where a change of the figures is meant
@@ -24,8 +24,8 @@ from torch.nn import functional
 import spectrim as st
 from spectrim.models import mlp, resnet20
 
-FOLDER = Path(__file__).parent / "data" / "figures"
-WEIGHTS = Path(__file__).parent / "data" / "cifar_resnet20.safetensors"
+FOLDER = Path(__file__).parent / "files" / "figures"
+WEIGHTS = Path(__file__).parent / "files" / "cifar_resnet20.safetensors"
 BUDGETS = (0.3, 0.5, 0.7)
 
 

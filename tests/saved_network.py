@@ -1,11 +1,11 @@
-"""The network of the files in `tests/data/saved`, which commit 25f9191 wrote; `write` is how they were made."""
+"""The network of the files in `tests/files/saved`, which commit 25f9191 wrote; `write` is how they were made."""
 
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-FOLDER = Path(__file__).parent / "data" / "saved"
+FOLDER = Path(__file__).parent / "files" / "saved"
 
 
 class SavedNetwork(nn.Module):

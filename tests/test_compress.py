@@ -15,11 +15,11 @@ from torch.nn.utils import parametrizations
 
 import spectrim as st
 from spectrim import errors
-from spectrim.forms import geometry
-from spectrim.latency import FormTimes, LatencyTable, LayerTimes
-from spectrim.plan import LatencyNote
+from spectrim.benchmark.latency import FormTimes, LatencyTable, LayerTimes
+from spectrim.core.plans import LatencyNote
+from spectrim.layers.registry import geometry
 
-compress_module = sys.modules["spectrim.compress"]
+compress_module = sys.modules["spectrim.compression"]
 
 
 def answer(model: nn.Module, *args: Any) -> Tensor:

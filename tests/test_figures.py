@@ -1,4 +1,4 @@
-"""The figures do not move: plans and outputs at three budgets are those of the files in `tests/data/figures`."""
+"""The figures do not move: plans and outputs at three budgets are those of the files in `tests/files/figures`."""
 
 import pytest
 from figures import QUICK, require_unchanged

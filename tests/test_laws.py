@@ -12,8 +12,8 @@ from hypothesis import strategies as draw
 from torch import Tensor, nn
 
 import spectrim as st
-from spectrim.forms import forms_of, geometry
-from spectrim.plan import FormName, Metric
+from spectrim.core.plans import FormName, Metric
+from spectrim.layers.registry import forms_of, geometry
 
 sizes = draw.integers(1, 14)
 seeds = draw.integers(0, 2**32 - 1)

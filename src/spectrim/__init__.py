@@ -1,15 +1,16 @@
 """Spectrim makes trained neural networks smaller and faster by low-rank factorisation, and proves what was gained."""
 
-from spectrim import errors, training
-from spectrim.analyze import Analysis, LayerAnalysis, analyze
-from spectrim.budget import Curve, pareto
-from spectrim.calibrate import Calibration, calibrate
-from spectrim.compress import Compressed, compress
+from spectrim import training
+from spectrim.analysis.calibration import Calibration, calibrate
+from spectrim.analysis.sensitivities import sensitivity
+from spectrim.analysis.spectra import Analysis, LayerAnalysis, analyze
+from spectrim.benchmark.latency import LatencyTable, latency_table
+from spectrim.benchmark.measurement import Accuracy, Epoch, Interval, Measurement, accuracy, measure, runtime_gain
+from spectrim.compression import Compressed, compress
+from spectrim.core import errors
+from spectrim.core.plans import Budget, Cost, Energy, LatencyNote, LayerPlan, Plan, Rank, Ratio
 from spectrim.export import Exported, export_onnx, export_openvino, export_program
-from spectrim.factorize import merge
-from spectrim.io import load, save
-from spectrim.latency import LatencyTable, latency_table
-from spectrim.layers import (
+from spectrim.layers.factored import (
     LowRankConv1d,
     LowRankConv2d,
     LowRankConvTranspose2d,
@@ -17,13 +18,13 @@ from spectrim.layers import (
     SpatialConv2d,
     Tucker2Conv2d,
 )
+from spectrim.layers.replacement import merge
+from spectrim.layers.saving import load, save
 from spectrim.linalg import Spectrum
-from spectrim.measure import Accuracy, Epoch, Interval, Measurement, accuracy, measure, runtime_gain
-from spectrim.plan import Budget, Cost, Energy, LatencyNote, LayerPlan, Plan, Rank, Ratio
-from spectrim.probe import Grid, probe
-from spectrim.quantize import Quantized, QuantizedRow, QuantizedTable, compare_quantized, onnx_accuracy, quantize
-from spectrim.ranks import plan
-from spectrim.report import (
+from spectrim.planning.budgets import Curve, pareto
+from spectrim.planning.rules import plan
+from spectrim.quantization import Quantized, QuantizedRow, QuantizedTable, compare_quantized, onnx_accuracy, quantize
+from spectrim.reporting import (
     Changes,
     LayerSpectrum,
     Published,
@@ -42,8 +43,8 @@ from spectrim.report import (
     table,
     text,
 )
-from spectrim.sensitivity import sensitivity
-from spectrim.timing import Comparison
+from spectrim.runtimes.rank_grid import Grid, probe
+from spectrim.runtimes.timing import Comparison
 from spectrim.training import Finetuned, History, finetune
 
 __version__ = "0.1.0"

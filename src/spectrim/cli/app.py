@@ -14,7 +14,7 @@ from spectrim.cli.export import export_network
 from spectrim.cli.finetune import finetune_network
 from spectrim.cli.quantize import quantize_network
 from spectrim.cli.studies import recipe, run
-from spectrim.errors import SpectrimError
+from spectrim.core.errors import SpectrimError
 from spectrim.recipes import DEMO
 
 app = typer.Typer(

@@ -16,19 +16,19 @@ import typer
 from pydantic import Field
 from rich.console import Console
 
+from spectrim.benchmark.measurement import Measurement, measure, runtime_gain
 from spectrim.cli.options import Flatten, Model, Option, WithSource, arguments, numbers, one_of, unfolded
 from spectrim.cli.outputs import outputs
 from spectrim.cli.stages import Stages, stages
 from spectrim.cli.subject import subject
-from spectrim.errors import DependencyError, EngineError, ModelError
-from spectrim.files import Frozen, parse, read_text, write_text
-from spectrim.io import load
-from spectrim.measure import Measurement, measure, runtime_gain
+from spectrim.core.errors import DependencyError, EngineError, ModelError
+from spectrim.core.files import Frozen, parse, read_text, write_text
+from spectrim.layers.saving import load
 from spectrim.models import resolve
-from spectrim.report import words
-from spectrim.report.tables import Column, Listing
-from spectrim.runtimes import RUNTIMES, RuntimeName, require_runtime, require_threads
-from spectrim.timing import Comparison
+from spectrim.reporting import words
+from spectrim.reporting.tables import Column, Listing
+from spectrim.runtimes.sessions import RUNTIMES, RuntimeName, require_runtime, require_threads
+from spectrim.runtimes.timing import Comparison
 
 _NETWORK, _HOW = "The network", "How it is timed"
 _NOISY = "too noisy to tell"

@@ -14,11 +14,11 @@ from spectrim.cli.options import Flatten, Model, Option, WithSource, one_of, unf
 from spectrim.cli.outputs import outputs
 from spectrim.cli.stages import Stages, stages
 from spectrim.cli.subject import Subject, filled, subject
-from spectrim.errors import FileError
+from spectrim.core.errors import FileError
 from spectrim.export import Exported, export_onnx, export_openvino, export_program, is_exported
-from spectrim.report import words
-from spectrim.report.tables import Column, Listing
-from spectrim.runtimes import RUNTIMES, RuntimeName, require_runtime
+from spectrim.reporting import words
+from spectrim.reporting.tables import Column, Listing
+from spectrim.runtimes.sessions import RUNTIMES, RuntimeName, require_runtime
 
 Format = Literal["onnx", "program", "openvino"]
 _FORMATS: tuple[Format, ...] = get_args(Format)

@@ -14,17 +14,17 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from spectrim import data
+from spectrim.benchmark.measurement import Accuracy, Measurement, accuracy, measure
 from spectrim.cli.options import arguments, unfolded
 from spectrim.cli.outputs import Ours, outputs
 from spectrim.cli.stages import Stages, stages
 from spectrim.cli.subject import Images, Preparation, filled, subject
 from spectrim.cli.tuning import Subjects, Tuning
-from spectrim.errors import DataError, FileError
-from spectrim.files import Frozen, parse, read_text, sha256_of, write_text
-from spectrim.io import save
-from spectrim.measure import Accuracy, Measurement, accuracy, measure
-from spectrim.report import plot_history, words
-from spectrim.report.tables import Column, Listing
+from spectrim.core.errors import DataError, FileError
+from spectrim.core.files import Frozen, parse, read_text, sha256_of, write_text
+from spectrim.layers.saving import save
+from spectrim.reporting import plot_history, words
+from spectrim.reporting.tables import Column, Listing
 from spectrim.training import Checkpoint, Finetuned, History, Step, finetune
 from spectrim.training.checkpoint import fingerprint
 from spectrim.training.settings import Settings

@@ -10,25 +10,25 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
-from spectrim.analyze import Analysis, analyze
-from spectrim.calibrate import calibrate
+from spectrim.analysis.calibration import calibrate
+from spectrim.analysis.sensitivities import felt, sensitivity
+from spectrim.analysis.spectra import Analysis, analyze
+from spectrim.benchmark.measurement import Measurement, accuracy, measure
 from spectrim.cli.options import Choice, Layers, Source, arguments, unfolded
 from spectrim.cli.outputs import Ours, outputs
 from spectrim.cli.stages import Stages, stages
 from spectrim.cli.subject import Subject, subject
-from spectrim.compress import Compressed, choose, compress
-from spectrim.errors import FileError
-from spectrim.execution import as_inputs
-from spectrim.files import Frozen, parse, read_text, sha256_of, write_text
-from spectrim.io import save
-from spectrim.measure import Measurement, accuracy, measure
-from spectrim.plan import Budget, LatencyNote, Metric, Plan, Rule
-from spectrim.probe import Grid, probe
-from spectrim.ranks import require_possible
-from spectrim.report import Results, report, table, words
-from spectrim.report.tables import Column, Listing
-from spectrim.runtimes import require_runtime
-from spectrim.sensitivity import felt, sensitivity
+from spectrim.compression import Compressed, choose, compress
+from spectrim.core.errors import FileError
+from spectrim.core.execution import as_inputs
+from spectrim.core.files import Frozen, parse, read_text, sha256_of, write_text
+from spectrim.core.plans import Budget, LatencyNote, Metric, Plan, Rule
+from spectrim.layers.saving import save
+from spectrim.planning.rules import require_possible
+from spectrim.reporting import Results, report, table, words
+from spectrim.reporting.tables import Column, Listing
+from spectrim.runtimes.rank_grid import Grid, probe
+from spectrim.runtimes.sessions import require_runtime
 
 _MODEL, _PLAN, _MEASURED, _REPORT = "model.safetensors", "plan.json", "measurement.json", "report.html"
 _PAGE = "spectra.html"

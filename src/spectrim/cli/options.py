@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 import typer
 
-from spectrim.plan import CONVOLUTION_FORMS, Budget, Energy, FormName, Metric, Rank, Ratio, Rule
-from spectrim.runtimes import RUNTIMES
+from spectrim.core.plans import CONVOLUTION_FORMS, Budget, Energy, FormName, Metric, Rank, Ratio, Rule
+from spectrim.runtimes.sessions import RUNTIMES
 
 _NETWORK, _DATA, _LAYERS, _RULE = (
     "The network",

@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from spectrim.errors import FileError
-from spectrim.files import require_writable_folder
+from spectrim.core.errors import FileError
+from spectrim.core.files import require_writable_folder
 
 Ours = Callable[[Path], object]
 """Raises a FileError for a file that Spectrim did not write."""

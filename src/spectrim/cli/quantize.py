@@ -14,12 +14,12 @@ from spectrim.cli.options import DataFolder, Flatten, Mean, Model, Option, Std, 
 from spectrim.cli.outputs import Ours, outputs
 from spectrim.cli.stages import Stages, stages
 from spectrim.cli.subject import Subject, filled, subject
-from spectrim.errors import FileError
-from spectrim.files import Frozen, parse, read_text, sha256_of, write_text
-from spectrim.quantize import SCHEMES, Quantized, QuantizedTable, Scheme, compare_quantized, quantize
-from spectrim.report import words
-from spectrim.report.tables import Column, Listing
-from spectrim.runtimes import require_runtime
+from spectrim.core.errors import FileError
+from spectrim.core.files import Frozen, parse, read_text, sha256_of, write_text
+from spectrim.quantization import SCHEMES, Quantized, QuantizedTable, Scheme, compare_quantized, quantize
+from spectrim.reporting import words
+from spectrim.reporting.tables import Column, Listing
+from spectrim.runtimes.sessions import require_runtime
 
 _NETWORK, _DATA, _HOW = "The network", "The data", "How it is quantised"
 _RUNTIMES = ("onnxruntime", "openvino", "openvino-bf16")

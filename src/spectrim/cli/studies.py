@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from spectrim.errors import DataError
+from spectrim.core.errors import DataError
 from spectrim.recipes import (
     DEMO,
     NAMES,
@@ -25,7 +25,7 @@ from spectrim.recipes import (
     verify_run,
 )
 from spectrim.recipes import Progress as Event
-from spectrim.report import Results, table, words
+from spectrim.reporting import Results, table, words
 
 recipe = typer.Typer(no_args_is_help=True, help="Reproducible studies, one command each.")
 

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from spectrim import data
 from spectrim.cli.options import Source, numbers
 from spectrim.cli.stages import Stages
-from spectrim.errors import DataError
-from spectrim.execution import as_inputs, call, evaluating
-from spectrim.factorize import duplicate
-from spectrim.io import load
+from spectrim.core.errors import DataError
+from spectrim.core.execution import as_inputs, call, evaluating
+from spectrim.layers.replacement import duplicate
+from spectrim.layers.saving import load
 from spectrim.models import CIFAR_MEAN, CIFAR_STD, resolve
 from spectrim.models.weights import fill_, read_state
 

@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 
+from spectrim.core.errors import DataError
 from spectrim.data.cache import (
     DamagedCacheError,
     Manifest,
@@ -20,7 +21,6 @@ from spectrim.data.cache import (
 from spectrim.data.catalogue import ENTRIES, DatasetInfo, Entry, check, find
 from spectrim.data.formats import Layout, MissingFilesError, Splits, read_any
 from spectrim.data.sources import Event, Folder, Official, Report, SourceError
-from spectrim.errors import DataError
 
 Split = Literal["train", "test"]
 _EMBEDDED_SOURCE = "scikit-learn"

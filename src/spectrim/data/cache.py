@@ -20,8 +20,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
+from spectrim.core.errors import FileError
 from spectrim.data.formats import Splits
-from spectrim.errors import FileError
 
 _MANIFEST = "manifest.json"
 _TEMPORARY = ".tmp-"

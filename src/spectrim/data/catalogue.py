@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from sklearn.datasets import load_digits
 
+from spectrim.core.errors import DataError
 from spectrim.data.cache import checksum
 from spectrim.data.formats import (
     CIFAR_BINARY_FILES,
@@ -22,7 +23,6 @@ from spectrim.data.formats import (
     idx_files,
 )
 from spectrim.data.sources import Debian, Folder, Npm, Official, RemoteFile, Source
-from spectrim.errors import DataError
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from pydantic import Field, TypeAdapter, ValidationError
 
-from spectrim.errors import DataError
+from spectrim.core.errors import DataError
 
 Splits = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
 """Per split ("train", "test") the images, uint8 (N, C, H, W), and the labels, int64 (N,)."""

@@ -11,18 +11,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from spectrim.conversion import (
-    OPSET,
-    batch_size,
-    openvino_of,
-    quiet,
-    require_onnx,
-    require_openvino,
-    to_onnx,
-    to_program,
-)
-from spectrim.errors import FileError, ModelError, RuleError
-from spectrim.execution import Inputs, as_inputs
+from spectrim.core.errors import FileError, ModelError, RuleError
+from spectrim.core.execution import Inputs, as_inputs
+from spectrim.core.files import Frozen, write_atomically
 from spectrim.export.check import Check, Run, checked, in_onnxruntime, in_openvino, in_torch, require_onnxruntime
 from spectrim.export.written import (
     MARK,
@@ -35,12 +26,21 @@ from spectrim.export.written import (
     without_traces,
     write_together,
 )
-from spectrim.files import Frozen, write_atomically
-from spectrim.layers import low_rank_layers
-from spectrim.padding import padded
-from spectrim.probe import probe
-from spectrim.runtimes import RuntimeName, prepare, require_runtime
-from spectrim.timing import Interval, compare, interleaved
+from spectrim.layers.factored import low_rank_layers
+from spectrim.layers.padding import padded
+from spectrim.runtimes.conversion import (
+    OPSET,
+    batch_size,
+    openvino_of,
+    quiet,
+    require_onnx,
+    require_openvino,
+    to_onnx,
+    to_program,
+)
+from spectrim.runtimes.rank_grid import probe
+from spectrim.runtimes.sessions import RuntimeName, prepare, require_runtime
+from spectrim.runtimes.timing import Interval, compare, interleaved
 
 __all__ = ["Check", "Exported", "Pad", "Port", "export_onnx", "export_openvino", "export_program", "is_exported"]
 

@@ -12,10 +12,10 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from spectrim.conversion import batch_size, graph_inputs, has_batch, optional, quiet, with_tensors
-from spectrim.errors import EngineError, ModelError, SpectrimError
-from spectrim.execution import Inputs, call, evaluating, require_repeatable, tensors
-from spectrim.files import Frozen
+from spectrim.core.errors import EngineError, ModelError, SpectrimError
+from spectrim.core.execution import Inputs, call, evaluating, require_repeatable, tensors
+from spectrim.core.files import Frozen
+from spectrim.runtimes.conversion import batch_size, graph_inputs, has_batch, optional, quiet, with_tensors
 
 Run = Callable[[Inputs], list[Tensor]]
 """One pass of an exported network over a model's inputs."""

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
-from spectrim.errors import FileError
-from spectrim.files import Frozen
+from spectrim.core.errors import FileError
+from spectrim.core.files import Frozen
 
 if TYPE_CHECKING:
     import onnx

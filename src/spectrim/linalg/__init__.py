@@ -6,7 +6,7 @@ All algebra is done in float64 whatever the weights' type, on the weights' devic
 from spectrim.linalg.channel import ChannelDecomposition
 from spectrim.linalg.problem import Factors, Problem, Ranks, balanced
 from spectrim.linalg.spatial import SpatialDecomposition
-from spectrim.linalg.spectrum import FloatArray, Spectrum, algebra, is_finite, spectrum
+from spectrim.linalg.spectra import FloatArray, Spectrum, algebra, is_finite, spectrum
 from spectrim.linalg.subspace import Truncated, truncate, truncate_exactly
 from spectrim.linalg.tucker2 import Tucker2Decomposition, rank_grid
 

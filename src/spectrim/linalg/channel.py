@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from spectrim.linalg.problem import Factors, Problem, Ranks
-from spectrim.linalg.spectrum import FloatArray, Spectrum, over_groups
+from spectrim.linalg.spectra import FloatArray, Spectrum, over_groups
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,7 +7,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from spectrim.linalg.spectrum import algebra
+from spectrim.linalg.spectra import algebra
 
 Ranks = tuple[int, ...]
 """The ranks of one layer in one form: (rank,), or (rank_in, rank) in the tucker2 form."""

@@ -19,7 +19,7 @@ from spectrim.linalg.shared import (
     nested_start,
     orthonormal,
 )
-from spectrim.linalg.spectrum import FloatArray
+from spectrim.linalg.spectra import FloatArray
 
 
 @dataclass(frozen=True, eq=False)

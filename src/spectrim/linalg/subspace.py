@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from spectrim.errors import ModelError
+from spectrim.core.errors import ModelError
 from spectrim.linalg.shared import orthonormal
 
 _OVERSAMPLING = 10

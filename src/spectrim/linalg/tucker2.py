@@ -21,7 +21,7 @@ from spectrim.linalg.shared import (
     nested_start,
     orthonormal,
 )
-from spectrim.linalg.spectrum import FloatArray
+from spectrim.linalg.spectra import FloatArray
 
 _GRID = 64
 

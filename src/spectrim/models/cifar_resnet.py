@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from spectrim.errors import DataError
+from spectrim.core.errors import DataError
 from spectrim.models.sizes import require_positive
 
 CIFAR_MEAN = (0.485, 0.456, 0.406)

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from spectrim.errors import DependencyError, ModelError
+from spectrim.core.errors import DependencyError, ModelError
 
 
 def fill_(model: nn.Module, reference: str, *, head: str) -> None:

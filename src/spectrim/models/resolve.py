@@ -13,7 +13,7 @@ from types import ModuleType
 
 from torch import nn
 
-from spectrim.errors import ModelError
+from spectrim.core.errors import ModelError
 from spectrim.models.networks import NETWORKS
 from spectrim.models.weights import fill_, read_state
 

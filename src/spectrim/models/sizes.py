@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from spectrim.errors import ModelError
+from spectrim.core.errors import ModelError
 
 
 def require_positive(sizes: Mapping[str, object]) -> None:

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from spectrim.execution import evaluating
+from spectrim.core.execution import evaluating
 from spectrim.recipes.images import Images
-from spectrim.report.pixels import png_text
-from spectrim.report.results import Changes, ClassChange, Flipped, Kind
+from spectrim.reporting.pixels import png_text
+from spectrim.reporting.results import Changes, ClassChange, Flipped, Kind
 
 Pair = tuple[nn.Module, nn.Module]
 

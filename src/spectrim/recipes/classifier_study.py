@@ -8,27 +8,27 @@ from typing import Annotated, Literal
 from pydantic import Field
 from torch import Tensor, nn
 
-from spectrim.analyze import Analysis, analyze
-from spectrim.calibrate import calibrate
-from spectrim.compress import compress
-from spectrim.errors import ModelError
-from spectrim.execution import watching
-from spectrim.files import sha256_of
-from spectrim.forms import LAYERS
-from spectrim.measure import count, measure
+from spectrim.analysis.calibration import calibrate
+from spectrim.analysis.spectra import Analysis, analyze
+from spectrim.benchmark.measurement import count, measure
+from spectrim.compression import compress
+from spectrim.core.errors import ModelError
+from spectrim.core.execution import watching
+from spectrim.core.files import sha256_of
+from spectrim.core.plans import Budget, Metric, Plan, Rank
+from spectrim.layers.registry import LAYERS
+from spectrim.layers.selection import near
 from spectrim.models import imagenet, resolve
 from spectrim.models.weights import fill_, read_state
-from spectrim.plan import Budget, Metric, Plan, Rank
-from spectrim.ranks import require_possible
+from spectrim.planning.rules import require_possible
 from spectrim.recipes.heads import Features, received
 from spectrim.recipes.images import Augment, Images
 from spectrim.recipes.outcome import Network, SeedOutcome
 from spectrim.recipes.parts import Made, Trained
 from spectrim.recipes.study import SeedRun, Study
 from spectrim.recipes.tuning import Smaller, Tuned
-from spectrim.report import Variant, spectra_of
-from spectrim.runtimes import RuntimeName
-from spectrim.surgery import near
+from spectrim.reporting import Variant, spectra_of
+from spectrim.runtimes.sessions import RuntimeName
 from spectrim.training.checkpoint import Checkpoint
 
 IMAGENET = "imagenet"

@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 from pydantic import Discriminator, Field, Tag
 from torch import Tensor, nn
 
-from spectrim.files import Frozen
-from spectrim.plan import Budget, Rank, Ratio
+from spectrim.core.files import Frozen
+from spectrim.core.plans import Budget, Rank, Ratio
 from spectrim.recipes.fully_connected import FullyConnected
 from spectrim.recipes.outcome import Network, SeedOutcome
 from spectrim.recipes.parts import Trained

@@ -11,8 +11,8 @@ import tomli_w
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from spectrim.errors import FileError
-from spectrim.files import read_text
+from spectrim.core.errors import FileError
+from spectrim.core.files import read_text
 from spectrim.recipes.kinds import KINDS
 from spectrim.recipes.study import Study
 

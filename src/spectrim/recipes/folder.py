@@ -5,15 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from spectrim.errors import FileError
-from spectrim.files import Frozen, parse, read_text, require_writable_folder, sha256_of, write_text
-from spectrim.io import save
+from spectrim.core.errors import FileError
+from spectrim.core.files import Frozen, parse, read_text, require_writable_folder, sha256_of, write_text
+from spectrim.layers.saving import save
 from spectrim.recipes.files import read_recipe, recipe_text
 from spectrim.recipes.images import Images
 from spectrim.recipes.outcome import Network, SeedOutcome, model_file, versions
 from spectrim.recipes.study import Study
-from spectrim.report import Results, report
-from spectrim.runtimes import fingerprint
+from spectrim.reporting import Results, report
+from spectrim.runtimes.sessions import fingerprint
 
 RECIPE, MANIFEST, RESULTS, REPORT = "recipe.toml", "run.json", "results.json", "report.html"
 MODEL, PLAN, PARTS = "model.safetensors", "plan.json", "parts"

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping
 from pydantic import Field
 from torch import Tensor, nn
 
-from spectrim.analyze import analyze
+from spectrim.analysis.spectra import analyze
+from spectrim.core.plans import Rank
 from spectrim.models import mlp
-from spectrim.plan import Rank
-from spectrim.ranks import require_possible
+from spectrim.planning.rules import require_possible
 from spectrim.recipes.images import Images
 from spectrim.recipes.study import Study
 

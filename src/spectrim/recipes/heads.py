@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spectrim.errors import ModelError
-from spectrim.execution import evaluating
+from spectrim.core.errors import ModelError
+from spectrim.core.execution import evaluating
 from spectrim.recipes.images import Batch, Minibatches, Part
 from spectrim.recipes.tuning import Tuned
 from spectrim.training import Finetuned, finetune

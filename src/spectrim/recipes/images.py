@@ -9,9 +9,9 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
+from spectrim.core.errors import DataError
+from spectrim.core.files import Frozen
 from spectrim.data import Dataset, load
-from spectrim.errors import DataError
-from spectrim.files import Frozen
 
 Batch = tuple[Tensor, Tensor]
 

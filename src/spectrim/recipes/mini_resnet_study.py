@@ -7,19 +7,19 @@ from typing import Annotated, Literal
 from pydantic import Field
 from torch import Tensor, nn
 
-from spectrim.analyze import Analysis, analyze
-from spectrim.compress import compress
+from spectrim.analysis.spectra import Analysis, analyze
+from spectrim.compression import compress
+from spectrim.core.plans import Budget, Energy, FormName, Metric, Plan, Rule
 from spectrim.models import mini_resnet
-from spectrim.plan import Budget, Energy, FormName, Metric, Plan, Rule
-from spectrim.ranks import plan, require_possible
+from spectrim.planning.rules import plan, require_possible
 from spectrim.recipes.images import Augment, Images, Part
 from spectrim.recipes.outcome import Network, SeedOutcome
 from spectrim.recipes.parts import Made
 from spectrim.recipes.study import SeedRun, Study
 from spectrim.recipes.thresholds import MEANING, Threshold, held_out_plan, spectral_plan
 from spectrim.recipes.tuning import Smaller, Tuned
-from spectrim.report import Variant, spectra_of
-from spectrim.runtimes import RuntimeName
+from spectrim.reporting import Variant, spectra_of
+from spectrim.runtimes.sessions import RuntimeName
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 

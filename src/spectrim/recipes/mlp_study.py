@@ -8,17 +8,17 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from spectrim.analyze import Analysis, analyze
-from spectrim.calibrate import calibrate
-from spectrim.compress import compress
-from spectrim.files import Frozen
-from spectrim.plan import Metric, Rank
-from spectrim.ranks import plan
+from spectrim.analysis.calibration import calibrate
+from spectrim.analysis.spectra import Analysis, analyze
+from spectrim.compression import compress
+from spectrim.core.files import Frozen
+from spectrim.core.plans import Metric, Rank
+from spectrim.planning.rules import plan
 from spectrim.recipes.fully_connected import FullyConnected
 from spectrim.recipes.outcome import Network, SeedOutcome
 from spectrim.recipes.parts import Trained
 from spectrim.recipes.study import Phase, SeedRun
-from spectrim.report import spectra_of
+from spectrim.reporting import spectra_of
 from spectrim.training import finetune
 from spectrim.training.checkpoint import Checkpoint
 

@@ -14,15 +14,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from spectrim.errors import DependencyError
-from spectrim.execution import evaluating
-from spectrim.measure import Accuracy, Epoch, Measurement, accuracy, count, measure, measure_each
-from spectrim.plan import Metric, Plan, Rule
+from spectrim.benchmark.measurement import Accuracy, Epoch, Measurement, accuracy, count, measure, measure_each
+from spectrim.core.errors import DependencyError
+from spectrim.core.execution import evaluating
+from spectrim.core.plans import Metric, Plan, Rule
 from spectrim.recipes.images import Batch, Images
 from spectrim.recipes.progress import Teller
-from spectrim.report import LayerSpectrum, Run, Variant, words
-from spectrim.report.results import Agreement, Stage
-from spectrim.runtimes import RuntimeName, require_runtime
+from spectrim.reporting import LayerSpectrum, Run, Variant, words
+from spectrim.reporting.results import Agreement, Stage
+from spectrim.runtimes.sessions import RuntimeName, require_runtime
 from spectrim.training.checkpoint import fingerprint
 
 _AS_SMALL = 1.05

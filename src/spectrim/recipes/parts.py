@@ -8,11 +8,11 @@ from pathlib import Path
 
 from torch import nn
 
-from spectrim.errors import FileError
-from spectrim.files import Frozen, parse, read_text, write_text
-from spectrim.io import load, save
-from spectrim.measure import Epoch
-from spectrim.plan import Plan
+from spectrim.benchmark.measurement import Epoch
+from spectrim.core.errors import FileError
+from spectrim.core.files import Frozen, parse, read_text, write_text
+from spectrim.core.plans import Plan
+from spectrim.layers.saving import load, save
 from spectrim.training.checkpoint import Checkpoint
 
 Trained = tuple[nn.Module, tuple[Epoch, ...]]

@@ -3,8 +3,8 @@
 import time
 from pathlib import Path
 
-from spectrim.errors import DataError
-from spectrim.files import require_writable_folder
+from spectrim.core.errors import DataError
+from spectrim.core.files import require_writable_folder
 from spectrim.recipes.changes import changes_of
 from spectrim.recipes.folder import PARTS, RunFolder
 from spectrim.recipes.images import Images, load_images
@@ -12,7 +12,7 @@ from spectrim.recipes.outcome import Timing, choose, pairs_of, provenance_of, su
 from spectrim.recipes.parts import Parts
 from spectrim.recipes.progress import OnProgress, Teller, silent
 from spectrim.recipes.study import SeedRun, Study
-from spectrim.report import Results
+from spectrim.reporting import Results
 
 
 def run_study(

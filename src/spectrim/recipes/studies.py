@@ -4,13 +4,13 @@ from functools import cache
 from importlib.resources import files
 from typing import TypeVar
 
-from spectrim.errors import DataError
+from spectrim.core.errors import DataError
+from spectrim.layers.selection import near
 from spectrim.recipes.dynamic_study import DynamicStudy
 from spectrim.recipes.files import parse_recipe
 from spectrim.recipes.mlp_study import MlpStudy
 from spectrim.recipes.projected_study import ProjectedStudy
 from spectrim.recipes.study import Study
-from spectrim.surgery import near
 
 NAMES = (
     "demo",

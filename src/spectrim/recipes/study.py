@@ -10,16 +10,16 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from spectrim.execution import as_inputs, evaluating, trace
-from spectrim.files import Frozen
-from spectrim.measure import Accuracy, accuracy
+from spectrim.benchmark.measurement import Accuracy, accuracy
+from spectrim.core.execution import as_inputs, evaluating, trace
+from spectrim.core.files import Frozen
 from spectrim.recipes.images import Augment, Images, Minibatches
 from spectrim.recipes.outcome import SeedOutcome
 from spectrim.recipes.parts import Parts, Trained, key_of
 from spectrim.recipes.progress import Teller
-from spectrim.report import Published, Variant
-from spectrim.report.results import PublishedPoint
-from spectrim.runtimes import RuntimeName
+from spectrim.reporting import Published, Variant
+from spectrim.reporting.results import PublishedPoint
+from spectrim.runtimes.sessions import RuntimeName
 from spectrim.training import fit
 from spectrim.training.checkpoint import Checkpoint, fingerprint
 

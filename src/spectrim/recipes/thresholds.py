@@ -8,12 +8,12 @@ import numpy as np
 from torch import nn
 from torch.nn import functional
 
-from spectrim.analyze import Analysis, LayerAnalysis
-from spectrim.compress import compress
-from spectrim.decisions import dense, factored, why_impossible
-from spectrim.execution import evaluating
+from spectrim.analysis.spectra import Analysis, LayerAnalysis
+from spectrim.compression import compress
+from spectrim.core.execution import evaluating
+from spectrim.core.plans import Budget, Energy, LayerPlan, Plan
 from spectrim.linalg import Spectrum
-from spectrim.plan import Budget, Energy, LayerPlan, Plan
+from spectrim.planning.decisions import dense, factored, why_impossible
 from spectrim.recipes.images import Part
 
 Threshold = Literal["gap", "hard", "effective-rank", "held-out"]

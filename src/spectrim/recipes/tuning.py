@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pydantic import Field
 from torch import nn
 
-from spectrim.files import Frozen
-from spectrim.measure import Epoch
-from spectrim.plan import Metric, Plan, Rule
+from spectrim.benchmark.measurement import Epoch
+from spectrim.core.files import Frozen
+from spectrim.core.plans import Metric, Plan, Rule
 from spectrim.recipes.outcome import Network, file_name
 from spectrim.recipes.parts import Made, Trained
 from spectrim.recipes.study import Phase, SeedRun
-from spectrim.report.results import Stage
+from spectrim.reporting.results import Stage
 from spectrim.training import finetune
 from spectrim.training.checkpoint import Checkpoint
 

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from spectrim.errors import FileError
-from spectrim.files import sha256_of
-from spectrim.io import load
-from spectrim.measure import Accuracy, Measurement, accuracy, count, measure
+from spectrim.benchmark.measurement import Accuracy, Measurement, accuracy, count, measure
+from spectrim.core.errors import FileError
+from spectrim.core.files import sha256_of
+from spectrim.layers.saving import load
 from spectrim.recipes.changes import changes_of
 from spectrim.recipes.files import read_recipe
 from spectrim.recipes.folder import RECIPE, RESULTS, Manifest, RunFolder
@@ -21,9 +21,9 @@ from spectrim.recipes.images import Batch, Images
 from spectrim.recipes.progress import OnProgress, Teller, silent
 from spectrim.recipes.run import images_of
 from spectrim.recipes.study import Study
-from spectrim.report import Changes, Flipped, LayerSpectrum, Results, Run, Variant, words
-from spectrim.report.results import Tally
-from spectrim.runtimes import fingerprint
+from spectrim.reporting import Changes, Flipped, LayerSpectrum, Results, Run, Variant, words
+from spectrim.reporting.results import Tally
+from spectrim.runtimes.sessions import fingerprint
 
 Verdict = Literal["ok", "differs", "missing", "altered", "not judged"]
 

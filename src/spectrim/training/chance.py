@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from spectrim.execution import device_of
+from spectrim.core.execution import device_of
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,11 +14,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from spectrim.errors import FileError
-from spectrim.factorize import duplicate
-from spectrim.files import Frozen, require_writable_folder, write_atomically
-from spectrim.measure import Epoch
-from spectrim.surgery import unique_tensors
+from spectrim.benchmark.measurement import Epoch
+from spectrim.core.errors import FileError
+from spectrim.core.files import Frozen, require_writable_folder, write_atomically
+from spectrim.layers.replacement import duplicate
+from spectrim.layers.selection import unique_tensors
 from spectrim.training.chance import Chance
 
 _KEY = "spectrim-training"

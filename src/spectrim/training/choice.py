@@ -7,13 +7,13 @@ from types import MappingProxyType
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from spectrim.errors import PatternError, RuleError, TrainingError
-from spectrim.execution import Trace
-from spectrim.forms import LAYERS, geometry, matrices
+from spectrim.core.errors import PatternError, RuleError, TrainingError
+from spectrim.core.execution import Trace
+from spectrim.core.plans import Energy, Rank, Ratio
+from spectrim.layers.registry import LAYERS, geometry, matrices
+from spectrim.layers.selection import Patterns, Target, find_targets, near
 from spectrim.linalg import is_finite, spectrum
-from spectrim.plan import Energy, Rank, Ratio
-from spectrim.ranks import require_reachable
-from spectrim.surgery import Patterns, Target, find_targets, near
+from spectrim.planning.rules import require_reachable
 
 LayerRule = Rank | Ratio | Energy | Mapping[str, int]
 """What says a rank for each layer by itself: a rule for all of them, or the ranks by the layers' names."""

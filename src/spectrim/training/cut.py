@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spectrim.errors import ModelError, TrainingError
-from spectrim.forms import Geometry, as_kernels, as_stored, geometry
+from spectrim.core.errors import ModelError, TrainingError
+from spectrim.layers.registry import Geometry, as_kernels, as_stored, geometry
 from spectrim.linalg import Factors, Truncated, algebra, truncate, truncate_exactly
 
 

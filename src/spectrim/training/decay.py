@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from spectrim.errors import ModelError, TrainingError
-from spectrim.layers import LowRankConvTranspose2d, LowRankLayer, Tucker2Conv2d, low_rank_layers
-from spectrim.surgery import Patterns
+from spectrim.core.errors import ModelError, TrainingError
+from spectrim.layers.factored import LowRankConvTranspose2d, LowRankLayer, Tucker2Conv2d, low_rank_layers
+from spectrim.layers.selection import Patterns
 from spectrim.training.choice import LayerRule
 from spectrim.training.project import ProjectEachEpoch
 

@@ -10,12 +10,12 @@ from typing import Any, Literal
 
 from torch import nn
 
-from spectrim.errors import PatternError, TrainingError
-from spectrim.execution import WATCHED, device_of, evaluating
-from spectrim.factorize import duplicate
-from spectrim.layers import is_low_rank, low_rank_layers
-from spectrim.processes import Accelerator
-from spectrim.surgery import Patterns, near
+from spectrim.core.distributed import Accelerator
+from spectrim.core.errors import PatternError, TrainingError
+from spectrim.core.execution import WATCHED, device_of, evaluating
+from spectrim.layers.factored import is_low_rank, low_rank_layers
+from spectrim.layers.replacement import duplicate
+from spectrim.layers.selection import Patterns, near
 from spectrim.training.checkpoint import Checkpoint, fingerprint
 from spectrim.training.history import History
 from spectrim.training.job import EpochData, Job, Step, as_epochs, norms

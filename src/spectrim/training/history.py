@@ -6,9 +6,9 @@ from typing import Literal, Self
 
 from pydantic import Field
 
-from spectrim.errors import FileError
-from spectrim.files import Frozen, parse, read_text, write_text
-from spectrim.measure import Epoch
+from spectrim.benchmark.measurement import Epoch
+from spectrim.core.errors import FileError
+from spectrim.core.files import Frozen, parse, read_text, write_text
 
 
 class _File(Frozen):

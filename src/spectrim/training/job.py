@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from spectrim.errors import DataError, TrainingError
-from spectrim.processes import Accelerator
+from spectrim.core.distributed import Accelerator
+from spectrim.core.errors import DataError, TrainingError
 from spectrim.training.checkpoint import Checkpoint
 from spectrim.training.settings import Settings
 

@@ -10,10 +10,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from spectrim.errors import DataError, TrainingError
-from spectrim.measure import Epoch, accuracy
-from spectrim.processes import averaging, several, share_of, total
-from spectrim.surgery import unique_tensors
+from spectrim.benchmark.measurement import Epoch, accuracy
+from spectrim.core.distributed import averaging, several, share_of, total
+from spectrim.core.errors import DataError, TrainingError
+from spectrim.layers.selection import unique_tensors
 from spectrim.training.chance import Chance, generators, put_back, seeded, states
 from spectrim.training.checkpoint import Checkpoint, Progress, Saved
 from spectrim.training.history import History

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from spectrim.errors import DataError, ModelError, TrainingError
-from spectrim.execution import Inputs, call, device_of, split_labels
+from spectrim.core.errors import DataError, ModelError, TrainingError
+from spectrim.core.execution import Inputs, call, device_of, split_labels
 from spectrim.training.settings import Settings
 
 

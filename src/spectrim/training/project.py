@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from spectrim.errors import TrainingError
-from spectrim.factorize import duplicate, factored_at, own_bias
-from spectrim.forms import Geometry, as_kernels, as_stored, forms_of, geometry
+from spectrim.core.errors import TrainingError
+from spectrim.core.plans import Energy
+from spectrim.layers.registry import Geometry, as_kernels, as_stored, forms_of, geometry
+from spectrim.layers.replacement import duplicate, factored_at, own_bias
+from spectrim.layers.selection import Patterns, Target, replace
 from spectrim.linalg import Factors, algebra
-from spectrim.plan import Energy
-from spectrim.surgery import Patterns, Target, replace
 from spectrim.training.choice import Choice, LayerRule, choose, require_finite
 
 # what torch's optimisers call the running mean of the gradient

@@ -13,14 +13,14 @@ import numpy.typing as npt
 from pydantic import Field, ValidationError
 from torch.optim import Optimizer
 
-from spectrim.allocate import Allocation, Menu
-from spectrim.errors import RuleError, TrainingError
-from spectrim.execution import as_inputs, trace
-from spectrim.files import Frozen
-from spectrim.forms import Positions
+from spectrim.benchmark.measurement import count_macs
+from spectrim.core.errors import RuleError, TrainingError
+from spectrim.core.execution import as_inputs, trace
+from spectrim.core.files import Frozen
+from spectrim.core.plans import Budget, Energy
+from spectrim.layers.registry import Positions
 from spectrim.linalg import Spectrum
-from spectrim.measure import count_macs
-from spectrim.plan import Budget, Energy
+from spectrim.planning.knapsack import Allocation, Menu
 from spectrim.training.truncated import Truncation
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
-from spectrim.errors import TrainingError
+from spectrim.core.errors import TrainingError
 
 
 def _whole(value: Any) -> bool:

@@ -9,12 +9,12 @@ from typing import Any
 from pydantic import Field, ValidationError
 from torch import nn
 
-from spectrim.errors import TrainingError
-from spectrim.files import Frozen
-from spectrim.forms import Positions, geometry, matrices
+from spectrim.core.errors import TrainingError
+from spectrim.core.files import Frozen
+from spectrim.core.plans import Ratio
+from spectrim.layers.registry import Positions, geometry, matrices
+from spectrim.layers.selection import Patterns, Target
 from spectrim.linalg import spectrum
-from spectrim.plan import Ratio
-from spectrim.surgery import Patterns, Target
 from spectrim.training.choice import choose, require_finite
 
 

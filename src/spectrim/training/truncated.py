@@ -8,11 +8,11 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from spectrim.errors import PatternError, RuleError, TrainingError
-from spectrim.factorize import factored_at, own_bias
-from spectrim.forms import Geometry, Positions, as_kernels, forms_of
+from spectrim.core.errors import PatternError, RuleError, TrainingError
+from spectrim.layers.registry import Geometry, Positions, as_kernels, forms_of
+from spectrim.layers.replacement import factored_at, own_bias
+from spectrim.layers.selection import Patterns, Target, near, replace
 from spectrim.linalg import Spectrum, spectrum
-from spectrim.surgery import Patterns, Target, near, replace
 from spectrim.training.choice import Choice, LayerRule, choose, require_finite, require_ranks
 from spectrim.training.cut import Cut
 

@@ -1,0 +1,1 @@
+"""What a model costs and how good it is: size, work, time and accuracy, measured."""

@@ -1,0 +1,392 @@
+"""What a model costs and how good it is: parameters, bytes, MACs, paired latency, accuracy with its interval."""
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from spectrim.core.errors import DataError
+from spectrim.core.execution import Inputs, as_inputs, call, evaluating, require_repeatable, split_labels, tensors
+from spectrim.core.files import Frozen
+from spectrim.layers.selection import unique_tensors
+from spectrim.runtimes.conversion import with_tensors
+from spectrim.runtimes.sessions import Prepared, RuntimeName, prepare, require_runtime
+from spectrim.runtimes.timing import Z95, Comparison, Interval, Lap, Verdict, compare, interleaved
+
+__all__ = [
+    "Accuracy",
+    "Epoch",
+    "Interval",
+    "Measurement",
+    "accuracy",
+    "count",
+    "count_macs",
+    "file_size",
+    "measure",
+    "runtime_gain",
+]
+
+
+class Accuracy(Frozen):
+    """Top-1 accuracy as counts, so that intervals and means can be taken from it."""
+
+    correct: int = Field(ge=0)
+    total: int = Field(ge=1)
+
+    @property
+    def value(self) -> float:
+        """Share of correct answers, in [0, 1]."""
+        return self.correct / self.total
+
+    @property
+    def interval(self) -> Interval:
+        """The share with its 95 % Wilson score interval (Wilson 1927), which covers the sampling of the test set."""
+        n, p = self.total, self.value
+        scale = 1 + Z95**2 / n
+        centre = (p + Z95**2 / (2 * n)) / scale
+        half = Z95 / scale * math.sqrt(p * (1 - p) / n + Z95**2 / (4 * n * n))
+        return Interval(value=p, low=max(0.0, min(p, centre - half)), high=min(1.0, max(p, centre + half)))
+
+
+class Epoch(Frozen):
+    """One epoch of training: mean loss, accuracy on held-out data in [0, 1] if it was taken, seconds."""
+
+    epoch: int
+    loss: float
+    held_out: float | None = None
+    seconds: float
+
+
+class Measurement(Frozen):
+    """One model, measured; against a reference also the ratios.
+
+    Attributes:
+        params: Stored numbers, shared ones once.
+        bytes: Size of the model's safetensors file.
+        macs: Multiply-accumulates of one forward pass of the example inputs (1 MAC = 2 FLOPs), in matrix products,
+            convolutions and attention; element-wise operations, norms and look-ups are not counted.
+        latency_ms: Median time of one forward pass of the example inputs, in milliseconds on the wall.
+        cpu_ms: The same in processor time, where one thread did the work; ratios are taken from it then.
+        reference_ms: The reference's median time, as `latency_ms`.
+        runtime: What it was timed in; see `spectrim.runtimes.RUNTIMES`.
+        threads: Threads it was timed with.
+        batch: Samples of one pass, where the example was made larger or smaller for it.
+        accuracy: On the data given, if any.
+        params_ratio: kept / dense.
+        bytes_ratio: kept / dense.
+        macs_ratio: kept / dense.
+        speedup: Time of the reference over time of the model, both in this runtime: median of paired rounds and its
+            95 % interval.
+        drift: Time of the reference in the first half of the rounds over that in the second: 1 on a quiet machine.
+    """
+
+    params: int
+    bytes: int
+    macs: int
+    latency_ms: float | None = None
+    cpu_ms: float | None = None
+    reference_ms: float | None = None
+    runtime: RuntimeName | None = None
+    threads: int | None = None
+    batch: int | None = None
+    accuracy: Accuracy | None = None
+    params_ratio: float | None = None
+    bytes_ratio: float | None = None
+    macs_ratio: float | None = None
+    speedup: Interval | None = None
+    drift: float | None = None
+
+    @property
+    def macs_speedup(self) -> float | None:
+        """The speed-up that the arithmetic promises: dense MACs over kept MACs."""
+        return 1 / self.macs_ratio if self.macs_ratio else None
+
+    @property
+    def efficiency(self) -> Interval | None:
+        """How much of that speed-up the clock sees: `speedup` over `macs_speedup`, with its 95 % interval."""
+        if self.speedup is None or not self.macs_ratio:
+            return None
+        values = {name: getattr(self.speedup, name) * self.macs_ratio for name in ("value", "low", "high")}
+        return Interval(**values)
+
+    @property
+    def verdict(self) -> Verdict | None:
+        """Whether it is faster than the reference, or the machine was too noisy to tell; see `Comparison.verdict`."""
+        return None if self.speedup is None else Comparison(ratio=self.speedup, drift=self.drift or 1.0).verdict
+
+    def against(self, dense: "Measurement") -> "Measurement":
+        """This measurement with its three ratios to a dense one filled in."""
+        ratios = {
+            f"{name}_ratio": getattr(self, name) / whole if (whole := getattr(dense, name)) else None
+            for name in ("params", "bytes", "macs")
+        }
+        return self.model_copy(update=ratios)
+
+
+def measure(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    reference: nn.Module | None = None,
+    data: Iterable[Any] | None = None,
+    latency: bool = True,
+    runtime: str = "torch",
+    threads: int = 1,
+    batch: int | None = None,
+    rounds: int = 31,
+) -> Measurement:
+    """Measure a model, and compare it with a reference (its dense self) when one is given.
+
+    The two are timed in the same process and runtime in interleaved rounds of alternating order, and the ratio is taken
+    round by round, so that drift of the machine cancels. Both models stay as they are.
+
+    Args:
+        model: The model to measure.
+        example_inputs: One call's inputs; MACs and latency are for this call, batch size included.
+        reference: What to compare with.
+        data: Batches (inputs.., labels) for the accuracy.
+        latency: Time the model; off saves a second or more.
+        runtime: `torch`, `channels_last`, `compile`, `onnxruntime`, `openvino`, `openvino-bf16` or `torch-bf16`; see
+            `spectrim.runtimes.RUNTIMES`. Those of ONNX and OpenVINO take a model on the CPU only.
+        threads: Threads of one pass, at most as many as there are processor cores; torch's former number is restored.
+        batch: Repeat or cut the example along its first dimension to so many samples: that of the first tensor, and of
+            every other one with as many.
+        rounds: Paired rounds, at least 5; fewer are done when they would take more than half a minute.
+
+    Raises:
+        ModelError: the model cannot run `example_inputs`, changes its output between runs, or cannot be exported.
+        DataError: empty data, outputs that are not (batch, classes), fewer than 5 rounds or 1 thread, or an example
+            without a batch dimension to change.
+        EngineError: an unknown runtime, more threads than cores, or a runtime that refuses the model.
+        DependencyError: the runtime is not installed.
+    """
+    _check(rounds, threads)
+    if latency:
+        require_runtime(runtime, threads=threads)
+    given = as_inputs(example_inputs)
+    inputs = given if batch is None else batched(given, batch)
+    own = count(model, inputs)
+    if data is not None:
+        own = own.model_copy(update={"accuracy": accuracy(model, data)})
+    if reference is not None:
+        own = own.against(count(reference, inputs))
+    if not latency:
+        return own
+    beside = () if reference is None else (reference,)
+    (timed,) = _timed([model], beside, given=given, inputs=inputs, runtime=runtime, threads=threads, rounds=rounds)
+    return own.model_copy(update=timed | {"batch": batch})
+
+
+def measure_each(
+    models: Sequence[nn.Module],
+    example_inputs: Any,
+    *,
+    reference: nn.Module,
+    runtime: str = "torch",
+    threads: int = 1,
+    batch: int | None = None,
+    rounds: int = 31,
+    on_model: Callable[[int], object] = lambda _: None,
+) -> list[Measurement]:
+    """Measure several models against one reference, each as `measure` does.
+
+    The reference is brought into the runtime once, not once a model: where that means an export, it takes longer than
+    the timing.
+
+    Args:
+        models: The models to measure.
+        example_inputs: One call's inputs.
+        reference: What to compare with.
+        runtime: As for `measure`.
+        threads: Threads of one pass.
+        batch: As for `measure`.
+        rounds: Paired rounds, at least 5.
+        on_model: Called with the position of a model before it is timed.
+
+    Raises:
+        SpectrimError: one of its kinds, as `measure`.
+    """
+    _check(rounds, threads)
+    require_runtime(runtime, threads=threads)
+    given = as_inputs(example_inputs)
+    inputs = given if batch is None else batched(given, batch)
+    dense = count(reference, inputs)
+    counted = [count(model, inputs).against(dense) for model in models]
+    timed = _timed(
+        models,
+        (reference,),
+        given=given,
+        inputs=inputs,
+        runtime=runtime,
+        threads=threads,
+        rounds=rounds,
+        on_model=on_model,
+    )
+    return [own.model_copy(update=times | {"batch": batch}) for own, times in zip(counted, timed, strict=True)]
+
+
+def runtime_gain(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    runtime: str,
+    reference: nn.Module | None = None,
+    threads: int = 1,
+    batch: int | None = None,
+    rounds: int = 31,
+) -> Comparison:
+    """What a runtime gains by itself: time of a model in torch eager over its time in the runtime.
+
+    Times as `measure` does, with the same arguments.
+
+    Args:
+        model: The dense model, so that the runtime's part in a gain is told apart from that of low rank.
+        example_inputs: One call's inputs.
+        runtime: The runtime to judge.
+        reference: What to run in torch eager instead of the model itself. With a compressed model and its dense self,
+            the two gains are told together.
+        threads: Threads of one pass.
+        batch: As for `measure`.
+        rounds: Paired rounds, at least 5.
+
+    Raises:
+        SpectrimError: one of its kinds, as `measure`.
+    """
+    _check(rounds, threads)
+    require_runtime(runtime, threads=threads)
+    given = as_inputs(example_inputs)
+    other = model if reference is None else reference
+    for one in (model, other):
+        require_repeatable(one, given)
+    inputs = given if batch is None else batched(given, batch)
+    with (
+        prepare(model, inputs, runtime=runtime, threads=threads, checked=True) as there,
+        prepare(other, inputs, threads=threads, checked=True) as eager,
+    ):
+        return compare(*interleaved([there.timer(), eager.timer()], rounds=rounds))
+
+
+def batched(inputs: Inputs, batch: int) -> Inputs:
+    """The inputs with so many samples: those there are, repeated in turn or cut off.
+
+    Samples lie along the first dimension of the first tensor, and of every other one of as many.
+
+    Raises:
+        DataError: there is no such dimension, or `batch` is below 1.
+    """
+    sizes = [len(one) for one in tensors((inputs.args, inputs.kwargs)) if one.ndim]
+    if not sizes or not sizes[0] or batch < 1:
+        raise DataError(f"batch={batch}: it must be at least 1, and {inputs.describe()} have samples to repeat")
+
+    def repeated(tensor: Tensor) -> Tensor:
+        if not tensor.ndim or len(tensor) != sizes[0]:
+            return tensor
+        return tensor[torch.arange(batch, device=tensor.device) % len(tensor)]
+
+    return with_tensors(inputs, repeated)
+
+
+def count(model: nn.Module, example_inputs: Any) -> Measurement:
+    """Parameters, bytes and MACs alone: what can be known without timing or data."""
+    params = sum(parameter.numel() for parameter in model.parameters())
+    return Measurement(params=params, bytes=file_size(model), macs=count_macs(model, example_inputs))
+
+
+def count_macs(model: nn.Module, example_inputs: Any) -> int:
+    """Multiply-accumulates of one forward pass, as half of the FLOPs that torch counts; see `Measurement.macs`."""
+    with evaluating(model), FlopCounterMode(display=False) as counter:
+        call(model, as_inputs(example_inputs))
+    return int(counter.get_total_flops()) // 2
+
+
+def file_size(model: nn.Module) -> int:
+    """Bytes of the model as a plain safetensors file: header and every distinct tensor once."""
+    header: dict[str, Any] = {}
+    end = 0
+    for name, tensor in unique_tensors(model)[0].items():
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = len(json.dumps(header, separators=(",", ":")))
+    return 8 + math.ceil(text / 8) * 8 + end
+
+
+def accuracy(model: nn.Module, data: Iterable[Any]) -> Accuracy:
+    """Top-1 accuracy over batches (inputs.., labels); outputs (batch, classes), labels (batch,) of class indices.
+
+    Raises:
+        DataError: no batches, or outputs and labels that do not fit together.
+    """
+    correct = total = 0
+    with evaluating(model):
+        for position, batch in enumerate(data):
+            inputs, labels = split_labels(batch, position=position)
+            outputs = call(model, inputs, what=f"batch {position}")
+            labels = torch.as_tensor(labels)
+            if not isinstance(outputs, Tensor) or outputs.ndim != 2 or outputs.shape[:1] != labels.shape:
+                shape = list(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+                raise DataError(
+                    f"batch {position}: outputs {shape} and labels {list(labels.shape)} do not give an accuracy; "
+                    "it needs outputs (batch, classes) and labels (batch,)"
+                )
+            labels = labels.to(outputs.device)
+            correct += int((outputs.argmax(dim=1) == labels).sum())
+            total += len(labels)
+    if not total:
+        raise DataError("the data for the accuracy is empty; give at least one batch")
+    return Accuracy(correct=correct, total=total)
+
+
+def _check(rounds: int, threads: int) -> None:
+    if rounds < 5 or threads < 1:
+        raise DataError(f"rounds={rounds}, threads={threads}: give at least 5 rounds and 1 thread")
+
+
+def _timed(
+    models: Sequence[nn.Module],
+    beside: Sequence[nn.Module],
+    *,
+    given: Inputs,
+    inputs: Inputs,
+    runtime: str,
+    threads: int,
+    rounds: int,
+    on_model: Callable[[int], object] = lambda _: None,
+) -> list[dict[str, Any]]:
+    """Runtime and times of every model in turn, in rounds with what stands `beside` it, which is made ready once."""
+    known = {"runtime": require_runtime(runtime, threads=threads), "threads": threads}
+    for one in (*models, *beside):
+        require_repeatable(one, given)
+    found = []
+    with ExitStack() as opened:
+
+        def ready(model: nn.Module) -> Prepared:
+            return prepare(model, inputs, runtime=runtime, threads=threads, checked=True)
+
+        others = [opened.enter_context(ready(one)) for one in beside]
+        for position, model in enumerate(models):
+            on_model(position)
+            with ready(model) as own:
+                laps = interleaved([one.timer() for one in (own, *others)], rounds=rounds)
+            found.append(known | _figures(laps))
+    return found
+
+
+def _figures(laps: Sequence[Sequence[Lap]]) -> dict[str, Any]:
+    own = laps[0]
+    used = [lap.cpu for lap in own if lap.cpu is not None]
+    found: dict[str, Any] = {
+        "latency_ms": statistics.median(lap.wall for lap in own) * 1e3,
+        "cpu_ms": statistics.median(used) * 1e3 if len(used) == len(own) else None,
+    }
+    if len(laps) > 1:
+        compared = compare(own, laps[1])
+        found["reference_ms"] = statistics.median(lap.wall for lap in laps[1]) * 1e3
+        found |= {"speedup": compared.ratio, "drift": compared.drift}
+    return found

@@ -1,0 +1,113 @@
+"""Files that are either whole or absent, and values read from them that are checked before use."""
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from spectrim.core.errors import FileError
+
+_Value = TypeVar("_Value", bound=BaseModel)
+
+
+class Frozen(BaseModel):
+    """A value that is checked when it is made, cannot change afterwards, and goes to JSON and back."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> Path:
+    """Let `write` fill a temporary neighbour of `path`, then rename it to `path` in one step.
+
+    An interrupted or failing write leaves the old file, or none. Missing parent folders are made.
+
+    Raises:
+        FileError: the folder or the file cannot be written.
+    """
+    path = Path(path)
+    temporary: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+        temporary = Path(name)
+        os.close(handle)
+        write(temporary)
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(path)
+    except OSError as error:
+        raise FileError(f"cannot write {path}: {error.strerror or error}; choose a folder you may write to") from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+    return path
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Write UTF-8 text to `path`, wholly or not at all."""
+    return write_atomically(path, lambda part: part.write_text(text, encoding="utf-8"))
+
+
+def read_text(path: Path) -> str:
+    """Read UTF-8 text.
+
+    Raises:
+        FileError: the file is missing, unreadable or not text.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise FileError(f"{path} is not a text file (byte {error.start} is not UTF-8)") from error
+    except OSError as error:
+        raise FileError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def sha256_of(path: Path) -> str:
+    """The checksum of a file, as hexadecimal digits.
+
+    Raises:
+        FileError: it cannot be read.
+    """
+    try:
+        with path.open("rb") as opened:
+            return hashlib.file_digest(opened, "sha256").hexdigest()
+    except OSError as error:
+        raise FileError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def parse(kind: type[_Value], text: str, *, origin: str) -> _Value:
+    """Validate JSON `text` as a `kind`; `origin` names it in the message.
+
+    Raises:
+        FileError: the text is not JSON, or not a valid `kind`. At most three faults are listed.
+    """
+    try:
+        return kind.model_validate_json(text)
+    except ValidationError as error:
+        faults = [f"{'.'.join(map(str, fault['loc'])) or 'file'}: {fault['msg']}" for fault in error.errors()]
+        more = f" (and {len(faults) - 3} more)" if len(faults) > 3 else ""
+        raise FileError(f"{origin} is not a valid {kind.__name__}: {'; '.join(faults[:3])}{more}") from error
+
+
+def require_writable_folder(path: Path) -> Path:
+    """Make `path` a folder and prove that a file can be written in it, before hours of work rely on it.
+
+    Raises:
+        FileError: `path` is a file, or cannot be made or written to.
+    """
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path):
+            return path
+    except OSError as error:
+        raise FileError(f"cannot write to the folder {path}: {error.strerror or error}; choose another") from error
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,328 @@
+"""What to do with every layer, as a frozen value that a person can read, edit and keep: rules and plans."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Annotated, ClassVar, Literal, Self
+
+from pydantic import ConfigDict, Field, model_validator
+
+from spectrim.core.errors import RuleError
+from spectrim.core.files import Frozen, parse, read_text, write_text
+
+Metric = Literal["plain", "activation", "loss"]
+"""What an error is measured on: the weights alone (plain), the layer's outputs on calibration data (activation), or
+those outputs weighted by how much the network's answer feels them (loss)."""
+
+FormName = Literal["dense", "linear", "channel", "spatial", "tucker2"]
+CONVOLUTION_FORMS: tuple[FormName, ...] = ("channel", "spatial", "tucker2")
+
+
+_STRICT = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True)
+class Rank:
+    """Keep `rank` singular values in every layer, a whole number from 1 to the layer's full rank."""
+
+    rank: int
+    __pydantic_config__: ClassVar = _STRICT
+    rule: Literal["rank"] = field(default="rank", repr=False, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
+            raise RuleError(f"Rank({self.rank!r}): a rank is a whole number of at least 1, such as Rank(20)")
+
+    def __str__(self) -> str:
+        return f"Rank({self.rank})"
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Keep this share of every layer's singular values, in (0, 1]; rounded down, at least one value stays."""
+
+    ratio: float
+    __pydantic_config__: ClassVar = _STRICT
+    rule: Literal["ratio"] = field(default="ratio", repr=False, kw_only=True)
+
+    def __post_init__(self) -> None:
+        _require_share(self.ratio, f"Ratio({self.ratio!r}): a ratio is the share of singular values to keep")
+
+    def __str__(self) -> str:
+        return f"Ratio({self.ratio:g})"
+
+    def rank_of(self, full: int) -> int:
+        """How many of `full` singular values are kept."""
+        # the small addition keeps 0.29 * 100 from becoming 28
+        return max(1, int(self.ratio * full + 1e-9))
+
+
+@dataclass(frozen=True)
+class Energy:
+    """Keep the smallest rank whose share of the energy (sum of squared singular values) is at least this, in (0, 1]."""
+
+    energy: float
+    __pydantic_config__: ClassVar = _STRICT
+    rule: Literal["energy"] = field(default="energy", repr=False, kw_only=True)
+
+    def __post_init__(self) -> None:
+        _require_share(self.energy, f"Energy({self.energy!r}): an energy is a share of the squared singular values")
+
+    def __str__(self) -> str:
+        return f"Energy({self.energy:g})"
+
+
+CostName = Literal["macs", "params", "bytes"]
+Limit = Literal["macs", "params", "bytes", "latency"]
+_LIMITS: tuple[Limit, ...] = ("macs", "params", "bytes", "latency")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """What the whole network may cost, as a share of the dense network in (0, 1); exactly one of the four.
+
+    Forms and ranks of all layers are then chosen together, so that the error is smallest.
+
+    Attributes:
+        macs: Multiply-accumulates of one forward pass.
+        params: Parameters.
+        bytes: Bytes of the weights' file.
+        latency: Time of one forward pass on this machine, as it is measured.
+        runtime: Of a latency: what runs the network, one of `spectrim.runtimes.RUNTIMES`; by default `torch`.
+        batch: Of a latency: how many inputs a pass has; by default as many as the example inputs.
+        threads: Of a latency: how many threads run it; by default 1.
+    """
+
+    macs: float | None = None
+    params: float | None = None
+    bytes: float | None = None
+    latency: float | None = None
+    runtime: str | None = None
+    batch: int | None = None
+    threads: int | None = None
+    __pydantic_config__: ClassVar = _STRICT
+    rule: Literal["budget"] = field(default="budget", repr=False, kw_only=True)
+
+    def __post_init__(self) -> None:
+        given = {name: value for name in _LIMITS if (value := getattr(self, name)) is not None}
+        if len(given) != 1:
+            raise RuleError(f"a Budget limits exactly one of {', '.join(_LIMITS)}, not {len(given)}: Budget(macs=0.5)")
+        ((name, value),) = given.items()
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
+            raise RuleError(f"Budget({name}={value!r}): a budget is a share of the dense network, between 0 and 1")
+        self._require_circumstances()
+
+    def _require_circumstances(self) -> None:
+        """Fill in and check what a latency is measured in; the other limits have nothing to do with it."""
+        given = {name: value for name in _CIRCUMSTANCES if (value := getattr(self, name)) is not None}
+        if self.latency is None:
+            if given:
+                raise RuleError(
+                    f"{', '.join(f'{name}={value!r}' for name, value in given.items())} belongs to a latency; "
+                    f"leave it out, or give Budget(latency=.., {next(iter(given))}=..)"
+                )
+            return
+        for name, usual in _CIRCUMSTANCES.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, usual)  # a frozen value sets itself up
+        if not isinstance(self.runtime, str) or not self.runtime:
+            raise RuleError(f"Budget(runtime={self.runtime!r}): name a runtime, such as 'onnxruntime'")
+        for name in ("batch", "threads"):
+            number = getattr(self, name)
+            whole = isinstance(number, int) and not isinstance(number, bool)
+            if number is not None and not (whole and number >= 1):
+                raise RuleError(f"Budget({name}={number!r}): give a whole number of at least 1")
+
+    @property
+    def limits(self) -> Limit:
+        """What is limited."""
+        return next(name for name in _LIMITS if getattr(self, name) is not None)
+
+    @property
+    def share(self) -> float:
+        """The share of the dense network's cost that may be kept."""
+        return float(getattr(self, self.limits))
+
+    def __str__(self) -> str:
+        more = [f"{name}={getattr(self, name)!r}" for name in _CIRCUMSTANCES if getattr(self, name) is not None]
+        return f"Budget({', '.join([f'{self.limits}={self.share:g}', *more])})"
+
+
+_CIRCUMSTANCES: Mapping[str, str | int | None] = MappingProxyType({"runtime": "torch", "batch": None, "threads": 1})
+
+
+def _require_share(value: float, message: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+        raise RuleError(f"{message}, above 0 and at most 1")
+
+
+Rule = Rank | Ratio | Energy | Budget
+
+
+class Cost(Frozen):
+    """What a layer costs: `params` numbers stored (weights and bias), `macs` multiply-accumulates of a forward pass."""
+
+    params: int = Field(ge=0)
+    macs: int = Field(ge=0)
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(params=self.params + other.params, macs=self.macs + other.macs)
+
+
+class LayerPlan(Frozen):
+    """The decision for one weight.
+
+    Attributes:
+        name: The layer's dotted name in the model.
+        also: Other layers that use the same weight; they share its factors.
+        kind: The layer's class, such as `Linear`.
+        shape: The weight's shape, output first.
+        form: `linear` (two factors), `channel` (the kernel into fewer channels, then out of them), `spatial` (a column
+            of the kernel, then a row), `tucker2` (fewer channels, the kernel between them, then out), or `dense`.
+        metric: The metric in which the factors are best, absent for dense layers.
+        rank: How many singular values stay (in each group of a grouped convolution), absent for dense layers.
+        rank_in: The tucker2 form's other rank: channels that its kernel starts from; `rank` are those it ends in.
+        full_rank: The largest rank the weight can have, absent where there is none.
+        break_even: The largest rank at which the factors are smaller than the layer (0: none is).
+        predicted_error: The relative error of the layer's weight (plain) or of its varying output (activation).
+        dense: The layer's cost before.
+        kept: Its cost afterwards.
+        fixed: Of a dense layer: that its weight must not be touched; reconstruction fits the others anew.
+        reason: Why this form and rank, in words.
+    """
+
+    name: str
+    also: tuple[str, ...] = ()
+    kind: str
+    shape: tuple[int, ...]
+    form: FormName
+    metric: Metric | None = None
+    rank: int | None = Field(default=None, ge=1)
+    rank_in: int | None = Field(default=None, ge=1)
+    full_rank: int | None = Field(default=None, ge=0)
+    break_even: int | None = Field(default=None, ge=0)
+    predicted_error: float | None = Field(default=None, ge=0)
+    dense: Cost
+    kept: Cost
+    fixed: bool = False
+    reason: str
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.form == "dense":
+            if self.rank is not None or self.rank_in is not None or self.metric is not None:
+                raise ValueError(f"layer {self.name!r} is dense, so it has neither rank nor metric")
+        elif self.rank is None or self.metric is None or self.full_rank is None:
+            raise ValueError(f"layer {self.name!r} in the {self.form} form needs a rank, a full_rank and a metric")
+        elif self.rank > self.full_rank:
+            raise ValueError(f"layer {self.name!r}: rank {self.rank} is above its full rank {self.full_rank}")
+        elif (self.rank_in is not None) != (self.form == "tucker2"):
+            raise ValueError(f"layer {self.name!r}: rank_in belongs to the tucker2 form, and to no other")
+        return self
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """(rank,), or (rank_in, rank) in the tucker2 form; nothing for a dense layer."""
+        return tuple(rank for rank in (self.rank_in, self.rank) if rank is not None)
+
+
+class LatencyNote(Frozen):
+    """What a plan was expected to take and what it took, as shares of the dense network in the same runtime.
+
+    Attributes:
+        runtime: What ran the networks.
+        threads: With so many threads.
+        batch: Inputs of one pass; absent where the example inputs were taken as they are.
+        fingerprint: The machine, the runtime and the versions that the times belong to.
+        dense_ms: One pass of the dense network, in milliseconds.
+        predicted: The share that the table of layer latencies predicts.
+        measured: The share that was measured, dense and factored passes in turn; absent if it was not.
+        low: Lower end of its 95 % interval.
+        high: Upper end of its 95 % interval.
+        solved: How often forms and ranks were chosen: 2 where the first measurement was too far from its prediction.
+        missed: Why the target was not met, if it was not.
+        refused: Why every layer stays dense, if no faster network was found.
+    """
+
+    runtime: str
+    threads: int = Field(ge=1)
+    batch: int | None = Field(default=None, ge=1)
+    fingerprint: str
+    dense_ms: float = Field(gt=0)
+    predicted: float
+    measured: float | None = Field(default=None, gt=0)
+    low: float | None = Field(default=None, gt=0)
+    high: float | None = Field(default=None, gt=0)
+    solved: int = Field(default=1, ge=1)
+    missed: str | None = None
+    refused: str | None = None
+
+    @property
+    def verified(self) -> bool:
+        """Whether a network made by this plan was timed."""
+        return self.measured is not None
+
+
+class Plan(Frozen):
+    """What happens to every layer of one model. Made by `st.plan`, applied by `st.compress`, edited by hand as JSON.
+
+    Attributes:
+        rule: What was asked.
+        metric: In what the errors count.
+        layers: The decision for each weight.
+        rank_multiple: What divides the ranks, where that was asked for or probed; but full ranks and, under a budget of
+            latency, those of small layers that lie below it.
+        latency: Under a budget of latency: what was predicted, and measured.
+    """
+
+    version: Literal[1] = 1
+    rule: Annotated[Rule, Field(discriminator="rule")]
+    metric: Metric
+    rank_multiple: int | None = Field(default=None, ge=1)
+    latency: LatencyNote | None = None
+    layers: tuple[LayerPlan, ...]
+
+    @model_validator(mode="after")
+    def _names_once(self) -> Self:
+        names = [name for layer in self.layers for name in (layer.name, *layer.also)]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"layer {twice[0]!r} stands twice in the plan")
+        return self
+
+    def __iter__(self) -> Iterator[LayerPlan]:  # type: ignore[override]  # pydantic iterates fields; layers are what is wanted
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __getitem__(self, name: str) -> LayerPlan:
+        for layer in self.layers:
+            if name in (layer.name, *layer.also):
+                return layer
+        raise KeyError(f"the plan has no layer {name!r}; it has {', '.join(layer.name for layer in self.layers)}")
+
+    @property
+    def factored(self) -> tuple[LayerPlan, ...]:
+        """The layers that are replaced."""
+        return tuple(layer for layer in self.layers if layer.form != "dense")
+
+    @property
+    def dense_cost(self) -> Cost:
+        """The cost of all planned layers before."""
+        return sum((layer.dense for layer in self.layers), Cost(params=0, macs=0))
+
+    @property
+    def kept_cost(self) -> Cost:
+        """The cost of all planned layers afterwards."""
+        return sum((layer.kept for layer in self.layers), Cost(params=0, macs=0))
+
+    def save(self, path: str | Path) -> Path:
+        """Write the plan as indented JSON. Raises `FileError` when the file cannot be written."""
+        return write_text(Path(path), self.model_dump_json(indent=2, exclude_none=True) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Plan":
+        """Read a plan. Raises `FileError` when the file is missing, cut short, or was edited into something invalid."""
+        return parse(cls, read_text(Path(path)), origin=str(path))

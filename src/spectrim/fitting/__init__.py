@@ -1,0 +1,1 @@
+"""Fitting factored layers to a dense network's outputs, layer after layer."""

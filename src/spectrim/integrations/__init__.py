@@ -1,0 +1,1 @@
+"""Spectrim inside other frameworks; each module needs its extra, and nothing else imports it."""

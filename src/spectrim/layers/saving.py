@@ -1,0 +1,155 @@
+"""Saving and loading factored models: one safetensors file with the structure in its header. Never pickle."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from spectrim.core.errors import FileError, ModelError
+from spectrim.core.execution import device_of
+from spectrim.core.files import Frozen, parse, write_atomically
+from spectrim.core.plans import FormName
+from spectrim.layers.factored import low_rank_layers
+from spectrim.layers.registry import LAYERS, build
+from spectrim.layers.replacement import duplicate
+from spectrim.layers.selection import names_of, replace, unique_tensors
+
+_KEY = "spectrim"
+
+
+class _LowRank(Frozen):
+    shape: tuple[int, ...]
+    form: FormName
+    ranks: tuple[Annotated[int, Field(ge=1)], ...]
+    bias: bool
+
+
+class _Structure(Frozen):
+    version: Literal[1] = 1
+    low_rank: dict[str, _LowRank]
+    same_layer: dict[str, str]
+    same_tensor: dict[str, str]
+    digest: str
+
+
+def save(model: nn.Module, path: str | Path) -> Path:
+    """Write the model to one safetensors file, with what is needed to rebuild its factored layers in the header.
+
+    Args:
+        model: Any module, factored or not.
+        path: The file; an existing folder stands for `model.safetensors` in it.
+
+    Raises:
+        FileError: the file cannot be written; an older one is left as it was.
+        ModelError: state that is not an ordinary tensor.
+    """
+    tensors, aliases = unique_tensors(model)
+    for name, tensor in tensors.items():
+        if tensor.is_meta or tensor.is_quantized or tensor.layout != torch.strided:
+            raise ModelError(f"{name} is a {tensor.layout} tensor on {tensor.device}, which cannot be saved")
+    stored = {name: tensor.detach().to("cpu").contiguous().clone() for name, tensor in tensors.items()}
+    low_rank: dict[str, _LowRank] = {}
+    same_layer: dict[str, str] = {}
+    for name, module in low_rank_layers(model).items():
+        shape = tuple(module.empty_dense().weight.shape)
+        low_rank[name] = _LowRank(shape=shape, form=module.form, ranks=module.ranks, bias=module.bias is not None)
+        same_layer |= dict.fromkeys(names_of(model, module)[1:], name)
+    structure = _Structure(low_rank=low_rank, same_layer=same_layer, same_tensor=aliases, digest=_digest(stored))
+    # one entry only: safetensors writes several in random order, and equal models shall give equal files
+    metadata = {_KEY: structure.model_dump_json()}
+    return write_atomically(_file(path), lambda part: save_file(stored, part, metadata=metadata))
+
+
+def load(path: str | Path, model: nn.Module) -> nn.Module:
+    """Rebuild a saved model from a dense instance of the same network; outputs are bit-equal to the saved model's.
+
+    Args:
+        path: The file, or the folder that holds `model.safetensors`.
+        model: The network as its own code makes it, trained or not; it is left as it is.
+
+    Returns:
+        A new module with the file's layers, weights and number types, on the devices of `model`.
+
+    Raises:
+        FileError: a missing, cut, changed or foreign file, or one for another network.
+    """
+    path = _file(path)
+    structure, tensors = _read(path)
+    rebuilt = duplicate(model)
+    replacements: dict[str, nn.Module] = {}
+    for name, layer in structure.low_rank.items():
+        replacements[name] = build(
+            _dense_at(rebuilt, name, layer, path), form=layer.form, ranks=layer.ranks, bias=layer.bias
+        )
+    for name, first in structure.same_layer.items():
+        replacements[name] = replacements[first]
+    replace(rebuilt, replacements)
+    _fill(rebuilt, tensors, structure.same_tensor, path)
+    return rebuilt
+
+
+def _file(path: str | Path) -> Path:
+    path = Path(path)
+    return path / "model.safetensors" if path.is_dir() else path
+
+
+def _read(path: Path) -> tuple[_Structure, dict[str, Tensor]]:
+    try:
+        with safe_open(path, framework="pt") as opened:
+            metadata = opened.metadata() or {}
+            # a copy, since what safetensors gives may look into the file itself
+            tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise FileError(f"cannot read {path}: {error}; it is missing, cut short, or not a safetensors file") from error
+    if _KEY not in metadata:
+        raise FileError(f"{path} was not written by spectrim.save; load a plain state with safetensors.torch.load_file")
+    structure = parse(_Structure, metadata[_KEY], origin=f"the header of {path}")
+    if structure.digest != _digest(tensors):
+        raise FileError(f"{path} was changed after it was saved (its checksum differs); save the model again")
+    return structure, tensors
+
+
+def _dense_at(model: nn.Module, name: str, layer: _LowRank, path: Path) -> nn.Module:
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        module = nn.Identity()
+    if type(module) not in LAYERS or tuple(module.get_parameter("weight").shape) != layer.shape:
+        raise FileError(
+            f"{path} is for another network: it wants a layer with a weight {list(layer.shape)} at {name!r}, "
+            f"and {type(model).__name__} has {module if not isinstance(module, nn.Identity) else 'none'}"
+        )
+    return module
+
+
+def _fill(model: nn.Module, tensors: dict[str, Tensor], aliases: dict[str, str], path: Path) -> None:
+    """Put the file's tensors in, one parameter for all names that shared one."""
+    expected = model.state_dict(keep_vars=True)
+    names = set(tensors) | set(aliases)
+    if names != set(expected):
+        missing, extra = sorted(set(expected) - names), sorted(names - set(expected))
+        raise FileError(f"{path} is for another network: missing {missing[:3]}, not in the model {extra[:3]}")
+    default = device_of(model)
+    ready: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        old = expected[name]
+        if old.shape != tensor.shape:
+            raise FileError(f"{path} is for another network: {name} is {list(tensor.shape)}, not {list(old.shape)}")
+        moved = tensor.to(default if old.is_meta else old.device)
+        ready[name] = nn.Parameter(moved, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else moved
+    model.load_state_dict(ready | {name: ready[first] for name, first in aliases.items()}, strict=True, assign=True)
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""From a rule and an analysis to a plan: forms and ranks under one budget."""

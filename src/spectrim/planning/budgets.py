@@ -1,0 +1,380 @@
+"""Forms and ranks of all layers under one budget, and the whole trade-off."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from spectrim.analysis.spectra import Analysis, LayerAnalysis, Offers
+from spectrim.benchmark.latency import LatencyTable
+from spectrim.core.errors import PlanError, RuleError
+from spectrim.core.plans import CONVOLUTION_FORMS, Budget, FormName, LatencyNote, Limit, Metric, Plan
+from spectrim.linalg import FloatArray, Ranks
+from spectrim.planning.decisions import (
+    dense,
+    factored,
+    forms_among,
+    listed,
+    metric_of,
+    multiple_of,
+    possible_forms,
+    why_impossible,
+)
+from spectrim.planning.knapsack import Allocation, Menu
+from spectrim.runtimes.rank_grid import Grid
+
+
+@dataclass(frozen=True, eq=False)
+class Point:
+    """One point of a trade-off curve.
+
+    Attributes:
+        kept: The share of the dense network's cost that is kept.
+        lost: What all layers lose together: shares of their energies, times their sensitivities if these were measured.
+        plan: The plan that does it.
+    """
+
+    kept: float
+    lost: float
+    plan: Plan
+
+
+@dataclass(frozen=True, eq=False)
+class Curve:
+    """What every budget would lose, cheapest first. `cost` is what `kept` is a share of."""
+
+    cost: Limit
+    points: tuple[Point, ...]
+
+    def __iter__(self) -> Iterator[Point]:
+        return iter(self.points)
+
+    def __len__(self) -> int:
+        return len(self.points)
+
+
+def pareto(
+    analysis: Analysis,
+    *,
+    cost: Limit = "macs",
+    points: int = 20,
+    metric: Metric | None = None,
+    forms: Sequence[FormName] | None = None,
+    rank_multiple: int | Grid | None = None,
+    latencies: LatencyTable | None = None,
+) -> Curve:
+    """The whole trade-off between cost and error from one decomposition of every layer.
+
+    Args:
+        analysis: From `st.analyze`.
+        cost: `macs`, `params` or `bytes`, or `latency` as predicted from `latencies`.
+        points: How many budgets, evenly spaced from the smallest that can be reached to just below the dense network.
+        metric: As for `st.plan`.
+        forms: As for `st.plan`.
+        rank_multiple: As for `st.plan`.
+        latencies: As for `st.plan`; only for the latency.
+
+    Raises:
+        RuleError: fewer than 2 points, a rank_multiple that is not at least 1, or a latency without a table.
+        PlanError: an unknown cost, metric or form, or a table of another network.
+    """
+    if cost not in ("macs", "params", "bytes", "latency"):
+        raise PlanError(f"cost={cost!r}: there are macs, params and bytes, and latency")
+    if points < 2:
+        raise RuleError(f"points={points}: a curve needs at least 2")
+    chosen, allowed = metric_of(analysis, metric, best=True), forms_among(forms, CONVOLUTION_FORMS)
+    options = Options.of(analysis, cost, metric=chosen, forms=allowed, multiple=rank_multiple, latencies=latencies)
+    solved = Allocation.of([menu for menu, _ in options.menus], limit=options.whole - options.fixed)
+    least = Fraction(options.least, options.whole)
+    shares = (least + (1 - least) * Fraction(step, points) for step in range(points))
+    found = []
+    for share in shares:
+        picked = solved.pick(int(share * options.whole) - options.fixed)
+        rule = options.rule(float(min(max(share, Fraction(1, 10**9)), 1 - Fraction(1, 10**9))))
+        kept, lost = options.kept(picked) / options.whole, options.lost(picked)
+        found.append(Point(kept, lost, options.plan(rule, picked)))
+    return Curve(cost, tuple(found))
+
+
+@dataclass(frozen=True, eq=False)
+class Options:
+    """Every option of every layer under a budget.
+
+    Attributes:
+        analysis: The layers.
+        cost: What is limited; latencies count in whole nanoseconds.
+        metric: In what the losses count.
+        forms: Those that may be taken.
+        multiple: What divides the ranks, but full ones and what a table holds below it.
+        latencies: The times of the layers, if the latency is limited. Options that are slower than the dense layer are
+            none.
+    """
+
+    analysis: Analysis
+    cost: Limit
+    metric: Metric
+    forms: tuple[FormName, ...]
+    multiple: int
+    latencies: LatencyTable | None = None
+
+    @classmethod
+    def of(
+        cls,
+        analysis: Analysis,
+        cost: Limit,
+        *,
+        metric: Metric,
+        forms: tuple[FormName, ...],
+        multiple: int | Grid | None,
+        latencies: LatencyTable | None,
+    ) -> "Options":
+        """The options, once table and multiple are known to go together.
+
+        Raises:
+            RuleError: a latency without a table, a table without a latency, or ranks that the table does not hold.
+            PlanError: a table of another network.
+        """
+        if (cost == "latency") != (latencies is not None):
+            raise RuleError(
+                "a budget of latency needs latencies=st.latency_table(model, example_inputs, analysis=..), and no "
+                "other budget does; st.compress makes it by itself"
+            )
+        if latencies is None:
+            return cls(analysis, cost, metric, forms, multiple_of(multiple))
+        step = latencies.rank_multiple if multiple is None else multiple_of(multiple)
+        if step % latencies.rank_multiple:
+            raise RuleError(
+                f"rank_multiple={step}: the table holds multiples of {latencies.rank_multiple}; make another table"
+            )
+        known = {layer.name for layer in analysis if layer.problems}
+        foreign = [layer.name for layer in latencies.layers if layer.name not in known]
+        if foreign:
+            raise PlanError(f"the latency table is of another network: it has a layer {foreign[0]!r}; make a new one")
+        return cls(analysis, cost, metric, forms, step, latencies)
+
+    @property
+    def whole(self) -> int:
+        """What the dense network costs."""
+        if self.latencies is not None:
+            return _nanoseconds(self.latencies.network_ms)
+        return int(getattr(self.analysis.whole, self.cost))
+
+    @property
+    def fixed(self) -> int:
+        """What it costs besides the layers of the analysis; below 0 where the times of single layers add up to more."""
+        if self.cost == "latency":
+            return self.whole - sum(self._dense(layer) for layer in self.analysis)
+        return self.analysis.fixed(self.cost)
+
+    def rule(self, share: float) -> Budget:
+        """The budget of this share."""
+        match self.cost:
+            case "macs":
+                return Budget(macs=share)
+            case "params":
+                return Budget(params=share)
+            case "bytes":
+                return Budget(bytes=share)
+        table = self.latencies
+        assert table is not None
+        return Budget(latency=share, runtime=table.runtime, batch=table.batch, threads=table.threads)
+
+    @cached_property
+    def cheapest(self) -> dict[str, int]:
+        """What the smallest factors of each layer cost, by name; told by shapes and times, nothing is decomposed."""
+        found = {}
+        for layer in self.analysis:
+            offered = (self._offered(layer, layer.offers(form, self.metric))[1] for form in self._possible(layer))
+            costs = [int(each.min()) for each in offered if len(each)]
+            if costs:
+                found[layer.name] = min(costs)
+        return found
+
+    @property
+    def least(self) -> int:
+        """The smallest cost that a budget can ask for."""
+        dense = {layer.name: self._dense(layer) for layer in self.analysis}
+        return self.fixed + sum(min(cost, self.cheapest.get(name, cost)) for name, cost in dense.items())
+
+    def require(self, rule: Budget, *, share: float) -> int:
+        """What a share of the dense network's cost is, in whole numbers.
+
+        Raises:
+            RuleError: it is below what is reachable; says what is.
+        """
+        budget = int(Fraction(share).limit_denominator(10**12) * self.whole)
+        if budget < self.least:
+            raise RuleError(out_of_reach(self, rule, self.least / self.whole))
+        return budget
+
+    @cached_property
+    def menus(self) -> list[tuple[Menu, list[tuple[FormName, Ranks]]]]:
+        """By layer: costs and losses, the dense layer first, and the form and ranks of the others."""
+        return [self._menu(layer) for layer in self.analysis]
+
+    def _menu(self, layer: LayerAnalysis) -> tuple[Menu, list[tuple[FormName, Ranks]]]:
+        costs, losses = [np.array([self._dense(layer)])], [np.zeros(1)]
+        usual = float(np.median([*self.analysis.sensitivity.values()])) if self.analysis.sensitivity else 1.0
+        named: list[tuple[FormName, Ranks]] = []
+        for form in self._possible(layer):
+            choices = layer.choices(form, self.metric)
+            fits, cost = self._offered(layer, choices)
+            costs.append(cost)
+            losses.append(choices.lost[fits] * self.analysis.sensitivity.get(layer.name, usual))
+            named += [(form, tuple(int(rank) for rank in choices.ranks[one])) for one in fits]
+        return Menu(np.concatenate(costs).astype(np.int64), np.concatenate(losses)), named
+
+    def _possible(self, layer: LayerAnalysis) -> list[FormName]:
+        # before the data have been run, none is known to miss a layer
+        metric = self.metric if self.metric in self.analysis.metrics else "plain"
+        return possible_forms(layer, self.forms, metric)
+
+    def _offered(
+        self, layer: LayerAnalysis, offers: Offers
+    ) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.int64] | FloatArray]:
+        """Positions of the ranks on the grid that are smaller than the layer (and faster), and what they cost."""
+        small = (offers.params < layer.dense.params) & (offers.macs <= layer.dense.macs)
+        if self.latencies is None:
+            full = np.array(layer.sizes.full_ranks(offers.form)) if layer.sizes else offers.ranks[-1]
+            even = (offers.ranks % self.multiple == 0) | (offers.ranks == full)
+            fits = np.flatnonzero(even.all(axis=1) & small)
+            return fits, self._factored(layer, offers)[fits]
+        layers = self.latencies.of(layer.name)
+        times = layers.of(offers.form) if layers else None
+        if times is None:
+            return np.zeros(0, dtype=np.intp), np.zeros(0)
+        below = self.multiple if self.multiple == self.latencies.rank_multiple else 0
+        fits = np.flatnonzero(times.covers(offers.ranks, step=self.multiple, below=below) & small)
+        costs = np.array([_nanoseconds(ms) for ms in times.at(offers.ranks[fits])], dtype=np.int64)
+        faster = costs < self._dense(layer)
+        return fits[faster], costs[faster]
+
+    def _dense(self, layer: LayerAnalysis) -> int:
+        if self.latencies is not None:
+            times = self.latencies.of(layer.name)
+            return _nanoseconds(times.dense_ms) if times else 0
+        return layer.dense.macs if self.cost == "macs" else layer.dense.params * self._unit(layer)
+
+    def _factored(self, layer: LayerAnalysis, offers: Offers) -> npt.NDArray[np.int64]:
+        if self.cost == "macs":
+            return offers.macs
+        # each tensor of a file has an entry in its header
+        tensors = len(offers.ranks[0]) + (not layer.has_bias and self.metric != "plain")
+        entries = tensors * (len(layer.name) + 120) if self.cost == "bytes" else 0
+        return offers.params * self._unit(layer) + entries * (1 + len(layer.also))
+
+    def _unit(self, layer: LayerAnalysis) -> int:
+        return layer.itemsize if self.cost == "bytes" else 1
+
+    def kept(self, picked: Sequence[int]) -> int:
+        """What the whole model costs with these options."""
+        return self.fixed + sum(int(menu.costs[one]) for (menu, _), one in zip(self.menus, picked, strict=True))
+
+    def lost(self, picked: Sequence[int]) -> float:
+        """What all layers lose together with these options."""
+        return sum(float(menu.losses[one]) for (menu, _), one in zip(self.menus, picked, strict=True))
+
+    def plan(self, rule: Budget, picked: Sequence[int]) -> Plan:
+        """These options as a plan, with reasons."""
+        layers = []
+        for layer, (menu, named), one in zip(self.analysis, self.menus, picked, strict=True):
+            if one:
+                form, ranks = named[one - 1]
+                because = f"{form} at {self._share(menu, one)} loses least for what it saves"
+                layers.append(factored(layer, form, ranks, metric=self.metric, reason=because))
+            else:
+                layers.append(dense(layer, reason=self._why_dense(layer, menu, named), metric=self.metric))
+        multiple = self.multiple if self.multiple > 1 else None
+        note = self._note(self.kept(picked))
+        return Plan(rule=rule, metric=self.metric, layers=tuple(layers), rank_multiple=multiple, latency=note)
+
+    def _note(self, kept: int) -> LatencyNote | None:
+        table = self.latencies
+        if table is None:
+            return None
+        return LatencyNote(
+            runtime=table.runtime,
+            threads=table.threads,
+            batch=table.batch,
+            fingerprint=table.fingerprint,
+            dense_ms=table.network_ms,
+            predicted=kept / self.whole,
+        )
+
+    def _share(self, menu: Menu, one: int) -> str:
+        share = menu.costs[one] / max(1, menu.costs[0])
+        if self.latencies is None:
+            return f"{share:.0%} of its {self.cost}"
+        return f"{share:.0%} of its time ({menu.costs[one] / 1e6:.3g} of {menu.costs[0] / 1e6:.3g} ms)"
+
+    def _why_dense(self, layer: LayerAnalysis, menu: Menu, named: list[tuple[FormName, Ranks]]) -> str:
+        if not named:
+            return why_impossible(layer, self.metric) or self._why_nothing(layer)
+        best = 1 + int(np.argmin(menu.losses[1:]))
+        form, ranks = named[best - 1]
+        share = menu.costs[best] / max(1, menu.costs[0])
+        what = self.cost if self.latencies is None else "time"
+        return (
+            f"the budget is met with less error elsewhere; the mildest option here, {form} at rank {listed(ranks)}, "
+            f"would save {1 - share:.0%} of its {what}"
+        )
+
+    def _why_nothing(self, layer: LayerAnalysis) -> str:
+        """Why a layer that can be factored has no option."""
+        times = self.latencies.of(layer.name) if self.latencies else None
+        timed = [one for one in times.forms if one.form in self.forms] if times else []
+        if times is None or not timed:
+            return "no rank of any form allowed here would be smaller"
+        least = min(timed, key=lambda one: min(one.ms))
+        return (
+            f"its factors do not pay: the fastest are in the {least.form} form and take {min(least.ms):.3g} ms, "
+            f"the layer itself {times.dense_ms:.3g} ms"
+        )
+
+
+def _nanoseconds(ms: float) -> int:
+    return round(ms * 1e6)
+
+
+def budgeted(options: Options, rule: Budget) -> Plan:
+    """The plan that loses least within a budget.
+
+    Raises:
+        RuleError: a budget below what is reachable; says what is.
+    """
+    return options.plan(rule, picked_at(options, rule, share=rule.share))
+
+
+def picked_at(options: Options, rule: Budget, *, share: float) -> list[int]:
+    """The option of every layer that together lose least at this share, which need not be the rule's own.
+
+    Raises:
+        RuleError: a share below what is reachable; says what is.
+    """
+    limit = options.require(rule, share=share) - options.fixed
+    return Allocation.of([menu for menu, _ in options.menus], limit=limit).pick(limit)
+
+
+def out_of_reach(options: Options, rule: Budget, least: float, *, how: str = "predicted") -> str:
+    """What to say of a budget when `least` is the smallest share there is."""
+    open_to = len(options.cheapest)
+    timed = options.cost == "latency"
+    if timed and (not open_to or least >= 1):
+        measured = f"with all its layers at their fastest ranks the model takes {least:.3g} of the dense time"
+        why = measured if open_to else "no layer would be faster in factors"
+        return (
+            f"{rule} cannot be reached: {why} with the {rule.runtime} runtime here; "
+            "limit the MACs or the parameters instead, or try another runtime or batch"
+        )
+    share = math.ceil(1e4 * least) / 1e4
+    smallest, at = ("fastest", f"their fastest ranks ({how})") if timed else ("smallest", f"rank {options.multiple}")
+    outside = "time is" if timed else f"{rule.limits} are"
+    return (
+        f"{rule} cannot be reached: the {smallest} this model can be is Budget({rule.limits}={share:g}), with all "
+        f"{open_to} layers that can shrink at {at}; "
+        f"{max(0, options.fixed) / options.whole:.1%} of the {outside} outside the layers that were looked at"
+    )

@@ -1,0 +1,254 @@
+"""A rule and an analysis give a plan: pure numbers, no network."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from spectrim.analysis.spectra import Analysis, LayerAnalysis
+from spectrim.benchmark.latency import LatencyTable
+from spectrim.core.errors import PlanError, RuleError
+from spectrim.core.plans import CONVOLUTION_FORMS, Budget, Energy, FormName, LayerPlan, Metric, Plan, Rank, Ratio, Rule
+from spectrim.linalg import Ranks
+from spectrim.planning.budgets import Options, budgeted
+from spectrim.planning.decisions import (
+    dense,
+    factored,
+    forms_among,
+    listed,
+    metric_of,
+    multiple_of,
+    possible_forms,
+    why_impossible,
+)
+from spectrim.runtimes.rank_grid import Grid
+
+
+def plan(
+    analysis: Analysis,
+    rule: Rule,
+    *,
+    metric: Metric | None = None,
+    forms: Sequence[FormName] | None = None,
+    rank_multiple: int | Grid | None = None,
+    allow_growth: bool = False,
+    latencies: LatencyTable | None = None,
+) -> Plan:
+    """Decide the form and the rank of every layer.
+
+    A layer whose factors would not be smaller than itself stays dense, with the break-even rank as the reason. Under a
+    `Budget` the sum of what the layers lose is smallest: each layer's lost share of energy, times its sensitivity if
+    the analysis has it (see `st.sensitivity`).
+
+    Args:
+        analysis: From `st.analyze`.
+        rule: `Rank`, `Ratio` or `Energy`, applied to each layer by itself, or a `Budget` for all layers together.
+        metric: `plain`, `activation` or `loss`; by default the best that the analysis has for a `Budget`, and the
+            activation metric, where it has that, for the other rules.
+        forms: Which of `channel`, `spatial`, `tucker2` convolutions may take. By default a `Budget` may use all of
+            them, and the other rules use the channel form; of several, those take the first that a layer has.
+        rank_multiple: Use only ranks that are multiples of this number, or of the step that `st.probe` found, and full
+            ones. By default 1, and under a budget of latency that of the table.
+        allow_growth: Factor layers even when they grow (for tests and studies).
+        latencies: From `st.latency_table`, for a budget of latency and only for that. Options that are slower than the
+            layer are not taken. The plan notes what is predicted; `st.compress` also measures it.
+
+    Raises:
+        RuleError: a rank above the full rank of a layer it would apply to, a budget below what is reachable, a budget
+            of latency without a table or with one of another runtime, or ranks that the table does not hold.
+        PlanError: a metric that the analysis does not have, an unknown form, or a table of another network.
+    """
+    if isinstance(rule, Budget):
+        options = options_of(
+            analysis, rule, metric=metric, forms=forms, rank_multiple=rank_multiple, latencies=latencies
+        )
+        return budgeted(options, rule)
+    metric, allowed = metric_of(analysis, metric, best=False), forms_among(forms, ("channel",))
+    multiple = multiple_of(rank_multiple)
+    require_reachable(rule, _full_ranks(analysis, allowed, metric))
+    if latencies is not None:
+        raise RuleError(f"latencies= belongs to a budget of latency, and the rule is {rule}")
+    layers = tuple(
+        _decide(layer, rule, metric=metric, forms=allowed, multiple=multiple, allow_growth=allow_growth)
+        for layer in analysis
+    )
+    return Plan(rule=rule, metric=metric, layers=layers, rank_multiple=multiple if multiple > 1 else None)
+
+
+def _full_ranks(analysis: Analysis, forms: Sequence[FormName], metric: Metric) -> dict[str, tuple[Sequence[int], int]]:
+    """The weight's shape, and the largest rank in the form that a per-layer rule would use, by the layer's name."""
+    return {
+        layer.name: (layer.shape, max(layer.sizes.full_ranks(possible[0])))
+        for layer in analysis
+        if layer.sizes and (possible := possible_forms(layer, forms, metric))
+    }
+
+
+def require_possible(
+    analysis: Analysis,
+    rule: Rule,
+    *,
+    metric: Metric,
+    forms: Sequence[FormName] | None = None,
+    rank_multiple: int | Grid | None = None,
+) -> None:
+    """Check a rule against the shapes of the layers, before they are decomposed, and before any data are run.
+
+    Args:
+        analysis: From `st.analyze`, with or without a calibration.
+        rule: As for `plan`. Of a budget of latency nothing can be told.
+        metric: The one that the plan is to be made in; all but `plain` give every layer a bias.
+        forms: As for `plan`.
+        rank_multiple: As for `plan`.
+
+    Raises:
+        RuleError: not a rule, a rank above the full rank of a layer, or a budget below what is reachable; says what is.
+        PlanError: an unknown form.
+    """
+    if not isinstance(rule, Budget):
+        require_reachable(rule, _full_ranks(analysis, forms_among(forms, ("channel",)), "plain"))
+    elif rule.limits != "latency":
+        allowed = forms_among(forms, CONVOLUTION_FORMS)
+        Options(analysis, rule.limits, metric, allowed, multiple_of(rank_multiple)).require(rule, share=rule.share)
+
+
+def options_of(
+    analysis: Analysis,
+    rule: Budget,
+    *,
+    metric: Metric | None,
+    forms: Sequence[FormName] | None,
+    rank_multiple: int | Grid | None,
+    latencies: LatencyTable | None,
+) -> Options:
+    """Every option of every layer under a budget; raises as `plan` does."""
+    timed_in = None if latencies is None else (latencies.runtime, latencies.batch, latencies.threads)
+    if rule.limits == "latency" and timed_in not in (None, (rule.runtime, rule.batch, rule.threads)):
+        assert latencies is not None
+        other = Budget(latency=rule.share, runtime=latencies.runtime, batch=latencies.batch, threads=latencies.threads)
+        raise RuleError(f"the latency table is for {other}, and the rule is {rule}; make a table for that")
+    return Options.of(
+        analysis,
+        rule.limits,
+        metric=metric_of(analysis, metric, best=True),
+        forms=forms_among(forms, CONVOLUTION_FORMS),
+        multiple=rank_multiple,
+        latencies=latencies,
+    )
+
+
+def refresh(edited: Plan, analysis: Analysis) -> Plan:
+    """The plan with its forms, metrics and ranks as they are, and every other number computed anew from `analysis`.
+
+    This is what makes editing the JSON by hand safe: only the decisions are taken from the file.
+
+    Raises:
+        PlanError: the plan names layers that this model does not have, has in other shapes, or cannot factor.
+    """
+    known = {layer.name: layer for layer in analysis}
+    layers = []
+    for decided in edited.layers:
+        layer = known.get(decided.name)
+        if layer is None or layer.shape != decided.shape:
+            found = f"has {decided.name} with shape {list(layer.shape)}" if layer else f"has no layer {decided.name!r}"
+            raise PlanError(
+                f"the plan is for another model: it wants {decided.name} with shape {list(decided.shape)}, "
+                f"and this model {found}; make a plan for it with st.plan"
+            )
+        layers.append(_again(decided, layer, metric=edited.metric))
+    same = all(one.form == other.form and one.kept == other.kept for one, other in zip(layers, edited, strict=True))
+    # what was measured, and what divides the ranks, was said of the ranks that stood there
+    kept = {"rank_multiple": edited.rank_multiple, "latency": edited.latency} if same else {}
+    return Plan(rule=edited.rule, metric=edited.metric, layers=tuple(layers)).model_copy(update=kept)
+
+
+def _again(decided: LayerPlan, layer: LayerAnalysis, *, metric: Metric) -> LayerPlan:
+    if decided.form == "dense" or decided.metric is None:
+        return dense(layer, reason=decided.reason, metric=metric, fixed=decided.fixed)
+    if not layer.forms or layer.refusal:
+        raise PlanError(f"the plan factors {layer.name}, which must stay dense: {layer.refusal}")
+    if decided.form not in layer.forms:
+        raise PlanError(
+            f"the plan wants {layer.name} in the {decided.form} form; a {layer.kind} {list(layer.shape)} has "
+            f"{', '.join(layer.forms)}"
+        )
+    if decided.metric not in layer.problems:
+        raise PlanError(
+            f"the plan wants {layer.name} in the {decided.metric} metric, and there is no calibration data for it; "
+            "pass data= (or change the metric in the plan to plain)"
+        )
+    full = layer.sizes.full_ranks(decided.form) if layer.sizes else ()
+    if any(rank > most for rank, most in zip(decided.ranks, full, strict=True)):
+        raise PlanError(
+            f"the plan wants rank {listed(decided.ranks)} for {layer.name}, above its full rank {listed(full)}"
+        )
+    fresh = factored(layer, decided.form, decided.ranks, metric=decided.metric, reason=decided.reason)
+    if fresh.kept == decided.kept:
+        return fresh
+    return fresh.model_copy(update={"reason": f"rank {listed(decided.ranks)} set by hand in the plan"})
+
+
+def require_reachable(rule: Rule, sizes: Mapping[str, tuple[Sequence[int], int]]) -> None:
+    """Check a rule against the layers it is meant for, by name their weight's shape and full rank, before long work.
+
+    Raises:
+        RuleError: not a rule, or a rank above the full rank of a layer.
+    """
+    if not isinstance(rule, Rank | Ratio | Energy | Budget):
+        raise RuleError(f"{rule!r} is not a rule; give Rank(20), Ratio(0.25), Energy(0.9) or Budget(macs=0.5)")
+    if not isinstance(rule, Rank):
+        return
+    short = [(name, list(shape), full) for name, (shape, full) in sizes.items() if full < rule.rank]
+    if short:
+        listed = ", ".join(f"{name} {shape} has full rank {full}" for name, shape, full in short[:3])
+        more = f" and {len(short) - 3} more" if len(short) > 3 else ""
+        raise RuleError(
+            f"{rule} is above what some layers can have: {listed}{more}. "
+            "Leave them out (exclude=.., or keep_last=True for the last layer) or choose a smaller rank"
+        )
+
+
+def _decide(
+    layer: LayerAnalysis,
+    rule: Rank | Ratio | Energy,
+    *,
+    metric: Metric,
+    forms: Sequence[FormName],
+    multiple: int,
+    allow_growth: bool,
+) -> LayerPlan:
+    possible = possible_forms(layer, forms, metric)
+    if not possible:
+        reason = why_impossible(layer, metric) or f"it has no form among {', '.join(forms[1:])}"
+        return dense(layer, reason=reason, metric=metric)
+    form = possible[0]
+    ranks, because = _ranks(layer, form, rule, metric=metric)
+    if multiple > 1:
+        full = layer.sizes.full_ranks(form) if layer.sizes else ranks
+        ranks = tuple(min(most, -(-rank // multiple) * multiple) for rank, most in zip(ranks, full, strict=True))
+        because += f", rounded up to a multiple of {multiple}"
+    if not layer.shrinks(layer.cost(form, ranks, metric)) and not allow_growth:
+        break_even = layer.break_even(form, metric)
+        limit = f"only up to rank {break_even} (break-even)" if break_even else "at no rank"
+        reason = f"rank {listed(ranks)} ({because}) would not be smaller; it shrinks {limit}"
+        return dense(layer, reason=reason, metric=metric)
+    return factored(layer, form, ranks, metric=metric, reason=because)
+
+
+def _ranks(layer: LayerAnalysis, form: FormName, rule: Rank | Ratio | Energy, *, metric: Metric) -> tuple[Ranks, str]:
+    """The ranks that a per-layer rule means in a form, and why."""
+    assert layer.sizes is not None
+    full = layer.sizes.full_ranks(form)
+    match rule:
+        case Rank(rank=rank):
+            return tuple(min(rank, most) for most in full), f"rank {rank} as asked"
+        case Ratio(ratio=ratio):
+            return tuple(rule.rank_of(most) for most in full), f"{ratio:.4g} of {listed(full)} singular values"
+        case Energy(energy=energy):
+            choices = layer.choices(form, metric)
+            enough = np.flatnonzero(choices.lost <= (1 - energy) * (1 + 1e-12))
+            best = int(enough[np.argmin(choices.params[enough])]) if len(enough) else len(choices.lost) - 1
+            held = 1 - choices.lost[best]
+            return (
+                tuple(int(rank) for rank in choices.ranks[best]),
+                f"holds {held:.4g} of the energy, at least {energy:.4g} asked",
+            )

@@ -1,0 +1,48 @@
+"""Reports: the values of a study as terminal tables, figures, and one self-contained HTML page."""
+
+from spectrim.benchmark.measurement import Epoch
+from spectrim.reporting.accuracy import plot_accuracy, plot_classes
+from spectrim.reporting.figures import plot_curves, plot_history, plot_ranks, plot_spectra
+from spectrim.reporting.html import report
+from spectrim.reporting.paper import save_figure
+from spectrim.reporting.results import (
+    Changes,
+    ClassChange,
+    Flipped,
+    LayerSpectrum,
+    Published,
+    PublishedPoint,
+    Results,
+    Run,
+    Variant,
+    spectra_of,
+)
+from spectrim.reporting.study_tables import changes_table, published_table, runtimes_table
+from spectrim.reporting.tables import table, text
+
+__all__ = [
+    "Changes",
+    "ClassChange",
+    "Epoch",
+    "Flipped",
+    "LayerSpectrum",
+    "Published",
+    "PublishedPoint",
+    "Results",
+    "Run",
+    "Variant",
+    "changes_table",
+    "plot_accuracy",
+    "plot_classes",
+    "plot_curves",
+    "plot_history",
+    "plot_ranks",
+    "plot_spectra",
+    "published_table",
+    "report",
+    "runtimes_table",
+    "save_figure",
+    "spectra_of",
+    "table",
+    "text",
+]

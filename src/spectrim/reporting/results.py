@@ -1,0 +1,382 @@
+"""What a report shows, as one frozen value that goes to `results.json` and back."""
+
+import math
+import statistics
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from spectrim.analysis.spectra import Analysis
+from spectrim.benchmark.measurement import Accuracy, Epoch, Measurement
+from spectrim.core.files import Frozen, parse, read_text, write_text
+from spectrim.core.plans import Metric, Plan, Rule
+from spectrim.runtimes.timing import Z95, Interval
+
+Stage = Literal["dense", "zero-shot", "fine-tuned", "trained"]
+Kind = Literal["broken", "mended", "confused"]
+
+
+class LayerSpectrum(Frozen):
+    """Singular values of one layer in one metric, largest first.
+
+    Attributes:
+        layer: Its name.
+        kind: Its class, such as `Linear`.
+        shape: The weight's, output first.
+        metric: What the values are of.
+        values: The singular values.
+        cumulative: Share of the energy that the first 1..k of them hold (the explained variance), where a study asks
+            for it.
+    """
+
+    layer: str
+    kind: str
+    shape: tuple[int, ...]
+    metric: Metric
+    values: tuple[float, ...]
+    cumulative: tuple[float, ...] = ()
+
+    @model_validator(mode="after")
+    def _one_share_a_value(self) -> Self:
+        if self.cumulative and len(self.cumulative) != len(self.values):
+            raise ValueError(
+                f"layer {self.layer!r} has {len(self.values)} singular values, and {len(self.cumulative)} cumulative "
+                "shares of their energy"
+            )
+        return self
+
+
+def spectra_of(analysis: Analysis, *, cumulative: bool = False) -> tuple[LayerSpectrum, ...]:
+    """Every singular value of the analysis, with the share of the energy that the first ones hold where asked for."""
+    return tuple(
+        LayerSpectrum(
+            layer=layer.name,
+            kind=layer.kind,
+            shape=layer.shape,
+            metric=metric,
+            values=tuple(spectrum.values.tolist()),
+            cumulative=tuple(spectrum.cumulative_energy.tolist()) if cumulative else (),
+        )
+        for layer in analysis
+        for metric, spectrum in layer.spectra.items()
+    )
+
+
+class Agreement(Frozen):
+    """How closely a factored network answers as the one it was made from, on the test set.
+
+    Attributes:
+        largest_difference: Of any two logits.
+        largest_logit: For scale, the largest absolute value of a logit.
+        equal: Examples that both classify alike.
+        of: All examples.
+    """
+
+    largest_difference: float
+    largest_logit: float
+    equal: int
+    of: int
+
+
+class Run(Frozen):
+    """One seed of a variant: its accuracy on the test set and on held-out training data, and its training curve.
+
+    `agreement` is there where the network was made from another one with the same outputs; `model` is the file of the
+    network, relative to the folder of the run.
+    """
+
+    seed: int
+    test: Accuracy
+    held_out: Accuracy | None = None
+    curve: tuple[Epoch, ...] = ()
+    agreement: Agreement | None = None
+    model: str | None = None
+
+
+class Variant(Frozen):
+    """One network of a study.
+
+    Attributes:
+        name: Short and unique, such as `rank 20, activation, fine-tuned`.
+        stage: `dense`, `zero-shot` (compressed, not trained again), `fine-tuned`, or `trained` (at low rank, with
+            the SVD inside the training).
+        measurement: Costs, and latency against dense; from the first seed.
+        rule: What was asked of every layer.
+        metric: What the approximation error was measured on.
+        plan: Per layer what was done; from the first seed.
+        runs: One entry a seed.
+        in_runtimes: The same as `measurement` in further runtimes, each named by its own `runtime`.
+    """
+
+    name: str
+    stage: Stage
+    measurement: Measurement
+    rule: Annotated[Rule, Field(discriminator="rule")] | None = None
+    metric: Metric | None = None
+    plan: Plan | None = None
+    runs: tuple[Run, ...] = ()
+    in_runtimes: tuple[Measurement, ...] = ()
+
+    @property
+    def accuracy(self) -> float | None:
+        """Mean test accuracy over the seeds, in [0, 1]."""
+        return statistics.fmean(run.test.value for run in self.runs) if self.runs else None
+
+    @property
+    def spread(self) -> float | None:
+        """Sample standard deviation of the test accuracy over the seeds; None for fewer than two."""
+        return statistics.stdev(run.test.value for run in self.runs) if len(self.runs) > 1 else None
+
+
+class PublishedPoint(Frozen):
+    """A compressed network of somebody else.
+
+    Attributes:
+        name: What it is, such as `75 % energy, fine-tuned`.
+        accuracy: In [0, 1].
+        params_ratio: kept / dense, if it is known.
+        macs_ratio: kept / dense, if it is known.
+        speedup: Time of the dense network over its time, if it is known.
+    """
+
+    name: str
+    accuracy: float = Field(ge=0, le=1)
+    params_ratio: float | None = Field(default=None, gt=0)
+    macs_ratio: float | None = Field(default=None, gt=0)
+    speedup: float | None = Field(default=None, gt=0)
+
+
+class Published(Frozen):
+    """Somebody else's figures for the same study.
+
+    Attributes:
+        source: Whose.
+        accuracy: In [0, 1] by rank; rank None is the dense network.
+        points: Networks that no single rank describes.
+    """
+
+    source: str
+    accuracy: tuple[tuple[int | None, float], ...]
+    points: tuple[PublishedPoint, ...] = ()
+
+
+class Tally(Frozen):
+    """How the answers of two networks to the same examples compare, as counts.
+
+    Attributes:
+        total: Examples.
+        before: That the first network (the dense one) gets right.
+        broken: Right before, wrong now.
+        mended: Wrong before, right now.
+        confused: Wrong before, and wrong now with another answer.
+    """
+
+    total: int = Field(ge=0)
+    before: int = Field(ge=0)
+    broken: int = Field(ge=0)
+    mended: int = Field(ge=0)
+    confused: int = Field(ge=0)
+
+    @model_validator(mode="after")
+    def _adds_up(self) -> Self:
+        if self.broken > self.before or self.mended + self.confused > self.total - self.before:
+            raise ValueError(
+                f"of {self.total} examples {self.before} were right; {self.broken} of them cannot have become wrong, "
+                f"and {self.mended} and {self.confused} of the others right, and wrong in another way"
+            )
+        return self
+
+    @property
+    def after(self) -> int:
+        """Examples that the second network gets right."""
+        return self.before - self.broken + self.mended
+
+    @property
+    def difference(self) -> Interval:
+        """Accuracy after less before, in [-1, 1], with its 95 % interval.
+
+        Both networks answer the same examples, so only those that changed sides carry chance (Agresti & Min 2005:
+        the paired difference with half an example added to each side that changed).
+        """
+        changed, shift = self.broken + self.mended + 1, self.mended - self.broken
+        total = self.total + 2
+        half = Z95 * math.sqrt(max(0.0, changed - shift * shift / total)) / total
+        value, centre = shift / max(1, self.total), shift / total
+        return Interval(value=value, low=max(-1.0, min(value, centre - half)), high=min(1.0, max(value, centre + half)))
+
+
+class ClassChange(Tally):
+    """The examples of one class; `name` is what the data set calls it."""
+
+    name: str
+
+
+class Flipped(Frozen):
+    """A test example that the two networks answer differently.
+
+    Attributes:
+        index: Its position in the test set.
+        truth: Its class, as a position among `Changes.classes`; the answers likewise.
+        before: What the dense network said.
+        after: What the other one said.
+        sure_before: The probability that the dense network gave its own answer.
+        sure_after: That the other one gave its own.
+        image: Its pixels, a PNG file in base64.
+    """
+
+    index: int = Field(ge=0)
+    truth: int = Field(ge=0)
+    before: int = Field(ge=0)
+    after: int = Field(ge=0)
+    sure_before: float = Field(ge=0, le=1)
+    sure_after: float = Field(ge=0, le=1)
+    image: str = Field(pattern=r"^[A-Za-z0-9+/]+={0,2}$")
+
+    @model_validator(mode="after")
+    def _did_flip(self) -> Self:
+        if self.before == self.after:
+            raise ValueError(f"example {self.index} was answered alike, {self.before}: it has not flipped")
+        return self
+
+    @property
+    def kind(self) -> Kind:
+        """`broken`: right before, wrong now; `mended`: the reverse; `confused`: wrong both times."""
+        return "broken" if self.before == self.truth else "mended" if self.after == self.truth else "confused"
+
+
+class Changes(Frozen):
+    """What a compressed network answers differently from the dense one, on the test set.
+
+    Attributes:
+        variant: Name of the compressed network.
+        seeds: That the counts are summed over; an example counts once a seed.
+        classes: One entry a class, in the order of the data set.
+        flipped: Examples of the first seed that were answered differently: of each kind those in which the networks'
+            confidence differs most.
+    """
+
+    variant: str
+    seeds: tuple[int, ...] = Field(min_length=1)
+    classes: tuple[ClassChange, ...] = Field(min_length=1)
+    flipped: tuple[Flipped, ...] = ()
+
+    @model_validator(mode="after")
+    def _classes_exist(self) -> Self:
+        for one in self.flipped:
+            if max(one.truth, one.before, one.after) >= len(self.classes):
+                raise ValueError(f"example {one.index} is of a class that is not among the {len(self.classes)} classes")
+        return self
+
+    @property
+    def whole(self) -> Tally:
+        """All classes together."""
+        names = ("total", "before", "broken", "mended", "confused")
+        return Tally(**{name: sum(getattr(one, name) for one in self.classes) for name in names})
+
+
+class Results(Frozen):
+    """A study, measured.
+
+    Attributes:
+        title: One line.
+        summary: What was compressed and what came out, in a sentence or two for somebody who has not read the code.
+        dense: The network as it was.
+        variants: The compressed networks, in the order of the tables.
+        chosen: Name of the variant that was saved, if any.
+        chosen_because: Why it is this one.
+        spectra: Singular values by layer and metric, of the first seed.
+        published: Figures to compare with.
+        changes: What the chosen network answers differently from the dense one.
+        command: What repeats the study.
+        provenance: Versions, machine, seeds, data and their checksums, duration; shown at the foot.
+    """
+
+    version: Literal[1] = 1
+    title: str
+    summary: str = ""
+    dense: Variant
+    variants: tuple[Variant, ...]
+    chosen: str | None = None
+    chosen_because: str = ""
+    spectra: tuple[LayerSpectrum, ...] = ()
+    published: tuple[Published, ...] = ()
+    changes: Changes | None = None
+    command: str | None = None
+    provenance: dict[str, str] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _names_agree(self) -> Self:
+        names = [one.name for one in (self.dense, *self.variants)]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"two networks are named {twice[0]!r}")
+        if self.chosen is not None and self.chosen not in names:
+            raise ValueError(f"the chosen network {self.chosen!r} is not among {', '.join(map(repr, names))}")
+        if self.changes is not None and self.changes.variant not in names:
+            raise ValueError(f"the changes are of {self.changes.variant!r}, which is no network of these results")
+        return self
+
+    @classmethod
+    def of_network(
+        cls,
+        title: str,
+        *,
+        dense: Measurement,
+        kept: Measurement | None = None,
+        stage: Stage = "zero-shot",
+        plan: Plan | None = None,
+        analysis: Analysis | None = None,
+        command: str | None = None,
+    ) -> "Results":
+        """One network, and what compression made of it: the results of a study of a single step.
+
+        Args:
+            title: One line.
+            dense: The network as it was; its accuracy is shown where it was measured.
+            kept: The compressed network, if there is one; named `compressed`.
+            stage: What has been done to that since.
+            plan: What was done to each layer.
+            analysis: Where the singular values come from.
+            command: What repeats it.
+        """
+        first = Variant(name="dense", stage="dense", measurement=dense, runs=_tested(dense))
+        second = kept and Variant(
+            name="compressed",
+            stage=stage,
+            measurement=kept,
+            rule=plan.rule if plan else None,
+            metric=plan.metric if plan else None,
+            plan=plan,
+            runs=_tested(kept),
+        )
+        return cls(
+            title=title,
+            dense=first,
+            variants=(second,) if second else (),
+            chosen=second.name if second else None,
+            spectra=spectra_of(analysis) if analysis else (),
+            command=command,
+        )
+
+    def variant(self, name: str) -> Variant:
+        """The variant of this name. Raises `KeyError` when there is none."""
+        for one in (self.dense, *self.variants):
+            if one.name == name:
+                return one
+        raise KeyError(
+            f"the results have no network {name!r}; they have {', '.join(one.name for one in self.variants)}"
+        )
+
+    def save(self, path: str | Path) -> Path:
+        """Write the results as JSON. Raises `FileError` when the file cannot be written."""
+        return write_text(Path(path), self.model_dump_json(indent=1, exclude_none=True) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Results":
+        """Read results. Raises `FileError` for a missing, cut or invalid file."""
+        return parse(cls, read_text(Path(path)), origin=str(path))
+
+
+def _tested(one: Measurement) -> tuple[Run, ...]:
+    return () if one.accuracy is None else (Run(seed=0, test=one.accuracy),)

@@ -1,0 +1,160 @@
+"""The hardware's grid: by which steps of the rank a factored layer takes longer, found out by a second of timing.
+
+Vector units work on 8 or 16 numbers at a time, and a runtime pads channels to blocks of them: latency against rank is a
+staircase. Ranks just below a step give the most for their time.
+"""
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from spectrim.core.errors import EngineError
+from spectrim.core.files import Frozen
+from spectrim.runtimes.conversion import OPSET
+from spectrim.runtimes.sessions import Prepared, RuntimeName, fingerprint, from_onnx, prepare, require_runtime
+from spectrim.runtimes.timing import interleaved, steady
+
+if TYPE_CHECKING:
+    import onnx
+
+STEPS = (32, 16, 8)
+"""The steps that are looked for."""
+_CHANNELS, _SIDE = 64, 28
+_OF_ONNX = ("onnxruntime", "openvino", "openvino-bf16")
+_ROUNDS, _PATIENCE = 15, 1.0
+
+
+class Grid(Frozen):
+    """At which multiples of the rank latency steps, in one runtime on one machine.
+
+    Attributes:
+        multiple: 32, 16 or 8; 1 where no step was seen.
+        times: Milliseconds of a pair of layers by its rank, from which that was read: a 3x3 convolution from 64
+            channels to the rank, and a 1x1 convolution back to 64.
+        runtime: Where it was timed.
+        threads: Threads of one pass.
+        batch: Images of one pass.
+        fingerprint: Processor, instructions and versions; see `spectrim.runtimes.fingerprint`.
+    """
+
+    multiple: int
+    times: Mapping[int, float]
+    runtime: RuntimeName
+    threads: int
+    batch: int
+    fingerprint: str
+
+
+def probe(*, runtime: str = "torch", threads: int = 1, batch: int = 1) -> Grid:
+    """Find the multiple of the rank at which latency steps on this CPU, in about a second.
+
+    `compile` is probed through `channels_last`: both hand convolutions to the same kernels.
+
+    Args:
+        runtime: One of `spectrim.runtimes.RUNTIMES`.
+        threads: Threads of one pass.
+        batch: Images of one pass.
+
+    Raises:
+        EngineError: an unknown runtime, more threads than cores, or a batch below 1.
+        DependencyError: the runtime is not installed.
+    """
+    name = require_runtime(runtime, threads=threads)
+    if batch < 1:
+        raise EngineError(f"batch={batch}: give at least 1")
+    with ExitStack() as opened:
+        ready = [opened.enter_context(_pair(rank, runtime=name, threads=threads, batch=batch)) for rank in RANKS]
+        laps = interleaved([one.timer() for one in ready], rounds=_ROUNDS, patience=_PATIENCE)
+    times = dict(zip(RANKS, (statistics.median(one) * 1e3 for one in steady(*laps)), strict=True))
+    return Grid(
+        multiple=step_of(times),
+        times=times,
+        runtime=name,
+        threads=threads,
+        batch=batch,
+        fingerprint=fingerprint(name, threads=threads),
+    )
+
+
+def _climbs(step: int) -> tuple[tuple[tuple[int, int], ...], ...]:
+    """Ranks and the next multiple of `step`: from just above a multiple, and from half way between two."""
+    starts = (32, 64) if step == 32 else tuple(range(32, 32 + 3 * step, step))
+    return (
+        tuple((start + 1, start + step) for start in starts),
+        tuple((start + step // 2, start + step) for start in starts),
+    )
+
+
+_ENDS = (32, 64, 96)
+RANKS: tuple[int, ...] = tuple(
+    sorted({*_ENDS, *(rank for step in STEPS for kind in _climbs(step) for climb in kind for rank in climb)})
+)
+"""The ranks that `probe` times."""
+
+
+def step_of(times: Mapping[int, float]) -> int:
+    """The step of the staircase that these times by rank show: the largest one up to which rounding up is free.
+
+    What a rank costs is the slope between ranks that every grid holds. On a grid of step s, going from any rank up to
+    the next multiple of s takes no time; without one, it takes the slope times the ranks in between, and on a finer
+    grid it takes that at least from half way. So a step counts when both climbs, from just above a multiple and from
+    half way, take less than half of it on average.
+
+    Args:
+        times: By rank, in any unit; all of `RANKS`.
+
+    Returns:
+        32, 16 or 8, or 1 where rounding up is never free or time does not grow with rank.
+    """
+    low, high = _ENDS[0], _ENDS[-1]
+    slope = (times[high] - times[low]) / (high - low)
+    if slope <= 0:
+        return 1
+
+    def share(climbs: Iterable[tuple[int, int]]) -> float:
+        return statistics.fmean((times[end] - times[start]) / (slope * (end - start)) for start, end in climbs)
+
+    return next((step for step in STEPS if all(share(climbs) < 0.5 for climbs in _climbs(step))), 1)
+
+
+def _pair(rank: int, *, runtime: RuntimeName, threads: int, batch: int) -> Prepared:
+    """A 3x3 convolution to `rank` channels and one back, on images that are the smaller the more there are."""
+    side = max(7, round(_SIDE / batch**0.5))
+    draw = np.random.default_rng(0)
+
+    def normal(*shape: int) -> NDArray[np.float32]:
+        made: NDArray[np.float64] = draw.standard_normal(shape) / math.sqrt(math.prod(shape[1:]))
+        return made.astype(np.float32)
+
+    image = normal(batch, _CHANNELS, side, side)
+    down, up = normal(rank, _CHANNELS, 3, 3), normal(_CHANNELS, rank, 1, 1)
+    if runtime in _OF_ONNX:
+        return from_onnx(_graph(image, down, up), [image], runtime=runtime, threads=threads)
+    first = nn.utils.skip_init(nn.Conv2d, _CHANNELS, rank, 3, padding=1, bias=False)
+    last = nn.utils.skip_init(nn.Conv2d, rank, _CHANNELS, 1, bias=False)
+    for layer, weight in ((first, down), (last, up)):
+        layer.weight.data = torch.from_numpy(weight)
+    shown = "channels_last" if runtime == "compile" else runtime
+    return prepare(nn.Sequential(first, last), torch.from_numpy(image), runtime=shown, threads=threads, checked=True)
+
+
+def _graph(image: NDArray[np.float32], down: NDArray[np.float32], up: NDArray[np.float32]) -> "onnx.ModelProto":
+    from onnx import TensorProto, helper, numpy_helper
+
+    def value(name: str) -> "onnx.ValueInfoProto":
+        return helper.make_tensor_value_info(name, TensorProto.FLOAT, image.shape)
+
+    nodes = [
+        helper.make_node("Conv", ["x", "down"], ["inner"], pads=[1, 1, 1, 1]),
+        helper.make_node("Conv", ["inner", "up"], ["y"]),
+    ]
+    weights = [numpy_helper.from_array(down, "down"), numpy_helper.from_array(up, "up")]
+    graph = helper.make_graph(nodes, "pair", [value("x")], [value("y")], weights)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=10)

@@ -1,0 +1,187 @@
+"""Comparing by the clock on a machine that does other things too: interleaved rounds, paired ratios, and a verdict.
+
+Wall time is what a user waits for, and what is reported in milliseconds. Ratios of runs that compute in one thread are
+taken from processor time instead, where there is one: it does not count the moments that the machine gave to others.
+"""
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple, TypeVar
+
+from spectrim.core.files import Frozen
+
+_T = TypeVar("_T")
+Z95 = 1.959963984540054
+"""Standard deviations of a normal distribution to both sides that hold 95 % of it."""
+_FINE = 1e-5
+"""Seconds: a processor clock that ticks more coarsely is of no use."""
+_WIDE = 0.15
+"""An interval near 1 that is wider than this share of its value says too little."""
+
+_APART = 8
+"""Passes of one lap, where something has to be done between them."""
+
+Verdict = Literal["faster", "slower", "no difference", "too noisy to tell"]
+
+
+class Interval(Frozen):
+    """A figure with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+class Lap(NamedTuple):
+    """Seconds that one pass took.
+
+    Attributes:
+        wall: By the clock on the wall.
+        cpu: Of the processors, all threads of this process together; None where it says nothing about the pass.
+    """
+
+    wall: float
+    cpu: float | None = None
+
+
+class Comparison(Frozen):
+    """Two runs, timed in the same rounds.
+
+    Attributes:
+        ratio: Time of the reference over time of the other: median of the paired rounds and its 95 % interval.
+        drift: The reference against itself: its median in the first half of the rounds over that in the second. It is
+            1 on a machine that does the same thing all the while.
+    """
+
+    ratio: Interval
+    drift: float
+
+    @property
+    def verdict(self) -> Verdict:
+        """What can be said.
+
+        Too noisy is an interval that is wide, unless 1 lies farther from it than it is wide, and a machine that changed
+        by more than the difference.
+        """
+        ratio, width = self.ratio, self.ratio.high - self.ratio.low
+        near = ratio.low - width <= 1 <= ratio.high + width
+        if near and width > _WIDE * ratio.value:
+            return "too noisy to tell"
+        if ratio.low <= 1 <= ratio.high:
+            return "no difference"
+        if abs(math.log(ratio.value)) <= abs(math.log(self.drift)):
+            return "too noisy to tell"
+        return "faster" if ratio.value > 1 else "slower"
+
+
+def compare(own: Sequence[Lap], reference: Sequence[Lap]) -> Comparison:
+    """How much faster `own` is than `reference`, from the laps of the same interleaved rounds, at least two."""
+    times, others = steady(own, reference)
+    ratio = median_interval([other / time for time, other in zip(times, others, strict=True)])
+    half = len(others) // 2
+    return Comparison(ratio=ratio, drift=statistics.median(others[:half]) / statistics.median(others[-half:]))
+
+
+def steady(*series: Sequence[Lap]) -> list[list[float]]:
+    """The seconds of each series to compare by: all of them of the processor, or all of the wall.
+
+    Processor time is taken where every lap has it, and no series used more of it than one thread can: then somebody
+    else in this process was at work.
+    """
+    by_cpu = all(lap.cpu for laps in series for lap in laps)
+    by_cpu = by_cpu and all(sum(lap.cpu or 0 for lap in laps) <= 1.1 * sum(lap.wall for lap in laps) for laps in series)
+    return [[lap.cpu if by_cpu and lap.cpu else lap.wall for lap in laps] for laps in series]
+
+
+def pass_timer(
+    run: Callable[[], object],
+    *,
+    finish: Callable[[], object] | None = None,
+    cpu: bool = False,
+    least: float = 2e-3,
+    between: Callable[[], object] | None = None,
+) -> Callable[[], Lap]:
+    """Warm up, and give a function that times enough passes to outlast the clock's grain.
+
+    Args:
+        run: One pass.
+        finish: Waits until the device is done, after the last pass.
+        cpu: The pass computes in one thread of this process, so that processor time can be told as well.
+        least: Seconds to outlast.
+        between: Called before every pass and not timed; there are then at most 8 passes.
+
+    Returns:
+        A function that gives the mean seconds of a pass, over as many passes as it takes.
+    """
+    done = finish or _nothing
+    cpu = cpu and time.get_clock_info("process_time").resolution <= _FINE
+
+    def passes(number: int) -> Lap:
+        if between is not None:
+            laps = [apart() for _ in range(min(number, _APART))]
+            return Lap(statistics.fmean(lap.wall for lap in laps), statistics.fmean(cpu_of(laps)) if cpu else None)
+        done()
+        start, used = time.perf_counter(), time.process_time()
+        for _ in range(number):
+            run()
+        done()
+        spent = time.process_time() - used
+        return Lap((time.perf_counter() - start) / number, spent / number if cpu else None)
+
+    def apart() -> Lap:
+        assert between is not None
+        between()
+        done()
+        start, used = time.perf_counter(), time.process_time()
+        run()
+        done()
+        spent = time.process_time() - used
+        return Lap(time.perf_counter() - start, spent)
+
+    def cpu_of(laps: Sequence[Lap]) -> list[float]:
+        return [lap.cpu or 0.0 for lap in laps]
+
+    warm = passes(1).wall
+    if warm < 0.05:  # a first pass may be slow for once
+        passes(2)
+        warm = passes(3).wall
+    number = max(1, math.ceil(least / max(warm, 1e-7)))
+    return lambda: passes(number)
+
+
+def interleaved(
+    runs: Sequence[Callable[[], _T]], *, rounds: int, patience: float = 30.0, fewest: int = 5
+) -> list[list[_T]]:
+    """Call every run once in each round, in an order that alternates, so that drift of the machine cancels.
+
+    Args:
+        runs: What to call.
+        rounds: How often.
+        patience: Seconds after which no further round is begun.
+        fewest: Rounds that are done in any case.
+
+    Returns:
+        What each run gave, by round.
+    """
+    found: list[list[_T]] = [[] for _ in runs]
+    start = time.perf_counter()
+    for number in range(rounds):
+        order = range(len(runs)) if number % 2 == 0 else reversed(range(len(runs)))
+        for which in order:
+            found[which].append(runs[which]())
+        if number + 1 >= fewest and time.perf_counter() - start > patience:
+            break
+    return found
+
+
+def median_interval(values: Sequence[float]) -> Interval:
+    """Median and its distribution-free 95 % interval, from order statistics."""
+    ordered, n = sorted(values), len(values)
+    reach = Z95 * math.sqrt(n) / 2
+    low, high = math.floor(n / 2 - reach), math.ceil(n / 2 + reach)
+    return Interval(value=statistics.median(ordered), low=ordered[max(0, low)], high=ordered[min(n - 1, high)])
+
+
+def _nothing() -> None: ...

@@ -1,0 +1,122 @@
+"""What is kept of a pass stands in for running it again, and changes nothing else."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import spectrim as st
+from spectrim.analysis.activation_cache import Prefix
+
+
+class Counting(nn.Module):
+    """Counts how often it really runs."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.inside = nn.Sequential(*layers)
+        self.runs = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.runs += 1
+        return self.inside(x)
+
+
+class Net(nn.Module):
+    """Three blocks, the second called twice, with steps that work in place between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = Counting(nn.Conv2d(2, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU())
+        self.again = Counting(nn.Conv2d(6, 6, 3, padding=1), nn.ReLU())
+        self.last = Counting(nn.Conv2d(6, 8, 3), nn.ReLU())
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        y.relu_()
+        z = self.again(y)
+        z += y
+        z = self.again(z)
+        z.mul_(2)
+        return self.head(self.last(z).mean(dim=(2, 3)))
+
+
+def net() -> Net:
+    return Net().eval()
+
+
+def test_a_second_pass_gives_the_same_without_running_what_is_kept() -> None:
+    model, x = net(), torch.randn(4, 2, 8, 8)
+    prefix = Prefix(model, room=10**7)
+    answers = []
+    for _ in range(3):
+        with prefix.passing(0), torch.no_grad():
+            answers.append(model(x))
+    assert model.first.runs == model.last.runs == 1
+    assert model.again.runs == 2
+    assert all(torch.equal(one, answers[0]) for one in answers)
+    assert not any("forward" in module.__dict__ for module in model.modules())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_what_comes_after_the_stop_runs_anew() -> None:
+    model, x = net(), torch.randn(4, 2, 8, 8)
+    prefix = Prefix(model, room=10**7)
+    for _ in range(2):
+        with prefix.passing(0) as stop, torch.no_grad():
+            handle = model.again.inside[0].register_forward_hook(lambda *_, end=stop: end())
+            model(x)
+        handle.remove()
+    assert (model.first.runs, model.again.runs, model.last.runs) == (1, 4, 2)
+
+
+def test_batches_are_kept_apart_and_the_room_is_respected() -> None:
+    model = net()
+    batches = torch.randn(8, 2, 8, 8).split(4)
+    size = 4 * 6 * 8 * 8 * 4
+    prefix = Prefix(model, room=size)
+    for _ in range(2):
+        for number, x in enumerate(batches):
+            with prefix.passing(number), torch.no_grad():
+                kept = model(x)
+            torch.testing.assert_close(kept, net()(x), rtol=0, atol=0)
+    # the room is for one output: the first batch's first block is not run again, the second's is
+    assert prefix.room >= 0
+    assert model.first.runs == 3
+
+
+def test_an_own_forward_of_a_module_is_put_back() -> None:
+    model, x = net(), torch.randn(4, 2, 8, 8)
+    original = model.first.forward
+    model.first.forward = lambda y: original(y) + 1
+    patched = model.first.forward
+    prefix = Prefix(model, room=10**7)
+    answers = []
+    for _ in range(2):
+        with prefix.passing(0), torch.no_grad():
+            answers.append(model(x))
+    assert torch.equal(*answers)
+    assert model.first.forward is patched
+
+
+@pytest.mark.parametrize("share", [0.4, 0.7])
+def test_reconstruction_is_the_same_with_and_without(share: float) -> None:
+    model, x = net(), torch.randn(48, 2, 8, 8, generator=torch.Generator().manual_seed(0))
+    made = []
+    for room in (0, 10**7):
+        kept = copy.deepcopy(model)
+        small = st.compress(kept, st.Budget(macs=share), example_inputs=x[:1], data=x.split(16), cache=room)
+        # its steps in place forbid gradients, so the loss metric cannot be had
+        assert small.plan.metric == "activation"
+        made.append(small.model.state_dict())
+    assert made[0].keys() == made[1].keys()
+    assert all(torch.equal(one, made[1][name]) for name, one in made[0].items())
+
+
+def test_a_network_without_gradients_says_so_when_they_are_asked_for() -> None:
+    x = torch.randn(8, 2, 8, 8)
+    with pytest.raises(st.errors.SpectrimError, match=r"Net cannot be differentiated: .*activation metric"):
+        st.compress(net(), st.Budget(macs=0.5), example_inputs=x[:1], data=[x], metric="loss")

@@ -1,0 +1,203 @@
+"""Counting, timing and scoring."""
+
+import pytest
+import torch
+from cases import Tied, inputs, same_state, small_mlp, state
+from torch import Tensor, nn
+
+import spectrim as st
+from spectrim import errors, models
+from spectrim.benchmark.measurement import batched, measure_each, runtime_gain
+from spectrim.core.execution import as_inputs
+
+X = inputs(6, 12)
+
+
+def test_counts_of_a_known_network() -> None:
+    found = st.measure(small_mlp(), X, latency=False)
+    assert found.params == 12 * 16 + 16 + 16 * 16 + 16 + 16 * 4 + 4
+    assert found.macs == 6 * (12 * 16 + 16 * 16 + 16 * 4)
+    assert found.latency_ms is None
+
+
+def test_shared_weights_count_once_and_work_twice() -> None:
+    found = st.measure(Tied().double(), inputs(1, 8), latency=False)
+    assert found.params == 64 + 8 + 8 + 27
+    assert found.macs == 64 + 64 + 24
+
+
+def test_convolutions_and_attention_are_counted() -> None:
+    model = nn.Conv2d(3, 8, 3, groups=1, padding=1)
+    assert st.measure(model, torch.zeros(2, 3, 5, 5), latency=False).macs == 2 * 25 * 8 * 27
+    layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
+    tokens, width = 5, 16
+    products = tokens * (3 * width**2 + width**2 + 2 * width * 32) + 2 * tokens**2 * width
+    assert st.measure(layer, torch.zeros(1, tokens, width), latency=False).macs == products
+
+
+def test_against_a_reference_the_ratios_are_kept_over_dense() -> None:
+    model = small_mlp()
+    small = st.compress(model, st.Rank(2), example_inputs=X).model
+    found = st.measure(small, X, reference=model, rounds=5, threads=1)
+    assert found.params_ratio == found.params / st.measure(model, X, latency=False).params
+    assert found.macs_speedup == pytest.approx(1 / found.macs_ratio)
+    assert found.speedup is not None
+    assert 0 < found.speedup.low <= found.speedup.value <= found.speedup.high
+    assert found.latency_ms > 0
+
+
+def test_a_slower_model_is_reported_as_slower() -> None:
+    """Arithmetic, not a race: a thousand times the work against next to none."""
+    heavy = nn.Sequential(*[nn.Linear(512, 512) for _ in range(8)])
+    light = nn.Sequential(nn.Linear(512, 1), nn.Linear(1, 1))
+    found = st.measure(heavy, torch.zeros(64, 512), reference=light, rounds=5)
+    assert found.speedup.high < 1
+
+
+def test_measuring_leaves_models_threads_and_random_state_alone() -> None:
+    model = nn.Sequential(nn.Linear(12, 12), nn.Dropout(), nn.BatchNorm1d(12)).double().train()
+    before, random, threads = state(model), torch.get_rng_state(), torch.get_num_threads()
+    st.measure(model, X, reference=model, threads=1, rounds=5, data=[(X, torch.zeros(6))])
+    assert same_state(model, before)
+    assert model[1].training
+    assert torch.equal(torch.get_rng_state(), random)
+    assert torch.get_num_threads() == threads
+
+
+def test_accuracy_and_its_wilson_interval() -> None:
+    found = st.Accuracy(correct=95, total=100)
+    assert found.value == 0.95
+    assert found.interval.low == pytest.approx(0.8883, abs=1e-4)
+    assert found.interval.high == pytest.approx(0.9785, abs=1e-4)
+    assert st.Accuracy(correct=0, total=10).interval.low == 0
+    assert st.Accuracy(correct=10, total=10).interval.high == 1
+
+
+def test_accuracy_counts_over_batches() -> None:
+    class Echo(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x
+
+    x = torch.eye(4)
+    assert st.accuracy(Echo(), [(x, torch.tensor([0, 1, 2, 0])), (x[:1], torch.tensor([0]))]) == st.Accuracy(
+        correct=4, total=5
+    )
+    with pytest.raises(errors.DataError, match="empty"):
+        st.accuracy(Echo(), [])
+    with pytest.raises(errors.DataError, match=r"outputs \[4, 4\] and labels \[3\]"):
+        st.accuracy(Echo(), [(x, torch.zeros(3))])
+    with pytest.raises(errors.DataError, match="pairs"):
+        st.accuracy(Echo(), [x])
+
+
+@pytest.mark.parametrize(("rounds", "threads"), [(4, 1), (9, 0)])
+def test_impossible_settings_are_refused(rounds: int, threads: int) -> None:
+    with pytest.raises(errors.DataError, match="at least 5 rounds and 1 thread"):
+        st.measure(small_mlp(), X, rounds=rounds, threads=threads)
+
+
+@pytest.mark.parametrize("runtime", ["torch", "torch-bf16", "onnxruntime"])
+def test_measuring_in_a_runtime(runtime: str) -> None:
+    model, x = small_mlp(dtype=torch.float32), X.float()
+    small = st.compress(model, st.Rank(2), example_inputs=x).model
+    found = st.measure(small, x, reference=model, rounds=5, runtime=runtime)
+    assert (found.runtime, found.threads, found.batch) == (runtime, 1, None)
+    assert found.latency_ms > 0
+    assert found.reference_ms > 0
+    assert found.cpu_ms > 0
+    assert found.efficiency.value == pytest.approx(found.speedup.value / found.macs_speedup)
+    assert found.efficiency.low <= found.efficiency.value <= found.efficiency.high
+    assert found.verdict in ("faster", "slower", "no difference", "too noisy to tell")
+    assert st.Measurement.model_validate_json(found.model_dump_json()) == found
+
+
+def test_what_a_runtime_gains_by_itself() -> None:
+    """Arithmetic again: a network is not a thousand times itself."""
+    found = runtime_gain(small_mlp(dtype=torch.float32), X.float(), runtime="channels_last", rounds=5)
+    assert 1e-3 < found.ratio.low <= found.ratio.value <= found.ratio.high < 1e3
+    assert found.drift > 0
+    light, heavy = nn.Linear(512, 1), nn.Sequential(*[nn.Linear(512, 512) for _ in range(8)])
+    both = runtime_gain(light, torch.zeros(64, 512), reference=heavy, runtime="channels_last", rounds=5)
+    assert both.ratio.low > 1
+
+
+def test_a_batch_of_another_size() -> None:
+    found = st.measure(small_mlp(), X, batch=64, rounds=5)
+    assert found.batch == 64
+    assert found.macs == 64 * (12 * 16 + 16 * 16 + 16 * 4)
+    assert st.measure(small_mlp(), X, batch=2, latency=False).macs == 2 * (12 * 16 + 16 * 16 + 16 * 4)
+
+
+def test_samples_are_repeated_in_turn_in_every_tensor_that_has_them() -> None:
+    x, mask, scale = torch.arange(3), torch.arange(6).view(3, 2), torch.arange(5)
+    made = batched(as_inputs({"x": x, "more": [mask, scale, True]}), 4).kwargs
+    assert made["x"].tolist() == [0, 1, 2, 0]
+    assert made["more"][0].tolist() == [[0, 1], [2, 3], [4, 5], [0, 1]]
+    assert made["more"][1] is scale
+    assert made["more"][2] is True
+    assert batched(as_inputs(x), 2).args[0].tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(("given", "batch"), [(X, 0), (torch.tensor(1.0), 2), (torch.zeros(0, 12), 2)])
+def test_batches_that_cannot_be_made(given: Tensor, batch: int) -> None:
+    with pytest.raises(errors.DataError, match=f"batch={batch}"):
+        st.measure(small_mlp(), given, batch=batch)
+
+
+def test_a_model_that_changes_its_output_is_not_timed() -> None:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.calls = nn.Linear(12, 4), 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return self.fc(x) * self.calls
+
+    with pytest.raises(errors.ModelError, match="not repeatable"):
+        st.measure(Counting(), X.float(), rounds=5)
+    with pytest.raises(errors.ModelError, match="not repeatable"):
+        st.measure(small_mlp(dtype=torch.float32), X.float(), reference=Counting(), rounds=5)
+
+
+def test_runtimes_that_cannot_be_had_are_refused_before_anything_is_run() -> None:
+    for model in (small_mlp(), nn.Linear(1, 1)):  # the second one could not run X
+        with pytest.raises(errors.EngineError, match="did you mean 'openvino'"):
+            st.measure(model, X, runtime="openvion")
+        with pytest.raises(errors.EngineError, match="threads=4096"):
+            st.measure(model, X, threads=4096)
+
+
+def test_measurements_of_former_versions_are_read() -> None:
+    """Written before there were runtimes, with the noise unknown."""
+    text = '{"params": 3, "bytes": 12, "macs": 2, "latency_ms": 1.0, "threads": 1, "macs_ratio": 0.5, '
+    found = st.Measurement.model_validate_json(text + '"speedup": {"value": 1.8, "low": 1.75, "high": 1.85}}')
+    assert (found.runtime, found.batch, found.cpu_ms) == (None, None, None)
+    assert found.verdict == "faster"
+    assert found.efficiency.value == pytest.approx(0.9)
+    assert st.Measurement(params=3, bytes=12, macs=2).verdict is None
+    assert st.Measurement(params=3, bytes=12, macs=2).efficiency is None
+
+
+class TestSeveralAgainstOne:
+    def test_each_is_measured_as_by_itself(self) -> None:
+        dense, example = models.mlp(20, width=16, hidden=1), torch.randn(2, 20)
+        smaller = [st.compress(dense, st.Rank(rank), example_inputs=example, keep_last=True).model for rank in (2, 4)]
+        seen: list[int] = []
+        found = measure_each(smaller, example, reference=dense, batch=3, rounds=5, on_model=seen.append)
+        assert seen == [0, 1]
+        for one, model in zip(found, smaller, strict=True):
+            alone = st.measure(model, example, reference=dense, batch=3, rounds=5)
+            untimed = {"latency_ms", "cpu_ms", "reference_ms", "speedup", "drift"}
+            assert one.model_dump(exclude=untimed) == alone.model_dump(exclude=untimed)
+            assert one.speedup is not None
+
+    def test_nothing_is_left_changed(self) -> None:
+        dense, example = models.mlp(20, width=16, hidden=1).train(), torch.randn(2, 20)
+        threads = torch.get_num_threads()
+        with pytest.raises(errors.ModelError):
+            measure_each([dense, nn.Linear(3, 3)], example, reference=dense, rounds=5)
+        assert dense.training
+        assert torch.get_num_threads() == threads
+        with pytest.raises(errors.DataError, match="at least 5 rounds"):
+            measure_each([dense], example, reference=dense, rounds=2)

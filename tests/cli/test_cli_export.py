@@ -1,0 +1,209 @@
+"""`spectrim export` on a network that `spectrim compress` wrote."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import typer
+from safetensors.torch import load_file, save_file
+from torch import nn
+from typer.testing import CliRunner, Result
+
+import spectrim as st
+from spectrim import models
+from spectrim.cli import export
+from spectrim.cli.app import app as commands
+from spectrim.cli.export import export_network
+from spectrim.core.errors import DependencyError, EngineError, FileError, ModelError, SpectrimError
+from spectrim.export import Check, Exported, Port
+from spectrim.runtimes.timing import Interval
+
+MLP = ("--model", "spectrim:mlp", "--option", "inputs=16", "--option", "width=24", "--option", "hidden=2")
+SMALL = (*MLP, "--weights", "small", "--input", "16")
+FACTORY = """
+from torch import nn
+class Fixed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+    def forward(self, x):
+        return self.layer(x) if x.shape[0] < 6 else -self.layer(x)
+"""
+
+app = typer.Typer()
+app.command("export")(export_network)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Dense weights, and what `spectrim compress` made of them."""
+    place = tmp_path_factory.mktemp("networks")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        save_file(models.mlp(16, width=24, hidden=2).state_dict(), place / "mlp.safetensors")
+    given = ["compress", *MLP, "--input", "16", "--weights", str(place / "mlp.safetensors"), "--rank", "3"]
+    said = CliRunner().invoke(commands, [*given, "--out", str(place / "small")])
+    assert said.exit_code == 0, said.output
+    return place
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    for path in folder.rglob("*.*"):
+        copied = tmp_path / path.relative_to(folder)
+        copied.parent.mkdir(exist_ok=True)
+        copied.write_bytes(path.read_bytes())
+    return tmp_path
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(one) for one in arguments])
+
+
+def failure(*arguments: object) -> SpectrimError:
+    error = run(*arguments).exception
+    assert isinstance(error, SpectrimError), error
+    return error
+
+
+def refusal(*arguments: object) -> str:
+    said = run(*arguments)
+    assert said.exit_code == 2, said.output
+    return " ".join(said.output.replace("│", " ").split())
+
+
+def compressed() -> nn.Module:
+    return st.load("small", models.mlp(16, width=24, hidden=2)).eval()
+
+
+def answer(model: nn.Module, x: torch.Tensor) -> np.ndarray:
+    with torch.no_grad():
+        return model(x).numpy()
+
+
+X = torch.randn(5, 16, generator=torch.Generator().manual_seed(0))
+
+
+def test_a_compressed_network_becomes_onnx() -> None:
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    said = run(*SMALL, "--out", "deep/net.onnx")
+    assert said.exit_code == 0, said.output
+    assert [one.name for one in Path("deep").iterdir()] == ["net.onnx"]
+    session = onnxruntime.InferenceSession("deep/net.onnx", providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {session.get_inputs()[0].name: X.numpy()})
+    np.testing.assert_allclose(found, answer(compressed(), X), atol=1e-4)
+    shown = " ".join(said.output.split())
+    assert "export to onnx, and compare with torch" in shown
+    assert "untrained" not in shown
+    assert "20" in shown
+    assert "(batch, 16). Compared in ONNX Runtime" in shown
+    assert "in 4 passes of batch size 1, 3" in shown
+    assert "deep/net.onnx" in shown
+    before = Path("deep/net.onnx").read_bytes()
+    assert run(*SMALL, "--out", "deep/net.onnx", "--no-check").exit_code == 0  # one of ours, so it is replaced
+    assert Path("deep/net.onnx").read_bytes() == before
+
+
+def test_a_dense_network_becomes_a_program() -> None:
+    said = run(*MLP, "--weights", "mlp.safetensors", "--input", "4,4", "--flatten", "--out", ".", "--to", "program")
+    assert said.exit_code == 0, said.output
+    dense = models.mlp(16, width=24, hidden=2).eval()
+    dense.load_state_dict(load_file("mlp.safetensors"))
+    found = torch.export.load("model.pt2").module()(X).detach().numpy()
+    np.testing.assert_allclose(found, answer(dense, X), atol=1e-5)
+
+
+def test_openvino_with_padding_and_a_fixed_batch() -> None:
+    pytest.importorskip("onnxscript")
+    openvino = pytest.importorskip("openvino")
+    said = run(*SMALL, "--out", "net.xml", "--pad", "8", "--fixed-batch", "--batch", "5")
+    assert said.exit_code == 0, said.output
+    assert "(5, 16)" in said.output
+    assert all(name in said.output for name in ("net.xml", "net.bin"))
+    compiled = openvino.Core().compile_model("net.xml", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    np.testing.assert_allclose(compiled([X.numpy()])[0], answer(compressed(), X), atol=1e-4)
+    assert run(*SMALL, "--out", "net.xml", "--no-check").exit_code == 0
+
+
+def test_no_foreign_file_is_replaced(here: Path) -> None:
+    for name in ("net.onnx", "net.pt2", "net.xml", "net.bin"):
+        Path(name).write_text("mine")
+        out = "net.xml" if name == "net.bin" else name
+        if name == "net.bin":
+            Path("net.xml").unlink()
+        error = failure(*SMALL, "--out", out)
+        assert isinstance(error, FileError)
+        assert "is there already, and is not a file that this command wrote" in str(error)
+        assert Path(name).read_text() == "mine"
+
+
+def test_mistakes_are_told_before_anything_is_loaded(here: Path) -> None:
+    before = sorted(here.rglob("*"))
+    assert "does not say the format by its ending; give --to" in refusal(*SMALL, "--out", "net.bin")
+    assert "--to 'tflite': there are onnx, program, openvino" in refusal(*SMALL, "--out", "a.onnx", "--to", "tflite")
+    for pad in ("0", "eight", "-8", "1.5"):
+        assert f"--pad {pad}: give a number of at least 1, or auto" in refusal(*SMALL, "--out", "a.onnx", "--pad", pad)
+    assert "go with --pad auto" in refusal(*SMALL, "--out", "a.onnx", "--runtime", "torch")
+    auto = (*SMALL, "--out", "a.onnx", "--pad", "auto")
+    assert "--runtime 'tensorrt': there are torch" in refusal(*auto, "--runtime", "tensorrt")
+    assert isinstance(failure(*auto, "--runtime", "torch", "--threads", "4096"), EngineError)
+    assert sorted(here.rglob("*")) == before
+
+
+def test_a_network_that_wants_its_batch(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(here)
+    (here / "export_factory.py").write_text(FACTORY)
+    asked = ("--model", "export_factory:Fixed", "--input", "4", "--batch", "8", "--out", "a.pt2")
+    said = run(*asked, "--fixed-batch")
+    assert said.exit_code == 0, said.output
+    assert "--model export_factory:Fixed runs the code of that module" in said.output
+    assert "(8, 4)" in said.output
+    error = failure(*asked)
+    assert isinstance(error, ModelError)
+    assert "Fixed does not allow an open batch size" in str(error)
+    assert "--fixed-batch" in str(error)
+
+
+def test_a_missing_package_is_told(monkeypatch: pytest.MonkeyPatch, here: Path) -> None:
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    error = failure(*SMALL, "--out", "new/a.onnx")
+    assert isinstance(error, DependencyError)
+    assert not (here / "new").exists()
+
+
+def test_what_padding_brought_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+    brought: list[dict[str, object]] = []
+
+    def exported(_: nn.Module, path: Path, __: torch.Tensor, **more: object) -> Exported:
+        asked.append((more["pad"], more["runtime"], more["threads"]))
+        path.write_text("")
+        port = Port(name="x", shape=("batch", 16))
+        made = Exported(path=path, bytes=2048, inputs=(port,), outputs=(port,), **brought[-1])
+        return made.model_copy(update={"check": Check(runtime="torch", batches=(1,), difference=1e-7)})
+
+    monkeypatch.setattr(export, "_WRITERS", {"program": exported})
+    faster, slower = (Interval(value=one, low=one - 0.05, high=one + 0.05) for one in (1.2, 0.8))
+    for found, said in (
+        (
+            {"padded": 8, "padding_speedup": faster},
+            "Padding is kept: with it the network is 1.20x as fast (faster",
+        ),
+        (
+            {"padding_speedup": slower},
+            "Padding is not kept: with it the network is 0.80x as fast (slower",
+        ),
+        ({}, "Padding would change nothing"),
+    ):
+        brought.append(found)
+        shown = run(*SMALL, "--out", "a.pt2", "--pad", "auto", "--runtime", "channels_last")
+        assert shown.exit_code == 0, shown.output
+        assert said in shown.output.replace("\N{MULTIPLICATION SIGN}", "x")
+        assert "2.05 kB" in shown.output
+        Path("a.pt2").unlink()
+    assert asked == [("auto", "channels_last", 1)] * 3

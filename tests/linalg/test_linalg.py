@@ -1,0 +1,393 @@
+"""Spectra, bases and factors of every form, tested on prescribed facts."""
+
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from spectrim import linalg
+from spectrim.core.plans import FormName
+from spectrim.layers.registry import decompose
+from spectrim.linalg import ChannelDecomposition, Decomposition, Factors, Problem, Spectrum, balanced
+
+
+def plain_decomposition(weight: Tensor) -> ChannelDecomposition:
+    return ChannelDecomposition.of(Problem(weight))
+
+
+def metric_decomposition(weight: Tensor, covariance: Tensor, *, noise: float) -> ChannelDecomposition:
+    return ChannelDecomposition.of(Problem(weight, covariance, noise=noise))
+
+
+def planted(values: list[float], out: int, into: int) -> Tensor:
+    generator = torch.Generator().manual_seed(3)
+    left, _ = torch.linalg.qr(torch.randn(out, out, generator=generator, dtype=torch.float64))
+    right, _ = torch.linalg.qr(torch.randn(into, into, generator=generator, dtype=torch.float64))
+    return left[:, : len(values)] * torch.tensor(values, dtype=torch.float64) @ right[: len(values)]
+
+
+@pytest.mark.parametrize(("out", "into"), [(5, 9), (9, 5), (5, 5)])
+def test_planted_singular_values_come_back(out: int, into: int) -> None:
+    values = [7.0, 3.0, 1.0, 1e-3, 1e-9]
+    weight = planted(values, out, into)
+    for spectrum in (linalg.spectrum(weight[None]), plain_decomposition(weight[None]).spectrum):
+        np.testing.assert_allclose(spectrum.values, values, atol=1e-12)
+
+
+def test_the_error_of_groups_is_that_of_the_block_diagonal_matrix() -> None:
+    blocks = torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = plain_decomposition(blocks)
+    np.testing.assert_allclose(linalg.spectrum(blocks).values, found.spectrum.values, atol=1e-12)
+    whole = torch.block_diag(*blocks)
+    for rank in (1, 2, 3, 4):
+        down, up = found.factors((rank,))
+        lost = torch.linalg.matrix_norm(whole - torch.block_diag(*(up @ down))) / torch.linalg.matrix_norm(whole)
+        assert float(lost) == pytest.approx(found.spectrum.error_at(rank), abs=1e-12)
+
+
+def test_figures_of_a_known_spectrum() -> None:
+    spectrum = Spectrum(np.array([2.0, 2.0, 1.0, 1.0, 0.0]))
+    np.testing.assert_allclose(spectrum.cumulative_energy, [0.4, 0.8, 0.9, 1.0, 1.0])
+    assert [spectrum.rank_for(energy) for energy in (0.01, 0.4, 0.41, 0.8, 0.9, 0.91, 1.0)] == [1, 1, 2, 2, 3, 4, 4]
+    assert spectrum.stable_rank == pytest.approx(2.5)
+    assert spectrum.effective_rank == pytest.approx(3 * 2 ** (1 / 3))
+    assert spectrum.error_at(2) == pytest.approx(np.sqrt(0.2))
+
+
+def test_equal_values_have_full_effective_and_stable_rank() -> None:
+    spectrum = Spectrum(np.full(6, 0.3))
+    assert spectrum.effective_rank == pytest.approx(6)
+    assert spectrum.stable_rank == pytest.approx(6)
+
+
+def test_a_zero_spectrum_has_no_rank_and_no_error() -> None:
+    spectrum = Spectrum(np.zeros(4))
+    assert (spectrum.effective_rank, spectrum.stable_rank, spectrum.rank_for(0.9), spectrum.error_at(1)) == (0, 0, 1, 0)
+    assert spectrum.cumulative_energy.tolist() == [1, 1, 1, 1]
+
+
+def test_a_spectrum_cannot_be_changed() -> None:
+    given = np.array([2.0, 1.0])
+    spectrum = Spectrum(given)
+    given[0] = 9
+    assert spectrum.values[0] == 2
+    with pytest.raises(ValueError, match="read-only"):
+        spectrum.values[0] = 1
+
+
+def test_the_metric_basis_ignores_directions_that_the_data_do_not_use() -> None:
+    weight = torch.diag(torch.tensor([100.0, 1.0], dtype=torch.float64))[None]
+    covariance = torch.diag(torch.tensor([0.0, 1.0], dtype=torch.float64))[None]
+    plain = plain_decomposition(weight)
+    metric = metric_decomposition(weight, covariance, noise=1e-12)
+    assert plain.basis[0, :, 0].abs().tolist() == [1, 0]
+    assert metric.basis[0, :, 0].abs().tolist() == [0, 1]
+    assert metric.spectrum.values.tolist() == [1, 0]
+
+
+def test_unseen_directions_follow_in_the_order_of_the_plain_metric() -> None:
+    weight = planted([5.0, 4.0, 3.0, 2.0], 4, 7)[None]
+    metric = metric_decomposition(weight, torch.zeros(1, 7, 7), noise=1e-12)
+    plain = plain_decomposition(weight)
+    overlap = (metric.basis[0].T @ plain.basis[0]).abs()
+    torch.testing.assert_close(overlap, torch.eye(4, dtype=torch.float64), atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize(("out", "into"), [(5, 9), (9, 5)])
+def test_bases_are_orthonormal_and_factors_have_equal_norms(out: int, into: int) -> None:
+    weight = planted([4.0, 2.0, 1.0, 0.5, 0.25], out, into)[None]
+    mix = torch.randn(1, into, into, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for found in (
+        plain_decomposition(weight),
+        metric_decomposition(weight, mix @ mix.mT, noise=1e-12),
+    ):
+        identity = torch.eye(5, dtype=torch.float64)
+        torch.testing.assert_close((found.basis.mT @ found.basis)[0], identity, atol=1e-12, rtol=0)
+        down, up = balanced(found.factors((3,)))
+        torch.testing.assert_close(down.norm(dim=2), up.norm(dim=1))
+        torch.testing.assert_close(up @ down, found.basis[:, :, :3] @ found.basis[:, :, :3].mT @ weight)
+
+
+def test_balancing_keeps_the_product_and_evens_the_norms_of_a_chain() -> None:
+    first, core, last = numbers(2, 3, 4, 1, 1, seed=1), numbers(2, 5, 3, 3, 2, seed=2), numbers(2, 6, 5, seed=3)
+    first[0, 1], last[1, :, 4] = 0, 0  # a component that is not there stays so
+    given = (first * 1e4, core, last * 1e-3)
+    even = balanced(given)
+    torch.testing.assert_close(assembled("tucker2", even), assembled("tucker2", given))
+    torch.testing.assert_close(even[1].flatten(2).norm(dim=2)[0], even[2][0].norm(dim=0))
+    assert even[0].isfinite().all()
+
+
+FORMS: tuple[FormName, ...] = ("channel", "spatial", "tucker2")
+ITERATED: tuple[FormName, ...] = ("spatial", "tucker2")
+METRICS = ("plain", "activation")
+SHAPES = [(4, 3, 3, 3), (3, 5, 2, 3), (8, 2, 3, 2), (2, 9, 1, 3)]
+
+
+def numbers(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def spread(groups: int, n: int, *, seed: int = 5) -> Tensor:
+    """Covariances (groups, n, n) with variances over three orders of magnitude."""
+    basis, _ = torch.linalg.qr(numbers(groups, n, n, seed=seed))
+    return basis * torch.logspace(0, -3, n, dtype=torch.float64) @ basis.mT
+
+
+def problem(shape: tuple[int, ...], metric: str, *, groups: int = 1, output: Tensor | None = None) -> Problem:
+    weight = numbers(groups, *shape, seed=7)
+    covariance = spread(groups, weight[0, 0].numel()) if metric == "activation" else None
+    return Problem(weight, covariance, output)
+
+
+def assembled(form: FormName, factors: Factors) -> Tensor:
+    """The product of the factors, (groups, out, in, *kernel)."""
+    equation = {
+        "channel": "grihw,gor->goihw",
+        "spatial": "grihx,gorxw->goihw",
+        "tucker2": "grixy,gsrhw,gos->goihw",
+    }[form]
+    return torch.einsum(equation, *factors)
+
+
+def lost(given: Problem, form: FormName, factors: Factors, *, output: Tensor | None = None) -> float:
+    """The energy of what the factors miss, in the metric of the problem, by its definition."""
+    miss = (given.weight - assembled(form, factors)).flatten(2)
+    felt = miss if output is None else output @ miss
+    return float(((miss @ given.metric) * felt).sum())
+
+
+def fitted(found: Decomposition, ranks: tuple[int, ...], *, sweeps: int = 2) -> Factors:
+    return found.factors(ranks) if isinstance(found, ChannelDecomposition) else found.factors(ranks, sweeps=sweeps)
+
+
+def every_rank(found: Decomposition) -> list[tuple[tuple[int, ...], float]]:
+    """Ranks and the energy that is said to be lost at them."""
+    if isinstance(found, linalg.Tucker2Decomposition):
+        into, out = found.grid
+        return [
+            ((int(first), int(second)), float(found.tails[row, column]))
+            for row, first in enumerate(into)
+            for column, second in enumerate(out)
+        ]
+    return [((rank + 1,), float(tail)) for rank, tail in enumerate(found.tails)]
+
+
+def full(found: Decomposition) -> tuple[int, ...]:
+    return every_rank(found)[-1][0]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("form", FORMS)
+def test_the_tails_are_what_the_start_loses_and_no_sweep_loses_more(
+    form: FormName, metric: str, groups: int, shape: tuple[int, ...]
+) -> None:
+    given = problem(shape, metric, groups=groups)
+    found = decompose(form, given)
+    within = 1e-6 * given.total
+    for ranks, tail in every_rank(found):
+        assert lost(given, form, fitted(found, ranks, sweeps=0)) == pytest.approx(tail, abs=within)
+        before = tail
+        for sweeps in (1, 2, 4) if form in ITERATED else ():
+            now = lost(given, form, fitted(found, ranks, sweeps=sweeps))
+            assert now <= before + within
+            before = now
+
+
+@pytest.mark.parametrize("form", ITERATED)
+def test_sweeps_are_worth_their_time(form: FormName) -> None:
+    given = problem((8, 6, 3, 3), "activation")
+    found = decompose(form, given)
+    ranks = (5,) if form == "spatial" else (3, 4)
+    start, better = (lost(given, form, fitted(found, ranks, sweeps=sweeps)) for sweeps in (0, 2))
+    assert better < 0.99 * start
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("form", ITERATED)
+def test_the_plain_metric_is_the_identity_solved_without_it(form: FormName, shape: tuple[int, ...]) -> None:
+    plain = problem(shape, "plain", groups=2)
+    _, _, n = plain.weight.flatten(2).shape
+    given = Problem(plain.weight, torch.eye(n, dtype=torch.float64).expand(2, n, n))
+    for ranks, tail in every_rank(found := decompose(form, plain)):
+        ours, theirs = (lost(plain, form, fitted(one, ranks, sweeps=4)) for one in (found, decompose(form, given)))
+        assert ours <= theirs + 1e-4 * plain.total  # neither has quite come to its end after four sweeps
+        if form == "spatial":  # the singular value decomposition of the rearranged weight, Jaderberg's second scheme
+            assert ours == pytest.approx(tail, abs=1e-9 * plain.total)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("form", ITERATED)
+def test_steps_in_float32_as_wide_layers_take_them_are_as_good(
+    form: FormName, metric: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = problem((7, 5, 3, 3), metric, groups=2)
+    found = decompose(form, given)
+    exact = {ranks: lost(given, form, fitted(found, ranks, sweeps=4)) for ranks, _ in every_rank(found)}
+    monkeypatch.setattr(linalg.shared, "_WIDE", 0)
+    for ranks, tail in every_rank(found):
+        now = lost(given, form, fitted(found, ranks, sweeps=4))
+        assert now <= min(tail, 1.001 * exact[ranks]) + 1e-9 * given.total
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_tails_fall_to_nothing_as_ranks_grow(form: FormName) -> None:
+    given = problem((7, 5, 3, 3), "activation")
+    tails = decompose(form, given).tails
+    for axis in range(tails.ndim):
+        assert (np.diff(tails, axis=axis) <= 1e-9 * given.total).all()
+    assert tails.reshape(-1)[-1] <= 1e-9 * given.total
+    assert tails.reshape(-1)[0] > 0.1 * given.total
+
+
+def test_a_coarse_grid_of_ranks_holds_both_ends() -> None:
+    for size in (1, 5, 64, 65, 130, 512):
+        ranks = linalg.rank_grid(size)
+        assert 1 <= ranks[0] <= max(1, size // 32)
+        assert (ranks[-1], len(ranks) <= 65) == (size, True)
+        assert (np.diff(ranks) > 0).all()
+
+
+SINGULAR: dict[str, Any] = {
+    "no variance": lambda n: torch.zeros(1, n, n),
+    "one direction": lambda n: torch.outer(torch.arange(n), torch.arange(n))[None].double(),
+    "a dead input": lambda n: torch.diag_embed((torch.arange(n) > n // 3).double())[None],
+    "duplicated inputs": lambda n: spread(1, n // 2).repeat(1, 2, 2)[:, :n, :n],
+    "twelve orders of magnitude": lambda n: torch.diag_embed(torch.logspace(-12, 12, n).double())[None],
+    "few samples in float32": lambda n: (rows := numbers(1, n // 3, n).float() + 3).mT @ rows,
+}
+
+
+@pytest.mark.parametrize("covariance", SINGULAR.values(), ids=SINGULAR.keys())
+@pytest.mark.parametrize("form", FORMS)
+def test_singular_covariances_give_finite_factors_that_are_exact_at_full_rank(form: FormName, covariance: Any) -> None:
+    weight = numbers(1, 5, 4, 3, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = decompose(form, Problem(weight, covariance(36).double(), noise=1e-7))
+        assert np.isfinite(found.tails).all()
+        for ranks, _ in every_rank(found):
+            assert all(part.isfinite().all() for part in fitted(found, ranks))
+    torch.testing.assert_close(assembled(form, fitted(found, full(found))), weight, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("covariance", SINGULAR.values(), ids=SINGULAR.keys())
+@pytest.mark.parametrize("form", ITERATED)
+def test_steps_in_float32_survive_singular_covariances(
+    form: FormName, covariance: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linalg.shared, "_WIDE", 0)
+    given = Problem(numbers(1, 5, 4, 3, 3), covariance(36).double(), noise=1e-7)
+    found = decompose(form, given)
+    for ranks, tail in every_rank(found):
+        now = lost(given, form, fitted(found, ranks, sweeps=4))
+        assert np.isfinite(now)
+        assert now <= tail + 1e-6 * given.total
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("form", FORMS)
+def test_covariances_summed_in_single_precision_from_few_samples(form: FormName, seed: int) -> None:
+    rows = numbers(40, 90, seed=seed).float() @ torch.logspace(0, -3, 90).diag()
+    rows = rows @ torch.linalg.qr(numbers(90, 90, seed=9))[0].float()
+    covariance = (rows.T @ rows / 40).double()[None]
+    found = decompose(form, Problem(numbers(1, 12, 10, 3, 3), covariance, noise=5e-7))
+    assert np.isfinite(found.tails).all()
+    assert (np.diff(found.tails.reshape(found.tails.shape[0], -1), axis=0) <= 1e-5 * found.problem.total).all()
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("form", FORMS)
+def test_zero_weights_lose_nothing(form: FormName, metric: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        given = problem((4, 3, 3, 3), metric)
+        found = decompose(form, Problem(torch.zeros_like(given.weight), given.covariance))
+        assert not found.tails.any()
+        for ranks, _ in every_rank(found):
+            product = assembled(form, balanced(fitted(found, ranks)))
+            assert torch.equal(product, torch.zeros_like(product))
+
+
+PLANTED: dict[FormName, tuple[tuple[int, ...], Factors]] = {
+    "channel": ((3,), (numbers(1, 3, 5, 3, 3, seed=1), numbers(1, 8, 3, seed=2))),
+    "spatial": ((3,), (numbers(1, 3, 5, 3, 1, seed=1), numbers(1, 8, 3, 1, 3, seed=2))),
+    "tucker2": (
+        (2, 3),
+        (numbers(1, 2, 5, 1, 1, seed=1), numbers(1, 3, 2, 3, 3, seed=2), numbers(1, 8, 3, seed=3)),
+    ),
+}
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("form", FORMS)
+def test_a_planted_product_is_found_at_its_rank(form: FormName, metric: str) -> None:
+    ranks, factors = PLANTED[form]
+    weight = assembled(form, factors)
+    given = Problem(weight, spread(1, 45) if metric == "activation" else None)
+    found = decompose(form, given)
+    said = dict(every_rank(found))
+    assert said[ranks] <= 1e-9 * given.total
+    for smaller, tail in said.items():
+        if any(one < other for one, other in zip(smaller, ranks, strict=True)):
+            assert tail > 1e-3 * given.total
+    for sweeps in (0, 2):
+        torch.testing.assert_close(
+            assembled(form, fitted(found, ranks, sweeps=sweeps)), weight, rtol=0, atol=1e-6 * float(weight.abs().max())
+        )
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("form", FORMS)
+def test_groups_are_fitted_each_for_itself(form: FormName, metric: str) -> None:
+    given = problem((4, 3, 3, 3), metric, groups=3, output=spread(3, 4))
+    found = decompose(form, given)
+    ranks = (2, 3)[-len(full(found)) :]
+    together, tails = assembled(form, fitted(found, ranks)), np.zeros_like(found.tails)
+    for group in range(3):
+        covariance = None if given.covariance is None else given.covariance[group : group + 1]
+        assert given.output is not None
+        alone = decompose(form, Problem(given.weight[group : group + 1], covariance, given.output[group : group + 1]))
+        torch.testing.assert_close(together[group], assembled(form, fitted(alone, ranks))[0], rtol=1e-7, atol=1e-7)
+        tails = tails + alone.tails
+    # entry j of a spectrum of groups is that of the same rank in every group
+    np.testing.assert_allclose(found.tails, tails, atol=1e-8 * given.total)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("form", FORMS)
+def test_a_multiple_of_the_identity_as_output_metric_changes_nothing(form: FormName, metric: str) -> None:
+    given = problem((5, 4, 3, 3), metric)
+    felt = Problem(given.weight, given.covariance, 7.0 * torch.eye(5, dtype=torch.float64)[None])
+    one, other = decompose(form, given), decompose(form, felt)
+    np.testing.assert_allclose(other.tails / felt.total, one.tails / given.total, atol=1e-9)
+    ranks = (2, 3)[-len(full(one)) :]
+    torch.testing.assert_close(
+        assembled(form, fitted(other, ranks)), assembled(form, fitted(one, ranks)), rtol=1e-6, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("form", FORMS)
+def test_an_output_metric_lowers_the_error_that_it_measures(form: FormName, metric: str, seed: int) -> None:
+    output = spread(1, 6, seed=20 + seed)
+    given = problem((6, 4, 3, 3), metric)
+    felt = Problem(given.weight, given.covariance, output)
+    one, other = decompose(form, given), decompose(form, felt)
+    # what is not felt at all counts a thousandth of what is felt most
+    floored = output / torch.linalg.eigvalsh(output).max() + 1e-3 * torch.eye(6, dtype=torch.float64)
+    sums = np.zeros(2)
+    for ranks, tail in every_rank(other):
+        aware = lost(given, form, fitted(other, ranks, sweeps=0), output=floored)
+        assert aware == pytest.approx(tail, abs=1e-6 * felt.total)
+        each = [lost(given, form, fitted(found, ranks), output=floored) for found in (other, one)]
+        assert form in ITERATED or each[0] <= each[1] + 1e-6 * felt.total
+        sums += each
+    # alternating steps may end in different local minima at single ranks
+    assert sums[0] < sums[1]

@@ -1,0 +1,293 @@
+"""Every runtime computes what torch computes, and leaves nothing behind."""
+
+import importlib.metadata
+import shutil
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from cases import inputs, same_state, small_mlp, state
+from torch import Tensor, nn
+
+import spectrim as st
+from spectrim import errors
+from spectrim.runtimes import sessions as runtimes
+from spectrim.runtimes.sessions import RUNTIMES, fingerprint, from_onnx, prepare, require_runtime
+
+QUICK = tuple(name for name in RUNTIMES if name != "compile")
+EXPORTED = ("onnxruntime", "openvino", "openvino-bf16")
+MLP, X = small_mlp(dtype=torch.float32).eval(), inputs(6, 12, dtype=torch.float32)
+
+
+def small_net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(32, 5),
+    )
+
+
+class Two(nn.Module):
+    """Two inputs of two types, two outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 8)
+        self.last = nn.Linear(8, 3)
+
+    def forward(self, tokens: Tensor, scale: Tensor) -> dict[str, Tensor]:
+        y = self.embed(tokens) * scale
+        return {"y": self.last(y), "sum": y.sum(dim=1)}
+
+
+class Noisy(nn.Module):
+    """Draws numbers in evaluation mode as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x) + torch.randn(4)
+
+
+def close(found: Tensor, wanted: Tensor, *, runtime: str) -> bool:
+    tolerance = 2e-2 if runtime.endswith("bf16") else 1e-4
+    return float((found - wanted).abs().max()) <= tolerance * float(wanted.abs().max())
+
+
+@pytest.mark.parametrize("runtime", QUICK)
+def test_outputs_are_those_of_torch(runtime: str) -> None:
+    model, x = small_net().eval(), inputs(3, 3, 9, 9, dtype=torch.float32)
+    with torch.no_grad():
+        wanted = model(x)
+    with prepare(model, x, runtime=runtime) as ready:
+        ready.run()
+        (found,) = ready.outputs()
+    assert found.dtype == torch.float32
+    assert close(found, wanted, runtime=runtime)
+
+
+@pytest.mark.parametrize("runtime", ["torch-bf16", "onnxruntime", "openvino"])
+def test_several_inputs_and_outputs(runtime: str) -> None:
+    torch.manual_seed(0)
+    model = Two().eval()
+    tokens, scale = torch.randint(11, (2, 7)), torch.rand(2, 7, 1)
+    with torch.no_grad():
+        wanted = model(tokens, scale)
+    given = {"scale": scale, "tokens": tokens}  # not in the order of the signature
+    with prepare(model, given, runtime=runtime) as ready:
+        found = ready.outputs()
+    assert [one.shape for one in found] == [one.shape for one in wanted.values()]
+    assert all(close(one, other, runtime=runtime) for one, other in zip(found, wanted.values(), strict=True))
+
+
+class Unused(nn.Module):
+    """A model that leaves one of its inputs alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor, unused: Tensor) -> Tensor:
+        return self.linear(x)
+
+
+@pytest.mark.parametrize("runtime", ["torch", *EXPORTED])
+def test_an_input_that_nothing_depends_on(runtime: str) -> None:
+    torch.manual_seed(0)
+    model, x = Unused().eval(), torch.rand(2, 4)
+    with torch.no_grad():
+        wanted = model(x, x)
+    with prepare(model, (x, torch.rand(2, 5)), runtime=runtime) as ready:
+        (found,) = ready.outputs()
+    assert close(found, wanted, runtime=runtime)
+
+
+def test_compiled_outputs_are_those_of_torch_and_weights_are_frozen(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = small_net().eval(), inputs(2, 3, 9, 9, dtype=torch.float32)
+    with torch.no_grad():
+        wanted = model(x)
+    monkeypatch.setattr(runtimes, "_copied", lambda given: given)  # to get at the weights that are compiled
+    with prepare(model, x, runtime="compile") as ready:
+        assert close(ready.outputs()[0], wanted, runtime="compile")
+        for parameter in model.parameters():
+            parameter.data = torch.zeros_like(parameter)
+        assert close(ready.outputs()[0], wanted, runtime="compile")
+    assert not torch._inductor.config.freezing
+
+
+@pytest.mark.parametrize("runtime", ["torch", "channels_last", "torch-bf16", "onnxruntime"])
+def test_nothing_is_left_behind(runtime: str) -> None:
+    model, x = small_net().train(), inputs(2, 3, 9, 9, dtype=torch.float32)
+    before, kept = state(model), x.clone()
+    outside = torch.get_rng_state(), torch.get_num_threads(), torch.is_grad_enabled()
+    with prepare(model, x, runtime=runtime) as ready:
+        assert not model.training
+        ready.run()
+    assert same_state(model, before)
+    assert torch.equal(x, kept)
+    assert all(module.training for module in model.modules())
+    assert all(one.is_contiguous() for one in model.parameters())
+    assert torch.equal(torch.get_rng_state(), outside[0])
+    assert (torch.get_num_threads(), torch.is_grad_enabled()) == outside[1:]
+    with pytest.raises(errors.EngineError, match="was closed"):
+        ready.run()
+
+
+def test_threads_hold_within_the_block_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtimes.os, "sched_getaffinity", lambda _: {0, 1, 2}, raising=False)
+    before = torch.get_num_threads()
+    with prepare(MLP, X, threads=3):
+        assert torch.get_num_threads() == 3
+        with prepare(MLP, X, threads=2):
+            assert torch.get_num_threads() == 2
+        assert torch.get_num_threads() == 3
+    assert torch.get_num_threads() == before
+
+
+def test_a_failure_leaves_nothing_behind() -> None:
+    model, threads = small_net().train(), torch.get_num_threads()
+    with pytest.raises(errors.ModelError, match="cannot run example_inputs"):
+        prepare(model, X)
+    assert model.training
+    assert torch.is_grad_enabled()
+    assert torch.get_num_threads() == threads
+
+
+def test_a_timer_tells_processor_time_of_one_thread() -> None:
+    with prepare(MLP, X) as ready:
+        lap = ready.timer()()
+    assert lap.wall > 0
+    assert lap.cpu is not None
+
+
+@pytest.mark.parametrize("runtime", ["torch", "torch-bf16", "onnxruntime"])
+def test_a_model_that_changes_its_output_is_refused(runtime: str) -> None:
+    with pytest.raises(errors.ModelError, match="not repeatable"):
+        prepare(Noisy(), X, runtime=runtime)
+
+
+def graph(*kinds: str) -> Any:
+    """x -> the named operators, one after the other -> y."""
+    from onnx import TensorProto, helper
+
+    names = ["x", *(f"inner{number}" for number in range(1, len(kinds))), "y"]
+    nodes = [helper.make_node(kind, [names[i]], [names[i + 1]]) for i, kind in enumerate(kinds)]
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [2, 3]) for name in ("x", "y")]
+    made = helper.make_graph(nodes, "test", values[:1], values[1:])
+    return helper.make_model(made, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+
+
+@pytest.mark.parametrize("runtime", EXPORTED)
+def test_an_onnx_model_by_position_and_by_name(runtime: str) -> None:
+    x = np.array([[-1, 0, 2], [3, -4, 5]], dtype=np.float32)
+    for arrays in ([x], {"x": x}):
+        with from_onnx(graph("Relu", "Neg"), arrays, runtime=runtime) as ready:
+            assert torch.equal(ready.outputs()[0], -torch.from_numpy(x).relu())
+
+
+def test_two_networks_are_open_at_once() -> None:
+    x = np.ones((2, 3), dtype=np.float32)
+    with ExitStack() as opened:
+        kinds = (("Neg",), ("Neg", "Relu"))
+        first, second = (
+            opened.enter_context(from_onnx(graph(*kind), [x], runtime=runtime))
+            for kind, runtime in zip(kinds, EXPORTED, strict=False)
+        )
+        assert torch.equal(first.outputs()[0], -torch.ones(2, 3))
+        assert torch.equal(second.outputs()[0], torch.zeros(2, 3))
+
+
+def test_onnx_models_that_cannot_be_timed() -> None:
+    x = np.zeros((2, 3), dtype=np.float32)
+    with pytest.raises(errors.EngineError, match="does not read ONNX; onnxruntime"):
+        from_onnx(graph("Relu"), [x], runtime="torch")
+    with pytest.raises(errors.EngineError, match="takes x; it was given 2 arrays"):
+        from_onnx(graph("Relu"), [x, x], runtime="onnxruntime")
+    with pytest.raises(errors.EngineError, match="takes x; it was given z"):
+        from_onnx(graph("Relu"), {"z": x}, runtime="onnxruntime")
+    with pytest.raises(errors.EngineError, match="draws random numbers"):
+        from_onnx(graph("RandomNormalLike"), [x], runtime="onnxruntime")
+    with pytest.raises(errors.EngineError, match="onnxruntime cannot run the model"):
+        from_onnx(graph("NoSuchOperator"), [x], runtime="onnxruntime")
+    with pytest.raises(errors.ModelError, match="OpenVINO cannot read the model"):
+        from_onnx(graph("NoSuchOperator"), [x], runtime="openvino")
+
+
+def test_an_unknown_runtime_is_refused() -> None:
+    with pytest.raises(errors.EngineError, match="did you mean 'onnxruntime'"):
+        require_runtime("onnx_runtime")
+    with pytest.raises(errors.EngineError, match=r"'' is unknown; there are torch, channels_last"):
+        prepare(MLP, X, runtime="")
+
+
+@pytest.mark.parametrize("threads", [0, -1, 4096])
+def test_impossible_numbers_of_threads_are_refused(threads: int) -> None:
+    with pytest.raises(errors.EngineError, match=f"threads={threads}: this process may use"):
+        require_runtime("torch", threads=threads)
+
+
+@pytest.mark.parametrize(
+    ("runtime", "missing", "extra"),
+    [
+        ("onnxruntime", "onnxruntime", "onnx"),
+        ("openvino", "openvino", "onnx,openvino"),
+        ("openvino-bf16", "onnx", "onnx"),
+    ],
+)
+def test_a_missing_package_is_named_with_its_extra(
+    runtime: str, missing: str, extra: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = importlib.metadata.version
+
+    def version(name: str) -> str:
+        if name == missing:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return known(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    with pytest.raises(errors.DependencyError, match=rf'needs {missing}, .* pip install "spectrim\[{extra}'):
+        prepare(MLP, X, runtime=runtime)
+
+
+def test_compiling_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    with pytest.raises(errors.EngineError, match=r"needs a C\+\+ compiler"):
+        prepare(MLP, X, runtime="compile")
+
+
+def test_the_fingerprint_tells_what_times_depend_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = fingerprint("onnxruntime", threads=1)
+    assert one == fingerprint("onnxruntime", threads=1)
+    assert f"onnxruntime {importlib.metadata.version('onnxruntime')}" in one
+    assert "threads 1" in one
+    assert len({fingerprint(name, threads=1) for name in RUNTIMES}) == len(RUNTIMES)
+    known = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: f"{known(name)}.next")
+    assert fingerprint("onnxruntime", threads=1) != one
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("runtime", ["torch", "channels_last", "torch-bf16"])
+def test_a_model_on_a_gpu(runtime: str) -> None:
+    model, x = small_net().cuda().eval(), inputs(2, 3, 9, 9, dtype=torch.float32)
+    with torch.no_grad():
+        wanted = model(x.cuda()).cpu()
+    with prepare(model, x, runtime=runtime) as ready:
+        assert close(ready.outputs()[0], wanted, runtime="torch-bf16")  # TF32 as well
+        assert ready.timer()().cpu is None
+    assert st.measure(model, x, reference=model, rounds=5, runtime=runtime).speedup is not None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("runtime", EXPORTED)
+def test_runtimes_for_the_cpu_refuse_a_model_on_a_gpu(runtime: str) -> None:
+    with pytest.raises(errors.EngineError, match="for the CPU, and the model is on cuda"):
+        prepare(small_net().cuda(), inputs(2, 3, 9, 9), runtime=runtime)
