@@ -1,6 +1,5 @@
 """What a model costs and how good it is: parameters, bytes, MACs, paired latency, accuracy with its interval."""
 
-import json
 import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
@@ -10,28 +9,14 @@ from typing import Any
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from spectrim.core.errors import DataError
-from spectrim.core.execution import Inputs, as_inputs, call, evaluating, require_repeatable, split_labels, tensors
+from spectrim.core.execution import Inputs, as_inputs, call, evaluating, require_repeatable, split_labels
 from spectrim.core.files import Frozen
-from spectrim.layers.selection import unique_tensors
-from spectrim.runtimes.conversion import with_tensors
+from spectrim.layers.cost import NetworkCost
+from spectrim.layers.cost import count as count_cost
 from spectrim.runtimes.sessions import Prepared, RuntimeName, prepare, require_runtime
 from spectrim.runtimes.timing import Z95, Comparison, Interval, Lap, Verdict, compare, interleaved
-
-__all__ = [
-    "Accuracy",
-    "Epoch",
-    "Interval",
-    "Measurement",
-    "accuracy",
-    "count",
-    "count_macs",
-    "file_size",
-    "measure",
-    "runtime_gain",
-]
 
 
 class Accuracy(Frozen):
@@ -64,14 +49,10 @@ class Epoch(Frozen):
     seconds: float
 
 
-class Measurement(Frozen):
-    """One model, measured; against a reference also the ratios.
+class Measurement(NetworkCost):
+    """One model, measured; against a reference also the ratios. Its params, bytes and MACs are as in `NetworkCost`.
 
     Attributes:
-        params: Stored numbers, shared ones once.
-        bytes: Size of the model's safetensors file.
-        macs: Multiply-accumulates of one forward pass of the example inputs (1 MAC = 2 FLOPs), in matrix products,
-            convolutions and attention; element-wise operations, norms and look-ups are not counted.
         latency_ms: Median time of one forward pass of the example inputs, in milliseconds on the wall.
         cpu_ms: The same in processor time, where one thread did the work; ratios are taken from it then.
         reference_ms: The reference's median time, as `latency_ms`.
@@ -87,9 +68,6 @@ class Measurement(Frozen):
         drift: Time of the reference in the first half of the rounds over that in the second: 1 on a quiet machine.
     """
 
-    params: int
-    bytes: int
-    macs: int
     latency_ms: float | None = None
     cpu_ms: float | None = None
     reference_ms: float | None = None
@@ -121,7 +99,7 @@ class Measurement(Frozen):
         """Whether it is faster than the reference, or the machine was too noisy to tell; see `Comparison.verdict`."""
         return None if self.speedup is None else Comparison(ratio=self.speedup, drift=self.drift or 1.0).verdict
 
-    def against(self, dense: "Measurement") -> "Measurement":
+    def against(self, dense: NetworkCost) -> "Measurement":
         """This measurement with its three ratios to a dense one filled in."""
         ratios = {
             f"{name}_ratio": getattr(self, name) / whole if (whole := getattr(dense, name)) else None
@@ -170,8 +148,8 @@ def measure(
     _check(rounds, threads)
     if latency:
         require_runtime(runtime, threads=threads)
-    given = as_inputs(example_inputs)
-    inputs = given if batch is None else batched(given, batch)
+    example = as_inputs(example_inputs)
+    inputs = example if batch is None else batched(example, batch)
     own = count(model, inputs)
     if data is not None:
         own = own.model_copy(update={"accuracy": accuracy(model, data)})
@@ -180,7 +158,7 @@ def measure(
     if not latency:
         return own
     beside = () if reference is None else (reference,)
-    (timed,) = _timed([model], beside, given=given, inputs=inputs, runtime=runtime, threads=threads, rounds=rounds)
+    (timed,) = _timed([model], beside, example, inputs=inputs, runtime=runtime, threads=threads, rounds=rounds)
     return own.model_copy(update=timed | {"batch": batch})
 
 
@@ -215,14 +193,14 @@ def measure_each(
     """
     _check(rounds, threads)
     require_runtime(runtime, threads=threads)
-    given = as_inputs(example_inputs)
-    inputs = given if batch is None else batched(given, batch)
+    example = as_inputs(example_inputs)
+    inputs = example if batch is None else batched(example, batch)
     dense = count(reference, inputs)
     counted = [count(model, inputs).against(dense) for model in models]
     timed = _timed(
         models,
         (reference,),
-        given=given,
+        example,
         inputs=inputs,
         runtime=runtime,
         threads=threads,
@@ -261,11 +239,11 @@ def runtime_gain(
     """
     _check(rounds, threads)
     require_runtime(runtime, threads=threads)
-    given = as_inputs(example_inputs)
+    example = as_inputs(example_inputs)
     other = model if reference is None else reference
-    for one in (model, other):
-        require_repeatable(one, given)
-    inputs = given if batch is None else batched(given, batch)
+    for network in (model, other):
+        require_repeatable(network, example)
+    inputs = example if batch is None else batched(example, batch)
     with (
         prepare(model, inputs, runtime=runtime, threads=threads, checked=True) as there,
         prepare(other, inputs, threads=threads, checked=True) as eager,
@@ -281,7 +259,7 @@ def batched(inputs: Inputs, batch: int) -> Inputs:
     Raises:
         DataError: there is no such dimension, or `batch` is below 1.
     """
-    sizes = [len(one) for one in tensors((inputs.args, inputs.kwargs)) if one.ndim]
+    sizes = [len(tensor) for tensor in inputs.tensors() if tensor.ndim]
     if not sizes or not sizes[0] or batch < 1:
         raise DataError(f"batch={batch}: it must be at least 1, and {inputs.describe()} have samples to repeat")
 
@@ -290,31 +268,12 @@ def batched(inputs: Inputs, batch: int) -> Inputs:
             return tensor
         return tensor[torch.arange(batch, device=tensor.device) % len(tensor)]
 
-    return with_tensors(inputs, repeated)
+    return inputs.map(repeated)
 
 
 def count(model: nn.Module, example_inputs: Any) -> Measurement:
     """Parameters, bytes and MACs alone: what can be known without timing or data."""
-    params = sum(parameter.numel() for parameter in model.parameters())
-    return Measurement(params=params, bytes=file_size(model), macs=count_macs(model, example_inputs))
-
-
-def count_macs(model: nn.Module, example_inputs: Any) -> int:
-    """Multiply-accumulates of one forward pass, as half of the FLOPs that torch counts; see `Measurement.macs`."""
-    with evaluating(model), FlopCounterMode(display=False) as counter:
-        call(model, as_inputs(example_inputs))
-    return int(counter.get_total_flops()) // 2
-
-
-def file_size(model: nn.Module) -> int:
-    """Bytes of the model as a plain safetensors file: header and every distinct tensor once."""
-    header: dict[str, Any] = {}
-    end = 0
-    for name, tensor in unique_tensors(model)[0].items():
-        start, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [start, end]}
-    text = len(json.dumps(header, separators=(",", ":")))
-    return 8 + math.ceil(text / 8) * 8 + end
+    return Measurement(**count_cost(model, example_inputs).model_dump())
 
 
 def accuracy(model: nn.Module, data: Iterable[Any]) -> Accuracy:
@@ -351,8 +310,8 @@ def _check(rounds: int, threads: int) -> None:
 def _timed(
     models: Sequence[nn.Module],
     beside: Sequence[nn.Module],
+    example: Inputs,
     *,
-    given: Inputs,
     inputs: Inputs,
     runtime: str,
     threads: int,
@@ -361,32 +320,32 @@ def _timed(
 ) -> list[dict[str, Any]]:
     """Runtime and times of every model in turn, in rounds with what stands `beside` it, which is made ready once."""
     known = {"runtime": require_runtime(runtime, threads=threads), "threads": threads}
-    for one in (*models, *beside):
-        require_repeatable(one, given)
-    found = []
-    with ExitStack() as opened:
+    for model in (*models, *beside):
+        require_repeatable(model, example)
+    timed = []
+    with ExitStack() as stack:
 
         def ready(model: nn.Module) -> Prepared:
             return prepare(model, inputs, runtime=runtime, threads=threads, checked=True)
 
-        others = [opened.enter_context(ready(one)) for one in beside]
+        others = [stack.enter_context(ready(model)) for model in beside]
         for position, model in enumerate(models):
             on_model(position)
             with ready(model) as own:
-                laps = interleaved([one.timer() for one in (own, *others)], rounds=rounds)
-            found.append(known | _figures(laps))
-    return found
+                timings = interleaved([session.timer() for session in (own, *others)], rounds=rounds)
+            timed.append(known | _figures(timings))
+    return timed
 
 
-def _figures(laps: Sequence[Sequence[Lap]]) -> dict[str, Any]:
-    own = laps[0]
-    used = [lap.cpu for lap in own if lap.cpu is not None]
-    found: dict[str, Any] = {
-        "latency_ms": statistics.median(lap.wall for lap in own) * 1e3,
-        "cpu_ms": statistics.median(used) * 1e3 if len(used) == len(own) else None,
+def _figures(timings: Sequence[Sequence[Lap]]) -> dict[str, Any]:
+    own = timings[0]
+    cpu = [timing.cpu for timing in own if timing.cpu is not None]
+    figures: dict[str, Any] = {
+        "latency_ms": statistics.median(timing.wall for timing in own) * 1e3,
+        "cpu_ms": statistics.median(cpu) * 1e3 if len(cpu) == len(own) else None,
     }
-    if len(laps) > 1:
-        compared = compare(own, laps[1])
-        found["reference_ms"] = statistics.median(lap.wall for lap in laps[1]) * 1e3
-        found |= {"speedup": compared.ratio, "drift": compared.drift}
-    return found
+    if len(timings) > 1:
+        comparison = compare(own, timings[1])
+        figures["reference_ms"] = statistics.median(timing.wall for timing in timings[1]) * 1e3
+        figures |= {"speedup": comparison.ratio, "drift": comparison.drift}
+    return figures

@@ -1,19 +1,22 @@
 """Running a user's model without leaving a trace in it."""
 
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
-from torch.nn.utils.rnn import PackedSequence
+from torch.utils.hooks import RemovableHandle
 
 from spectrim.core.errors import DataError, ModelError
-from spectrim.layers.registry import Positions
+from spectrim.core.nested import describe, map_tensors, tensors
+
+ProgressCallback = Callable[[str, int, int], None]
+"""Called with the name of what is done next, how many steps are done, and of how many."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +28,21 @@ class Inputs:
 
     def describe(self) -> str:
         """Types and shapes, for messages."""
-        named = [_describe(value) for value in self.args] + [f"{k}={_describe(v)}" for k, v in self.kwargs.items()]
+        named = [describe(value) for value in self.args] + [f"{k}={describe(v)}" for k, v in self.kwargs.items()]
         return ", ".join(named) or "nothing"
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Inputs":
+        """The same with `change` of every tensor."""
+        return Inputs(map_tensors(self.args, change), map_tensors(dict(self.kwargs), change))
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor, positional arguments first."""
+        return list(tensors((self.args, dict(self.kwargs))))
+
+    @property
+    def samples(self) -> int:
+        """The size of the first dimension of the first tensor that has one; 1 without such a tensor."""
+        return next((len(tensor) for tensor in self.tensors() if tensor.ndim), 1)
 
 
 def as_inputs(value: Any) -> Inputs:
@@ -48,7 +64,7 @@ def split_labels(batch: Any, *, position: int) -> tuple[Inputs, Any]:
     """
     if not isinstance(batch, Sequence) or isinstance(batch, str) or len(batch) < 2:
         raise DataError(
-            f"batch {position} is {_describe(batch)}, not (inputs, labels); give pairs, as a DataLoader does"
+            f"batch {position} is {describe(batch)}, not (inputs, labels); give pairs, as a DataLoader does"
         )
     first, labels = batch[:-1], batch[-1]
     return as_inputs(first[0] if len(first) == 1 else first), labels
@@ -61,25 +77,47 @@ def device_of(model: nn.Module) -> torch.device:
     return torch.device("cpu")
 
 
-def to_device(value: Any, device: torch.device, *, copy: bool = False) -> Any:
-    """`value` with every tensor in it, at any depth of tuples, lists and mappings, on `device`.
+def on_device_of(model: nn.Module, inputs: Inputs) -> Inputs:
+    """Copies of the inputs where the model is."""
+    device = device_of(model)
+    return inputs.map(lambda tensor: tensor.to(device, copy=True))
 
-    With `copy` the tensors there are new ones even where they need not be moved.
+
+@contextmanager
+def temporary(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Remove these hooks afterwards."""
+    handles = list(handles)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def unique_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The state of `model` with each shared tensor once, and for every other name the one that holds its tensor.
+
+    Returns:
+        tensors by name, and aliases from name to the name in the first mapping.
+
+    Raises:
+        ModelError: a state that is not a tensor, as quantised layers have.
     """
-    if isinstance(value, Tensor):
-        return value.to(device, copy=copy)
-    if isinstance(value, PackedSequence):
-        data, sizes, *orders = value  # the sizes stay on the CPU
-        return PackedSequence(to_device(data, device, copy=copy), sizes, *to_device(orders, device, copy=copy))
-    if isinstance(value, Inputs):
-        return Inputs(to_device(value.args, device, copy=copy), to_device(value.kwargs, device, copy=copy))
-    if isinstance(value, Mapping):
-        return {key: to_device(item, device, copy=copy) for key, item in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(to_device(item, device, copy=copy) for item in value))
-    if type(value) in (tuple, list):
-        return type(value)(to_device(item, device, copy=copy) for item in value)
-    return value
+    names: dict[int, str] = {}
+    unique: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        if not isinstance(value, Tensor):
+            raise ModelError(
+                f"the model's state {name!r} is a {type(value).__name__}, not a tensor, and cannot be saved; "
+                "if the layer is quantised, compress the model first and quantise it afterwards"
+            )
+        if id(value) in names:
+            aliases[name] = names[id(value)]
+        else:
+            names[id(value)] = name
+            unique[name] = value.detach()
+    return unique, aliases
 
 
 @contextmanager
@@ -144,7 +182,7 @@ def call(model: nn.Module, inputs: Inputs, *, what: str = "example_inputs", hint
         ModelError: the model does not accept these inputs.
     """
     try:
-        own = to_device(inputs, device_of(model), copy=True)
+        own = on_device_of(model, inputs)
         return model(*own.args, **own.kwargs)
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -160,7 +198,7 @@ def require_repeatable(model: nn.Module, inputs: Inputs) -> None:
     Raises:
         ModelError: the outputs differ; the message names the first module whose outputs do although its inputs do not.
     """
-    _require_values(model)
+    require_values(model)
     with evaluating(model):
         if _alike(call(model, inputs), call(model, inputs)):
             return
@@ -173,19 +211,19 @@ def require_repeatable(model: nn.Module, inputs: Inputs) -> None:
 
 def _first_difference(model: nn.Module, inputs: Inputs) -> str:
     """`, first in 'name' (Type)` for the innermost, earliest module that differs by itself; empty if none does."""
-    with _recording(model) as one:
+    with _recording(model) as first:
         call(model, inputs)
-    with _recording(model) as other:
+    with _recording(model) as second:
         call(model, inputs)
-    for key, (given, made) in one.items():
-        if key in other and _alike(given, other[key][0]) and not _alike(made, other[key][1]):
+    for key, (received, returned) in first.items():
+        if key in second and _alike(received, second[key][0]) and not _alike(returned, second[key][1]):
             module = model.get_submodule(key[0])
             return f", first in {key[0]!r} ({type(module).__name__})" if key[0] else ", first in its own forward"
     return ""
 
 
 _Record = dict[tuple[str, int], tuple[list[Tensor], list[Tensor]]]
-"""By a module's name and the number of the call: copies of the tensors it was given and of those it gave."""
+"""By a module's name and the number of the call: copies of the tensors that it received and returned."""
 
 
 @contextmanager
@@ -193,15 +231,15 @@ def _recording(model: nn.Module) -> Iterator[_Record]:
     """Record every call of every module, in the order in which the calls end: an inner one before the one around it."""
     record: _Record = {}
     calls: dict[str, int] = {}
-    begun: list[list[Tensor]] = []
+    received: list[list[Tensor]] = []
 
     def begin(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        begun.append(_copies((args, kwargs)))
+        received.append(_copies((args, kwargs)))
 
     def end(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(_: nn.Module, __: Any, output: Any) -> None:
             calls[name] = calls.get(name, 0) + 1
-            record[name, calls[name]] = (begun.pop(), _copies(output))
+            record[name, calls[name]] = (received.pop(), _copies(output))
 
         return hook
 
@@ -210,48 +248,30 @@ def _recording(model: nn.Module) -> Iterator[_Record]:
         if not isinstance(module, torch.jit.ScriptModule):
             handles.append(module.register_forward_pre_hook(begin, prepend=True, with_kwargs=True))
             handles.append(module.register_forward_hook(end(name)))
-    try:
+    with temporary(handles):
         yield record
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _copies(value: Any) -> list[Tensor]:
     return [tensor.detach().clone() for tensor in tensors(value)]
 
 
-def tensors(value: Any) -> Iterator[Tensor]:
-    """Every tensor and float in `value`, at any depth of tuples, lists, mappings and dataclasses."""
-    if isinstance(value, float):
-        yield torch.tensor(value)
-    elif isinstance(value, Tensor):
-        yield from value.unbind() if value.is_nested else (value,)
-    elif isinstance(value, Mapping):
-        yield from tensors(list(value.values()))
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from tensors(item)
-    elif is_dataclass(value):
-        yield from tensors([getattr(value, field.name, None) for field in fields(value)])
-
-
-def _alike(one: Any, other: Any) -> bool:
+def _alike(first: Any, second: Any) -> bool:
     """Whether all tensors in two values agree to 1e-4 of their largest entry; NaN and infinity equal themselves."""
-    left, right = list(tensors(one)), list(tensors(other))
-    return len(left) == len(right) and all(map(_close, left, right))
+    pairs = list(tensors(first)), list(tensors(second))
+    return len(pairs[0]) == len(pairs[1]) and all(map(_close, *pairs))
 
 
-def _close(one: Tensor, other: Tensor) -> bool:
-    if one.shape != other.shape or one.dtype != other.dtype:
+def _close(first: Tensor, second: Tensor) -> bool:
+    if first.shape != second.shape or first.dtype != second.dtype:
         return False
-    tolerance = max(1e-4, 2 * torch.finfo(one.dtype).eps) if one.is_floating_point() else 1e-4
-    one, other = _plain(one), _plain(other)
-    if not (one.is_floating_point() or one.is_complex()):
-        return torch.equal(one, other)
-    scale = one.abs().nan_to_num(0.0, 0.0, 0.0).max() if one.numel() else 0.0
-    same = (one == other) | (one.isnan() & other.isnan())
-    return bool((same | ((one - other).abs() <= tolerance * scale)).all())
+    tolerance = max(1e-4, 2 * torch.finfo(first.dtype).eps) if first.is_floating_point() else 1e-4
+    first, second = _plain(first), _plain(second)
+    if not (first.is_floating_point() or first.is_complex()):
+        return torch.equal(first, second)
+    scale = first.abs().nan_to_num(0.0, 0.0, 0.0).max() if first.numel() else 0.0
+    same = (first == second) | (first.isnan() & second.isnan())
+    return bool((same | ((first - second).abs() <= tolerance * scale)).all())
 
 
 def _plain(tensor: Tensor) -> Tensor:
@@ -261,92 +281,17 @@ def _plain(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.is_floating_point() and tensor.itemsize < 4 else tensor
 
 
-def _require_values(model: nn.Module) -> None:
+def require_values(model: nn.Module) -> None:
     """Refuse a model with weights that were never loaded, before running it makes some up."""
     known = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    lazy = [name for name, one in known.items() if isinstance(one, UninitializedParameter | UninitializedBuffer)]
+    lazy = [name for name, tensor in known.items() if isinstance(tensor, UninitializedParameter | UninitializedBuffer)]
     if lazy:
         raise ModelError(
             f"{lazy[0]} of {type(model).__name__} has no shape yet; run the model once, then load or train its weights"
         )
-    empty = [name for name, one in known.items() if one.is_meta]
+    empty = [name for name, tensor in known.items() if tensor.is_meta]
     if empty:
         raise ModelError(
             f"{len(empty)} of the {len(known)} tensors of {type(model).__name__} have no values (they are on the "
             f"meta device), first {empty[0]!r}; load the weights first"
         )
-
-
-WATCHED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d)
-
-
-@contextmanager
-def watching(model: nn.Module, watch: Callable[[str, nn.Module, Tensor, Tensor], None]) -> Iterator[None]:
-    """Call `watch(name, layer, input, output)` after each call of a Linear or convolution, in execution order.
-
-    Raises:
-        ModelError: the model has weights without values.
-    """
-    _require_values(model)
-    handles = []
-
-    def observe(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]:
-        def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            given = args[0] if args else kwargs.get("input")
-            if isinstance(given, Tensor) and isinstance(output, Tensor):
-                watch(name, layer, given, output)
-
-        return hook
-
-    for name, module in model.named_modules():
-        if isinstance(module, WATCHED):
-            handles.append(module.register_forward_hook(observe(name), with_kwargs=True))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@dataclass(frozen=True)
-class Trace:
-    """What one forward pass did, by layer name in order of first call.
-
-    Attributes:
-        positions: How many vectors each layer handled in all its calls together.
-        calls: How often each layer was called.
-    """
-
-    positions: Mapping[str, Positions]
-    calls: Mapping[str, int]
-
-
-def trace(model: nn.Module, inputs: Inputs) -> Trace:
-    """Run the model once and record which Linear and convolution layers are called, in which order and how much."""
-    positions: dict[str, Positions] = {}
-    calls: dict[str, int] = {}
-
-    def watch(name: str, layer: nn.Module, given: Tensor, output: Tensor) -> None:
-        positions[name] = positions.get(name, Positions()) + _positions(layer, given, output)
-        calls[name] = calls.get(name, 0) + 1
-
-    with evaluating(model), watching(model, watch):
-        call(model, inputs)
-    return Trace(positions, calls)
-
-
-def _positions(layer: nn.Module, given: Tensor, output: Tensor) -> Positions:
-    if isinstance(layer, nn.Linear):
-        vectors = output.numel() // max(layer.out_features, 1)
-        return Positions(vectors, vectors, vectors)
-    assert isinstance(layer, nn.Conv1d | nn.Conv2d | nn.ConvTranspose2d)
-    made, taken = output.numel() // layer.out_channels, given.numel() // layer.in_channels
-    return Positions(made, made // max(output.shape[-1], 1) * given.shape[-1], taken)
-
-
-def _describe(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
-    if isinstance(value, tuple | list):
-        return f"{type(value).__name__}({', '.join(map(_describe, value))})"
-    return type(value).__name__

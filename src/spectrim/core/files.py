@@ -17,7 +17,7 @@ _Value = TypeVar("_Value", bound=BaseModel)
 class Frozen(BaseModel):
     """A value that is checked when it is made, cannot change afterwards, and goes to JSON and back."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, serialize_by_alias=True)
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> Path:

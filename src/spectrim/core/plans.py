@@ -6,17 +6,17 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import AliasChoices, ConfigDict, Field, model_validator
 
 from spectrim.core.errors import RuleError
 from spectrim.core.files import Frozen, parse, read_text, write_text
 
 Metric = Literal["plain", "activation", "loss"]
 """What an error is measured on: the weights alone (plain), the layer's outputs on calibration data (activation), or
-those outputs weighted by how much the network's answer feels them (loss)."""
+those outputs weighted by their effect on the network's outputs (loss)."""
 
-FormName = Literal["dense", "linear", "channel", "spatial", "tucker2"]
-CONVOLUTION_FORMS: tuple[FormName, ...] = ("channel", "spatial", "tucker2")
+DENSE = "dense"
+"""The form of a layer that stays as it is; the names of the others are those of `spectrim.layers.forms`."""
 
 
 _STRICT = ConfigDict(extra="forbid")
@@ -105,22 +105,22 @@ class Budget:
     rule: Literal["budget"] = field(default="budget", repr=False, kw_only=True)
 
     def __post_init__(self) -> None:
-        given = {name: value for name in _LIMITS if (value := getattr(self, name)) is not None}
-        if len(given) != 1:
-            raise RuleError(f"a Budget limits exactly one of {', '.join(_LIMITS)}, not {len(given)}: Budget(macs=0.5)")
-        ((name, value),) = given.items()
+        limits = {name: value for name in _LIMITS if (value := getattr(self, name)) is not None}
+        if len(limits) != 1:
+            raise RuleError(f"a Budget limits exactly one of {', '.join(_LIMITS)}, not {len(limits)}: Budget(macs=0.5)")
+        ((name, value),) = limits.items()
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
             raise RuleError(f"Budget({name}={value!r}): a budget is a share of the dense network, between 0 and 1")
         self._require_circumstances()
 
     def _require_circumstances(self) -> None:
-        """Fill in and check what a latency is measured in; the other limits have nothing to do with it."""
-        given = {name: value for name in _CIRCUMSTANCES if (value := getattr(self, name)) is not None}
+        """Fill in and check runtime, batch and threads, which only a latency has."""
+        named = {name: value for name in _CIRCUMSTANCES if (value := getattr(self, name)) is not None}
         if self.latency is None:
-            if given:
+            if named:
                 raise RuleError(
-                    f"{', '.join(f'{name}={value!r}' for name, value in given.items())} belongs to a latency; "
-                    f"leave it out, or give Budget(latency=.., {next(iter(given))}=..)"
+                    f"{', '.join(f'{name}={value!r}' for name, value in named.items())} belongs to a latency; "
+                    f"leave it out, or give Budget(latency=.., {next(iter(named))}=..)"
                 )
             return
         for name, usual in _CIRCUMSTANCES.items():
@@ -175,9 +175,9 @@ class LayerPlan(Frozen):
 
     Attributes:
         name: The layer's dotted name in the model.
-        also: Other layers that use the same weight; they share its factors.
+        tied_names: Other layers that use the same weight; they share its factors. In the file: `also`.
         kind: The layer's class, such as `Linear`.
-        shape: The weight's shape, output first.
+        shape: The weight's shape, as it is stored.
         form: `linear` (two factors), `channel` (the kernel into fewer channels, then out of them), `spatial` (a column
             of the kernel, then a row), `tucker2` (fewer channels, the kernel between them, then out), or `dense`.
         metric: The metric in which the factors are best, absent for dense layers.
@@ -188,15 +188,18 @@ class LayerPlan(Frozen):
         predicted_error: The relative error of the layer's weight (plain) or of its varying output (activation).
         dense: The layer's cost before.
         kept: Its cost afterwards.
-        fixed: Of a dense layer: that its weight must not be touched; reconstruction fits the others anew.
+        frozen: Of a dense layer: its weight must not be touched; reconstruction fits the others anew. In the file:
+            `fixed`.
         reason: Why this form and rank, in words.
     """
 
     name: str
-    also: tuple[str, ...] = ()
+    tied_names: tuple[str, ...] = Field(
+        default=(), validation_alias=AliasChoices("tied_names", "also"), serialization_alias="also"
+    )
     kind: str
     shape: tuple[int, ...]
-    form: FormName
+    form: str
     metric: Metric | None = None
     rank: int | None = Field(default=None, ge=1)
     rank_in: int | None = Field(default=None, ge=1)
@@ -205,21 +208,29 @@ class LayerPlan(Frozen):
     predicted_error: float | None = Field(default=None, ge=0)
     dense: Cost
     kept: Cost
-    fixed: bool = False
+    frozen: bool = Field(default=False, validation_alias=AliasChoices("frozen", "fixed"), serialization_alias="fixed")
     reason: str
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.form == "dense":
+        if not self.is_factored:
             if self.rank is not None or self.rank_in is not None or self.metric is not None:
                 raise ValueError(f"layer {self.name!r} is dense, so it has neither rank nor metric")
         elif self.rank is None or self.metric is None or self.full_rank is None:
             raise ValueError(f"layer {self.name!r} in the {self.form} form needs a rank, a full_rank and a metric")
         elif self.rank > self.full_rank:
             raise ValueError(f"layer {self.name!r}: rank {self.rank} is above its full rank {self.full_rank}")
-        elif (self.rank_in is not None) != (self.form == "tucker2"):
-            raise ValueError(f"layer {self.name!r}: rank_in belongs to the tucker2 form, and to no other")
         return self
+
+    @property
+    def is_factored(self) -> bool:
+        """Whether the layer is replaced."""
+        return self.form != DENSE
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """`name` and `tied_names`."""
+        return self.name, *self.tied_names
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -285,7 +296,7 @@ class Plan(Frozen):
 
     @model_validator(mode="after")
     def _names_once(self) -> Self:
-        names = [name for layer in self.layers for name in (layer.name, *layer.also)]
+        names = [name for layer in self.layers for name in layer.names]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"layer {twice[0]!r} stands twice in the plan")
@@ -299,14 +310,14 @@ class Plan(Frozen):
 
     def __getitem__(self, name: str) -> LayerPlan:
         for layer in self.layers:
-            if name in (layer.name, *layer.also):
+            if name in layer.names:
                 return layer
         raise KeyError(f"the plan has no layer {name!r}; it has {', '.join(layer.name for layer in self.layers)}")
 
     @property
     def factored(self) -> tuple[LayerPlan, ...]:
         """The layers that are replaced."""
-        return tuple(layer for layer in self.layers if layer.form != "dense")
+        return tuple(layer for layer in self.layers if layer.is_factored)
 
     @property
     def dense_cost(self) -> Cost:

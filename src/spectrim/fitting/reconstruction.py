@@ -9,23 +9,21 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from spectrim.analysis.activation_cache import CACHE, Prefix
-from spectrim.analysis.calibration import Running, answers, patches, pooled
-from spectrim.core.execution import Inputs, call, evaluating, watching
+from spectrim.analysis.activation_cache import DEFAULT_BYTES, ActivationCache
+from spectrim.analysis.calibration import RunningCovariance, pooled
+from spectrim.core.execution import Inputs, ProgressCallback, call, evaluating
 from spectrim.core.plans import LayerPlan, Plan
-from spectrim.fitting.successors import Sequel, following, sequels
-from spectrim.layers.registry import decompose, kernels
-from spectrim.layers.replacement import factored_at, factorize, product, refitted_at
-from spectrim.layers.selection import replace
-from spectrim.linalg import Factors, Problem, algebra
-
-Told = Callable[[str, int, int], None]
-"""Called with a layer's name before it is fitted, how many layers are done, and how many there are."""
+from spectrim.fitting.successors import Successor, find_successors, following
+from spectrim.layers.forms import form_named
+from spectrim.layers.replacement import factored_at, factorize, product, refitted_at, replace
+from spectrim.layers.tracing import watching
+from spectrim.layers.types import layer_type_of
+from spectrim.linalg import Factors, Problem, to_float64
 
 _RIDGE = 1e-2
 
 
-class _Enough(BaseException):
+class _PassEnded(BaseException):
     """Ends a forward pass once it has shown what was wanted. Not an Exception, so that no model catches it."""
 
 
@@ -34,18 +32,22 @@ class _Place:
     """One weight of the plan, the distinct layers that use it, and what follows it if it is used only once."""
 
     plan: LayerPlan
-    names: tuple[str, ...]
-    sites: tuple[str, ...]
-    sequel: Sequel | None
+    call_sites: tuple[str, ...]
+    successor: Successor | None
+
+    @property
+    def has_residual(self) -> bool:
+        """Whether a residual branch is added to what it gives."""
+        return self.successor is not None and self.successor.residual
 
 
 @dataclass(eq=False)
 class _Seen:
-    """What one site saw, batch by batch: rows (groups, n, ..) of inputs, outputs and the stream added to these."""
+    """What one call site saw, batch by batch: rows (groups, n, ..) of inputs, outputs and residual branches."""
 
     inputs: list[Tensor] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)
-    streams: list[Tensor] = field(default_factory=list)
+    residuals: list[Tensor] = field(default_factory=list)
 
 
 def reconstruct(
@@ -56,22 +58,22 @@ def reconstruct(
     batches: Sequence[Inputs],
     factors: Callable[[LayerPlan], Factors],
     means: Mapping[str, Tensor],
-    felt: Mapping[str, Tensor] | None = None,
+    output_metrics: Mapping[str, Tensor] | None = None,
     positions: int | None = 64,
-    cache: int = CACHE,
-    on_progress: Told | None = None,
+    cache_bytes: int = DEFAULT_BYTES,
+    on_progress: ProgressCallback | None = None,
 ) -> nn.Module:
     """Replace the planned layers one after the other, each fitted to undo what the ones before it have changed.
 
     In execution order, layer by layer: y is the output of the dense network, x the input in the network as compressed
     so far. W* = (cov(y, x) + r W)(cov(x) + r I)^-1, r a hundredth of the mean variance, is factored in the metric
     cov(x) + r I, and the bias makes the mean exact (asymmetric reconstruction; Zhang 2016). Layers that stay dense take
-    W* as it is. Where the graph shows that a layer's output is only added to another stream, y also makes up for what
-    that stream lacks; where only a ReLU follows, y is not asked for where the ReLU hides it anyway. Where, on these
-    data, the planned factors come nearer to y than the fitted ones, which are drawn towards W, they are kept.
+    W* as it is. Where the graph shows that a layer's output is only added to a residual branch, y also makes up for
+    what that branch lacks; where only a ReLU follows, y does not count where the ReLU hides it. Where, on these data,
+    the planned factors come nearer to y than the fitted ones, which are drawn towards W, they are kept.
 
     Time: a run of the compressed network up to each layer, less the blocks whose outputs are kept, and one of the dense
-    network. Memory: one layer's sampled inputs and second moments, the batches, and `cache`.
+    network. Memory: one layer's sampled inputs and second moments, the batches, and `cache_bytes`.
 
     Args:
         model: The dense network.
@@ -82,27 +84,27 @@ def reconstruct(
             are not fitted: those in the plain metric, those that the data do not reach, and those that choose what they
             look at by value.
         means: Mean inputs of these, by layer name.
-        felt: By layer name, the output-side metric G (groups, out, out) of layers planned in the loss metric.
+        output_metrics: By layer name, the output-side metric G (groups, out, out) of layers planned in the loss metric.
         positions: Places looked at in each sample, None for all.
-        cache: Bytes that may be kept to save time: two fifths for sampled outputs of the dense network, which is run
-            again each time they are full, and three fifths for outputs of blocks that are finished.
-        on_progress: Told about every layer.
+        cache_bytes: Bytes that may be kept to save time: two fifths for sampled outputs of the dense network, which is
+            run again each time they are full, and three fifths for outputs of blocks that are finished.
+        on_progress: Called with each layer's name before it is fitted, how many are done, and of how many.
     """
-    chosen = [layer for layer in plan.layers if not layer.fixed and layer.metric != "plain"]
-    known = sequels(model, batches[0], {layer.name for layer in chosen})
-    places = [_place(small, layer, known) for layer in chosen]
+    chosen = [layer for layer in plan.layers if not layer.frozen and layer.metric != "plain"]
+    successors = find_successors(model, batches[0], {layer.name for layer in chosen})
+    places = [_place(small, layer, successors) for layer in chosen]
     as_planned = [layer for layer in plan.factored if layer.metric == "plain"]
     factorize(small, plan.model_copy(update={"layers": tuple(as_planned)}), factors=factors)
-    prefix = Prefix(small, room=3 * cache // 5)
+    cache = ActivationCache(small, 3 * cache_bytes // 5)
     start = 0
     while start < len(places):
-        dense, end = _record(model, places, start, batches, positions=positions, room=2 * cache // 5)
+        dense, end = _record(model, places, start, batches, positions=positions, free_bytes=2 * cache_bytes // 5)
         for place in places[start:end]:
             if on_progress is not None:
                 on_progress(place.plan.name, start, len(places))
-            now = _collect(prefix, place, dense, batches, positions)
-            then = {site: dense.pop(site) for site in place.sites}
-            G = felt.get(place.plan.name) if felt and place.plan.metric == "loss" else None
+            now = _collect(cache, place, dense, batches, positions)
+            then = {site: dense.pop(site) for site in place.call_sites}
+            G = (output_metrics or {}).get(place.plan.name) if place.plan.metric == "loss" else None
             if _comparable(now, then):
                 replace(small, _fitted(small, place, now, then, G=G, planned=factors))
             else:
@@ -113,11 +115,10 @@ def reconstruct(
     return small
 
 
-def _place(model: nn.Module, layer: LayerPlan, known: Mapping[str, Sequel]) -> _Place:
-    names = (layer.name, *layer.also)
-    first = {id(model.get_submodule(name)): name for name in reversed(names)}
-    sites = tuple(name for name in names if name in first.values())
-    return _Place(layer, names, sites, known.get(layer.name) if len(sites) == 1 else None)
+def _place(model: nn.Module, layer: LayerPlan, successors: Mapping[str, Successor]) -> _Place:
+    first = {id(model.get_submodule(name)): name for name in reversed(layer.names)}
+    call_sites = tuple(name for name in layer.names if name in first.values())
+    return _Place(layer, call_sites, successors.get(layer.name) if len(call_sites) == 1 else None)
 
 
 def _record(
@@ -127,11 +128,11 @@ def _record(
     batches: Sequence[Inputs],
     *,
     positions: int | None,
-    room: int,
+    free_bytes: int,
 ) -> tuple[dict[str, _Seen], int]:
-    """Outputs and streams of the dense network, of as many places from `start` on as memory allows, and their end."""
-    order = {site: number for number, place in enumerate(places) for site in place.sites if number >= start}
-    adding = {place.plan.name for place in places if place.sequel and place.sequel.stream}
+    """Outputs and residual branches of the dense network, as many places from `start` on as memory allows; and their end."""
+    order = {site: number for number, place in enumerate(places) for site in place.call_sites if number >= start}
+    adding = {place.plan.name for place in places if place.has_residual}
     seen = {site: _Seen() for site in order}
     layers: dict[str, nn.Module] = {}
     end = len(places)
@@ -139,62 +140,69 @@ def _record(
     def on_call(name: str, layer: nn.Module, _: Tensor, output: Tensor) -> None:
         layers[name] = layer
         if order[name] < end:
-            seen[name].outputs.append(answers(layer, output, positions=positions))
+            seen[name].outputs.append(_output_rows(layer, output, positions))
 
-    def on_stream(name: str, stream: Tensor) -> None:
+    def on_residual(name: str, residual: Tensor) -> None:
         if order[name] < end and name in adding:
-            seen[name].streams.append(answers(layers[name], stream, positions=positions))
+            seen[name].residuals.append(_output_rows(layers[name], residual, positions))
 
     for position, batch in enumerate(batches):
-        with following(model, order, on_call=on_call, on_stream=on_stream):
+        with following(model, order, on_call=on_call, on_residual=on_residual):
             call(model, batch, what=f"batch {position}")
         if not position:
-            end = _affordable(places, start, seen, room=room // len(batches))
-            seen = {site: one for site, one in seen.items() if order[site] < end}
+            end = _affordable(places, start, seen, free_bytes=free_bytes // len(batches))
+            seen = {site: rows for site, rows in seen.items() if order[site] < end}
     return seen, end
 
 
-def _affordable(places: Sequence[_Place], start: int, first: Mapping[str, _Seen], *, room: int) -> int:
-    """Where the places end, one at least, whose rows of one batch fit into the room."""
+def _output_rows(layer: nn.Module, output: Tensor, positions: int | None) -> Tensor:
+    return layer_type_of(layer).output_rows(layer, output, positions=positions)
+
+
+def _affordable(places: Sequence[_Place], start: int, first: Mapping[str, _Seen], *, free_bytes: int) -> int:
+    """Where the places end, one at least, whose rows of one batch fit into so many bytes."""
     for number in range(start, len(places)):
-        rows = [row for site in places[number].sites for row in (*first[site].outputs, *first[site].streams)]
-        room -= sum(row.numel() * row.element_size() for row in rows)
-        if room < 0:
+        rows = [row for site in places[number].call_sites for row in (*first[site].outputs, *first[site].residuals)]
+        free_bytes -= sum(row.numel() * row.element_size() for row in rows)
+        if free_bytes < 0:
             return max(start + 1, number)
     return len(places)
 
 
 def _collect(
-    prefix: Prefix, place: _Place, dense: Mapping[str, _Seen], batches: Sequence[Inputs], positions: int | None
+    cache: ActivationCache,
+    place: _Place,
+    dense: Mapping[str, _Seen],
+    batches: Sequence[Inputs],
+    positions: int | None,
 ) -> dict[str, _Seen]:
-    """Inputs and streams that the place sees in the network as it is now."""
-    seen = {site: _Seen() for site in place.sites}
-    streaming = place.sequel is not None and place.sequel.stream
+    """Inputs and residual branches that the place sees in the network as it is now."""
+    seen = {site: _Seen() for site in place.call_sites}
     layers: dict[str, nn.Module] = {}
-    calls = {site: len(dense[site].outputs) // len(batches) for site in place.sites}
-    left: dict[str, int] = {}
+    calls = {site: len(dense[site].outputs) // len(batches) for site in place.call_sites}
+    pending: dict[str, int] = {}
 
-    def on_call(name: str, layer: nn.Module, given: Tensor, output: Tensor) -> None:
+    def on_call(name: str, layer: nn.Module, x: Tensor, output: Tensor) -> None:
         if name not in seen:
             return
         reached()
         layers[name] = layer
-        rows = patches(layer, given, positions=positions, size=output.shape[-2:])
-        seen[name].inputs.append(rows.clone() if rows.data_ptr() == given.data_ptr() else rows)
-        left[name] -= 1
-        if not streaming and not any(left.values()):
-            raise _Enough
+        rows = layer_type_of(layer).input_rows(layer, x, output=output, positions=positions)
+        seen[name].inputs.append(rows.clone() if rows.data_ptr() == x.data_ptr() else rows)
+        pending[name] -= 1
+        if not place.has_residual and not any(pending.values()):
+            raise _PassEnded
 
-    def on_stream(name: str, stream: Tensor) -> None:
-        seen[name].streams.append(answers(layers[name], stream, positions=positions))
-        raise _Enough
+    def on_residual(name: str, residual: Tensor) -> None:
+        seen[name].residuals.append(_output_rows(layers[name], residual, positions))
+        raise _PassEnded
 
-    small = prefix.model
+    small = cache.model
     for position, batch in enumerate(batches):
-        left = dict(calls)
-        with suppress(_Enough), prefix.passing(position) as reached:
-            if streaming:
-                with following(small, place.sites, on_call=on_call, on_stream=on_stream):
+        pending = dict(calls)
+        with suppress(_PassEnded), cache.recalling(position) as reached:
+            if place.has_residual:
+                with following(small, place.call_sites, on_call=on_call, on_residual=on_residual):
                     call(small, batch, what=f"batch {position}")
             else:
                 with evaluating(small), watching(small, on_call):
@@ -205,11 +213,11 @@ def _collect(
 def _comparable(now: Mapping[str, _Seen], then: Mapping[str, _Seen]) -> bool:
     """Whether the rows of both networks belong together, one to one."""
     return all(
-        bool(one.inputs)
-        and sum(rows.shape[1] for rows in one.inputs) > 0
-        and [rows.shape[1] for rows in one.inputs] == [rows.shape[1] for rows in then[site].outputs]
-        and [rows.shape for rows in one.streams] == [rows.shape for rows in then[site].streams]
-        for site, one in now.items()
+        bool(seen.inputs)
+        and sum(rows.shape[1] for rows in seen.inputs) > 0
+        and [rows.shape[1] for rows in seen.inputs] == [rows.shape[1] for rows in then[site].outputs]
+        and [rows.shape for rows in seen.residuals] == [rows.shape for rows in then[site].residuals]
+        for site, seen in now.items()
     )
 
 
@@ -223,49 +231,49 @@ def _fitted(
     planned: Callable[[LayerPlan], Factors],
 ) -> dict[str, nn.Module]:
     """The replacement for a place, fitted to its rows in the output metric G, or as planned if that is no worse."""
-    layer, form, ranks = small.get_submodule(place.plan.name), place.plan.form, place.plan.ranks
-    shape = kernels(layer).shape
+    layer, plan = small.get_submodule(place.plan.name), place.plan
+    shape = layer_type_of(layer).geometry(layer).shape
     # a layer that stays dense stays as it is built: without a bias, moments are taken around zero
-    biased = form != "dense" or layer._parameters.get("bias") is not None
-    fit = _Fit.of(layer, {site: one.inputs for site, one in now.items()}, biased=biased)
-    wanted = _Wanted(place, now, dense)
-    targets = wanted.first()
+    biased = plan.is_factored or layer._parameters.get("bias") is not None
+    fit = _Fit.of(layer, {site: seen.inputs for site, seen in now.items()}, biased=biased)
+    goal = _Goal(place, now, dense)
+    targets = goal.first()
     factors: Factors = ()
-    for turn in reversed(range(1 + wanted.hides)):
+    for turn in reversed(range(1 + goal.is_rectified)):
         cross = fit.cross(targets)
         best = fit.weight(cross)
-        if form != "dense":
+        if plan.is_factored:
             problem = Problem(best.reshape(shape), fit.metric, output=G)
-            factors = decompose(form, problem, near=factors).factors(ranks)
-            best = product(layer, form=form, factors=factors)
+            factors = form_named(plan.form).decompose(problem, near=factors).factors(plan.ranks)
+            best = product(layer, form=plan.form, factors=factors)
         if turn:
-            targets = wanted.revised(targets, best, fit)
-    before = () if form == "dense" else planned(place.plan)
-    unfitted = product(layer, form=form, factors=before) if before else fit.dense
+            targets = goal.revised(targets, best, fit)
+    before = planned(plan) if plan.is_factored else ()
+    unfitted = product(layer, form=plan.form, factors=before) if before else fit.dense
     if fit.error(unfitted, cross, G) < fit.error(best, cross, G):
         best, factors = unfitted, before
 
     def bias(name: str, _: nn.Module, whole: Tensor) -> Tensor | None:
         return fit.bias(name, whole, targets[name]) if biased else None
 
-    if form == "dense":
-        return refitted_at(small, place.names, weight=best.reshape(shape), bias=bias)
-    return factored_at(small, place.names, form=form, factors=factors, bias=bias)
+    if not plan.is_factored:
+        return refitted_at(small, plan.names, weight=best.reshape(shape), bias=bias)
+    return factored_at(small, plan.names, form=plan.form, factors=factors, bias=bias)
 
 
 _Rows = dict[str, list[Tensor]]
-"""By site and batch: (groups, n, ..)."""
+"""By call site and batch: (groups, n, ..)."""
 
 
 @dataclass(frozen=True, eq=False)
 class _Fit:
-    """Ridge regression from what a weight's sites receive to what they should give, drawn towards the weight.
+    """Ridge regression from what a weight's call sites receive to what they should give, drawn towards the weight.
 
     Attributes:
         dense: The weight W, (groups, out, n), float64.
-        inputs: The rows that the sites receive.
-        means: Their means by site, (groups, n).
-        covariance: Around each site's own mean, since each has a bias of its own, (groups, n, n).
+        inputs: The rows that the call sites receive.
+        means: Their means by call site, (groups, n).
+        covariance: Around each call site's own mean, since each has a bias of its own, (groups, n, n).
         metric: The covariance with the ridge.
     """
 
@@ -280,18 +288,18 @@ class _Fit:
     def of(cls, layer: nn.Module, inputs: _Rows, *, biased: bool) -> "_Fit":
         moments = {}
         for site, batches in inputs.items():
-            running = Running()
+            running = RunningCovariance()
             for rows in batches:
                 running.add(rows)
             moments[site] = running.finish(site)
-        W = algebra(kernels(layer)).flatten(2)
+        W = to_float64(layer_type_of(layer).kernels(layer)).flatten(2)
         C, _ = pooled(list(moments.values()), name=next(iter(inputs)), width=W.shape[2])
         C = C.to(W.device)
-        means = {site: one.mean.to(W.device) for site, one in moments.items()}
+        means = {site: seen.mean.to(W.device) for site, seen in moments.items()}
         if not biased:
-            total = sum(one.count for one in moments.values())
-            for site, one in moments.items():
-                C = C + (one.count / total) * means[site].unsqueeze(2) * means[site].unsqueeze(1)
+            total = sum(seen.count for seen in moments.values())
+            for site, seen in moments.items():
+                C = C + (seen.count / total) * means[site].unsqueeze(2) * means[site].unsqueeze(1)
             means = {site: torch.zeros_like(mean) for site, mean in means.items()}
         mean = C.diagonal(dim1=1, dim2=2).mean(dim=1)
         ridge = _RIDGE * torch.where(mean > 0, mean, torch.ones_like(mean))[:, None, None]
@@ -305,7 +313,7 @@ class _Fit:
         for site, batches in self.inputs.items():
             middle, mean = self.means[site].unsqueeze(1), _mean(targets[site]).unsqueeze(1) * self.biased
             for x, y in zip(batches, targets[site], strict=True):
-                cross += algebra((y - mean.to(y.dtype)).mT @ (x.to(y.dtype) - middle.to(y.dtype))) / total
+                cross += to_float64((y - mean.to(y.dtype)).mT @ (x.to(y.dtype) - middle.to(y.dtype))) / total
         return cross
 
     def weight(self, cross: Tensor) -> Tensor:
@@ -330,7 +338,7 @@ class _Fit:
 
 
 @dataclass(frozen=True, eq=False)
-class _Wanted:
+class _Goal:
     """What a place should give so that, after what follows it, the network is as it was."""
 
     place: _Place
@@ -338,41 +346,42 @@ class _Wanted:
     dense: Mapping[str, _Seen]
 
     @property
-    def hides(self) -> bool:
+    def is_rectified(self) -> bool:
         """Whether a ReLU hides a part of what the place gives."""
-        return self.place.sequel is not None and self.place.sequel.relu
+        return self.place.successor is not None and self.place.successor.relu
 
     def first(self) -> _Rows:
-        """The dense outputs, and what the other stream lacks against the dense network."""
-        if self.place.sequel is None or not self.place.sequel.stream:
-            return {site: one.outputs for site, one in self.dense.items()}
-        (site,) = self.place.sites
+        """The dense outputs, and what the residual branch lacks against the dense network."""
+        if not self.place.has_residual:
+            return {site: seen.outputs for site, seen in self.dense.items()}
+        (site,) = self.place.call_sites
         dense, now = self.dense[site], self.now[site]
         scale, _ = self._affine(dense.outputs[0])
-        each = zip(dense.outputs, dense.streams, now.streams, strict=True)
+        each = zip(dense.outputs, dense.residuals, now.residuals, strict=True)
         return {site: [y + (s - t) / scale for y, s, t in each]}
 
     def revised(self, targets: _Rows, whole: Tensor, fit: _Fit) -> _Rows:
         """The same, but as it comes out for `whole` where the ReLU gives zero both then and now (Zhang 2016)."""
-        (site,) = self.place.sites
+        (site,) = self.place.call_sites
         dense, now = self.dense[site], self.now[site]
         scale, shift = self._affine(dense.outputs[0])
         bias = fit.bias(site, whole, targets[site]).reshape(len(whole), 1, -1)
-        made = []
+        revised = []
         for position, (y, x) in enumerate(zip(dense.outputs, fit.inputs[site], strict=True)):
             got = x.to(y.dtype) @ whole.mT.to(y.dtype) + bias.to(y.dtype)
-            before = scale * y + shift + (dense.streams[position] if dense.streams else 0)
-            offset = shift + (now.streams[position] if now.streams else 0)
+            before = scale * y + shift + (dense.residuals[position] if dense.residuals else 0)
+            offset = shift + (now.residuals[position] if now.residuals else 0)
             hidden = torch.minimum(scale * got + offset, torch.zeros_like(got))
-            made.append((torch.where(before > 0, before, hidden) - offset) / scale)
-        return {site: made}
+            revised.append((torch.where(before > 0, before, hidden) - offset) / scale)
+        return {site: revised}
 
     def _affine(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and shift as (groups, 1, out) of a group; a scale of nearly nothing is kept away from zero."""
-        assert self.place.sequel is not None
+        assert self.place.successor is not None
         groups = like.shape[0]
         scale, shift = (
-            one.to(like).reshape(groups, 1, -1) for one in (self.place.sequel.scale, self.place.sequel.shift)
+            affine.to(like).reshape(groups, 1, -1)
+            for affine in (self.place.successor.scale, self.place.successor.shift)
         )
         least = 1e-3 * scale.abs().max().clamp(min=1e-30)
         return torch.where(scale.abs() < least, torch.where(scale < 0, -least, least), scale), shift
@@ -381,4 +390,4 @@ class _Wanted:
 def _mean(batches: Sequence[Tensor]) -> Tensor:
     """The mean of rows (groups, n, ..) over all batches, float64."""
     total = sum(rows.shape[1] for rows in batches)
-    return torch.stack([algebra(rows.mean(dim=1)) * (rows.shape[1] / total) for rows in batches]).sum(dim=0)
+    return torch.stack([to_float64(rows.mean(dim=1)) * (rows.shape[1] / total) for rows in batches]).sum(dim=0)

@@ -9,28 +9,31 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
-from spectrim.core.execution import Inputs, call, evaluating, tensors, watching
+from spectrim.core.execution import Inputs, call, evaluating, temporary
+from spectrim.core.nested import tensors
+from spectrim.layers.tracing import CallHook, watching
+from spectrim.layers.types import layer_type_of
 
 _ADDITIONS = {"add", "add_", "__add__", "__radd__", "__iadd__"}
 _RELUS = {"relu", "relu_"}
 
 
 @dataclass(frozen=True, eq=False)
-class Sequel:
-    """A layer's output z goes on as p = scale * z + shift, plus another stream s of the same shape, then max(p, 0).
+class Successor:
+    """A layer's output z goes on as p = scale * z + shift, plus a residual branch of the same shape, then max(p, 0).
 
-    Only steps that are the sole use of their tensor belong to it, so that nothing else feels a change of z.
+    Only steps that are the sole use of their tensor belong to it, so that a change of z has no other effect.
 
     Attributes:
         scale: (out,), from a BatchNorm in evaluation mode; ones without.
         shift: (out,), zeros without.
-        stream: Whether another stream is added.
+        residual: Whether a residual branch is added.
         relu: Whether a ReLU follows.
     """
 
     scale: Tensor
     shift: Tensor
-    stream: bool = False
+    residual: bool = False
     relu: bool = False
 
 
@@ -51,7 +54,7 @@ class _Step:
     shift: Tensor | None = None
 
 
-class _Reader(TorchFunctionMode):
+class _Follower(TorchFunctionMode):
     """Follows layers' outputs through every function that the model calls."""
 
     def __init__(self) -> None:
@@ -73,29 +76,29 @@ class _Reader(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         operands = list(tensors((args, kwargs or {})))
         # before the call: one that works in place gives back the tensor that it was given
-        used = {id(one): self.nodes[id(one)] for one in operands if id(one) in self.nodes}
+        used = {id(operand): self.nodes[id(operand)] for operand in operands if id(operand) in self.nodes}
         result = func(*args, **(kwargs or {}))
         if used and any(True for _ in tensors(result)):
-            made = result if isinstance(result, Tensor) else None
-            if made is not None and id(made) in used:
-                del self.nodes[id(made)]
+            output = result if isinstance(result, Tensor) else None
+            if output is not None and id(output) in used:
+                del self.nodes[id(output)]
             for key, followed in used.items():
-                self._note(func, key, followed, operands, made)
+                self._add_steps(func, key, followed, operands, output)
         return result
 
-    def _note(
-        self, func: Any, key: int, followed: Mapping[str, _Node], operands: Sequence[Tensor], made: Tensor | None
+    def _add_steps(
+        self, func: Any, key: int, followed: Mapping[str, _Node], operands: Sequence[Tensor], output: Tensor | None
     ) -> None:
-        kind, other = _kind(func, key, operands, made)
+        kind, other = _kind(func, key, operands, output)
         for name, node in followed.items():
-            step = _Step(kind, _Node(node.tensor if made is None else made), other)
+            step = _Step(kind, _Node(node.tensor if output is None else output), other)
             node.steps.append(step)
-            if made is not None:
-                self.nodes.setdefault(id(made), {})[name] = step.node
+            if output is not None:
+                self.nodes.setdefault(id(output), {})[name] = step.node
             self.on_step(name, step)
 
     def normalised(self, layer: nn.Module, output: Tensor) -> None:
-        """Tell the last step to `output` what its BatchNorm did."""
+        """Add to the last step to `output` what its BatchNorm did."""
         affine = _affine(layer)
         for start in self.starts.values():
             for node in start:
@@ -104,14 +107,14 @@ class _Reader(TorchFunctionMode):
                         step.scale, step.shift = affine
 
 
-def _kind(func: Any, key: int, operands: Sequence[Tensor], made: Tensor | None) -> tuple[str, Tensor | None]:
+def _kind(func: Any, key: int, operands: Sequence[Tensor], output: Tensor | None) -> tuple[str, Tensor | None]:
     """The sort of a step, and what it adds."""
     name = getattr(func, "__name__", "")
-    if made is None:
+    if output is None:
         return "other", None
     if name in _ADDITIONS and len(operands) == 2:
-        others = [one for one in operands if id(one) != key]
-        if len(others) == 1 and others[0].shape == made.shape and operands[0].shape == operands[1].shape:
+        others = [operand for operand in operands if id(operand) != key]
+        if len(others) == 1 and others[0].shape == output.shape and operands[0].shape == operands[1].shape:
             return "add", others[0]
     if name in _RELUS or name == "batch_norm":
         return name.removesuffix("_"), None
@@ -136,71 +139,70 @@ def _affine(layer: nn.Module) -> tuple[Tensor, Tensor] | None:
     return scale.detach(), (shift if layer.bias is None else shift + layer.bias).detach()
 
 
-OnCall = Callable[[str, nn.Module, Tensor, Tensor], None]
-OnStream = Callable[[str, Tensor], None]
-
-
 @contextmanager
 def following(
-    model: nn.Module, sites: Collection[str], *, on_call: OnCall | None = None, on_stream: OnStream | None = None
-) -> Iterator[_Reader]:
+    model: nn.Module,
+    call_sites: Collection[str],
+    *,
+    on_call: CallHook | None = None,
+    on_residual: Callable[[str, Tensor], None] | None = None,
+) -> Iterator[_Follower]:
     """Run the model within this, without gradients; each pass needs its own.
 
     Args:
         model: The network.
-        sites: Names of the layers to follow.
+        call_sites: Names of the layers to follow.
         on_call: Called with name, layer, input and output after each of their calls.
-        on_stream: Called with the name and the other stream when one is first added to a layer's output.
+        on_residual: Called with the name and the residual branch when one is first added to a layer's output.
     """
-    reader = _Reader()
+    follower = _Follower()
     added: set[str] = set()
 
-    def begin(name: str, layer: nn.Module, given: Tensor, output: Tensor) -> None:
-        if name in sites:
-            reader.begin(name, output)
+    def begin(name: str, layer: nn.Module, x: Tensor, output: Tensor) -> None:
+        if name in call_sites:
+            follower.begin(name, output)
             if on_call is not None:
-                on_call(name, layer, given, output)
+                on_call(name, layer, x, output)
 
-    def step(name: str, taken: _Step) -> None:
-        if taken.other is not None and on_stream is not None and name not in added:
+    def report_residual(name: str, step: _Step) -> None:
+        if step.other is not None and on_residual is not None and name not in added:
             added.add(name)
-            on_stream(name, taken.other)
+            on_residual(name, step.other)
 
-    reader.on_step = step
-    with evaluating(model), watching(model, begin), reader:
-        yield reader
+    follower.on_step = report_residual
+    with evaluating(model), watching(model, begin), follower:
+        yield follower
 
 
-def sequels(model: nn.Module, inputs: Inputs, sites: Collection[str]) -> dict[str, Sequel]:
-    """The sequel of every layer in `sites` that is called exactly once."""
+def find_successors(model: nn.Module, inputs: Inputs, call_sites: Collection[str]) -> dict[str, Successor]:
+    """What follows every layer in `call_sites` that is called exactly once."""
     layers: dict[str, nn.Module] = {}
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
-    with following(model, sites, on_call=lambda name, layer, _, __: layers.update({name: layer})) as reader:
-        handles = [one.register_forward_hook(lambda norm, _, output: reader.normalised(norm, output)) for one in norms]
-        try:
+    with following(model, call_sites, on_call=lambda name, layer, _, __: layers.update({name: layer})) as follower:
+        hooks = (
+            norm.register_forward_hook(lambda norm, _, output: follower.normalised(norm, output)) for norm in norms
+        )
+        with temporary(hooks):
             call(model, inputs)
-        finally:
-            for handle in handles:
-                handle.remove()
-    return {name: _sequel(layers[name], nodes[0]) for name, nodes in reader.starts.items() if len(nodes) == 1}
+    return {name: _successor(layers[name], nodes[0]) for name, nodes in follower.starts.items() if len(nodes) == 1}
 
 
-def _sequel(layer: nn.Module, start: _Node) -> Sequel:
-    linear = isinstance(layer, nn.Linear)
-    out = start.tensor.shape[-1] if linear else int(getattr(layer, "out_channels", 0))
+def _successor(layer: nn.Module, start: _Node) -> Successor:
+    dimension = layer_type_of(layer).feature_dim(layer)
+    out = start.tensor.shape[dimension]
     scale, shift = start.tensor.new_ones(out), start.tensor.new_zeros(out)
-    stream = relu = False
+    residual = relu = False
     for step in _path(start):
-        if step.kind == "batch_norm" and step.scale is not None and step.shift is not None and not stream:
-            # of a linear layer's outputs over time steps, BatchNorm scales the steps, not the features
-            if linear and start.tensor.ndim != 2:
+        if step.kind == "batch_norm" and step.scale is not None and step.shift is not None and not residual:
+            # BatchNorm scales the second dimension: of a linear layer's outputs over time, the steps, not the features
+            if start.tensor.ndim + dimension != 1:
                 break
             scale, shift = scale * step.scale, shift * step.scale + step.shift
-        elif step.kind == "add" and not stream:
-            stream = True
+        elif step.kind == "add" and not residual:
+            residual = True
         elif step.kind == "relu":
             relu = True
             break
         else:
             break
-    return Sequel(scale, shift, stream, relu)
+    return Successor(scale, shift, residual, relu)

@@ -1,19 +1,19 @@
 """Inner channels of factored layers filled up with zeros, so that the hardware's vectors are full."""
 
-import copy
-from itertools import pairwise
-
 from torch import Tensor, nn
 
 from spectrim.core.errors import ModelError, RuleError
-from spectrim.layers.factored import low_rank_layers
+from spectrim.layers.factored import FactoredLayer, geometry_of, low_rank_layers
+from spectrim.layers.forms import form_named
+from spectrim.layers.replacement import duplicate, names_of, replace
+from spectrim.layers.types import layer_type_of
 
 
 def padded(model: nn.Module, multiple: int) -> nn.Module:
     """A copy of the model in which the ranks of all factored layers are rounded up to a multiple, with zero weights.
 
     The outputs stay what they are, up to the order of summation. Where a runtime computes a number of channels at
-    once, a rank between two multiples costs as much time as the upper one, or more; then this is for free in time. It
+    once, a rank between two multiples costs as much time as the upper one, or more; then this is free in time. It
     is never free in numbers: the factors' parameters, bytes and MACs grow by the padded rank over the rank, and in
     runtimes without such steps (often torch itself) so does the time. Do it last, on what is exported.
 
@@ -34,39 +34,35 @@ def padded(model: nn.Module, multiple: int) -> nn.Module:
     for name, layer in low_rank_layers(model).items():
         if not all(type(part._parameters.get("weight")) is nn.Parameter for part in layer.chain):
             raise ModelError(f"the factors of {name!r} are not ordinary parameters; pad first, then quantise")
-    try:
-        wide = copy.deepcopy(model)
-    except (RuntimeError, TypeError) as error:
-        raise ModelError(f"{type(model).__name__} cannot be copied ({error}), so it cannot be padded") from error
-    done: dict[tuple[int, int | None, int | None], nn.Parameter] = {}
-    old: list[Tensor] = []  # kept, so that no new tensor gets the identity of one of them
-    for layer in low_rank_layers(wide).values():
-        ranks = (None, *(-(-rank // multiple) * multiple for rank in layer.ranks), None)
-        for part, (into, out) in zip(layer.chain, pairwise(ranks), strict=True):
-            weight = part.get_parameter("weight")
-            key = id(weight), into, out
-            if key not in done:
-                old.append(weight)
-                done[key] = _wider(part, into, out)
-            part.weight = done[key]
-            _resize(part, into, out)
+    wide = duplicate(model, hint="without a copy it cannot be padded")
+    weights: dict[tuple[int, ...], nn.Parameter] = {}
+    replacements: dict[str, nn.Module] = {}
+    narrow = low_rank_layers(wide)
+    for layer in narrow.values():
+        replacements |= dict.fromkeys(names_of(wide, layer), _padded(layer, multiple, weights))
+    replace(wide, replacements)
     return wide
 
 
-def _wider(part: nn.Module, into: int | None, out: int | None) -> nn.Parameter:
-    """The weight of a factor with so many inputs and outputs a group, the new ones zero; None for as many as it has."""
-    weight = part.get_parameter("weight")
-    groups = int(getattr(part, "groups", 1))
-    blocks = weight.detach().unflatten(0, (groups, -1))
-    first, second = (into, out) if isinstance(part, nn.ConvTranspose2d) else (out, into)
-    whole = blocks.new_zeros(groups, first or blocks.shape[1], second or blocks.shape[2], *blocks.shape[3:])
-    whole[:, : blocks.shape[1], : blocks.shape[2]] = blocks
-    return nn.Parameter(whole.flatten(0, 1), requires_grad=weight.requires_grad)
+def _padded(layer: FactoredLayer, multiple: int, weights: dict[tuple[int, ...], nn.Parameter]) -> FactoredLayer:
+    """The same layer at larger ranks; `weights` holds those that were padded before, since layers may share them."""
+    outline = layer.empty_dense()
+    ranks = tuple(-(-rank // multiple) * multiple for rank in layer.ranks)
+    build = form_named(layer.form).build
+    wide = build(outline, layer_type=layer_type_of(outline), ranks=ranks, bias=layer.bias is not None)
+    for narrow, part in zip(layer.chain, wide.chain, strict=True):
+        weight = narrow.get_parameter("weight")
+        key = id(weight), *geometry_of(part).shape
+        if key not in weights:
+            weights[key] = nn.Parameter(_filled(narrow, part), requires_grad=weight.requires_grad)
+        part._parameters.update(weight=weights[key], bias=narrow._parameters.get("bias"))
+    return wide.train(layer.training)
 
 
-def _resize(part: nn.Module, into: int | None, out: int | None) -> None:
-    """Let a factor say of itself what its weight has become."""
-    for size, names in ((into, ("in_features", "in_channels")), (out, ("out_features", "out_channels"))):
-        if size is not None:
-            linear = isinstance(part, nn.Linear)
-            setattr(part, names[0] if linear else names[1], size * int(getattr(part, "groups", 1)))
+def _filled(narrow: nn.Module, part: nn.Module) -> Tensor:
+    """The weight of a factor in the sizes of `part`, zero where there was none."""
+    layer_type, sizes = layer_type_of(narrow), geometry_of(part)
+    kernels = layer_type.kernels(narrow).detach()
+    whole = kernels.new_zeros(sizes.shape)
+    whole[:, : kernels.shape[1], : kernels.shape[2]] = kernels
+    return layer_type.to_weight(whole, sizes).contiguous()

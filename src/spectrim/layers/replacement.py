@@ -1,20 +1,54 @@
-"""A plan applied to a model, and the way back to dense layers."""
+"""Layers exchanged for others in a model, all or none: factors in the place of dense layers, and the way back."""
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor, nn
+from torch.nn import functional
 
 from spectrim.core.errors import ModelError
-from spectrim.core.plans import FormName, LayerPlan, Plan
-from spectrim.layers.factored import low_rank_layers
-from spectrim.layers.registry import as_kernels, as_stored, build, geometry, kernels, stored
-from spectrim.layers.selection import names_of, replace
-from spectrim.linalg import Factors, Ranks, algebra, balanced, is_finite
+from spectrim.core.plans import LayerPlan, Plan
+from spectrim.layers.factored import geometry_of, low_rank_layers, shallow_copy
+from spectrim.layers.forms import form_named
+from spectrim.layers.types import layer_type_of
+from spectrim.linalg import Factors, Ranks, balanced, is_finite, to_float64
 
 
-def duplicate(model: nn.Module) -> nn.Module:
-    """A deep copy of the model.
+def replace(model: nn.Module, replacements: Mapping[str, nn.Module]) -> None:
+    """Put each module in the place its name gives, in `model` itself; if one step fails, none has happened."""
+    done: list[tuple[nn.Module, str, nn.Module]] = []
+    try:
+        for name, new in replacements.items():
+            path, _, child = name.rpartition(".")
+            parent = model.get_submodule(path)
+            done.append((parent, child, parent.get_submodule(child)))
+            setattr(parent, child, new)
+            _match_fast_path(parent)
+    except BaseException:
+        for parent, child, old in reversed(done):
+            setattr(parent, child, old)
+            _match_fast_path(parent)
+        raise
+
+
+def _match_fast_path(parent: nn.Module) -> None:
+    """Torch's fused encoder layer multiplies by `linear1.weight` itself; let it do so only for dense layers."""
+    if not isinstance(parent, nn.TransformerEncoderLayer):
+        return
+    factored = low_rank_layers(parent)
+    dense = not any(name in factored for name in ("linear1", "linear2"))
+    relu = parent.activation is functional.relu or isinstance(parent.activation, nn.ReLU)
+    gelu = parent.activation is functional.gelu or isinstance(parent.activation, nn.GELU)
+    parent.activation_relu_or_gelu = int(dense and (relu or gelu)) * (2 if gelu else 1)
+
+
+def names_of(model: nn.Module, module: nn.Module) -> tuple[str, ...]:
+    """Every dotted name under which `module` is reached, in registration order."""
+    return tuple(name for name, other in model.named_modules(remove_duplicate=False) if other is module)
+
+
+def duplicate(model: nn.Module, *, hint: str = "work on it directly with inplace=True") -> nn.Module:
+    """A deep copy of the model; `hint` says in the message what else can be done.
 
     Raises:
         ModelError: the model cannot be copied.
@@ -22,9 +56,7 @@ def duplicate(model: nn.Module) -> nn.Module:
     try:
         return copy.deepcopy(model)
     except (RuntimeError, TypeError) as error:
-        raise ModelError(
-            f"{type(model).__name__} cannot be copied ({error}); work on it directly with inplace=True"
-        ) from error
+        raise ModelError(f"{type(model).__name__} cannot be copied ({error}); {hint}") from error
 
 
 def factorize(
@@ -43,9 +75,8 @@ def factorize(
     """
     replacements: dict[str, nn.Module] = {}
     for layer in plan.factored:
-        names = (layer.name, *layer.also)
         biases = mean_corrections(means or {}) if layer.metric != "plain" else own_bias
-        replacements |= factored_at(model, names, form=layer.form, factors=factors(layer), bias=biases)
+        replacements |= factored_at(model, layer.names, form=layer.form, factors=factors(layer), bias=biases)
     replace(model, replacements)
     return model
 
@@ -55,42 +86,39 @@ BiasOf = Callable[[str, nn.Module, Tensor], Tensor | None]
 
 
 def factored_at(
-    model: nn.Module, names: Sequence[str], *, form: FormName, factors: Factors, bias: BiasOf
+    model: nn.Module, names: Sequence[str], *, form: str, factors: Factors, bias: BiasOf
 ) -> dict[str, nn.Module]:
     """The replacement for every name of one weight; layers that shared the weight share its factors.
 
     Raises:
         ModelError: factors that overflow the layer's number type.
     """
-    first = model.get_submodule(names[0])
-    ranks = _ranks(factors)
-    reference = first.get_parameter("weight")
-    blank = build(first, form=form, ranks=ranks, bias=False)
-    shared = [_parameter_like(reference, tensor) for tensor in stored(blank, balanced(factors))]
+    first, build = model.get_submodule(names[0]), form_named(form).build
+    ranks, reference = _ranks(factors), first.get_parameter("weight")
+    blank = build(first, layer_type=layer_type_of(first), ranks=ranks, bias=False)
+    shared = [_parameter_like(reference, tensor) for tensor in blank.stored(balanced(factors))]
     if not all(is_finite(weight) for weight in shared):
         raise ModelError(f"the factors of {names[0]} overflow {reference.dtype}; convert the model to float32 first")
     # of the factors as stored, so that in half precision the mean correction covers their rounding as well
-    whole = as_kernels(blank.product([algebra(weight) for weight in shared]), geometry(first)).flatten(2)
+    whole = blank.kernels([to_float64(weight) for weight in shared]).flatten(2)
     built: dict[nn.Module, nn.Module] = {}
-    replacements: dict[str, nn.Module] = {}
     for name in names:
         module = model.get_submodule(name)
         if module not in built:
             value = bias(name, module, whole)
-            new = build(module, form=form, ranks=ranks, bias=value is not None)
+            new = build(module, layer_type=layer_type_of(module), ranks=ranks, bias=value is not None)
             for part, weight in zip(new.chain, shared, strict=True):
                 part.weight = weight
             if value is not None:
                 new.chain[-1].bias = _bias_like(module, value)
             built[module] = new
-        replacements[name] = built[module]
-    return replacements
+    return {name: built[model.get_submodule(name)] for name in names}
 
 
-def product(layer: nn.Module, *, form: FormName, factors: Factors) -> Tensor:
+def product(layer: nn.Module, *, form: str, factors: Factors) -> Tensor:
     """The matrices (groups, out, n), float64, that factors for `layer` stand for."""
-    blank = build(layer, form=form, ranks=_ranks(factors), bias=False)
-    return as_kernels(blank.product(stored(blank, factors)), geometry(layer)).flatten(2)
+    blank = form_named(form).build(layer, layer_type=layer_type_of(layer), ranks=_ranks(factors), bias=False)
+    return blank.kernels(blank.stored(factors)).flatten(2)
 
 
 def _ranks(factors: Factors) -> Ranks:
@@ -100,15 +128,15 @@ def _ranks(factors: Factors) -> Ranks:
 def refitted_at(model: nn.Module, names: Sequence[str], *, weight: Tensor, bias: BiasOf) -> dict[str, nn.Module]:
     """Dense layers with another weight, (groups, out, in, *kernel), and another bias, for every name of one weight."""
     first = model.get_submodule(names[0])
-    shared = _parameter_like(first.get_parameter("weight"), as_stored(weight, geometry(first)))
-    whole = as_kernels(algebra(shared), geometry(first)).flatten(2)
+    layer_type, geometry = layer_type_of(first), geometry_of(first)
+    shared = _parameter_like(first.get_parameter("weight"), layer_type.to_weight(weight, geometry))
+    whole = layer_type.to_kernels(to_float64(shared), geometry).flatten(2)
     built: dict[nn.Module, nn.Module] = {}
     for name in names:
         module = model.get_submodule(name)
         if module not in built:
             value = bias(name, module, whole)
-            new = copy.copy(module)
-            new._parameters = dict(module._parameters)
+            new = shallow_copy(module)
             new.weight = shared
             if value is not None:
                 new.bias = _bias_like(module, value)
@@ -127,10 +155,10 @@ def mean_corrections(means: Mapping[str, Tensor]) -> BiasOf:
     def corrected(name: str, module: nn.Module, whole: Tensor) -> Tensor | None:
         if name not in means:
             return own_bias(name, module, whole)
-        lost = algebra(kernels(module)).flatten(2) - whole
+        lost = to_float64(layer_type_of(module).kernels(module)).flatten(2) - whole
         correction = (lost @ means[name].to(lost.device).unsqueeze(-1)).flatten()
         old = module._parameters.get("bias")
-        return correction if old is None else algebra(old).to(correction.device) + correction
+        return correction if old is None else to_float64(old).to(correction.device) + correction
 
     return corrected
 
@@ -152,9 +180,9 @@ def merge(model: nn.Module) -> nn.Module:
         parts = [part.get_parameter("weight") for part in module.chain]
         key = tuple(id(weight) for weight in parts)
         if key not in weights:
-            weights[key] = _parameter_like(parts[-1], module.product([algebra(weight) for weight in parts]))
+            weights[key] = _parameter_like(parts[-1], module.product([to_float64(weight) for weight in parts]))
         dense = module.empty_dense()
-        dense.weight, dense.bias = weights[key], module.chain[-1]._parameters.get("bias")
+        dense._parameters.update(weight=weights[key], bias=module.chain[-1]._parameters.get("bias"))
         replacements |= dict.fromkeys(names_of(merged, module), dense.train(module.training))
     replace(merged, replacements)
     return merged

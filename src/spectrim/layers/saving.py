@@ -6,28 +6,35 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from spectrim.core.errors import FileError, ModelError
-from spectrim.core.execution import device_of
+from spectrim.core.errors import FileError, ModelError, PlanError
+from spectrim.core.execution import device_of, unique_tensors
 from spectrim.core.files import Frozen, parse, write_atomically
-from spectrim.core.plans import FormName
 from spectrim.layers.factored import low_rank_layers
-from spectrim.layers.registry import LAYERS, build
-from spectrim.layers.replacement import duplicate
-from spectrim.layers.selection import names_of, replace, unique_tensors
+from spectrim.layers.forms import form_named
+from spectrim.layers.replacement import duplicate, names_of, replace
+from spectrim.layers.types import find_layer_type, layer_type_of
 
 _KEY = "spectrim"
 
 
 class _LowRank(Frozen):
     shape: tuple[int, ...]
-    form: FormName
+    form: str
     ranks: tuple[Annotated[int, Field(ge=1)], ...]
     bias: bool
+
+    @field_validator("form")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        try:
+            return form_named(name).name
+        except PlanError as error:
+            raise ValueError(str(error)) from error
 
 
 class _Structure(Frozen):
@@ -57,7 +64,7 @@ def save(model: nn.Module, path: str | Path) -> Path:
     low_rank: dict[str, _LowRank] = {}
     same_layer: dict[str, str] = {}
     for name, module in low_rank_layers(model).items():
-        shape = tuple(module.empty_dense().weight.shape)
+        shape = tuple(module.empty_dense().get_parameter("weight").shape)
         low_rank[name] = _LowRank(shape=shape, form=module.form, ranks=module.ranks, bias=module.bias is not None)
         same_layer |= dict.fromkeys(names_of(model, module)[1:], name)
     structure = _Structure(low_rank=low_rank, same_layer=same_layer, same_tensor=aliases, digest=_digest(stored))
@@ -84,9 +91,8 @@ def load(path: str | Path, model: nn.Module) -> nn.Module:
     rebuilt = duplicate(model)
     replacements: dict[str, nn.Module] = {}
     for name, layer in structure.low_rank.items():
-        replacements[name] = build(
-            _dense_at(rebuilt, name, layer, path), form=layer.form, ranks=layer.ranks, bias=layer.bias
-        )
+        dense, form = _dense_at(rebuilt, name, layer, path), form_named(layer.form)
+        replacements[name] = form.build(dense, layer_type=layer_type_of(dense), ranks=layer.ranks, bias=layer.bias)
     for name, first in structure.same_layer.items():
         replacements[name] = replacements[first]
     replace(rebuilt, replacements)
@@ -120,7 +126,7 @@ def _dense_at(model: nn.Module, name: str, layer: _LowRank, path: Path) -> nn.Mo
         module = model.get_submodule(name)
     except AttributeError:
         module = nn.Identity()
-    if type(module) not in LAYERS or tuple(module.get_parameter("weight").shape) != layer.shape:
+    if not find_layer_type(module) or tuple(module.get_parameter("weight").shape) != layer.shape:
         raise FileError(
             f"{path} is for another network: it wants a layer with a weight {list(layer.shape)} at {name!r}, "
             f"and {type(model).__name__} has {module if not isinstance(module, nn.Identity) else 'none'}"

@@ -4,13 +4,11 @@ All algebra is done in float64 whatever the weights' type, on the weights' devic
 """
 
 from spectrim.linalg.channel import ChannelDecomposition
-from spectrim.linalg.problem import Factors, Problem, Ranks, balanced
+from spectrim.linalg.problem import Decomposition, Factors, Problem, Ranks, balanced
 from spectrim.linalg.spatial import SpatialDecomposition
-from spectrim.linalg.spectra import FloatArray, Spectrum, algebra, is_finite, spectrum
+from spectrim.linalg.spectra import FloatArray, Spectrum, is_finite, spectrum, to_float64
 from spectrim.linalg.subspace import Truncated, truncate, truncate_exactly
-from spectrim.linalg.tucker2 import Tucker2Decomposition, rank_grid
-
-Decomposition = ChannelDecomposition | SpatialDecomposition | Tucker2Decomposition
+from spectrim.linalg.tucker2 import Tucker2Decomposition
 
 __all__ = [
     "ChannelDecomposition",
@@ -23,11 +21,10 @@ __all__ = [
     "Spectrum",
     "Truncated",
     "Tucker2Decomposition",
-    "algebra",
     "balanced",
     "is_finite",
-    "rank_grid",
     "spectrum",
+    "to_float64",
     "truncate",
     "truncate_exactly",
 ]

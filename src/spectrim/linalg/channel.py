@@ -1,12 +1,16 @@
 """Two factors through a narrower space, in closed form: the linear form, and the channel form of convolutions."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Self
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from spectrim.linalg.problem import Factors, Problem, Ranks
+from spectrim.linalg.problem import Factors, Problem, Ranks, every_rank
 from spectrim.linalg.spectra import FloatArray, Spectrum, over_groups
 
 
@@ -25,9 +29,19 @@ class ChannelDecomposition:
     basis: Tensor
     spectrum: Spectrum
 
+    @staticmethod
+    def full_ranks(shape: Sequence[int]) -> Ranks:
+        """(min(out, in * places),) of a weight (groups, out, in, *kernel)."""
+        return (min(shape[1], prod(shape[2:])),)
+
+    @staticmethod
+    def rank_grid(shape: Sequence[int]) -> npt.NDArray[np.int64]:
+        """The ranks of `tails`, (n, 1): every one."""
+        return every_rank(ChannelDecomposition.full_ranks(shape))
+
     @classmethod
-    def of(cls, problem: Problem) -> Self:
-        """The best basis for every rank at once.
+    def of(cls, problem: Problem, *, near: Factors = ()) -> Self:
+        """The best basis for every rank at once; `near` is not needed.
 
         Plain metric: the left singular vectors (Eckart & Young 1936). In a metric: the eigenvectors U of W C W^T, for
         which A = U_r, B = U_r^T W minimise the mean of |W x - A B x|^2, no inverse needed (activation-aware SVD;
@@ -36,12 +50,12 @@ class ChannelDecomposition:
         sensible factors.
         """
         if problem.covariance is None:
-            left, values, _ = torch.linalg.svd(problem.matrices, full_matrices=False)
-            return cls(problem, left, over_groups(values))
+            basis, values, _ = torch.linalg.svd(problem.matrices, full_matrices=False)
+            return cls(problem, basis, over_groups(values))
         each = zip(problem.matrices, problem.metric, strict=True)
-        found = [_metric_basis(weight, metric, noise=problem.noise) for weight, metric in each]
-        values = torch.stack([values for _, values in found])
-        return cls(problem, torch.stack([basis for basis, _ in found]), over_groups(values))
+        solved = [_metric_basis(weight, metric, tolerance=problem.rounding_tolerance) for weight, metric in each]
+        bases, values = (torch.stack(parts) for parts in zip(*solved, strict=True))
+        return cls(problem, bases, over_groups(values))
 
     @property
     def tails(self) -> FloatArray:
@@ -56,15 +70,15 @@ class ChannelDecomposition:
         return down.reshape(groups, ranks[0], *sizes), self.problem.unweighted(up)
 
 
-def _metric_basis(W: Tensor, C: Tensor, *, noise: float) -> tuple[Tensor, Tensor]:
+def _metric_basis(W: Tensor, C: Tensor, *, tolerance: float) -> tuple[Tensor, Tensor]:
     out_features, in_features = W.shape
     Q, R = torch.linalg.qr(W) if out_features > in_features else (None, W)
     variances, vectors = torch.linalg.eigh(_symmetric(R @ C @ R.T))
     variances, vectors = variances.flip(0).clamp(min=0), vectors.flip(1)
-    seen = int((variances > noise * variances[0]).sum())
+    seen = int((variances > tolerance * variances[0]).sum())
     if seen < len(variances):
         vectors = _complete(vectors, R, seen)
-        # Rotating the unseen directions among themselves leaves their total variance: it is noise, spread evenly.
+        # Rotating the unseen directions among themselves leaves their total variance: it is rounding, spread evenly.
         variances[seen:] = variances[seen:].mean()
     return vectors if Q is None else Q @ vectors, variances.sqrt()
 

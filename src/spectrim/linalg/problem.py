@@ -3,11 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Protocol, Self
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from spectrim.linalg.spectra import algebra
+from spectrim.linalg.spectra import FloatArray, to_float64
 
 Ranks = tuple[int, ...]
 """The ranks of one layer in one form: (rank,), or (rank_in, rank) in the tucker2 form."""
@@ -16,6 +19,37 @@ Factors = tuple[Tensor, ...]
 """The factors of one layer from its input to its output, each with the groups first."""
 
 _FLOOR = 1e-7
+
+
+class Decomposition(Protocol):
+    """What factors of any rank are made from, and what each rank loses.
+
+    The class says of a weight's shape alone which ranks there are, so that costs and losses cannot come apart.
+    """
+
+    @staticmethod
+    def full_ranks(shape: Sequence[int]) -> Ranks:
+        """The largest ranks that change anything, of a weight (groups, out, in, *kernel)."""
+
+    @staticmethod
+    def rank_grid(shape: Sequence[int]) -> npt.NDArray[np.int64]:
+        """The ranks of `tails`, (n, number of ranks)."""
+
+    @classmethod
+    def of(cls, problem: "Problem", *, near: Factors = ()) -> Self:
+        """Solve, or prepare to solve; where it is done by iteration, it starts from the factors `near`, if given."""
+
+    @property
+    def tails(self) -> FloatArray:
+        """Energy lost at each of the ranks of `rank_grid`, (n,)."""
+
+    def factors(self, ranks: Ranks) -> Factors:
+        """The factors of these ranks."""
+
+
+def every_rank(full: Ranks) -> npt.NDArray[np.int64]:
+    """1 to the full rank, (n, 1)."""
+    return np.arange(1, full[0] + 1, dtype=np.int64)[:, None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,30 +61,30 @@ class Problem:
         covariance: C = cov(x), (groups, n, n) with n = in times the kernel's size, symmetric and positive semi-definite
             up to rounding; None for the identity, which is the plain metric.
         output: G, (groups, out, out), positive semi-definite; None for the identity.
-        noise: Variance below this share of the largest is taken as rounding noise of the statistics.
+        rounding_tolerance: Variance below this share of the largest is taken as rounding of the statistics.
     """
 
     weight: Tensor
     covariance: Tensor | None = None
     output: Tensor | None = None
-    noise: float = 0.0
+    rounding_tolerance: float = 0.0
     _shared: dict[str, Tensor] = field(repr=False, default_factory=dict)
 
-    def felt(self, output: Tensor) -> "Problem":
+    def with_output_metric(self, output: Tensor) -> "Problem":
         """The same problem in the output metric G."""
         return replace(self, output=output)
 
     @cached_property
     def matrices(self) -> Tensor:
         """G^1/2 W in float64, (groups, out, n): with it the metric of the outputs is the identity."""
-        flat = algebra(self.weight).flatten(2)
+        flat = to_float64(self.weight).flatten(2)
         return flat if self.output is None else self._roots[0] @ flat
 
     @cached_property
     def metric(self) -> Tensor:
         """C in float64, (groups, n, n), on the device of `matrices`."""
         if self.covariance is not None:
-            return algebra(self.covariance).to(self.matrices.device)
+            return to_float64(self.covariance).to(self.matrices.device)
         groups, _, n = self.matrices.shape
         return torch.eye(n, dtype=torch.float64, device=self.matrices.device).expand(groups, n, n)
 
@@ -82,9 +116,9 @@ class Problem:
     @cached_property
     def _roots(self) -> tuple[Tensor, Tensor]:
         assert self.output is not None
-        values, vectors = torch.linalg.eigh(algebra(self.output).to(self.weight.device))
+        values, vectors = torch.linalg.eigh(to_float64(self.output).to(self.weight.device))
         top = values[:, -1:].clamp(min=torch.finfo(torch.float64).tiny)
-        # directions that the loss does not feel keep a small weight, so that the root has an inverse
+        # directions without effect on the loss keep a small weight, so that the root has an inverse
         values = (values / top).clamp(min=0) + 1e-3
         return (
             (vectors * values.sqrt().unsqueeze(1)) @ vectors.mT,

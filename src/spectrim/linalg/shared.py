@@ -28,15 +28,15 @@ class Progress:
     """Whether alternating least squares still gets anywhere: a sweep should lessen the error by a hundredth."""
 
     whole: Tensor
-    left: float = float("inf")
+    remaining: float = float("inf")
 
     def stalled(self, explained: Tensor) -> bool:
         """After a sweep that explains this much of the whole energy."""
-        before, self.left = self.left, float(self.whole - explained)
-        return self.left > (1 - _SLOW) * before
+        before, self.remaining = self.remaining, float(self.whole - explained)
+        return self.remaining > (1 - _SLOW) * before
 
 
-def leading(M: Tensor) -> Tensor:
+def top_rows(M: Tensor) -> Tensor:
     """Rows whose first r are the best V for every r in the plain metric, orthonormal, (min(P, out Q), P).
 
     The right singular vectors of all M_q above each other.
@@ -55,16 +55,16 @@ def nested_start(M: Tensor, A: Tensor | None) -> Tensor:
     The eigenvectors of S^1/2 (sum_q M_q^T M_q) S^1/2, with S the metric summed over the places, brought back by S^-1/2.
     """
     if A is None:
-        return leading(M)
+        return top_rows(M)
     _, P, Q = M.shape
     S = A.reshape(P, Q, P, Q).diagonal(dim1=1, dim2=3).sum(dim=-1)
     values, vectors = torch.linalg.eigh((S + S.T) / 2)
     roots = values.clamp(min=1e-12 * float(values[-1])).sqrt()
     root = (vectors * roots) @ vectors.T
-    return orthonormal(leading(root @ M) @ ((vectors / roots) @ vectors.T))
+    return orthonormal(top_rows(root @ M) @ ((vectors / roots) @ vectors.T))
 
 
-def gathered(V: Tensor, A: Tensor, Q: int) -> tuple[Tensor, Tensor]:
+def projected(V: Tensor, A: Tensor, Q: int) -> tuple[Tensor, Tensor]:
     """T A, (r Q, P Q), and T A T^T, (r Q, r Q), for T = V kron I_Q."""
     r, P = V.shape
     TA = (V @ A.reshape(P, -1)).reshape(r * Q, P * Q)
@@ -74,7 +74,7 @@ def gathered(V: Tensor, A: Tensor, Q: int) -> tuple[Tensor, Tensor]:
     return TA, (TAT + TAT.T) / 2
 
 
-def best_gather(M: Tensor, A: Tensor | None, V: Tensor) -> tuple[Tensor, Tensor]:
+def least_squares(M: Tensor, A: Tensor | None, V: Tensor) -> tuple[Tensor, Tensor]:
     """The H (out, r Q) that minimises the error for a given V, and H T A T^T.
 
     Written as a correction of M T^T, so that it is exact where V already spans everything, however ill A may be.
@@ -83,7 +83,7 @@ def best_gather(M: Tensor, A: Tensor | None, V: Tensor) -> tuple[Tensor, Tensor]
     H = (V @ M).reshape(out, -1)
     if A is None:
         return H, H
-    TA, TAT = gathered(V, A, Q)
+    TA, TAT = projected(V, A, Q)
     rest = M - V.T @ H.reshape(out, -1, Q)
     H = H + solver(TAT)(TA @ rest.reshape(out, -1).T).T
     return H, H @ TAT
@@ -93,7 +93,7 @@ def explained_by(M: Tensor, A: Tensor | None, V: Tensor) -> Tensor:
     """Rows (r Q, out) whose squares add up to the energy that the first rows of T explain, for every number at once."""
     if A is None:
         return (V @ M).permute(1, 2, 0).reshape(-1, len(M))
-    TA, TAT = gathered(V, A, M.shape[2])
+    TA, TAT = projected(V, A, M.shape[2])
     TAM = TA @ M.flatten(1).T
     factor, failed = torch.linalg.cholesky_ex(TAT)
     if int(failed):
@@ -120,7 +120,7 @@ def better_projection(M: Tensor, A: Tensor, H: Tensor, V: Tensor, *, steps: int 
     r, kind = len(V), V.dtype
     rest = (M - (V.T @ H.reshape(out, r, Q))).reshape(out, -1)
     if P * Q > _WIDE:
-        rest, A, H, V = (one.float() for one in (rest, A, H, V))
+        rest, A, H, V = (matrix.float() for matrix in (rest, A, H, V))
     H = H.reshape(out, r, Q)
     K = torch.einsum("orq,osp->rqsp", H, H).reshape(r, -1)
 
@@ -129,9 +129,9 @@ def better_projection(M: Tensor, A: Tensor, H: Tensor, V: Tensor, *, steps: int 
         return K @ spread.permute(2, 0, 1).reshape(-1, P)
 
     residual = torch.einsum("orq,opq->rp", H, (rest @ A).reshape(out, P, Q))
-    left = solver(torch.einsum("rqsq->rs", K.reshape(r, Q, r, Q)))
-    right = solver(A.reshape(P, Q, P, Q).diagonal(dim1=1, dim2=3).sum(dim=-1))
-    step, direction = torch.zeros_like(V), right(left(residual).T).T
+    solve_rows = solver(torch.einsum("rqsq->rs", K.reshape(r, Q, r, Q)))
+    solve_columns = solver(A.reshape(P, Q, P, Q).diagonal(dim1=1, dim2=3).sum(dim=-1))
+    step, direction = torch.zeros_like(V), solve_columns(solve_rows(residual).T).T
     power = float((residual * direction).sum())
     for _ in range(steps):
         image = normal(direction)
@@ -140,7 +140,7 @@ def better_projection(M: Tensor, A: Tensor, H: Tensor, V: Tensor, *, steps: int 
             break
         step += (power / curvature) * direction
         residual = residual - (power / curvature) * image
-        conditioned = right(left(residual).T).T
+        conditioned = solve_columns(solve_rows(residual).T).T
         before, power = power, float((residual * conditioned).sum())
         direction = conditioned + (power / before) * direction
     return (V + step).to(kind)
@@ -157,6 +157,6 @@ def solver(matrix: Tensor) -> Callable[[Tensor], Tensor]:
     if not int(failed):
         return lambda right: torch.cholesky_solve(right, factor)
     values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
-    noise = max(1e-12, 10 * torch.finfo(matrix.dtype).eps)
-    inverse = torch.where(values > noise * values[-1], 1 / values, torch.zeros_like(values))
+    tolerance = max(1e-12, 10 * torch.finfo(matrix.dtype).eps)
+    inverse = torch.where(values > tolerance * values[-1], 1 / values, torch.zeros_like(values))
     return lambda right: vectors @ (inverse.unsqueeze(1) * (vectors.T @ right))

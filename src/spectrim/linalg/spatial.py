@@ -1,20 +1,22 @@
 """The spatial form: a column of the kernel first, a row second (Jaderberg 2014), fitted in the metric of the data."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Self
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from spectrim.linalg.problem import Factors, Problem, Ranks
+from spectrim.linalg.problem import Factors, Problem, Ranks, every_rank
 from spectrim.linalg.shared import (
     Progress,
-    best_gather,
     better_projection,
     energy,
     explained_by,
+    least_squares,
     most_sweeps,
     nested_start,
     orthonormal,
@@ -34,9 +36,25 @@ class SpatialDecomposition:
     problem: Problem
     basis: Tensor
 
+    @staticmethod
+    def full_ranks(shape: Sequence[int]) -> Ranks:
+        """(min(in * height, out * width),)."""
+        _, out, into, height, width = shape
+        return (min(into * height, out * width),)
+
+    @staticmethod
+    def rank_grid(shape: Sequence[int]) -> npt.NDArray[np.int64]:
+        """The ranks of `tails`, (n, 1): every one."""
+        return every_rank(SpatialDecomposition.full_ranks(shape))
+
     @classmethod
-    def of(cls, problem: Problem) -> Self:
-        """The start: the closed-form solution for inputs that are independent from one kernel column to the next."""
+    def of(cls, problem: Problem, *, near: Factors = ()) -> Self:
+        """The start: the closed-form solution for inputs that are independent from one kernel column to the next.
+
+        With factors of a problem that is nearly the same, the first of them is the start, up to its rank.
+        """
+        if near:
+            return cls(problem, near[0].flatten(2))
         return cls(problem, torch.stack([nested_start(M, A) for M, A in _each(problem)]))
 
     @cached_property
@@ -46,8 +64,8 @@ class SpatialDecomposition:
         lost = np.zeros(self.basis.shape[1])
         for (M, A), V in zip(_each(self.problem), self.basis, strict=True):
             explained = explained_by(M, A, V).square().sum(dim=1)
-            kept = explained.reshape(-1, width).sum(dim=1).cumsum(dim=0)
-            lost += (energy(M, A) - kept).clamp(min=0).cpu().numpy()
+            explained_energy = explained.reshape(-1, width).sum(dim=1).cumsum(dim=0)
+            lost += (energy(M, A) - explained_energy).clamp(min=0).cpu().numpy()
         return lost
 
     def factors(self, ranks: Ranks, *, sweeps: int | None = None) -> Factors:
@@ -68,7 +86,7 @@ class SpatialDecomposition:
 
 
 def _fitted(M: Tensor, A: Tensor | None, V: Tensor, sweeps: int | None) -> tuple[Tensor, Tensor]:
-    H, weighed = best_gather(M, A, V)
+    H, weighed = least_squares(M, A, V)
     if A is None:
         return V, H
     progress = Progress(energy(M, A))
@@ -76,7 +94,7 @@ def _fitted(M: Tensor, A: Tensor | None, V: Tensor, sweeps: int | None) -> tuple
         if progress.stalled((weighed * H).sum()):
             break
         V = orthonormal(better_projection(M, A, H, V))
-        H, weighed = best_gather(M, A, V)
+        H, weighed = least_squares(M, A, V)
     return V, H
 
 

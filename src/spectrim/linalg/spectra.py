@@ -79,7 +79,7 @@ class Spectrum:
         return math.sqrt(float(self.tail_energy[rank - 1]) / total) if total > 0 else 0.0
 
 
-def algebra(tensor: Tensor) -> Tensor:
+def to_float64(tensor: Tensor) -> Tensor:
     """`tensor` detached in float64, moved to the CPU where its device has no float64."""
     tensor = tensor.detach()
     if tensor.device.type == "mps":
@@ -89,7 +89,7 @@ def algebra(tensor: Tensor) -> Tensor:
 
 def spectrum(matrices: Tensor) -> Spectrum:
     """Singular values of (groups, out, in) matrices."""
-    return over_groups(torch.linalg.svdvals(algebra(matrices)))
+    return over_groups(torch.linalg.svdvals(to_float64(matrices)))
 
 
 def over_groups(values: Tensor) -> Spectrum:

@@ -17,18 +17,18 @@ _TOLERANCE = 5e-5
 
 @dataclass(frozen=True, eq=False)
 class Truncated:
-    """A matrix of rank D as `left @ right.mT`.
+    """A matrix of rank D as `left_factor @ right_factor.mT`.
 
     Attributes:
-        left: (out, rank), of the matrix's type.
-        right: (in, rank); one of the two has orthonormal columns.
+        left_factor: (out, rank), of the matrix's type.
+        right_factor: (in, rank); one of the two has orthonormal columns.
         basis: (min(out, in), n) orthonormal columns to start from after the next change; n is 0 where a full
             decomposition is always as fast.
         decomposed: Whether this took a full decomposition.
     """
 
-    left: Tensor
-    right: Tensor
+    left_factor: Tensor
+    right_factor: Tensor
     basis: Tensor
     decomposed: bool
 
@@ -36,7 +36,7 @@ class Truncated:
     def matrix(self) -> Tensor:
         """W_D, (out, in)."""
         # as rows without gaps the product takes two thirds of the time
-        return self.left.contiguous() @ self.right.contiguous().mT
+        return self.left_factor.contiguous() @ self.right_factor.contiguous().mT
 
 
 def truncate_exactly(W: Tensor, rank: int) -> Truncated:
@@ -72,8 +72,8 @@ def truncate(W: Tensor, rank: int, *, basis: Tensor | None = None) -> Truncated:
     size = _basis_size(A.shape[1], rank)
     warm = _iterated(A, basis, rank, energy=energy) if basis is not None and basis.shape[1] == size > 0 else None
     V, B = _decomposed(A, max(size, rank)) if warm is None else warm
-    left, right = (B, V) if A is W else (V, B)
-    return Truncated(left[:, :rank], right[:, :rank], V[:, :size].contiguous(), decomposed=warm is None)
+    factors = (B, V) if A is W else (V, B)
+    return Truncated(factors[0][:, :rank], factors[1][:, :rank], V[:, :size].contiguous(), decomposed=warm is None)
 
 
 def _basis_size(side: int, rank: int) -> int:
@@ -110,17 +110,17 @@ def _iterated(A: Tensor, V: Tensor, rank: int, *, energy: float) -> tuple[Tensor
         # all products with A in its own type, all algebra of the few columns in float64
         beyond = Z - V @ (V.mT @ Z)
         # of the oversampling only the last, which is the probe at first: the others follow as they are
-        wanted = torch.cat([beyond[:, :rank], beyond[:, -1:]], dim=1)
-        U = _orthonormal(wanted, outside=V)
+        outside = torch.cat([beyond[:, :rank], beyond[:, -1:]], dim=1)
+        U = _orthonormal(outside, outside=V)
         both = torch.cat([B, _times(A, U)], dim=1).double()
         values, vectors = torch.linalg.eigh(both.mT @ both)
         values, vectors = values.flip(0)[:size], vectors.flip(1)[:, :size]
-        leading = vectors[:, :rank]
+        top_vectors = vectors[:, :rank]
         # A^T A times a Ritz vector leaves the span in two ways: by the columns left out above, which are known, and by
         # what U brings, of which A^T has yet to be taken
         rest = beyond[:, rank:-1]
-        rest = (rest - U @ (U.mT @ rest)) @ leading[rank : size - 1]
-        brought = torch.linalg.vector_norm(both[:, size:] @ leading[size:], dim=0)
+        rest = (rest - U @ (U.mT @ rest)) @ top_vectors[rank : size - 1]
+        brought = torch.linalg.vector_norm(both[:, size:] @ top_vectors[size:], dim=0)
         V = torch.cat([V, U], dim=1) @ vectors
         B = (both @ vectors).to(A.dtype)
         enough = _TOLERANCE * max(energy - float(values[:rank].sum()), floor)
@@ -168,17 +168,17 @@ def _orthonormal(block: Tensor, *, outside: Tensor | None = None) -> Tensor:
     By the Cholesky factor of the Gram matrix, again where one pass leaves rounding, and by Householder's QR where
     columns are nearly dependent, as they are when little is left outside.
     """
-    found: Tensor | None = block
+    columns: Tensor | None = block
     for _ in range(2):
-        found = None if found is None else _cholesky_qr(found)
-        if found is None or outside is None:
+        columns = None if columns is None else _cholesky_qr(columns)
+        if columns is None or outside is None:
             break
-        overlap = outside.mT @ found
+        overlap = outside.mT @ columns
         if float(overlap.abs().max()) < 1e-10:
             break
-        found = found - outside @ overlap
-    if found is not None:
-        return found
+        columns = columns - outside @ overlap
+    if columns is not None:
+        return columns
     if outside is None:
         return orthonormal(block.mT).mT
     scaled = block / torch.linalg.vector_norm(block, dim=0).clamp(min=1e-300)

@@ -1,7 +1,10 @@
 """The tucker2 form: fewer channels in, the kernel between few channels, then out (Kim 2016), fitted in the metric."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
+from math import prod
 from typing import Self
 
 import numpy as np
@@ -12,14 +15,14 @@ from torch import Tensor
 from spectrim.linalg.problem import Factors, Problem, Ranks
 from spectrim.linalg.shared import (
     Progress,
-    best_gather,
     better_projection,
     energy,
     explained_by,
-    leading,
+    least_squares,
     most_sweeps,
     nested_start,
     orthonormal,
+    top_rows,
 )
 from spectrim.linalg.spectra import FloatArray
 
@@ -32,26 +35,37 @@ class Tucker2Decomposition:
 
     Attributes:
         problem: What is approximated; weight (groups, out, in, *kernel).
-        basis: float64 (groups, in, in), orthonormal rows, best first.
+        basis: float64 (groups, k, in), orthonormal rows, best first; k = min(in, out * places).
     """
 
     problem: Problem
     basis: Tensor
 
+    @staticmethod
+    def full_ranks(shape: Sequence[int]) -> Ranks:
+        """(min(in, out * places), min(out, in * places))."""
+        _, out, into, *kernel = shape
+        return min(into, out * prod(kernel)), min(out, into * prod(kernel))
+
+    @staticmethod
+    def rank_grid(shape: Sequence[int]) -> npt.NDArray[np.int64]:
+        """The ranks of `tails`, (n, 2): every pair of an input rank and an output rank, of each at most about 64."""
+        return np.array(list(product(*map(_spread, Tucker2Decomposition.full_ranks(shape)))), dtype=np.int64)
+
     @classmethod
-    def of(cls, problem: Problem) -> Self:
-        """The start: the channel directions that matter if inputs at different kernel places were independent."""
+    def of(cls, problem: Problem, *, near: Factors = ()) -> Self:
+        """The start: the channel directions that matter if inputs at different kernel places were independent.
+
+        With factors of a problem that is nearly the same, the first of them is the start, up to its rank.
+        """
+        if near:
+            return cls(problem, near[0].flatten(2))
         return cls(problem, torch.stack([nested_start(M, A) for M, A in _each(problem)]))
 
     @cached_property
-    def grid(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """The input ranks and the output ranks of `tails`: all of them up to 64, then as many, evenly spaced."""
-        return rank_grid(self.basis.shape[1]), rank_grid(self.problem.weight.shape[1])
-
-    @cached_property
     def tails(self) -> FloatArray:
-        """Energy lost at every pair of `grid`, (input ranks, output ranks), before `factors` improves on the start."""
-        into, out = self.grid
+        """Energy lost at each pair of ranks of `rank_grid`, (n,), before `factors` improves on the start."""
+        into, out = map(_spread, self.full_ranks(self.problem.weight.shape))
         lost = np.zeros((len(into), len(out)))
         for (M, A), V in zip(_each(self.problem), self.basis, strict=True):
             places = M.shape[2]
@@ -60,19 +74,19 @@ class Tucker2Decomposition:
             for row, rank in enumerate(into):
                 new = explained[done * places : int(rank) * places]
                 gram, done = gram + new.T @ new, int(rank)
-                kept = torch.linalg.eigvalsh(gram).flip(0).clamp(min=0).cumsum(dim=0)
-                lost[row] += (total - kept).clamp(min=0).cpu().numpy()[out - 1]
-        return lost
+                explained_energy = torch.linalg.eigvalsh(gram).flip(0).clamp(min=0).cumsum(dim=0)
+                lost[row] += (total - explained_energy).clamp(min=0).cpu().numpy()[out - 1]
+        return lost.reshape(-1)
 
     def factors(self, ranks: Ranks, *, sweeps: int | None = None) -> Factors:
         """(first, core, last): (groups, rank_in, in, 1, ..), (groups, rank, rank_in, *kernel), (groups, out, rank)."""
         groups, _, into, *kernel = self.problem.weight.shape
         rank_in, rank = ranks
-        found = [
+        fitted = [
             _fitted(M, A, start[:rank_in], rank, sweeps)
             for (M, A), start in zip(_each(self.problem), self.basis, strict=True)
         ]
-        first, core, last = (torch.stack(parts) for parts in zip(*found, strict=True))
+        first, core, last = (torch.stack(parts) for parts in zip(*fitted, strict=True))
         return (
             first.reshape(groups, rank_in, into, *[1] * len(kernel)),
             core.reshape(groups, rank, rank_in, *kernel),
@@ -80,7 +94,7 @@ class Tucker2Decomposition:
         )
 
 
-def rank_grid(full: int) -> npt.NDArray[np.int64]:
+def _spread(full: int) -> npt.NDArray[np.int64]:
     """1..full if these are few, else about 64 multiples of a power of two, and `full` itself."""
     step = 1
     while full > _GRID * step:
@@ -106,7 +120,7 @@ def _better(M: Tensor, A: Tensor | None, V: Tensor, core: Tensor, last: Tensor) 
     2000).
     """
     if A is None:
-        best = leading((last.T @ M.flatten(1)).reshape(-1, *M.shape[1:]))
+        best = top_rows((last.T @ M.flatten(1)).reshape(-1, *M.shape[1:]))
         # few outputs span few directions, and what fills them up does not matter
         return best[: len(V)] if len(best) >= len(V) else orthonormal(torch.cat([best, V]))[: len(V)]
     return orthonormal(better_projection(M, A, last @ core, V))
@@ -117,7 +131,7 @@ def _core(M: Tensor, A: Tensor | None, V: Tensor, rank: int) -> tuple[Tensor, Te
 
     Least squares, then the channel form's closed solution in the metric that V leaves.
     """
-    H, weighed = best_gather(M, A, V)
+    H, weighed = least_squares(M, A, V)
     gram = weighed @ H.T
     if rank == len(H):
         return H, torch.eye(rank, dtype=H.dtype, device=H.device), gram.trace()

@@ -9,22 +9,14 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from spectrim.analysis.spectra import Analysis, LayerAnalysis, Offers
-from spectrim.benchmark.latency import LatencyTable
+from spectrim.analysis.spectra import Analysis, LayerAnalysis
+from spectrim.benchmark.latencies import LatencyTable
 from spectrim.core.errors import PlanError, RuleError
-from spectrim.core.plans import CONVOLUTION_FORMS, Budget, FormName, LatencyNote, Limit, Metric, Plan
+from spectrim.core.plans import Budget, LatencyNote, Limit, Metric, Plan
+from spectrim.layers.forms import RankCosts, selected_forms
 from spectrim.linalg import FloatArray, Ranks
-from spectrim.planning.decisions import (
-    dense,
-    factored,
-    forms_among,
-    listed,
-    metric_of,
-    multiple_of,
-    possible_forms,
-    why_impossible,
-)
-from spectrim.planning.knapsack import Allocation, Menu
+from spectrim.planning.decisions import dense, factored, listed, metric_of, possible_forms, step_of, why_impossible
+from spectrim.planning.knapsack import Allocation, KnapsackItem
 from spectrim.runtimes.rank_grid import Grid
 
 
@@ -63,7 +55,7 @@ def pareto(
     cost: Limit = "macs",
     points: int = 20,
     metric: Metric | None = None,
-    forms: Sequence[FormName] | None = None,
+    forms: Sequence[str] | None = None,
     rank_multiple: int | Grid | None = None,
     latencies: LatencyTable | None = None,
 ) -> Curve:
@@ -86,18 +78,24 @@ def pareto(
         raise PlanError(f"cost={cost!r}: there are macs, params and bytes, and latency")
     if points < 2:
         raise RuleError(f"points={points}: a curve needs at least 2")
-    chosen, allowed = metric_of(analysis, metric, best=True), forms_among(forms, CONVOLUTION_FORMS)
-    options = Options.of(analysis, cost, metric=chosen, forms=allowed, multiple=rank_multiple, latencies=latencies)
-    solved = Allocation.of([menu for menu, _ in options.menus], limit=options.whole - options.fixed)
+    options = Options.of(
+        analysis,
+        cost,
+        metric=metric_of(analysis, metric, best=True),
+        forms=selected_forms(forms),
+        multiple=rank_multiple,
+        latencies=latencies,
+    )
+    solved = Allocation.of(options.items, limit=options.whole - options.outside)
     least = Fraction(options.least, options.whole)
     shares = (least + (1 - least) * Fraction(step, points) for step in range(points))
-    found = []
+    curve = []
     for share in shares:
-        picked = solved.pick(int(share * options.whole) - options.fixed)
+        solution = solved.solve(int(share * options.whole) - options.outside)
         rule = options.rule(float(min(max(share, Fraction(1, 10**9)), 1 - Fraction(1, 10**9))))
-        kept, lost = options.kept(picked) / options.whole, options.lost(picked)
-        found.append(Point(kept, lost, options.plan(rule, picked)))
-    return Curve(cost, tuple(found))
+        ratio = options.kept(solution) / options.whole
+        curve.append(Point(ratio, options.lost(solution), options.plan(rule, solution)))
+    return Curve(cost, tuple(curve))
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,7 +115,7 @@ class Options:
     analysis: Analysis
     cost: Limit
     metric: Metric
-    forms: tuple[FormName, ...]
+    forms: tuple[str, ...]
     multiple: int
     latencies: LatencyTable | None = None
 
@@ -128,7 +126,7 @@ class Options:
         cost: Limit,
         *,
         metric: Metric,
-        forms: tuple[FormName, ...],
+        forms: tuple[str, ...],
         multiple: int | Grid | None,
         latencies: LatencyTable | None,
     ) -> "Options":
@@ -144,8 +142,8 @@ class Options:
                 "other budget does; st.compress makes it by itself"
             )
         if latencies is None:
-            return cls(analysis, cost, metric, forms, multiple_of(multiple))
-        step = latencies.rank_multiple if multiple is None else multiple_of(multiple)
+            return cls(analysis, cost, metric, forms, step_of(multiple))
+        step = latencies.rank_multiple if multiple is None else step_of(multiple)
         if step % latencies.rank_multiple:
             raise RuleError(
                 f"rank_multiple={step}: the table holds multiples of {latencies.rank_multiple}; make another table"
@@ -164,11 +162,11 @@ class Options:
         return int(getattr(self.analysis.whole, self.cost))
 
     @property
-    def fixed(self) -> int:
+    def outside(self) -> int:
         """What it costs besides the layers of the analysis; below 0 where the times of single layers add up to more."""
         if self.cost == "latency":
             return self.whole - sum(self._dense(layer) for layer in self.analysis)
-        return self.analysis.fixed(self.cost)
+        return self.analysis.outside(self.cost)
 
     def rule(self, share: float) -> Budget:
         """The budget of this share."""
@@ -186,19 +184,19 @@ class Options:
     @cached_property
     def cheapest(self) -> dict[str, int]:
         """What the smallest factors of each layer cost, by name; told by shapes and times, nothing is decomposed."""
-        found = {}
+        cheapest = {}
         for layer in self.analysis:
-            offered = (self._offered(layer, layer.offers(form, self.metric))[1] for form in self._possible(layer))
-            costs = [int(each.min()) for each in offered if len(each)]
+            each = (self._usable(layer, layer.rank_costs(form, self.metric))[1] for form in self._possible(layer))
+            costs = [int(of_form.min()) for of_form in each if len(of_form)]
             if costs:
-                found[layer.name] = min(costs)
-        return found
+                cheapest[layer.name] = min(costs)
+        return cheapest
 
     @property
     def least(self) -> int:
         """The smallest cost that a budget can ask for."""
         dense = {layer.name: self._dense(layer) for layer in self.analysis}
-        return self.fixed + sum(min(cost, self.cheapest.get(name, cost)) for name, cost in dense.items())
+        return self.outside + sum(min(cost, self.cheapest.get(name, cost)) for name, cost in dense.items())
 
     def require(self, rule: Budget, *, share: float) -> int:
         """What a share of the dense network's cost is, in whole numbers.
@@ -212,44 +210,49 @@ class Options:
         return budget
 
     @cached_property
-    def menus(self) -> list[tuple[Menu, list[tuple[FormName, Ranks]]]]:
+    def candidates(self) -> list[tuple[KnapsackItem, list[tuple[str, Ranks]]]]:
         """By layer: costs and losses, the dense layer first, and the form and ranks of the others."""
-        return [self._menu(layer) for layer in self.analysis]
+        return [self._candidates_of(layer) for layer in self.analysis]
 
-    def _menu(self, layer: LayerAnalysis) -> tuple[Menu, list[tuple[FormName, Ranks]]]:
+    @property
+    def items(self) -> list[KnapsackItem]:
+        """By layer: costs and losses."""
+        return [item for item, _ in self.candidates]
+
+    def _candidates_of(self, layer: LayerAnalysis) -> tuple[KnapsackItem, list[tuple[str, Ranks]]]:
         costs, losses = [np.array([self._dense(layer)])], [np.zeros(1)]
         usual = float(np.median([*self.analysis.sensitivity.values()])) if self.analysis.sensitivity else 1.0
-        named: list[tuple[FormName, Ranks]] = []
+        named: list[tuple[str, Ranks]] = []
         for form in self._possible(layer):
-            choices = layer.choices(form, self.metric)
-            fits, cost = self._offered(layer, choices)
+            errors = layer.rank_errors(form, self.metric)
+            fits, cost = self._usable(layer, errors)
             costs.append(cost)
-            losses.append(choices.lost[fits] * self.analysis.sensitivity.get(layer.name, usual))
-            named += [(form, tuple(int(rank) for rank in choices.ranks[one])) for one in fits]
-        return Menu(np.concatenate(costs).astype(np.int64), np.concatenate(losses)), named
+            losses.append(errors.lost[fits] * self.analysis.sensitivity.get(layer.name, usual))
+            named += [(form, tuple(int(rank) for rank in ranks)) for ranks in errors.ranks[fits]]
+        return KnapsackItem(np.concatenate(costs).astype(np.int64), np.concatenate(losses)), named
 
-    def _possible(self, layer: LayerAnalysis) -> list[FormName]:
+    def _possible(self, layer: LayerAnalysis) -> list[str]:
         # before the data have been run, none is known to miss a layer
         metric = self.metric if self.metric in self.analysis.metrics else "plain"
         return possible_forms(layer, self.forms, metric)
 
-    def _offered(
-        self, layer: LayerAnalysis, offers: Offers
+    def _usable(
+        self, layer: LayerAnalysis, rank_costs: RankCosts
     ) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.int64] | FloatArray]:
         """Positions of the ranks on the grid that are smaller than the layer (and faster), and what they cost."""
-        small = (offers.params < layer.dense.params) & (offers.macs <= layer.dense.macs)
+        small = (rank_costs.params < layer.dense.params) & (rank_costs.macs <= layer.dense.macs)
         if self.latencies is None:
-            full = np.array(layer.sizes.full_ranks(offers.form)) if layer.sizes else offers.ranks[-1]
-            even = (offers.ranks % self.multiple == 0) | (offers.ranks == full)
+            full = np.array(layer.full_ranks(rank_costs.form))
+            even = (rank_costs.ranks % self.multiple == 0) | (rank_costs.ranks == full)
             fits = np.flatnonzero(even.all(axis=1) & small)
-            return fits, self._factored(layer, offers)[fits]
+            return fits, self._factored(layer, rank_costs)[fits]
         layers = self.latencies.of(layer.name)
-        times = layers.of(offers.form) if layers else None
+        times = layers.of(rank_costs.form) if layers else None
         if times is None:
             return np.zeros(0, dtype=np.intp), np.zeros(0)
         below = self.multiple if self.multiple == self.latencies.rank_multiple else 0
-        fits = np.flatnonzero(times.covers(offers.ranks, step=self.multiple, below=below) & small)
-        costs = np.array([_nanoseconds(ms) for ms in times.at(offers.ranks[fits])], dtype=np.int64)
+        fits = np.flatnonzero(times.covers(rank_costs.ranks, step=self.multiple, below=below) & small)
+        costs = np.array([_nanoseconds(ms) for ms in times.at(rank_costs.ranks[fits])], dtype=np.int64)
         faster = costs < self._dense(layer)
         return fits[faster], costs[faster]
 
@@ -259,40 +262,41 @@ class Options:
             return _nanoseconds(times.dense_ms) if times else 0
         return layer.dense.macs if self.cost == "macs" else layer.dense.params * self._unit(layer)
 
-    def _factored(self, layer: LayerAnalysis, offers: Offers) -> npt.NDArray[np.int64]:
+    def _factored(self, layer: LayerAnalysis, rank_costs: RankCosts) -> npt.NDArray[np.int64]:
         if self.cost == "macs":
-            return offers.macs
+            return rank_costs.macs
         # each tensor of a file has an entry in its header
-        tensors = len(offers.ranks[0]) + (not layer.has_bias and self.metric != "plain")
+        tensors = len(rank_costs.ranks[0]) + (not layer.weight.has_bias and self.metric != "plain")
         entries = tensors * (len(layer.name) + 120) if self.cost == "bytes" else 0
-        return offers.params * self._unit(layer) + entries * (1 + len(layer.also))
+        return rank_costs.params * self._unit(layer) + entries * (1 + len(layer.tied_names))
 
     def _unit(self, layer: LayerAnalysis) -> int:
-        return layer.itemsize if self.cost == "bytes" else 1
+        return layer.weight.itemsize if self.cost == "bytes" else 1
 
-    def kept(self, picked: Sequence[int]) -> int:
+    def kept(self, solution: Sequence[int]) -> int:
         """What the whole model costs with these options."""
-        return self.fixed + sum(int(menu.costs[one]) for (menu, _), one in zip(self.menus, picked, strict=True))
+        chosen = zip(self.items, solution, strict=True)
+        return self.outside + sum(int(item.costs[option]) for item, option in chosen)
 
-    def lost(self, picked: Sequence[int]) -> float:
+    def lost(self, solution: Sequence[int]) -> float:
         """What all layers lose together with these options."""
-        return sum(float(menu.losses[one]) for (menu, _), one in zip(self.menus, picked, strict=True))
+        return sum(float(item.losses[option]) for item, option in zip(self.items, solution, strict=True))
 
-    def plan(self, rule: Budget, picked: Sequence[int]) -> Plan:
+    def plan(self, rule: Budget, solution: Sequence[int]) -> Plan:
         """These options as a plan, with reasons."""
         layers = []
-        for layer, (menu, named), one in zip(self.analysis, self.menus, picked, strict=True):
-            if one:
-                form, ranks = named[one - 1]
-                because = f"{form} at {self._share(menu, one)} loses least for what it saves"
+        for layer, (item, named), option in zip(self.analysis, self.candidates, solution, strict=True):
+            if option:
+                form, ranks = named[option - 1]
+                because = f"{form} at {self._share(item, option)} loses least for what it saves"
                 layers.append(factored(layer, form, ranks, metric=self.metric, reason=because))
             else:
-                layers.append(dense(layer, reason=self._why_dense(layer, menu, named), metric=self.metric))
+                layers.append(dense(layer, reason=self._why_dense(layer, item, named), metric=self.metric))
         multiple = self.multiple if self.multiple > 1 else None
-        note = self._note(self.kept(picked))
+        note = self._note(self.kept(solution))
         return Plan(rule=rule, metric=self.metric, layers=tuple(layers), rank_multiple=multiple, latency=note)
 
-    def _note(self, kept: int) -> LatencyNote | None:
+    def _note(self, cost: int) -> LatencyNote | None:
         table = self.latencies
         if table is None:
             return None
@@ -302,21 +306,21 @@ class Options:
             batch=table.batch,
             fingerprint=table.fingerprint,
             dense_ms=table.network_ms,
-            predicted=kept / self.whole,
+            predicted=cost / self.whole,
         )
 
-    def _share(self, menu: Menu, one: int) -> str:
-        share = menu.costs[one] / max(1, menu.costs[0])
+    def _share(self, item: KnapsackItem, option: int) -> str:
+        share = item.costs[option] / max(1, item.costs[0])
         if self.latencies is None:
             return f"{share:.0%} of its {self.cost}"
-        return f"{share:.0%} of its time ({menu.costs[one] / 1e6:.3g} of {menu.costs[0] / 1e6:.3g} ms)"
+        return f"{share:.0%} of its time ({item.costs[option] / 1e6:.3g} of {item.costs[0] / 1e6:.3g} ms)"
 
-    def _why_dense(self, layer: LayerAnalysis, menu: Menu, named: list[tuple[FormName, Ranks]]) -> str:
+    def _why_dense(self, layer: LayerAnalysis, item: KnapsackItem, named: list[tuple[str, Ranks]]) -> str:
         if not named:
             return why_impossible(layer, self.metric) or self._why_nothing(layer)
-        best = 1 + int(np.argmin(menu.losses[1:]))
+        best = 1 + int(np.argmin(item.losses[1:]))
         form, ranks = named[best - 1]
-        share = menu.costs[best] / max(1, menu.costs[0])
+        share = item.costs[best] / max(1, item.costs[0])
         what = self.cost if self.latencies is None else "time"
         return (
             f"the budget is met with less error elsewhere; the mildest option here, {form} at rank {listed(ranks)}, "
@@ -326,10 +330,11 @@ class Options:
     def _why_nothing(self, layer: LayerAnalysis) -> str:
         """Why a layer that can be factored has no option."""
         times = self.latencies.of(layer.name) if self.latencies else None
-        timed = [one for one in times.forms if one.form in self.forms] if times else []
+        possible = self._possible(layer)
+        timed = [of_form for of_form in times.forms if of_form.form in possible] if times else []
         if times is None or not timed:
             return "no rank of any form allowed here would be smaller"
-        least = min(timed, key=lambda one: min(one.ms))
+        least = min(timed, key=lambda of_form: min(of_form.ms))
         return (
             f"its factors do not pay: the fastest are in the {least.form} form and take {min(least.ms):.3g} ms, "
             f"the layer itself {times.dense_ms:.3g} ms"
@@ -346,17 +351,17 @@ def budgeted(options: Options, rule: Budget) -> Plan:
     Raises:
         RuleError: a budget below what is reachable; says what is.
     """
-    return options.plan(rule, picked_at(options, rule, share=rule.share))
+    return options.plan(rule, solve(options, rule, share=rule.share))
 
 
-def picked_at(options: Options, rule: Budget, *, share: float) -> list[int]:
+def solve(options: Options, rule: Budget, *, share: float) -> list[int]:
     """The option of every layer that together lose least at this share, which need not be the rule's own.
 
     Raises:
         RuleError: a share below what is reachable; says what is.
     """
-    limit = options.require(rule, share=share) - options.fixed
-    return Allocation.of([menu for menu, _ in options.menus], limit=limit).pick(limit)
+    limit = options.require(rule, share=share) - options.outside
+    return Allocation.of(options.items, limit=limit).solve(limit)
 
 
 def out_of_reach(options: Options, rule: Budget, least: float, *, how: str = "predicted") -> str:
@@ -376,5 +381,5 @@ def out_of_reach(options: Options, rule: Budget, least: float, *, how: str = "pr
     return (
         f"{rule} cannot be reached: the {smallest} this model can be is Budget({rule.limits}={share:g}), with all "
         f"{open_to} layers that can shrink at {at}; "
-        f"{max(0, options.fixed) / options.whole:.1%} of the {outside} outside the layers that were looked at"
+        f"{max(0, options.outside) / options.whole:.1%} of the {outside} outside the layers that were looked at"
     )

@@ -5,9 +5,9 @@ from typing import Literal
 
 from spectrim.analysis.spectra import Analysis, LayerAnalysis
 from spectrim.core.errors import PlanError, RuleError
-from spectrim.core.plans import CONVOLUTION_FORMS, FormName, LayerPlan, Metric
+from spectrim.core.plans import DENSE, LayerPlan, Metric
 from spectrim.linalg import Ranks
-from spectrim.runtimes.rank_grid import Grid
+from spectrim.runtimes.rank_grid import Grid, multiple_of
 
 
 def metric_of(analysis: Analysis, metric: Metric | None, *, best: bool) -> Metric:
@@ -23,62 +23,47 @@ def metric_of(analysis: Analysis, metric: Metric | None, *, best: bool) -> Metri
     return chosen
 
 
-def multiple_of(rank_multiple: int | Grid | Literal["auto"] | None) -> int:
+def step_of(rank_multiple: int | Grid | Literal["auto"] | None) -> int:
     """The number that ranks must be multiples of; raises `RuleError` for what is none."""
-    number = rank_multiple.multiple if isinstance(rank_multiple, Grid) else rank_multiple
-    if number is None:
-        return 1
-    if number == "auto":
+    if rank_multiple == "auto":
         raise RuleError(
             "rank_multiple='auto' has to probe the hardware, which a plan does not: "
             "give st.probe(runtime=.., threads=..), or let st.compress do it"
         )
-    if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-        raise RuleError(f"rank_multiple={rank_multiple!r}: give a whole number of at least 1, such as 8")
-    return number
+    return multiple_of(rank_multiple) or 1
 
 
-def forms_among(forms: Sequence[FormName] | None, default: tuple[FormName, ...]) -> tuple[FormName, ...]:
-    """The forms that may be used; the linear form, which layers without a kernel have, always may."""
-    chosen = default if forms is None else (forms,) if isinstance(forms, str) else tuple(forms)
-    unknown = [form for form in chosen if form not in ("linear", *CONVOLUTION_FORMS)]
-    if unknown or not chosen:
-        raise PlanError(f"forms={forms!r}: give some of {', '.join(CONVOLUTION_FORMS)}")
-    return ("linear", *chosen)
-
-
-def possible_forms(layer: LayerAnalysis, forms: Sequence[FormName], metric: Metric) -> list[FormName]:
+def possible_forms(layer: LayerAnalysis, forms: Sequence[str], metric: Metric) -> list[str]:
     """The allowed forms of a layer, in the order of `forms`; none for a layer that must stay dense."""
-    if layer.refusal or metric not in layer.problems:
+    if layer.skip_reason or metric not in layer.problems:
         return []
-    # a transposed or one-dimensional convolution has no other form than channel
-    only = [layer.forms[0]] if len(layer.forms) == 1 else []
+    # a layer of one form only is not asked for it
+    only = layer.forms if len(layer.forms) == 1 else ()
     return [form for form in dict.fromkeys((*forms, *only)) if form in layer.forms]
 
 
 def why_impossible(layer: LayerAnalysis, metric: Metric) -> str | None:
     """Why a layer must stay dense whatever the rule, or None."""
-    if not layer.forms or layer.refusal:
-        return layer.refusal or "it has no factored form"
+    if not layer.forms or layer.skip_reason:
+        return layer.skip_reason or "it has no factored form"
     if metric in layer.problems:
         return None
     reached = metric == "loss" and "activation" in layer.problems
-    return "the network's outputs do not feel it" if reached else "the calibration data did not reach it"
+    return "the network's outputs do not depend on it" if reached else "the calibration data did not reach it"
 
 
-def factored(layer: LayerAnalysis, form: FormName, ranks: Ranks, *, metric: Metric, reason: str) -> LayerPlan:
+def factored(layer: LayerAnalysis, form: str, ranks: Ranks, *, metric: Metric, reason: str) -> LayerPlan:
     """A layer in a form at some ranks, with all its numbers."""
-    assert layer.sizes is not None
     return LayerPlan(
         name=layer.name,
-        also=layer.also,
+        tied_names=layer.tied_names,
         kind=layer.kind,
         shape=layer.shape,
         form=form,
         metric=metric,
         rank=ranks[-1],
-        rank_in=ranks[0] if form == "tucker2" else None,
-        full_rank=layer.sizes.full_ranks(form)[-1],
+        rank_in=ranks[0] if len(ranks) > 1 else None,
+        full_rank=layer.full_ranks(form)[-1],
         break_even=layer.break_even(form, metric),
         predicted_error=layer.error(form, ranks, metric),
         dense=layer.dense,
@@ -87,19 +72,19 @@ def factored(layer: LayerAnalysis, form: FormName, ranks: Ranks, *, metric: Metr
     )
 
 
-def dense(layer: LayerAnalysis, *, reason: str, metric: Metric, fixed: bool = False) -> LayerPlan:
-    """A layer as it is; `fixed` for one that nothing may change, as layers that cannot be factored are anyway."""
+def dense(layer: LayerAnalysis, *, reason: str, metric: Metric, frozen: bool = False) -> LayerPlan:
+    """A layer as it is; `frozen` for one that nothing may change, as layers that cannot be factored are anyway."""
     return LayerPlan(
         name=layer.name,
-        also=layer.also,
+        tied_names=layer.tied_names,
         kind=layer.kind,
         shape=layer.shape,
-        form="dense",
+        form=DENSE,
         full_rank=layer.full_rank or None,
         break_even=layer.break_even(layer.forms[0], metric) if layer.forms else None,
         dense=layer.dense,
         kept=layer.dense,
-        fixed=fixed or not layer.problems,
+        frozen=frozen or not layer.problems,
         reason=reason,
     )
 

@@ -1,12 +1,38 @@
-"""A budget of time, decided by the clock: plans are tried against the dense network, and corrected once."""
+"""A budget of latency, decided by the clock: plans are tried against the dense network, and refined once."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Literal, Protocol
 
+import torch
+from torch import Tensor, nn
+
+from spectrim.analysis.spectra import Analysis, LayerAnalysis
+from spectrim.benchmark.latencies import LatencyTable
+from spectrim.benchmark.latency_table import latency_table
+from spectrim.benchmark.measurement import batched
 from spectrim.core.errors import RuleError
-from spectrim.core.plans import Budget, LayerPlan, Plan
-from spectrim.planning.budgets import Options, out_of_reach, picked_at
-from spectrim.runtimes.timing import Interval
+from spectrim.core.execution import Inputs, ProgressCallback
+from spectrim.core.plans import DENSE, Budget, LayerPlan, Metric, Plan
+from spectrim.layers.forms import form_named
+from spectrim.layers.replacement import duplicate, factorize
+from spectrim.linalg import Factors
+from spectrim.planning.budgets import Options, out_of_reach, solve
+from spectrim.planning.rules import options_of
+from spectrim.runtimes.rank_grid import Grid
+from spectrim.runtimes.sessions import Prepared, prepare
+from spectrim.runtimes.timing import Interval, compare, interleaved
+
+_ROUNDS = 31
+_CLOSE, _FAR = 0.02, 0.05
+"""A time this share above the target still meets it; one this far from its prediction shows the table to be off."""
+
+
+class Verify(Protocol):
+    """Builds the network of a plan and times it against the dense one."""
+
+    def __call__(self, plan: Plan) -> Interval:
+        """The share of the dense network's time, with its 95 % interval."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,23 +60,92 @@ class _Candidate:
         return self.measured.value <= target * (1 + _CLOSE)
 
 
-_CLOSE, _FAR = 0.02, 0.05
-"""A time this share above the target still meets it; one this far from its prediction shows the table to be off."""
+def plan_latency(
+    model: nn.Module,
+    example: Inputs,
+    rule: Budget,
+    *,
+    analysis: Analysis,
+    metric: Metric | None = None,
+    forms: Sequence[str] | None = None,
+    rank_multiple: int | Grid | Literal["auto"] | None = None,
+    latencies: LatencyTable | None = None,
+    on_progress: ProgressCallback | None = None,
+) -> Plan:
+    """The plan of a budget of latency: layers are timed, forms and ranks chosen, and the network they give is timed.
 
-Verify = Callable[[Plan], Interval]
-"""Builds the network of a plan and times it against the dense one: its share of the dense time, with the interval."""
+    Arguments and errors are those of `compress`; the model stays as it is.
+    """
+    assert rule.runtime is not None
+    assert rule.threads is not None
+    multiple = None if rank_multiple == "auto" else rank_multiple
+    if latencies is None:
+        latencies = latency_table(
+            model,
+            example,
+            analysis=analysis,
+            runtime=rule.runtime,
+            threads=rule.threads,
+            batch=rule.batch,
+            forms=forms,
+            rank_multiple=multiple,
+            on_progress=on_progress and (lambda name, done, of: on_progress(f"time {name}".strip(), done, of)),
+        )
+    options = options_of(analysis, rule, metric=metric, forms=forms, rank_multiple=multiple, latencies=latencies)
+    inputs = example if rule.batch is None else batched(example, rule.batch)
+    with prepare(model, inputs, runtime=rule.runtime, threads=rule.threads) as dense:
+        return refined(options, rule, verify=_Verification(model, analysis, inputs, rule, dense, on_progress))
 
 
-def settled(options: Options, rule: Budget, *, verify: Verify) -> Plan:
+@dataclass
+class _Verification:
+    """Times the network of a plan against the dense one, in turn, in the runtime of the budget."""
+
+    model: nn.Module
+    analysis: Analysis
+    inputs: Inputs
+    rule: Budget
+    dense: Prepared
+    on_progress: ProgressCallback | None
+    tried: int = 0
+
+    def __call__(self, plan: Plan) -> Interval:
+        rule = self.rule
+        assert rule.runtime is not None
+        assert rule.threads is not None
+        if self.on_progress is not None:
+            self.on_progress(f"verify in {rule.runtime}", self.tried, self.tried + 1)
+        self.tried += 1
+        means = {name: zeros for layer in plan.factored for name, zeros in _no_means(self.analysis[layer.name]).items()}
+        small = factorize(duplicate(self.model), plan, factors=self._factors, means=means)
+        with prepare(small, self.inputs, runtime=rule.runtime, threads=rule.threads, checked=True) as session:
+            timings = interleaved([session.timer(), self.dense.timer()], rounds=_ROUNDS)
+        speedup = compare(*timings).ratio
+        return Interval(value=1 / speedup.value, low=1 / speedup.high, high=1 / speedup.low)
+
+    def _factors(self, layer: LayerPlan) -> Factors:
+        """Random numbers: they take as long as the best ones, and need not be found."""
+        unit, generator = self.analysis[layer.name].unit, torch.Generator().manual_seed(0)
+        return form_named(layer.form).random_factors(unit, layer.ranks, generator=generator)
+
+
+def _no_means(layer: LayerAnalysis) -> dict[str, Tensor]:
+    """Means of 0, so that every layer gets the bias that correcting its mean gives it."""
+    assert layer.geometry is not None
+    zeros = torch.zeros(layer.geometry.groups, layer.geometry.width, dtype=torch.float64)
+    return dict.fromkeys(layer.unit.names, zeros)
+
+
+def refined(options: Options, rule: Budget, *, verify: Verify) -> Plan:
     """The plan that meets a budget of latency with the least loss, by the clock and not only by the table.
 
     Where the first plan's time is more than 5 % off its prediction, or misses the target, the predicted savings are
-    scaled by what was saved in truth, and forms and ranks are chosen once more. Of both plans the one that meets the
-    target with less loss is taken, or the faster one where neither does. Is that not surely faster than the dense
+    scaled by what was really saved, and forms and ranks are chosen once more. Of both plans the one that meets the
+    target with less loss is taken, or the faster one where neither does. If that is not surely faster than the dense
     network, every layer stays dense, and the plan says so.
 
-    What is out of reach is never told by the table alone: a network that has become small enough for the processor's
-    caches takes less than the sum of its layers.
+    The table alone never decides that a budget is out of reach: a network that has become small enough for the
+    processor's caches takes less time than the sum of its layers.
 
     Raises:
         RuleError: no layer would be faster in factors, or the fastest network misses the budget; says what it takes.
@@ -59,52 +154,55 @@ def settled(options: Options, rule: Budget, *, verify: Verify) -> Plan:
     target, least = rule.share, options.least / options.whole + 1e-9
     if not options.cheapest:
         raise RuleError(out_of_reach(options, rule, least))
-    first = _judged(options, rule, picked_at(options, rule, share=max(target, least)), verify)
+    first = _verified(options, solve(options, rule, share=max(target, least)), rule, verify)
     tried = [first]
     if abs(first.measured.value - first.predicted) > _FAR * first.predicted or not first.meets(target):
-        picked = picked_at(options, rule, share=max(least, _rescaled(first, target)))
-        if options.plan(rule, picked).layers != first.plan.layers:
-            tried.append(_judged(options, rule, picked, verify))
-    meeting = [one for one in tried if one.meets(target)]
-    best = min(meeting, key=lambda one: one.lost) if meeting else min(tried, key=lambda one: one.measured.value)
+        solution = solve(options, rule, share=max(least, _rescaled(first, target)))
+        if options.plan(rule, solution).layers != first.plan.layers:
+            tried.append(_verified(options, solution, rule, verify))
+    meeting = [candidate for candidate in tried if candidate.meets(target)]
+    fastest = min(tried, key=lambda candidate: candidate.measured.value)
+    best = min(meeting, key=lambda candidate: candidate.lost) if meeting else fastest
     if least > target and not meeting:
         raise RuleError(out_of_reach(options, rule, best.measured.value, how="measured"))
-    return _noted(best, target, solved=len(tried))
+    return _with_measured(best, target, solved=len(tried))
 
 
-def _judged(options: Options, rule: Budget, picked: Sequence[int], verify: Verify) -> _Candidate:
-    plan = options.plan(rule, picked)
-    return _Candidate(plan, options.lost(picked), verify(plan))
+def _verified(options: Options, solution: Sequence[int], rule: Budget, verify: Verify) -> _Candidate:
+    plan = options.plan(rule, solution)
+    return _Candidate(plan, options.lost(solution), verify(plan))
 
 
 def _rescaled(first: _Candidate, target: float) -> float:
-    """The share to ask the table for, so that what is saved in truth is what is wanted; 0 where nothing was saved."""
+    """The share to ask the table for, so that what is really saved is what is wanted; 0 where nothing was saved."""
     gain = (1 - first.measured.value) / (1 - first.predicted)
     return 1 - (1 - target) / gain if gain > 0 else 0.0
 
 
-def _noted(best: _Candidate, target: float, *, solved: int) -> Plan:
+def _with_measured(best: _Candidate, target: float, *, solved: int) -> Plan:
     """The best plan with what was measured; all dense where it is not surely faster."""
     note, share = best.plan.latency, best.measured
     assert note is not None
-    said = f"{share.value:.3f} of the dense time in {note.runtime} (95 % interval {share.low:.3f} to {share.high:.3f})"
-    seen = {"measured": share.value, "low": share.low, "high": share.high, "solved": solved}
+    took = f"{share.value:.3f} of the dense time in {note.runtime} (95 % interval {share.low:.3f} to {share.high:.3f})"
+    update: dict[str, Any] = {"measured": share.value, "low": share.low, "high": share.high, "solved": solved}
     if share.high >= 1:
-        why = f"not surely faster: measured {said}"
-        return refused(best.plan.model_copy(update={"latency": note.model_copy(update=seen)}), reason=why)
-    missed = None if best.meets(target) else f"the target is {target:g}, and the fastest network found takes {said}"
-    return best.plan.model_copy(update={"latency": note.model_copy(update={**seen, "missed": missed})})
+        plan = best.plan.model_copy(update={"latency": note.model_copy(update=update)})
+        return refused(plan, reason=f"not surely faster: measured {took}")
+    update["missed"] = None
+    if not best.meets(target):
+        update["missed"] = f"the target is {target:g}, and the fastest network found takes {took}"
+    return best.plan.model_copy(update={"latency": note.model_copy(update=update)})
 
 
 def refused(plan: Plan, *, reason: str) -> Plan:
     """The same plan with every layer dense, and why."""
     assert plan.latency is not None
-    layers = tuple(_left(layer, reason=reason) for layer in plan.layers)
+    layers = tuple(_dense_again(layer, reason=reason) for layer in plan.layers)
     return plan.model_copy(update={"layers": layers, "latency": plan.latency.model_copy(update={"refused": reason})})
 
 
-def _left(layer: LayerPlan, *, reason: str) -> LayerPlan:
-    if layer.form == "dense":
+def _dense_again(layer: LayerPlan, *, reason: str) -> LayerPlan:
+    if not layer.is_factored:
         return layer
-    undone = {"form": "dense", "rank": None, "rank_in": None, "metric": None, "predicted_error": None}
+    undone = {"form": DENSE, "rank": None, "rank_in": None, "metric": None, "predicted_error": None}
     return layer.model_copy(update={**undone, "kept": layer.dense, "reason": reason})

@@ -5,21 +5,13 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from spectrim.analysis.spectra import Analysis, LayerAnalysis
-from spectrim.benchmark.latency import LatencyTable
+from spectrim.benchmark.latencies import LatencyTable
 from spectrim.core.errors import PlanError, RuleError
-from spectrim.core.plans import CONVOLUTION_FORMS, Budget, Energy, FormName, LayerPlan, Metric, Plan, Rank, Ratio, Rule
+from spectrim.core.plans import Budget, Energy, LayerPlan, Metric, Plan, Rank, Ratio, Rule
+from spectrim.layers.forms import selected_forms
 from spectrim.linalg import Ranks
 from spectrim.planning.budgets import Options, budgeted
-from spectrim.planning.decisions import (
-    dense,
-    factored,
-    forms_among,
-    listed,
-    metric_of,
-    multiple_of,
-    possible_forms,
-    why_impossible,
-)
+from spectrim.planning.decisions import dense, factored, listed, metric_of, possible_forms, step_of, why_impossible
 from spectrim.runtimes.rank_grid import Grid
 
 
@@ -28,7 +20,7 @@ def plan(
     rule: Rule,
     *,
     metric: Metric | None = None,
-    forms: Sequence[FormName] | None = None,
+    forms: Sequence[str] | None = None,
     rank_multiple: int | Grid | None = None,
     allow_growth: bool = False,
     latencies: LatencyTable | None = None,
@@ -62,8 +54,8 @@ def plan(
             analysis, rule, metric=metric, forms=forms, rank_multiple=rank_multiple, latencies=latencies
         )
         return budgeted(options, rule)
-    metric, allowed = metric_of(analysis, metric, best=False), forms_among(forms, ("channel",))
-    multiple = multiple_of(rank_multiple)
+    metric, allowed = metric_of(analysis, metric, best=False), selected_forms(forms, closed_form=True)
+    multiple = step_of(rank_multiple)
     require_reachable(rule, _full_ranks(analysis, allowed, metric))
     if latencies is not None:
         raise RuleError(f"latencies= belongs to a budget of latency, and the rule is {rule}")
@@ -74,12 +66,12 @@ def plan(
     return Plan(rule=rule, metric=metric, layers=layers, rank_multiple=multiple if multiple > 1 else None)
 
 
-def _full_ranks(analysis: Analysis, forms: Sequence[FormName], metric: Metric) -> dict[str, tuple[Sequence[int], int]]:
+def _full_ranks(analysis: Analysis, forms: Sequence[str], metric: Metric) -> dict[str, tuple[Sequence[int], int]]:
     """The weight's shape, and the largest rank in the form that a per-layer rule would use, by the layer's name."""
     return {
-        layer.name: (layer.shape, max(layer.sizes.full_ranks(possible[0])))
+        layer.name: (layer.shape, max(layer.full_ranks(possible[0])))
         for layer in analysis
-        if layer.sizes and (possible := possible_forms(layer, forms, metric))
+        if (possible := possible_forms(layer, forms, metric))
     }
 
 
@@ -88,7 +80,7 @@ def require_possible(
     rule: Rule,
     *,
     metric: Metric,
-    forms: Sequence[FormName] | None = None,
+    forms: Sequence[str] | None = None,
     rank_multiple: int | Grid | None = None,
 ) -> None:
     """Check a rule against the shapes of the layers, before they are decomposed, and before any data are run.
@@ -105,10 +97,11 @@ def require_possible(
         PlanError: an unknown form.
     """
     if not isinstance(rule, Budget):
-        require_reachable(rule, _full_ranks(analysis, forms_among(forms, ("channel",)), "plain"))
+        require_reachable(rule, _full_ranks(analysis, selected_forms(forms, closed_form=True), "plain"))
     elif rule.limits != "latency":
-        allowed = forms_among(forms, CONVOLUTION_FORMS)
-        Options(analysis, rule.limits, metric, allowed, multiple_of(rank_multiple)).require(rule, share=rule.share)
+        Options(analysis, rule.limits, metric, selected_forms(forms), step_of(rank_multiple)).require(
+            rule, share=rule.share
+        )
 
 
 def options_of(
@@ -116,7 +109,7 @@ def options_of(
     rule: Budget,
     *,
     metric: Metric | None,
-    forms: Sequence[FormName] | None,
+    forms: Sequence[str] | None,
     rank_multiple: int | Grid | None,
     latencies: LatencyTable | None,
 ) -> Options:
@@ -130,7 +123,7 @@ def options_of(
         analysis,
         rule.limits,
         metric=metric_of(analysis, metric, best=True),
-        forms=forms_among(forms, CONVOLUTION_FORMS),
+        forms=selected_forms(forms),
         multiple=rank_multiple,
         latencies=latencies,
     )
@@ -149,23 +142,23 @@ def refresh(edited: Plan, analysis: Analysis) -> Plan:
     for decided in edited.layers:
         layer = known.get(decided.name)
         if layer is None or layer.shape != decided.shape:
-            found = f"has {decided.name} with shape {list(layer.shape)}" if layer else f"has no layer {decided.name!r}"
+            here = f"has {decided.name} with shape {list(layer.shape)}" if layer else f"has no layer {decided.name!r}"
             raise PlanError(
                 f"the plan is for another model: it wants {decided.name} with shape {list(decided.shape)}, "
-                f"and this model {found}; make a plan for it with st.plan"
+                f"and this model {here}; make a plan for it with st.plan"
             )
         layers.append(_again(decided, layer, metric=edited.metric))
-    same = all(one.form == other.form and one.kept == other.kept for one, other in zip(layers, edited, strict=True))
-    # what was measured, and what divides the ranks, was said of the ranks that stood there
-    kept = {"rank_multiple": edited.rank_multiple, "latency": edited.latency} if same else {}
-    return Plan(rule=edited.rule, metric=edited.metric, layers=tuple(layers)).model_copy(update=kept)
+    same = all(new.form == old.form and new.kept == old.kept for new, old in zip(layers, edited, strict=True))
+    # what was measured, and what divides the ranks, belongs to the ranks that stood there
+    measured = {"rank_multiple": edited.rank_multiple, "latency": edited.latency} if same else {}
+    return Plan(rule=edited.rule, metric=edited.metric, layers=tuple(layers)).model_copy(update=measured)
 
 
 def _again(decided: LayerPlan, layer: LayerAnalysis, *, metric: Metric) -> LayerPlan:
-    if decided.form == "dense" or decided.metric is None:
-        return dense(layer, reason=decided.reason, metric=metric, fixed=decided.fixed)
-    if not layer.forms or layer.refusal:
-        raise PlanError(f"the plan factors {layer.name}, which must stay dense: {layer.refusal}")
+    if not decided.is_factored or decided.metric is None:
+        return dense(layer, reason=decided.reason, metric=metric, frozen=decided.frozen)
+    if not layer.forms or layer.skip_reason:
+        raise PlanError(f"the plan factors {layer.name}, which must stay dense: {layer.skip_reason}")
     if decided.form not in layer.forms:
         raise PlanError(
             f"the plan wants {layer.name} in the {decided.form} form; a {layer.kind} {list(layer.shape)} has "
@@ -176,7 +169,10 @@ def _again(decided: LayerPlan, layer: LayerAnalysis, *, metric: Metric) -> Layer
             f"the plan wants {layer.name} in the {decided.metric} metric, and there is no calibration data for it; "
             "pass data= (or change the metric in the plan to plain)"
         )
-    full = layer.sizes.full_ranks(decided.form) if layer.sizes else ()
+    full = layer.full_ranks(decided.form)
+    if len(decided.ranks) != len(full):
+        names = "rank" if len(full) == 1 else "rank_in and rank"
+        raise PlanError(f"the plan wants {layer.name} in the {decided.form} form, which has {names}; give these")
     if any(rank > most for rank, most in zip(decided.ranks, full, strict=True)):
         raise PlanError(
             f"the plan wants rank {listed(decided.ranks)} for {layer.name}, above its full rank {listed(full)}"
@@ -199,10 +195,10 @@ def require_reachable(rule: Rule, sizes: Mapping[str, tuple[Sequence[int], int]]
         return
     short = [(name, list(shape), full) for name, (shape, full) in sizes.items() if full < rule.rank]
     if short:
-        listed = ", ".join(f"{name} {shape} has full rank {full}" for name, shape, full in short[:3])
+        layers = ", ".join(f"{name} {shape} has full rank {full}" for name, shape, full in short[:3])
         more = f" and {len(short) - 3} more" if len(short) > 3 else ""
         raise RuleError(
-            f"{rule} is above what some layers can have: {listed}{more}. "
+            f"{rule} is above what some layers can have: {layers}{more}. "
             "Leave them out (exclude=.., or keep_last=True for the last layer) or choose a smaller rank"
         )
 
@@ -212,18 +208,18 @@ def _decide(
     rule: Rank | Ratio | Energy,
     *,
     metric: Metric,
-    forms: Sequence[FormName],
+    forms: Sequence[str],
     multiple: int,
     allow_growth: bool,
 ) -> LayerPlan:
     possible = possible_forms(layer, forms, metric)
     if not possible:
-        reason = why_impossible(layer, metric) or f"it has no form among {', '.join(forms[1:])}"
+        reason = why_impossible(layer, metric) or f"it has no form among {', '.join(forms)}"
         return dense(layer, reason=reason, metric=metric)
     form = possible[0]
     ranks, because = _ranks(layer, form, rule, metric=metric)
     if multiple > 1:
-        full = layer.sizes.full_ranks(form) if layer.sizes else ranks
+        full = layer.full_ranks(form)
         ranks = tuple(min(most, -(-rank // multiple) * multiple) for rank, most in zip(ranks, full, strict=True))
         because += f", rounded up to a multiple of {multiple}"
     if not layer.shrinks(layer.cost(form, ranks, metric)) and not allow_growth:
@@ -234,21 +230,20 @@ def _decide(
     return factored(layer, form, ranks, metric=metric, reason=because)
 
 
-def _ranks(layer: LayerAnalysis, form: FormName, rule: Rank | Ratio | Energy, *, metric: Metric) -> tuple[Ranks, str]:
+def _ranks(layer: LayerAnalysis, form: str, rule: Rank | Ratio | Energy, *, metric: Metric) -> tuple[Ranks, str]:
     """The ranks that a per-layer rule means in a form, and why."""
-    assert layer.sizes is not None
-    full = layer.sizes.full_ranks(form)
+    full = layer.full_ranks(form)
     match rule:
         case Rank(rank=rank):
             return tuple(min(rank, most) for most in full), f"rank {rank} as asked"
         case Ratio(ratio=ratio):
             return tuple(rule.rank_of(most) for most in full), f"{ratio:.4g} of {listed(full)} singular values"
         case Energy(energy=energy):
-            choices = layer.choices(form, metric)
-            enough = np.flatnonzero(choices.lost <= (1 - energy) * (1 + 1e-12))
-            best = int(enough[np.argmin(choices.params[enough])]) if len(enough) else len(choices.lost) - 1
-            held = 1 - choices.lost[best]
+            errors = layer.rank_errors(form, metric)
+            enough = np.flatnonzero(errors.lost <= (1 - energy) * (1 + 1e-12))
+            best = int(enough[np.argmin(errors.params[enough])]) if len(enough) else len(errors.lost) - 1
+            held = 1 - errors.lost[best]
             return (
-                tuple(int(rank) for rank in choices.ranks[best]),
+                tuple(int(rank) for rank in errors.ranks[best]),
                 f"holds {held:.4g} of the energy, at least {energy:.4g} asked",
             )

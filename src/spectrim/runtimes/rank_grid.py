@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from spectrim.core.errors import EngineError
+from spectrim.core.errors import EngineError, RuleError
 from spectrim.core.files import Frozen
 from spectrim.runtimes.conversion import OPSET
 from spectrim.runtimes.sessions import Prepared, RuntimeName, fingerprint, from_onnx, prepare, require_runtime
@@ -158,3 +158,17 @@ def _graph(image: NDArray[np.float32], down: NDArray[np.float32], up: NDArray[np
     weights = [numpy_helper.from_array(down, "down"), numpy_helper.from_array(up, "up")]
     graph = helper.make_graph(nodes, "pair", [value("x")], [value("y")], weights)
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=10)
+
+
+def multiple_of(rank_multiple: int | Grid | str | None) -> int | None:
+    """The number that ranks must be multiples of; None where it is not given or has to be probed (`auto`).
+
+    Raises:
+        RuleError: neither a whole number of at least 1, nor a grid, nor `auto`.
+    """
+    number = rank_multiple.multiple if isinstance(rank_multiple, Grid) else rank_multiple
+    if number is None or number == "auto":
+        return None
+    if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+        raise RuleError(f"rank_multiple={rank_multiple!r}: give a whole number of at least 1, such as 8, or 'auto'")
+    return number

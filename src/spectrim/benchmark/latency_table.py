@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import product
@@ -13,19 +13,17 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from spectrim.analysis.spectra import Analysis, LayerAnalysis
-from spectrim.benchmark.latency.cache import Cache
-from spectrim.benchmark.latency.shapes import FormAxes, Shape, Use, Variant, axes_of, uses
-from spectrim.benchmark.latency.table import FormTimes, LatencyTable, LayerTimes
-from spectrim.benchmark.latency.trial import rest_of, timed, timer
+from spectrim.benchmark.latencies import FormTimes, LatencyTable, LayerTimes
+from spectrim.benchmark.layer_calls import FormAxes, LayerCalls, LayerSignature, Variant, axes_of, layer_calls
+from spectrim.benchmark.layer_timing import rest_of, timed, timer
 from spectrim.benchmark.measurement import batched
-from spectrim.core.errors import PlanError, RuleError
-from spectrim.core.execution import Inputs, as_inputs, device_of, require_repeatable, tensors
-from spectrim.core.plans import CONVOLUTION_FORMS, FormName
-from spectrim.runtimes.rank_grid import Grid, probe
+from spectrim.benchmark.timing_cache import TimingCache
+from spectrim.core.errors import PlanError
+from spectrim.core.execution import Inputs, ProgressCallback, as_inputs, device_of, require_repeatable
+from spectrim.layers.forms import form_named, selected_forms
+from spectrim.runtimes.rank_grid import Grid, multiple_of, probe
 from spectrim.runtimes.sessions import Prepared, fingerprint, prepare, require_runtime
 from spectrim.runtimes.timing import interleaved, steady
-
-Told = Callable[[str, int, int], None]
 
 _ROUNDS = 9
 _POINTS = (7, 4)
@@ -41,9 +39,9 @@ def latency_table(
     runtime: str = "torch",
     threads: int = 1,
     batch: int | None = None,
-    forms: Sequence[FormName] | None = None,
+    forms: Sequence[str] | None = None,
     rank_multiple: int | Grid | Literal["auto"] | None = None,
-    on_progress: Told | None = None,
+    on_progress: ProgressCallback | None = None,
     folder: Path | str | None = None,
 ) -> LatencyTable:
     """Time every layer that can be factored by itself, as it is and in factors, on this machine.
@@ -76,35 +74,35 @@ def latency_table(
         FileError: `folder` cannot be written.
     """
     require_runtime(runtime, threads=threads)
-    allowed, step = _forms(forms), _multiple(rank_multiple)
-    given = as_inputs(example_inputs)
-    require_repeatable(model, given)
-    inputs = given if batch is None else batched(given, batch)
-    found, examples = uses(model, inputs, analysis)
-    if not found:
+    allowed, step = selected_forms(forms), multiple_of(rank_multiple)
+    example = as_inputs(example_inputs)
+    require_repeatable(model, example)
+    inputs = example if batch is None else batched(example, batch)
+    calls, examples = layer_calls(model, inputs, analysis)
+    if not calls:
         raise PlanError("the model calls no layer of the analysis that can be factored; is it an analysis of it?")
-    rest = rest_of(model)
-    bench = _Bench(examples, runtime, threads, rest, Cache(folder, fingerprint(runtime, threads=threads), len(rest)))
+    rest, machine = rest_of(model), fingerprint(runtime, threads=threads)
+    bench = _Bench(examples, runtime, threads, rest, TimingCache(folder, machine, len(rest)))
     with prepare(model, inputs, runtime=runtime, threads=threads, checked=True) as network:
         below: tuple[int, ...] = ()
         if step is None:
             step = _probed(model, inputs, runtime=runtime, threads=threads)
             below = tuple(rank for rank in (step // 4, step // 2) if rank)
-        wanted = [_axes(use.layer, allowed, step, below, runtime) for use in found]
-        times = bench.times(found, wanted, on_progress)
-        whole, times = bench.aligned(network, times)
+        axes = [_axes(each.layer, allowed, step, below, runtime) for each in calls]
+        times = bench.times(calls, axes, on_progress)
+        network_ms, times = bench.aligned(network, times)
     return LatencyTable(
         runtime=runtime,
         threads=threads,
         batch=batch,
-        fingerprint=fingerprint(runtime, threads=threads),
+        fingerprint=machine,
         rank_multiple=step,
-        network_ms=whole,
-        layers=tuple(_summed(use, axes, times) for use, axes in zip(found, wanted, strict=True)),
+        network_ms=network_ms,
+        layers=tuple(_layer_times(each, its_axes, times) for each, its_axes in zip(calls, axes, strict=True)),
     )
 
 
-_Key = tuple[Shape, FormAxes]
+_Key = tuple[LayerSignature, FormAxes]
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,43 +110,43 @@ class _Bench:
     """Where layers are timed.
 
     Attributes:
-        examples: A layer of each shape.
+        examples: A layer of each signature.
         runtime: What runs them.
         threads: With so many threads.
         rest: What passes through the caches between two calls of a layer.
         cache: Times that are known already.
     """
 
-    examples: Mapping[Shape, nn.Module]
+    examples: Mapping[LayerSignature, nn.Module]
     runtime: str
     threads: int
     rest: Tensor
-    cache: Cache
+    cache: TimingCache
 
     def times(
-        self, found: Sequence[Use], wanted: Sequence[FormAxes], on_progress: Told | None
+        self, calls: Sequence[LayerCalls], axes: Sequence[FormAxes], on_progress: ProgressCallback | None
     ) -> dict[_Key, tuple[float, ...]]:
-        """Milliseconds of every distinct shape: as it is, then at each combination of the axes, form by form."""
+        """Milliseconds for every signature: as it is, then at each combination of the axes, form by form."""
         first: dict[_Key, str] = {}
-        for use, axes in zip(found, wanted, strict=True):
-            for shape in use.shapes:
-                first.setdefault((shape, axes), use.layer.name)
+        for each, its_axes in zip(calls, axes, strict=True):
+            for signature in each.signatures:
+                first.setdefault((signature, its_axes), each.layer.name)
         times: dict[_Key, tuple[float, ...]] = {}
-        for done, ((shape, axes), name) in enumerate(first.items()):
+        for done, ((signature, its_axes), name) in enumerate(first.items()):
             if on_progress:
                 on_progress(name, done, len(first))
-            times[shape, axes] = self._time(shape, axes)
+            times[signature, its_axes] = self._time(signature, its_axes)
         return times
 
-    def _time(self, shape: Shape, axes: FormAxes) -> tuple[float, ...]:
+    def _time(self, signature: LayerSignature, axes: FormAxes) -> tuple[float, ...]:
         variants = [Variant(form, ranks) for form, each in axes for ranks in product(*each)]
-        kept = self.cache.find(shape, variants)
-        if kept is None:
-            kept = timed(
-                self.examples[shape], shape, variants, runtime=self.runtime, threads=self.threads, rest=self.rest
-            )
-            self.cache.keep(shape, variants, kept)
-        return kept
+        known = self.cache.find(signature, variants)
+        if known is not None:
+            return known
+        layer = self.examples[signature]
+        times = timed(layer, signature, variants, runtime=self.runtime, threads=self.threads, rest=self.rest)
+        self.cache.keep(signature, variants, times)
+        return times
 
     def aligned(
         self, network: Prepared, times: Mapping[_Key, tuple[float, ...]]
@@ -158,64 +156,46 @@ class _Bench:
         What was kept is of another day, and a busy machine is another one every second. So the network and its layers
         are timed once more in the same rounds, and every layer's factors keep their proportion to the layer.
         """
-        with ExitStack() as opened:
-            shapes = list(dict.fromkeys(shape for shape, _ in times))
+        signatures = list(dict.fromkeys(signature for signature, _ in times))
+        options: dict[str, Any] = {"runtime": self.runtime, "threads": self.threads, "rest": self.rest}
+        with ExitStack() as stack:
             layers = [
-                opened.enter_context(
-                    timer(self.examples[shape], shape, runtime=self.runtime, threads=self.threads, rest=self.rest)
-                )
-                for shape in shapes
+                stack.enter_context(timer(self.examples[signature], signature, **options)) for signature in signatures
             ]
-            laps = interleaved([network.timer(), *layers], rounds=_ROUNDS)
-        whole, *dense = (statistics.median(seconds) * 1e3 for seconds in steady(*laps))
-        now = dict(zip(shapes, dense, strict=True))
-        return whole, {key: tuple(one * now[key[0]] / ms[0] for one in ms) for key, ms in times.items()}
+            timings = interleaved([network.timer(), *layers], rounds=_ROUNDS)
+        network_ms, *dense = (statistics.median(seconds) * 1e3 for seconds in steady(*timings))
+        now = dict(zip(signatures, dense, strict=True))
+        return network_ms, {key: tuple(time * now[key[0]] / ms[0] for time in ms) for key, ms in times.items()}
 
 
-def _summed(use: Use, axes: FormAxes, times: Mapping[_Key, Sequence[float]]) -> LayerTimes:
+def _layer_times(calls: LayerCalls, axes: FormAxes, times: Mapping[_Key, Sequence[float]]) -> LayerTimes:
     """The times of a weight: those of all its calls."""
-    called = [(times[shape, axes], number) for shape, number in use.shapes.items()]
+    called = [(times[signature, axes], number) for signature, number in calls.signatures.items()]
     dense, *rest = (math.fsum(number * ms[place] for ms, number in called) for place in range(len(called[0][0])))
     forms = []
     for form, each in axes:
         size = math.prod(map(len, each))
         forms.append(FormTimes(form=form, axes=each, ms=tuple(rest[:size])))
         rest = rest[size:]
-    return LayerTimes(name=use.layer.name, dense_ms=dense, forms=tuple(forms))
+    return LayerTimes(name=calls.layer.name, dense_ms=dense, forms=tuple(forms))
 
 
-def _axes(layer: LayerAnalysis, allowed: Sequence[FormName], step: int, below: Sequence[int], runtime: str) -> FormAxes:
+def _axes(layer: LayerAnalysis, allowed: Sequence[str], step: int, below: Sequence[int], runtime: str) -> FormAxes:
     """By form of a layer, the ranks to time; a layer of one form only is not asked for it."""
-    one, two = _FEW.get(runtime, _POINTS)
-    found = []
+    points = _FEW.get(runtime, _POINTS)
+    axes = []
     for form in layer.forms if len(layer.forms) == 1 else [form for form in layer.forms if form in allowed]:
-        pairs = form == "tucker2"  # of which there are many
-        axes = axes_of(layer, form, multiple=step, points=two if pairs else one, below=below[-1:] if pairs else below)
-        if axes is not None:
-            found.append((form, axes))
-    return tuple(found)
+        ranks = form_named(form).rank_count  # of two ranks there are many pairs
+        its_axes = axes_of(
+            layer, form, multiple=step, points=points[ranks - 1], below=below[-1:] if ranks > 1 else below
+        )
+        if its_axes is not None:
+            axes.append((form, its_axes))
+    return tuple(axes)
 
 
 def _probed(model: nn.Module, inputs: Inputs, *, runtime: str, threads: int) -> int:
     """The step of this hardware; the probe knows no GPU."""
     if device_of(model).type != "cpu":
         return 1
-    samples = next((len(one) for one in tensors((inputs.args, inputs.kwargs)) if one.ndim), 1)
-    return probe(runtime=runtime, threads=threads, batch=max(1, samples)).multiple
-
-
-def _forms(forms: Sequence[FormName] | None) -> tuple[FormName, ...]:
-    named = CONVOLUTION_FORMS if forms is None else [forms] if isinstance(forms, str) else list(forms)
-    if not named or any(form not in ("linear", *CONVOLUTION_FORMS) for form in named):
-        raise PlanError(f"forms={forms!r}: give some of {', '.join(CONVOLUTION_FORMS)}")
-    return tuple(form for form in CONVOLUTION_FORMS if form in named)
-
-
-def _multiple(rank_multiple: int | Grid | str | None) -> int | None:
-    """The number, or None where it is to be probed."""
-    number = rank_multiple.multiple if isinstance(rank_multiple, Grid) else rank_multiple
-    if number is None or number == "auto":
-        return None
-    if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-        raise RuleError(f"rank_multiple={rank_multiple!r}: give a whole number of at least 1, such as 8, or 'auto'")
-    return number
+    return probe(runtime=runtime, threads=threads, batch=max(1, inputs.samples)).multiple

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.analysis.spectra import Analysis, LayerAnalysis
-from spectrim.core.execution import Inputs, call, evaluating, watching
+from spectrim.core.execution import Inputs, call, evaluating
 from spectrim.core.files import Frozen
-from spectrim.core.plans import FormName
+from spectrim.layers.tracing import watching
 from spectrim.linalg import Ranks
 
 
-class Shape(Frozen):
+class LayerSignature(Frozen):
     """What two layers must share to take the same time.
 
     Attributes:
@@ -41,88 +41,88 @@ class Shape(Frozen):
 _OPTIONS = ("stride", "padding", "padding_mode", "dilation", "groups", "output_padding")
 
 
-def shape_of(layer: nn.Module, given: Tensor) -> Shape:
-    """The shape of a layer that is given this input."""
+def signature_of(layer: nn.Module, x: Tensor) -> LayerSignature:
+    """The signature of a layer that is given this input."""
     weight = layer.get_parameter("weight")
-    return Shape(
+    return LayerSignature(
         kind=type(layer).__name__,
         weight=tuple(weight.shape),
         options=", ".join(f"{name}={getattr(layer, name)}" for name in _OPTIONS if hasattr(layer, name)),
         bias=layer._parameters.get("bias") is not None,
-        input=tuple(given.shape),
+        input=tuple(x.shape),
         dtype=str(weight.dtype).removeprefix("torch."),
         device=torch.cuda.get_device_name(weight.device) if weight.is_cuda else weight.device.type,
     )
 
 
 @dataclass(frozen=True, eq=False)
-class Use:
-    """A weight of the analysis: the shapes in which it is called, and how often each; with a layer of that shape."""
+class LayerCalls:
+    """A unit of the analysis: the signatures with which it is called, and how often with each."""
 
     layer: LayerAnalysis
-    shapes: Counter[Shape]
+    signatures: Counter[LayerSignature]
 
 
-def uses(model: nn.Module, inputs: Inputs, analysis: Analysis) -> tuple[list[Use], dict[Shape, nn.Module]]:
-    """Where the layers that can be factored are called in one pass, and one layer for each distinct shape."""
-    owner = {name: one.name for one in analysis for name in (one.name, *one.also)}
-    called: dict[str, Counter[Shape]] = {}
-    examples: dict[Shape, nn.Module] = {}
+def layer_calls(
+    model: nn.Module, inputs: Inputs, analysis: Analysis
+) -> tuple[list[LayerCalls], dict[LayerSignature, nn.Module]]:
+    """Where the layers that can be factored are called in one pass, and one layer for each distinct signature."""
+    owner = {name: layer.name for layer in analysis for name in layer.unit.names}
+    called: dict[str, Counter[LayerSignature]] = {}
+    examples: dict[LayerSignature, nn.Module] = {}
 
-    def watch(name: str, layer: nn.Module, given: Tensor, _: Any) -> None:
-        shape = shape_of(layer, given)
-        called.setdefault(owner.get(name, name), Counter())[shape] += 1
-        examples.setdefault(shape, layer)
+    def count(name: str, layer: nn.Module, x: Tensor, _: Any) -> None:
+        signature = signature_of(layer, x)
+        called.setdefault(owner.get(name, name), Counter())[signature] += 1
+        examples.setdefault(signature, layer)
 
-    with evaluating(model), watching(model, watch):
+    with evaluating(model), watching(model, count):
         call(model, inputs)
-    found = [Use(one, called[one.name]) for one in analysis if one.problems and one.forms and one.name in called]
-    needed = {shape for use in found for shape in use.shapes}
-    return found, {shape: layer for shape, layer in examples.items() if shape in needed}
+    candidates = [layer for layer in analysis if layer.problems and layer.forms and layer.name in called]
+    calls = [LayerCalls(layer, called[layer.name]) for layer in candidates]
+    needed = {signature for each in calls for signature in each.signatures}
+    return calls, {signature: layer for signature, layer in examples.items() if signature in needed}
 
 
 @dataclass(frozen=True)
 class Variant:
     """A form at some ranks."""
 
-    form: FormName
+    form: str
     ranks: Ranks
 
 
 Axes = tuple[tuple[int, ...], ...]
 """The ranks of one form to time, ascending: one axis, or those of rank_in and of rank in the tucker2 form."""
 
-FormAxes = tuple[tuple[FormName, Axes], ...]
+FormAxes = tuple[tuple[str, Axes], ...]
 """The axes of every form."""
 
 
-def axes_of(
-    layer: LayerAnalysis, form: FormName, *, multiple: int, points: int, below: Sequence[int] = ()
-) -> Axes | None:
+def axes_of(layer: LayerAnalysis, form: str, *, multiple: int, points: int, below: Sequence[int] = ()) -> Axes | None:
     """The ranks to time: up to `points` of those on the grid that shrink the layer, or None where none does.
 
     On the grid are multiples, and full ranks. Small layers, of at most four multiples, get those `below` the first
     multiple as well.
     """
-    assert layer.sizes is not None
-    full = layer.sizes.full_ranks(form)
+    full = layer.full_ranks(form)
     more = below if layer.full_rank <= _SMALL * multiple else ()
     grids = [sorted({*(rank for rank in more if rank < most), *range(multiple, most, multiple), most}) for most in full]
     least = [grid[0] for grid in grids]
-    found = []
+    axes = []
     for place, grid in enumerate(grids):
         fits = [rank for rank in grid if _shrinks(layer, form, (*least[:place], rank, *least[place + 1 :]))]
         if not fits:
             return None
-        found.append(_spread(fits, points=points, multiple=multiple))
-    return tuple(found)
+        axes.append(_spread(fits, points=points, multiple=multiple))
+    return tuple(axes)
 
 
 _SMALL = 4
 """Multiples that the full rank of a small layer holds."""
 
 
-def _shrinks(layer: LayerAnalysis, form: FormName, ranks: Ranks) -> bool:
+def _shrinks(layer: LayerAnalysis, form: str, ranks: Ranks) -> bool:
     return layer.shrinks(layer.cost(form, ranks, "plain"))
 
 

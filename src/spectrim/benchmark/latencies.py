@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from spectrim.core.errors import PlanError
 from spectrim.core.files import Frozen
-from spectrim.core.plans import FormName, Plan
+from spectrim.core.plans import Plan
 from spectrim.linalg import FloatArray, Ranks
 
 
@@ -23,7 +23,7 @@ class FormTimes(Frozen):
         ms: Milliseconds of one pass at every combination of the axes, the last axis running fastest.
     """
 
-    form: FormName
+    form: str
     axes: tuple[tuple[int, ...], ...] = Field(min_length=1)
     ms: tuple[float, ...]
 
@@ -41,7 +41,7 @@ class FormTimes(Frozen):
         """
         on = [
             (values <= axis[-1])
-            & ((values % step == 0) | np.isin(values, [axis[-1], *(one for one in axis if one < below)]))
+            & ((values % step == 0) | np.isin(values, [axis[-1], *(rank for rank in axis if rank < below)]))
             for axis, values in zip(self.axes, ranks.T, strict=True)
         ]
         return np.asarray(np.stack(on, axis=1).all(axis=1))
@@ -53,12 +53,12 @@ class FormTimes(Frozen):
 
     def at(self, ranks: npt.NDArray[np.int64]) -> FloatArray:
         """Milliseconds at ranks (n, number of axes) that are covered, (n,); between timed ranks on straight lines."""
-        found = np.array(self.ms).reshape([len(axis) for axis in self.axes])[None]
+        times = np.array(self.ms).reshape([len(axis) for axis in self.axes])[None]
         for axis, values in zip(self.axes, ranks.T, strict=True):
             # the weight of each timed rank: 1 there, 0 at the next ones
-            weights = np.stack([np.interp(values, axis, one) for one in np.eye(len(axis))], axis=1)
-            found = (found * weights.reshape(*weights.shape, *[1] * (found.ndim - 2))).sum(axis=1)
-        return found
+            weights = np.stack([np.interp(values, axis, unit) for unit in np.eye(len(axis))], axis=1)
+            times = (times * weights.reshape(*weights.shape, *[1] * (times.ndim - 2))).sum(axis=1)
+        return times
 
 
 class LayerTimes(Frozen):
@@ -74,9 +74,9 @@ class LayerTimes(Frozen):
     dense_ms: float
     forms: tuple[FormTimes, ...]
 
-    def of(self, form: FormName) -> FormTimes | None:
+    def of(self, form: str) -> FormTimes | None:
         """The times of one form."""
-        return next((one for one in self.forms if one.form == form), None)
+        return next((times for times in self.forms if times.form == form), None)
 
 
 class LatencyTable(Frozen):
@@ -113,9 +113,9 @@ class LatencyTable(Frozen):
         Raises:
             PlanError: the plan has a layer, a form or a rank that was not timed.
         """
-        return self.network_ms + math.fsum(self._change(one.name, one.form, one.ranks) for one in plan.factored)
+        return self.network_ms + math.fsum(self._change(layer.name, layer.form, layer.ranks) for layer in plan.factored)
 
-    def _change(self, name: str, form: FormName, ranks: Sequence[int]) -> float:
+    def _change(self, name: str, form: str, ranks: Sequence[int]) -> float:
         layer = self.of(name)
         times = layer.of(form) if layer else None
         if layer is None or times is None:
@@ -133,4 +133,4 @@ class LatencyTable(Frozen):
         """The smallest rank that is covered and not below `rank`."""
         step = self.rank_multiple
         grid = min(-(-rank // step) * step, axis[-1])
-        return min([grid, *(one for one in axis if rank <= one < step)])
+        return min([grid, *(timed for timed in axis if rank <= timed < step)])

@@ -8,10 +8,9 @@ from typing import Literal
 
 import platformdirs
 
-from spectrim.benchmark.latency.shapes import Shape, Variant
+from spectrim.benchmark.layer_calls import LayerSignature, Variant
 from spectrim.core.errors import FileError
 from spectrim.core.files import Frozen, parse, read_text, write_text
-from spectrim.core.plans import FormName
 
 
 class Entry(Frozen):
@@ -20,7 +19,7 @@ class Entry(Frozen):
     Attributes:
         fingerprint: Machine, runtime and versions.
         rest: Numbers that were read between two passes.
-        shape: The layer.
+        shape: The layer's signature.
         variants: Form and ranks of the factors that were timed.
         ms: Milliseconds of the layer as it is, then of each variant.
     """
@@ -28,46 +27,46 @@ class Entry(Frozen):
     version: Literal[1] = 1
     fingerprint: str
     rest: int
-    shape: Shape
-    variants: tuple[tuple[FormName, tuple[int, ...]], ...]
+    shape: LayerSignature
+    variants: tuple[tuple[str, tuple[int, ...]], ...]
     ms: tuple[float, ...]
 
 
-class Cache:
-    """A folder of entries. One that was named must be writable; the default one is done without if it is not."""
+class TimingCache:
+    """A folder of entries. One that was named must be writable; without the default one times are only not kept."""
 
     def __init__(self, folder: Path | str | None, fingerprint: str, rest: int) -> None:
         self._named = folder is not None
         self._folder = cache_folder(folder)
         self._fingerprint, self._rest = fingerprint, rest
 
-    def find(self, shape: Shape, variants: Sequence[Variant]) -> tuple[float, ...] | None:
+    def find(self, signature: LayerSignature, variants: Sequence[Variant]) -> tuple[float, ...] | None:
         """The times that were kept; None where there are none, or the file is not what it should be."""
-        blank = self._entry(shape, variants, ())
+        blank = self._entry(signature, variants, ())
         try:
             path = self._path(blank)
-            kept = parse(Entry, read_text(path), origin=str(path))
+            entry = parse(Entry, read_text(path), origin=str(path))
         except FileError:
             return None
-        whole = len(kept.ms) == len(variants) + 1 and min(kept.ms) > 0
-        return kept.ms if whole and kept.model_copy(update={"ms": ()}) == blank else None
+        whole = len(entry.ms) == len(variants) + 1 and min(entry.ms) > 0
+        return entry.ms if whole and entry.model_copy(update={"ms": ()}) == blank else None
 
-    def keep(self, shape: Shape, variants: Sequence[Variant], ms: tuple[float, ...]) -> None:
+    def keep(self, signature: LayerSignature, variants: Sequence[Variant], ms: tuple[float, ...]) -> None:
         """Write an entry, wholly or not at all.
 
         Raises:
             FileError: a folder that was named cannot be written.
         """
-        entry = self._entry(shape, variants, ms)
+        entry = self._entry(signature, variants, ms)
         try:
             write_text(self._path(entry), entry.model_dump_json(indent=1) + "\n")
         except FileError:
             if self._named:
                 raise
 
-    def _entry(self, shape: Shape, variants: Sequence[Variant], ms: tuple[float, ...]) -> Entry:
-        named = tuple((one.form, one.ranks) for one in variants)
-        return Entry(fingerprint=self._fingerprint, rest=self._rest, shape=shape, variants=named, ms=ms)
+    def _entry(self, signature: LayerSignature, variants: Sequence[Variant], ms: tuple[float, ...]) -> Entry:
+        named = tuple((variant.form, variant.ranks) for variant in variants)
+        return Entry(fingerprint=self._fingerprint, rest=self._rest, shape=signature, variants=named, ms=ms)
 
     def _path(self, entry: Entry) -> Path:
         key = entry.model_copy(update={"ms": ()}).model_dump_json()

@@ -1,0 +1,68 @@
+"""Forms: how a unit is approximated. A new one is a file here and an entry in `FORMS`."""
+
+from collections.abc import Sequence
+
+from spectrim.core.errors import PlanError
+from spectrim.layers.forms.base import Form, RankCosts, SingleWeightForm
+from spectrim.layers.forms.channel import (
+    ChannelForm,
+    LowRankConv,
+    LowRankConv1d,
+    LowRankConv2d,
+    LowRankConvTranspose2d,
+)
+from spectrim.layers.forms.linear import LinearForm, LowRankLinear
+from spectrim.layers.forms.spatial import SpatialConv2d, SpatialForm
+from spectrim.layers.forms.tucker2 import Tucker2Conv2d, Tucker2Form
+from spectrim.layers.units import Unit
+
+__all__ = [
+    "FORMS",
+    "Form",
+    "LowRankConv",
+    "LowRankConv1d",
+    "LowRankConv2d",
+    "LowRankConvTranspose2d",
+    "LowRankLinear",
+    "RankCosts",
+    "SingleWeightForm",
+    "SpatialConv2d",
+    "Tucker2Conv2d",
+    "form_named",
+    "forms_of",
+    "selected_forms",
+]
+
+FORMS: tuple[Form, ...] = (LinearForm(), ChannelForm(), SpatialForm(), Tucker2Form())
+
+
+def forms_of(unit: Unit) -> tuple[Form, ...]:
+    """The forms that a unit can take, the one with a closed solution first."""
+    return tuple(form for form in FORMS if form.fits(unit))
+
+
+def form_named(name: str) -> Form:
+    """The form of this name.
+
+    Raises:
+        PlanError: there is none.
+    """
+    for form in FORMS:
+        if form.name == name:
+            return form
+    raise PlanError(f"there is no form {name!r}; there are {', '.join(form.name for form in FORMS)}")
+
+
+def selected_forms(names: Sequence[str] | str | None, *, closed_form: bool = False) -> tuple[str, ...]:
+    """Names of the forms that may be used: those given, or all of them, or all that have a closed solution.
+
+    Raises:
+        PlanError: an unknown name, or none at all.
+    """
+    if names is None:
+        return tuple(form.name for form in FORMS if form.closed_form or not closed_form)
+    selected = (names,) if isinstance(names, str) else tuple(names)
+    known = [form.name for form in FORMS]
+    if not selected or any(name not in known for name in selected):
+        raise PlanError(f"forms={names!r}: give some of {', '.join(known)}")
+    return selected

@@ -1,0 +1,163 @@
+"""What a form is: one way to approximate a unit."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod, sqrt
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from spectrim.core.errors import ModelError
+from spectrim.core.plans import Cost
+from spectrim.layers.factored import FactoredLayer
+from spectrim.layers.types import Geometry, LayerType, Positions
+from spectrim.layers.units import SingleWeight, Unit
+from spectrim.linalg import Decomposition, Factors, Problem, Ranks
+
+
+@dataclass(frozen=True, eq=False)
+class RankCosts:
+    """What every rank of a unit in one form costs, biases aside: known from its shape alone.
+
+    Attributes:
+        form: The form's name.
+        ranks: Whole numbers (n, number of ranks of the form).
+        params: Numbers stored, (n,).
+        macs: Multiply-accumulates of a pass, (n,).
+    """
+
+    form: str
+    ranks: npt.NDArray[np.int64]
+    params: npt.NDArray[np.int64]
+    macs: npt.NDArray[np.int64]
+
+    def __post_init__(self) -> None:
+        assert len(self.ranks) == len(self.params) == len(self.macs)
+
+
+class Form(ABC):
+    """One way to approximate a unit. A new one is a file here and an entry in `FORMS`.
+
+    It owns the grid of ranks, the cost of each, the decomposition, and what is built: they belong together.
+
+    Attributes:
+        name: As it stands in plans.
+        rank_count: Ranks that an approximation has: 1, or 2 in the tucker2 form.
+        closed_form: Whether one decomposition solves it for every rank. Rules for single layers use such forms, and the
+            spectrum is theirs.
+    """
+
+    name: ClassVar[str]
+    rank_count: ClassVar[int] = 1
+    closed_form: ClassVar[bool] = False
+
+    @abstractmethod
+    def fits(self, unit: Unit) -> bool:
+        """Whether the unit can take this form."""
+
+    @abstractmethod
+    def full_ranks(self, unit: Unit) -> Ranks:
+        """The largest ranks that change anything, each group by itself."""
+
+    @abstractmethod
+    def rank_grid(self, unit: Unit) -> npt.NDArray[np.int64]:
+        """Every rank that is looked at, (n, rank_count): that of each entry in a decomposition's `tails`."""
+
+    @abstractmethod
+    def costs(self, unit: Unit, ranks: npt.NDArray[np.int64]) -> RankCosts:
+        """The cost at each of some ranks (n, rank_count), biases aside."""
+
+    def cost(self, unit: Unit, ranks: Ranks) -> Cost:
+        """The cost at `ranks`, biases aside."""
+        costs = self.costs(unit, np.array([ranks], dtype=np.int64))
+        return Cost(params=int(costs.params[0]), macs=int(costs.macs[0]))
+
+    @abstractmethod
+    def decompose(self, problem: Problem, *, near: Factors = ()) -> Decomposition:
+        """What factors of any rank are made from.
+
+        Where factors are found by iteration, those of a problem that is nearly the same are a better start, up to their
+        own rank, and save finding one: `near`.
+        """
+
+    @abstractmethod
+    def build(self, layer: nn.Module, *, layer_type: LayerType, ranks: Ranks, bias: bool) -> FactoredLayer:
+        """An unset replacement for `layer`, with its options, device, type and flags. Draws no random numbers."""
+
+    @abstractmethod
+    def random_factors(self, unit: Unit, ranks: Ranks, *, generator: torch.Generator) -> Factors:
+        """Factors to time with, float64, scaled so that no signal grows or dies out."""
+
+
+class SingleWeightForm(Form):
+    """A form of a single weight: the product of factors.
+
+    Attributes:
+        decomposition: The class whose `full_ranks` and `rank_grid` are those of the form.
+    """
+
+    decomposition: ClassVar[type[Decomposition]]
+
+    def fits(self, unit: Unit) -> bool:
+        return isinstance(unit, SingleWeight) and unit.weight.geometry is not None and self.fits_shape(unit.geometry)
+
+    @abstractmethod
+    def fits_shape(self, geometry: Geometry) -> bool:
+        """Whether a weight of these sizes can take this form."""
+
+    @abstractmethod
+    def factor_shapes(self, geometry: Geometry, ranks: Sequence[Any]) -> tuple[tuple[Any, ...], ...]:
+        """Shapes of the factors of a group, first to last, each (its outputs, its inputs, *its kernel).
+
+        The ranks may be numbers, or arrays of as many numbers.
+        """
+
+    @abstractmethod
+    def factor_positions(self, positions: Positions) -> tuple[int, ...]:
+        """How many vectors each factor handles."""
+
+    @abstractmethod
+    def chain(self, layer: nn.Module, layer_type: LayerType, ranks: Ranks, *, bias: bool) -> FactoredLayer:
+        """The replacement on the meta device; `ranks` are those of all groups together."""
+
+    def full_ranks(self, unit: Unit) -> Ranks:
+        return self.decomposition.full_ranks(_geometry(unit).shape)
+
+    def rank_grid(self, unit: Unit) -> npt.NDArray[np.int64]:
+        return self.decomposition.rank_grid(_geometry(unit).shape)
+
+    def costs(self, unit: Unit, ranks: npt.NDArray[np.int64]) -> RankCosts:
+        geometry = _geometry(unit)
+        shapes = self.factor_shapes(geometry, list(ranks.T))
+        params = [geometry.groups * prod(shape) for shape in shapes]
+        positions = self.factor_positions(unit.weights[0].positions)
+        macs = sum(number * places for number, places in zip(params, positions, strict=True))
+        return RankCosts(self.name, ranks, np.asarray(sum(params)), np.asarray(macs))
+
+    def decompose(self, problem: Problem, *, near: Factors = ()) -> Decomposition:
+        return self.decomposition.of(problem, near=near)
+
+    def build(self, layer: nn.Module, *, layer_type: LayerType, ranks: Ranks, bias: bool) -> FactoredLayer:
+        geometry, weight = layer_type.geometry(layer), layer.get_parameter("weight")
+        if not self.fits_shape(geometry):
+            raise ModelError(f"{type(layer).__name__} {list(weight.shape)} has no {self.name} form")
+        replacement = self.chain(layer, layer_type, tuple(rank * geometry.groups for rank in ranks), bias=bias)
+        if not weight.is_meta:
+            replacement.to_empty(device=weight.device)
+        return replacement.train(layer.training).requires_grad_(weight.requires_grad)
+
+    def random_factors(self, unit: Unit, ranks: Ranks, *, generator: torch.Generator) -> Factors:
+        geometry = _geometry(unit)
+        return tuple(
+            torch.randn(geometry.groups, *shape, generator=generator, dtype=torch.float64) / sqrt(prod(shape[1:]))
+            for shape in self.factor_shapes(geometry, ranks)
+        )
+
+
+def _geometry(unit: Unit) -> Geometry:
+    assert isinstance(unit, SingleWeight)
+    return unit.geometry

@@ -1,0 +1,180 @@
+"""A weight by itself, and every layer that uses it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from spectrim.core.errors import ModelError
+from spectrim.core.execution import unique_tensors
+from spectrim.layers.factored import low_rank_layers
+from spectrim.layers.selection import LayerSelection
+from spectrim.layers.tracing import Trace
+from spectrim.layers.types import Geometry, Positions, find_layer_type
+from spectrim.layers.units.base import Unit, Weight
+
+_DIFFERS = "it was to be treated as another class of layer, and its outputs are not those of that class"
+
+
+@dataclass(frozen=True)
+class SingleWeight(Unit):
+    """One weight; its inner space is the one between its factors."""
+
+    kind = "weight"
+
+    @property
+    def weight(self) -> Weight:
+        """The weight."""
+        return self.weights[0]
+
+    @property
+    def geometry(self) -> Geometry:
+        """Its sizes; only of a weight that holds a matrix."""
+        assert self.weight.geometry is not None
+        return self.weight.geometry
+
+
+def find_single_weights(model: nn.Module, trace: Trace, selection: LayerSelection) -> tuple[SingleWeight, ...]:
+    """Every weight matrix of the model, in order of execution, with the reason where it must stay as it is.
+
+    Raises:
+        ModelError: the model has no layer of a known type, or a state that cannot be counted.
+        PatternError: a pattern matches no layer.
+    """
+    unique_tensors(model)
+    names = _names_by_module(model)
+    layers = [module for module in names if _has_matrix(module)]
+    if not any(find_layer_type(module) for module in layers):
+        raise ModelError(f"{type(model).__name__} has no Linear or convolution layer, so there is nothing to factor")
+    selected = selection.matching([name for module in layers for name in names[module]])
+    last = next(reversed(list(trace.calls)), None) if selection.keep_last else None
+    order = {name: place for place, name in enumerate(trace.calls)}
+    inside = _already_handled(model)
+    units = []
+    for group in _tied(layers):
+        call_sites = sorted((names[module][0] for module in group), key=lambda name: order.get(name, len(order)))
+        tied = [name for module in group for name in names[module]]
+        reason = (
+            _left_out(tied, selected=selected, last=last)
+            or next((inside[module] for module in group if module in inside), None)
+            or next((reason for module in group if (reason := _unfit(module, selection))), None)
+            or _shared_elsewhere(model, group)
+            or next((f"{name} is not called by the model" for name in call_sites if name not in trace.calls), None)
+            or next((_DIFFERS for name in call_sites if name in trace.differing), None)
+        )
+        weight = _weight(model.get_submodule(call_sites[0]), tied, call_sites, trace.positions)
+        units.append(SingleWeight((weight,), reason))
+    return tuple(sorted(units, key=lambda unit: order.get(unit.name, len(order))))
+
+
+def _weight(
+    layer: nn.Module, tied: Sequence[str], call_sites: Sequence[str], positions: Mapping[str, Positions]
+) -> Weight:
+    layer_type, own = find_layer_type(layer), list(layer.parameters(recurse=False))
+    # a subclass or a parametrised layer cannot be exchanged, but its weight has a spectrum all the same
+    weight = getattr(layer, "weight", None) if layer_type else None
+    whole = isinstance(weight, Tensor) and not weight.is_meta and weight.is_floating_point()
+    shape = weight.shape if isinstance(weight, Tensor) else next((value.shape for value in own if value.ndim >= 2), ())
+    return Weight(
+        name=call_sites[0],
+        tied_names=tuple(name for name in tied if name != call_sites[0]),
+        call_sites=tuple(call_sites),
+        kind=type(layer).__name__,
+        shape=tuple(shape),
+        layer_type=layer_type,
+        geometry=layer_type.geometry(layer) if layer_type and whole else None,
+        positions=sum((positions.get(site, Positions()) for site in call_sites), Positions()),
+        has_bias=getattr(layer, "bias", None) is not None,
+        params=sum(parameter.numel() for parameter in own),
+        itemsize=next((parameter.element_size() for parameter in own), 4),
+    )
+
+
+def _names_by_module(model: nn.Module) -> dict[nn.Module, list[str]]:
+    if find_layer_type(model):
+        raise ModelError(
+            "the model is a single layer, which has no place to be exchanged in; wrap it: nn.Sequential(layer)"
+        )
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+    return names
+
+
+def _has_matrix(module: nn.Module) -> bool:
+    own = module._parameters.values()
+    return bool(find_layer_type(module)) or any(parameter is not None and parameter.ndim >= 2 for parameter in own)
+
+
+def _tied(layers: Sequence[nn.Module]) -> list[list[nn.Module]]:
+    """Layers of known types in groups that share their weight; any other layer is a group of its own."""
+    groups: dict[int, list[nn.Module]] = {}
+    for module in layers:
+        layer_type = find_layer_type(module)
+        weight = module._parameters.get("weight") if layer_type and not layer_type.overrides(module) else None
+        groups.setdefault(id(module if weight is None else weight), []).append(module)
+    return list(groups.values())
+
+
+def _left_out(tied: Sequence[str], *, selected: set[str], last: str | None) -> str | None:
+    left_out = [name for name in tied if name not in selected]
+    if len(left_out) == len(tied):
+        return "not selected by include and exclude"
+    if left_out:
+        return f"shares its weight with {left_out[0]}, which is not selected"
+    return "the last layer, kept dense as asked" if last in tied else None
+
+
+def _already_handled(model: nn.Module) -> dict[nn.Module, str]:
+    reasons: dict[nn.Module, str] = {}
+    for module in model.modules():
+        if isinstance(module, nn.MultiheadAttention):
+            for inner in module.modules():
+                reasons[inner] = "nn.MultiheadAttention reads its weights itself, without calling a layer"
+    for layer in low_rank_layers(model).values():
+        reasons |= dict.fromkeys(layer.chain, "already a low-rank factor")
+    return reasons
+
+
+def _unfit(module: nn.Module, selection: LayerSelection) -> str | None:
+    name, layer_type = type(module).__name__, find_layer_type(module)
+    if parametrize.is_parametrized(module):
+        return "its weight is parametrised; remove the parametrisation first"
+    if layer_type is None:
+        return f"{name} layers are not factored"
+    if overridden := layer_type.overrides(module) if not selection.is_treated(module) else ():
+        base = f"nn.{layer_type.name}" if hasattr(nn, layer_type.name) else layer_type.name
+        return (
+            f"{name} is a subclass of {base} with a {overridden[0]} of its own, which would be lost; if it gives what "
+            f"{base} gives, pass treat_as={{{name}: {base}}}"
+        )
+    if "forward" in vars(module):
+        return "its forward was replaced on this very layer, which an exchange would lose"
+    if any(hooks for name, hooks in vars(module).items() if name.endswith("_hooks")):
+        return "it carries hooks, which an exchange would lose"
+    more = sorted({*module._parameters, *module._buffers, *module._modules} - {"weight", "bias"})
+    if more:
+        return f"it holds more than a weight and a bias: {', '.join(more)}"
+    return _unfit_tensors(module) or layer_type.skip_reason(module)
+
+
+def _unfit_tensors(module: nn.Module) -> str | None:
+    if module._parameters.get("weight") is None:
+        return "its weight is not a parameter"
+    for name, value in module._parameters.items():
+        # a tensor subclass (quantised, distributed) has a floating-point type, and values of its own kind
+        if value is not None and (type(value) is not nn.Parameter or value.is_meta or not value.is_floating_point()):
+            kind = f"{type(value).__name__} {str(value.dtype).removeprefix('torch.')} on {value.device}"
+            return f"its {name} is not an ordinary floating-point parameter ({kind})"
+    return None
+
+
+def _shared_elsewhere(model: nn.Module, group: Sequence[nn.Module]) -> str | None:
+    weight = group[0]._parameters.get("weight")
+    for name, module in model.named_modules():
+        if module not in group and any(
+            parameter is weight for parameter in module._parameters.values() if weight is not None
+        ):
+            return f"shares its weight with {name} ({type(module).__name__}), which needs it whole"
+    return None
