@@ -5,6 +5,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from spectrim.core.execution import as_inputs
+from spectrim.layers.factored import FactoredLayer
+from spectrim.layers.forms import form_named, forms_of
+from spectrim.layers.selection import LayerSelection
+from spectrim.layers.tracing import Trace, trace
+from spectrim.layers.types import layer_type_of
+from spectrim.layers.units import SingleWeight, find_units
+
 
 class Double(nn.Module):
     """Calls one layer twice, and adds a branch."""
@@ -142,3 +150,27 @@ def same_state(model: nn.Module, before: dict[str, Tensor]) -> bool:
 def batches(x: Tensor, *, size: int = 16) -> Iterator[Tensor]:
     """`x` in batches, once."""
     yield from x.split(size)
+
+
+def unit_of(layer: nn.Module, x: Tensor | None = None) -> SingleWeight:
+    """A layer's weight as a unit; with the positions of one pass over `x`, if given."""
+    model = nn.Sequential(layer)
+    seen = Trace({}, {"0": 1}) if x is None else trace(model, as_inputs(x))
+    (unit,) = find_units(model, seen, LayerSelection())
+    assert isinstance(unit, SingleWeight)
+    return unit
+
+
+def form_names(layer: nn.Module) -> tuple[str, ...]:
+    """The forms that a layer can take."""
+    return tuple(form.name for form in forms_of(unit_of(layer)))
+
+
+def full_ranks(layer: nn.Module, form: str) -> tuple[int, ...]:
+    """Its largest ranks in a form."""
+    return form_named(form).full_ranks(unit_of(layer))
+
+
+def build(layer: nn.Module, *, form: str, ranks: tuple[int, ...], bias: bool) -> FactoredLayer:
+    """An unset replacement."""
+    return form_named(form).build(layer, layer_type=layer_type_of(layer), ranks=ranks, bias=bias)

@@ -1,4 +1,4 @@
-"""The network of the files in `tests/files/saved`, which commit 25f9191 wrote; `write` is how they were made."""
+"""The network of the files in `tests/files/saved`, which commit 25f9191 wrote."""
 
 from pathlib import Path
 

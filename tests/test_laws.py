@@ -6,14 +6,13 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from cases import Double, SharedModule, Tied, inputs, same_state, small_mlp, state
+from cases import Double, SharedModule, Tied, form_names, full_ranks, inputs, same_state, small_mlp, state
 from hypothesis import given, settings
 from hypothesis import strategies as draw
 from torch import Tensor, nn
 
 import spectrim as st
-from spectrim.core.plans import FormName, Metric
-from spectrim.layers.registry import forms_of, geometry
+from spectrim.core.plans import Metric
 
 sizes = draw.integers(1, 14)
 seeds = draw.integers(0, 2**32 - 1)
@@ -189,7 +188,7 @@ KINDS: dict[str, tuple[Any, tuple[int, ...]]] = {
 CROSSED = [
     pytest.param(build, shape, form, metric, dtype, id=f"{kind}-{form}-{metric}-{str(dtype).removeprefix('torch.')}")
     for kind, (build, shape) in KINDS.items()
-    for form in forms_of(build())
+    for form in form_names(build())
     for metric in get_args(Metric)
     for dtype in TOLERANCE
 ]
@@ -197,7 +196,7 @@ CROSSED = [
 
 @pytest.mark.parametrize(("build", "shape", "form", "metric", "dtype"), CROSSED)
 def test_every_kind_form_metric_and_type_keeps_its_word(
-    build: Any, shape: tuple[int, ...], form: FormName, metric: Metric, dtype: torch.dtype, tmp_path: Path
+    build: Any, shape: tuple[int, ...], form: str, metric: Metric, dtype: torch.dtype, tmp_path: Path
 ) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(build(), nn.Identity()).to(dtype)
@@ -208,7 +207,7 @@ def test_every_kind_form_metric_and_type_keeps_its_word(
         plan = st.plan(analysis, st.Ratio(share), metric=metric, forms=(form,), allow_growth=True)
         made = st.compress(model, plan, example_inputs=x, analysis=analysis)
         layer, decided = made.model[0], made.plan["0"]
-        full = geometry(model[0]).full_ranks(form)
+        full = full_ranks(model[0], form)
         assert (layer.form, decided.metric, layer.ranks) == (form, metric, decided.ranks)
         assert all(1 <= rank <= most for rank, most in zip(layer.ranks, full, strict=True))
         assert (layer.ranks == full) == (share == 1.0)
@@ -245,14 +244,14 @@ SINGLE = [
     for kind, (build, shape) in KINDS.items()
     # at most 64 output positions, so that all of them are looked at
     for most in (3 if kind == "transposed" else 8,)
-    for form in forms_of(build())
+    for form in form_names(build())
 ]
 
 
 @pytest.mark.parametrize("share", [0.2, 0.6, 1.0])
 @pytest.mark.parametrize(("build", "shape", "form"), SINGLE)
 def test_reconstruction_never_raises_the_calibration_error_of_a_layer(
-    build: Any, shape: tuple[int, ...], form: FormName, share: float
+    build: Any, shape: tuple[int, ...], form: str, share: float
 ) -> None:
     """Behind a layer that has lost most of its input, against the planned factors with the best bias for them."""
     torch.manual_seed(0)

@@ -10,29 +10,36 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import Double, SharedModule, Tied, inputs, same_state, small_cnn, small_mlp, state
+from cases import (
+    Double,
+    SharedModule,
+    Tied,
+    build,
+    form_names,
+    full_ranks,
+    inputs,
+    same_state,
+    small_cnn,
+    small_mlp,
+    state,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as draw
 from torch import Tensor, nn
 
 import spectrim as st
 from spectrim import errors
-from spectrim.benchmark.latency import (
-    FormTimes,
-    LatencyTable,
-    LayerTimes,
-    cache_folder,
-    latency_table,
-    making,
-    random_factors,
-)
-from spectrim.benchmark.latency.graphs import layer_graph
-from spectrim.benchmark.latency.shapes import axes_of, uses
+from spectrim.benchmark import latency_table as table_module
+from spectrim.benchmark.latencies import FormTimes, LatencyTable, LayerTimes
+from spectrim.benchmark.latency_table import latency_table
+from spectrim.benchmark.layer_calls import axes_of, layer_calls
+from spectrim.benchmark.layer_graphs import layer_graph
+from spectrim.benchmark.timing_cache import cache_folder
 from spectrim.core.execution import as_inputs
-from spectrim.core.plans import FormName, LatencyNote
-from spectrim.layers.registry import build, forms_of, geometry
+from spectrim.core.plans import LatencyNote
+from spectrim.layers.forms import form_named
 from spectrim.planning.budgets import Options
-from spectrim.planning.latency_budget import settled
+from spectrim.planning.latency_budget import refined
 from spectrim.planning.rules import options_of
 from spectrim.runtimes.rank_grid import Grid
 from spectrim.runtimes.timing import Interval
@@ -42,17 +49,17 @@ laws = settings(max_examples=60, deadline=None, derandomize=True)
 
 
 def table_by(
-    known: st.Analysis, ms: Callable[[st.LayerAnalysis, FormName, tuple[int, ...]], float], **more: Any
+    known: st.Analysis, ms: Callable[[st.LayerAnalysis, str, tuple[int, ...]], float], **more: Any
 ) -> LatencyTable:
     """A table of made-up times that are straight lines in each rank, so that its corners say it all."""
     layers = []
     for layer in known:
-        if not layer.problems or layer.sizes is None:
+        if not layer.problems or layer.geometry is None:
             continue
         forms = []
         for form in layer.forms:
             step = more.get("rank_multiple", 1)
-            axes = tuple(tuple(sorted({min(step, most), most})) for most in layer.sizes.full_ranks(form))
+            axes = tuple(tuple(sorted({min(step, most), most})) for most in layer.full_ranks(form))
             forms.append(FormTimes(form=form, axes=axes, ms=tuple(ms(layer, form, at) for at in product(*axes))))
         layers.append(LayerTimes(name=layer.name, dense_ms=layer.dense.macs / 1e6, forms=tuple(forms)))
     options = {"runtime": "torch", "threads": 1, "fingerprint": "made up", "rank_multiple": 1}
@@ -61,13 +68,12 @@ def table_by(
     )
 
 
-def by_macs(layer: st.LayerAnalysis, form: FormName, ranks: tuple[int, ...]) -> float:
+def by_macs(layer: st.LayerAnalysis, form: str, ranks: tuple[int, ...]) -> float:
     """A nanosecond for each multiply-accumulate."""
-    assert layer.sizes is not None
-    return layer.sizes.cost(form, ranks, layer.positions).macs / 1e6
+    return form_named(form).cost(layer.unit, ranks).macs / 1e6
 
 
-def choices(plan: st.Plan) -> list[tuple[str, FormName, tuple[int, ...]]]:
+def choices(plan: st.Plan) -> list[tuple[str, str, tuple[int, ...]]]:
     return [(layer.name, layer.form, layer.ranks) for layer in plan]
 
 
@@ -92,7 +98,7 @@ class TestTimes:
             terms = (1, first, second, first * second) if len(at) == 2 else (1, first)
             return float(sum(one * term for one, term in zip(whole, terms, strict=True)))
 
-        form: FormName = "tucker2" if len(axes) == 2 else "spatial"
+        form: str = "tucker2" if len(axes) == 2 else "spatial"
         times = FormTimes(form=form, axes=axes, ms=tuple(map(bilinear, product(*axes))))
         wanted = [tuple(data.draw(draw.integers(axis[0], axis[-1])) for axis in axes) for _ in range(4)]
         exact = np.array(list(map(bilinear, wanted)))
@@ -153,12 +159,12 @@ class TestSolving:
         assert made.latency.predicted <= share
         assert table.predict(made) / table.network_ms == pytest.approx(made.latency.predicted, abs=1e-6)
         for layer in made.factored:
-            full = known[layer.name].sizes.full_ranks(layer.form)  # type: ignore[union-attr]
+            full = known[layer.name].full_ranks(layer.form)
             assert all(rank % multiple == 0 or rank == most for rank, most in zip(layer.ranks, full, strict=True))
             assert layer.kept.params < layer.dense.params
 
     def test_options_that_take_longer_than_the_layer_are_none(self, known: st.Analysis) -> None:
-        def slow(layer: st.LayerAnalysis, form: FormName, ranks: tuple[int, ...]) -> float:
+        def slow(layer: st.LayerAnalysis, form: str, ranks: tuple[int, ...]) -> float:
             return (50.0 + ranks[-1] if layer.name == "2" else 0.0) + by_macs(layer, form, ranks)
 
         made = st.plan(known, st.Budget(latency=0.9), latencies=table_by(known, slow))
@@ -231,7 +237,7 @@ class TestDecision:
         return options_of(known, rule, metric=None, forms=None, rank_multiple=None, latencies=table_by(known, by_macs))
 
     def decide(self, options: Options, clock: Clock) -> tuple[st.Plan, LatencyNote]:
-        plan = settled(options, st.Budget(latency=self.TARGET), verify=clock)
+        plan = refined(options, st.Budget(latency=self.TARGET), verify=clock)
         assert plan.latency is not None
         return plan, plan.latency
 
@@ -259,7 +265,7 @@ class TestDecision:
         plan, note = self.decide(options, clock)
         assert clock.asked[0] < clock.asked[1]
         assert note.measured == pytest.approx(self.TARGET, rel=0.02)
-        hasty = settled(options, st.Budget(latency=self.TARGET), verify=Clock(lambda share: share))
+        hasty = refined(options, st.Budget(latency=self.TARGET), verify=Clock(lambda share: share))
         assert sum((one.predicted_error or 0) ** 2 for one in plan) < sum(
             (one.predicted_error or 0) ** 2 for one in hasty
         )
@@ -300,7 +306,7 @@ class TestDecision:
         def decide(target: float, clock: Clock) -> st.Plan:
             rule = st.Budget(latency=target)
             given = options_of(known, rule, metric=None, forms=None, rank_multiple=None, latencies=table)
-            return settled(given, rule, verify=clock)
+            return refined(given, rule, verify=clock)
 
         plan = decide(0.9 * least, Clock(lambda share: 0.89 * share))
         assert plan.latency is not None
@@ -360,9 +366,13 @@ class Sites(nn.Module):
 class TestShapes:
     def test_layers_of_one_shape_are_one(self) -> None:
         model, x = Sites(), torch.randn(2, 8, 6, 6)
-        found, examples = uses(model, as_inputs(x), st.analyze(model, x))
-        assert len(found) == 5
-        assert sorted(Counter(shape for use in found for shape in use.shapes.elements()).values()) == [1, 1, 3]
+        calls, examples = layer_calls(model, as_inputs(x), st.analyze(model, x))
+        assert len(calls) == 5
+        assert sorted(Counter(signature for each in calls for signature in each.signatures.elements()).values()) == [
+            1,
+            1,
+            3,
+        ]
         assert len(examples) == 3
         assert {shape.input for shape in examples} == {(2, 8, 6, 6), (2, 8, 3, 3)}
 
@@ -376,8 +386,8 @@ class TestShapes:
         ids=["called twice", "two layers, one weight", "one layer, two names"],
     )
     def test_every_call_counts(self, model: nn.Module, x: Tensor, called: dict[str, int]) -> None:
-        found, _ = uses(model, as_inputs(x), st.analyze(model, x))
-        assert {use.layer.name: use.shapes.total() for use in found} == called
+        calls, _ = layer_calls(model, as_inputs(x), st.analyze(model, x))
+        assert {each.layer.name: each.signatures.total() for each in calls} == called
 
     def test_small_layers_are_timed_below_the_first_step_too(self) -> None:
         wide, narrow = st.analyze(nn.Sequential(nn.Linear(256, 256), nn.Linear(256, 24)), torch.randn(2, 256))
@@ -408,8 +418,7 @@ class TestShapes:
                 axes = axes_of(layer, form, multiple=multiple, points=4)
                 if axes is None:
                     continue
-                assert layer.sizes is not None
-                for axis, most in zip(axes, layer.sizes.full_ranks(form), strict=True):
+                for axis, most in zip(axes, layer.full_ranks(form), strict=True):
                     assert 1 <= len(axis) <= 5
                     assert all(rank % multiple == 0 or rank == most for rank in axis)
                 assert layer.shrinks(layer.cost(form, tuple(axis[0] for axis in axes), "plain"))
@@ -418,7 +427,7 @@ class TestShapes:
         for layer in st.analyze(small_cnn(), X):
             for form in layer.forms:
                 axes = axes_of(layer, form, multiple=1, points=3)
-                ranks = layer.choices(form, "plain")
+                ranks = layer.rank_errors(form, "plain")
                 small = (ranks.params < layer.dense.params) & (ranks.macs <= layer.dense.macs)
                 assert (axes is not None) == bool(small.any())
                 if axes is not None:
@@ -450,8 +459,8 @@ def test_a_graph_of_a_layer_does_what_the_layer_does(make: Callable[[], nn.Modul
     torch.manual_seed(0)
     layer, x = make(), torch.randn(shape)
     factored = [
-        build(layer, form=form, ranks=tuple(min(3, most) for most in geometry(layer).full_ranks(form)), bias=True)
-        for form in forms_of(layer)
+        build(layer, form=form, ranks=tuple(min(3, most) for most in full_ranks(layer, form)), bias=True)
+        for form in form_names(layer)
     ]
     for one in factored:
         for parameter in one.parameters():
@@ -463,12 +472,11 @@ def test_a_graph_of_a_layer_does_what_the_layer_does(make: Callable[[], nn.Modul
 
 
 @pytest.mark.parametrize("form", ["linear", "channel", "spatial", "tucker2"])
-def test_factors_to_time_have_the_shapes_of_real_ones(form: FormName) -> None:
+def test_factors_to_time_have_the_shapes_of_real_ones(form: str) -> None:
     for layer in st.analyze(small_cnn(), X):
         if form in layer.forms:
-            assert layer.sizes is not None
-            ranks = tuple(min(2, most) for most in layer.sizes.full_ranks(form))
-            made = random_factors(layer.sizes, form=form, ranks=ranks, seed=0)
+            ranks = tuple(min(2, most) for most in layer.full_ranks(form))
+            made = form_named(form).random_factors(layer.unit, ranks, generator=torch.Generator().manual_seed(0))
             real = layer.decomposition(form, "plain").factors(ranks)
             assert [one.numel() for one in made] == [one.numel() for one in real]
             assert [one.shape[:2] for one in made] == [one.shape[:2] for one in real]
@@ -519,14 +527,14 @@ class TestTable:
 
     def test_what_was_timed_is_not_timed_again(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         model, x = wide(64), torch.randn(4, 64)
-        known, timed = st.analyze(model, x), making.timed
+        known, timed = st.analyze(model, x), table_module.timed
         calls: list[str] = []
 
         def counted(layer: nn.Module, *args: Any, **options: Any) -> tuple[float, ...]:
             calls.append(str(layer))
             return timed(layer, *args, **options)
 
-        monkeypatch.setattr(making, "timed", counted)
+        monkeypatch.setattr(table_module, "timed", counted)
 
         def table(**options: Any) -> LatencyTable:
             return latency_table(model, x, analysis=known, rank_multiple=16, **{"folder": tmp_path, **options})

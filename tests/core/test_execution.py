@@ -16,7 +16,8 @@ from torch.nn.utils.rnn import pack_sequence
 
 import spectrim as st
 from spectrim import errors
-from spectrim.core.execution import Inputs, as_inputs, call, evaluating, require_repeatable, to_device, trace
+from spectrim.core.execution import Inputs, as_inputs, call, evaluating, on_device_of, require_repeatable
+from spectrim.layers.tracing import trace
 
 X = inputs(24, 12)
 Pair = namedtuple("Pair", "x more")
@@ -199,8 +200,8 @@ class TestWritingToInputs:
 
     def test_copies_are_made_at_any_depth(self) -> None:
         packed = pack_sequence([torch.ones(2), torch.ones(3)], enforce_sorted=False)
-        given = Inputs(([X], Pair(X, {"deep": (X, "word")})), {"packed": packed})
-        copy = to_device(given, CPU, copy=True)
+        inputs = Inputs(([X], Pair(X, {"deep": (X, "word")})), {"packed": packed})
+        copy = on_device_of(nn.Linear(1, 1), inputs)
         assert copy.args[1].more["deep"][1] == "word"
         for tensor in (copy.args[0][0], copy.args[1].x, copy.args[1].more["deep"][0]):
             assert torch.equal(tensor, X)
@@ -208,7 +209,7 @@ class TestWritingToInputs:
             assert tensor.data_ptr() != X.data_ptr()
         assert torch.equal(copy.kwargs["packed"].data, packed.data)
         assert copy.kwargs["packed"].data.data_ptr() != packed.data.data_ptr()
-        assert to_device(given, CPU).args[0][0] is X
+        assert inputs.map(lambda tensor: tensor).args[0][0] is X
 
     def test_asking_for_gradients_of_the_inputs_leaves_theirs_alone(self) -> None:
         class Force(nn.Module):
@@ -262,7 +263,10 @@ class TestEvaluating:
 
 
 class Hidden(nn.Linear):
-    """A linear layer under another name."""
+    """A linear layer that does more than one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
 
 
 def odd_layers() -> dict[str, tuple[nn.Module, str]]:

@@ -5,14 +5,14 @@ from typing import Any
 
 import pytest
 import torch
-from cases import inputs, same_state, state
+from cases import build, form_names, full_ranks, inputs, same_state, state, unit_of
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+from transformers.pytorch_utils import Conv1D
 
 import spectrim as st
-from spectrim.analysis.calibration import answers, patches
-from spectrim.core.plans import FormName
-from spectrim.layers import registry as forms
+from spectrim.layers.forms import FORMS, form_named
+from spectrim.layers.types import layer_type_of
 from spectrim.models import resnet20
 
 # torch's own remark on asymmetric padding, said once a process
@@ -20,10 +20,25 @@ pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even k
 
 Case = tuple[type[nn.Module], dict[str, Any]]
 
+
+class Inheriting(nn.Conv2d):
+    """A subclass that overrides nothing of the forward pass."""
+
+
 OPTIONS: dict[str, Case] = {
     "linear": (nn.Linear, {}),
     "linear, no bias": (nn.Linear, {"bias": False}),
+    "linear, few outputs": (nn.Linear, {"into": 30, "out": 2}),
+    "transposed weight": (Conv1D, {}),
+    "transposed weight, few outputs": (Conv1D, {"into": 30, "out": 2}),
     "plain": (nn.Conv2d, {"kernel_size": 3}),
+    "subclass": (Inheriting, {"kernel_size": 3, "stride": 2, "groups": 2}),
+    # more inputs than outputs times places of the kernel
+    "few outputs": (nn.Conv2d, {"kernel_size": 3, "into": 22, "out": 2}),
+    "one output": (nn.Conv2d, {"kernel_size": (2, 3), "into": 10, "out": 1, "padding": 1}),
+    "few outputs, groups": (nn.Conv2d, {"kernel_size": 2, "into": 24, "out": 4, "groups": 2}),
+    "few outputs, a row": (nn.Conv2d, {"kernel_size": (1, 3), "into": 10, "out": 2}),
+    "many outputs": (nn.Conv2d, {"kernel_size": 2, "into": 2, "out": 20}),
     "no bias": (nn.Conv2d, {"kernel_size": 3, "bias": False}),
     "1x1": (nn.Conv2d, {"kernel_size": 1}),
     "1x1, stride and groups": (nn.Conv2d, {"kernel_size": 1, "stride": 2, "groups": 2}),
@@ -52,7 +67,25 @@ OPTIONS: dict[str, Case] = {
     ),
     "1d, same": (nn.Conv1d, {"kernel_size": 4, "padding": "same", "bias": False}),
     "1d, kernel 1": (nn.Conv1d, {"kernel_size": 1}),
+    "1d, few outputs": (nn.Conv1d, {"kernel_size": 3, "into": 20, "out": 4, "groups": 2}),
+    "3d": (nn.Conv3d, {"kernel_size": (3, 1, 2)}),
+    "3d, kernel 1": (nn.Conv3d, {"kernel_size": 1, "stride": (1, 2, 1)}),
+    "3d, all options": (
+        nn.Conv3d,
+        {
+            "kernel_size": (1, 3, 2),
+            "stride": (2, 1, 1),
+            "dilation": (1, 2, 1),
+            "padding": (0, 2, 1),
+            "groups": 2,
+            "padding_mode": "circular",
+            "bias": False,
+        },
+    ),
+    "3d, same": (nn.Conv3d, {"kernel_size": 3, "padding": "same", "padding_mode": "replicate"}),
+    "3d, few outputs": (nn.Conv3d, {"kernel_size": (1, 2, 2), "into": 20, "out": 2}),
     "transposed": (nn.ConvTranspose2d, {"kernel_size": 3}),
+    "transposed, few outputs": (nn.ConvTranspose2d, {"kernel_size": 2, "stride": 2, "into": 20, "out": 4, "groups": 2}),
     "transposed, kernel 1": (nn.ConvTranspose2d, {"kernel_size": 1, "bias": False}),
     "transposed, stride": (nn.ConvTranspose2d, {"kernel_size": 4, "stride": 2, "padding": 1}),
     "transposed, wide padding": (nn.ConvTranspose2d, {"kernel_size": 2, "stride": 2, "padding": 3}),
@@ -88,20 +121,29 @@ FITS = [
 def network(case: Case, *, dtype: torch.dtype = torch.float64) -> nn.Sequential:
     torch.manual_seed(0)
     kind, options = case
-    layer = kind(6, 8, **options)  # type: ignore[call-arg]
+    options = dict(options)
+    into, out = options.pop("into", 6), options.pop("out", 8)
+    layer = Conv1D(out, into) if kind is Conv1D else kind(into, out, **options)  # type: ignore[call-arg]
     return nn.Sequential(layer, nn.Identity()).to(dtype)
 
 
 CASES = [pytest.param(case, id=name) for name, case in OPTIONS.items()]
-FORMS = [
+CASES_AND_FORMS = [
     pytest.param(case, form, id=f"{name}-{form}")
     for name, case in OPTIONS.items()
-    for form in forms.forms_of(network(case)[0])
+    for form in form_names(network(case)[0])
 ]
 
 
 def images(case: Case, *, number: int = 5, dtype: torch.dtype = torch.float64) -> Tensor:
-    shape = {nn.Linear: (number, 3, 6), nn.Conv1d: (number, 6, 13)}.get(case[0], (number, 6, 9, 10))
+    into = case[1].get("into", 6)
+    shapes = {
+        nn.Linear: (number, 3, into),
+        Conv1D: (number, 3, into),
+        nn.Conv1d: (number, into, 13),
+        nn.Conv3d: (number, into, 4, 6, 5),
+    }
+    shape = shapes.get(case[0], (number, into, 9, 10))
     return inputs(*shape, dtype=dtype)
 
 
@@ -114,16 +156,18 @@ def answer(model: nn.Module, *x: Any) -> Tensor:
 def columns(model: nn.Module, x: Tensor) -> Tensor:
     """The answer with one row a channel."""
     y = answer(model, x)
-    return (y.flatten(0, -2).mT if isinstance(model[0], nn.Linear | st.LowRankLinear) else y.transpose(0, 1)).flatten(1)
+    return (
+        y.flatten(0, -2).mT if isinstance(model[0], nn.Linear | Conv1D | st.LowRankLinear) else y.transpose(0, 1)
+    ).flatten(1)
 
 
 def relative(got: Tensor, wanted: Tensor) -> float:
     return float((got - wanted).abs().max() / wanted.abs().max())
 
 
-@pytest.mark.parametrize(("case", "form"), FORMS)
+@pytest.mark.parametrize(("case", "form"), CASES_AND_FORMS)
 @pytest.mark.parametrize(("fit", "dtype", "within"), FITS)
-def test_full_rank_equals_dense(case: Case, form: FormName, fit: str, dtype: torch.dtype, within: float) -> None:
+def test_full_rank_equals_dense(case: Case, form: str, fit: str, dtype: torch.dtype, within: float) -> None:
     model, x = network(case, dtype=dtype), images(case, dtype=dtype)
     full = st.compress(
         model,
@@ -136,7 +180,7 @@ def test_full_rank_equals_dense(case: Case, form: FormName, fit: str, dtype: tor
     )
     layer = full.model[0]
     assert (layer.form, full.plan["0"].form, full.plan["0"].ranks) == (form, form, layer.ranks)
-    assert layer.ranks == forms.geometry(model[0]).full_ranks(form)
+    assert layer.ranks == full_ranks(model[0], form)
     assert {part.weight.dtype for part in layer.chain} == {dtype}
     assert relative(answer(full.model, x), answer(model, x)) <= within
     assert answer(full.model, x[0]).shape == answer(model, x[0]).shape
@@ -146,21 +190,23 @@ def test_full_rank_equals_dense(case: Case, form: FormName, fit: str, dtype: tor
 def test_the_patches_times_the_weight_are_the_output(case: Case) -> None:
     model, x = network(case), images(case)
     layer = model[0]
-    made = patches(layer, x, positions=None) @ forms.matrices(layer).detach().mT
-    wanted = answers(layer, answer(model, x), positions=None)
+    kind, y = layer_type_of(layer), answer(model, x)
+    product = kind.input_rows(layer, x, output=y, positions=None) @ kind.kernels(layer).detach().flatten(2).mT
+    rows = kind.output_rows(layer, y, positions=None)
     if layer.bias is not None:
-        made = made + layer.bias.detach().reshape(len(made), 1, -1)
-    torch.testing.assert_close(made, wanted)
-    channel = -1 if isinstance(layer, nn.Linear) else 1
+        product = product + layer.bias.detach().reshape(len(product), 1, -1)
+    torch.testing.assert_close(product, rows)
+    features = y.movedim(kind.feature_dim(layer), 0)
     torch.testing.assert_close(
-        wanted.permute(0, 2, 1).reshape(8, len(x), -1), answer(model, x).movedim(channel, 0).reshape(8, len(x), -1)
+        rows.permute(0, 2, 1).reshape(len(features), len(x), -1), features.reshape(len(features), len(x), -1)
     )
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_weight_comes_back_from_its_kernels(case: Case) -> None:
     layer = network(case)[0]
-    assert torch.equal(forms.as_stored(forms.kernels(layer), forms.geometry(layer)), layer.weight)
+    kind = layer_type_of(layer)
+    assert torch.equal(kind.to_weight(kind.kernels(layer), kind.geometry(layer)), layer.weight)
 
 
 class Sized(nn.Module):
@@ -179,24 +225,25 @@ def test_the_size_that_a_transposed_convolution_is_told_counts() -> None:
     model, x = Sized(), inputs(4, 6, 5, 7)
     y = answer(model, x)
     assert y.shape[2:] == (15, 14)
-    made = patches(model.up, x, positions=None, size=y.shape[2:]) @ forms.matrices(model.up).detach().mT
-    made = made + model.up.bias.detach().reshape(2, 1, 4)
-    torch.testing.assert_close(made, answers(model.up, y, positions=None))
+    kind = layer_type_of(model.up)
+    product = kind.input_rows(model.up, x, output=y, positions=None) @ kind.kernels(model.up).detach().flatten(2).mT
+    product = product + model.up.bias.detach().reshape(2, 1, 4)
+    torch.testing.assert_close(product, kind.output_rows(model.up, y, positions=None))
     for again in (False, True):
         full = st.compress(model, st.Ratio(1.0), example_inputs=x, data=[x], reconstruct=again, allow_growth=True)
         assert relative(answer(full.model, x), y) <= 1e-9
         assert full.plan.kept_cost.macs == full.measurement.macs
 
 
-@pytest.mark.parametrize(("case", "form"), FORMS)
-def test_no_error_is_above_the_predicted_one_and_that_of_a_closed_form_meets_it(case: Case, form: FormName) -> None:
+@pytest.mark.parametrize(("case", "form"), CASES_AND_FORMS)
+def test_no_error_is_above_the_predicted_one_and_that_of_a_closed_form_meets_it(case: Case, form: str) -> None:
     model, x = network(case), images(case, number=20)
     analysis = st.analyze(model, x, calibration=st.calibrate(model, x.split(6), positions=None))
     dense = columns(model, x)
-    closed = form in ("linear", "channel")
+    closed = form_named(form).closed_form
     total = float((dense - dense.mean(dim=1, keepdim=True)).square().sum())
     whole = torch.linalg.vector_norm(model[0].weight.detach())
-    for rank in (1, 2, 3):
+    for rank in range(1, 1 + min(3, *full_ranks(model[0], form))):
         lost = {}
         for metric in ("plain", "activation"):
             plan = st.plan(analysis, st.Rank(rank), metric=metric, forms=(form,), allow_growth=True)
@@ -216,13 +263,43 @@ def test_no_error_is_above_the_predicted_one_and_that_of_a_closed_form_meets_it(
         assert lost["activation"] <= lost["plain"] + (1e-9 if closed else 0.1) * total
 
 
-@pytest.mark.parametrize(("case", "form"), FORMS)
+@pytest.mark.parametrize(("case", "form"), CASES_AND_FORMS)
+@pytest.mark.parametrize("metric", ["plain", "activation", "loss"])
+def test_grid_costs_and_losses_have_one_owner(case: Case, form: str, metric: Any) -> None:
+    model, x = network(case), images(case)
+    analysis = st.analyze(model, x, calibration=st.calibrate(model, [x], gradients=True))
+    layer, chosen = analysis["0"], form_named(form)
+    errors = layer.rank_errors(form, metric)
+    assert errors.ranks.shape == (len(errors.lost), chosen.rank_count)
+    assert len(errors.params) == len(errors.macs) == len(errors.lost)
+    assert tuple(errors.ranks.max(axis=0)) == full_ranks(model[0], form)
+    for place in (0, len(errors.lost) // 2, -1):
+        ranks = tuple(int(rank) for rank in errors.ranks[place])
+        cost = layer.cost(form, ranks, metric)
+        assert (cost.params, cost.macs) == (errors.params[place], errors.macs[place])
+        factors = layer.decomposition(form, metric).factors(ranks)
+        shapes = [tuple(part.weight.shape) for part in build(model[0], form=form, ranks=ranks, bias=False).chain]
+        assert [factor.numel() for factor in factors] == [torch.Size(shape).numel() for shape in shapes]
+
+
+def test_every_form_has_a_name_of_its_own_and_random_factors_of_its_shapes() -> None:
+    assert len({form.name for form in FORMS}) == len(FORMS)
+    for case in OPTIONS.values():
+        layer = network(case)[0]
+        for form in form_names(layer):
+            ranks = full_ranks(layer, form)
+            factors = form_named(form).random_factors(unit_of(layer), ranks, generator=torch.Generator())
+            blank = build(layer, form=form, ranks=ranks, bias=False)
+            assert blank.product(blank.stored(factors)).shape == layer.weight.shape
+
+
+@pytest.mark.parametrize(("case", "form"), CASES_AND_FORMS)
 @pytest.mark.parametrize("fit", ["plain", "reconstructed"])
-def test_the_plan_counts_what_the_model_then_has(case: Case, form: FormName, fit: str) -> None:
+def test_the_plan_counts_what_the_model_then_has(case: Case, form: str, fit: str) -> None:
     model, x = network(case), images(case)
     made = st.compress(
         model,
-        st.Rank(2),
+        st.Rank(min(2, *full_ranks(model[0], form))),
         example_inputs=x,
         data=None if fit == "plain" else [x],
         forms=(form,),
@@ -236,14 +313,14 @@ def test_the_plan_counts_what_the_model_then_has(case: Case, form: FormName, fit
     assert made.plan.kept_cost.macs == made.measurement.macs == counter.get_total_flops() // 2
 
 
-@pytest.mark.parametrize(("case", "form"), FORMS)
-def test_a_layer_shrinks_up_to_its_break_even_rank_and_no_further(case: Case, form: FormName) -> None:
+@pytest.mark.parametrize(("case", "form"), CASES_AND_FORMS)
+def test_a_layer_shrinks_up_to_its_break_even_rank_and_no_further(case: Case, form: str) -> None:
     model, x = network(case), images(case)
     layer = st.analyze(model, x)["0"]
     limit = layer.break_even(form, "plain")
-    most = min(forms.geometry(model[0]).full_ranks(form))
+    most = min(full_ranks(model[0], form))
     ranks = [rank for rank in (limit, limit + 1) if 1 <= rank <= most]
-    assert ranks
+    assert ranks or limit > most
     for rank in ranks:
         rule = st.Rank(rank) if rank <= layer.full_rank else st.Ratio(rank / most)
         made = st.compress(model, rule, example_inputs=x, forms=(form,))
@@ -251,10 +328,11 @@ def test_a_layer_shrinks_up_to_its_break_even_rank_and_no_further(case: Case, fo
         assert shrunk == (made.plan["0"].form == form) == (rank <= limit)
 
 
-@pytest.mark.parametrize(("case", "form"), FORMS)
-def test_merging_and_saving_keep_every_option(case: Case, form: FormName, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("case", "form"), CASES_AND_FORMS)
+def test_merging_and_saving_keep_every_option(case: Case, form: str, tmp_path: Path) -> None:
     model, x = network(case), images(case)
-    small = st.compress(model, st.Rank(2), example_inputs=x, data=[x], forms=(form,), allow_growth=True).model
+    rule = st.Rank(min(2, *full_ranks(model[0], form)))
+    small = st.compress(model, rule, example_inputs=x, data=[x], forms=(form,), allow_growth=True).model
     assert small[0].form == form
     merged = st.merge(small)
     assert type(merged[0]) is case[0]
@@ -275,8 +353,10 @@ def options_of(layer: nn.Module) -> str:
 EXPORTED = ("plain", "circular, same", "groups, all options", "1d, all options", "transposed, all options")
 
 
-@pytest.mark.parametrize(("case", "form"), [one for one in FORMS if str(one.id).rpartition("-")[0] in EXPORTED])
-def test_the_factored_layer_exports(case: Case, form: FormName) -> None:
+@pytest.mark.parametrize(
+    ("case", "form"), [case for case in CASES_AND_FORMS if str(case.id).rpartition("-")[0] in EXPORTED]
+)
+def test_the_factored_layer_exports(case: Case, form: str) -> None:
     model, x = network(case, dtype=torch.float32), images(case, dtype=torch.float32)
     small = st.compress(model, st.Rank(2), example_inputs=x, forms=(form,), allow_growth=True).model.eval()
     exported = torch.export.export(small, (x,)).module()
@@ -296,9 +376,9 @@ def test_depthwise_is_refused_with_its_reason(kind: type[nn.Module], rule: Any) 
 def test_a_form_that_a_layer_does_not_have_is_refused() -> None:
     for case, form in (("1d", "spatial"), ("1x1", "tucker2"), ("a row", "spatial"), ("transposed", "tucker2")):
         layer = network(OPTIONS[case])[0]
-        assert form not in forms.forms_of(layer)
+        assert form not in form_names(layer)
         with pytest.raises(st.errors.ModelError, match=f"no {form} form"):
-            forms.build(layer, form=form, ranks=(1, 1), bias=True)
+            build(layer, form=form, ranks=(1, 1), bias=True)
 
 
 def test_a_rank_is_that_of_each_group() -> None:

@@ -5,14 +5,25 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import Double, Residual, SharedModule, Tied, WordModel, inputs, same_state, small_cnn, small_mlp, state
+from cases import (
+    Double,
+    Residual,
+    SharedModule,
+    Tied,
+    WordModel,
+    build,
+    form_names,
+    inputs,
+    same_state,
+    small_cnn,
+    small_mlp,
+    state,
+)
 from torch import Tensor, nn
 
 import spectrim as st
-from spectrim.core.plans import FormName
 from spectrim.layers.factored import low_rank_layers
 from spectrim.layers.padding import padded
-from spectrim.layers.registry import build, forms_of
 
 LAYERS: tuple[tuple[nn.Module, tuple[int, ...]], ...] = (
     (nn.Linear(7, 9), (4, 7)),
@@ -26,7 +37,7 @@ LAYERS: tuple[tuple[nn.Module, tuple[int, ...]], ...] = (
     (nn.ConvTranspose2d(6, 8, 3, stride=2, padding=1, output_padding=1), (2, 6, 5, 4)),
     (nn.ConvTranspose2d(6, 8, 4, stride=2, groups=2), (2, 6, 5, 4)),
 )
-KINDS = [(layer, form, shape) for layer, shape in LAYERS for form in forms_of(layer)]
+KINDS = [(layer, form, shape) for layer, shape in LAYERS for form in form_names(layer)]
 
 
 def answer(model: nn.Module, x: Tensor) -> Tensor:
@@ -35,7 +46,7 @@ def answer(model: nn.Module, x: Tensor) -> Tensor:
     return y
 
 
-def factored(layer: nn.Module, form: FormName) -> nn.Sequential:
+def factored(layer: nn.Module, form: str) -> nn.Sequential:
     """A network of one factored layer with random factors of rank 2, or 3 and 2."""
     made = build(copy.deepcopy(layer).double(), form=form, ranks=(3, 2) if form == "tucker2" else (2,), bias=True)
     generator = torch.Generator().manual_seed(0)
@@ -47,7 +58,7 @@ def factored(layer: nn.Module, form: FormName) -> nn.Sequential:
 @pytest.mark.parametrize("multiple", [1, 2, 4, 16])
 @pytest.mark.parametrize(("layer", "form", "shape"), KINDS, ids=[f"{one}-{form}" for one, form, _ in KINDS])
 def test_every_kind_and_form_keeps_its_outputs(
-    layer: nn.Module, form: FormName, shape: tuple[int, ...], multiple: int
+    layer: nn.Module, form: str, shape: tuple[int, ...], multiple: int
 ) -> None:
     model, x = factored(layer, form), inputs(*shape)
     wide = padded(model, multiple)
@@ -80,7 +91,7 @@ NETWORKS = (
 @pytest.mark.parametrize(("network", "shape"), NETWORKS, ids=[type(network).__name__ for network, _ in NETWORKS])
 @pytest.mark.parametrize("form", ["channel", "spatial", "tucker2"])
 def test_a_whole_network_keeps_its_outputs_its_ties_and_its_files(
-    network: nn.Module, shape: tuple[int, ...], form: FormName, tmp_path: Path
+    network: nn.Module, shape: tuple[int, ...], form: str, tmp_path: Path
 ) -> None:
     x = inputs(*shape)
     small = st.compress(network, st.Rank(3), example_inputs=x, forms=(form,), allow_growth=True).model

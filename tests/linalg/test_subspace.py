@@ -22,7 +22,7 @@ def excess(W: Tensor, made: Truncated, rank: int) -> float:
     """How far the error is above the least one, relative to that."""
     W = W.double()
     least = torch.linalg.svdvals(W)[rank:].square().sum().sqrt()
-    return float((W - made.left.double() @ made.right.double().T).norm() / least - 1)
+    return float((W - made.left_factor.double() @ made.right_factor.double().T).norm() / least - 1)
 
 
 def nudged(W: Tensor, *, size: float, seed: int = 1) -> Tensor:

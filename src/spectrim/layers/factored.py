@@ -4,7 +4,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -45,9 +45,7 @@ class FactoredLayer(nn.Module, ABC):
         outline = outline_of(self._assembled(*chain) if dense is None else dense, bias=_has_bias(chain[-1]))
         # past nn.Module's own bookkeeping: the outline is no part of the model
         self.__dict__["_outline"] = outline
-        self.__dict__.update(
-            {name: value for name, value in vars(outline).items() if not name.startswith("_") and name != "training"}
-        )
+        self.__dict__.update(attributes_of(outline))
 
     @staticmethod
     @abstractmethod
@@ -129,6 +127,11 @@ def outline_of(layer: nn.Module, *, bias: bool) -> nn.Module:
         "bias": nn.Parameter(empty, requires_grad=weight.requires_grad) if bias else None,
     }
     return outline
+
+
+def attributes_of(layer: nn.Module) -> dict[str, Any]:
+    """What code outside may read of a layer besides its tensors: `stride`, `in_features`, .."""
+    return {name: value for name, value in vars(layer).items() if not name.startswith("_") and name != "training"}
 
 
 def shallow_copy(layer: nn.Module) -> nn.Module:

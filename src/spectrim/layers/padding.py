@@ -3,9 +3,9 @@
 from torch import Tensor, nn
 
 from spectrim.core.errors import ModelError, RuleError
-from spectrim.layers.factored import FactoredLayer, geometry_of, low_rank_layers
+from spectrim.layers.factored import FactoredLayer, attributes_of, geometry_of, low_rank_layers
 from spectrim.layers.forms import form_named
-from spectrim.layers.replacement import duplicate, names_of, replace
+from spectrim.layers.replacement import duplicate
 from spectrim.layers.types import layer_type_of
 
 
@@ -35,34 +35,35 @@ def padded(model: nn.Module, multiple: int) -> nn.Module:
         if not all(type(part._parameters.get("weight")) is nn.Parameter for part in layer.chain):
             raise ModelError(f"the factors of {name!r} are not ordinary parameters; pad first, then quantise")
     wide = duplicate(model, hint="without a copy it cannot be padded")
-    weights: dict[tuple[int, ...], nn.Parameter] = {}
-    replacements: dict[str, nn.Module] = {}
-    narrow = low_rank_layers(wide)
-    for layer in narrow.values():
-        replacements |= dict.fromkeys(names_of(wide, layer), _padded(layer, multiple, weights))
-    replace(wide, replacements)
+    weights: dict[tuple[int, ...], tuple[Tensor, nn.Parameter]] = {}
+    for layer in low_rank_layers(wide).values():
+        _widen(layer, multiple, weights)
     return wide
 
 
-def _padded(layer: FactoredLayer, multiple: int, weights: dict[tuple[int, ...], nn.Parameter]) -> FactoredLayer:
-    """The same layer at larger ranks; `weights` holds those that were padded before, since layers may share them."""
+def _widen(layer: FactoredLayer, multiple: int, weights: dict[tuple[int, ...], tuple[Tensor, nn.Parameter]]) -> None:
+    """Make the ranks of the layer itself multiples.
+
+    `weights` holds those that were padded before, since layers may share them, by the identity of the old one, which
+    is held as well so that no new tensor gets it.
+    """
     outline = layer.empty_dense()
     ranks = tuple(-(-rank // multiple) * multiple for rank in layer.ranks)
     build = form_named(layer.form).build
-    wide = build(outline, layer_type=layer_type_of(outline), ranks=ranks, bias=layer.bias is not None)
-    for narrow, part in zip(layer.chain, wide.chain, strict=True):
-        weight = narrow.get_parameter("weight")
-        key = id(weight), *geometry_of(part).shape
+    sizes = build(outline, layer_type=layer_type_of(outline), ranks=ranks, bias=layer.bias is not None)
+    for part, wide in zip(layer.chain, sizes.chain, strict=True):
+        weight = part.get_parameter("weight")
+        key = id(weight), *geometry_of(wide).shape
         if key not in weights:
-            weights[key] = nn.Parameter(_filled(narrow, part), requires_grad=weight.requires_grad)
-        part._parameters.update(weight=weights[key], bias=narrow._parameters.get("bias"))
-    return wide.train(layer.training)
+            weights[key] = weight, nn.Parameter(_filled(part, wide), requires_grad=weight.requires_grad)
+        part.weight = weights[key][1]
+        part.__dict__.update(attributes_of(wide))
 
 
-def _filled(narrow: nn.Module, part: nn.Module) -> Tensor:
-    """The weight of a factor in the sizes of `part`, zero where there was none."""
-    layer_type, sizes = layer_type_of(narrow), geometry_of(part)
-    kernels = layer_type.kernels(narrow).detach()
+def _filled(part: nn.Module, wide: nn.Module) -> Tensor:
+    """The weight of a factor in the sizes of `wide`, zero where there was none."""
+    layer_type, sizes = layer_type_of(part), geometry_of(wide)
+    kernels = layer_type.kernels(part).detach()
     whole = kernels.new_zeros(sizes.shape)
     whole[:, : kernels.shape[1], : kernels.shape[2]] = kernels
     return layer_type.to_weight(whole, sizes).contiguous()

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import spectrim as st
-from spectrim.core.distributed import in_turn, summed
+from spectrim.core.distributed import all_reduce, shard
 
 pytest.importorskip("accelerate", reason="needs the extra `distributed`")
 
@@ -36,7 +36,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Tensor], s
 
 def test_calibration_in_two_processes_equals_that_in_one(both: tuple[dict[str, Tensor], str]) -> None:
     alone = statistics(st.calibrate(network(), batches(), gradients=True))
-    assert {"rare.cov", "rare.felt", "conv.cov", "head.felt"} <= set(alone)
+    assert {"rare.cov", "rare.output_grad_covariance", "conv.cov", "head.output_grad_covariance"} <= set(alone)
     found = {name: tensor for name, tensor in both[0].items() if name in alone}
     assert set(found) == set(alone)
     for name, tensor in alone.items():
@@ -67,6 +67,6 @@ def test_a_batch_with_fewer_samples_than_processes_is_refused(both: tuple[dict[s
 
 
 def test_one_process_keeps_every_batch_and_its_own_sums() -> None:
-    assert list(in_turn("abc", None)) == [(0, "a", True), (1, "b", True), (2, "c", True)]
+    assert list(shard("abc", None)) == [(0, "a", True), (1, "b", True), (2, "c", True)]
     tensors = {"layer": torch.ones(2)}
-    assert summed(tensors, names=["layer", "other"], accelerator=None) == tensors
+    assert all_reduce(tensors, names=["layer", "other"], accelerator=None) == tensors

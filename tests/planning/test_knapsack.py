@@ -8,29 +8,29 @@ from hypothesis import given, settings
 from hypothesis import strategies as draw
 
 from spectrim import errors
-from spectrim.planning.knapsack import Allocation, Menu
+from spectrim.planning.knapsack import Allocation, KnapsackItem
 
 laws = settings(max_examples=150, deadline=None, derandomize=True)
 options = draw.lists(draw.tuples(draw.integers(0, 60), draw.integers(0, 1000)), min_size=1, max_size=5)
 problems = draw.lists(options, min_size=1, max_size=4)
 
 
-def menus(problem: list[list[tuple[int, int]]]) -> list[Menu]:
+def menus(problem: list[list[tuple[int, int]]]) -> list[KnapsackItem]:
     return [
-        Menu(np.array([cost for cost, _ in menu]), np.array([loss / 7 for _, loss in menu], dtype=np.float64))
+        KnapsackItem(np.array([cost for cost, _ in menu]), np.array([loss / 7 for _, loss in menu], dtype=np.float64))
         for menu in problem
     ]
 
 
-def spent(given: list[Menu], picked: list[int]) -> int:
+def spent(given: list[KnapsackItem], picked: list[int]) -> int:
     return sum(int(menu.costs[one]) for menu, one in zip(given, picked, strict=True))
 
 
-def lost(given: list[Menu], picked: list[int]) -> float:
+def lost(given: list[KnapsackItem], picked: list[int]) -> float:
     return sum(float(menu.losses[one]) for menu, one in zip(given, picked, strict=True))
 
 
-def by_trying(given: list[Menu], budget: int) -> float | None:
+def by_trying(given: list[KnapsackItem], budget: int) -> float | None:
     """The smallest loss of all choices that fit, None where none does."""
     every = (list(picked) for picked in product(*(range(len(menu.costs)) for menu in given)))
     return min((lost(given, picked) for picked in every if spent(given, picked) <= budget), default=None)
@@ -44,9 +44,9 @@ def test_it_is_as_good_as_trying_every_choice(problem: list[list[tuple[int, int]
     if best is None:
         assert budget < solved.cheapest
         with pytest.raises(errors.RuleError, match=f"below the cheapest choice, {solved.cheapest}"):
-            solved.pick(budget)
+            solved.solve(budget)
     else:
-        picked = solved.pick(budget)
+        picked = solved.solve(budget)
         assert spent(choices, picked) <= budget
         assert lost(choices, picked) == pytest.approx(best, abs=1e-9)
 
@@ -56,7 +56,7 @@ def test_it_is_as_good_as_trying_every_choice(problem: list[list[tuple[int, int]
 def test_more_budget_never_loses_more(problem: list[list[tuple[int, int]]]) -> None:
     choices = menus(problem)
     solved = Allocation.of(choices, limit=300)
-    losses = [lost(choices, solved.pick(budget)) for budget in range(solved.cheapest, 301)]
+    losses = [lost(choices, solved.solve(budget)) for budget in range(solved.cheapest, 301)]
     assert (np.diff(losses) <= 1e-9).all()
     assert losses[-1] == pytest.approx(sum(menu.losses.min() for menu in choices))
 
@@ -72,14 +72,14 @@ def test_the_efficient_options_are_those_that_no_other_beats(problem: list[list[
             assert ((menu.costs[kept] <= cost) & (menu.losses[kept] <= loss)).any()
 
 
-def large(seed: int, *, layers: int = 30, ranks: int = 60) -> list[Menu]:
+def large(seed: int, *, layers: int = 30, ranks: int = 60) -> list[KnapsackItem]:
     """Menus like those of a network: costs in the millions, losses that fall off with the rank."""
     numbers = np.random.default_rng(seed)
     found = []
     for _ in range(layers):
         costs = np.arange(1, ranks + 1) * int(numbers.integers(10_000, 900_000)) + int(numbers.integers(0, 5000))
         decay = numbers.uniform(0.02, 0.2)
-        found.append(Menu(costs, numbers.uniform(0.1, 1) * np.exp(-decay * np.arange(1, ranks + 1))))
+        found.append(KnapsackItem(costs, numbers.uniform(0.1, 1) * np.exp(-decay * np.arange(1, ranks + 1))))
     return found
 
 
@@ -92,18 +92,18 @@ def test_large_costs_are_rounded_and_the_budget_is_used_to_the_last_half_percent
     losses = []
     for share in (0.05, 0.1, 0.3, 0.5, 0.8, 0.99):
         budget = int(share * whole)
-        picked = solved.pick(budget)
+        picked = solved.solve(budget)
         assert 0.995 * budget <= spent(choices, picked) <= budget
         losses.append(lost(choices, picked))
     assert losses == sorted(losses, reverse=True)
-    assert solved.pick(whole) == [len(menu.costs) - 1 for menu in choices]
-    assert solved.pick(solved.cheapest) == [0] * len(choices)
+    assert solved.solve(whole) == [len(menu.costs) - 1 for menu in choices]
+    assert solved.solve(solved.cheapest) == [0] * len(choices)
 
 
 def test_rounded_costs_lose_next_to_nothing_against_the_relaxed_bound() -> None:
     choices = large(7)
     budget = sum(int(menu.costs.max()) for menu in choices) // 3
-    reached = lost(choices, Allocation.of(choices, limit=budget).pick(budget))
+    reached = lost(choices, Allocation.of(choices, limit=budget).solve(budget))
     # Lagrange: for every price, the cheapest sum of loss and priced cost, less the priced budget, bounds every choice
     bounds = [
         sum(float((menu.losses + price * menu.costs).min()) for menu in choices) - price * budget
@@ -113,8 +113,11 @@ def test_rounded_costs_lose_next_to_nothing_against_the_relaxed_bound() -> None:
 
 
 def test_equal_options_and_free_ones_are_no_trouble() -> None:
-    choices = [Menu(np.array([0, 0, 5, 5]), np.array([3.0, 2.0, 1.0, 1.0])), Menu(np.array([4]), np.array([9.0]))]
+    choices = [
+        KnapsackItem(np.array([0, 0, 5, 5]), np.array([3.0, 2.0, 1.0, 1.0])),
+        KnapsackItem(np.array([4]), np.array([9.0])),
+    ]
     solved = Allocation.of(choices, limit=9)
-    assert [lost(choices, solved.pick(budget)) for budget in (4, 8, 9, 1000)] == [11, 11, 10, 10]
+    assert [lost(choices, solved.solve(budget)) for budget in (4, 8, 9, 1000)] == [11, 11, 10, 10]
     with pytest.raises(errors.RuleError, match="below the cheapest choice, 4"):
-        solved.pick(3)
+        solved.solve(3)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import spectrim as st
-from spectrim.analysis.activation_cache import Prefix
+from spectrim.analysis.activation_cache import ActivationCache
 
 
 class Counting(nn.Module):
@@ -50,10 +50,10 @@ def net() -> Net:
 
 def test_a_second_pass_gives_the_same_without_running_what_is_kept() -> None:
     model, x = net(), torch.randn(4, 2, 8, 8)
-    prefix = Prefix(model, room=10**7)
+    cache = ActivationCache(model, free_bytes=10**7)
     answers = []
     for _ in range(3):
-        with prefix.passing(0), torch.no_grad():
+        with cache.recalling(0), torch.no_grad():
             answers.append(model(x))
     assert model.first.runs == model.last.runs == 1
     assert model.again.runs == 2
@@ -64,27 +64,27 @@ def test_a_second_pass_gives_the_same_without_running_what_is_kept() -> None:
 
 def test_what_comes_after_the_stop_runs_anew() -> None:
     model, x = net(), torch.randn(4, 2, 8, 8)
-    prefix = Prefix(model, room=10**7)
+    cache = ActivationCache(model, free_bytes=10**7)
     for _ in range(2):
-        with prefix.passing(0) as stop, torch.no_grad():
+        with cache.recalling(0) as stop, torch.no_grad():
             handle = model.again.inside[0].register_forward_hook(lambda *_, end=stop: end())
             model(x)
         handle.remove()
     assert (model.first.runs, model.again.runs, model.last.runs) == (1, 4, 2)
 
 
-def test_batches_are_kept_apart_and_the_room_is_respected() -> None:
+def test_batches_are_kept_apart_and_the_bytes_are_respected() -> None:
     model = net()
     batches = torch.randn(8, 2, 8, 8).split(4)
     size = 4 * 6 * 8 * 8 * 4
-    prefix = Prefix(model, room=size)
+    cache = ActivationCache(model, free_bytes=size)
     for _ in range(2):
         for number, x in enumerate(batches):
-            with prefix.passing(number), torch.no_grad():
+            with cache.recalling(number), torch.no_grad():
                 kept = model(x)
             torch.testing.assert_close(kept, net()(x), rtol=0, atol=0)
-    # the room is for one output: the first batch's first block is not run again, the second's is
-    assert prefix.room >= 0
+    # the bytes are for one output: the first batch's first block is not run again, the second's is
+    assert cache.free_bytes >= 0
     assert model.first.runs == 3
 
 
@@ -93,10 +93,10 @@ def test_an_own_forward_of_a_module_is_put_back() -> None:
     original = model.first.forward
     model.first.forward = lambda y: original(y) + 1
     patched = model.first.forward
-    prefix = Prefix(model, room=10**7)
+    cache = ActivationCache(model, free_bytes=10**7)
     answers = []
     for _ in range(2):
-        with prefix.passing(0), torch.no_grad():
+        with cache.recalling(0), torch.no_grad():
             answers.append(model(x))
     assert torch.equal(*answers)
     assert model.first.forward is patched
@@ -106,9 +106,9 @@ def test_an_own_forward_of_a_module_is_put_back() -> None:
 def test_reconstruction_is_the_same_with_and_without(share: float) -> None:
     model, x = net(), torch.randn(48, 2, 8, 8, generator=torch.Generator().manual_seed(0))
     made = []
-    for room in (0, 10**7):
+    for cache_bytes in (0, 10**7):
         kept = copy.deepcopy(model)
-        small = st.compress(kept, st.Budget(macs=share), example_inputs=x[:1], data=x.split(16), cache=room)
+        small = st.compress(kept, st.Budget(macs=share), example_inputs=x[:1], data=x.split(16), cache=cache_bytes)
         # its steps in place forbid gradients, so the loss metric cannot be had
         assert small.plan.metric == "activation"
         made.append(small.model.state_dict())

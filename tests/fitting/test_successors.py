@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from spectrim.core.execution import as_inputs
-from spectrim.fitting.successors import Sequel, following, sequels
+from spectrim.fitting.successors import Successor, find_successors, following
 from spectrim.models import resnet20
 
 
@@ -28,7 +28,7 @@ class Block(nn.Module):
 
 
 class Uses(nn.Module):
-    """Layers whose outputs are used in ways that are no sequel, or only in part."""
+    """Layers whose outputs are used in ways that are no successor, or only in part."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,8 +62,8 @@ def settled(model: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("inplace", [False, True])
 def test_a_residual_block_is_read(inplace: bool) -> None:
     model = settled(nn.Sequential(Block(inplace=inplace), nn.Conv2d(8, 2, 1)))
-    found = sequels(model, as_inputs(torch.randn(2, 3, 5, 5)), {"0.conv1", "0.conv2", "0.project", "1"})
-    kinds = {name: (one.stream, one.relu) for name, one in found.items()}
+    found = find_successors(model, as_inputs(torch.randn(2, 3, 5, 5)), {"0.conv1", "0.conv2", "0.project", "1"})
+    kinds = {name: (one.residual, one.relu) for name, one in found.items()}
     assert kinds == {
         "0.conv1": (False, True),
         "0.conv2": (True, True),
@@ -77,39 +77,39 @@ def test_a_residual_block_is_read(inplace: bool) -> None:
 
 
 @pytest.mark.parametrize("inplace", [False, True])
-def test_the_sequel_says_what_comes_out(inplace: bool) -> None:
+def test_a_successor_says_what_comes_out(inplace: bool) -> None:
     model = settled(Block(inplace=inplace))
     x = torch.randn(2, 3, 5, 5)
-    one = sequels(model, as_inputs(x), {"conv2"})["conv2"]
+    one = find_successors(model, as_inputs(x), {"conv2"})["conv2"]
     seen: dict[str, Tensor] = {}
     with following(
         model,
         {"conv2"},
         on_call=lambda _, __, ___, output: seen.update(z=output.clone()),
-        on_stream=lambda _, stream: seen.update(s=stream.clone()),
+        on_residual=lambda _, branch: seen.update(s=branch.clone()),
     ):
         answer = model(x.clone())
     before = seen["z"] * one.scale[:, None, None] + one.shift[:, None, None] + seen["s"]
     torch.testing.assert_close(functional.relu(before), answer)
 
 
-def test_uses_that_are_no_sequel() -> None:
+def test_uses_that_are_no_successor() -> None:
     names = {"twice", "joined", "doubled", "scaled", "broadcast", "called"}
-    found = sequels(Uses().eval(), as_inputs(torch.randn(3, 4)), names)
+    found = find_successors(Uses().eval(), as_inputs(torch.randn(3, 4)), names)
     assert "called" not in found
-    assert not any(one.stream or one.relu for one in found.values())
+    assert not any(one.residual or one.relu for one in found.values())
 
 
 def test_a_whole_network_and_no_trace_left() -> None:
     model = resnet20().eval()
     hooks = [len(module._forward_hooks) for module in model.modules()]
-    found = sequels(model, as_inputs(torch.randn(2, 3, 32, 32)), {name for name, _ in model.named_modules()})
-    assert sum(one.stream for one in found.values()) == 9
+    found = find_successors(model, as_inputs(torch.randn(2, 3, 32, 32)), {name for name, _ in model.named_modules()})
+    assert sum(one.residual for one in found.values()) == 9
     assert sum(one.relu for one in found.values()) == 19
     assert [len(module._forward_hooks) for module in model.modules()] == hooks
 
 
 def test_batch_norm_that_looks_at_the_batch_is_not_an_affine_map() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, track_running_stats=False), nn.ReLU()).eval()
-    found: Sequel = sequels(model, as_inputs(torch.randn(2, 3, 4, 4)), {"0"})["0"]
-    assert (found.stream, found.relu) == (False, False)
+    found: Successor = find_successors(model, as_inputs(torch.randn(2, 3, 4, 4)), {"0"})["0"]
+    assert (found.residual, found.relu) == (False, False)

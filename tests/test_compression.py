@@ -9,15 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Double, SharedModule, Tied, WordModel, inputs, same_state, small_cnn, small_mlp, state
+from cases import Double, SharedModule, Tied, WordModel, full_ranks, inputs, same_state, small_cnn, small_mlp, state
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import spectrim as st
 from spectrim import errors
-from spectrim.benchmark.latency import FormTimes, LatencyTable, LayerTimes
+from spectrim.benchmark.latencies import FormTimes, LatencyTable, LayerTimes
 from spectrim.core.plans import LatencyNote
-from spectrim.layers.registry import geometry
 
 compress_module = sys.modules["spectrim.compression"]
 
@@ -472,7 +471,7 @@ def hopeful(model: nn.Module, x: Tensor) -> tuple[st.Analysis, LatencyTable]:
     known = st.analyze(model, x)
     layers = []
     for layer in known:
-        assert layer.sizes is not None
+        assert layer.geometry is not None
         top = layer.break_even(layer.forms[0], "plain")
         forms = (FormTimes(form=layer.forms[0], axes=((1, top),), ms=(1e-4, 1e-3)),) if top > 1 else ()
         layers.append(LayerTimes(name=layer.name, dense_ms=1.0, forms=forms))
@@ -588,5 +587,5 @@ class TestLatency:
         step = made.plan.rank_multiple or 1
         assert step in (1, 8, 16, 32)
         for layer in made.plan.factored:
-            full = geometry(model.get_submodule(layer.name)).full_ranks(layer.form)
+            full = full_ranks(model.get_submodule(layer.name), layer.form)
             assert all(rank % step == 0 or rank == most for rank, most in zip(layer.ranks, full, strict=True))

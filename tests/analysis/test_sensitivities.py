@@ -76,7 +76,7 @@ def test_no_more_samples_are_run_than_it_takes() -> None:
 def test_gradient_moments_scale_with_what_follows(frozen: bool, batches: list[Tensor]) -> None:
     model = Weighted(frozen=frozen)
     moments = st.calibrate(model, batches, gradients=True).moments
-    one, ten, none = (moments[name].felt for name in ("one", "ten", "none"))
+    one, ten, none = (moments[name].output_grad_covariance for name in ("one", "ten", "none"))
     assert one is not None
     assert ten is not None
     assert none is not None
@@ -88,7 +88,7 @@ def test_gradient_moments_scale_with_what_follows(frozen: bool, batches: list[Te
 
 
 def test_without_being_asked_no_gradients_are_taken(batches: list[Tensor]) -> None:
-    assert all(one.felt is None for one in st.calibrate(Weighted(), batches).moments.values())
+    assert all(one.output_grad_covariance is None for one in st.calibrate(Weighted(), batches).moments.values())
 
 
 def test_the_loss_metric_prefers_what_is_felt(batches: list[Tensor]) -> None:
@@ -113,7 +113,7 @@ def test_an_inplace_relu_after_the_layer_does_not_spoil_its_gradient(batches: li
     for inplace in (False, True):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(12, 8), nn.ReLU(inplace=inplace), nn.Linear(8, 5))
-        moments.append(st.calibrate(model, batches, gradients=True).moments["0"].felt)
+        moments.append(st.calibrate(model, batches, gradients=True).moments["0"].output_grad_covariance)
     torch.testing.assert_close(moments[0], moments[1])
 
 

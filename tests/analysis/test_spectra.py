@@ -9,7 +9,7 @@ from torch.nn.utils import parametrizations
 
 import spectrim as st
 from spectrim import errors
-from spectrim.layers.registry import Positions
+from spectrim.layers.types import Positions
 
 
 def convolutional() -> nn.Sequential:
@@ -32,11 +32,11 @@ def test_the_spectrum_of_a_convolution_is_that_of_its_matrix() -> None:
     expected = torch.linalg.svdvals(model[0].weight.detach().reshape(8, 27))
     np.testing.assert_allclose(layer.spectra["plain"].values, expected.numpy(), atol=1e-12)
     assert (layer.shape, layer.full_rank) == ((8, 3, 3, 3), 8)
-    assert layer.positions == Positions(output=2 * 4 * 4, mixed=2 * 4 * 8, input=2 * 8 * 8)
+    assert layer.positions == Positions(output=2 * 4 * 4, kernel=2 * 4 * 4, mixed=2 * 4 * 8, input=2 * 8 * 8)
     assert layer.dense == st.Cost(params=8 * 27 + 8, macs=8 * 27 * 32)
     assert layer.form == "channel"
     assert layer.forms == ("channel", "spatial", "tucker2")
-    assert layer.refusal is None
+    assert layer.skip_reason is None
 
 
 def test_the_ranks_of_a_grouped_convolution_are_those_of_each_group() -> None:
@@ -66,7 +66,7 @@ def test_layers_come_in_order_of_execution_and_the_model_is_left_alone() -> None
     before = state(model)
     analysis = st.analyze(model, torch.zeros(1, 4), keep_last=True)
     assert [layer.name for layer in analysis] == ["c", "a", "b"]
-    assert analysis["b"].refusal == "the last layer, kept dense as asked"
+    assert analysis["b"].skip_reason == "the last layer, kept dense as asked"
     assert same_state(model, before)
     with pytest.raises(KeyError, match="it has c, a, b"):
         analysis["d"]
@@ -83,13 +83,14 @@ def test_both_metrics_are_there_once_there_is_data() -> None:
 def test_layers_of_other_kinds_are_listed_with_a_reason() -> None:
     model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 4))
     layer = st.analyze(model, torch.arange(3))["0"]
-    assert layer.refusal == "Embedding layers are not factored"
+    assert layer.skip_reason == "Embedding layers are not factored"
     assert not layer.spectra
 
 
 def test_weights_that_cannot_be_exchanged_have_a_spectrum_all_the_same() -> None:
     class Own(nn.Linear):
-        pass
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x)
 
     torch.manual_seed(0)
     model = nn.Sequential(Own(6, 4), parametrizations.weight_norm(nn.Linear(4, 5)), nn.Conv2d(1, 1, 1)).double()
@@ -98,7 +99,7 @@ def test_weights_that_cannot_be_exchanged_have_a_spectrum_all_the_same() -> None
     for name, reason in (("0", "subclass"), ("1", "parametrised"), ("2", "not called")):
         expected = torch.linalg.svdvals(model.get_submodule(name).weight.detach().flatten(1))
         np.testing.assert_allclose(analysis[name].spectra["plain"].values, expected.numpy(), atol=1e-12)
-        assert reason in str(analysis[name].refusal)
+        assert reason in str(analysis[name].skip_reason)
     attention = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True))
     found = st.analyze(attention, torch.zeros(1, 3, 8))["0.self_attn.out_proj"]
     assert len(found.spectra["plain"]) == 8

@@ -1,0 +1,114 @@
+"""The structure's figures against their bars, the directions of imports, the public names, and what an import costs."""
+
+import ast
+import importlib
+import pkgutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import structure
+from structure import Figure, Module
+
+import spectrim as st
+
+ROOT = Path(__file__).resolve().parent.parent
+OPTIONAL = {"torchvision", "PIL", "onnx", "onnxruntime", "openvino", "torchao"}
+PUBLIC = set(
+    """
+    Accuracy Analysis Budget Calibration Changes Comparison Compressed Cost Curve Energy Epoch Exported Finetuned Grid
+    History Interval LatencyNote LatencyTable LayerAnalysis LayerPlan LayerSpectrum LowRankConv1d LowRankConv2d
+    LowRankConvTranspose2d LowRankLinear Measurement Plan Published PublishedPoint Quantized QuantizedRow QuantizedTable
+    Rank Ratio Results Run SpatialConv2d Spectrum Tucker2Conv2d Variant accuracy analyze calibrate compare_quantized
+    compress errors export_onnx export_openvino export_program finetune latency_table load measure merge onnx_accuracy
+    pareto plan plot_accuracy plot_classes plot_curves plot_history plot_ranks plot_spectra probe quantize report
+    runtime_gain save save_figure sensitivity table text training
+    """.split()
+)
+SOURCE = structure.modules()
+
+
+@pytest.mark.parametrize("figure", structure.figures(), ids=lambda figure: figure.name)
+def test_a_figure_of_the_structure_keeps_its_bar(figure: Figure) -> None:
+    assert figure.value <= figure.bar, "\n".join(figure.places)
+
+
+def test_the_figures_see_what_they_count() -> None:
+    text = "def felt(one, given):\n    for made in one:\n        isinstance(made, nn.Linear)\n    return 'tucker2'\n"
+    module = Module(structure.SOURCE / "planning" / "example.py", text)
+    assert len(structure.home_made_words([module])) == 1
+    assert len(structure.loose_names([module])) == 3
+    assert len(structure.layer_checks([module])) == len(structure.form_strings([module])) == 1
+    assert structure.body_lengths([module])[0][0] == 3
+
+
+def layers_of_rooms() -> list[list[str]]:
+    """The rooms as `pyproject.toml` tells import-linter, the highest level first."""
+    (contract,) = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    return [[room.strip() for room in level.split("|")] for level in contract["layers"]]
+
+
+def test_imports_go_down_only() -> None:
+    levels = {room: level for level, rooms in enumerate(reversed(layers_of_rooms())) for room in rooms}
+    assert set(levels) == {module.room for module in SOURCE} - {"__init__", "__main__"}
+    for module in SOURCE:
+        if module.room in levels:
+            assert all(levels[room] < levels[module.room] for room in module.imports), module.name
+
+
+def test_the_rooms_in_contributing_are_those_that_are_checked() -> None:
+    rows = [line.split("|") for line in (ROOT / "CONTRIBUTING.md").read_text().splitlines() if line.startswith("| ")]
+    table = [
+        {name.strip().strip("`").rstrip("/").removesuffix(".py") for name in row[2].split(",")} for row in rows[1:]
+    ]
+    assert table == [set(rooms) for rooms in reversed(layers_of_rooms())]
+
+
+@pytest.mark.parametrize("module", SOURCE, ids=lambda module: module.name)
+def test_only_optional_dependencies_are_imported_late(module: Module) -> None:
+    top = {id(node) for node in module.tree.body} | {
+        id(inner) for node in module.tree.body if isinstance(node, ast.If) for inner in node.body
+    }
+    late = {
+        (node.module if isinstance(node, ast.ImportFrom) else alias.name).split(".")[0]
+        for node in ast.walk(module.tree)
+        if isinstance(node, ast.Import | ast.ImportFrom) and id(node) not in top
+        for alias in node.names
+    }
+    assert late <= OPTIONAL
+
+
+def test_no_module_is_hidden_by_a_function_of_its_name() -> None:
+    hidden = []
+    for info in pkgutil.walk_packages(st.__path__, "spectrim."):
+        if info.name.startswith("spectrim.integrations.") or info.name == "spectrim.__main__":
+            continue  # need extras, or run
+        module = importlib.import_module(info.name)
+        package, _, name = info.name.rpartition(".")
+        if getattr(sys.modules[package], name) is not module:
+            hidden.append(info.name)
+    assert not hidden
+
+
+def test_the_public_names() -> None:
+    assert set(st.__all__) == PUBLIC
+    assert all(getattr(st, name).__doc__ for name in st.__all__)
+
+
+def test_errors_can_be_imported_by_their_public_path() -> None:
+    from spectrim.errors import ModelError
+
+    assert ModelError is st.errors.ModelError
+
+
+def test_a_bare_import_prints_nothing_and_leaves_torch_as_it_is() -> None:
+    code = (
+        "import torch; a = torch.get_rng_state(), torch.get_num_threads(), torch.is_grad_enabled(); import spectrim; "
+        "b = torch.get_rng_state(), torch.get_num_threads(), torch.is_grad_enabled(); "
+        "assert torch.equal(a[0], b[0]) and a[1:] == b[1:]; import sys; assert 'torchvision' not in sys.modules; "
+        "assert 'transformers' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
