@@ -1,13 +1,13 @@
 """The one-call path: calibrate, analyse, plan, replace, count what was gained."""
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Literal
 
 from torch import nn
 
-from spectrim.analysis.calibration import calibrate
+from spectrim.analysis.calibration import Calibration, calibrate
 from spectrim.analysis.sensitivities import cache_bytes_of, require_cache_bytes, sensitivity, with_output_grads
 from spectrim.analysis.spectra import Analysis, analyze_selected
 from spectrim.benchmark.latencies import LatencyTable
@@ -16,12 +16,13 @@ from spectrim.core.errors import DataError, PlanError
 from spectrim.core.execution import Inputs, ProgressCallback, as_inputs, require_repeatable
 from spectrim.core.plans import Budget, LayerPlan, Metric, Plan, Rule
 from spectrim.fitting.reconstruction import reconstruct as fit
-from spectrim.layers.replacement import duplicate, factorize, replace
+from spectrim.layers.replacement import duplicate, factorize
+from spectrim.layers.replacement import replace as replace_layers
 from spectrim.layers.selection import LayerSelection, Patterns, TreatAs
 from spectrim.linalg import Factors
+from spectrim.planning.decisions import PlanOptions
 from spectrim.planning.latency_budget import plan_latency, refused
-from spectrim.planning.rules import plan as plan_by_table
-from spectrim.planning.rules import refresh, require_possible
+from spectrim.planning.rules import plan_with, refresh, require_possible
 from spectrim.runtimes.rank_grid import Grid, probe
 from spectrim.runtimes.sessions import require_runtime
 
@@ -41,6 +42,21 @@ class Compressed:
     def refused(self) -> str | None:
         """Why the model came back as it was, under a budget of latency; None if it was compressed."""
         return self.plan.latency.refused if self.plan.latency else None
+
+
+@dataclass(frozen=True, eq=False)
+class Decision:
+    """What is to be done to a model, and what that was decided on.
+
+    Attributes:
+        analysis: With the statistics and sensitivities that the rule or plan needs.
+        plan: Form and ranks of every layer.
+        batches: The calibration batches that were read; empty if none were needed.
+    """
+
+    analysis: Analysis
+    plan: Plan
+    batches: Sequence[Inputs]
 
 
 def compress(
@@ -115,101 +131,84 @@ def compress(
     Raises:
         SpectrimError: one of its kinds, before anything has been changed.
     """
+    if reconstruct is True and (data is None or metric == "plain"):
+        raise DataError("reconstruction is done on calibration data in a data metric; pass data= and no metric='plain'")
+    decision = decide(
+        model,
+        rule_or_plan,
+        example_inputs=example_inputs,
+        data=data,
+        max_batches=max_batches,
+        selection=LayerSelection(include, exclude, keep_last, treat_as or {}),
+        options=PlanOptions(metric, forms, rank_multiple, allow_growth, latencies),
+        analysis=analysis,
+        cache=cache,
+        on_progress=on_progress,
+    )
+    fitted = _is_fitted(decision.plan, reconstruct=reconstruct)
+    smaller = _built(model, decision, fitted=fitted, cache=cache, on_progress=on_progress)
+    return _counted(model, smaller, decision.plan, as_inputs(example_inputs), inplace=inplace)
+
+
+def decide(
+    model: nn.Module,
+    rule_or_plan: Rule | Plan,
+    *,
+    example_inputs: Any,
+    data: Iterable[Any] | None = None,
+    max_batches: int | None = None,
+    selection: LayerSelection | None = None,
+    options: PlanOptions | None = None,
+    analysis: Analysis | None = None,
+    cache: int | None = None,
+    on_progress: ProgressCallback | None = None,
+) -> Decision:
+    """The first half of `compress`: calibrate, analyse and plan; the model stays as it is.
+
+    Arguments and errors are those of `compress`. `on_progress` is called for `calibrate`, `analyse`, `weigh LAYER`,
+    `plan`, `time LAYER` and `verify in RUNTIME`.
+    """
+    selection, options = selection or LayerSelection(), options or PlanOptions()
     require_cache_bytes(cache)
-    selection = LayerSelection(include, exclude, keep_last, treat_as or {})
-    planned = isinstance(rule_or_plan, Plan)
-    if planned and (not selection.is_default or metric or forms or rank_multiple or allow_growth or latencies):
+    if isinstance(rule_or_plan, Plan) and not (selection.is_default and options.is_default):
         raise PlanError("a plan already says which layers, forms and metric; give these options to st.plan instead")
     if analysis is not None and not selection.is_default:
         raise PlanError("an analysis already has its layers; give include, exclude, keep_last to st.analyze instead")
-    if reconstruct is True and (data is None or metric == "plain"):
-        raise DataError("reconstruction is done on calibration data in a data metric; pass data= and no metric='plain'")
-    _require_runtime(rule_or_plan)
-    example = as_inputs(example_inputs)
-    work = _Compression(model, rule_or_plan, example, metric, cache, on_progress)
-    known = analyze_selected(model, example, selection=selection) if analysis is None else analysis
+    if isinstance(rule_or_plan, Budget) and rule_or_plan.runtime and rule_or_plan.threads:
+        require_runtime(rule_or_plan.runtime, threads=rule_or_plan.threads)
+    stages = _Stages(model, as_inputs(example_inputs), rule_or_plan, selection, options, cache, on_progress)
+    known = stages.analysed() if analysis is None else analysis
     if analysis is None and not isinstance(rule_or_plan, Plan):
-        grid = None if rank_multiple == "auto" else rank_multiple
         usual: Metric = "plain" if data is None else "activation"
-        require_possible(known, rule_or_plan, metric=metric or usual, forms=forms, rank_multiple=grid)
-    batches = work.batches(data, max_batches)
+        require_possible(known, rule_or_plan, options, metric=options.metric or usual)
+    batches = stages.batches(data, max_batches)
     if analysis is None and batches:
-        known = work.informed(known, selection, batches)
-    if isinstance(rule_or_plan, Plan):
-        plan = refresh(rule_or_plan, known)
-    else:
-        plan = choose(
-            model,
-            known,
-            rule_or_plan,
-            example_inputs=example,
-            metric=metric,
-            forms=forms,
-            rank_multiple=rank_multiple,
-            allow_growth=allow_growth,
-            latencies=latencies,
-            on_progress=on_progress,
-        )
-    smaller = work.built(plan, known, batches if _is_fitted(plan, reconstruct=reconstruct) else [])
-    return _counted(model, smaller, plan, example, inplace=inplace)
-
-
-def choose(
-    model: nn.Module,
-    analysis: Analysis,
-    rule: Rule,
-    *,
-    example_inputs: Any,
-    metric: Metric | None = None,
-    forms: Sequence[str] | None = None,
-    rank_multiple: int | Grid | Literal["auto"] | None = None,
-    allow_growth: bool = False,
-    latencies: LatencyTable | None = None,
-    on_progress: ProgressCallback | None = None,
-) -> Plan:
-    """The plan of a rule, as `compress` makes it: `st.plan`, with what has to be timed on this machine.
-
-    Arguments and errors are those of `compress`; the model stays as it is.
-    """
-    if isinstance(rule, Budget) and rule.latency is not None:
-        return plan_latency(
-            model,
-            as_inputs(example_inputs),
-            rule,
-            analysis=analysis,
-            metric=metric,
-            forms=forms,
-            rank_multiple=rank_multiple,
-            latencies=latencies,
-            on_progress=on_progress,
-        )
-    return plan_by_table(
-        analysis,
-        rule,
-        metric=metric,
-        forms=forms,
-        rank_multiple=probe() if rank_multiple == "auto" else rank_multiple,
-        allow_growth=allow_growth,
-        latencies=latencies,
-    )
+        known = stages.informed(known, batches)
+    return Decision(known, stages.planned(known), batches)
 
 
 @dataclass(frozen=True, eq=False)
-class _Compression:
-    """What one call of `compress` works with."""
+class _Stages:
+    """The stages of one decision, and what they share."""
 
     model: nn.Module
-    rule_or_plan: Rule | Plan
     example: Inputs
-    metric: Metric | None
+    rule_or_plan: Rule | Plan
+    selection: LayerSelection
+    options: PlanOptions
     cache: int | None
     on_progress: ProgressCallback | None
+
+    def analysed(self, calibration: Calibration | None = None) -> Analysis:
+        """The analysis, with statistics if there are any."""
+        self._begin("analyse")
+        return analyze_selected(self.model, self.example, selection=self.selection, calibration=calibration)
 
     def batches(self, data: Iterable[Any] | None, max_batches: int | None) -> list[Inputs]:
         """The calibration batches, none where no data are needed; raises as `compress` does."""
         plan = self.rule_or_plan
         needed = not isinstance(plan, Plan) or any(layer.metric != "plain" for layer in plan.factored)
-        if data is None or self.metric == "plain" or not needed:
+        if data is None or self.options.metric == "plain" or not needed:
             return []
         require_repeatable(self.model, self.example)
         batches = [as_inputs(batch) for batch in islice(_unlabelled(data, self.example), max_batches)]
@@ -217,53 +216,81 @@ class _Compression:
             raise DataError("the calibration data is empty; give at least one batch")
         return batches
 
-    def informed(self, bare: Analysis, selection: LayerSelection, batches: Sequence[Inputs]) -> Analysis:
+    def informed(self, bare: Analysis, batches: Sequence[Inputs]) -> Analysis:
         """The analysis with statistics of the layers that need them, and under a budget with their sensitivities."""
-        rule, model = self.rule_or_plan, self.model
+        rule, model, metric = self.rule_or_plan, self.model, self.options.metric
         budgeted = isinstance(rule, Budget)
-        metrics = {layer.metric for layer in rule} if isinstance(rule, Plan) else {self.metric}
+        metrics = {layer.metric for layer in rule} if isinstance(rule, Plan) else {metric}
         layers = _call_sites(bare, rule)
-        statistics = calibrate(model, batches, layers=layers)
-        if "loss" in metrics or (budgeted and self.metric is None):
+        statistics = calibrate(model, self._reported(batches), layers=layers)
+        if "loss" in metrics or (budgeted and metric is None):
             statistics = with_output_grads(model, statistics, batches, layers=layers, required="loss" in metrics)
-        analysis = analyze_selected(model, self.example, selection=selection, calibration=statistics)
+        analysis = self.analysed(statistics)
         if not budgeted:
             return analysis
-        return sensitivity(model, analysis, batches, cache=self.cache, on_progress=self._progress("weigh"))
-
-    def built(self, plan: Plan, analysis: Analysis, batches: Sequence[Inputs]) -> nn.Module:
-        """A copy of the model with the plan carried out, fitted to `batches` if there are any."""
-
-        def factors(layer: LayerPlan) -> Factors:
-            assert layer.metric is not None
-            return analysis[layer.name].decomposition(layer.form, layer.metric).factors(layer.ranks)
-
-        means = analysis.calibration.means if analysis.calibration else {}
-        if not batches:
-            return factorize(duplicate(self.model), plan, factors=factors, means=means)
-        metrics = {layer.name: layer.problems["loss"].output for layer in analysis if "loss" in layer.problems}
-        return fit(
-            self.model,
-            duplicate(self.model),
-            plan,
-            batches=batches,
-            factors=factors,
-            means=means,
-            output_metrics={name: metric for name, metric in metrics.items() if metric is not None},
-            cache_bytes=cache_bytes_of(analysis, self.cache),
-            on_progress=self._progress("fit"),
+        return sensitivity(
+            model, analysis, batches, cache=self.cache, on_progress=_progress_of("weigh", self.on_progress)
         )
 
-    def _progress(self, verb: str) -> ProgressCallback | None:
-        """Progress with the stage in front of the layer's name."""
-        callback = self.on_progress
-        return callback and (lambda name, done, of: callback(f"{verb} {name}".strip(), done, of))
+    def planned(self, analysis: Analysis) -> Plan:
+        """The plan, with what has to be timed on this machine."""
+        rule, options = self.rule_or_plan, self.options
+        if isinstance(rule, Plan):
+            return refresh(rule, analysis)
+        self._begin("plan")
+        if isinstance(rule, Budget) and rule.latency is not None:
+            return plan_latency(
+                self.model, self.example, rule, analysis=analysis, options=options, on_progress=self.on_progress
+            )
+        grid = probe() if options.rank_multiple == "auto" else options.rank_multiple
+        return plan_with(analysis, rule, replace(options, rank_multiple=grid))
+
+    def _reported(self, batches: Sequence[Inputs]) -> Iterator[Inputs]:
+        for done, batch in enumerate(batches):
+            if self.on_progress is not None:
+                self.on_progress("calibrate", done, len(batches))
+            yield batch
+
+    def _begin(self, stage: str) -> None:
+        if self.on_progress is not None:
+            self.on_progress(stage, 0, 1)
 
 
-def _require_runtime(rule_or_plan: Rule | Plan) -> None:
-    """Check the runtime of a budget of latency before long work."""
-    if isinstance(rule_or_plan, Budget) and rule_or_plan.runtime and rule_or_plan.threads:
-        require_runtime(rule_or_plan.runtime, threads=rule_or_plan.threads)
+def _built(
+    model: nn.Module,
+    decision: Decision,
+    *,
+    fitted: bool,
+    cache: int | None,
+    on_progress: ProgressCallback | None,
+) -> nn.Module:
+    """A copy of the model with the plan carried out, and its layers fitted to the batches, if there are any."""
+    analysis, plan = decision.analysis, decision.plan
+
+    def factors(layer: LayerPlan) -> Factors:
+        assert layer.metric is not None
+        return analysis[layer.name].decomposition(layer.form, layer.metric).factors(layer.ranks)
+
+    means = analysis.calibration.means if analysis.calibration else {}
+    if not (fitted and decision.batches):
+        return factorize(duplicate(model), plan, factors=factors, means=means)
+    metrics = {layer.name: layer.problems["loss"].output for layer in analysis if "loss" in layer.problems}
+    return fit(
+        model,
+        duplicate(model),
+        plan,
+        batches=decision.batches,
+        factors=factors,
+        means=means,
+        output_metrics={name: metric for name, metric in metrics.items() if metric is not None},
+        cache_bytes=cache_bytes_of(analysis, cache),
+        on_progress=_progress_of("fit", on_progress),
+    )
+
+
+def _progress_of(verb: str, callback: ProgressCallback | None) -> ProgressCallback | None:
+    """Progress with the stage in front of the layer's name."""
+    return callback and (lambda name, done, of: callback(f"{verb} {name}".strip(), done, of))
 
 
 def _is_fitted(plan: Plan, *, reconstruct: Literal["auto"] | bool) -> bool:
@@ -284,7 +311,7 @@ def _counted(model: nn.Module, smaller: nn.Module, plan: Plan, example: Inputs, 
         return Compressed(smaller, plan, measurement)
     if not _is_refused(plan):
         names = [name for layer in plan if not layer.frozen for name in layer.names]
-        replace(model, {name: smaller.get_submodule(name) for name in names})
+        replace_layers(model, {name: smaller.get_submodule(name) for name in names})
     return Compressed(model, plan, measurement)
 
 

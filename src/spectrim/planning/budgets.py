@@ -15,7 +15,7 @@ from spectrim.core.errors import PlanError, RuleError
 from spectrim.core.plans import Budget, LatencyNote, Limit, Metric, Plan
 from spectrim.layers.forms import RankCosts, selected_forms
 from spectrim.linalg import FloatArray, Ranks
-from spectrim.planning.decisions import dense, factored, listed, metric_of, possible_forms, step_of, why_impossible
+from spectrim.planning.decisions import PlanOptions, dense, factored, listed, metric_of, possible_forms, why_impossible
 from spectrim.planning.knapsack import Allocation, KnapsackItem
 from spectrim.runtimes.rank_grid import Grid
 
@@ -78,29 +78,23 @@ def pareto(
         raise PlanError(f"cost={cost!r}: there are macs, params and bytes, and latency")
     if points < 2:
         raise RuleError(f"points={points}: a curve needs at least 2")
-    options = Options.of(
-        analysis,
-        cost,
-        metric=metric_of(analysis, metric, best=True),
-        forms=selected_forms(forms),
-        multiple=rank_multiple,
-        latencies=latencies,
-    )
-    solved = Allocation.of(options.items, limit=options.whole - options.outside)
-    least = Fraction(options.least, options.whole)
+    options = PlanOptions(metric=metric, forms=forms, rank_multiple=rank_multiple, latencies=latencies)
+    candidates = Candidates.of(analysis, cost, options)
+    solved = Allocation.of(candidates.items, limit=candidates.whole - candidates.outside)
+    least = Fraction(candidates.least, candidates.whole)
     shares = (least + (1 - least) * Fraction(step, points) for step in range(points))
     curve = []
     for share in shares:
-        solution = solved.solve(int(share * options.whole) - options.outside)
-        rule = options.rule(float(min(max(share, Fraction(1, 10**9)), 1 - Fraction(1, 10**9))))
-        ratio = options.kept(solution) / options.whole
-        curve.append(Point(ratio, options.lost(solution), options.plan(rule, solution)))
+        solution = solved.solve(int(share * candidates.whole) - candidates.outside)
+        rule = candidates.rule(float(min(max(share, Fraction(1, 10**9)), 1 - Fraction(1, 10**9))))
+        ratio = candidates.kept(solution) / candidates.whole
+        curve.append(Point(ratio, candidates.lost(solution), candidates.plan(rule, solution)))
     return Curve(cost, tuple(curve))
 
 
 @dataclass(frozen=True, eq=False)
-class Options:
-    """Every option of every layer under a budget.
+class Candidates:
+    """Every form and ranks that each layer may take under a budget.
 
     Attributes:
         analysis: The layers.
@@ -108,8 +102,7 @@ class Options:
         metric: In what the losses count.
         forms: Those that may be taken.
         multiple: What divides the ranks, but full ones and what a table holds below it.
-        latencies: The times of the layers, if the latency is limited. Options that are slower than the dense layer are
-            none.
+        latencies: The times of the layers, if the latency is limited. What is slower than the dense layer is none.
     """
 
     analysis: Analysis
@@ -120,30 +113,23 @@ class Options:
     latencies: LatencyTable | None = None
 
     @classmethod
-    def of(
-        cls,
-        analysis: Analysis,
-        cost: Limit,
-        *,
-        metric: Metric,
-        forms: tuple[str, ...],
-        multiple: int | Grid | None,
-        latencies: LatencyTable | None,
-    ) -> "Options":
-        """The options, once table and multiple are known to go together.
+    def of(cls, analysis: Analysis, cost: Limit, options: PlanOptions) -> "Candidates":
+        """The candidates, once it is known that table and multiple go together.
 
         Raises:
             RuleError: a latency without a table, a table without a latency, or ranks that the table does not hold.
             PlanError: a table of another network.
         """
+        latencies = options.latencies
         if (cost == "latency") != (latencies is not None):
             raise RuleError(
                 "a budget of latency needs latencies=st.latency_table(model, example_inputs, analysis=..), and no "
                 "other budget does; st.compress makes it by itself"
             )
+        metric, forms = metric_of(analysis, options.metric, best=True), selected_forms(options.forms)
         if latencies is None:
-            return cls(analysis, cost, metric, forms, step_of(multiple))
-        step = latencies.rank_multiple if multiple is None else step_of(multiple)
+            return cls(analysis, cost, metric, forms, options.step)
+        step = latencies.rank_multiple if options.rank_multiple is None else options.step
         if step % latencies.rank_multiple:
             raise RuleError(
                 f"rank_multiple={step}: the table holds multiples of {latencies.rank_multiple}; make another table"
@@ -345,29 +331,20 @@ def _nanoseconds(ms: float) -> int:
     return round(ms * 1e6)
 
 
-def budgeted(options: Options, rule: Budget) -> Plan:
-    """The plan that loses least within a budget.
-
-    Raises:
-        RuleError: a budget below what is reachable; says what is.
-    """
-    return options.plan(rule, solve(options, rule, share=rule.share))
-
-
-def solve(options: Options, rule: Budget, *, share: float) -> list[int]:
+def solve(candidates: Candidates, rule: Budget, *, share: float) -> list[int]:
     """The option of every layer that together lose least at this share, which need not be the rule's own.
 
     Raises:
         RuleError: a share below what is reachable; says what is.
     """
-    limit = options.require(rule, share=share) - options.outside
-    return Allocation.of(options.items, limit=limit).solve(limit)
+    limit = candidates.require(rule, share=share) - candidates.outside
+    return Allocation.of(candidates.items, limit=limit).solve(limit)
 
 
-def out_of_reach(options: Options, rule: Budget, least: float, *, how: str = "predicted") -> str:
+def out_of_reach(candidates: Candidates, rule: Budget, least: float, *, how: str = "predicted") -> str:
     """What to say of a budget when `least` is the smallest share there is."""
-    open_to = len(options.cheapest)
-    timed = options.cost == "latency"
+    open_to = len(candidates.cheapest)
+    timed = candidates.cost == "latency"
     if timed and (not open_to or least >= 1):
         measured = f"with all its layers at their fastest ranks the model takes {least:.3g} of the dense time"
         why = measured if open_to else "no layer would be faster in factors"
@@ -376,10 +353,10 @@ def out_of_reach(options: Options, rule: Budget, least: float, *, how: str = "pr
             "limit the MACs or the parameters instead, or try another runtime or batch"
         )
     share = math.ceil(1e4 * least) / 1e4
-    smallest, at = ("fastest", f"their fastest ranks ({how})") if timed else ("smallest", f"rank {options.multiple}")
+    smallest, at = ("fastest", f"their fastest ranks ({how})") if timed else ("smallest", f"rank {candidates.multiple}")
     outside = "time is" if timed else f"{rule.limits} are"
     return (
         f"{rule} cannot be reached: the {smallest} this model can be is Budget({rule.limits}={share:g}), with all "
         f"{open_to} layers that can shrink at {at}; "
-        f"{max(0, options.outside) / options.whole:.1%} of the {outside} outside the layers that were looked at"
+        f"{max(0, candidates.outside) / candidates.whole:.1%} of the {outside} outside the layers that were looked at"
     )

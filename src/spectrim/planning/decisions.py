@@ -1,13 +1,49 @@
 """One layer's decision as a value: factored at some ranks, or dense, and what may be chosen from."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 from spectrim.analysis.spectra import Analysis, LayerAnalysis
+from spectrim.benchmark.latencies import LatencyTable
 from spectrim.core.errors import PlanError, RuleError
 from spectrim.core.plans import DENSE, LayerPlan, Metric
 from spectrim.linalg import Ranks
 from spectrim.runtimes.rank_grid import Grid, multiple_of
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """What a caller may say of a plan besides the rule; see `st.plan` for each.
+
+    Attributes:
+        metric: In what errors count.
+        forms: Names of the forms that may be used.
+        rank_multiple: What divides the ranks.
+        allow_growth: Whether layers may grow.
+        latencies: Of a budget of latency: the times of the layers.
+    """
+
+    metric: Metric | None = None
+    forms: Sequence[str] | str | None = None
+    rank_multiple: int | Grid | Literal["auto"] | None = None
+    allow_growth: bool = False
+    latencies: LatencyTable | None = None
+
+    @property
+    def is_default(self) -> bool:
+        """Whether nothing was said."""
+        return self == PlanOptions()
+
+    @property
+    def step(self) -> int:
+        """The number that ranks must be multiples of; raises `RuleError` for what is none."""
+        if self.rank_multiple == "auto":
+            raise RuleError(
+                "rank_multiple='auto' has to probe the hardware, which a plan does not: "
+                "give st.probe(runtime=.., threads=..), or let st.compress do it"
+            )
+        return multiple_of(self.rank_multiple) or 1
 
 
 def metric_of(analysis: Analysis, metric: Metric | None, *, best: bool) -> Metric:
@@ -21,16 +57,6 @@ def metric_of(analysis: Analysis, metric: Metric | None, *, best: bool) -> Metri
             f"pass calibration=st.calibrate(model, batches) {how}to st.analyze"
         )
     return chosen
-
-
-def step_of(rank_multiple: int | Grid | Literal["auto"] | None) -> int:
-    """The number that ranks must be multiples of; raises `RuleError` for what is none."""
-    if rank_multiple == "auto":
-        raise RuleError(
-            "rank_multiple='auto' has to probe the hardware, which a plan does not: "
-            "give st.probe(runtime=.., threads=..), or let st.compress do it"
-        )
-    return multiple_of(rank_multiple) or 1
 
 
 def possible_forms(layer: LayerAnalysis, forms: Sequence[str], metric: Metric) -> list[str]:
@@ -54,22 +80,18 @@ def why_impossible(layer: LayerAnalysis, metric: Metric) -> str | None:
 
 def factored(layer: LayerAnalysis, form: str, ranks: Ranks, *, metric: Metric, reason: str) -> LayerPlan:
     """A layer in a form at some ranks, with all its numbers."""
-    return LayerPlan(
-        name=layer.name,
-        tied_names=layer.tied_names,
-        kind=layer.kind,
-        shape=layer.shape,
-        form=form,
-        metric=metric,
-        rank=ranks[-1],
-        rank_in=ranks[0] if len(ranks) > 1 else None,
-        full_rank=layer.full_ranks(form)[-1],
-        break_even=layer.break_even(form, metric),
-        predicted_error=layer.error(form, ranks, metric),
-        dense=layer.dense,
-        kept=layer.cost(form, ranks, metric),
-        reason=reason,
-    )
+    planned = {
+        "form": form,
+        "metric": metric,
+        "rank": ranks[-1],
+        "rank_in": ranks[0] if len(ranks) > 1 else None,
+        "full_rank": layer.full_ranks(form)[-1],
+        "break_even": layer.break_even(form, metric),
+        "predicted_error": layer.error(form, ranks, metric),
+        "kept": layer.cost(form, ranks, metric),
+        "frozen": False,
+    }
+    return dense(layer, reason=reason, metric=metric).model_copy(update=planned)
 
 
 def dense(layer: LayerAnalysis, *, reason: str, metric: Metric, frozen: bool = False) -> LayerPlan:

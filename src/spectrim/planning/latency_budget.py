@@ -1,25 +1,24 @@
 """A budget of latency, decided by the clock: plans are tried against the dense network, and refined once."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from spectrim.analysis.spectra import Analysis, LayerAnalysis
-from spectrim.benchmark.latencies import LatencyTable
 from spectrim.benchmark.latency_table import latency_table
 from spectrim.benchmark.measurement import batched
 from spectrim.core.errors import RuleError
 from spectrim.core.execution import Inputs, ProgressCallback
-from spectrim.core.plans import DENSE, Budget, LayerPlan, Metric, Plan
+from spectrim.core.plans import DENSE, Budget, LayerPlan, Plan
 from spectrim.layers.forms import form_named
 from spectrim.layers.replacement import duplicate, factorize
 from spectrim.linalg import Factors
-from spectrim.planning.budgets import Options, out_of_reach, solve
-from spectrim.planning.rules import options_of
-from spectrim.runtimes.rank_grid import Grid
+from spectrim.planning.budgets import Candidates, out_of_reach, solve
+from spectrim.planning.decisions import PlanOptions
+from spectrim.planning.rules import candidates_of
 from spectrim.runtimes.sessions import Prepared, prepare
 from spectrim.runtimes.timing import Interval, compare, interleaved
 
@@ -66,10 +65,7 @@ def plan_latency(
     rule: Budget,
     *,
     analysis: Analysis,
-    metric: Metric | None = None,
-    forms: Sequence[str] | None = None,
-    rank_multiple: int | Grid | Literal["auto"] | None = None,
-    latencies: LatencyTable | None = None,
+    options: PlanOptions,
     on_progress: ProgressCallback | None = None,
 ) -> Plan:
     """The plan of a budget of latency: layers are timed, forms and ranks chosen, and the network they give is timed.
@@ -78,23 +74,22 @@ def plan_latency(
     """
     assert rule.runtime is not None
     assert rule.threads is not None
-    multiple = None if rank_multiple == "auto" else rank_multiple
-    if latencies is None:
-        latencies = latency_table(
-            model,
-            example,
-            analysis=analysis,
-            runtime=rule.runtime,
-            threads=rule.threads,
-            batch=rule.batch,
-            forms=forms,
-            rank_multiple=multiple,
-            on_progress=on_progress and (lambda name, done, of: on_progress(f"time {name}".strip(), done, of)),
-        )
-    options = options_of(analysis, rule, metric=metric, forms=forms, rank_multiple=multiple, latencies=latencies)
+    multiple = None if options.rank_multiple == "auto" else options.rank_multiple
+    latencies = options.latencies or latency_table(
+        model,
+        example,
+        analysis=analysis,
+        runtime=rule.runtime,
+        threads=rule.threads,
+        batch=rule.batch,
+        forms=options.forms,
+        rank_multiple=multiple,
+        on_progress=on_progress and (lambda name, done, of: on_progress(f"time {name}".strip(), done, of)),
+    )
+    candidates = candidates_of(analysis, rule, replace(options, rank_multiple=multiple, latencies=latencies))
     inputs = example if rule.batch is None else batched(example, rule.batch)
     with prepare(model, inputs, runtime=rule.runtime, threads=rule.threads) as dense:
-        return refined(options, rule, verify=_Verification(model, analysis, inputs, rule, dense, on_progress))
+        return refined(candidates, rule, verify=_Verification(model, analysis, inputs, rule, dense, on_progress))
 
 
 @dataclass
@@ -136,7 +131,7 @@ def _no_means(layer: LayerAnalysis) -> dict[str, Tensor]:
     return dict.fromkeys(layer.unit.names, zeros)
 
 
-def refined(options: Options, rule: Budget, *, verify: Verify) -> Plan:
+def refined(candidates: Candidates, rule: Budget, *, verify: Verify) -> Plan:
     """The plan that meets a budget of latency with the least loss, by the clock and not only by the table.
 
     Where the first plan's time is more than 5 % off its prediction, or misses the target, the predicted savings are
@@ -151,26 +146,26 @@ def refined(options: Options, rule: Budget, *, verify: Verify) -> Plan:
         RuleError: no layer would be faster in factors, or the fastest network misses the budget; says what it takes.
     """
     # rounded up, so that the table itself holds it
-    target, least = rule.share, options.least / options.whole + 1e-9
-    if not options.cheapest:
-        raise RuleError(out_of_reach(options, rule, least))
-    first = _verified(options, solve(options, rule, share=max(target, least)), rule, verify)
+    target, least = rule.share, candidates.least / candidates.whole + 1e-9
+    if not candidates.cheapest:
+        raise RuleError(out_of_reach(candidates, rule, least))
+    first = _verified(candidates, solve(candidates, rule, share=max(target, least)), rule, verify)
     tried = [first]
     if abs(first.measured.value - first.predicted) > _FAR * first.predicted or not first.meets(target):
-        solution = solve(options, rule, share=max(least, _rescaled(first, target)))
-        if options.plan(rule, solution).layers != first.plan.layers:
-            tried.append(_verified(options, solution, rule, verify))
+        solution = solve(candidates, rule, share=max(least, _rescaled(first, target)))
+        if candidates.plan(rule, solution).layers != first.plan.layers:
+            tried.append(_verified(candidates, solution, rule, verify))
     meeting = [candidate for candidate in tried if candidate.meets(target)]
     fastest = min(tried, key=lambda candidate: candidate.measured.value)
     best = min(meeting, key=lambda candidate: candidate.lost) if meeting else fastest
     if least > target and not meeting:
-        raise RuleError(out_of_reach(options, rule, best.measured.value, how="measured"))
+        raise RuleError(out_of_reach(candidates, rule, best.measured.value, how="measured"))
     return _with_measured(best, target, solved=len(tried))
 
 
-def _verified(options: Options, solution: Sequence[int], rule: Budget, verify: Verify) -> _Candidate:
-    plan = options.plan(rule, solution)
-    return _Candidate(plan, options.lost(solution), verify(plan))
+def _verified(candidates: Candidates, solution: Sequence[int], rule: Budget, verify: Verify) -> _Candidate:
+    plan = candidates.plan(rule, solution)
+    return _Candidate(plan, candidates.lost(solution), verify(plan))
 
 
 def _rescaled(first: _Candidate, target: float) -> float:

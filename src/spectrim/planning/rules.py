@@ -10,9 +10,9 @@ from spectrim.core.errors import PlanError, RuleError
 from spectrim.core.plans import Budget, Energy, LayerPlan, Metric, Plan, Rank, Ratio, Rule
 from spectrim.layers.forms import selected_forms
 from spectrim.linalg import Ranks
-from spectrim.planning.budgets import Options, budgeted
-from spectrim.planning.decisions import dense, factored, listed, metric_of, possible_forms, step_of, why_impossible
-from spectrim.runtimes.rank_grid import Grid
+from spectrim.planning.budgets import Candidates, solve
+from spectrim.planning.decisions import PlanOptions, dense, factored, listed, metric_of, possible_forms, why_impossible
+from spectrim.runtimes.rank_grid import Grid, multiple_of
 
 
 def plan(
@@ -49,18 +49,21 @@ def plan(
             of latency without a table or with one of another runtime, or ranks that the table does not hold.
         PlanError: a metric that the analysis does not have, an unknown form, or a table of another network.
     """
+    return plan_with(analysis, rule, PlanOptions(metric, forms, rank_multiple, allow_growth, latencies))
+
+
+def plan_with(analysis: Analysis, rule: Rule, options: PlanOptions) -> Plan:
+    """As `plan`."""
     if isinstance(rule, Budget):
-        options = options_of(
-            analysis, rule, metric=metric, forms=forms, rank_multiple=rank_multiple, latencies=latencies
-        )
-        return budgeted(options, rule)
-    metric, allowed = metric_of(analysis, metric, best=False), selected_forms(forms, closed_form=True)
-    multiple = step_of(rank_multiple)
-    require_reachable(rule, _full_ranks(analysis, allowed, metric))
-    if latencies is not None:
+        candidates = candidates_of(analysis, rule, options)
+        return candidates.plan(rule, solve(candidates, rule, share=rule.share))
+    metric, multiple = metric_of(analysis, options.metric, best=False), options.step
+    forms = selected_forms(options.forms, closed_form=True)
+    require_reachable(rule, _full_ranks(analysis, forms, metric))
+    if options.latencies is not None:
         raise RuleError(f"latencies= belongs to a budget of latency, and the rule is {rule}")
     layers = tuple(
-        _decide(layer, rule, metric=metric, forms=allowed, multiple=multiple, allow_growth=allow_growth)
+        _decide(layer, rule, metric=metric, forms=forms, multiple=multiple, allow_growth=options.allow_growth)
         for layer in analysis
     )
     return Plan(rule=rule, metric=metric, layers=layers, rank_multiple=multiple if multiple > 1 else None)
@@ -75,58 +78,36 @@ def _full_ranks(analysis: Analysis, forms: Sequence[str], metric: Metric) -> dic
     }
 
 
-def require_possible(
-    analysis: Analysis,
-    rule: Rule,
-    *,
-    metric: Metric,
-    forms: Sequence[str] | None = None,
-    rank_multiple: int | Grid | None = None,
-) -> None:
+def require_possible(analysis: Analysis, rule: Rule, options: PlanOptions, *, metric: Metric) -> None:
     """Check a rule against the shapes of the layers, before they are decomposed, and before any data are run.
 
     Args:
         analysis: From `st.analyze`, with or without a calibration.
-        rule: As for `plan`. Of a budget of latency nothing can be told.
+        rule: As for `plan`. Nothing is known of a budget of latency.
+        options: Those of the plan.
         metric: The one that the plan is to be made in; all but `plain` give every layer a bias.
-        forms: As for `plan`.
-        rank_multiple: As for `plan`.
 
     Raises:
         RuleError: not a rule, a rank above the full rank of a layer, or a budget below what is reachable; says what is.
         PlanError: an unknown form.
     """
     if not isinstance(rule, Budget):
-        require_reachable(rule, _full_ranks(analysis, selected_forms(forms, closed_form=True), "plain"))
+        require_reachable(rule, _full_ranks(analysis, selected_forms(options.forms, closed_form=True), "plain"))
     elif rule.limits != "latency":
-        Options(analysis, rule.limits, metric, selected_forms(forms), step_of(rank_multiple)).require(
-            rule, share=rule.share
-        )
+        step = multiple_of(options.rank_multiple) or 1
+        candidates = Candidates(analysis, rule.limits, metric, selected_forms(options.forms), step)
+        candidates.require(rule, share=rule.share)
 
 
-def options_of(
-    analysis: Analysis,
-    rule: Budget,
-    *,
-    metric: Metric | None,
-    forms: Sequence[str] | None,
-    rank_multiple: int | Grid | None,
-    latencies: LatencyTable | None,
-) -> Options:
-    """Every option of every layer under a budget; raises as `plan` does."""
+def candidates_of(analysis: Analysis, rule: Budget, options: PlanOptions) -> Candidates:
+    """Every candidate of every layer under a budget; raises as `plan` does."""
+    latencies = options.latencies
     timed_in = None if latencies is None else (latencies.runtime, latencies.batch, latencies.threads)
     if rule.limits == "latency" and timed_in not in (None, (rule.runtime, rule.batch, rule.threads)):
         assert latencies is not None
         other = Budget(latency=rule.share, runtime=latencies.runtime, batch=latencies.batch, threads=latencies.threads)
         raise RuleError(f"the latency table is for {other}, and the rule is {rule}; make a table for that")
-    return Options.of(
-        analysis,
-        rule.limits,
-        metric=metric_of(analysis, metric, best=True),
-        forms=selected_forms(forms),
-        multiple=rank_multiple,
-        latencies=latencies,
-    )
+    return Candidates.of(analysis, rule.limits, options)
 
 
 def refresh(edited: Plan, analysis: Analysis) -> Plan:
