@@ -35,6 +35,8 @@ from spectrim.reporting.accuracy import available
 from spectrim.reporting.pixels import png, png_text
 from spectrim.reporting.results import Results, Tally, Variant
 
+EARLIER = Path(__file__).parents[1] / "files" / "saved" / "run" / "results.json"
+SECTIONS = ("accuracy", "study", "runtimes", "changes", "spectra", "layers", "curves", "words", "provenance")
 HOSTILE = "</script><script>document.title='hacked'</script><img src=x onerror=alert(1)>[bold]"
 
 
@@ -173,6 +175,19 @@ def test_one_compressed_network_makes_results(tmp_path: Path) -> None:
     alone = st.Results.of_network("mine", dense=dense)
     assert (alone.variants, alone.chosen, alone.spectra) == ((), None, ())
     st.report(alone, tmp_path / "alone.html")
+
+
+def test_results_of_an_earlier_version_make_a_page(tmp_path: Path) -> None:
+    earlier = Results.load(EARLIER)
+    correct = {variant.name: variant.runs[0].test.correct for variant in (earlier.dense, *earlier.variants)}
+    assert (len(correct), correct["dense"], correct[earlier.chosen]) == (9, 50, 46)
+    assert (earlier.changes.whole.total, earlier.changes.whole.before, earlier.changes.whole.broken) == (360, 50, 4)
+    page = Page(st.report(earlier, tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert {*SECTIONS} <= page.ids()
+    assert all(name in page.words for name in correct)
+    assert len([tag for tag, _ in page.elements if tag == "img"]) == len(earlier.changes.flipped)
+    again = json.loads(earlier.save(tmp_path / "results.json").read_text(encoding="utf-8"))
+    assert again == json.loads(EARLIER.read_text(encoding="utf-8"))
 
 
 def test_results_survive_the_file(results: Results, tmp_path: Path) -> None:
@@ -820,17 +835,7 @@ def page_path(results: Results, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 def test_the_page_holds_everything(page_path: Path, results: Results) -> None:
     page = Page(page_path.read_text(encoding="utf-8"))
-    assert {
-        "accuracy",
-        "study",
-        "runtimes",
-        "changes",
-        "spectra",
-        "layers",
-        "curves",
-        "words",
-        "provenance",
-    } <= page.ids()
+    assert {*SECTIONS} <= page.ids()
     for expected in ("A small study", "It is the best.", "spectrim demo", "98.50 %", "rank 2, activation, zero-shot"):
         assert expected in page.words
     plots = [attributes for _, attributes in page.elements if attributes.get("class") == "plot"]
