@@ -252,7 +252,7 @@ def test_a_cumulative_share_belongs_to_every_value() -> None:
 def test_tallies_add_up() -> None:
     whole = CHANGES.whole
     assert (whole.total, whole.before, whole.after) == (1000, 920, 920 - 45 + 25)
-    assert (whole.broken, whole.mended, whole.confused) == (45, 25, 8)
+    assert (whole.broken, whole.corrected, whole.confused) == (45, 25, 8)
     assert [one.kind for one in CHANGES.flipped] == ["broken", "broken", "mended", "confused"]
     assert whole.difference.value == pytest.approx(-0.02)
 
@@ -370,8 +370,8 @@ def pretty(text: str) -> str:
         (words.verdict(st.Interval(value=1.5, low=1.2, high=1.8)), "faster, 95 % interval 1.20_1.80*"),
         (words.verdict(st.Interval(value=0.5, low=0.4, high=0.9)), "slower, 95 % interval 0.40_0.90*"),
         (words.verdict(st.Interval(value=1.0, low=0.9, high=1.1)), "no sure difference, 95 % interval 0.90_1.10*"),
-        (words.asked(st.Ratio(0.25)), "ratio 0.25"),
-        (words.asked(st.Energy(0.9)), "energy 90 %"),
+        (words.rule_text(st.Ratio(0.25)), "ratio 0.25"),
+        (words.rule_text(st.Energy(0.9)), "energy 90 %"),
     ],
 )
 def test_numbers_in_words(said: str, expected: str) -> None:
@@ -526,9 +526,9 @@ def test_the_first_measured_runtime_is_named_at_a_glance(results: Results, tmp_p
 def test_a_restless_machine_is_said(results: Results) -> None:
     measured = results.variants[0].measurement
     calm = measured.model_copy(update=timed("torch", 1.1))
-    assert words.judged(calm) == "faster"
-    assert words.judged(calm.model_copy(update={"drift": 1.3})) == "too noisy to tell"
-    assert words.judged(calm.model_copy(update={"speedup": None})) == words.NOTHING
+    assert words.timing_verdict(calm) == "faster"
+    assert words.timing_verdict(calm.model_copy(update={"drift": 1.3})) == "too noisy to tell"
+    assert words.timing_verdict(calm.model_copy(update={"speedup": None})) == words.NOTHING
 
 
 @pytest.mark.parametrize(
@@ -542,7 +542,7 @@ def test_a_restless_machine_is_said(results: Results) -> None:
     ],
 )
 def test_what_names_have_in_common(names: tuple[str, ...], expected: str) -> None:
-    assert words.in_common(names) == expected
+    assert words.common_name(names) == expected
 
 
 def test_columns_that_nobody_fills_are_left_out(results: Results) -> None:
@@ -628,7 +628,7 @@ def test_a_layer_of_zeros_can_be_plotted(results: Results) -> None:
 
 
 def test_unknown_layers_name_their_neighbours(results: Results) -> None:
-    with pytest.raises(errors.PatternError, match=r"near it: .*2"):
+    with pytest.raises(errors.PatternError, match=r"near names: .*2"):
         st.plot_spectra(results, layers=["22"])
 
 
