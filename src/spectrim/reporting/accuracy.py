@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 from spectrim.core.errors import DataError
 from spectrim.reporting import words
 from spectrim.reporting.results import Changes, ClassChange, Published, PublishedPoint, Results, Variant
-from spectrim.reporting.style import COLOURS, GREY, HEIGHT, METRIC_STYLE, Style, error_bars, panels, reach, safe
+from spectrim.reporting.style import COLOURS, GREY, HEIGHT, METRIC_STYLE, Style, Trace, build, error_bars, reach, safe
 
 Against = Literal["rank", "params", "macs", "latency"]
 
@@ -58,23 +58,20 @@ def plot_accuracy(results: Results, *, against: Against = "rank") -> go.Figure:
     variants = [variant for variant in measured if variant.name in places]
     whole = axis.place(results.dense)
     ends = min(places.values()), max(*places.values(), whole or 0)
-    figure = panels(1).add_traces(
-        [
-            *_variant_traces(variants, places),
-            *_dense_traces(results.dense, whole, ends),
-            *_published_traces(results.published, against, whole=whole, ends=ends),
-        ]
-    )
+    traces = [
+        *_variant_traces(variants, places),
+        *_dense_traces(results.dense, place=whole, ends=ends),
+        *_published_traces(results.published, against, whole=whole, ends=ends),
+    ]
     if against == "rank":
         ticks = sorted({int(x) for x in places.values()})
-        figure.update_xaxes(tickvals=ticks, ticktext=[str(tick) for tick in ticks])
+        scale: dict[str, Any] = {"tickvals": ticks, "ticktext": [str(tick) for tick in ticks]}
     else:
-        everywhere = [x for trace in figure.data for x in trace.x if x]
+        everywhere = [x for trace in traces for x in trace["x"] if x]
         digits_1_2_5 = {"dtick": "D2"} if max(everywhere) > 4 * min(everywhere) else {}
-        figure.update_xaxes(tickformat="~g" if against == "latency" else "~s", **digits_1_2_5)
-    figure.update_xaxes(type="log", title_text=axis.title)
-    figure.update_yaxes(title_text="Test accuracy (%)")
-    return figure.update_layout(meta=_zoom(results, variants))
+        scale = {"tickformat": "~g" if against == "latency" else "~s", **digits_1_2_5}
+    scale |= {"type": "log", "title": axis.title}
+    return build(traces, x=scale, y=[{"title": "Test accuracy (%)"}], layout={"meta": _zoom(results, variants)})
 
 
 def available(results: Results) -> tuple[Against, ...]:
@@ -98,7 +95,7 @@ def _accuracy_reach(variant: Variant) -> tuple[float, float]:
     return reach(variant.runs[0].test.interval)
 
 
-def _variant_traces(variants: Sequence[Variant], places: Mapping[str, float]) -> Iterator[go.Scatter]:
+def _variant_traces(variants: Sequence[Variant], places: Mapping[str, float]) -> Iterator[Trace]:
     """A line a group, one legend entry a family, and what open markers mean where some are open."""
     titles = words.families(variants)
     styles = _family_styles(variants, titles)
@@ -109,24 +106,24 @@ def _variant_traces(variants: Sequence[Variant], places: Mapping[str, float]) ->
     for label, group in sorted(words.grouped(variants).items(), key=lambda item: item[1][0].stage == "zero-shot"):
         family = titles[group[0].name]
         group.sort(key=lambda variant: places[variant.name])
-        yield go.Scatter(
-            x=[places[variant.name] for variant in group],
-            y=[100 * (variant.accuracy or 0) for variant in group],
-            name=safe((family if both else label) or label),
-            legendgroup=family,
-            showlegend=family not in listed,
-            error_y=error_bars([_accuracy_reach(variant) for variant in group]),
-            customdata=[[safe(variant.name), words.accuracy(variant)] for variant in group],
-            hovertemplate="%{customdata[0]}<br>%{customdata[1]}<extra></extra>",
+        yield {
+            "x": [places[variant.name] for variant in group],
+            "y": [100 * (variant.accuracy or 0) for variant in group],
+            "name": safe((family if both else label) or label),
+            "legendgroup": family,
+            "showlegend": family not in listed,
+            "error_y": error_bars([_accuracy_reach(variant) for variant in group]),
+            "customdata": [[safe(variant.name), words.accuracy(variant)] for variant in group],
+            "hovertemplate": "%{customdata[0]}<br>%{customdata[1]}<extra></extra>",
             **_line_and_marker(styles[family], group[0].stage),
-        )
+        }
         listed.add(family)
     for stage in sorted(stages, key=lambda stage: (stage != "zero-shot", stage)) if both else ():
         name = f"{stage} ({'open, dotted' if stage == 'zero-shot' else 'filled'})"
-        yield go.Scatter(x=[None], y=[None], name=name, **_line_and_marker(Style(GREY, "circle"), stage))
+        yield {"x": [None], "y": [None], "name": name, **_line_and_marker(Style(GREY, "circle"), stage)}
 
 
-def _line_and_marker(style: Style, stage: str) -> dict[str, Any]:
+def _line_and_marker(style: Style, stage: str) -> Trace:
     """Open and dotted before any fine-tuning."""
     zero_shot = stage == "zero-shot"
     symbol = f"{style.symbol}-open" if zero_shot else style.symbol
@@ -145,53 +142,54 @@ def _family_styles(variants: Sequence[Variant], titles: Mapping[str, str]) -> di
     return {family: Style.at(position) for position, family in enumerate(metrics)}
 
 
-def _dense_traces(dense: Variant, place: float | None, ends: tuple[float, float]) -> Iterator[go.Scatter]:
+def _dense_traces(dense: Variant, *, place: float | None, ends: tuple[float, float]) -> Iterator[Trace]:
     """A dashed line at the dense accuracy, and a star where the dense network's cost is."""
     if dense.accuracy is None:
         return
-    yield _level(f"dense {words.percent(dense.accuracy)}", dense.accuracy, ends, {"color": GREY, "dash": "dash"})
+    line = {"color": GREY, "dash": "dash"}
+    yield _level(f"dense {words.percent(dense.accuracy)}", dense.accuracy, ends=ends, line=line)
     if place:
-        yield go.Scatter(
-            x=[place],
-            y=[100 * dense.accuracy],
-            mode="markers",
-            marker={"symbol": "star", "size": 13, "color": GREY},
-            error_y=error_bars([_accuracy_reach(dense)]),
-            hovertemplate=f"dense<br>{words.accuracy(dense)}<extra></extra>",
-            showlegend=False,
-        )
+        yield {
+            "x": [place],
+            "y": [100 * dense.accuracy],
+            "mode": "markers",
+            "marker": {"symbol": "star", "size": 13, "color": GREY},
+            "error_y": error_bars([_accuracy_reach(dense)]),
+            "hovertemplate": f"dense<br>{words.accuracy(dense)}<extra></extra>",
+            "showlegend": False,
+        }
 
 
-def _level(label: str, accuracy: float, ends: tuple[float, float], line: dict[str, Any]) -> go.Scatter:
+def _level(label: str, accuracy: float, *, ends: tuple[float, float], line: dict[str, Any]) -> Trace:
     """A horizontal line a little beyond both ends."""
     x = [ends[0] / 1.12, ends[1] * 1.12]
-    return go.Scatter(x=x, y=[100 * accuracy] * 2, name=label, mode="lines", line=line, hovertemplate=label)
+    return {"x": x, "y": [100 * accuracy] * 2, "name": label, "mode": "lines", "line": line, "hovertemplate": label}
 
 
 def _published_traces(
     published: Sequence[Published], against: Against, *, whole: float | None, ends: tuple[float, float]
-) -> Iterator[go.Scatter]:
+) -> Iterator[Trace]:
     """Crosses, and a line at the accuracy of their dense network; `whole` is the cost of our dense network."""
     for number, study in enumerate(published):
         colour = COLOURS[-1 - number % len(COLOURS)]
-        points = _published_points(study, against, whole)
+        points = _published_points(study, against, whole=whole)
         source, where = safe(study.source), "" if against == "rank" else ", placed by kept / dense"
         if points:
-            yield go.Scatter(
-                x=[place for place, _, _ in points],
-                y=[100 * accuracy for _, accuracy, _ in points],
-                name=f"published: {source}{where}",
-                mode="markers",
-                marker={"symbol": "x-thin", "size": 11, "line": {"width": 3, "color": colour}},
-                customdata=[safe(name) for _, _, name in points],
-                hovertemplate=f"{source}<br>%{{customdata}}: %{{y:.2f}} %<extra></extra>",
-            )
+            yield {
+                "x": [place for place, _, _ in points],
+                "y": [100 * accuracy for _, accuracy, _ in points],
+                "name": f"published: {source}{where}",
+                "mode": "markers",
+                "marker": {"symbol": "x-thin", "size": 11, "line": {"width": 3, "color": colour}},
+                "customdata": [safe(name) for _, _, name in points],
+                "hovertemplate": f"{source}<br>%{{customdata}}: %{{y:.2f}} %<extra></extra>",
+            }
         if study.dense is not None and (points or against == "rank"):
             line = {"color": colour, "width": 1.5, "dash": "longdashdot"}
-            yield _level(f"published dense {words.percent(study.dense)}", study.dense, ends, line)
+            yield _level(f"published dense {words.percent(study.dense)}", study.dense, ends=ends, line=line)
 
 
-def _published_points(study: Published, against: Against, whole: float | None) -> list[tuple[float, float, str]]:
+def _published_points(study: Published, against: Against, *, whole: float | None) -> list[tuple[float, float, str]]:
     """Place, accuracy and name of what can be placed."""
     if against == "rank":
         ranks = sorted((rank, accuracy) for rank, accuracy in study.accuracy if rank is not None)
@@ -224,15 +222,15 @@ def plot_classes(changes: Changes) -> go.Figure:
         raise DataError(f"no class of the changes of {changes.variant!r} has a test example; nothing to plot")
     classes = sorted(tested, key=lambda tally: abs(tally.difference.value), reverse=True)[:_CLASSES]
     classes.sort(key=lambda tally: tally.difference.value)
-    figure = panels(1, height=max(HEIGHT * 3 // 4, 110 + 24 * len(classes)))
+    traces: list[Trace] = []
     for sign, name, style in _SIGNS:
         group = [tally for tally in classes if words.sure_sign(tally) == sign]
-        if group:
-            figure.add_traces(list(_class_traces(group, name, style)))
-    order = [safe(tally.name) for tally in classes]
-    figure.update_xaxes(title_text="Change of accuracy against dense (points)", zeroline=True, zerolinecolor=GREY)
-    figure.update_yaxes(categoryorder="array", categoryarray=order, type="category", showgrid=False, dtick=1)
-    return figure.update_layout(bargap=0.55)
+        traces += _class_traces(group, name=name, style=style) if group else []
+    x = {"title": "Change of accuracy against dense (points)", "zeroline": True, "zerolinecolor": GREY}
+    order = {"categoryorder": "array", "categoryarray": [safe(tally.name) for tally in classes]}
+    y = {"type": "category", "showgrid": False, "dtick": 1, **order}
+    height = max(HEIGHT * 3 // 4, 110 + 24 * len(classes))
+    return build(traces, x=x, y=[y], layout={"height": height, "bargap": 0.55})
 
 
 _SIGNS = (
@@ -242,18 +240,18 @@ _SIGNS = (
 )
 
 
-def _class_traces(group: Sequence[ClassChange], name: str, style: Style) -> Iterator[go.Bar | go.Scatter]:
+def _class_traces(group: Sequence[ClassChange], *, name: str, style: Style) -> Iterator[Trace]:
     """A bar from zero and a marker with its interval, by class."""
     common = {"x": [100 * tally.difference.value for tally in group], "y": [safe(tally.name) for tally in group]}
     bar = {"color": style.colour, "opacity": 0.35}
-    yield go.Bar(orientation="h", marker=bar, showlegend=False, hoverinfo="skip", **common)
+    yield {"type": "bar", "orientation": "h", "marker": bar, "showlegend": False, "hoverinfo": "skip", **common}
     shares = [[words.percent(right / tally.total) for right in (tally.before, tally.after)] for tally in group]
-    yield go.Scatter(
-        name=name,
-        mode="markers",
-        marker={"color": style.colour, "symbol": style.symbol, "size": 10},
-        error_x=error_bars([reach(tally.difference) for tally in group], width=4),
-        customdata=[[*pair, words.points_interval(tally)] for pair, tally in zip(shares, group, strict=True)],
-        hovertemplate="%{y}: %{customdata[0]} to %{customdata[1]}<br>%{customdata[2]}<extra></extra>",
+    yield {
+        "name": name,
+        "mode": "markers",
+        "marker": {"color": style.colour, "symbol": style.symbol, "size": 10},
+        "error_x": error_bars([reach(tally.difference) for tally in group], width=4),
+        "customdata": [[*pair, words.points_interval(tally)] for pair, tally in zip(shares, group, strict=True)],
+        "hovertemplate": "%{y}: %{customdata[0]} to %{customdata[1]}<br>%{customdata[2]}<extra></extra>",
         **common,
-    )
+    }

@@ -13,8 +13,8 @@ from spectrim.core.plans import Plan
 from spectrim.layers.selection import near
 from spectrim.linalg import Spectrum
 from spectrim.reporting import words
-from spectrim.reporting.results import LayerSpectrum, Results, Variant, spectra_of
-from spectrim.reporting.style import COLOURS, GREY, METRIC_STYLE, Style, panels, safe
+from spectrim.reporting.results import LayerSpectrum, Results, spectra_of
+from spectrim.reporting.style import COLOURS, GREY, METRIC_STYLE, RIGHT, Style, Trace, build, safe
 
 _POINTS = 200
 
@@ -47,14 +47,15 @@ def plot_spectra(
         if name not in names:
             raise PatternError(f"no layer {name!r} among the spectra{near(name, names)}")
     plans = (plan,) if plan is not None else relevant_plans(source) if isinstance(source, Results) else ()
-    figure = panels(2)
+    traces: list[Trace] = []
     for spectrum in spectra:
         if spectrum.layer in selected and spectrum.values:
             position = selected.index(spectrum.layer) if len(selected) > 1 else None
-            _add_spectrum(figure, spectrum, plans, position=position)
-    figure.update_xaxes(type="log", title_text="Rank", dtick=1, minor_ticks="outside")
-    figure.update_yaxes(type="log", title_text="Singular value / largest one", tickformat="~g", row=1, col=1)
-    return figure.update_yaxes(title_text="Explained variance (%)", range=[0, 104], row=1, col=2)
+            traces += _spectrum_traces(spectrum, plans, position=position)
+    values = {"type": "log", "title": "Singular value / largest one", "tickformat": "~g"}
+    explained = {"title": "Explained variance (%)", "range": [0, 104]}
+    ranks = {"type": "log", "title": "Rank", "dtick": 1, "minor": {"ticks": "outside"}}
+    return build(traces, x=ranks, y=[values, explained])
 
 
 def plot_curves(results: Results) -> go.Figure:
@@ -66,10 +67,16 @@ def plot_curves(results: Results) -> go.Figure:
     trained = [variant for variant in (results.dense, *results.variants) if any(run.curve for run in variant.runs)]
     if not trained:
         raise DataError(f"no network of {results.title!r} has a training curve; nothing to plot")
-    labels = list(dict.fromkeys(_curve_label(variant) for variant in trained if variant.stage != "dense"))
-    figure = _training_figure([run.curve for variant in trained for run in variant.runs])
+    traces: list[Trace] = []
+    positions: dict[str, int] = {}
     for variant in trained:
-        style = _curve_style(variant, labels)
+        # a colour for each rule, and for each network that was trained at low rank
+        by_rule = variant.rule is not None and variant.stage != "trained"
+        label = words.rule_text(variant.rule) if by_rule else variant.name
+        if variant.stage == "dense":
+            style = Style(GREY, "star", "longdash")
+        else:
+            style = Style.at(positions.setdefault(label, len(positions)), dash=METRIC_STYLE[variant.metric].dash)
         common = {
             "name": safe(variant.name),
             "legendgroup": safe(variant.name),
@@ -79,8 +86,8 @@ def plot_curves(results: Results) -> go.Figure:
         }
         for number, run in enumerate(run for run in variant.runs if run.curve):
             for trace in _curve_traces(run.curve, seed=f"seed {run.seed}, "):
-                figure.add_trace(trace.update(common, showlegend=number == 0 and trace.xaxis is None))
-    return figure
+                traces.append(trace | common | {"showlegend": number == 0 and "xaxis" not in trace})
+    return _training_figure(traces, [run.curve for variant in trained for run in variant.runs])
 
 
 def plot_history(history: Sequence[Epoch]) -> go.Figure:
@@ -91,41 +98,40 @@ def plot_history(history: Sequence[Epoch]) -> go.Figure:
     """
     if not history:
         raise DataError("there is no epoch to plot: the history is empty")
-    figure = _training_figure([history])
-    names = ("training loss", "held-out accuracy")
-    for trace, name, style in zip(_curve_traces(history), names, (Style.at(0), Style.at(1, dash="dash")), strict=False):
-        line = {"color": style.colour, "width": 2.2, "dash": style.dash}
-        marker = {"symbol": style.symbol, "size": 7, "color": style.colour}
-        figure.add_trace(trace.update(name=name, line=line, marker=marker))
-    if len(figure.data) > 1:
-        held_out = figure.data[1]
-        epoch, accuracy = max(zip(held_out.x, held_out.y, strict=True), key=lambda point: point[1])
+    loss, *held_out = _curve_traces(history)
+    traces = [loss | {"name": "training loss"} | _line_and_marker(Style.at(0))]
+    for trace in held_out:
+        epoch, accuracy = max(zip(trace["x"], trace["y"], strict=True), key=lambda point: point[1])
         star = {"symbol": "star", "size": 14, "color": COLOURS[1], "line": {"color": "white", "width": 1}}
-        best = go.Scatter(x=[epoch], y=[accuracy], name="best", mode="markers", marker=star)
-        figure.add_trace(best.update(hovertemplate=held_out.hovertemplate, xaxis="x2", yaxis="y2"))
-    return figure
+        best = {"x": [epoch], "y": [accuracy], "name": "best", "mode": "markers", "marker": star}
+        traces += [trace | {"name": "held-out accuracy"} | _line_and_marker(Style.at(1, dash="dash")), trace | best]
+    return _training_figure(traces, [history])
 
 
-def _training_figure(curves: Sequence[Sequence[Epoch]]) -> go.Figure:
-    """Axes for the loss, and for held-out accuracies where some were taken."""
-    epochs = [epoch for curve in curves for epoch in curve]
-    held_out = any(epoch.held_out is not None for epoch in epochs)
-    figure = panels(2 if held_out else 1)
-    figure.update_xaxes(title_text="Epoch", dtick=max(1, -(-(1 + max(epoch.epoch for epoch in epochs)) // 10)))
-    figure.update_yaxes(tickformat="~g").update_layout(yaxis_type="log", yaxis_title_text="Training loss")
-    return figure.update_layout(yaxis2_title_text="Held-out accuracy (%)") if held_out else figure
+def _line_and_marker(style: Style) -> Trace:
+    line = {"color": style.colour, "width": 2.2, "dash": style.dash}
+    return {"line": line, "marker": {"symbol": style.symbol, "size": 7, "color": style.colour}}
 
 
-def _curve_traces(curve: Sequence[Epoch], *, seed: str = "") -> Iterator[go.Scatter]:
+def _training_figure(traces: Sequence[Trace], curves: Sequence[Sequence[Epoch]]) -> go.Figure:
+    """With axes for the loss, and for held-out accuracies where some were taken."""
+    epochs = 1 + max(epoch.epoch for curve in curves for epoch in curve)
+    loss = {"type": "log", "title": "Training loss", "tickformat": "~g"}
+    held_out = {"title": "Held-out accuracy (%)", "tickformat": "~g"}
+    right = any("xaxis" in trace for trace in traces)
+    x = {"title": "Epoch", "dtick": max(1, -(-epochs // 10))}
+    return build(traces, x=x, y=[loss, held_out] if right else [loss])
+
+
+def _curve_traces(curve: Sequence[Epoch], *, seed: str = "") -> Iterator[Trace]:
     """The loss, and the held-out accuracy where it was taken; epochs count from 1."""
     hover = f"{seed}epoch %{{x}}: "
     x, loss = [epoch.epoch + 1 for epoch in curve], [epoch.loss for epoch in curve]
-    yield go.Scatter(x=x, y=loss, mode="lines+markers", hovertemplate=f"{hover}loss %{{y:.4g}}")
+    yield {"x": x, "y": loss, "mode": "lines+markers", "hovertemplate": f"{hover}loss %{{y:.4g}}"}
     points = [(epoch.epoch + 1, 100 * epoch.held_out) for epoch in curve if epoch.held_out is not None]
     if points:
-        x, accuracy = [epoch for epoch, _ in points], [share for _, share in points]
-        axes = {"xaxis": "x2", "yaxis": "y2"}
-        yield go.Scatter(x=x, y=accuracy, mode="lines+markers", hovertemplate=f"{hover}%{{y:.2f}} %", **axes)
+        epochs, accuracies = zip(*points, strict=True)
+        yield {"x": epochs, "y": accuracies, "mode": "lines+markers", "hovertemplate": f"{hover}%{{y:.2f}} %", **RIGHT}
 
 
 class Ranks(Protocol):
@@ -155,26 +161,26 @@ def plot_ranks(history: Sequence[Ranks]) -> go.Figure:
     """
     if not history:
         raise DataError("there are no ranks to plot: the history is empty; call step() of the schedule while training")
-    figure = panels(2)
-    steps = [record.step for record in history]
+    step = {"x": [record.step for record in history], "mode": "lines+markers"}
+    traces: list[Trace] = []
     for position, layer in enumerate(history[-1].ranks):
         style, name = Style.at(position), safe(layer)
-        figure.add_scatter(
-            x=steps,
-            y=[record.ranks[layer] for record in history],
-            name=name,
-            line={"shape": "hv", "width": 2.2, "color": style.colour},
-            marker={"symbol": style.symbol, "size": 5},
-            hovertemplate=f"step %{{x}}: {name} at rank %{{y}}<extra></extra>",
-        )
-    costs = [100 * record.kept for record in history]
-    line = {"shape": "hv", "width": 2.2, "color": GREY}
-    hover = "step %{x}: %{y:.1f} %<extra></extra>"
-    figure.add_scatter(x=steps, y=costs, name="cost", line=line, hovertemplate=hover, row=1, col=2)
-    figure.update_traces(mode="lines+markers")
-    figure.update_xaxes(title_text="Optimiser step")
-    figure.update_yaxes(title_text="Rank", rangemode="tozero", row=1, col=1)
-    return figure.update_yaxes(title_text="Cost, kept / dense (%)", rangemode="tozero", row=1, col=2)
+        trace = {
+            "y": [record.ranks[layer] for record in history],
+            "name": name,
+            "line": {"shape": "hv", "width": 2.2, "color": style.colour},
+            "marker": {"symbol": style.symbol, "size": 5},
+            "hovertemplate": f"step %{{x}}: {name} at rank %{{y}}<extra></extra>",
+        }
+        traces.append(step | trace)
+    cost = {
+        "y": [100 * record.kept for record in history],
+        "name": "cost",
+        "line": {"shape": "hv", "width": 2.2, "color": GREY},
+        "hovertemplate": "step %{x}: %{y:.1f} %<extra></extra>",
+    }
+    y = [{"title": text, "rangemode": "tozero"} for text in ("Rank", "Cost, kept / dense (%)")]
+    return build([*traces, step | cost | RIGHT], x={"title": "Optimiser step"}, y=y)
 
 
 def relevant_plans(results: Results) -> tuple[Plan, ...]:
@@ -183,10 +189,9 @@ def relevant_plans(results: Results) -> tuple[Plan, ...]:
     return tuple(variant.plan for variant in chosen or results.variants if variant.plan is not None)
 
 
-def _add_spectrum(figure: go.Figure, layer: LayerSpectrum, plans: Sequence[Plan], *, position: int | None) -> None:
+def _spectrum_traces(layer: LayerSpectrum, plans: Sequence[Plan], *, position: int | None) -> Iterator[Trace]:
     """Both panels of one layer in one metric; `position` among several layers decides the colour."""
-    style = METRIC_STYLE[layer.metric]
-    name = f"{layer.metric} metric"
+    style, name = METRIC_STYLE[layer.metric], f"{layer.metric} metric"
     if position is not None:
         style, name = Style.at(position, dash=style.dash), f"{safe(layer.layer)}, {layer.metric}"
     spectrum = Spectrum(np.array(layer.values))
@@ -197,25 +202,15 @@ def _add_spectrum(figure: go.Figure, layer: LayerSpectrum, plans: Sequence[Plan]
     marked = [rank for rank in words.kept_ranks(plans, layer=layer.layer, metric=layer.metric) if rank <= len(spectrum)]
     # Rounding noise of a weight that lacks full rank would stretch the axis down to 1e-17.
     values = np.where(spectrum.values > 1e-9 * largest, spectrum.values / largest, np.nan)
-    curves = ((values, "%{y:.3g} of the largest"), (100 * words.explained(layer), "%{y:.2f} % of the energy"))
+    explained = 100 * words.explained(layer)
+    panels = ((values, "%{y:.3g} of the largest", False), (explained, "%{y:.2f} % of the energy", True))
     line = {"color": style.colour, "dash": style.dash, "width": 2.2}
     marker = {"symbol": style.symbol, "size": 11, "color": style.colour, "line": {"color": "white", "width": 1.5}}
-    for column, (curve, hover) in enumerate(curves, start=1):
-        common = {"legendgroup": name, "showlegend": column == 1, "row": 1, "col": column}
-        lines = {"name": name, "mode": "lines", "line": line, "hovertemplate": f"%{{x}}: {hover}"}
-        figure.add_scatter(x=at, y=curve[at - 1], **lines, **common)
+    for curve, hover, right in panels:
+        common = {"name": name, "legendgroup": name, "showlegend": not right, **(RIGHT if right else {})}
+        lines = {"mode": "lines", "line": line, "hovertemplate": f"%{{x}}: {hover}"}
+        yield common | lines | {"x": at, "y": curve[at - 1]}
         if marked:
             marks = {"name": f"{name}: kept rank", "mode": "markers", "marker": marker}
             y = [float(curve[rank - 1]) for rank in marked]
-            figure.add_scatter(x=marked, y=y, hovertemplate=f"kept rank %{{x}}: {hover}", **marks, **common)
-
-
-def _curve_label(variant: Variant) -> str:
-    """What decides the colour of a curve: the rule, or the name of what was trained at low rank."""
-    return words.rule_text(variant.rule) if variant.rule is not None and variant.stage != "trained" else variant.name
-
-
-def _curve_style(variant: Variant, labels: list[str]) -> Style:
-    if variant.stage == "dense":
-        return Style(GREY, "star", "longdash")
-    return Style.at(labels.index(_curve_label(variant)), dash=METRIC_STYLE[variant.metric].dash)
+            yield common | marks | {"x": marked, "y": y, "hovertemplate": f"kept rank %{{x}}: {hover}"}

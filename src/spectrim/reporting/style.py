@@ -1,8 +1,10 @@
 """How every figure looks: colours, markers, panels, error bars, and the template of axes and legends."""
 
+import copy
 import html
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import plotly.graph_objects as go
@@ -67,10 +69,33 @@ _TEMPLATE = go.layout.Template(
 )
 
 
-def panels(number: int, *, height: int = HEIGHT) -> go.Figure:
-    """An empty figure of one panel, or of two side by side."""
-    figure = go.Figure() if number == 1 else make_subplots(rows=1, cols=number, horizontal_spacing=0.12)
-    return figure.update_layout(template=_TEMPLATE, height=height)
+Trace = dict[str, Any]
+"""What is drawn, as plotly's JSON has it; a scatter plot unless it names another type."""
+
+RIGHT: Trace = {"xaxis": "x2", "yaxis": "y2"}
+"""The axes of a trace in the second panel."""
+
+
+def build(
+    traces: Iterable[Trace], *, x: dict[str, Any], y: Sequence[dict[str, Any]], layout: Mapping[str, Any] | None = None
+) -> go.Figure:
+    """A figure of as many panels side by side as there are y axes, all with the same x axis.
+
+    Traces and layout are set at once: plotly takes much longer to change a figure afterwards.
+    """
+    figure = copy.deepcopy(_grid(len(y)))
+    everything = figure.layout.to_plotly_json() | dict(layout or {})
+    for number, axis in zip(("", "2"), y, strict=False):
+        everything[f"xaxis{number}"] |= x
+        everything[f"yaxis{number}"] |= axis
+    figure.layout = everything
+    return figure.add_traces(list(traces))
+
+
+@cache
+def _grid(panels: int) -> go.Figure:
+    figure = make_subplots(rows=1, cols=panels, horizontal_spacing=0.12)
+    return figure.update_layout(template=_TEMPLATE, height=HEIGHT)
 
 
 def error_bars(reaches: Sequence[tuple[float, float]], *, width: int = 5) -> dict[str, Any]:

@@ -2,14 +2,14 @@
 
 import io
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from rich.console import Console
 
 from spectrim.analysis.spectra import Analysis, LayerAnalysis
 from spectrim.benchmark.measurement import Measurement
 from spectrim.core.errors import DataError
-from spectrim.core.plans import LayerPlan, Metric, Plan
+from spectrim.core.plans import Cost, LayerPlan, Metric, Plan
 from spectrim.linalg import Spectrum
 from spectrim.planning.decisions import listed
 from spectrim.reporting import words
@@ -53,7 +53,7 @@ def text(value: Showable, *, width: int = 100) -> str:
 def _of_analysis(analysis: Analysis) -> Listing:
     macs = sum(layer.dense.macs for layer in analysis)
     metrics = set(filter(None, map(_metric, analysis)))
-    mixed = len(metrics) > 1
+    mixed, levels = len(metrics) > 1, {50: 11, 75: 10, 90: 2, 99: 5}
     columns: dict[Column, Callable[[LayerAnalysis], str]] = {
         Column("Layer", number=False): _tied_names,
         Column("Kind", 8, number=False): lambda layer: layer.kind,
@@ -62,7 +62,7 @@ def _of_analysis(analysis: Analysis) -> Listing:
         Column("Full\nrank", 1): lambda layer: str(layer.full_rank or words.NOTHING),
         Column("Effective\nrank", 4): _of_spectrum(lambda spectrum: f"{spectrum.effective_rank:.0f}"),
         Column("Stable\nrank", 9): _of_spectrum(lambda spectrum: f"{spectrum.stable_rank:.1f}"),
-        **{Column(f"Rank for\n{energy} %", level): _rank_for(energy / 100) for energy, level in _ENERGIES},
+        **{Column(f"Rank for\n{energy} %", level): _rank_for(energy / 100) for energy, level in levels.items()},
         Column("Params", 3): lambda layer: words.count(layer.dense.params),
         Column("Share of\nMACs", 3): lambda layer: _part(layer.dense.macs, macs),
         Column("Cannot be factored", number=False, narrow=24, optional=True): lambda layer: layer.refusal or "",
@@ -71,10 +71,6 @@ def _of_analysis(analysis: Analysis) -> Listing:
     where = f"the {metrics.pop()} metric" if len(metrics) == 1 else "the metric named"
     note = f"Rank for 90 %: the smallest rank that holds 90 % of the energy, in {where}."
     return listing(f"{len(analysis)} weights, {able} of them can be factored", list(analysis), columns, note=note)
-
-
-_ENERGIES = ((50, 11), (75, 10), (90, 2), (99, 5))
-"""Shares of the energy in percent, and the levels of their columns."""
 
 
 def _metric(layer: LayerAnalysis) -> Metric | None:
@@ -104,13 +100,9 @@ def _of_plan(plan: Plan) -> Listing:
         Column("Break\neven", 6): lambda layer: words.NOTHING if layer.break_even is None else str(layer.break_even),
         Column("Predicted\nerror", 2): lambda layer: words.percent(layer.predicted_error, places=1),
         Column("Params", 1): lambda layer: _change(layer.dense.params, layer.kept.params),
-        Column("Share of\nparams", 9): lambda layer: _shares(
-            _part(layer.dense.params, before.params), _part(layer.kept.params, after.params)
-        ),
+        Column("Share of\nparams", 9): lambda layer: _shares(layer, (before, after), "params"),
         Column("MACs", 3): lambda layer: _change(layer.dense.macs, layer.kept.macs),
-        Column("Share of\nMACs", 8): lambda layer: _shares(
-            _part(layer.dense.macs, before.macs), _part(layer.kept.macs, after.macs)
-        ),
+        Column("Share of\nMACs", 8): lambda layer: _shares(layer, (before, after), "macs"),
         Column("Reason", 4, number=False, narrow=24): lambda layer: layer.reason,
     }
     rule = words.sentence(words.rule_text(plan.rule))
@@ -131,8 +123,11 @@ def _part(part: int, whole: int) -> str:
     return words.percent(part / whole if whole else None, places=1)
 
 
-def _shares(before: str, after: str) -> str:
-    return before if before == after else f"{before}\n→ {after}"
+def _shares(layer: LayerPlan, wholes: tuple[Cost, Cost], name: Literal["params", "macs"]) -> str:
+    """The layer's share of the cost of all layers, before and after."""
+    costs = zip((layer.dense, layer.kept), wholes, strict=True)
+    shares = [_part(getattr(part, name), getattr(whole, name)) for part, whole in costs]
+    return "\n→ ".join(dict.fromkeys(shares))
 
 
 def _change(before: int, after: int) -> str:
@@ -170,7 +165,7 @@ def _of_results(results: Results) -> Listing:
         Column("Bytes", 6): lambda network: _cost_lines(network, "File size"),
         Column("MACs", 3): lambda network: _cost_lines(network, "MACs"),
         Column("Latency", 7, optional=True): lambda network: words.milliseconds(network.measurement.latency_ms),
-        Column("Speed-up", 2, optional=True): lambda network: words.speedup_lines(network.measurement.speedup),
+        Column("Speed-up", 2, optional=True): lambda network: words.interval_lines(network.measurement.speedup),
     }
     by_seeds = any(network.spread is not None for network in networks)
     note = "Accuracy: mean ± standard deviation over the seeds." if by_seeds else "Accuracy: with its 95 % interval."
@@ -231,22 +226,22 @@ def runtimes_table(results: Results) -> Listing | None:
 
     Each speed-up is over the dense network in the same runtime.
     """
-    timed_together = words.group_by(
-        (results.dense, *results.variants), lambda network: (network.measurement, *network.in_runtimes)
-    )
+    networks = (results.dense, *results.variants)
     rows: list[_TimedRow] = []
-    for measurements, networks in timed_together.items():
-        names = [network.name for network in networks]
+    for measurements, group in words.group_by(
+        networks, lambda network: (network.measurement, *network.in_runtimes)
+    ).items():
+        names = [network.name for network in group]
         timed = [measurement for measurement in measurements if measurement.latency_ms is not None]
         rows += [_TimedRow(words.common_name(names), measurement, results.chosen in names) for measurement in timed]
     columns: dict[Column, Callable[[_TimedRow], str]] = {
         Column("Network", number=False, narrow=12): lambda row: row.name,
         Column("Runtime", number=False): lambda row: row.measurement.runtime or words.NOTHING,
-        Column("Speed-up"): lambda row: words.speedup_lines(row.measurement.speedup),
+        Column("Speed-up"): lambda row: words.interval_lines(row.measurement.speedup),
         Column("Verdict", 3, number=False): lambda row: words.timing_verdict(row.measurement),
         Column("Latency", 1): lambda row: words.milliseconds(row.measurement.latency_ms),
         Column("Speed-up\nfrom MACs", 2): lambda row: words.factor(row.measurement.macs_speedup),
-        Column("Share of it\nreached", 4): lambda row: _efficiency_lines(row.measurement),
+        Column("Share of it\nreached", 4): lambda row: words.interval_lines(row.measurement.efficiency, share=True),
     }
     circumstances = dict.fromkeys(filter(None, (words.circumstances(row.measurement) for row in rows)))
     note = (f"Timed with {' or '.join(circumstances)}. " if circumstances else "") + (
@@ -254,13 +249,6 @@ def runtimes_table(results: Results) -> Listing | None:
         "measured speed-up over the one that the MACs promise. Networks with layers of the same shapes are timed once."
     )
     return listing("Time in every runtime", rows, columns, strong=lambda row: row.chosen, note=note) if rows else None
-
-
-def _efficiency_lines(measurement: Measurement) -> str:
-    reached = measurement.efficiency
-    if reached is None:
-        return words.NOTHING
-    return f"{words.percent(reached.value, places=0)}\n{words.bounds(reached, scale=100)}"
 
 
 def changes_table(changes: Changes) -> Listing:

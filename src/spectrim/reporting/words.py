@@ -88,9 +88,12 @@ def speedup(interval: Interval) -> str:
     return f"{interval.value:.2f}{TIMES}"
 
 
-def speedup_lines(interval: Interval | None) -> str:
-    """A speed-up, and its interval in a second line."""
-    return NOTHING if interval is None else f"{speedup(interval)}\n{bounds(interval)}"
+def interval_lines(interval: Interval | None, *, share: bool = False) -> str:
+    """A speed-up (or a share), and its interval in a second line."""
+    if interval is None:
+        return NOTHING
+    value = percent(interval.value, places=0) if share else speedup(interval)
+    return f"{value}\n{bounds(interval, scale=100 if share else 1)}"
 
 
 def verdict(speedup: Interval, *, word: str | None = None) -> str:
@@ -101,8 +104,7 @@ def verdict(speedup: Interval, *, word: str | None = None) -> str:
 
 def timing_verdict(measurement: Measurement) -> str:
     """`Measurement.verdict` in words; unlike `verdict` it takes into account how steady the machine was."""
-    verdict = measurement.verdict or NOTHING
-    return "no sure difference" if verdict == "no difference" else verdict
+    return (measurement.verdict or NOTHING).replace("no difference", "no sure difference")
 
 
 def threads(measurement: Measurement) -> str:
@@ -193,8 +195,8 @@ def ranks(variant: Variant) -> str:
     """The rank, or the smallest and largest rank, of the factored layers."""
     if (rank := shared_rank(variant)) is not None:
         return str(rank)
-    ranks = sorted(layer.rank for layer in variant.plan.factored if layer.rank) if variant.plan else []
-    return f"{ranks[0]}{TO}{ranks[-1]}" if ranks else NOTHING
+    ordered = sorted(layer.rank for layer in variant.plan.factored if layer.rank) if variant.plan else []
+    return f"{ordered[0]}{TO}{ordered[-1]}" if ordered else NOTHING
 
 
 def shape(sides: Iterable[int]) -> str:
