@@ -41,9 +41,9 @@ _CLASSES = 60
 def plot_accuracy(results: Results, *, against: Against = "rank") -> go.Figure:
     """Test accuracy of every network against its rank or a cost, dense and published ones beside it.
 
-    What was made in the same way has one colour and marker, open with a dotted line before any fine-tuning. Error bars
-    are ± the standard deviation over the seeds, or the 95 % interval where there is one seed. Published networks stand
-    where their own kept / dense ratio puts them, as a share of our dense network's cost.
+    Networks made in the same way share a colour and a marker; before any fine-tuning the marker is open and the line
+    dotted. Error bars are ± the standard deviation over the seeds, or the 95 % interval where there is one seed. The
+    cost of a published network is its own kept / dense ratio times the cost of our dense network.
 
     Raises:
         DataError: no network has both an accuracy and the cost asked for.
@@ -96,7 +96,7 @@ def _accuracy_reach(variant: Variant) -> tuple[float, float]:
 
 
 def _variant_traces(variants: Sequence[Variant], places: Mapping[str, float]) -> Iterator[Trace]:
-    """A line a group, one legend entry a family, and what open markers mean where some are open."""
+    """One line per group, one legend entry per family, and a key of the markers where some are open."""
     titles = words.families(variants)
     styles = _family_styles(variants, titles)
     stages = {variant.stage for variant in variants}

@@ -59,7 +59,7 @@ def plot_spectra(
 
 
 def plot_curves(results: Results) -> go.Figure:
-    """Training loss, and accuracy on held-out data, by epoch: one line a seed, in the colour of its network.
+    """Training loss, and accuracy on held-out data, by epoch: one line per seed, in the colour of its network.
 
     Raises:
         DataError: no network has a training curve.

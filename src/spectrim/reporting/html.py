@@ -60,7 +60,7 @@ def report(results: Results, path: str | Path) -> Path:
 
 
 class _Card(NamedTuple):
-    """A big figure: what changed, from what to what, and the share kept where it is a cost."""
+    """One value of the summary, the words below it, and the ratio kept / dense where it is a cost."""
 
     label: str
     big: str
@@ -100,7 +100,7 @@ def _cards(variant: Variant, dense: Variant) -> list[_Card]:
 
 
 def _speed_card(variant: Variant) -> list[_Card]:
-    """The first runtime that was timed large, named, and the others below it; nothing where none was timed."""
+    """The speed-up in the first runtime that was timed, and below it in the others; empty where none was timed."""
     measurements = (variant.measurement, *variant.in_runtimes)
     timed = [(measurement, measurement.speedup) for measurement in measurements if measurement.speedup]
     if not timed:

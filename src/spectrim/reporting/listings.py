@@ -104,7 +104,7 @@ def listing(
     strong: Callable[[_Item], bool] = lambda item: False,
     note: str = "",
 ) -> Listing:
-    """One row an item, its cells made by the functions of the columns; `strong` says which ones stand out."""
+    """One row per item, its cells made by the functions of the columns; `strong` says which ones stand out."""
     cells = {column: [cell(item) for item in items] for column, cell in columns.items()}
     used = {column: texts for column, texts in cells.items() if not (column.optional and {*texts} <= {"", NOTHING})}
     positions = frozenset(at for at, item in enumerate(items) if strong(item))
@@ -117,5 +117,5 @@ def _plain(cell: str) -> Text:
 
 
 def _clean(cell: str) -> str:
-    """No control characters: they have no business in a terminal."""
+    """Without control characters, which could change the terminal."""
     return "".join(sign if sign.isprintable() or sign == "\n" else "�" for sign in cell)

@@ -82,8 +82,8 @@ class Agreement(Frozen):
 class Run(Frozen):
     """One seed of a variant: its accuracy on the test set and on held-out training data, and its training curve.
 
-    `agreement` is there where the network was made from another one with the same outputs; `model` is the file of the
-    network, relative to the folder of the run.
+    `agreement` compares the network with the one that it was made from, if both should give the same outputs; `model`
+    is the file of the network, relative to the folder of the run.
     """
 
     seed: int
@@ -196,8 +196,8 @@ class Tally(Frozen):
     def _adds_up(self) -> Self:
         if self.broken > self.before or self.corrected + self.confused > self.total - self.before:
             raise ValueError(
-                f"of {self.total} examples {self.before} were right; {self.broken} of them cannot have become wrong, "
-                f"and {self.corrected} and {self.confused} of the others right, and wrong in another way"
+                f"counts do not add up: of {self.total} examples {self.before} were right and {self.broken} of them "
+                f"became wrong; of the others {self.corrected} became right, {self.confused} are wrong in another way"
             )
         return self
 
@@ -210,8 +210,8 @@ class Tally(Frozen):
     def difference(self) -> Interval:
         """Accuracy after less before, in [-1, 1], with its 95 % interval.
 
-        Both networks answer the same examples, so only those that changed sides carry chance (Agresti & Min 2005:
-        the paired difference with half an example added to each side that changed).
+        Both networks answer the same examples, so only examples whose answer changed add to the uncertainty (Agresti &
+        Min 2005: the paired difference with half an example added to each kind of change).
         """
         changed, shift = self.broken + self.corrected + 1, self.corrected - self.broken
         total = self.total + 2
@@ -250,7 +250,7 @@ class Flipped(Frozen):
     @model_validator(mode="after")
     def _did_flip(self) -> Self:
         if self.before == self.after:
-            raise ValueError(f"example {self.index} was answered alike, {self.before}: it has not flipped")
+            raise ValueError(f"example {self.index} has one answer before and after, {self.before}: it did not change")
         return self
 
     @property
