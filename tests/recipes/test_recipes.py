@@ -173,7 +173,9 @@ def test_the_changed_answers_are_those_of_the_saved_networks(
         if dense.seed == 0:
             flipped, sure = (before, after), shares
     assert [one.name for one in changes.classes] == list("0123456789")
-    assert [[one.total, one.before, one.broken, one.mended, one.confused] for one in changes.classes] == counts.tolist()
+    assert [
+        [one.total, one.before, one.broken, one.corrected, one.confused] for one in changes.classes
+    ] == counts.tolist()
     assert changes.whole.after == sum(run.test.correct for run in results.variant(results.chosen).runs)
     assert changes.whole.broken > 0
 

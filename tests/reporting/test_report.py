@@ -35,12 +35,14 @@ from spectrim.reporting.accuracy import available
 from spectrim.reporting.pixels import png, png_text
 from spectrim.reporting.results import Results, Tally, Variant
 
+EARLIER = Path(__file__).parents[1] / "files" / "saved" / "run" / "results.json"
+SECTIONS = ("accuracy", "study", "runtimes", "changes", "spectra", "layers", "curves", "words", "provenance")
 HOSTILE = "</script><script>document.title='hacked'</script><img src=x onerror=alert(1)>[bold]"
 
 
-def flipped(index: int, answers: tuple[int, int, int], *, side: int = 8) -> Flipped:
-    """`answers` are the true class, what was said before, and what is said now."""
-    truth, before, after = answers
+def flipped(index: int, classes: tuple[int, int, int], *, side: int = 8) -> Flipped:
+    """`classes` are the true class, the dense network's answer, and the compressed network's."""
+    truth, before, after = classes
     image = png_text(np.full((1, side, side), index % 256, dtype=np.uint8))
     return Flipped(index=index, truth=truth, before=before, after=after, sure_before=0.975, sure_after=0.5, image=image)
 
@@ -75,13 +77,13 @@ def results(analysis: st.Analysis) -> Results:
     variants = []
     for metric in ("plain", "activation"):
         for rank in (8, 2):
-            made = st.compress(
+            compressed = st.compress(
                 model,
                 st.plan(analysis, st.Rank(rank), metric=metric),
                 example_inputs=x,
                 analysis=analysis,
             )
-            measured = st.measure(made.model, x, reference=model, rounds=5)
+            measured = st.measure(compressed.model, x, reference=model, rounds=5)
             for stage, gain in (("zero-shot", 0), ("fine-tuned", 100)):
                 curve = [st.Epoch(epoch=e - 1, loss=1 / e, held_out=0.7 + e / 100, seconds=0.1) for e in (1, 2, 3)]
                 runs = [run(seed, 700 + 20 * rank + 10 * seed + gain, curve if gain else ()) for seed in (0, 1)]
@@ -91,7 +93,7 @@ def results(analysis: st.Analysis) -> Results:
                         stage=stage,
                         rule=st.Rank(rank),
                         metric=metric,
-                        plan=made.plan,
+                        plan=compressed.plan,
                         measurement=measured,
                         runs=tuple(runs),
                     )
@@ -109,9 +111,11 @@ def results(analysis: st.Analysis) -> Results:
         chosen="rank 8, plain, fine-tuned",
         chosen_because="It is the best.",
         spectra=tuple(
-            st.LayerSpectrum(layer=one.name, kind=one.kind, shape=one.shape, metric=metric, values=tuple(found.values))
-            for one in analysis
-            for metric, found in one.spectra.items()
+            st.LayerSpectrum(
+                layer=layer.name, kind=layer.kind, shape=layer.shape, metric=metric, values=tuple(spectrum.values)
+            )
+            for layer in analysis
+            for metric, spectrum in layer.spectra.items()
         ),
         published=(st.Published(source="a paper", accuracy=((None, 0.97), (8, 0.9), (2, 0.8))),),
         changes=CHANGES,
@@ -128,13 +132,11 @@ def bare(results: Results) -> Results:
     """The same study with every optional part absent."""
     costs = {"latency_ms": None, "threads": None, "speedup": None, "accuracy": None}
 
-    def strip(one: Variant) -> Variant:
-        measurement = one.measurement.model_copy(update=costs)
-        return Variant(name=one.name, stage=one.stage, measurement=measurement)
+    def strip(variant: Variant) -> Variant:
+        measurement = variant.measurement.model_copy(update=costs)
+        return Variant(name=variant.name, stage=variant.stage, measurement=measurement)
 
-    return Results(
-        title=results.title, dense=strip(results.dense), variants=tuple(strip(one) for one in results.variants)
-    )
+    return Results(title=results.title, dense=strip(results.dense), variants=tuple(map(strip, results.variants)))
 
 
 def hostile(results: Results) -> Results:
@@ -159,20 +161,33 @@ def test_one_compressed_network_makes_results(tmp_path: Path) -> None:
     data = [(torch.randn(8, 12), torch.arange(8) % 4)]
     analysis = st.analyze(model, x)
     small = st.compress(model, st.Rank(2), example_inputs=x, analysis=analysis)
-    dense, kept = (st.measure(one, x, latency=False) for one in (model, small.model))
-    kept = small.measurement.model_copy(update={"accuracy": st.accuracy(small.model, data)})
-    found = st.Results.of_network("mine", dense=dense, kept=kept, plan=small.plan, analysis=analysis)
-    assert found.dense.measurement == dense
-    assert found.dense.accuracy is None
-    assert found.chosen == "compressed"
-    assert found.variant("compressed").accuracy == kept.accuracy.value
-    assert found.variant("compressed").plan == small.plan
-    assert [one.layer for one in found.spectra] == [one.name for one in analysis]
-    page = st.report(found, tmp_path / "report.html").read_text(encoding="utf-8")
-    assert all(name in page for name in ("mine", "compressed", *(one.name for one in analysis)))
+    dense = st.measure(model, x, latency=False)
+    measured = small.measurement.model_copy(update={"accuracy": st.accuracy(small.model, data)})
+    study = st.Results.of_network("mine", dense=dense, kept=measured, plan=small.plan, analysis=analysis)
+    assert study.dense.measurement == dense
+    assert study.dense.accuracy is None
+    assert study.chosen == "compressed"
+    assert study.variant("compressed").accuracy == measured.accuracy.value
+    assert study.variant("compressed").plan == small.plan
+    assert [spectrum.layer for spectrum in study.spectra] == [layer.name for layer in analysis]
+    page = st.report(study, tmp_path / "report.html").read_text(encoding="utf-8")
+    assert all(name in page for name in ("mine", "compressed", *(layer.name for layer in analysis)))
     alone = st.Results.of_network("mine", dense=dense)
     assert (alone.variants, alone.chosen, alone.spectra) == ((), None, ())
     st.report(alone, tmp_path / "alone.html")
+
+
+def test_results_of_an_earlier_version_make_a_page(tmp_path: Path) -> None:
+    earlier = Results.load(EARLIER)
+    correct = {variant.name: variant.runs[0].test.correct for variant in (earlier.dense, *earlier.variants)}
+    assert (len(correct), correct["dense"], correct[earlier.chosen]) == (9, 50, 46)
+    assert (earlier.changes.whole.total, earlier.changes.whole.before, earlier.changes.whole.broken) == (360, 50, 4)
+    page = page_of(earlier, tmp_path)
+    assert {*SECTIONS} <= page.ids()
+    assert all(name in page.words for name in correct)
+    assert len([tag for tag, _ in page.elements if tag == "img"]) == len(earlier.changes.flipped)
+    again = json.loads(earlier.save(tmp_path / "results.json").read_text(encoding="utf-8"))
+    assert again == json.loads(EARLIER.read_text(encoding="utf-8"))
 
 
 def test_results_survive_the_file(results: Results, tmp_path: Path) -> None:
@@ -237,8 +252,8 @@ def test_a_cumulative_share_belongs_to_every_value() -> None:
 def test_tallies_add_up() -> None:
     whole = CHANGES.whole
     assert (whole.total, whole.before, whole.after) == (1000, 920, 920 - 45 + 25)
-    assert (whole.broken, whole.mended, whole.confused) == (45, 25, 8)
-    assert [one.kind for one in CHANGES.flipped] == ["broken", "broken", "mended", "confused"]
+    assert (whole.broken, whole.corrected, whole.confused) == (45, 25, 8)
+    assert [example.kind for example in CHANGES.flipped] == ["broken", "broken", "mended", "confused"]
     assert whole.difference.value == pytest.approx(-0.02)
 
 
@@ -249,16 +264,16 @@ def test_the_interval_of_a_difference_covers_what_it_promises() -> None:
     truth = chances[2] - chances[1]
     counts = draw.multinomial(500, chances, size=10_000)
     inside = [
-        Tally(total=500, before=int(same + broken), broken=int(broken), mended=int(mended), confused=0).difference
-        for same, broken, mended, _ in counts[:2000]
+        Tally(total=500, before=int(same + broken), broken=int(broken), mended=int(corrected), confused=0).difference
+        for same, broken, corrected, _ in counts[:2000]
     ]
-    covered = np.mean([one.low <= truth <= one.high for one in inside])
+    covered = np.mean([interval.low <= truth <= interval.high for interval in inside])
     assert 0.935 <= covered <= 0.97
 
 
 def test_the_interval_of_few_examples_stays_within_bounds() -> None:
-    for total, before, broken, mended in ((0, 0, 0, 0), (1, 1, 1, 0), (1, 0, 0, 1), (5, 5, 5, 0), (200, 180, 0, 0)):
-        interval = Tally(total=total, before=before, broken=broken, mended=mended, confused=0).difference
+    for total, before, broken, corrected in ((0, 0, 0, 0), (1, 1, 1, 0), (1, 0, 0, 1), (5, 5, 5, 0), (200, 180, 0, 0)):
+        interval = Tally(total=total, before=before, broken=broken, mended=corrected, confused=0).difference
         assert -1 <= interval.low <= interval.value <= interval.high <= 1
     assert interval.low < 0 < interval.high
 
@@ -286,7 +301,7 @@ def test_the_figure_of_classes() -> None:
     figure = plot_classes(CHANGES)
     assert tuple(figure.layout.yaxis.categoryarray) == ("cat", "owl", "dog")
     marks = {trace.name: trace for trace in figure.data if trace.type == "scatter"}
-    assert {name: tuple(one.y) for name, one in marks.items()} == {
+    assert {name: tuple(trace.y) for name, trace in marks.items()} == {
         "surely worse": ("cat",),
         "no sure difference": ("owl",),
         "surely better": ("dog",),
@@ -295,7 +310,7 @@ def test_the_figure_of_classes() -> None:
     assert worse.x[0] == pytest.approx(-9.5)
     assert worse.x[0] - worse.error_x.arrayminus[0] == pytest.approx(100 * interval.low)
     assert worse.x[0] + worse.error_x.array[0] == pytest.approx(100 * interval.high)
-    assert len({one.marker.symbol for one in marks.values()}) == 3
+    assert len({trace.marker.symbol for trace in marks.values()}) == 3
     empty = CHANGES.model_copy(update={"classes": CHANGES.classes[3:], "flipped": ()})
     with pytest.raises(errors.DataError, match="nothing to plot"):
         plot_classes(empty)
@@ -355,8 +370,8 @@ def pretty(text: str) -> str:
         (words.verdict(st.Interval(value=1.5, low=1.2, high=1.8)), "faster, 95 % interval 1.20_1.80*"),
         (words.verdict(st.Interval(value=0.5, low=0.4, high=0.9)), "slower, 95 % interval 0.40_0.90*"),
         (words.verdict(st.Interval(value=1.0, low=0.9, high=1.1)), "no sure difference, 95 % interval 0.90_1.10*"),
-        (words.asked(st.Ratio(0.25)), "ratio 0.25"),
-        (words.asked(st.Energy(0.9)), "energy 90 %"),
+        (words.rule_text(st.Ratio(0.25)), "ratio 0.25"),
+        (words.rule_text(st.Energy(0.9)), "energy 90 %"),
     ],
 )
 def test_numbers_in_words(said: str, expected: str) -> None:
@@ -364,10 +379,9 @@ def test_numbers_in_words(said: str, expected: str) -> None:
 
 
 def test_accuracy_says_where_its_uncertainty_comes_from(results: Results) -> None:
-    several = results.dense
-    assert words.accuracy(several) == "98.50 % ± 0.71"
-    one = several.model_copy(update={"runs": several.runs[:1]})
-    assert words.accuracy(one) == pretty("98.00 % (96.93_98.70)")
+    assert words.accuracy(results.dense) == "98.50 % ± 0.71"
+    single = results.dense.model_copy(update={"runs": results.dense.runs[:1]})
+    assert words.accuracy(single) == pretty("98.00 % (96.93_98.70)")
 
 
 # ------------------------------------------------------------------------------------------------------ tables
@@ -378,10 +392,10 @@ def test_accuracy_says_where_its_uncertainty_comes_from(results: Results) -> Non
 def test_tables_fit_and_break_no_number(kind: str, width: int, analysis: st.Analysis, results: Results) -> None:
     variant = results.variants[0]
     value = {"analysis": analysis, "plan": variant.plan, "measurement": variant.measurement, "results": results}[kind]
-    shown = st.text(value, width=width)
-    assert all(cell_len(line) <= width for line in shown.splitlines())
+    printed = st.text(value, width=width)
+    assert all(cell_len(line) <= width for line in printed.splitlines())
     listing = st.table(value)
-    hidden = " ".join(shown.split()).partition("Not shown at this width:")[2]
+    hidden = " ".join(printed.split()).partition("Not shown at this width:")[2]
     numbers = {
         line
         for row in listing.rows
@@ -390,8 +404,8 @@ def test_tables_fit_and_break_no_number(kind: str, width: int, analysis: st.Anal
         for line in cell.split("\n")
     }
     assert numbers
-    assert all(number in shown for number in numbers)
-    assert "…" not in shown
+    assert all(number in printed for number in numbers)
+    assert "…" not in printed
 
 
 def test_more_columns_where_there_is_room(results: Results) -> None:
@@ -403,10 +417,10 @@ def test_more_columns_where_there_is_room(results: Results) -> None:
 
 
 def test_the_table_of_an_analysis_says_why_layers_stay(analysis: st.Analysis) -> None:
-    shown = st.text(analysis, width=200)
+    printed = st.text(analysis, width=200)
     last = analysis["4"]
     assert last.refusal is not None
-    assert last.refusal in shown
+    assert last.refusal in printed
     spectrum = analysis["2"].spectra["activation"]
     row = next(row for row in st.table(analysis).rows if row[0] == "2")
     assert row[5:11] == (
@@ -441,8 +455,8 @@ POINT = PublishedPoint(name="75 % energy", accuracy=0.95, params_ratio=0.25, mac
 
 
 def with_point(results: Results) -> Results:
-    one = st.Published(source="a study", accuracy=((None, 0.96),), points=(POINT,))
-    return results.model_copy(update={"published": (*results.published, one)})
+    study = st.Published(source="a study", accuracy=((None, 0.96),), points=(POINT,))
+    return results.model_copy(update={"published": (*results.published, study)})
 
 
 def test_published_figures_have_their_table(results: Results) -> None:
@@ -467,13 +481,13 @@ def timed(runtime: str, gain: float) -> dict[str, object]:
 
 def in_two_runtimes(results: Results) -> Results:
     variants = tuple(
-        one.model_copy(
+        variant.model_copy(
             update={
-                "measurement": one.measurement.model_copy(update=timed("torch", 0.5)),
-                "in_runtimes": (one.measurement.model_copy(update=timed("onnxruntime", 3.0)),),
+                "measurement": variant.measurement.model_copy(update=timed("torch", 0.5)),
+                "in_runtimes": (variant.measurement.model_copy(update=timed("onnxruntime", 3.0)),),
             }
         )
-        for one in results.variants
+        for variant in results.variants
     )
     return results.model_copy(update={"variants": variants})
 
@@ -497,23 +511,24 @@ def test_every_runtime_has_its_row(results: Results) -> None:
 
 def test_the_first_measured_runtime_is_named_at_a_glance(results: Results, tmp_path: Path) -> None:
     both = in_two_runtimes(results)
-    words_of = Page(st.report(both, tmp_path / "r.html").read_text(encoding="utf-8")).words.replace("\xa0", " ")
+    text = page_of(both, tmp_path).words.replace("\xa0", " ")
     for said in ("slower, 95 % interval 0.49_0.51*", "torch, 1 thread, 2.00 ms; onnxruntime: 3.00*, faster"):
-        assert pretty(said) in words_of
+        assert pretty(said) in text
     untimed = both.variant(both.chosen)
     first = untimed.measurement.model_copy(update={"speedup": None})
-    only = tuple(one.model_copy(update={"measurement": first}) if one == untimed else one for one in both.variants)
-    page = Page(st.report(both.model_copy(update={"variants": only}), tmp_path / "r.html").read_text(encoding="utf-8"))
+    changed = untimed.model_copy(update={"measurement": first})
+    only = tuple(changed if variant == untimed else variant for variant in both.variants)
+    text = page_of(both.model_copy(update={"variants": only}), tmp_path).words.replace("\xa0", " ")
     for said in ("faster, 95 % interval 2.94_3.06*", "onnxruntime, 1 thread, 2.00 ms\n"):
-        assert pretty(said) in page.words.replace("\xa0", " ")
+        assert pretty(said) in text
 
 
 def test_a_restless_machine_is_said(results: Results) -> None:
     measured = results.variants[0].measurement
     calm = measured.model_copy(update=timed("torch", 1.1))
-    assert words.judged(calm) == "faster"
-    assert words.judged(calm.model_copy(update={"drift": 1.3})) == "too noisy to tell"
-    assert words.judged(calm.model_copy(update={"speedup": None})) == words.NOTHING
+    assert words.timing_verdict(calm) == "faster"
+    assert words.timing_verdict(calm.model_copy(update={"drift": 1.3})) == "too noisy to tell"
+    assert words.timing_verdict(calm.model_copy(update={"speedup": None})) == words.NOTHING
 
 
 @pytest.mark.parametrize(
@@ -527,7 +542,7 @@ def test_a_restless_machine_is_said(results: Results) -> None:
     ],
 )
 def test_what_names_have_in_common(names: tuple[str, ...], expected: str) -> None:
-    assert words.in_common(names) == expected
+    assert words.common_name(names) == expected
 
 
 def test_columns_that_nobody_fills_are_left_out(results: Results) -> None:
@@ -537,17 +552,17 @@ def test_columns_that_nobody_fills_are_left_out(results: Results) -> None:
 
 def test_names_are_shown_literally_in_a_terminal(results: Results) -> None:
     variant = results.variants[0].model_copy(update={"name": "[red]\x1b[31mx[/red]"})
-    shown = st.text(results.model_copy(update={"variants": (variant,), "chosen": None}), width=160)
-    assert "[red]�[31mx[/red]" in shown
+    printed = st.text(results.model_copy(update={"variants": (variant,), "chosen": None}), width=160)
+    assert "[red]�[31mx[/red]" in printed
 
 
 def test_long_layer_names_fold_and_leave_the_numbers_whole(results: Results) -> None:
     plan = results.variants[0].plan
     assert plan is not None
-    layers = tuple(one.model_copy(update={"name": f"model.decoder.{one.name}." + 5 * "block."}) for one in plan)
-    shown = st.text(plan.model_copy(update={"layers": layers}), width=80)
-    assert "8 of 48" in shown
-    assert max(map(cell_len, shown.splitlines())) <= 80
+    layers = tuple(layer.model_copy(update={"name": f"model.decoder.{layer.name}." + 5 * "block."}) for layer in plan)
+    printed = st.text(plan.model_copy(update={"layers": layers}), width=80)
+    assert "8 of 48" in printed
+    assert max(map(cell_len, printed.splitlines())) <= 80
 
 
 def test_a_table_prints_on_any_console(results: Results) -> None:
@@ -570,7 +585,9 @@ def test_spectra_are_normalised_and_marked(results: Results) -> None:
     figure = st.plot_spectra(results, layers=["2"])
     lines = [trace for trace in figure.data if trace.mode == "lines"]
     assert [trace.name for trace in lines] == ["plain metric"] * 2 + ["activation metric"] * 2
-    values = np.array(next(one for one in results.spectra if one.layer == "2" and one.metric == "plain").values)
+    values = np.array(
+        next(spectrum for spectrum in results.spectra if (spectrum.layer, spectrum.metric) == ("2", "plain")).values
+    )
     np.testing.assert_allclose(lines[0].y, values / values[0], rtol=1e-12)
     np.testing.assert_allclose(lines[1].y, 100 * np.cumsum(values**2) / (values**2).sum(), rtol=1e-9)
     assert figure.layout.yaxis2.title.text == "Explained variance (%)"
@@ -591,8 +608,8 @@ def test_the_explained_variance_is_that_of_the_study(results: Results) -> None:
     exact = st.LayerSpectrum(
         layer="0", kind="Linear", shape=(2, 2), metric="plain", values=(2.0, 1.0), cumulative=(0.8125, 1.0)
     )
-    one = results.model_copy(update={"spectra": (exact,), "chosen": None, "changes": None})
-    right = next(trace for trace in st.plot_spectra(one).data if trace.yaxis == "y2" and trace.mode == "lines")
+    study = results.model_copy(update={"spectra": (exact,), "chosen": None, "changes": None})
+    right = next(trace for trace in st.plot_spectra(study).data if trace.yaxis == "y2" and trace.mode == "lines")
     assert tuple(right.y) == (81.25, 100.0)
     assert "explained variance" in words.spectrum_finding([exact], ())
 
@@ -613,22 +630,22 @@ def test_a_layer_of_zeros_can_be_plotted(results: Results) -> None:
 
 
 def test_unknown_layers_name_their_neighbours(results: Results) -> None:
-    with pytest.raises(errors.PatternError, match=r"near it: .*2"):
+    with pytest.raises(errors.PatternError, match=r"near names: .*2"):
         st.plot_spectra(results, layers=["22"])
 
 
 @pytest.mark.parametrize("against", ["rank", "params", "macs", "latency"])
 def test_accuracies_with_error_bars(results: Results, against) -> None:
     figure = st.plot_accuracy(results, against=against)
-    groups = {(one.legendgroup, one.line.dash): one for one in figure.data if one.legendgroup}
+    groups = {(trace.legendgroup, trace.line.dash): trace for trace in figure.data if trace.legendgroup}
     named = {trace.name: trace for trace in figure.data if trace.showlegend is not False}
     tuned = groups["plain metric", "solid"]
-    variants = sorted((one for one in results.variants if one.name.endswith("plain, fine-tuned")), key=lambda v: v.name)
+    variants = [results.variant(f"rank {rank}, plain, fine-tuned") for rank in (2, 8)]
     expected = {
         "rank": [2, 8],
-        "params": [one.measurement.params for one in variants],
-        "macs": [one.measurement.macs for one in variants],
-        "latency": [one.measurement.latency_ms for one in variants],
+        "params": [variant.measurement.params for variant in variants],
+        "macs": [variant.measurement.macs for variant in variants],
+        "latency": [variant.measurement.latency_ms for variant in variants],
     }[against]
     assert dict(zip(tuned.x, tuned.y, strict=True)) == pytest.approx(dict(zip(expected, (84.5, 96.5), strict=True)))
     assert list(tuned.error_y.array) == pytest.approx([100 * variants[0].spread] * 2)
@@ -638,7 +655,7 @@ def test_accuracies_with_error_bars(results: Results, against) -> None:
     assert groups["activation metric", "solid"].marker.symbol == "square"
     listed = {"plain metric", "activation metric", "zero-shot (open, dotted)", "fine-tuned (filled)"}
     assert listed <= set(named)
-    assert not any(one.showlegend for key, one in groups.items() if key[1] == "dot")
+    assert not any(trace.showlegend for (_, dash), trace in groups.items() if dash == "dot")
 
 
 def test_error_bars_end_where_accuracies_do(results: Results) -> None:
@@ -656,7 +673,7 @@ def test_error_bars_end_where_accuracies_do(results: Results) -> None:
 
 
 def test_one_seed_shows_the_interval(results: Results) -> None:
-    single = tuple(one.model_copy(update={"runs": one.runs[:1]}) for one in results.variants)
+    single = tuple(variant.model_copy(update={"runs": variant.runs[:1]}) for variant in results.variants)
     trace = st.plot_accuracy(results.model_copy(update={"variants": single})).data[0]
     interval = single[3].runs[0].test.interval
     assert trace.error_y.arrayminus[0] == pytest.approx(100 * (interval.value - interval.low))
@@ -691,7 +708,7 @@ def made_by(results: Results, name: str, rule: object, metric: str, stage: str) 
 
 
 def test_networks_made_in_one_way_are_one_family(results: Results) -> None:
-    ways = (
+    studies = (
         ("50 % energy", st.Energy(0.5), "plain"),
         ("75 % energy", st.Energy(0.75), "plain"),
         ("largest spectral gap", None, "plain"),
@@ -699,17 +716,17 @@ def test_networks_made_in_one_way_are_one_family(results: Results) -> None:
         ("budget, 30 % of the MACs", st.Budget(macs=0.3), "activation"),
         ("budget, 20 % of the MACs", st.Budget(macs=0.2), "activation"),
     )
-    made = [made_by(results, *way, stage) for way in ways for stage in ("zero-shot", "fine-tuned")]
-    families = words.families(made)
-    assert [families[f"{name}, fine-tuned"] for name, _, _ in ways] == [
+    variants = [made_by(results, *study, stage) for study in studies for stage in ("zero-shot", "fine-tuned")]
+    families = words.families(variants)
+    assert [families[f"{name}, fine-tuned"] for name, _, _ in studies] == [
         *("energy, plain metric", "energy, plain metric", "largest spectral gap", "held-out"),
         *("budget, activation metric", "budget, activation metric"),
     ]
-    assert list(words.grouped(made))[:4] == [
+    assert list(words.grouped(variants))[:4] == [
         *("zero-shot, energy, plain metric", "fine-tuned, energy, plain metric"),
         *("largest spectral gap, zero-shot", "largest spectral gap, fine-tuned"),
     ]
-    study = results.model_copy(update={"variants": tuple(made), "chosen": None, "changes": None})
+    study = results.model_copy(update={"variants": tuple(variants), "chosen": None, "changes": None})
     figure = st.plot_accuracy(study, against="params")
     drawn = [trace for trace in figure.data if trace.legendgroup]
     assert len(drawn) == 8
@@ -733,7 +750,8 @@ def test_the_rank_comes_last_where_some_networks_have_none(results: Results) -> 
 def test_a_zoom_is_offered_where_the_scale_hides_the_top(results: Results) -> None:
     assert not st.plot_accuracy(results).layout.meta
     low = [
-        one.model_copy(update={"runs": (run(0, 100 if one.stage == "zero-shot" else 970),)}) for one in results.variants
+        variant.model_copy(update={"runs": (run(0, 100 if variant.stage == "zero-shot" else 970),)})
+        for variant in results.variants
     ]
     figure = st.plot_accuracy(results.model_copy(update={"variants": tuple(low)}))
     bottom, top = figure.layout.meta["zoom"]
@@ -765,7 +783,7 @@ def test_curves_have_a_line_a_seed_and_one_legend_entry(results: Results) -> Non
 
 def test_curves_without_held_out_accuracies(results: Results) -> None:
     data = json.loads(results.model_dump_json())
-    for epoch in (epoch for one in data["variants"] for run in one["runs"] for epoch in run["curve"]):
+    for epoch in (epoch for variant in data["variants"] for run in variant["runs"] for epoch in run["curve"]):
         epoch["held_out"] = None
     figure = st.plot_curves(Results.model_validate(data))
     assert len(figure.data) == 4 * 2
@@ -813,39 +831,33 @@ class Page(HTMLParser):
         return {attributes["id"] for _, attributes in self.elements if "id" in attributes}
 
 
+def page_of(results: Results, folder: Path) -> Page:
+    return Page(st.report(results, folder / "new" / "report.html").read_text(encoding="utf-8"))
+
+
 @pytest.fixture(scope="module")
-def page_path(results: Results, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return st.report(results, tmp_path_factory.mktemp("page") / "new" / "report.html")
+def page(results: Results, tmp_path_factory: pytest.TempPathFactory) -> Page:
+    return page_of(results, tmp_path_factory.mktemp("page"))
 
 
-def test_the_page_holds_everything(page_path: Path, results: Results) -> None:
-    page = Page(page_path.read_text(encoding="utf-8"))
-    assert {
-        "accuracy",
-        "study",
-        "runtimes",
-        "changes",
-        "spectra",
-        "layers",
-        "curves",
-        "words",
-        "provenance",
-    } <= page.ids()
+def test_the_page_holds_everything(page: Page) -> None:
+    assert {*SECTIONS} <= page.ids()
     for expected in ("A small study", "It is the best.", "spectrim demo", "98.50 %", "rank 2, activation, zero-shot"):
         assert expected in page.words
     plots = [attributes for _, attributes in page.elements if attributes.get("class") == "plot"]
     assert len(plots) == 4
-    assert all(one["role"] == "img" and len(one["aria-label"] or "") > 40 for one in plots)
+    assert all(plot["role"] == "img" and len(plot["aria-label"] or "") > 40 for plot in plots)
     scopes = [attributes.get("scope") for tag, attributes in page.elements if tag == "th"]
     assert {"col", "row"} == set(scopes)
     regions = [attributes for tag, attributes in page.elements if attributes.get("class") == "scroll"]
-    assert all(one["tabindex"] == "0" and one["role"] == "region" and one["aria-label"] for one in regions)
+    assert all(region["tabindex"] == "0" and region["role"] == "region" and region["aria-label"] for region in regions)
 
 
-def test_the_images_that_flipped_are_shown_and_described(page_path: Path) -> None:
-    page = Page(page_path.read_text(encoding="utf-8"))
+def test_the_images_that_flipped_are_shown_and_described(page: Page) -> None:
     images = [attributes for tag, attributes in page.elements if tag == "img"]
-    assert [one["src"] for one in images] == [f"data:image/png;base64,{one.image}" for one in CHANGES.flipped]
+    assert [image["src"] for image in images] == [
+        f"data:image/png;base64,{example.image}" for example in CHANGES.flipped
+    ]
     assert images[0]["alt"] == "Test image 3, cat: cat (98 % sure) became dog (50 % sure)"
     assert images[3]["alt"] == "Test image 7, dog: owl (98 % sure) became cat (50 % sure)"
     headings = re.findall(r"(Right before, wrong now|Wrong before, right now|Wrong both times)", page.words)
@@ -854,8 +866,7 @@ def test_the_images_that_flipped_are_shown_and_described(page_path: Path) -> Non
     assert "95.00 %" in page.words
 
 
-def test_the_page_loads_nothing(page_path: Path) -> None:
-    page = Page(page_path.read_text(encoding="utf-8"))
+def test_the_page_loads_nothing(page: Page) -> None:
     loading = {"src", "srcset", "data", "poster", "action", "formaction", "background", "ping"}
     for tag, attributes in page.elements:
         assert tag not in {"link", "iframe", "object", "embed", "base", "form"}
@@ -878,7 +889,7 @@ def test_hostile_names_are_only_text(results: Results, tmp_path: Path) -> None:
     assert [tag for tag, _ in page.elements].count("script") == 6
     images = [attributes for tag, attributes in page.elements if tag == "img"]
     assert len(images) == len(CHANGES.flipped)
-    assert all((one["src"] or "").startswith("data:image/png") and "onerror" not in one for one in images)
+    assert all((image["src"] or "").startswith("data:image/png") and "onerror" not in image for image in images)
     assert HOSTILE in (images[0]["alt"] or "")
     assert page.words.count(HOSTILE) >= 8
 
@@ -897,7 +908,7 @@ def test_what_is_absent_vanishes(results: Results, tmp_path: Path) -> None:
 def test_each_part_may_be_absent(results: Results, tmp_path: Path, missing: str) -> None:
     empty = {"chosen": None, "command": None, "changes": None, "provenance": {}}.get(missing, ())
     without = {missing: empty} | ({"chosen": None, "changes": None} if missing == "variants" else {})
-    page = Page(st.report(results.model_copy(update=without), tmp_path / "r.html").read_text(encoding="utf-8"))
+    page = page_of(results.model_copy(update=without), tmp_path)
     assert "A small study" in page.words
     assert ("No network was chosen" in page.words) == (missing == "chosen")
 
@@ -905,8 +916,8 @@ def test_each_part_may_be_absent(results: Results, tmp_path: Path, missing: str)
 def test_without_a_choice_the_most_accurate_come_first(results: Results, tmp_path: Path) -> None:
     free = results.model_copy(update={"chosen": None})
     page = st.report(free, tmp_path / "r.html").read_text(encoding="utf-8")
-    shown = re.findall(r"<h3>(.*?)</h3>", page)[:3]
-    assert shown == ["rank 8, plain, fine-tuned", "rank 8, activation, fine-tuned", "rank 8, plain, zero-shot"]
+    headings = re.findall(r"<h3>(.*?)</h3>", page)[:3]
+    assert headings == ["rank 8, plain, fine-tuned", "rank 8, activation, fine-tuned", "rank 8, plain, zero-shot"]
 
 
 def test_a_page_of_sixty_layers_stays_small(results: Results, tmp_path: Path) -> None:
@@ -933,8 +944,8 @@ def test_a_report_that_cannot_be_written(results: Results, tmp_path: Path) -> No
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file" / "report.html", tmp_path):
         with pytest.raises(errors.FileError, match="cannot write"):
-            st.report(results, path)
-    assert [one.name for one in tmp_path.iterdir()] == ["file"]
+            st.report(bare(results), path)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 # ------------------------------------------------------------------------------------------------ figures as files
@@ -967,7 +978,8 @@ def test_a_figure_that_cannot_be_saved_says_why(results: Results, tmp_path: Path
 
 @pytest.mark.parametrize("metric", get_args(Metric))
 def test_every_metric_can_be_shown(metric: Metric, results: Results, tmp_path: Path) -> None:
-    one = st.LayerSpectrum(layer="0", kind="Linear", shape=(4, 4), metric=metric, values=(2.0, 1.0))
-    variants = tuple(variant.model_copy(update={"metric": metric}) for variant in results.variants)
-    page = st.report(results.model_copy(update={"spectra": (one,), "variants": variants}), tmp_path / "page.html")
+    spectrum = st.LayerSpectrum(layer="0", kind="Linear", shape=(4, 4), metric=metric, values=(2.0, 1.0))
+    variants = tuple(variant.model_copy(update={"metric": metric}) for variant in results.variants[:2])
+    study = results.model_copy(update={"spectra": (spectrum,), "variants": variants, "chosen": None, "changes": None})
+    page = st.report(study, tmp_path / "page.html")
     assert f"{metric} metric" in page.read_text(encoding="utf-8")

@@ -141,16 +141,16 @@ def of_mini_resnet() -> Results:
     images = digits()
     mini = Workshop.of(mini_resnet(10, 1, width=8, hidden=32), images)
     analysis = st.analyze(mini.dense, mini.example)
-    given = {"example_inputs": mini.example, "analysis": analysis}
+    common = {"example_inputs": mini.example, "analysis": analysis}
     for rule in (st.Energy(0.75), st.Energy(0.9)):
         plan = st.plan(analysis, rule, forms=("channel",))
-        mini.add(f"{100 * rule.energy:g} % energy", st.compress(mini.dense, plan, **given), rule=rule, metric="plain")
+        mini.add(f"{100 * rule.energy:g} % energy", st.compress(mini.dense, plan, **common), rule=rule, metric="plain")
     for threshold in ("gap", "hard"):
         plan = spectral_plan(analysis, threshold)
-        mini.add(MEANING[threshold], st.compress(mini.dense, plan, **given), metric="plain")
+        mini.add(MEANING[threshold], st.compress(mini.dense, plan, **common), metric="plain")
     for share in (0.5, 0.3):
         rule = st.Budget(params=share)
-        small = st.compress(mini.dense, st.plan(analysis, rule), **given)
+        small = st.compress(mini.dense, st.plan(analysis, rule), **common)
         mini.add(f"budget, {100 * share:g} % of the parameters", small, rule=rule, metric="plain")
     point = PublishedPoint(name="75 % energy, fine-tuned", accuracy=0.9785, params_ratio=0.075, macs_ratio=0.2)
     return mini.results(
@@ -277,7 +277,7 @@ def opened(
     asked: list[str] = []
     tab.on("console", lambda message: said.append(message.text))
     tab.on("pageerror", lambda error: said.append(str(error)))
-    tab.on("request", lambda one: asked.append(one.url))
+    tab.on("request", lambda request: asked.append(request.url))
     tab.goto(path.as_uri())
     tab.wait_for_function("document.querySelectorAll('[data-gallery] .plot .trace').length > 0")
     yield Opened(request.param, path, results, tab, shots, said, asked)
@@ -306,13 +306,13 @@ def test_galleries_are_used_by_keyboard(opened: Opened) -> None:
     """The arrow keys take every figure of every gallery in turn, each says something else, and all are drawn."""
     tab = opened.tab
     for gallery in tab.locator("[data-gallery]").all():
-        choices = gallery.locator("option, input[type=radio]").count()
-        if not choices:
+        figures = gallery.locator("option, input[type=radio]").count()
+        if not figures:
             continue
         control = gallery.locator("select, input[type=radio]").first
         control.focus()
         titles = set()
-        for at in range(min(choices, 6)):
+        for at in range(min(figures, 6)):
             if at:
                 tab.keyboard.press("ArrowDown")
             marked = gallery.locator("select").count() or gallery.locator("input[type=radio]:checked").count()
@@ -321,7 +321,7 @@ def test_galleries_are_used_by_keyboard(opened: Opened) -> None:
             said = gallery.locator("figcaption").inner_text()
             assert gallery.locator(".plot").get_attribute("aria-label") == said
             titles.add((said, gallery.locator(".xtitle").first.text_content()))
-        assert len(titles) == min(choices, 6)
+        assert len(titles) == min(figures, 6)
     names = "[...document.querySelectorAll('a, select, input, summary, [tabindex=\"0\"]')]"
     assert tab.evaluate(f"{names}.every(one => one.tabIndex === 0)")
     assert opened.said == []

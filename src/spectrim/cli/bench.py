@@ -26,7 +26,7 @@ from spectrim.core.files import Frozen, parse, read_text, write_text
 from spectrim.layers.saving import load
 from spectrim.models import resolve
 from spectrim.reporting import words
-from spectrim.reporting.tables import Column, Listing
+from spectrim.reporting.listings import Column, Listing
 from spectrim.runtimes.sessions import RUNTIMES, RuntimeName, require_runtime, require_threads
 from spectrim.runtimes.timing import Comparison
 

@@ -17,7 +17,7 @@ from spectrim.cli.subject import Subject, filled, subject
 from spectrim.core.errors import FileError
 from spectrim.export import Exported, export_onnx, export_openvino, export_program, is_exported
 from spectrim.reporting import words
-from spectrim.reporting.tables import Column, Listing
+from spectrim.reporting.listings import Column, Listing
 from spectrim.runtimes.sessions import RUNTIMES, RuntimeName, require_runtime
 
 Format = Literal["onnx", "program", "openvino"]

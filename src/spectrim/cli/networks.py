@@ -26,7 +26,7 @@ from spectrim.core.plans import Budget, LatencyNote, Metric, Plan, Rule
 from spectrim.layers.saving import save
 from spectrim.planning.rules import require_possible
 from spectrim.reporting import Results, report, table, words
-from spectrim.reporting.tables import Column, Listing
+from spectrim.reporting.listings import Column, Listing
 from spectrim.runtimes.rank_grid import Grid, probe
 from spectrim.runtimes.sessions import require_runtime
 

@@ -18,7 +18,7 @@ from spectrim.core.errors import FileError
 from spectrim.core.files import Frozen, parse, read_text, sha256_of, write_text
 from spectrim.quantization import SCHEMES, Quantized, QuantizedTable, Scheme, compare_quantized, quantize
 from spectrim.reporting import words
-from spectrim.reporting.tables import Column, Listing
+from spectrim.reporting.listings import Column, Listing
 from spectrim.runtimes.sessions import require_runtime
 
 _NETWORK, _DATA, _HOW = "The network", "The data", "How it is quantised"

@@ -212,7 +212,7 @@ class _Again:
         if [one.name for one in stored.classes] != [one.name for one in found.classes]:
             return False
         counts, again = (
-            np.array([(one.total, one.before, one.broken, one.mended, one.confused) for one in each.classes])
+            np.array([(one.total, one.before, one.broken, one.corrected, one.confused) for one in each.classes])
             for each in (stored, found)
         )
         allowed = self._allowed(stored.whole.total)
@@ -247,7 +247,7 @@ def _shown_answers(one: Flipped) -> tuple[int, int, int, str]:
 
 
 def _flips(one: Tally) -> str:
-    return f"{one.broken:,} broken, {one.mended:,} mended, {one.confused:,} confused"
+    return f"{one.broken:,} broken, {one.corrected:,} mended, {one.confused:,} confused"
 
 
 def _time(one: Measurement) -> str:

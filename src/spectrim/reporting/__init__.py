@@ -17,8 +17,7 @@ from spectrim.reporting.results import (
     Variant,
     spectra_of,
 )
-from spectrim.reporting.study_tables import changes_table, published_table, runtimes_table
-from spectrim.reporting.tables import table, text
+from spectrim.reporting.tables import changes_table, published_table, runtimes_table, table, text
 
 __all__ = [
     "Changes",

@@ -2,14 +2,13 @@
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal, get_args
 
 import plotly.graph_objects as go
 
 from spectrim.core.errors import DataError, DependencyError, EngineError
 from spectrim.core.files import write_atomically
 
-Format = Literal["png", "svg", "pdf"]
+FORMATS = ("png", "svg", "pdf")
 
 
 def save_figure(
@@ -25,17 +24,17 @@ def save_figure(
         scale: Pixels of a `.png` for each of these.
 
     Raises:
-        DataError: another ending, or something that is no figure.
+        DataError: another ending, or a value that is not a figure.
         DependencyError: kaleido, which draws plotly's figures into files, is not installed.
         EngineError: kaleido finds no Chrome or Chromium to draw with, or that fails.
         FileError: the file cannot be written.
     """
     path = Path(path)
     if not isinstance(figure, go.Figure):
-        raise DataError(f"a plotly figure can be saved, and this is a {type(figure).__name__}")
+        raise DataError(f"save_figure takes a plotly figure, and this is a {type(figure).__name__}")
     kind = path.suffix.removeprefix(".").lower()
-    if kind not in get_args(Format):
-        raise DataError(f"{path} names no format of figures; let it end in {', '.join(get_args(Format))}")
+    if kind not in FORMATS:
+        raise DataError(f"{path} does not end in a format of figures; let it end in {', '.join(FORMATS)}")
     if find_spec("kaleido") is None:
         raise DependencyError(
             "figures are drawn into files by the package kaleido, which is not installed; "

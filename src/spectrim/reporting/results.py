@@ -5,7 +5,7 @@ import statistics
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from spectrim.analysis.spectra import Analysis
 from spectrim.benchmark.measurement import Accuracy, Epoch, Measurement
@@ -82,8 +82,8 @@ class Agreement(Frozen):
 class Run(Frozen):
     """One seed of a variant: its accuracy on the test set and on held-out training data, and its training curve.
 
-    `agreement` is there where the network was made from another one with the same outputs; `model` is the file of the
-    network, relative to the folder of the run.
+    `agreement` compares the network with the one that it was made from, if both should give the same outputs; `model`
+    is the file of the network, relative to the folder of the run.
     """
 
     seed: int
@@ -160,6 +160,18 @@ class Published(Frozen):
     accuracy: tuple[tuple[int | None, float], ...]
     points: tuple[PublishedPoint, ...] = ()
 
+    @property
+    def dense(self) -> float | None:
+        """Accuracy of their dense network, if it is known."""
+        return dict(self.accuracy).get(None)
+
+    @property
+    def networks(self) -> tuple[PublishedPoint, ...]:
+        """Every network as a point: the dense one, those of a rank from the largest to the smallest, then `points`."""
+        ranked = sorted(self.accuracy, key=lambda pair: -math.inf if pair[0] is None else -pair[0])
+        names = {None: "dense"} | {rank: f"rank {rank}" for rank, _ in ranked if rank is not None}
+        return (*(PublishedPoint(name=names[rank], accuracy=value) for rank, value in ranked), *self.points)
+
 
 class Tally(Frozen):
     """How the answers of two networks to the same examples compare, as counts.
@@ -168,38 +180,40 @@ class Tally(Frozen):
         total: Examples.
         before: That the first network (the dense one) gets right.
         broken: Right before, wrong now.
-        mended: Wrong before, right now.
+        corrected: Wrong before, right now; the keyword, and the key in JSON, is `mended`.
         confused: Wrong before, and wrong now with another answer.
     """
+
+    model_config = ConfigDict(populate_by_name=True, serialize_by_alias=True)
 
     total: int = Field(ge=0)
     before: int = Field(ge=0)
     broken: int = Field(ge=0)
-    mended: int = Field(ge=0)
+    corrected: int = Field(ge=0, alias="mended")
     confused: int = Field(ge=0)
 
     @model_validator(mode="after")
     def _adds_up(self) -> Self:
-        if self.broken > self.before or self.mended + self.confused > self.total - self.before:
+        if self.broken > self.before or self.corrected + self.confused > self.total - self.before:
             raise ValueError(
-                f"of {self.total} examples {self.before} were right; {self.broken} of them cannot have become wrong, "
-                f"and {self.mended} and {self.confused} of the others right, and wrong in another way"
+                f"counts do not add up: of {self.total} examples {self.before} were right and {self.broken} of them "
+                f"became wrong; of the others {self.corrected} became right, {self.confused} are wrong in another way"
             )
         return self
 
     @property
     def after(self) -> int:
         """Examples that the second network gets right."""
-        return self.before - self.broken + self.mended
+        return self.before - self.broken + self.corrected
 
     @property
     def difference(self) -> Interval:
         """Accuracy after less before, in [-1, 1], with its 95 % interval.
 
-        Both networks answer the same examples, so only those that changed sides carry chance (Agresti & Min 2005:
-        the paired difference with half an example added to each side that changed).
+        Both networks answer the same examples, so only examples whose answer changed add to the uncertainty (Agresti &
+        Min 2005: the paired difference with half an example added to each kind of change).
         """
-        changed, shift = self.broken + self.mended + 1, self.mended - self.broken
+        changed, shift = self.broken + self.corrected + 1, self.corrected - self.broken
         total = self.total + 2
         half = Z95 * math.sqrt(max(0.0, changed - shift * shift / total)) / total
         value, centre = shift / max(1, self.total), shift / total
@@ -236,7 +250,7 @@ class Flipped(Frozen):
     @model_validator(mode="after")
     def _did_flip(self) -> Self:
         if self.before == self.after:
-            raise ValueError(f"example {self.index} was answered alike, {self.before}: it has not flipped")
+            raise ValueError(f"example {self.index} has one answer before and after, {self.before}: it did not change")
         return self
 
     @property
@@ -263,16 +277,17 @@ class Changes(Frozen):
 
     @model_validator(mode="after")
     def _classes_exist(self) -> Self:
-        for one in self.flipped:
-            if max(one.truth, one.before, one.after) >= len(self.classes):
-                raise ValueError(f"example {one.index} is of a class that is not among the {len(self.classes)} classes")
+        for example in self.flipped:
+            if max(example.truth, example.before, example.after) >= len(self.classes):
+                raise ValueError(
+                    f"example {example.index} is of a class that is not among the {len(self.classes)} classes"
+                )
         return self
 
     @property
     def whole(self) -> Tally:
         """All classes together."""
-        names = ("total", "before", "broken", "mended", "confused")
-        return Tally(**{name: sum(getattr(one, name) for one in self.classes) for name in names})
+        return Tally(**{name: sum(getattr(tally, name) for tally in self.classes) for name in Tally.model_fields})
 
 
 class Results(Frozen):
@@ -307,7 +322,7 @@ class Results(Frozen):
 
     @model_validator(mode="after")
     def _names_agree(self) -> Self:
-        names = [one.name for one in (self.dense, *self.variants)]
+        names = [variant.name for variant in (self.dense, *self.variants)]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"two networks are named {twice[0]!r}")
@@ -340,37 +355,25 @@ class Results(Frozen):
             analysis: Where the singular values come from.
             command: What repeats it.
         """
-        first = Variant(name="dense", stage="dense", measurement=dense, runs=_tested(dense))
-        second = kept and Variant(
-            name="compressed",
-            stage=stage,
-            measurement=kept,
-            rule=plan.rule if plan else None,
-            metric=plan.metric if plan else None,
-            plan=plan,
-            runs=_tested(kept),
-        )
         return cls(
             title=title,
-            dense=first,
-            variants=(second,) if second else (),
-            chosen=second.name if second else None,
+            dense=_network("dense", dense, stage="dense"),
+            variants=(_network("compressed", kept, stage=stage, plan=plan),) if kept else (),
+            chosen="compressed" if kept else None,
             spectra=spectra_of(analysis) if analysis else (),
             command=command,
         )
 
     def variant(self, name: str) -> Variant:
         """The variant of this name. Raises `KeyError` when there is none."""
-        for one in (self.dense, *self.variants):
-            if one.name == name:
-                return one
-        raise KeyError(
-            f"the results have no network {name!r}; they have {', '.join(one.name for one in self.variants)}"
-        )
+        variants = {variant.name: variant for variant in (self.dense, *self.variants)}
+        if name not in variants:
+            raise KeyError(f"the results have no network {name!r}; they have {', '.join(variants)}")
+        return variants[name]
 
     def save(self, path: str | Path) -> Path:
         """Write the results as JSON. Raises `FileError` when the file cannot be written."""
-        return write_text(Path(path), self.model_dump_json(indent=1, exclude_none=True) + "\n")
+        return write_text(Path(path), self.model_dump_json(indent=1, exclude_none=True, by_alias=True) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> "Results":
@@ -378,5 +381,7 @@ class Results(Frozen):
         return parse(cls, read_text(Path(path)), origin=str(path))
 
 
-def _tested(one: Measurement) -> tuple[Run, ...]:
-    return () if one.accuracy is None else (Run(seed=0, test=one.accuracy),)
+def _network(name: str, measurement: Measurement, *, stage: Stage, plan: Plan | None = None) -> Variant:
+    runs = () if measurement.accuracy is None else (Run(seed=0, test=measurement.accuracy),)
+    rule, metric = (plan.rule, plan.metric) if plan else (None, None)
+    return Variant(name=name, stage=stage, measurement=measurement, rule=rule, metric=metric, plan=plan, runs=runs)

@@ -1,24 +1,46 @@
-"""How every figure looks: colours, markers, and the template of axes and legends."""
+"""How every figure looks: colours, markers, panels, error bars, and the template of axes and legends."""
 
+import copy
 import html
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import plotly.graph_objects as go
+from plotly.subplots import make_subplots
 
 from spectrim.core.plans import Metric
+from spectrim.runtimes.timing import Interval
 
 # Okabe & Ito's palette, told apart with every common kind of colour blindness, less black and yellow, which vanish on
 # a dark or on a white page.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross", "star")
 GREY = "#808790"
-METRIC_STYLE: dict[Metric | None, tuple[str, str, str]] = {
-    "plain": (COLOURS[0], "circle", "solid"),
-    "activation": (COLOURS[1], "square", "dash"),
-    "loss": (COLOURS[3], "triangle-up", "dot"),
-    None: (COLOURS[2], "diamond", "solid"),
-}
 HEIGHT = 440
+
+
+@dataclass(frozen=True)
+class Style:
+    """How one group is drawn; the symbol or the dash differs where the colour does."""
+
+    colour: str
+    symbol: str
+    dash: str = "solid"
+
+    @classmethod
+    def at(cls, position: int, *, dash: str = "solid") -> "Style":
+        """That of the group at this position; colours and symbols repeat after a while."""
+        return cls(COLOURS[position % len(COLOURS)], SYMBOLS[position % len(SYMBOLS)], dash)
+
+
+METRIC_STYLE: dict[Metric | None, Style] = {
+    "plain": Style(COLOURS[0], "circle"),
+    "activation": Style(COLOURS[1], "square", "dash"),
+    "loss": Style(COLOURS[3], "triangle-up", "dot"),
+    None: Style(COLOURS[2], "diamond"),
+}
 
 _AXIS = {
     "gridcolor": "#e2e6ea",
@@ -30,7 +52,7 @@ _AXIS = {
     "automargin": True,
     "title": {"standoff": 8},
 }
-TEMPLATE = go.layout.Template(
+_TEMPLATE = go.layout.Template(
     layout={
         "font": {"family": "system-ui, -apple-system, 'Segoe UI', Roboto, 'Liberation Sans', sans-serif", "size": 13},
         "paper_bgcolor": "white",
@@ -47,13 +69,44 @@ TEMPLATE = go.layout.Template(
 )
 
 
-@dataclass(frozen=True)
-class Style:
-    """How one group is drawn, so that colour is never alone."""
+Trace = dict[str, Any]
+"""What is drawn, as plotly's JSON has it; a scatter plot unless it names another type."""
 
-    colour: str
-    symbol: str
-    dash: str
+RIGHT: Trace = {"xaxis": "x2", "yaxis": "y2"}
+"""The axes of a trace in the second panel."""
+
+
+def build(
+    traces: Iterable[Trace], *, x: dict[str, Any], y: Sequence[dict[str, Any]], layout: Mapping[str, Any] | None = None
+) -> go.Figure:
+    """A figure of as many panels side by side as there are y axes, all with the same x axis.
+
+    Traces and layout are set at once: plotly takes much longer to change a figure afterwards.
+    """
+    figure = copy.deepcopy(_grid(len(y)))
+    everything = figure.layout.to_plotly_json() | dict(layout or {})
+    for number, axis in zip(("", "2"), y, strict=False):
+        everything[f"xaxis{number}"] |= x
+        everything[f"yaxis{number}"] |= axis
+    figure.layout = everything
+    return figure.add_traces(list(traces))
+
+
+@cache
+def _grid(panels: int) -> go.Figure:
+    figure = make_subplots(rows=1, cols=panels, horizontal_spacing=0.12)
+    return figure.update_layout(template=_TEMPLATE, height=HEIGHT)
+
+
+def error_bars(reaches: Sequence[tuple[float, float]], *, width: int = 5) -> dict[str, Any]:
+    """Error bars from how far each reaches down and up."""
+    down, up = zip(*reaches, strict=True)
+    return {"array": up, "arrayminus": down, "symmetric": False, "thickness": 1.4, "width": width}
+
+
+def reach(interval: Interval) -> tuple[float, float]:
+    """How far an interval of shares reaches down and up from its value, in percentage points."""
+    return 100 * (interval.value - interval.low), 100 * (interval.high - interval.value)
 
 
 def safe(name: str) -> str:

@@ -1,115 +1,22 @@
-"""Tables from values, for terminals, scripts and the page: they show fewer columns rather than broken numbers."""
+"""Tables of every value: in a terminal, in scripts and on the page."""
 
 import io
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from collections.abc import Callable
+from typing import Literal, NamedTuple
 
-from rich import box
-from rich.cells import cell_len
-from rich.console import Console, ConsoleOptions, RenderResult
-from rich.table import Table
-from rich.text import Text
+from rich.console import Console
 
 from spectrim.analysis.spectra import Analysis, LayerAnalysis
 from spectrim.benchmark.measurement import Measurement
 from spectrim.core.errors import DataError
 from spectrim.core.plans import Cost, LayerPlan, Metric, Plan
+from spectrim.linalg import Spectrum
 from spectrim.planning.decisions import listed
 from spectrim.reporting import words
-from spectrim.reporting.results import Results, Variant
+from spectrim.reporting.listings import Column, Listing, listing
+from spectrim.reporting.results import Changes, ClassChange, Published, PublishedPoint, Results, Tally, Variant
 
 Showable = Analysis | Plan | Measurement | Results
-
-_GAP = 2
-_FOLD = 20
-
-
-@dataclass(frozen=True)
-class Column:
-    """A column; where the width is short, the one with the highest `level` goes first, and level 0 always stays."""
-
-    head: str
-    level: int = 0
-    number: bool = True
-    narrow: int = 0
-
-
-@dataclass(frozen=True)
-class Listing:
-    """A table as a value. `rich` prints it at any width; lines within a cell are separated by newlines.
-
-    Attributes:
-        title: What the table shows.
-        columns: The heads.
-        rows: One cell a column; the first one names the row.
-        strong: Positions of the rows that stand out.
-        note: A line below.
-    """
-
-    title: str
-    columns: tuple[Column, ...]
-    rows: tuple[tuple[str, ...], ...]
-    strong: frozenset[int] = frozenset()
-    note: str = ""
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        shown, hidden = self, []
-        while sum(shown._needs()) + _GAP * (len(shown.columns) - 1) > options.max_width:
-            last = max(range(len(shown.columns)), key=lambda at: shown.columns[at].level)
-            if shown.columns[last].level == 0:
-                break
-            hidden.append(shown.columns[last].head.replace("\n", " "))
-            shown = shown._without(last)
-        left_out = f"Not shown at this width: {', '.join(hidden)}." if hidden else ""
-        yield replace(shown, note=" ".join(filter(None, (self.note, left_out))))._drawn(options.max_width)
-
-    def _without(self, at: int) -> "Listing":
-        rows = tuple(row[:at] + row[at + 1 :] for row in self.rows)
-        return replace(self, columns=self.columns[:at] + self.columns[at + 1 :], rows=rows)
-
-    def _lines(self, at: int) -> list[str]:
-        cells = (self.columns[at].head, *(row[at] for row in self.rows))
-        return [line for cell in cells for line in _clean(cell).split("\n")]
-
-    def _needs(self) -> list[int]:
-        """The least width of each column: numbers stay whole, words wrap, and a long name folds."""
-        needs = []
-        for at, column in enumerate(self.columns):
-            lines = self._lines(at)
-            parts = lines if column.number else [word for line in lines for word in line.split()]
-            longest = max(map(cell_len, parts), default=0)
-            whole = max(map(cell_len, lines), default=0)
-            needs.append(longest if column.number else min(whole, max(column.narrow, min(longest, _FOLD))))
-        return needs
-
-    def _widths(self, width: int) -> list[int]:
-        """The needs, and the spare width given to the columns of words from left to right."""
-        widths = self._needs()
-        spare = max(0, width - sum(widths) - _GAP * (len(widths) - 1))
-        for at in range(len(widths)):
-            more = min(spare, max(map(cell_len, self._lines(at)), default=0) - widths[at])
-            widths[at], spare = widths[at] + more, spare - more
-        return widths
-
-    def _drawn(self, width: int) -> Table:
-        table = Table(
-            title=_plain(self.title),
-            caption=_plain(self.note) if self.note else None,
-            box=box.SIMPLE_HEAD,
-            show_edge=False,
-            pad_edge=False,
-            collapse_padding=True,
-            title_justify="left",
-            caption_justify="left",
-            title_style="bold",
-        )
-        for column, own in zip(self.columns, self._widths(width), strict=True):
-            justify: Literal["left", "right"] = "right" if column.number else "left"
-            table.add_column(_plain(column.head), justify=justify, no_wrap=column.number, overflow="fold", width=own)
-        for number, row in enumerate(self.rows):
-            table.add_row(*map(_plain, row), style="bold" if number in self.strong else None)
-        return table
 
 
 def table(value: Showable) -> Listing:
@@ -138,200 +45,227 @@ def text(value: Showable, *, width: int = 100) -> str:
     Raises:
         DataError: a value that has no table.
     """
-    console = Console(file=io.StringIO(), width=width, color_system=None, legacy_windows=False)
-    with console.capture() as capture:
-        console.print(table(value))
-    return "\n".join(line.rstrip() for line in capture.get().splitlines())
-
-
-def _plain(cell: str) -> Text:
-    """Text without markup: a name may hold brackets."""
-    return Text(_clean(cell))
-
-
-def _clean(cell: str) -> str:
-    """No control characters: they have no business in a terminal."""
-    return "".join(one if one.isprintable() or one == "\n" else "�" for one in cell)
-
-
-_LAYER = Column("Layer", number=False)
+    printed = io.StringIO()
+    Console(file=printed, width=width, color_system=None, legacy_windows=False).print(table(value))
+    return "\n".join(line.rstrip() for line in printed.getvalue().splitlines())
 
 
 def _of_analysis(analysis: Analysis) -> Listing:
-    columns = (
-        _LAYER,
-        Column("Kind", 8, number=False),
-        Column("Shape", 6),
-        Column("Metric", number=False),
-        Column("Full\nrank", 1),
-        Column("Effective\nrank", 4),
-        Column("Stable\nrank", 9),
-        *(Column(f"Rank for\n{energy} %", level) for energy, level in zip(_ENERGIES, (11, 10, 2, 5), strict=True)),
-        Column("Params", 3),
-        Column("Share of\nMACs", 3),
-        Column("Cannot be factored", number=False, narrow=24),
-    )
     macs = sum(layer.dense.macs for layer in analysis)
-    rows = tuple(_analysis_row(layer, macs=macs) for layer in analysis)
+    metrics = set(filter(None, map(_metric, analysis)))
+    mixed, levels = len(metrics) > 1, {50: 11, 75: 10, 90: 2, 99: 5}
+    columns: dict[Column, Callable[[LayerAnalysis], str]] = {
+        Column("Layer", number=False): _tied_names,
+        Column("Kind", 8, number=False): lambda layer: layer.kind,
+        Column("Shape", 6): lambda layer: words.shape(layer.shape),
+        Column("Metric", number=False, optional=True): lambda layer: (mixed and _metric(layer)) or words.NOTHING,
+        Column("Full\nrank", 1): lambda layer: str(layer.full_rank or words.NOTHING),
+        Column("Effective\nrank", 4): _of_spectrum(lambda spectrum: f"{spectrum.effective_rank:.0f}"),
+        Column("Stable\nrank", 9): _of_spectrum(lambda spectrum: f"{spectrum.stable_rank:.1f}"),
+        **{Column(f"Rank for\n{energy} %", level): _rank_for(energy / 100) for energy, level in levels.items()},
+        Column("Params", 3): lambda layer: words.count(layer.dense.params),
+        Column("Share of\nMACs", 3): lambda layer: _part(layer.dense.macs, macs),
+        Column("Cannot be factored", number=False, narrow=24, optional=True): lambda layer: layer.refusal or "",
+    }
     able = sum(layer.form is not None and layer.refusal is None for layer in analysis)
-    title = f"{len(analysis)} weights, {able} of them can be factored"
-    metrics = {row[_METRIC] for row in rows} - {words.NOTHING}
     where = f"the {metrics.pop()} metric" if len(metrics) == 1 else "the metric named"
     note = f"Rank for 90 %: the smallest rank that holds 90 % of the energy, in {where}."
-    listing = Listing(title, columns, rows, note=note)
-    if not any(layer.refusal for layer in analysis):
-        listing = listing._without(len(columns) - 1)
-    return listing if metrics else listing._without(_METRIC)
+    return listing(f"{len(analysis)} weights, {able} of them can be factored", list(analysis), columns, note=note)
 
 
-_ENERGIES = (50, 75, 90, 99)
-_METRIC = 3
+def _metric(layer: LayerAnalysis) -> Metric | None:
+    """Whose singular values the table shows."""
+    return "activation" if "activation" in layer.spectra else "plain" if "plain" in layer.spectra else None
 
 
-def _analysis_row(layer: LayerAnalysis, *, macs: int) -> tuple[str, ...]:
-    metric: Metric = "activation" if "activation" in layer.spectra else "plain"
-    spectrum = layer.spectra.get(metric)
-    numbers = [words.NOTHING] * (2 + len(_ENERGIES))
-    if spectrum is not None:
-        numbers = [f"{spectrum.effective_rank:.0f}", f"{spectrum.stable_rank:.1f}"]
-        numbers += [str(spectrum.rank_for(energy / 100)) for energy in _ENERGIES]
-    return (
-        _with_others(layer),
-        layer.kind,
-        words.shape(layer.shape),
-        metric if spectrum is not None else words.NOTHING,
-        str(layer.full_rank) if layer.full_rank else words.NOTHING,
-        *numbers,
-        words.count(layer.dense.params),
-        words.percent(layer.dense.macs / macs, places=1) if macs else words.NOTHING,
-        layer.refusal or "",
-    )
+def _of_spectrum(show: Callable[[Spectrum], object]) -> Callable[[LayerAnalysis], str]:
+    return lambda layer: str(show(layer.spectra[metric])) if (metric := _metric(layer)) else words.NOTHING
 
 
-def _with_others(layer: LayerAnalysis | LayerPlan) -> str:
+def _rank_for(energy: float) -> Callable[[LayerAnalysis], str]:
+    return _of_spectrum(lambda spectrum: spectrum.rank_for(energy))
+
+
+def _tied_names(layer: LayerAnalysis | LayerPlan) -> str:
     return f"{layer.name}\n(also {', '.join(layer.also)})" if layer.also else layer.name
 
 
 def _of_plan(plan: Plan) -> Listing:
-    columns = (
-        _LAYER,
-        Column("Shape", 7),
-        Column("Form", 5, number=False),
-        Column("Rank"),
-        Column("Break\neven", 6),
-        Column("Predicted\nerror", 2),
-        Column("Params", 1),
-        Column("Share of\nparams", 9),
-        Column("MACs", 3),
-        Column("Share of\nMACs", 8),
-        Column("Reason", 4, number=False, narrow=24),
-    )
     before, after = plan.dense_cost, plan.kept_cost
-    title = (
-        f"{words.sentence(words.asked(plan.rule))}, {plan.metric} metric: {len(plan.factored)} of {len(plan)} factored"
-    )
+    columns: dict[Column, Callable[[LayerPlan], str]] = {
+        Column("Layer", number=False): _tied_names,
+        Column("Shape", 7): lambda layer: words.shape(layer.shape),
+        Column("Form", 5, number=False): lambda layer: layer.form,
+        Column("Rank"): _plan_ranks,
+        Column("Break\neven", 6): lambda layer: words.NOTHING if layer.break_even is None else str(layer.break_even),
+        Column("Predicted\nerror", 2): lambda layer: words.percent(layer.predicted_error, places=1),
+        Column("Params", 1): lambda layer: _change(layer.dense.params, layer.kept.params),
+        Column("Share of\nparams", 9): lambda layer: _shares(layer, (before, after), "params"),
+        Column("MACs", 3): lambda layer: _change(layer.dense.macs, layer.kept.macs),
+        Column("Share of\nMACs", 8): lambda layer: _shares(layer, (before, after), "macs"),
+        Column("Reason", 4, number=False, narrow=24): lambda layer: layer.reason,
+    }
+    rule = words.sentence(words.rule_text(plan.rule))
     note = (
         f"All layers: {words.count(before.params)} → {words.count(after.params)} parameters, "
         f"{words.count(before.macs)} → {words.count(after.macs)} MACs. Shares are of these sums, before and after."
     )
-    return Listing(title, columns, tuple(_plan_row(layer, before, after) for layer in plan), note=note)
+    title = f"{rule}, {plan.metric} metric: {len(plan.factored)} of {len(plan)} factored"
+    return listing(title, plan.layers, columns, note=note)
 
 
-def _plan_row(layer: LayerPlan, before: Cost, after: Cost) -> tuple[str, ...]:
+def _plan_ranks(layer: LayerPlan) -> str:
     full = f" of {layer.full_rank}" if layer.full_rank and len(layer.ranks) < 2 else ""
-    return (
-        _with_others(layer),
-        words.shape(layer.shape),
-        layer.form,
-        f"{listed(layer.ranks)}{full}" if layer.ranks else words.NOTHING,
-        words.NOTHING if layer.break_even is None else str(layer.break_even),
-        words.NOTHING if layer.predicted_error is None else words.percent(layer.predicted_error, places=1),
-        _change(layer.dense.params, layer.kept.params),
-        _shares((layer.dense.params, before.params), (layer.kept.params, after.params)),
-        _change(layer.dense.macs, layer.kept.macs),
-        _shares((layer.dense.macs, before.macs), (layer.kept.macs, after.macs)),
-        layer.reason,
-    )
+    return f"{listed(layer.ranks)}{full}" if layer.ranks else words.NOTHING
 
 
-def _shares(*parts: tuple[int, int]) -> str:
-    """Part of whole before and after, as percentages."""
-    said = [words.percent(part / whole, places=1) if whole else words.NOTHING for part, whole in parts]
-    return said[0] if said[0] == said[1] else "\n→ ".join(said)
+def _part(part: int, whole: int) -> str:
+    return words.percent(part / whole if whole else None, places=1)
+
+
+def _shares(layer: LayerPlan, wholes: tuple[Cost, Cost], name: Literal["params", "macs"]) -> str:
+    """The layer's share of the cost of all layers, before and after."""
+    costs = zip((layer.dense, layer.kept), wholes, strict=True)
+    shares = [_part(getattr(part, name), getattr(whole, name)) for part, whole in costs]
+    return "\n→ ".join(dict.fromkeys(shares))
 
 
 def _change(before: int, after: int) -> str:
     return words.count(before) if before == after else f"{words.count(before)} →\n{words.count(after)}"
 
 
-def _of_measurement(one: Measurement) -> Listing:
-    def cost(name: str, show: Callable[[float], str], value: int, ratio: float | None) -> tuple[str, ...]:
-        return (name, show(value), words.share(ratio), "" if ratio is None else words.smaller(ratio))
-
+def _of_measurement(measurement: Measurement) -> Listing:
     rows = [
-        cost("Parameters", words.count, one.params, one.params_ratio),
-        cost("File size", words.size, one.bytes, one.bytes_ratio),
-        cost("MACs", words.count, one.macs, one.macs_ratio),
+        (name, value, words.share(ratio), "" if ratio is None else words.smaller(ratio))
+        for name, (value, ratio) in words.costs(measurement).items()
     ]
-    if one.latency_ms is not None:
-        threads = f"{one.threads} thread{'s' if one.threads != 1 else ''}" if one.threads else ""
-        rows.append(("Latency", words.milliseconds(one.latency_ms), "", threads))
-    if one.speedup is not None:
-        rows.append(("Speed-up", words.speedup(one.speedup), "", words.verdict(one.speedup)))
-    if one.accuracy is not None:
-        interval = f"95 % interval {words.bounds(one.accuracy.interval, scale=100)} %"
-        rows.append(("Accuracy", words.percent(one.accuracy.value), "", interval))
+    if measurement.latency_ms is not None:
+        rows.append(("Latency", words.milliseconds(measurement.latency_ms), "", words.threads(measurement)))
+    if (speedup := measurement.speedup) is not None:
+        rows.append(("Speed-up", words.speedup(speedup), "", words.verdict(speedup)))
+    if (accuracy := measurement.accuracy) is not None:
+        interval = f"95 % interval {words.bounds(accuracy.interval, scale=100)} %"
+        rows.append(("Accuracy", words.percent(accuracy.value), "", interval))
     columns = (Column("", number=False), Column("Value"), Column("Kept /\ndense"), Column("", number=False, narrow=20))
     return Listing("Measurement", columns, tuple(rows))
 
 
 def _of_results(results: Results) -> Listing:
-    columns: Sequence[Column] = (
-        Column("Network", number=False, narrow=12),
-        Column("Rank", 9),
-        Column("Metric", 11, number=False),
-        Column("Stage", 10, number=False),
-        Column("Accuracy"),
-        Column("Points vs\ndense", 8),
-        Column("Params", 1),
-        Column("Bytes", 6),
-        Column("MACs", 3),
-        Column("Latency", 7),
-        Column("Speed-up", 2),
-    )
-    networks = (results.dense, *results.variants)
-    cells = tuple(_results_row(one, results.dense) for one in networks)
-    # A column that no network has anything to say in is no column.
-    used = [at for at in range(len(columns)) if at == 0 or any(row[at] != words.NOTHING for row in cells)]
-    chosen = frozenset(at for at, one in enumerate(networks) if one.name == results.chosen)
-    several = any(one.spread is not None for one in networks)
-    note = "Accuracy: mean ± standard deviation over the seeds." if several else "Accuracy: with its 95 % interval."
-    return Listing(
+    dense, networks = results.dense, (results.dense, *results.variants)
+    columns: dict[Column, Callable[[Variant], str]] = {
+        Column("Network", number=False, narrow=12): lambda network: network.name,
+        Column("Rank", 9, optional=True): words.ranks,
+        Column("Metric", 11, number=False, optional=True): lambda network: network.metric or words.NOTHING,
+        Column("Stage", 10, number=False): lambda network: network.stage,
+        Column("Accuracy", optional=True): _accuracy_lines,
+        Column("Points vs\ndense", 8, optional=True): lambda network: (
+            words.NOTHING if network is dense else words.difference(network, dense)
+        ),
+        Column("Params", 1): lambda network: _cost_lines(network, "Parameters"),
+        Column("Bytes", 6): lambda network: _cost_lines(network, "File size"),
+        Column("MACs", 3): lambda network: _cost_lines(network, "MACs"),
+        Column("Latency", 7, optional=True): lambda network: words.milliseconds(network.measurement.latency_ms),
+        Column("Speed-up", 2, optional=True): lambda network: words.interval_lines(network.measurement.speedup),
+    }
+    by_seeds = any(network.spread is not None for network in networks)
+    note = "Accuracy: mean ± standard deviation over the seeds." if by_seeds else "Accuracy: with its 95 % interval."
+    return listing(
         results.title,
-        tuple(columns[at] for at in used),
-        tuple(tuple(row[at] for at in used) for row in cells),
-        strong=chosen,
-        note=note if any(one.runs for one in networks) else "",
+        networks,
+        columns,
+        strong=lambda network: network.name == results.chosen,
+        note=note if any(network.runs for network in networks) else "",
     )
 
 
-def _results_row(variant: Variant, dense: Variant) -> tuple[str, ...]:
-    one = variant.measurement
+def _accuracy_lines(network: Variant) -> str:
+    accuracy = network.accuracy
+    return words.NOTHING if accuracy is None else f"{words.percent(accuracy)}\n{words.uncertainty(network)}"
 
-    def cost(value: str, ratio: float | None) -> str:
-        return value if ratio is None else f"{value}\n{words.smaller(ratio)}"
 
-    accuracy, speedup = variant.accuracy, one.speedup
-    return (
-        variant.name,
-        words.ranks(variant),
-        variant.metric or words.NOTHING,
-        variant.stage,
-        words.NOTHING if accuracy is None else f"{words.percent(accuracy)}\n{words.uncertainty(variant)}",
-        words.NOTHING if variant is dense else words.difference(variant, dense),
-        cost(words.count(one.params), one.params_ratio),
-        cost(words.size(one.bytes), one.bytes_ratio),
-        cost(words.count(one.macs), one.macs_ratio),
-        words.milliseconds(one.latency_ms),
-        words.NOTHING if speedup is None else f"{words.speedup(speedup)}\n{words.bounds(speedup)}",
+def _cost_lines(network: Variant, cost: str) -> str:
+    value, ratio = words.costs(network.measurement)[cost]
+    return value if ratio is None else f"{value}\n{words.smaller(ratio)}"
+
+
+class _PublishedRow(NamedTuple):
+    published: Published
+    point: PublishedPoint
+
+
+class _TimedRow(NamedTuple):
+    name: str
+    measurement: Measurement
+    chosen: bool
+
+
+def published_table(results: Results) -> Listing | None:
+    """What others reached in the same study, each against its own dense network; None where nothing is known."""
+    rows = [_PublishedRow(published, point) for published in results.published for point in published.networks]
+    columns: dict[Column, Callable[[_PublishedRow], str]] = {
+        Column("Published network", number=False, narrow=12): lambda row: row.point.name,
+        Column("Source", 4, number=False, narrow=12): lambda row: row.published.source,
+        Column("Accuracy"): lambda row: words.percent(row.point.accuracy),
+        Column("Points vs\nits dense", 1, optional=True): lambda row: _published_difference(*row),
+        Column("Params", 2, optional=True): lambda row: words.smaller(row.point.params_ratio),
+        Column("MACs", 3, optional=True): lambda row: words.smaller(row.point.macs_ratio),
+        Column("Speed-up", 3, optional=True): lambda row: words.factor(row.point.speedup),
+    }
+    note = "As published, each against its own dense network; we have not measured them again."
+    return listing("Published figures", rows, columns, note=note) if rows else None
+
+
+def _published_difference(published: Published, point: PublishedPoint) -> str:
+    if published.dense is None or point.name == "dense":
+        return words.NOTHING
+    return words.points(point.accuracy - published.dense)
+
+
+def runtimes_table(results: Results) -> Listing | None:
+    """Latency and speed-up in every runtime, networks of the same shapes in one row; None where nothing was timed.
+
+    Each speed-up is over the dense network in the same runtime.
+    """
+    networks = (results.dense, *results.variants)
+    rows: list[_TimedRow] = []
+    for measurements, group in words.group_by(
+        networks, lambda network: (network.measurement, *network.in_runtimes)
+    ).items():
+        names = [network.name for network in group]
+        timed = [measurement for measurement in measurements if measurement.latency_ms is not None]
+        rows += [_TimedRow(words.common_name(names), measurement, results.chosen in names) for measurement in timed]
+    columns: dict[Column, Callable[[_TimedRow], str]] = {
+        Column("Network", number=False, narrow=12): lambda row: row.name,
+        Column("Runtime", number=False): lambda row: row.measurement.runtime or words.NOTHING,
+        Column("Speed-up"): lambda row: words.interval_lines(row.measurement.speedup),
+        Column("Verdict", 3, number=False): lambda row: words.timing_verdict(row.measurement),
+        Column("Latency", 1): lambda row: words.milliseconds(row.measurement.latency_ms),
+        Column("Speed-up\nfrom MACs", 2): lambda row: words.factor(row.measurement.macs_speedup),
+        Column("Share of it\nreached", 4): lambda row: words.interval_lines(row.measurement.efficiency, share=True),
+    }
+    circumstances = dict.fromkeys(filter(None, (words.circumstances(row.measurement) for row in rows)))
+    note = (f"Timed with {' or '.join(circumstances)}. " if circumstances else "") + (
+        "Speed-up: over the dense network in the same runtime, with its 95 % interval. The share reached is the "
+        "measured speed-up over the one that the MACs promise. Networks with layers of the same shapes are timed once."
     )
+    return listing("Time in every runtime", rows, columns, strong=lambda row: row.chosen, note=note) if rows else None
+
+
+def changes_table(changes: Changes) -> Listing:
+    """The accuracy of all classes together and of each one, before and after, with the interval of the difference."""
+    tallies = [changes.whole, *(tally for tally in changes.classes if tally.total)]
+    columns: dict[Column, Callable[[Tally], str]] = {
+        Column("Class", number=False): lambda tally: tally.name if isinstance(tally, ClassChange) else "all classes",
+        Column("Test\nimages", 5): lambda tally: f"{tally.total:,}",
+        Column("Dense", 1): lambda tally: words.percent(tally.before / tally.total),
+        Column("Now"): lambda tally: words.percent(tally.after / tally.total),
+        Column("Points"): lambda tally: words.points(tally.difference.value),
+        Column("95 %\ninterval", 2): lambda tally: words.points_bounds(tally.difference),
+        Column("Became\nwrong", 3): lambda tally: f"{tally.broken:,}",
+        Column("Became\nright", 3): lambda tally: f"{tally.corrected:,}",
+        Column("Wrong in\nanother way", 4): lambda tally: f"{tally.confused:,}",
+    }
+    seeds = f", summed over {len(changes.seeds)} seeds" if len(changes.seeds) > 1 else ""
+    note = f"Both networks on the same test images{seeds}; the interval is that of the difference."
+    title = f"Accuracy of every class, {changes.variant}"
+    return listing(title, tallies, columns, strong=lambda tally: not isinstance(tally, ClassChange), note=note)

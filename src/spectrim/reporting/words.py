@@ -1,7 +1,8 @@
 """Numbers and findings in words: the same in terminal tables, figures and pages."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,17 +10,10 @@ from numpy.typing import NDArray
 from spectrim.benchmark.measurement import Interval, Measurement
 from spectrim.core.plans import Budget, Energy, Metric, Plan, Rank, Ratio, Rule
 from spectrim.linalg import Spectrum
-from spectrim.reporting.results import (
-    Agreement,
-    Changes,
-    Kind,
-    LayerSpectrum,
-    Published,
-    PublishedPoint,
-    Results,
-    Tally,
-    Variant,
-)
+from spectrim.reporting.results import Agreement, Changes, LayerSpectrum, Published, Results, Tally, Variant
+
+_Item = TypeVar("_Item")
+_Key = TypeVar("_Key", bound=Hashable)
 
 TIMES = "\N{MULTIPLICATION SIGN}"
 TO = "\N{EN DASH}"
@@ -28,14 +22,13 @@ NOTHING = TO
 
 def count(number: float) -> str:
     """Up to three significant digits with an SI prefix: 2570 is `2.57 k`."""
-    digits, prefix = _scaled(number)
-    return f"{digits} {prefix}".strip()
+    return " ".join(_scaled(number)).strip()
 
 
 def size(number: float) -> str:
     """Bytes in decimal units: 340448 is `340 kB`."""
-    digits, prefix = _scaled(number)
-    return f"{digits} {prefix}B"
+    digits, unit = _scaled(number)
+    return f"{digits} {unit}B"
 
 
 def _scaled(number: float) -> tuple[str, str]:
@@ -46,25 +39,27 @@ def _scaled(number: float) -> tuple[str, str]:
     return f"{rounded / 1000**power:#.3g}".rstrip("."), ["", "k", "M", "G", "T"][power]
 
 
-def percent(share: float, *, places: int = 2) -> str:
+def percent(share: float | None, *, places: int = 2) -> str:
     """A share of 0.9607 is `96.07 %`."""
-    return f"{100 * share:.{places}f} %"
+    return NOTHING if share is None else f"{100 * share:.{places}f} %"
 
 
 def share(ratio: float | None) -> str:
     """A ratio kept / dense as a percentage of about two digits."""
-    return NOTHING if ratio is None else percent(ratio, places=0 if ratio >= 0.1 else 1 if ratio >= 0.01 else 2)
+    return percent(ratio, places=0 if ratio is None or ratio >= 0.1 else 1 if ratio >= 0.01 else 2)
 
 
-def points(difference: float) -> str:
+def points(difference: float | None) -> str:
     """A difference of two accuracies in percentage points, with its sign: −0.023 is `−2.30`; none is `0.00`."""
+    if difference is None:
+        return NOTHING
     signed = f"{100 * difference:+z.2f}".replace("-", "\N{MINUS SIGN}")
     return "0.00" if signed == "+0.00" else signed
 
 
-def factor(value: float) -> str:
-    """A multiple: two decimals while small, where they matter."""
-    return f"{value:.{2 if value < 2 else 1 if value < 100 else 0}f}{TIMES}"
+def factor(value: float | None) -> str:
+    """A multiple: two decimals below 2, one below 100."""
+    return NOTHING if value is None else f"{value:.{2 if value < 2 else 1 if value < 100 else 0}f}{TIMES}"
 
 
 def smaller(ratio: float | None) -> str:
@@ -80,8 +75,7 @@ def milliseconds(value: float | None) -> str:
     """Three significant digits: `0.0190 ms`, `123 ms`."""
     if value is None:
         return NOTHING
-    text = f"{value:.0f}" if value >= 100 else f"{value:#.3g}"
-    return f"{text} ms"
+    return f"{value:.0f} ms" if value >= 100 else f"{value:#.3g} ms"
 
 
 def bounds(interval: Interval, *, scale: float = 1.0) -> str:
@@ -90,35 +84,50 @@ def bounds(interval: Interval, *, scale: float = 1.0) -> str:
 
 
 def speedup(interval: Interval) -> str:
-    """A speed-up, to the digits that its bounds have."""
+    """A speed-up with two decimals: `1.50×`."""
     return f"{interval.value:.2f}{TIMES}"
 
 
-def verdict(speedup: Interval) -> str:
-    """What the interval of a speed-up allows to say."""
-    word = "faster" if speedup.low > 1 else "slower" if speedup.high < 1 else "no sure difference"
+def interval_lines(interval: Interval | None, *, share: bool = False) -> str:
+    """A speed-up (or a share), and its interval in a second line."""
+    if interval is None:
+        return NOTHING
+    value = percent(interval.value, places=0) if share else speedup(interval)
+    return f"{value}\n{bounds(interval, scale=100 if share else 1)}"
+
+
+def verdict(speedup: Interval, *, word: str | None = None) -> str:
+    """Faster, slower or no sure difference (or `word`, where more is known), with the interval of the speed-up."""
+    word = word or ("faster" if speedup.low > 1 else "slower" if speedup.high < 1 else "no sure difference")
     return f"{word}, 95 % interval {bounds(speedup)}{TIMES}"
 
 
-def judged(measurement: Measurement) -> str:
-    """What the timing against dense allows to say, the calm of the machine considered."""
-    said = {"no difference": "no sure difference", None: NOTHING}
-    return said.get(measurement.verdict, str(measurement.verdict))
+def timing_verdict(measurement: Measurement) -> str:
+    """`Measurement.verdict` in words; unlike `verdict` it takes into account how steady the machine was."""
+    return (measurement.verdict or NOTHING).replace("no difference", "no sure difference")
 
 
-def timed_in(measurement: Measurement) -> str:
-    """What a latency is of: `torch, 1 thread, batches of 32`."""
-    return ", ".join(filter(None, (measurement.runtime, circumstances(measurement))))
+def threads(measurement: Measurement) -> str:
+    """`1 thread`; nothing where that is not known."""
+    return f"{measurement.threads} thread{'s' if measurement.threads != 1 else ''}" if measurement.threads else ""
 
 
 def circumstances(measurement: Measurement) -> str:
     """How it was timed: `1 thread, batches of 32`; nothing where that is not known."""
-    threads = f"{measurement.threads} thread{'s' if measurement.threads != 1 else ''}" if measurement.threads else ""
     batch = f"batches of {measurement.batch}" if measurement.batch and measurement.batch > 1 else ""
-    return ", ".join(filter(None, (threads, batch)))
+    return ", ".join(filter(None, (threads(measurement), batch)))
 
 
-def in_common(names: Sequence[str]) -> str:
+def costs(measurement: Measurement) -> dict[str, tuple[str, float | None]]:
+    """The value of each cost, and its ratio kept / dense."""
+    return {
+        "Parameters": (count(measurement.params), measurement.params_ratio),
+        "File size": (size(measurement.bytes), measurement.bytes_ratio),
+        "MACs": (count(measurement.macs), measurement.macs_ratio),
+    }
+
+
+def common_name(names: Sequence[str]) -> str:
     """What several networks' names share, `rank 20` of `rank 20, zero-shot` and `rank 20, fine-tuned`; else all."""
     first, *others = [name.split(", ") for name in names]
     shared = [part for part in first if all(part in other for other in others)]
@@ -134,8 +143,6 @@ def difference(variant: Variant, dense: Variant) -> str:
 
 def accuracy(variant: Variant) -> str:
     """Mean ± spread over the seeds, or the one seed's accuracy and its 95 % interval."""
-    if variant.accuracy is None:
-        return NOTHING
     around = uncertainty(variant)
     return f"{percent(variant.accuracy)} {around if variant.spread is not None else f'({around})'}"
 
@@ -147,21 +154,21 @@ def uncertainty(variant: Variant) -> str:
     return bounds(variant.runs[0].test.interval, scale=100) if variant.runs else NOTHING
 
 
-def agreement(one: Agreement) -> str:
+def agreement(value: Agreement) -> str:
     """How the factored network compares with the one that was trained."""
-    alike = f"all {one.of:,}" if one.equal == one.of else f"{one.equal:,} of {one.of:,}"
+    alike = f"all {value.of:,}" if value.equal == value.of else f"{value.equal:,} of {value.of:,}"
     return (
-        f"Against the network that was trained, its logits differ by at most {one.largest_difference:.1g} (the largest "
-        f"is {one.largest_logit:.3g}), and {alike} test images are classified alike."
+        f"Against the network that was trained, its logits differ by at most {value.largest_difference:.1g} (the "
+        f"largest is {value.largest_logit:.3g}), and {alike} test images are classified alike."
     )
 
 
-def sentence(words: str) -> str:
+def sentence(text: str) -> str:
     """With a capital at the beginning, and those within as they are."""
-    return words[:1].upper() + words[1:]
+    return text[:1].upper() + text[1:]
 
 
-def asked(rule: Rule | None) -> str:
+def rule_text(rule: Rule | None) -> str:
     """A rule as words: `rank 20`."""
     match rule:
         case Rank():
@@ -171,12 +178,12 @@ def asked(rule: Rule | None) -> str:
         case Energy():
             return f"energy {percent(rule.energy, places=0)}"
         case Budget():
-            kept = {"macs": "MACs", "params": "parameters", "bytes": "bytes", "latency": "time"}[rule.limits]
-            return f"{percent(rule.share, places=0)} of the {kept}"
+            cost = {"macs": "MACs", "params": "parameters", "bytes": "bytes", "latency": "time"}[rule.limits]
+            return f"{percent(rule.share, places=0)} of the {cost}"
     return NOTHING
 
 
-def one_rank(variant: Variant) -> int | None:
+def shared_rank(variant: Variant) -> int | None:
     """The rank that all factored layers share, None where they differ."""
     if isinstance(variant.rule, Rank):
         return variant.rule.rank
@@ -186,10 +193,10 @@ def one_rank(variant: Variant) -> int | None:
 
 def ranks(variant: Variant) -> str:
     """The rank, or the smallest and largest rank, of the factored layers."""
-    if (rank := one_rank(variant)) is not None:
+    if (rank := shared_rank(variant)) is not None:
         return str(rank)
-    found = sorted(layer.rank for layer in variant.plan.factored if layer.rank) if variant.plan else []
-    return f"{found[0]}{TO}{found[-1]}" if found else NOTHING
+    ordered = sorted(layer.rank for layer in variant.plan.factored if layer.rank) if variant.plan else []
+    return f"{ordered[0]}{TO}{ordered[-1]}" if ordered else NOTHING
 
 
 def shape(sides: Iterable[int]) -> str:
@@ -203,105 +210,81 @@ def and_more(items: Sequence[str], *, most: int) -> str:
     return "; ".join(items[:most]) + (f"; and {rest} more" if rest > 0 else "")
 
 
-def costs(measurement: Measurement) -> str:
-    """Parameters, bytes and MACs in one line."""
-    return f"{count(measurement.params)} parameters, {size(measurement.bytes)}, {count(measurement.macs)} MACs"
+def group_by(items: Iterable[_Item], key: Callable[[_Item], _Key]) -> dict[_Key, list[_Item]]:
+    """The items by their keys, in order of appearance."""
+    groups: dict[_Key, list[_Item]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return groups
 
 
 def accuracy_finding(results: Results) -> str:
     """What the accuracy figure shows: each group's ends, and which network comes closest to dense."""
-    measured = [one for one in results.variants if one.accuracy is not None]
-    sentences = []
-    if results.dense.accuracy is not None:
-        sentences.append(f"The dense network reaches {accuracy(results.dense)}.")
+    measured = [variant for variant in results.variants if variant.accuracy is not None]
+    known = results.dense.accuracy is not None
+    sentences = [f"The dense network reaches {accuracy(results.dense)}."] if known else []
     for label, group in grouped(measured).items():
-        ordered = sorted(group, key=lambda one: one.measurement.params)
-        ends = [percent(one.accuracy or 0) for one in (ordered[0], ordered[-1])]
-        shown = ends[0] if len(ordered) == 1 else f"{ends[0]} with the smallest network to {ends[1]} with the largest"
-        sentences.append(f"{sentence(label)}: {shown}.")
+        ordered = sorted(group, key=lambda variant: variant.measurement.params)
+        smallest, largest = percent(ordered[0].accuracy), percent(ordered[-1].accuracy)
+        ends = f"{smallest} with the smallest network to {largest} with the largest"
+        sentences.append(f"{sentence(label)}: {ends if len(group) > 1 else smallest}.")
     if measured:
-        best = max(measured, key=lambda one: one.accuracy or 0)
-        against = (
-            f", {difference(best, results.dense)} points against dense" if results.dense.accuracy is not None else ""
-        )
+        best = max(measured, key=lambda variant: variant.accuracy or 0)
+        against = f", {difference(best, results.dense)} points against dense" if known else ""
         sentences.append(f"The most accurate compressed network is {best.name} with {accuracy(best)}{against}.")
-    sentences += map(published_finding, results.published)
-    return " ".join(sentences)
+    return " ".join([*sentences, *map(published_finding, results.published)])
 
 
-def grouped(variants: Iterable[Variant]) -> dict[str, list[Variant]]:
+def grouped(variants: Sequence[Variant]) -> dict[str, list[Variant]]:
     """The variants by stage and family, such as `fine-tuned, plain metric`, in order of appearance."""
-    shown = list(variants)
-    titles = families(shown)
-    groups: dict[str, list[Variant]] = {}
-    for one in shown:
-        title = titles[one.name]
-        label = one.name if title == _untuned(one) else ", ".join(filter(None, (one.stage, title)))
-        groups.setdefault(label, []).append(one)
-    return groups
+    titles = families(variants)
+
+    def label(variant: Variant) -> str:
+        title = titles[variant.name]
+        return variant.name if title == _base_name(variant) else ", ".join(filter(None, (variant.stage, title)))
+
+    return group_by(variants, label)
 
 
-def families(variants: Iterable[Variant]) -> dict[str, str]:
+def families(variants: Sequence[Variant]) -> dict[str, str]:
     """What belongs together, by the networks' names: those made by one kind of rule in one metric.
 
-    The kind of rule is said where there are several. A network that no rule describes, and one that is the only one of
-    its kind, goes by its own name.
+    The kind of rule is named where there are several. A network without a rule, and one that is the only one of its
+    kind, has its own name as title.
     """
-    shown = list(variants)
-    kinds = {type(one.rule) for one in shown if one.rule is not None and one.stage != "trained"}
-    titles = {one.name: _family(one, several=len(kinds) > 1) for one in shown}
-    members: dict[str, set[str]] = {}
-    for one in shown:
-        members.setdefault(titles[one.name], set()).add(_untuned(one))
+    rules = {variant.name: variant.rule for variant in variants if variant.rule and variant.stage != "trained"}
+    several_kinds = len({rule.rule for rule in rules.values()}) > 1
+    titles = {variant.name: _base_name(variant) for variant in variants}
+    for variant in variants:
+        if variant.name in rules:
+            kind = rules[variant.name].rule if several_kinds else ""
+            metric = f"{variant.metric} metric" if variant.metric else ""
+            titles[variant.name] = ", ".join(filter(None, (kind, metric)))
+    members = group_by(variants, lambda variant: titles[variant.name])
     if len(members) == 1:
         return titles
+    names = {title: {_base_name(variant) for variant in group} for title, group in members.items()}
     return {
-        name: _only(members[title]) if len(members[title]) == 1 else title or "others" for name, title in titles.items()
+        name: next(iter(names[title])) if len(names[title]) == 1 else title or "others"
+        for name, title in titles.items()
     }
 
 
-def _only(names: set[str]) -> str:
-    (name,) = names
-    return name
-
-
-def _family(variant: Variant, *, several: bool) -> str:
-    if variant.stage == "trained" or variant.rule is None:
-        return _untuned(variant)
-    kind = _KINDS[type(variant.rule)] if several else ""
-    return ", ".join(filter(None, (kind, f"{variant.metric} metric" if variant.metric else "")))
-
-
-_KINDS: dict[type, str] = {Rank: "rank", Ratio: "ratio", Energy: "energy", Budget: "budget"}
-
-
-def _untuned(variant: Variant) -> str:
+def _base_name(variant: Variant) -> str:
     """The name without the stage at its end."""
     title, comma, last = variant.name.rpartition(", ")
     return title if comma and (last == variant.stage or last.endswith(" tuned")) else variant.name
 
 
-def published_place(point: PublishedPoint, against: str) -> float | None:
-    """What a published network keeps of its own dense one's cost: kept / dense."""
-    match against:
-        case "params":
-            return point.params_ratio
-        case "macs":
-            return point.macs_ratio
-        case "latency":
-            return None if point.speedup is None else 1 / point.speedup
-    return None
-
-
 def published_finding(published: Published) -> str:
     """Somebody else's figures in a sentence."""
-    said = [f"{'dense' if rank is None else f'rank {rank}'} {percent(value)}" for rank, value in published.accuracy]
-    for one in published.points:
-        kept = {"parameters": one.params_ratio, "MACs": one.macs_ratio}
-        costs = [f"{share(ratio)} of the {name}" for name, ratio in kept.items() if ratio is not None]
-        costs += [f"{factor(one.speedup)} as fast"] if one.speedup is not None else []
-        said.append(f"{one.name} {percent(one.accuracy)}{' with ' if costs else ''}{' and '.join(costs)}")
-    return f"Published ({published.source}): {'; '.join(said)}."
+    networks = []
+    for point in published.networks:
+        ratios = {"parameters": point.params_ratio, "MACs": point.macs_ratio}
+        costs = [f"{share(ratio)} of the {name}" for name, ratio in ratios.items() if ratio is not None]
+        costs += [f"{factor(point.speedup)} as fast"] if point.speedup is not None else []
+        networks.append(f"{point.name} {percent(point.accuracy)}{' with ' if costs else ''}{' and '.join(costs)}")
+    return f"Published ({published.source}): {'; '.join(networks)}."
 
 
 def changes_finding(changes: Changes, *, most: int = 3) -> str:
@@ -309,69 +292,59 @@ def changes_finding(changes: Changes, *, most: int = 3) -> str:
     whole = changes.whole
     seeds = f" (all {len(changes.seeds)} seeds together)" if len(changes.seeds) > 1 else ""
     sentences = [
-        f"Of {whole.total:,} test images{seeds} {whole.broken:,} became wrong, {whole.mended:,} became right and "
+        f"Of {whole.total:,} test images{seeds} {whole.broken:,} became wrong, {whole.corrected:,} became right and "
         f"{whole.confused:,} are wrong in another way: {points_interval(whole)}."
     ]
     for word, sign in (("worse", -1), ("better", 1)):
-        found = sorted((one for one in changes.classes if sure(one) == sign), key=abs_difference)
-        if found:
-            named = [f"{one.name} ({points(one.difference.value)})" for one in reversed(found)]
-            sentences.append(f"Surely {word}, in points: {and_more(named, most=most)}.")
+        classes = [tally for tally in changes.classes if sure_sign(tally) == sign]
+        if classes:
+            classes.sort(key=lambda tally: abs(tally.difference.value))
+            names = [f"{tally.name} ({points(tally.difference.value)})" for tally in reversed(classes)]
+            sentences.append(f"Surely {word}, in points: {and_more(names, most=most)}.")
     if len(sentences) == 1:
         sentences.append("No class is surely better or worse than before.")
     return " ".join(sentences)
 
 
-def abs_difference(one: Tally) -> float:
-    """The size of the change in accuracy."""
-    return abs(one.difference.value)
-
-
-def sure(one: Tally) -> int:
+def sure_sign(tally: Tally) -> int:
     """-1: surely worse than before; 1: surely better; 0: the 95 % interval of the difference holds 0."""
-    interval = one.difference
+    interval = tally.difference
     return -1 if interval.high < 0 else 1 if interval.low > 0 else 0
 
 
-def points_interval(one: Tally) -> str:
-    """`−0.30 points, 95 % interval −0.52–−0.08`."""
-    interval = one.difference
-    return f"{points(interval.value)} points, 95 % interval {points(interval.low)} to {points(interval.high)}"
+def points_bounds(interval: Interval) -> str:
+    """Both ends of an interval in points: `−0.52 to −0.08`."""
+    return f"{points(interval.low)} to {points(interval.high)}"
 
 
-KIND: dict[Kind, str] = {
-    "broken": "Right before, wrong now",
-    "mended": "Wrong before, right now",
-    "confused": "Wrong both times, with another answer",
-}
-"""The kinds of changed answers as headings."""
+def points_interval(tally: Tally) -> str:
+    """`−0.30 points, 95 % interval −0.52 to −0.08`."""
+    return f"{points(tally.difference.value)} points, 95 % interval {points_bounds(tally.difference)}"
 
 
 def spectrum_finding(spectra: Sequence[LayerSpectrum], plans: Sequence[Plan]) -> str:
-    """How quickly the energy of one layer is gathered, and what the plans keep of it."""
+    """How many singular values of one layer hold how much energy, and what share the plans keep."""
     first = spectra[0]
     sentences = [f"Layer {first.layer} ({first.kind}, {shape(first.shape)}) has {len(first.values)} singular values."]
-    for one in spectra:
-        values = Spectrum(np.array(one.values))
+    energies = []
+    for spectrum in spectra:
+        values, held = Spectrum(np.array(spectrum.values)), explained(spectrum)
         sentences.append(
-            f"In the {one.metric} metric, {values.rank_for(0.5)} of them hold 50 % of the energy (explained variance), "
-            f"{values.rank_for(0.9)} hold 90 % and {values.rank_for(0.99)} hold 99 %."
+            f"In the {spectrum.metric} metric, {values.rank_for(0.5)} of them hold 50 % of the energy (explained "
+            f"variance), {values.rank_for(0.9)} hold 90 % and {values.rank_for(0.99)} hold 99 %."
         )
-    kept = []
-    for one in spectra:
-        held = explained(one)
-        kept += [
-            f"{percent(held[rank - 1], places=1)} at rank {rank} ({one.metric})"
-            for rank in kept_ranks(plans, layer=one.layer, metric=one.metric)
+        energies += [
+            f"{percent(held[rank - 1], places=1)} at rank {rank} ({spectrum.metric})"
+            for rank in kept_ranks(plans, layer=spectrum.layer, metric=spectrum.metric)
             if rank <= len(held)
         ]
-    if kept:
-        sentences.append(f"Energy kept: {and_more(kept, most=6)}.")
+    if energies:
+        sentences.append(f"Energy kept: {and_more(energies, most=6)}.")
     return " ".join(sentences)
 
 
 def explained(spectrum: LayerSpectrum) -> NDArray[np.float64]:
-    """The share of the energy that the first 1..k values hold: as the study noted it, else from the values."""
+    """The share of the energy that the first 1..k values hold: as the study recorded it, else from the values."""
     return np.array(spectrum.cumulative or Spectrum(np.array(spectrum.values)).cumulative_energy, dtype=np.float64)
 
 
@@ -390,8 +363,7 @@ def curves_finding(results: Results) -> str:
         if not curve:
             continue
         first, last = curve[0], curve[-1]
-        held = ""
-        if first.held_out is not None and last.held_out is not None:
-            held = f", held-out accuracy {percent(first.held_out)} to {percent(last.held_out)}"
+        known = first.held_out is not None and last.held_out is not None
+        held = f", held-out accuracy {percent(first.held_out)} to {percent(last.held_out)}" if known else ""
         sentences.append(f"{variant.name}: loss {first.loss:.3g} to {last.loss:.3g}{held} in {len(curve)} epochs")
     return f"From the first epoch to the last of the first seed. {and_more(sentences, most=4)}." if sentences else ""
