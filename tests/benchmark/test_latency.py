@@ -38,9 +38,10 @@ from spectrim.benchmark.timing_cache import cache_folder
 from spectrim.core.execution import as_inputs
 from spectrim.core.plans import LatencyNote
 from spectrim.layers.forms import form_named
-from spectrim.planning.budgets import Options
+from spectrim.planning.budgets import Candidates
 from spectrim.planning.latency_budget import refined
-from spectrim.planning.rules import options_of
+from spectrim.planning.decisions import PlanOptions
+from spectrim.planning.rules import candidates_of
 from spectrim.runtimes.rank_grid import Grid
 from spectrim.runtimes.timing import Interval
 
@@ -232,17 +233,17 @@ class TestDecision:
     TARGET = 0.7
 
     @pytest.fixture
-    def options(self, known: st.Analysis) -> Options:
+    def options(self, known: st.Analysis) -> Candidates:
         rule = st.Budget(latency=self.TARGET)
-        return options_of(known, rule, metric=None, forms=None, rank_multiple=None, latencies=table_by(known, by_macs))
+        return candidates_of(known, rule, PlanOptions(latencies=table_by(known, by_macs)))
 
-    def decide(self, options: Options, clock: Clock) -> tuple[st.Plan, LatencyNote]:
+    def decide(self, options: Candidates, clock: Clock) -> tuple[st.Plan, LatencyNote]:
         plan = refined(options, st.Budget(latency=self.TARGET), verify=clock)
         assert plan.latency is not None
         return plan, plan.latency
 
     @pytest.mark.parametrize("factor", [1.0, 0.96, 1.015])
-    def test_a_prediction_that_holds_is_taken(self, options: Options, factor: float) -> None:
+    def test_a_prediction_that_holds_is_taken(self, options: Candidates, factor: float) -> None:
         clock = Clock(lambda share: factor * share)
         plan, note = self.decide(options, clock)
         assert len(clock.asked) == 1
@@ -251,7 +252,7 @@ class TestDecision:
         assert note.missed is note.refused is None
 
     @pytest.mark.parametrize("saved", [0.6, 0.85])
-    def test_savings_that_are_smaller_in_truth_are_asked_for_once_more(self, options: Options, saved: float) -> None:
+    def test_savings_that_are_smaller_in_truth_are_asked_for_once_more(self, options: Candidates, saved: float) -> None:
         clock = Clock(lambda share: 1 - saved * (1 - share))
         plan, note = self.decide(options, clock)
         assert len(clock.asked) == 2
@@ -260,7 +261,7 @@ class TestDecision:
         assert (note.solved, note.missed, note.predicted) == (2, None, clock.asked[1])
         assert plan.factored
 
-    def test_savings_that_are_larger_in_truth_are_given_back(self, options: Options) -> None:
+    def test_savings_that_are_larger_in_truth_are_given_back(self, options: Candidates) -> None:
         clock = Clock(lambda share: 1 - 1.4 * (1 - share))
         plan, note = self.decide(options, clock)
         assert clock.asked[0] < clock.asked[1]
@@ -270,12 +271,12 @@ class TestDecision:
             (one.predicted_error or 0) ** 2 for one in hasty
         )
 
-    def test_the_gentler_plan_is_taken_only_if_it_meets_the_target(self, options: Options) -> None:
+    def test_the_gentler_plan_is_taken_only_if_it_meets_the_target(self, options: Candidates) -> None:
         times = iter([0.6, 0.9])
         _, note = self.decide(options, Clock(lambda _: next(times)))
         assert (note.measured, note.solved, note.missed) == (0.6, 2, None)
 
-    def test_of_two_that_miss_the_faster_one_is_taken_and_the_plan_says_so(self, options: Options) -> None:
+    def test_of_two_that_miss_the_faster_one_is_taken_and_the_plan_says_so(self, options: Candidates) -> None:
         for both in ([0.9, 0.85], [0.85, 0.9]):
             times = iter(both)
             plan, note = self.decide(options, Clock(lambda _, times=times: next(times)))  # type: ignore[misc]
@@ -286,7 +287,9 @@ class TestDecision:
             assert plan.factored
 
     @pytest.mark.parametrize(("share", "spread"), [(1.2, 0.01), (1.0, 0.0), (0.95, 0.1)])
-    def test_what_is_not_surely_faster_is_left_as_it_was(self, options: Options, share: float, spread: float) -> None:
+    def test_what_is_not_surely_faster_is_left_as_it_was(
+        self, options: Candidates, share: float, spread: float
+    ) -> None:
         clock = Clock(lambda _: share, spread)
         plan, note = self.decide(options, clock)
         assert len(clock.asked) == 2
@@ -305,7 +308,7 @@ class TestDecision:
 
         def decide(target: float, clock: Clock) -> st.Plan:
             rule = st.Budget(latency=target)
-            given = options_of(known, rule, metric=None, forms=None, rank_multiple=None, latencies=table)
+            given = candidates_of(known, rule, PlanOptions(latencies=table))
             return refined(given, rule, verify=clock)
 
         plan = decide(0.9 * least, Clock(lambda share: 0.89 * share))
@@ -330,9 +333,7 @@ class TestDecision:
     def test_whatever_the_clock_says(self, shares: list[float], spread: float) -> None:
         known = KNOWN[0]
         rule = st.Budget(latency=self.TARGET)
-        options = options_of(
-            known, rule, metric=None, forms=None, rank_multiple=None, latencies=table_by(known, by_macs)
-        )
+        options = candidates_of(known, rule, PlanOptions(latencies=table_by(known, by_macs)))
         times = iter(shares)
         clock = Clock(lambda _: next(times), spread)
         plan, note = self.decide(options, clock)
