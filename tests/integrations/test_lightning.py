@@ -110,7 +110,7 @@ def test_accumulated_batches_are_one_step(tmp_path: Path) -> None:
 
 def scheduled() -> tuple[Net, RankScheduleCallback]:
     net = Net()
-    truncation = truncated_(net, st.Ratio(1.0), movable=True)
+    truncation = truncated_(net, st.Ratio(1.0), trainable_rank=True)
     return net, RankScheduleCallback(RankSchedule(st.Budget(params=0.6), every=3, end=12), truncation)
 
 

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import spectrim as st
 from spectrim import errors
-from spectrim.training import Checkpoint, History, Step, fit, resumed
+from spectrim.training import Checkpoint, History, Settings, Step, TrainingRun, resumed, train_in_place
 
 Pair = tuple[Tensor, Tensor]
 
@@ -246,10 +246,11 @@ def test_random_states_of_the_caller_are_put_back() -> None:
     assert torch.equal(torch.get_rng_state(), state_now)
 
 
-def test_fit_leaves_other_parameters_their_gradients_and_flags() -> None:
+def test_training_in_place_leaves_other_parameters_their_gradients_and_flags() -> None:
     model = small_mlp(dtype=torch.float32)
     before = state(model)
-    history = fit(model, lambda epoch: task(), epochs=1, lr=1e-2, parameters=model[4].parameters(), weight_decay=0.1)
+    settings = Settings(epochs=1, lr=1e-2, weight_decay=0.1, clip=None)
+    history = train_in_place(TrainingRun(model, task(), settings=settings, trained=list(model[4].parameters())))
     assert isinstance(history, History)
     assert {name for name in before if not torch.equal(before[name], model.state_dict()[name])} == {
         "4.weight",
@@ -354,7 +355,8 @@ def test_what_a_listener_does_to_the_weights_is_part_of_the_step(tmp_path: Path,
                 model[6].weight.mul_(0.9 + 0.1 * torch.rand(()))
 
         kept = Checkpoint(checkpoint, run="one") if checkpoint else None
-        fit(model, lambda epoch: task(), epochs=2, lr=1e-2, checkpoint=kept, on_step=listen)
+        settings = Settings(epochs=2, lr=1e-2, clip=None)
+        train_in_place(TrainingRun(model, task(), settings=settings, checkpoint=kept, on_step=listen))
         return model
 
     whole, path = trained(), tmp_path / "run"

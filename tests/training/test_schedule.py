@@ -12,13 +12,21 @@ from torch.nn import functional
 
 import spectrim as st
 from spectrim import errors
-from spectrim.training import NuclearNorm, RankSchedule, Truncation, fit, truncated_
+from spectrim.training import (
+    NuclearNorm,
+    RankSchedule,
+    Settings,
+    TrainingRun,
+    Truncation,
+    train_in_place,
+    truncated_,
+)
 
 
-def network(*, shrink: float = 0.1) -> tuple[nn.Module, Truncation]:
+def network(*, residual_decay: float = 0.1) -> tuple[nn.Module, Truncation]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(12, 64), nn.ReLU(), nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 4))
-    return model, truncated_(model, st.Ratio(1.0), movable=True, shrink=shrink, exclude="4")
+    return model, truncated_(model, st.Ratio(1.0), trainable_rank=True, residual_decay=residual_decay, exclude="4")
 
 
 def train(
@@ -60,7 +68,7 @@ def test_energy_takes_the_least_rank_that_keeps_the_share() -> None:
 
 
 def test_energy_follows_a_weight_that_becomes_simpler_or_richer() -> None:
-    _, truncation = network(shrink=0.0)
+    _, truncation = network(residual_decay=0.0)
     schedule = RankSchedule(st.Energy(0.9), every=1)
     W = truncation.weights()["2"]
     U, S, Vh = (part.clone() for part in torch.linalg.svd(W.detach(), full_matrices=False))
@@ -111,7 +119,7 @@ def test_a_budget_chooses_the_ranks_of_all_layers_together() -> None:
 def test_a_budget_of_macs_counts_as_the_measurement_does() -> None:
     model, x = small_cnn(dtype=torch.float32), inputs(2, 3, 12, 12, dtype=torch.float32)
     dense = st.measure(model, x, latency=False).macs
-    truncation = truncated_(model, st.Ratio(1.0), movable=True)
+    truncation = truncated_(model, st.Ratio(1.0), trainable_rank=True)
     before = state(model)
     schedule = RankSchedule(st.Budget(macs=0.4), every=5, end=5, example_inputs=x)
     schedule.step(truncation)
@@ -127,7 +135,7 @@ def test_a_shared_weight_counts_once() -> None:
     torch.manual_seed(0)
     model = SharedModule()
     dense = sum(p.numel() for p in model.parameters())
-    truncation = truncated_(model, st.Ratio(1.0), movable=True)
+    truncation = truncated_(model, st.Ratio(1.0), trainable_rank=True)
     schedule = RankSchedule(st.Budget(params=0.8), every=1, end=1)
     schedule.step(truncation)
     small = truncation.finish()
@@ -174,12 +182,13 @@ def test_it_works_from_the_loop_of_this_library() -> None:
     model, truncation = network()
     x = inputs(64, 12, dtype=torch.float32)
     schedule = RankSchedule(st.Budget(params=0.4), every=4, end=12)
-    fit(
-        model,
-        lambda _: [(part, part[:, :4].argmax(dim=1)) for part in x.split(16)],
-        epochs=4,
-        lr=1e-2,
-        on_step=lambda _: schedule.step(truncation) and None,
+    train_in_place(
+        TrainingRun(
+            model,
+            [(part, part[:, :4].argmax(dim=1)) for part in x.split(16)],
+            settings=Settings(epochs=4, lr=1e-2, clip=None),
+            on_step=lambda _: schedule.step(truncation) and None,
+        )
     )
     assert [record.step for record in schedule.history] == [0, 4, 8, 12]
     weights = truncation.weights()

@@ -13,7 +13,7 @@ import spectrim as st
 from spectrim import errors
 from spectrim.models import mlp
 from spectrim.recipes.images import Images, Minibatches, load_images
-from spectrim.training import ProjectEachEpoch, Switch, fit, truncated_
+from spectrim.training import ProjectEachEpoch, Settings, Switch, TrainingRun, train_in_place, truncated_
 
 
 def with_values(model: nn.Module, values: dict[str, list[float]]) -> None:
@@ -89,13 +89,9 @@ def test_a_real_run_settles_and_trains_on_in_low_rank(digits: Images) -> None:
     switch.step(model)
     ranks = None
     for epoch in range(15):
-        fit(
-            model,
-            lambda _, now=epoch: Minibatches(digits.train.images, digits.train.labels, 64, 0, now),
-            epochs=1,
-            lr=2e-3,
-            warm_up=0.0,
-        )
+        settings = Settings(epochs=1, lr=2e-3, warm_up=0.0, clip=None)
+        batches = Minibatches(digits.train.images, digits.train.labels, 64, 0, epoch)
+        train_in_place(TrainingRun(model, batches, settings=settings))
         ranks = switch.step(model)
         if ranks is not None:
             break
@@ -111,11 +107,12 @@ def test_a_real_run_settles_and_trains_on_in_low_rank(digits: Images) -> None:
     factored = ProjectEachEpoch(ranks).finish(model)
     assert {name: factored.get_submodule(name).rank for name in ranks} == dict(ranks)
     truncation = truncated_(model, ranks)
-    fit(
-        model,
-        lambda epoch: Minibatches(digits.train.images, digits.train.labels, 64, 1, epoch),
-        epochs=2,
-        lr=1e-3,
+    train_in_place(
+        TrainingRun(
+            model,
+            lambda epoch: Minibatches(digits.train.images, digits.train.labels, 64, 1, epoch),
+            settings=Settings(epochs=2, lr=1e-3, clip=None),
+        )
     )
     small = truncation.finish()
     assert sum(p.numel() for p in small.parameters()) < sum(

@@ -1,5 +1,6 @@
 """Fine-tuning: it learns, repeats, resumes, and stops with a reason."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import spectrim as st
 from spectrim import errors
-from spectrim.training import Step, fit
+from spectrim.training import Settings, Step, TrainingRun, train_in_place
 from spectrim.training.checkpoint import Checkpoint
 
 
@@ -182,17 +183,18 @@ def test_the_best_epoch_is_kept_when_asked_and_an_interrupted_run_still_knows_it
         seen.append(state(model))  # after epoch - 1
         return epochs(x, y if epoch < 2 else (y + 1) % 4)(epoch)  # from epoch 2 on it learns the wrong
 
-    given = {"epochs": 5, "lr": 1e-2, "held_out": [(x, y)], "keep": "best"}
+    settings = Settings(epochs=5, lr=1e-2, keep="best", clip=None)
     start = state(model)
-    curve = fit(model, data, **given)
+    curve = train_in_place(TrainingRun(model, data, settings=settings, held_out=[(x, y)]))
     best = max(curve, key=lambda epoch: epoch.held_out).epoch
     assert best < 4
     assert same_state(model, seen[best + 1])
     whole = state(model)
-    kept = Checkpoint(tmp_path / "state.safetensors", run="this one")
+    checkpoint = Checkpoint(tmp_path / "state.safetensors", run="this one")
+    run = TrainingRun(model, data, settings=settings, held_out=[(x, y)], checkpoint=checkpoint)
     model.load_state_dict(start)
     with pytest.raises(InterruptedRunError):
-        fit(model, data, **given, checkpoint=kept, on_step=stop_in_epoch(4))
+        train_in_place(dataclasses.replace(run, on_step=stop_in_epoch(4)))
     model.load_state_dict(start)
-    fit(model, data, **given, checkpoint=kept)
+    train_in_place(run)
     assert same_state(model, whole)

@@ -150,16 +150,16 @@ def test_remove_gives_back_the_plain_layers_with_the_same_outputs() -> None:
 
 def test_it_learns_and_the_shrunk_part_is_smaller_than_the_published_methods() -> None:
     outside = {}
-    for shrink in (0.0, 0.1):
+    for decay in (0.0, 0.1):
         model = small_mlp(dtype=torch.float32)
         start = state(model)
-        truncation = truncated_(model, st.Rank(3), shrink=shrink)
+        truncation = truncated_(model, st.Rank(3), residual_decay=decay)
         x = inputs(256, 12, dtype=torch.float32)
         train(model, torch.optim.Adam(model.parameters(), lr=1e-2), steps=150)
         weights = {name: full(model.get_submodule(name)).detach() for name in truncation.ranks}
-        outside[shrink] = sum(float((W - best(W, 3)).norm()) for W in weights.values())
+        outside[decay] = sum(float((W - best(W, 3)).norm()) for W in weights.values())
         untrained = sum(float((W - best(W, 3)).norm()) for W in (start["0.weight"], start["2.weight"]))
-        assert outside[shrink] < untrained or shrink == 0
+        assert outside[decay] < untrained or decay == 0
         truncation.finish()
         assert model(x).isfinite().all()
     assert outside[0.1] < 0.5 * outside[0.0]
@@ -211,7 +211,7 @@ def test_fused_optimisers_are_noticed_though_they_do_not_count(kind: type[torch.
 
 def test_published_training_never_changes_the_weight_itself() -> None:
     model = small_mlp()
-    truncated_(model, st.Rank(3), shrink=0)
+    truncated_(model, st.Rank(3), residual_decay=0)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     with torch.no_grad():
         full(model[0]).add_(0.1)
@@ -227,8 +227,10 @@ def test_a_shared_weight_is_truncated_and_shrunk_once(make: type[nn.Module], mon
     x = inputs(5, 6 if make is Double else 8)
     truncation = truncated_(model, st.Rank(2))
     calls = []
-    real = st.training.cut.truncate
-    monkeypatch.setattr(st.training.cut, "truncate", lambda *a, **k: calls.append(1) or real(*a, **k))
+    real = st.training.low_rank_parametrization.truncate
+    monkeypatch.setattr(
+        st.training.low_rank_parametrization, "truncate", lambda *a, **k: calls.append(1) or real(*a, **k)
+    )
     model(x).sum().backward()
     assert not calls
     optimiser = torch.optim.SGD(model.parameters(), lr=0.01)
@@ -321,7 +323,7 @@ def broken() -> nn.Module:
         (small_mlp, {"rule": st.Ratio(1.0)}, errors.TrainingError, "leaves no layer to truncate"),
         (small_mlp, {"rule": st.Budget(macs=0.5)}, errors.RuleError, "does not say a rank for each layer"),
         (small_mlp, {"include": "fc*"}, errors.PatternError, "matches no layer"),
-        (small_mlp, {"shrink": 1.5}, errors.TrainingError, "not a share"),
+        (small_mlp, {"residual_decay": 1.5}, errors.TrainingError, "not a share"),
         (lambda: nn.Sequential(nn.ReLU()), {}, errors.ModelError, "no Linear or convolution layer"),
     ],
 )
@@ -348,16 +350,16 @@ def test_a_weight_that_becomes_nan_in_training_is_named() -> None:
         model(inputs(2, 12))
 
 
-def movable(*, exact: bool = False) -> tuple[nn.Module, st.training.Truncation]:
+def with_trainable_ranks(*, exact: bool = False) -> tuple[nn.Module, st.training.Truncation]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(12, 80), nn.ReLU(), nn.Linear(80, 80), nn.ReLU(), nn.Linear(80, 4))
-    return model, truncated_(model, st.Ratio(1.0), movable=True, exact=exact)
+    return model, truncated_(model, st.Ratio(1.0), trainable_rank=True, exact=exact)
 
 
 def test_at_full_rank_nothing_changes_and_finish_gives_the_plain_layers_back() -> None:
     model, x = small_cnn(), inputs(2, 3, 12, 12)
     plain = copy.deepcopy(model)
-    truncation = truncated_(model, st.Ratio(1.0), movable=True)
+    truncation = truncated_(model, st.Ratio(1.0), trainable_rank=True)
     assert dict(truncation.ranks) == {name: one.full_rank for name, one in truncation.sizes.items()}
     ranks = dict.fromkeys(truncation.ranks, 2)
     truncation.set_ranks(ranks)
@@ -376,7 +378,7 @@ def test_at_full_rank_nothing_changes_and_finish_gives_the_plain_layers_back() -
 @pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize(("before", "after"), [(8, 3), (3, 8), (80, 5), (30, 4), (4, 30), (4, 80)])
 def test_ranks_move_down_and_up(before: int, after: int, exact: bool) -> None:
-    model, truncation = movable(exact=exact)
+    model, truncation = with_trainable_ranks(exact=exact)
     truncation.set_ranks({"2": before})
     train(model, torch.optim.Adam(model.parameters(), lr=1e-3), steps=2)
     truncation.set_ranks({"2": after})
@@ -393,8 +395,8 @@ def test_ranks_move_down_and_up(before: int, after: int, exact: bool) -> None:
 
 
 @pytest.mark.parametrize("rank", [39, 40, 79])
-def test_a_movable_layer_stays_dense_where_factors_would_not_be_smaller(rank: int) -> None:
-    model, truncation = movable()
+def test_a_layer_of_trainable_rank_stays_dense_where_factors_would_not_be_smaller(rank: int) -> None:
+    model, truncation = with_trainable_ranks()
     x = inputs(5, 12, dtype=torch.float32)
     truncation.set_ranks({"2": rank})
     assert truncation.stays_dense("2", rank) == (rank >= 40)
@@ -409,7 +411,7 @@ def test_a_movable_layer_stays_dense_where_factors_would_not_be_smaller(rank: in
 @pytest.mark.parametrize("exact", [False, True])
 def test_training_goes_on_bit_for_bit_after_the_ranks_have_moved(exact: bool) -> None:
     def fresh() -> tuple[nn.Module, st.training.Truncation, torch.optim.Optimizer]:
-        model, truncation = movable(exact=exact)
+        model, truncation = with_trainable_ranks(exact=exact)
         return model, truncation, torch.optim.Adam(model.parameters(), lr=1e-2)
 
     whole, truncation, optimiser = fresh()
@@ -432,7 +434,7 @@ def test_training_goes_on_bit_for_bit_after_the_ranks_have_moved(exact: bool) ->
 def test_soft_threshold_is_the_proximal_operator(rank: int, groups: int) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(4 * groups, 12 * groups, 3, groups=groups)).double()
-    truncation = truncated_(model, st.Rank(rank), movable=True)
+    truncation = truncated_(model, st.Rank(rank), trainable_rank=True)
     W = truncation.weights()["0"]
     U, S, Vh = torch.linalg.svd(W.detach().reshape(groups, 12, -1), full_matrices=False)
     S[:, rank:] = 0
@@ -456,7 +458,7 @@ def test_soft_threshold_is_the_proximal_operator(rank: int, groups: int) -> None
 
 
 def test_a_threshold_above_every_value_leaves_zero_and_rank_1() -> None:
-    model, truncation = movable()
+    model, truncation = with_trainable_ranks()
     assert dict(truncation.soft_threshold({"2": 1e6})) == {"2": 1}
     assert float(truncation.weights()["2"].detach().abs().max()) == 0
     train(model, torch.optim.SGD(model.parameters(), lr=0.1), steps=2)
@@ -479,7 +481,7 @@ def test_ranks_by_name_leave_every_other_layer_alone() -> None:
 
 
 def test_moving_ranks_is_checked_wholly_before_anything_changes() -> None:
-    model, truncation = movable()
+    model, truncation = with_trainable_ranks()
     truncation.set_ranks({"0": 3, "2": 9})
     before = state(model)
     for ranks, kind, message in [

@@ -1,6 +1,6 @@
 """Which layers are trained at low rank, and at which rank each."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -10,13 +10,14 @@ from torch.nn.utils import parametrize
 from spectrim.core.errors import PatternError, RuleError, TrainingError
 from spectrim.core.execution import Trace
 from spectrim.core.plans import Energy, Rank, Ratio
-from spectrim.layers.registry import LAYERS, geometry, matrices
+from spectrim.layers.registry import LAYERS, forms_of, geometry, matrices
+from spectrim.layers.replacement import factored_at, own_bias
 from spectrim.layers.selection import Patterns, Target, find_targets, near
-from spectrim.linalg import is_finite, spectrum
+from spectrim.linalg import Factors, is_finite, spectrum
 from spectrim.planning.rules import require_reachable
 
 LayerRule = Rank | Ratio | Energy | Mapping[str, int]
-"""What says a rank for each layer by itself: a rule for all of them, or the ranks by the layers' names."""
+"""A rule that gives each layer a rank by itself, or the ranks by the layers' names."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +35,7 @@ def choose(
     include: Patterns,
     exclude: Patterns,
     keep_last: bool,
-    movable: bool = False,
+    trainable_rank: bool = False,
 ) -> Choice:
     """The layers whose weight a rule truncates; raises as `truncated_` does."""
     if not isinstance(rule, Rank | Ratio | Energy | Mapping):
@@ -48,22 +49,22 @@ def choose(
                 f"{target.name} is parametrised already, perhaps truncated; call finish() or remove() of that "
                 "truncation, or torch's remove_parametrizations, or leave the layer out with exclude="
             )
-    fit = [target for target in targets if target.refusal is None]
-    full = {target.name: geometry(target.module).full_rank for target in fit}
-    ranks = _ranks(rule, fit, full)
-    taken = [target for target in fit if target.name in ranks and (movable or ranks[target.name] < full[target.name])]
+    usable = {target.name: target for target in targets if target.refusal is None}
+    full = {name: geometry(target.module).full_rank for name, target in usable.items()}
+    ranks = _ranks(rule, usable.values(), full)
     skipped = {target.name: target.refusal for target in targets if target.refusal is not None}
     unnamed = {name: "it is not among the ranks given" for name in full if name not in ranks}
     whole = {name: f"rank {rank} is its full rank" for name, rank in ranks.items() if rank == full[name]}
-    if not taken:
+    left_alone = {} if trainable_rank else whole
+    layers = tuple((target, ranks[name]) for name, target in usable.items() if name in ranks and name not in left_alone)
+    if not layers:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in [*whole.items(), *skipped.items()][:4])
         raise TrainingError(f"{rule} leaves no layer to truncate ({reasons}); choose a smaller rank or other layers")
-    kept = {} if movable else whole
-    return Choice(tuple((one, ranks[one.name]) for one in taken), MappingProxyType({**skipped, **unnamed, **kept}))
+    return Choice(layers, MappingProxyType({**skipped, **unnamed, **left_alone}))
 
 
-def _ranks(rule: LayerRule, layers: Sequence[Target], full: Mapping[str, int]) -> dict[str, int]:
-    """The rank of every layer that the rule speaks of."""
+def _ranks(rule: LayerRule, layers: Collection[Target], full: Mapping[str, int]) -> dict[str, int]:
+    """The rank of every layer that the rule applies to."""
     if isinstance(rule, Mapping):
         names = {name: target.name for target in layers for name in (target.name, *target.also)}
         require_ranks(rule, {name: full[first] for name, first in names.items()})
@@ -84,7 +85,7 @@ def _rank(rule: Rank | Ratio | Energy, layer: nn.Module, full: int) -> int:
 
 
 def require_ranks(ranks: Mapping[str, int], full: Mapping[str, int]) -> None:
-    """Check ranks by name against the full ranks of the layers that there are.
+    """Check ranks by name against the full ranks of the layers.
 
     Raises:
         PatternError: a name of no layer.
@@ -98,6 +99,12 @@ def require_ranks(ranks: Mapping[str, int], full: Mapping[str, int]) -> None:
 
 
 def require_finite(name: str, weight: Tensor) -> None:
-    """Raises `TrainingError` for a weight that training has ruined."""
+    """Raise `TrainingError` for a weight that became NaN or infinite."""
     if not is_finite(weight):
         raise TrainingError(f"the weight of {name} became NaN or infinite; lower the learning rate or check the data")
+
+
+def factored(model: nn.Module, target: Target, factors: Factors) -> dict[str, nn.Module]:
+    """The factored layers, with the biases of the dense ones, for every name of a target's weight in `model`."""
+    form = forms_of(target.module)[0]
+    return factored_at(model, (target.name, *target.also), form=form, factors=factors, bias=own_bias)

@@ -18,12 +18,12 @@ def frobenius_decay(model: nn.Module) -> Tensor:
 
         loss = criterion(model(x), y) + 1e-4 * st.training.frobenius_decay(model)
 
-    Decaying W = U V^T itself is what weight decay does in a dense layer; that of the factors shrinks the nuclear norm
-    instead, and costs accuracy when factors are trained from scratch (Khodak 2021). So leave the weights of the factors
-    out of the optimiser's own weight decay.
+    In a dense layer, weight decay acts on W = U V^T itself. Decay of the factors lowers the nuclear norm instead, and
+    costs accuracy when factors are trained from scratch (Khodak 2021). So leave the weights of the factors out of the
+    optimiser's own weight decay.
 
-    Exact for every form, and cheap: |U V^T|^2 is the product of the Gram matrices U^T U and V^T V, entry by entry
-    (rank x rank, each group by itself), so that no dense weight is made. Factors that several layers share count once.
+    Exact for every form, without making a dense weight: |U V^T|^2 is the sum of the entrywise product of the Gram
+    matrices U^T U and V^T V (rank x rank, each group by itself). Factors that several layers share count once.
     Float64 for float64 weights and float32 for all others, under mixed precision too.
 
     Returns:
@@ -42,13 +42,13 @@ def frobenius_decay(model: nn.Module) -> Tensor:
             "st.compress or st.training.spectral"
         )
     first, *rest = (_half_square(layer) for layer in layers.values())
-    return sum((one.to(first.device) for one in rest), first)
+    return sum((term.to(first.device) for term in rest), first)
 
 
 def _half_square(layer: LowRankLayer) -> Tensor:
     weights = [part.get_parameter("weight") for part in layer.chain]
     with torch.autocast(weights[0].device.type, enabled=False):
-        down, *core, up = [one if one.dtype == torch.float64 else one.float() for one in weights]
+        down, *core, up = [weight if weight.dtype == torch.float64 else weight.float() for weight in weights]
         groups, rank = layer.groups, layer.rank
         # (groups, rank, everything else); the last factor has its outputs first
         last = up.reshape(groups, -1, rank, up[0, 0].numel()).transpose(1, 2).flatten(2)
@@ -59,7 +59,7 @@ def _half_square(layer: LowRankLayer) -> Tensor:
             first = down.reshape(groups, layer.ranks[0], -1)
         inner = first @ first.mT
         if isinstance(layer, Tucker2Conv2d):
-            # the Gram matrix of the core and what comes before it: rank x rank again
+            # the Gram matrix of the core and the first factor together: rank x rank again
             kernel = core[0].reshape(groups, rank, layer.ranks[0], -1)
             inner = torch.einsum("gsrk,grt,gutk->gsu", kernel, inner, kernel)
         return (outer * inner).sum() / 2

@@ -1,48 +1,46 @@
-"""Ctrl-C between two steps instead of within one, so that what is saved is a whole state."""
+"""Ctrl-C between two steps instead of within one, so that the state that is saved is complete."""
 
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from types import FrameType
 
-
-class Interrupts:
-    """Holds one interrupt back while a step is taken; a second one is not held back."""
-
-    def __init__(self) -> None:
-        self._holding = self._pending = False
-
-    def arrive(self, number: int, frame: FrameType | None) -> None:
-        """The signal's handler."""
-        if self._holding and not self._pending:
-            self._pending = True
-        else:
-            signal.default_int_handler(number, frame)
-
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """The block is not interrupted; the interrupt that came meanwhile is raised at its end."""
-        self._holding = True
-        try:
-            yield
-        finally:
-            self._holding = False
-        if self._pending:
-            self._pending = False
-            raise KeyboardInterrupt
+Delayed = Callable[[], AbstractContextManager[None]]
 
 
 @contextmanager
-def interrupts() -> Iterator[Interrupts]:
-    """Take SIGINT over, where Python's own handler has it and this is the thread that handles signals."""
-    ours = Interrupts()
+def interrupts() -> Iterator[Delayed]:
+    """Gives a block that delays one SIGINT to its end; a second one is not delayed.
+
+    Only where Python's own handler has SIGINT and this is the thread that handles signals.
+    """
+    delaying = pending = False
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        nonlocal pending
+        if pending or not delaying:
+            signal.default_int_handler(number, frame)
+        pending = True
+
+    @contextmanager
+    def delayed() -> Iterator[None]:
+        nonlocal delaying, pending
+        delaying = True
+        try:
+            yield
+        finally:
+            delaying = False
+        if pending:
+            pending = False
+            raise KeyboardInterrupt
+
     main = threading.current_thread() is threading.main_thread()
-    if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield ours
-        return
-    signal.signal(signal.SIGINT, ours.arrive)
+    replaceable = main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if replaceable:
+        signal.signal(signal.SIGINT, handle)
     try:
-        yield ours
+        yield delayed
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if replaceable:
+            signal.signal(signal.SIGINT, signal.default_int_handler)

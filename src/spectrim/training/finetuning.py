@@ -1,10 +1,11 @@
 """Fine-tuning a compressed network, with or without its dense self as the teacher."""
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,9 +19,9 @@ from spectrim.layers.replacement import duplicate
 from spectrim.layers.selection import Patterns, near
 from spectrim.training.checkpoint import Checkpoint, fingerprint
 from spectrim.training.history import History
-from spectrim.training.job import EpochData, Job, Step, as_epochs, norms
-from spectrim.training.loop import train as run
+from spectrim.training.loop import train_in_place
 from spectrim.training.settings import Settings
+from spectrim.training.training_run import EpochData, Step, TrainingRun, norms
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,35 +71,23 @@ def finetune(
         train: Every parameter (`"all"`); those of the factored layers (`"factors"`); of the Linear or convolution, or
             its factors, that is registered last (`"head"`, with all BatchNorm statistics frozen); or those whose name,
             or the name of a module around them, matches one of these patterns. Nothing else changes.
-        epochs: Passes over the data.
-        lr: Peak learning rate; cosine decay to zero.
-        optimizer: `"adamw"`, or `"sgd"` with `momentum`.
-        momentum: Of SGD.
-        weight_decay: Decoupled for AdamW, as a gradient for SGD; of what is trained only.
-        warm_up: Share of all steps with a rising learning rate.
-        clip: Largest norm of the gradient; None for any.
-        temperature: Of the distillation.
-        label_weight: w in w * cross-entropy + (1 - w) * KL * temperature^2, the loss beside a `teacher` (Hinton 2015).
-        precision: `"bf16"` computes in bfloat16 where that is safe (autocast); weights and loss stay float32.
-        frozen_norms: BatchNorm uses its running statistics and leaves them; else that of trained norms only moves.
+        epochs: This, `lr`, `optimizer`, `momentum`, `weight_decay`, `warm_up`, `clip`, `temperature`, `label_weight`,
+            `precision`, `keep`, `patience` and `seed` are explained by `help(spectrim.training.Settings)`.
+        frozen_norms: BatchNorm uses its running statistics and leaves them unchanged. If False, the statistics of norms
+            that are trained follow the batches.
         held_out: Batches (inputs.., labels) for an accuracy after each epoch.
-        keep: Whether the result has the weights of the last epoch, or of the best on `held_out` (the first of equals).
-            By default the best one with `patience`, and the last one otherwise: the schedule is made to end there, and
-            an accuracy by which weights were chosen flatters them.
-        patience: Stop after so many epochs without a better accuracy on `held_out`.
-        seed: Of what the model and the data draw; random states of the caller are put back.
-        checkpoint: Where to keep the state after each epoch and at an interrupt, and to resume from, bit for bit on one
-            thread. A path belongs to this network, teacher and settings: a damaged file, or one of others, is an error.
-            A `Checkpoint` says itself what identifies the run, and what becomes of such a file.
+        checkpoint: Where to save the state after each epoch and at an interrupt, and where to resume from, bit for bit
+            on one thread. A path belongs to this network, teacher and settings; a file that is damaged or of others is
+            an error. A `Checkpoint` says itself what identifies the run, and what to do with such a file.
         save_every: Steps between two saves within an epoch as well; None for none.
         on_step: Called after each step, for a progress bar.
         accelerator: An `accelerate.Accelerator`, under `torchrun`: every process is given the same batches, trains on
             its share of each, and ends with the same network, that of one process up to rounding. (Dropout draws, and
-            BatchNorm statistics that are not frozen, are each process's own.) The main one writes the checkpoint, to be
-            read by all, and calls `on_step`. A teacher has to be on the accelerator's device.
+            BatchNorm statistics that are not frozen, are each process's own.) The main process writes the checkpoint,
+            which all read, and calls `on_step`. A teacher has to be on the accelerator's device.
 
     Raises:
-        TrainingError: settings that cannot be meant, nothing to train, a batch too small for BatchNorm, or a loss that
+        TrainingError: a setting that is not allowed, nothing to train, a batch too small for BatchNorm, or a loss that
             became NaN.
         PatternError: a pattern matches nothing.
         DataError: empty data, an iterator that gives only one epoch, or labels that do not fit the outputs.
@@ -119,8 +108,6 @@ def finetune(
         patience=patience,
         seed=seed,
     )
-    if label_weight > 0 and teacher is None:
-        raise TrainingError(f"label_weight={label_weight} is a share beside a teacher; give teacher=, or leave it out")
     student = duplicate(model)
     if accelerator is not None:
         student = student.to(accelerator.device)
@@ -130,34 +117,37 @@ def finetune(
                 "give teacher.to(accelerator.device)"
             )
     trained = _trained(student, train)
-    still = _still(student, trained, frozen=frozen_norms or train == "head", all_trained=train == "all")
-    job = Job(
-        model=student,
-        data=as_epochs(data, repeat=epochs > 1 or checkpoint is not None),
+    frozen = norms(student) if frozen_norms or train == "head" else _untrained_norms(student, trained, train=train)
+    if isinstance(checkpoint, str | Path):
+        identity = _identity(model, teacher, settings, trained=sorted(trained), frozen_norms=len(frozen))
+        checkpoint = Checkpoint(Path(checkpoint), run=identity, unfit="refuse")
+    run = TrainingRun(
+        student,
+        data,
         settings=settings,
         trained=list(trained.values()),
-        still=still,
+        frozen_modules=frozen,
         teacher=teacher,
         held_out=held_out,
-        checkpoint=_place(checkpoint, model, teacher, settings, names=sorted(trained), still=len(still)),
+        checkpoint=checkpoint,
         save_every=save_every,
         on_step=on_step,
         accelerator=accelerator,
     )
     with evaluating(teacher) if teacher is not None else nullcontext():
-        return Finetuned(student, run(job))
+        return Finetuned(student, train_in_place(run))
 
 
 def _trained(model: nn.Module, train: str | Sequence[str]) -> dict[str, nn.Parameter]:
-    """What is to be trained, by its first name, of all that asks for gradients."""
-    named = {id(parameter): name for name, parameter in reversed(list(model.named_parameters(remove_duplicate=False)))}
+    """The parameters to train, those that ask for gradients, by their first names."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
     chosen = _chosen(model, train)
-    found = {named[id(one)]: one for one in chosen if one.requires_grad}
-    if not found:
+    trained = {names[id(parameter)]: parameter for parameter in chosen if parameter.requires_grad}
+    if not trained:
         what = "no parameter that asks for gradients" if chosen or train == "all" else "no factored layer"
         among = "" if train == "all" or not chosen else f" among those that train={train!r} chooses"
         raise TrainingError(f"{type(model).__name__} has {what}{among}, so there is nothing to train")
-    return found
+    return trained
 
 
 def _chosen(model: nn.Module, train: str | Sequence[str]) -> list[nn.Parameter]:
@@ -166,8 +156,7 @@ def _chosen(model: nn.Module, train: str | Sequence[str]) -> list[nn.Parameter]:
         case "all":
             return list(model.parameters())
         case "factors":
-            factors = [one for layer in low_rank_layers(model).values() for one in layer.parameters()]
-            return list({id(one): one for one in factors}.values())
+            return list(nn.ModuleList(low_rank_layers(model).values()).parameters())
         case "head":
             return list(_head(model).parameters())
     return _matching(model, [train] if isinstance(train, str) else list(train))
@@ -176,70 +165,59 @@ def _chosen(model: nn.Module, train: str | Sequence[str]) -> list[nn.Parameter]:
 def _head(model: nn.Module) -> nn.Module:
     """The Linear, convolution or factored layer with parameters that is registered last."""
     inner = {id(part) for layer in low_rank_layers(model).values() for part in layer.modules() if part is not layer}
-    layers = [
+    heads = [
         module
         for module in model.modules()
         if (is_low_rank(module) or isinstance(module, WATCHED)) and id(module) not in inner
+        if next(module.parameters(), None) is not None
     ]
-    heads = [layer for layer in layers if next(layer.parameters(), None) is not None]
     if not heads:
         raise TrainingError(f'{type(model).__name__} has no Linear or convolution layer, so train="head" finds none')
     return heads[-1]
 
 
 def _matching(model: nn.Module, patterns: list[str]) -> list[nn.Parameter]:
-    """Parameters of which a name, or that of a module around them, matches a pattern."""
+    """Parameters whose name, or the name of a module around them, matches a pattern."""
     if not patterns:
         raise TrainingError('train=() freezes everything; give name patterns, or "all", "factors" or "head"')
-    known: dict[str, list[nn.Parameter]] = {}
+    inside: dict[str, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        parts = name.split(".")
-        for length in range(1, len(parts) + 1):
-            known.setdefault(".".join(parts[:length]), []).append(parameter)
-    hits: set[int] = set()
+        for path in accumulate(name.split("."), "{}.{}".format):
+            inside.setdefault(path, []).append(parameter)
+    chosen: set[int] = set()
     for pattern in patterns:
-        matched = [one for name, inside in known.items() if fnmatchcase(name, pattern) for one in inside]
+        matched = {id(parameter) for path in inside if fnmatchcase(path, pattern) for parameter in inside[path]}
         if not matched:
             raise PatternError(
-                f"train={pattern!r} matches no parameter and no module with parameters{near(pattern, known)}; or give "
+                f"train={pattern!r} matches no parameter and no module with parameters{near(pattern, inside)}; or give "
                 '"all", "factors" or "head"'
             )
-        hits |= {id(one) for one in matched}
-    return [one for one in model.parameters() if id(one) in hits]
+        chosen |= matched
+    return [parameter for parameter in model.parameters() if id(parameter) in chosen]
 
 
-def _still(
-    model: nn.Module, trained: dict[str, nn.Parameter], *, frozen: bool, all_trained: bool
+def _untrained_norms(
+    model: nn.Module, trained: Mapping[str, nn.Parameter], *, train: str | Sequence[str]
 ) -> tuple[nn.Module, ...]:
-    """The norms whose statistics stay: all, or those that are not trained themselves."""
-    if frozen:
-        return norms(model)
-    chosen = {id(one) for one in trained.values()}
+    """Norms of which no parameter is trained; those without parameters too, unless everything is trained."""
+    chosen = {id(parameter) for parameter in trained.values()}
 
-    def moves(norm: nn.Module) -> bool:
+    def is_trained(norm: nn.Module) -> bool:
         own = list(norm.parameters())
-        return any(id(one) in chosen for one in own) if own else all_trained
+        return any(id(parameter) in chosen for parameter in own) if own else train == "all"
 
-    return tuple(norm for norm in norms(model) if not moves(norm))
+    return tuple(norm for norm in norms(model) if not is_trained(norm))
 
 
-def _place(
-    given: Checkpoint | str | Path | None,
-    model: nn.Module,
-    teacher: nn.Module | None,
-    settings: Settings,
-    *,
-    names: Sequence[str],
-    still: int,
-) -> Checkpoint | None:
-    """For a path, a checkpoint that knows what it belongs to."""
-    if given is None or isinstance(given, Checkpoint):
-        return given
+def _identity(
+    model: nn.Module, teacher: nn.Module | None, settings: Settings, *, trained: Sequence[str], frozen_norms: int
+) -> str:
+    """JSON of everything that a checkpoint belongs to."""
     identity = {
         **fingerprint(model),
-        **asdict(settings),
+        **settings.model_dump(),
         "teacher": None if teacher is None else fingerprint(teacher)["weights"],
-        "trained": list(names),
-        "frozen norms": still,
+        "trained": trained,
+        "frozen norms": frozen_norms,
     }
-    return Checkpoint(Path(given), run=json.dumps(identity, sort_keys=True), unfit="refuse")
+    return json.dumps(identity, sort_keys=True)
