@@ -473,7 +473,7 @@ def test_a_damaged_checkpoint_is_an_error_for_a_path_and_replaced_for_a_checkpoi
     harmed = path.read_bytes()
     with pytest.raises(errors.FileError, match=message) as raised:
         st.finetune(network(), task(), checkpoint=path, **GIVEN)
-    assert "delete it to start from the beginning" in str(raised.value)
+    assert "delete the file to start from the beginning" in str(raised.value)
     assert path.read_bytes() == harmed
     with pytest.raises(errors.FileError, match=message):
         st.finetune(network(), task(), checkpoint=Checkpoint(path, run="one", unfit="refuse"), **GIVEN)

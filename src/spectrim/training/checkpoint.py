@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,26 +23,16 @@ from spectrim.layers.selection import unique_tensors
 from spectrim.training.rng_state import RngState
 
 _KEY = "spectrim-training"
+_START_ANEW = "give another path, or delete the file to start from the beginning"
 
 
 class Progress(Frozen):
-    """How far a run has come.
-
-    Attributes:
-        curve: The epochs that have ended.
-        rates: The learning rate of the last step of each of them.
-        step: Steps taken in the present epoch.
-        steps: Batches of that epoch, 0 if its data has no length.
-        loss: Sum of its losses so far.
-        correct: Right answers in it so far.
-        labelled: Answers in it so far that have a class index to compare with.
-        seconds: Time spent in it so far.
-    """
+    """The epochs that have ended, with the learning rate of their last step, and the sums of the present epoch."""
 
     curve: tuple[Epoch, ...] = ()
     rates: tuple[float, ...] = ()
     step: int = 0
-    steps: int = 0
+    steps: int = 0  # batches of the present epoch, 0 if its data has no length
     loss: float = 0.0
     correct: int = 0
     labelled: int = 0
@@ -57,7 +48,7 @@ class _Header(Frozen):
     version: Literal[2] = 2
     run: str
     progress: Progress
-    random_states: dict[str, Any] = Field(alias="chance")
+    random_states: Mapping[str, Any] = Field(alias="chance")
     digest: str
 
 
@@ -68,13 +59,13 @@ class Saved:
     Attributes:
         progress: How far the run has come.
         best: Weights and buffers of the best epoch so far; empty if none is kept.
-        rng: Random states after the last step; None between epochs, each of which is seeded.
+        rng: Random states after the last step; empty between epochs, each of which is seeded.
         loaders: States that the generators of a `DataLoader` had when the present epoch began.
     """
 
     progress: Progress = field(default_factory=Progress)
     best: Mapping[str, Tensor] = field(default_factory=dict)
-    rng: RngState | None = None
+    rng: RngState = field(default_factory=RngState)
     loaders: tuple[Tensor, ...] = ()
 
 
@@ -106,17 +97,15 @@ class Checkpoint:
 
     def save(self, model: nn.Module, optimiser: Optimizer, saved: Saved) -> None:
         """Write the state, wholly or not at all."""
-        tensors = {f"model.{name}": tensor for name, tensor in unique_tensors(model)[0].items()}
-        for index, state in optimiser.state_dict()["state"].items():
-            own = {name: value for name, value in state.items() if isinstance(value, Tensor)}
-            tensors |= {f"optimiser.{index}.{name}": value for name, value in own.items()}
-        tensors |= {f"best.{name}": tensor for name, tensor in saved.best.items()}
-        tensors |= {f"loader.{at}": state for at, state in enumerate(saved.loaders)}
-        if saved.rng is not None:
-            tensors |= {f"chance.{name}": state for name, state in saved.rng.tensors.items()}
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        others = dict(saved.rng.others) if saved.rng else {}
-        header = _Header(run=self.run, progress=saved.progress, chance=others, digest=digest(tensors))
+        states = optimiser.state_dict()["state"].items()
+        parts: dict[str, Mapping[str, Any]] = {f"optimiser.{index}": state for index, state in states}
+        parts |= {"model": unique_tensors(model)[0], "best": saved.best, "chance": saved.rng.tensors}
+        parts["loader"] = {str(at): state for at, state in enumerate(saved.loaders)}
+        named = {f"{part}.{name}": value for part, values in parts.items() for name, value in values.items()}
+        tensors = {
+            name: value.detach().cpu().contiguous() for name, value in named.items() if isinstance(value, Tensor)
+        }
+        header = _Header(run=self.run, progress=saved.progress, chance=saved.rng.others, digest=digest(tensors))
         metadata = {_KEY: header.model_dump_json(by_alias=True)}
         write_atomically(self.path, lambda part: save_file(tensors, part, metadata=metadata))
 
@@ -128,35 +117,24 @@ class Checkpoint:
         """
         if not self.path.exists():
             return None
+        state: dict[int, dict[str, Tensor]] = {}
         try:
-            header, tensors = _read(self.path)
-            self._require_own(header, model, optimiser, tensors)
+            header, parts = _read(self.path)
+            for name, tensor in parts["optimiser"].items():
+                index, _, entry = name.partition(".")
+                state.setdefault(int(index), {})[entry] = tensor
+            if _parsed(header.run) != _parsed(self.run):
+                raise FileError(f"{self.path} is of another run: {_difference(header.run, self.run)}; {_START_ANEW}")
+            if max(state, default=-1) >= sum(len(group["params"]) for group in optimiser.param_groups):
+                raise FileError(f"{self.path} is of a run that trained more parameters; {_START_ANEW}")
+            _fill(model, parts["model"], path=self.path)
         except FileError:
             if self.unfit == "refuse":
                 raise
             return None
-        _fill(model, _under("model.", tensors))
-        state: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in _under("optimiser.", tensors).items():
-            index, _, entry = name.partition(".")
-            state.setdefault(int(index), {})[entry] = tensor
         optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
-        rng = RngState(_under("chance.", tensors), header.random_states) if header.random_states else None
-        loaders = _under("loader.", tensors)
-        in_order = tuple(loaders[str(at)] for at in range(len(loaders)))
-        return Saved(header.progress, _under("best.", tensors), rng, in_order)
-
-    def _require_own(
-        self, header: _Header, model: nn.Module, optimiser: Optimizer, tensors: Mapping[str, Tensor]
-    ) -> None:
-        advice = "give another path, or delete the file to start from the beginning"
-        if _parsed(header.run) != _parsed(self.run):
-            raise FileError(f"{self.path} is of another run: {_difference(header.run, self.run)}; {advice}")
-        trained = sum(len(group["params"]) for group in optimiser.param_groups)
-        indices = {int(name.partition(".")[0]) for name in _under("optimiser.", tensors)}
-        same = _kinds(_under("model.", tensors)) == _kinds(unique_tensors(model)[0])
-        if not same or any(index >= trained for index in indices):
-            raise FileError(f"{self.path} is of another network; {advice}")
+        loaders = tuple(parts["loader"][str(at)] for at in range(len(parts["loader"])))
+        return Saved(header.progress, parts["best"], RngState(parts["chance"], header.random_states), loaders)
 
 
 def resumed(path: str | Path, model: nn.Module, *, which: Literal["best", "last"] = "best") -> nn.Module:
@@ -171,22 +149,18 @@ def resumed(path: str | Path, model: nn.Module, *, which: Literal["best", "last"
         FileError: the file is missing, damaged, of another network, or without a best epoch.
     """
     path = Path(path)
-    _, tensors = _read(path)
-    weights = _under("best." if which == "best" else "model.", tensors)
+    weights = _read(path)[1]["best" if which == "best" else "model"]
     if not weights:
         raise FileError(f'{path} holds no best epoch: none has ended, or keep="best" was not given; take which="last"')
     copied = duplicate(model)
-    if _kinds(weights) != _kinds(unique_tensors(copied)[0]):
-        raise FileError(f"{path} is of another network than this {type(model).__name__}; give the one it was made with")
-    _fill(copied, weights)
+    _fill(copied, weights, path=path)
     return copied
 
 
 def fingerprint(model: nn.Module) -> dict[str, str]:
     """What identifies a network: `network`, a hash of names, shapes and number types, and `weights`, of the values."""
     tensors, aliases = unique_tensors(model)
-    kinds = {name: [list(shape), str(dtype)] for name, (shape, dtype) in _kinds(tensors).items()}
-    text = json.dumps([kinds, aliases], sort_keys=True)
+    text = json.dumps([_kinds(tensors), aliases], sort_keys=True)
     return {"network": hashlib.sha256(text.encode()).hexdigest(), "weights": digest(tensors)}
 
 
@@ -201,20 +175,24 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     return sha.hexdigest()
 
 
-def _read(path: Path) -> tuple[_Header, dict[str, Tensor]]:
-    advice = "delete it to start from the beginning, or give another path"
+def _read(path: Path) -> tuple[_Header, Mapping[str, dict[str, Tensor]]]:
+    """The header, and the tensors by part of the state and name in it."""
     try:
         with safe_open(path, framework="pt") as opened:
             header = _Header.model_validate_json((opened.metadata() or {}).get(_KEY, ""))
             # copies, since a tensor of safetensors may be a view of the file that the next save replaces
             tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118
     except ValidationError as error:
-        raise FileError(f"{path} is not the checkpoint of a training run; {advice}") from error
+        raise FileError(f"{path} is not the checkpoint of a training run; {_START_ANEW}") from error
     except (OSError, SafetensorError) as error:
-        raise FileError(f"cannot read the checkpoint {path}: {error}; if it is cut short, {advice}") from error
+        raise FileError(f"cannot read the checkpoint {path}: {error}; if it is cut short, {_START_ANEW}") from error
     if digest(tensors) != header.digest:
-        raise FileError(f"the checkpoint {path} is damaged: its checksum differs; {advice}")
-    return header, tensors
+        raise FileError(f"the checkpoint {path} is damaged: its checksum differs; {_START_ANEW}")
+    parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for name, tensor in tensors.items():
+        part, _, own = name.partition(".")
+        parts[part][own] = tensor
+    return header, parts
 
 
 def _parsed(run: str) -> object:
@@ -246,16 +224,16 @@ def _difference(before: str, now: str) -> str:
     )
 
 
-def _kinds(tensors: Mapping[str, Tensor]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+def _kinds(tensors: Mapping[str, Tensor]) -> dict[str, list[object]]:
+    """Shapes and number types."""
+    return {name: [list(tensor.shape), str(tensor.dtype)] for name, tensor in tensors.items()}
 
 
-def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
-def _fill(model: nn.Module, values: Mapping[str, Tensor]) -> None:
-    """Write values into the model's own tensors."""
+def _fill(model: nn.Module, values: Mapping[str, Tensor], *, path: Path) -> None:
+    """Write values into the model's own tensors, if they are of this network."""
+    tensors = unique_tensors(model)[0]
+    if _kinds(tensors) != _kinds(values):
+        raise FileError(f"{path} is of another network than this {type(model).__name__}; give the one it was made with")
     with torch.no_grad():
-        for name, tensor in unique_tensors(model)[0].items():
+        for name, tensor in tensors.items():
             tensor.copy_(values[name])

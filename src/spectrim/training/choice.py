@@ -2,7 +2,6 @@
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -28,60 +27,69 @@ class Choice:
     skipped: Mapping[str, str]
 
 
-def choose(
-    model: nn.Module,
-    rule: LayerRule,
-    *,
-    include: Patterns,
-    exclude: Patterns,
-    keep_last: bool,
-    trainable_rank: bool = False,
-) -> Choice:
-    """The layers whose weight a rule truncates; raises as `truncated_` does."""
-    if not isinstance(rule, Rank | Ratio | Energy | Mapping):
-        raise RuleError(f"{rule!r} does not say a rank for each layer; give Rank(20), Ratio(0.25) or Energy(0.9)")
-    named = model.named_modules(remove_duplicate=False)
-    calls = {name: 1 for name, module in named if isinstance(module, LAYERS)}
-    targets = find_targets(model, Trace({}, calls), include=include, exclude=exclude, keep_last=keep_last)
-    for target in targets:
-        if parametrize.is_parametrized(target.module) and "parametrised" in (target.refusal or ""):
+@dataclass(kw_only=True)
+class LayerFilter:
+    """The layers to work on.
+
+    Attributes:
+        include: Name patterns of the layers.
+        exclude: Name patterns of layers to leave out.
+        keep_last: Leave out the layer registered last.
+    """
+
+    include: Patterns = ("*",)
+    exclude: Patterns = ()
+    keep_last: bool = False
+
+    def choose(self, model: nn.Module, rule: LayerRule, *, trainable_rank: bool = False) -> Choice:
+        """The layers whose weight a rule truncates; raises as `truncated_` does."""
+        if not isinstance(rule, Rank | Ratio | Energy | Mapping):
+            raise RuleError(f"{rule!r} does not say a rank for each layer; give Rank(20), Ratio(0.25) or Energy(0.9)")
+        usable, skipped = self._targets(model)
+        full = {name: geometry(target.module).full_rank for name, target in usable.items()}
+        ranks = _ranks(rule, usable.values(), full)
+        unnamed = {name: "it is not among the ranks given" for name in full if name not in ranks}
+        whole = {name: f"rank {rank} is its full rank" for name, rank in ranks.items() if rank == full[name]}
+        ignored = {**unnamed, **({} if trainable_rank else whole)}
+        layers = tuple((target, ranks[name]) for name, target in usable.items() if name not in ignored)
+        if not layers:
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in [*whole.items(), *skipped.items()][:4])
             raise TrainingError(
-                f"{target.name} is parametrised already, perhaps truncated; call finish() or remove() of that "
-                "truncation, or torch's remove_parametrizations, or leave the layer out with exclude="
+                f"{rule} leaves no layer to truncate ({reasons}); choose a smaller rank or other layers"
             )
-    usable = {target.name: target for target in targets if target.refusal is None}
-    full = {name: geometry(target.module).full_rank for name, target in usable.items()}
-    ranks = _ranks(rule, usable.values(), full)
-    skipped = {target.name: target.refusal for target in targets if target.refusal is not None}
-    unnamed = {name: "it is not among the ranks given" for name in full if name not in ranks}
-    whole = {name: f"rank {rank} is its full rank" for name, rank in ranks.items() if rank == full[name]}
-    left_alone = {} if trainable_rank else whole
-    layers = tuple((target, ranks[name]) for name, target in usable.items() if name in ranks and name not in left_alone)
-    if not layers:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in [*whole.items(), *skipped.items()][:4])
-        raise TrainingError(f"{rule} leaves no layer to truncate ({reasons}); choose a smaller rank or other layers")
-    return Choice(layers, MappingProxyType({**skipped, **unnamed, **left_alone}))
+        return Choice(layers, {**skipped, **ignored})
+
+    def _targets(self, model: nn.Module) -> tuple[dict[str, Target], dict[str, str]]:
+        """The layers that can be truncated, and why others cannot."""
+        named = model.named_modules(remove_duplicate=False)
+        calls = Trace({}, {name: 1 for name, module in named if isinstance(module, LAYERS)})
+        targets = find_targets(model, calls, include=self.include, exclude=self.exclude, keep_last=self.keep_last)
+        for target in targets:
+            if parametrize.is_parametrized(target.module) and "parametrised" in (target.refusal or ""):
+                raise TrainingError(
+                    f"{target.name} is parametrised already, perhaps truncated; call finish() or remove() of that "
+                    "truncation, or torch's remove_parametrizations, or leave the layer out with exclude="
+                )
+        usable = {target.name: target for target in targets if target.refusal is None}
+        return usable, {target.name: target.refusal for target in targets if target.refusal is not None}
 
 
 def _ranks(rule: LayerRule, layers: Collection[Target], full: Mapping[str, int]) -> dict[str, int]:
     """The rank of every layer that the rule applies to."""
     if isinstance(rule, Mapping):
-        names = {name: target.name for target in layers for name in (target.name, *target.also)}
+        names = {name: layer.name for layer in layers for name in (layer.name, *layer.also)}
         require_ranks(rule, {name: full[first] for name, first in names.items()})
         return {names[name]: rank for name, rank in rule.items()}
-    sizes = {target.name: (target.module.get_parameter("weight").shape, full[target.name]) for target in layers}
-    require_reachable(rule, sizes)
-    return {target.name: _rank(rule, target.module, full[target.name]) for target in layers}
-
-
-def _rank(rule: Rank | Ratio | Energy, layer: nn.Module, full: int) -> int:
+    require_reachable(
+        rule, {layer.name: (layer.module.get_parameter("weight").shape, full[layer.name]) for layer in layers}
+    )
     match rule:
         case Rank(rank=rank):
-            return rank
+            return dict.fromkeys(full, rank)
         case Ratio():
-            return rule.rank_of(full)
+            return {name: rule.rank_of(most) for name, most in full.items()}
         case Energy(energy=energy):
-            return spectrum(matrices(layer)).rank_for(energy)
+            return {layer.name: spectrum(matrices(layer.module)).rank_for(energy) for layer in layers}
 
 
 def require_ranks(ranks: Mapping[str, int], full: Mapping[str, int]) -> None:

@@ -71,10 +71,11 @@ def finetune(
         train: Every parameter (`"all"`); those of the factored layers (`"factors"`); of the Linear or convolution, or
             its factors, that is registered last (`"head"`, with all BatchNorm statistics frozen); or those whose name,
             or the name of a module around them, matches one of these patterns. Nothing else changes.
-        epochs: This, `lr`, `optimizer`, `momentum`, `weight_decay`, `warm_up`, `clip`, `temperature`, `label_weight`,
-            `precision`, `keep`, `patience` and `seed` are explained by `help(spectrim.training.Settings)`.
-        frozen_norms: BatchNorm uses its running statistics and leaves them unchanged. If False, the statistics of norms
-            that are trained follow the batches.
+        epochs: Passes over the data. `help(spectrim.training.Settings)` explains this and `lr`, `optimizer`,
+            `momentum`, `weight_decay`, `warm_up`, `clip`, `temperature`, `label_weight`, `precision`, `keep`,
+            `patience` and `seed`. By default `keep` is `"best"` with `patience` and `"last"` without.
+        frozen_norms: BatchNorm leaves its running statistics as they are. If False, those of trained norms follow the
+            batches.
         held_out: Batches (inputs.., labels) for an accuracy after each epoch.
         checkpoint: Where to save the state after each epoch and at an interrupt, and where to resume from, bit for bit
             on one thread. A path belongs to this network, teacher and settings; a file that is damaged or of others is

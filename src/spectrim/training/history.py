@@ -56,8 +56,7 @@ class History(tuple[Epoch, ...]):
 
     def to_json(self) -> str:
         """JSON text, from which `from_json` makes an equal history."""
-        file = _File(epochs=tuple(self), lr=self.lr, stopped_early=self.stopped_early, kept=self.kept)
-        return file.model_dump_json(indent=1)
+        return _File(epochs=self, **vars(self)).model_dump_json(indent=1)
 
     @classmethod
     def from_json(cls, text: str, *, origin: str = "the text") -> "History":

@@ -1,14 +1,17 @@
 """One training loop, repeatable from its seed and resumable after any step."""
 
 import math
+import signal
+import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import replace
+from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from spectrim.benchmark.measurement import Epoch, accuracy
 from spectrim.core.distributed import averaging, several, share_of, total
@@ -16,7 +19,6 @@ from spectrim.core.errors import DataError, TrainingError
 from spectrim.layers.selection import unique_tensors
 from spectrim.training.checkpoint import Progress, Saved
 from spectrim.training.history import History
-from spectrim.training.interrupt import Delayed, interrupts
 from spectrim.training.objective import StepResult, step_result
 from spectrim.training.rng_state import RngState, generators, restore, seeded, states
 from spectrim.training.training_run import Step, TrainingRun
@@ -49,8 +51,8 @@ class _Loop:
         self.network = averaging(run.model, self.others) if self.others else run.model
         self.optimiser = run.settings.make_optimiser(trained)
         self.saved = Saved()
-        # whether weights, optimiser and `saved` are of the same moment
-        self.consistent = False
+        # consistent: weights, optimiser and `saved` are of the same moment
+        self.consistent = self.stepping = self.interrupted = False
         self.own = generators(run.data)
         self.started, self.taken, self.latest = time.perf_counter(), 0, 0.0
 
@@ -60,18 +62,23 @@ class _Loop:
 
     def go(self) -> History:
         before = states(self.own)
+        main = threading.current_thread() is threading.main_thread()
+        handling = main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
         try:
-            with interrupts() as delayed:
-                self._resume()
-                self.consistent = True
-                while len(self.progress.curve) < self.run.settings.epochs and not self._out_of_patience():
-                    self._steps(delayed)
-                    self._end_epoch()
+            self._resume()
+            self.consistent = True
+            if handling:
+                signal.signal(signal.SIGINT, self._interrupt)
+            while len(self.progress.curve) < self.run.settings.epochs and not self._out_of_patience():
+                self._steps()
+                self._end_epoch()
         except KeyboardInterrupt:
             if self.consistent:
                 self._save()
             raise
         finally:
+            if handling:
+                signal.signal(signal.SIGINT, signal.default_int_handler)
             restore(self.own, before)
             self.optimiser.zero_grad(set_to_none=True)
         return self._finished()
@@ -90,7 +97,13 @@ class _Loop:
         patience, curve = self.run.settings.patience, self.progress.curve
         return bool(patience and curve and len(curve) - 1 - self.progress.best >= patience)
 
-    def _steps(self, delayed: Delayed) -> None:
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        """Ctrl-C takes effect at the end of the present step, so that the state is complete; a second one at once."""
+        if self.interrupted or not self.stepping:
+            signal.default_int_handler(number, frame)
+        self.interrupted = True
+
+    def _steps(self) -> None:
         """The rest of the present epoch."""
         run, epoch = self.run, len(self.progress.curve)
         run.model.train()
@@ -101,11 +114,15 @@ class _Loop:
             steps = len(batches) if isinstance(batches, Sized) else 0
             before = time.perf_counter() - self.progress.seconds
             for position, batch in enumerate(self._remaining(batches, epoch, steps), start=self.progress.step):
-                with delayed():
-                    self.consistent = False
+                self.stepping, self.consistent = True, False
+                try:
                     self._step(batch, position=position, steps=steps, before=before)
                     self.consistent = True
-                    self._report(position)
+                    self._report()
+                finally:
+                    self.stepping = False
+                if self.interrupted:
+                    raise KeyboardInterrupt
                 if run.save_every and (position + 1) % run.save_every == 0 and position + 1 != steps:
                     self._save()
         if not self.progress.step:
@@ -132,39 +149,42 @@ class _Loop:
         for passed in range(done):
             if next(iterator, self) is self:
                 raise DataError(f"the data of epoch {epoch} ended after {passed} batches, and {done} were done already")
-        if done and self.saved.rng:
+        if done and self.saved.rng.others:
             self.saved.rng.restore(self.run.model)
         yield from iterator
 
     def _step(self, batch: Any, *, position: int, steps: int, before: float) -> None:
-        """One optimiser step, and the record of it."""
-        old = self.progress
+        """One optimiser step, and the record of it. Nothing is changed if the loss or the gradient is not finite."""
+        old, clip = self.progress, self.run.settings.clip
         result, self.latest = self._forward(batch, position)
-        self._update(result.loss, rate=self._rate(position, steps), where=f"epoch {len(old.curve)}, step {position}")
-        progress = old.model_copy(
-            update={
-                "step": position + 1,
-                "steps": steps,
-                "loss": old.loss + self.latest,
-                "correct": old.correct + (result.correct or 0),
-                "labelled": old.labelled + result.labelled,
-                "seconds": time.perf_counter() - before,
-            }
-        )
+        self._require_finite(self.latest, what="loss", position=position)
+        for group in self.optimiser.param_groups:
+            group["lr"] = self._rate(position, steps)
+        self.optimiser.zero_grad(set_to_none=True)
+        result.loss.backward()
+        if clip is not None:
+            norm = float(nn.utils.clip_grad_norm_(self.trained, clip))
+            self._require_finite(norm, what="gradient", position=position)
+        self.optimiser.step()
+        sums = {
+            "loss": old.loss + self.latest,
+            "correct": old.correct + (result.correct or 0),
+            "labelled": old.labelled + result.labelled,
+            "seconds": time.perf_counter() - before,
+        }
+        progress = old.model_copy(update={"step": position + 1, "steps": steps, **sums})
         self.saved = replace(self.saved, progress=progress, rng=self._rng())
 
     def _forward(self, batch: Any, position: int) -> tuple[StepResult, float]:
         """The result, and the mean loss of the batch.
 
-        Of several processes, each has the loss of its own share, so weighted that the mean over processes is that of
-        the batch; the counts are those of the whole batch.
+        With several processes, each weights the loss of its share so that the mean over processes is that of the batch;
+        the counts are those of the whole batch.
         """
-        weight = 1.0
+        run, weight = self.run, 1.0
         if self.others:
             batch, weight = share_of(batch, self.others, position=position)
-        result = step_result(
-            self.network, batch, position=position, teacher=self.run.teacher, settings=self.run.settings
-        )
+        result = step_result(self.network, batch, position=position, teacher=run.teacher, settings=run.settings)
         if self.others is None:
             return result, float(result.loss.detach())
         loss = weight * result.loss
@@ -178,43 +198,32 @@ class _Loop:
         done = len(self.progress.curve) + (position / steps if steps else 0)
         return self.run.settings.rate(done / self.run.settings.epochs)
 
-    def _update(self, loss: Tensor, *, rate: float, where: str) -> None:
-        """Nothing is changed if the loss or the gradient is not finite."""
-        self._require_finite(self.latest, what="loss", where=where)
-        for group in self.optimiser.param_groups:
-            group["lr"] = rate
-        self.optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        if self.run.settings.clip is not None:
-            norm = nn.utils.clip_grad_norm_(self.trained, self.run.settings.clip)
-            self._require_finite(float(norm), what="gradient", where=where)
-        self.optimiser.step()
-
-    def _require_finite(self, value: float, *, what: str, where: str) -> None:
+    def _require_finite(self, value: float, *, what: str, position: int) -> None:
         if math.isfinite(value):
             return
         checkpoint, note = self.run.checkpoint, ""
         if checkpoint and checkpoint.path.exists():
             epochs = "the best epoch so far" if self.saved.best else "an earlier step"
             note = f". {checkpoint.path} holds the weights of {epochs}: spectrim.training.resumed reads them"
+        where = f"epoch {len(self.progress.curve)}, step {position}"
         raise TrainingError(f"the {what} became {value} in {where}; lower the learning rate or check the data{note}")
 
-    def _report(self, position: int) -> None:
+    def _report(self) -> None:
         """Call `on_step`. What it does, such as a projection of the weights, is part of the step."""
         run, progress = self.run, self.progress
         self.taken += 1
         if run.on_step is None:
             return
-        epoch, epochs, left_over = len(progress.curve), run.settings.epochs, None
+        epoch, epochs, seconds_left = len(progress.curve), run.settings.epochs, None
         if progress.steps:
-            to_do = (epochs - epoch) * progress.steps - progress.step
-            left_over = (time.perf_counter() - self.started) / self.taken * to_do
+            ahead = (epochs - epoch) * progress.steps - progress.step
+            seconds_left = (time.perf_counter() - self.started) / self.taken * ahead
         right = progress.correct / progress.labelled if progress.labelled else None
-        run.on_step(Step(epoch, epochs, position, progress.steps, self.latest, right, left_over))
+        run.on_step(Step(epoch, epochs, progress.step - 1, progress.steps, self.latest, right, seconds_left))
         self.saved = replace(self.saved, rng=self._rng())
 
-    def _rng(self) -> RngState | None:
-        return RngState.now(self.run.model) if self.run.checkpoint else None
+    def _rng(self) -> RngState:
+        return RngState.now(self.run.model) if self.run.checkpoint else RngState()
 
     def _end_epoch(self) -> None:
         run, old = self.run, self.progress
@@ -222,12 +231,11 @@ class _Loop:
         held_out = accuracy(run.model, run.held_out).value if run.held_out is not None else None
         seconds = old.seconds + time.perf_counter() - start
         ended = Epoch(epoch=len(old.curve), loss=old.loss / old.step, held_out=held_out, seconds=seconds)
-        rates = (*old.rates, self._rate(old.step - 1, old.steps))
-        progress = Progress(curve=(*old.curve, ended), rates=rates)
+        progress = Progress(curve=(*old.curve, ended), rates=(*old.rates, self._rate(old.step - 1, old.steps)))
         best = self.saved.best
         if run.settings.keep == "best" and progress.best == ended.epoch:
             best = {name: tensor.clone() for name, tensor in unique_tensors(run.model)[0].items()}
-        self.saved = Saved(progress, best, None, states(self.own))
+        self.saved = Saved(progress, best, loaders=states(self.own))
         self._save()
 
     def _save(self) -> None:
@@ -235,16 +243,12 @@ class _Loop:
             self.run.checkpoint.save(self.run.model, self.optimiser, self.saved)
 
     def _finished(self) -> History:
-        progress, best = self.progress, self.saved.best
+        curve, best = self.progress.curve, self.saved.best
         with torch.no_grad():
             for name, tensor in unique_tensors(self.run.model)[0].items() if best else ():
                 tensor.copy_(best[name])
-        return History(
-            progress.curve,
-            lr=progress.rates,
-            stopped_early=len(progress.curve) < self.run.settings.epochs,
-            kept=progress.best if best else len(progress.curve) - 1,
-        )
+        last, early = len(curve) - 1, len(curve) < self.run.settings.epochs
+        return History(curve, lr=self.progress.rates, stopped_early=early, kept=self.progress.best if best else last)
 
 
 @contextmanager

@@ -1,5 +1,7 @@
 """The best low-rank approximation of one weight, updated while the weight is trained."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -7,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.core.errors import ModelError, TrainingError
-from spectrim.layers.registry import Geometry, as_kernels, as_stored, geometry
+from spectrim.layers.registry import as_kernels, as_stored, geometry
+from spectrim.layers.selection import Target
 from spectrim.linalg import Factors, Truncated, algebra, truncate, truncate_exactly
 
 
@@ -16,24 +19,24 @@ class LowRankParametrization(nn.Module):
 
     Attributes:
         sizes: Of the weight.
-        basis: (groups, min(out, in), a quarter of that), the subspace from which the next approximation starts; its
-            first columns, as many as the rank needs, then zeros, so that the shape does not depend on the rank. It is
-            part of the state, so that a resumed run computes the same. Only training changes it.
+        basis: (groups, min(out, in), a quarter of that), the subspace from which the next approximation starts: as many
+            columns as the rank needs, then zeros, so that the shape does not depend on the rank. It is part of the
+            state, so that a resumed run computes the same. Only training changes it.
         rank: D, an integer (); part of the state.
     """
 
     basis: Tensor
     rank: Tensor
 
-    def __init__(self, name: str, layer: nn.Module, *, rank: int, exact: bool, residual_decay: float) -> None:
+    def __init__(self, target: Target, *, rank: int, exact: bool, residual_decay: float) -> None:
         super().__init__()
-        self._name, self.sizes = name, geometry(layer)
+        self._name, self.sizes = target.name, geometry(target.module)
         self._exact, self._decay = exact, residual_decay
-        weight = layer.get_parameter("weight")
+        weight = target.module.get_parameter("weight")
         side = min(self.sizes.out, self.sizes.width)
         self.register_buffer("rank", torch.tensor(rank, device=weight.device))
         self.register_buffer("basis", weight.new_zeros(self.sizes.groups, side, side // 4).detach())
-        # plain numbers with the versions of the buffers that they were read from
+        # plain numbers, with the versions of the buffers that they were read from
         self._rank_read = (rank, _version(self.rank))
         self._columns_read = (0, _version(self.basis))
         self._parts: list[Truncated] = []
@@ -77,7 +80,7 @@ class LowRankParametrization(nn.Module):
         self._update(weight)
         if self.training and self._decay_due:
             # not in evaluation mode, so that evaluating has no effect on training
-            with torch.inference_mode(mode=False), torch.no_grad():
+            with _untracked(weight):
                 self._set_basis(_bases(self._parts))
                 if self._decay > 0:
                     weight.lerp_(self._product, self._decay)
@@ -103,7 +106,7 @@ class LowRankParametrization(nn.Module):
 
     def set_rank(self, rank: int, basis: Tensor) -> None:
         """Truncate at another rank from now on, starting from a basis of `basis_for`."""
-        with torch.inference_mode(mode=False), torch.no_grad():
+        with _untracked(basis):
             self.rank.fill_(rank)
             self._set_basis(basis)
 
@@ -111,15 +114,15 @@ class LowRankParametrization(nn.Module):
         """W_D with its singular values lowered by an amount, shaped as the weight, and how many are above 0."""
         exact = self._exact or self.is_identity
         parts = self._decompose(weight, self.present_rank(), None if exact else self._used_basis(), exact=exact)
-        with torch.inference_mode(mode=False), torch.no_grad():
+        with _untracked(weight):
             lowered, most = [], 1
             for part in parts:
                 # one of the two has orthonormal columns, the other orthogonal ones as long as the singular values
-                norms = [torch.linalg.vector_norm(factor.double(), dim=0) for factor in (part.left, part.right)]
-                shares = (1 - amount / (norms[0] * norms[1]).clamp(min=1e-300)).clamp(min=0)
+                left, right = (torch.linalg.vector_norm(side.double(), dim=0) for side in (part.left, part.right))
+                shares = (1 - amount / (left * right).clamp(min=1e-300)).clamp(min=0)
                 most = max(most, int((shares > 0).sum()))
                 lowered.append(replace(part, left=part.left * shares.to(part.left.dtype)))
-            return _product(lowered, self.sizes).to(weight.dtype), most
+            return self._multiplied(lowered).to(weight.dtype), most
 
     def _key_of(self, weight: Tensor) -> tuple[object, ...]:
         return *_version(weight), weight.dtype, weight.device, self.present_rank()
@@ -133,7 +136,7 @@ class LowRankParametrization(nn.Module):
 
     def _approximate(self, weight: Tensor, basis: Tensor | None) -> None:
         self._parts = self._decompose(weight, self.present_rank(), basis, exact=self._exact)
-        self._product = _product(self._parts, self.sizes).to(weight.dtype)
+        self._product = self._multiplied(self._parts).to(weight.dtype)
 
     def _columns(self) -> int:
         """How many columns of the basis are in use."""
@@ -153,9 +156,7 @@ class LowRankParametrization(nn.Module):
 
     def _decompose(self, weight: Tensor, rank: int, basis: Tensor | None, *, exact: bool) -> list[Truncated]:
         """W_D of every group; by a full decomposition if `exact`, else from a basis if there is one."""
-        # not in mixed precision, which would halve that of the products, nor as tensors of inference mode
-        off = torch.autocast(weight.device.type, enabled=False)
-        with torch.inference_mode(mode=False), torch.no_grad(), off:
+        with _untracked(weight):
             dtype = weight.dtype if weight.dtype == torch.float64 else torch.float32
             groups = as_kernels(weight.detach(), self.sizes).flatten(2).to(dtype)
             starts = [None] * len(groups) if basis is None else list(basis.to(dtype))
@@ -165,6 +166,21 @@ class LowRankParametrization(nn.Module):
                 return [truncate(W, rank, basis=V) for W, V in zip(groups, starts, strict=True)]
             except ModelError as error:
                 raise TrainingError(f"{self._name}: {error}; lower the learning rate or check the data") from error
+
+    def _multiplied(self, parts: list[Truncated]) -> Tensor:
+        """W_D as the layer stores its weight."""
+        sizes = self.sizes
+        with _untracked(parts[0].left):
+            # a single matrix needs no copy
+            matrices = parts[0].matrix.unsqueeze(0) if len(parts) == 1 else torch.stack([part.matrix for part in parts])
+            return as_stored(matrices.reshape(sizes.groups, sizes.out, sizes.into, *sizes.kernel), sizes)
+
+
+@contextmanager
+def _untracked(tensor: Tensor) -> Iterator[None]:
+    """Neither gradients, nor tensors of inference mode, nor the lower precision of autocast."""
+    with torch.inference_mode(mode=False), torch.no_grad(), torch.autocast(tensor.device.type, enabled=False):
+        yield
 
 
 def _sum_of_bits(weight: Tensor) -> Tensor:
@@ -182,14 +198,6 @@ def _version(tensor: Tensor) -> tuple[int, int]:
 
 def _bases(parts: list[Truncated]) -> Tensor:
     return torch.stack([part.basis for part in parts])
-
-
-def _product(parts: list[Truncated], sizes: Geometry) -> Tensor:
-    """W_D as the layer stores its weight."""
-    with torch.inference_mode(mode=False), torch.no_grad(), torch.autocast(parts[0].left.device.type, enabled=False):
-        # a single group needs no copy
-        matrices = parts[0].matrix.unsqueeze(0) if len(parts) == 1 else torch.stack([part.matrix for part in parts])
-        return as_stored(matrices.reshape(sizes.groups, sizes.out, sizes.into, *sizes.kernel), sizes)
 
 
 class _StraightThrough(torch.autograd.Function):

@@ -45,7 +45,11 @@ def step_result(
     if logits is None:
         loss = functional.cross_entropy(outputs, _classes(targets, outputs, position))
     else:
-        loss = _distillation(outputs, logits, settings.temperature)
+        if logits.shape != outputs.shape:
+            raise DataError(f"the teacher's logits {list(logits.shape)} do not fit the outputs {list(outputs.shape)}")
+        # of the softened outputs, times the temperature squared (Hinton 2015)
+        soft, goal = (functional.log_softmax(values / settings.temperature, dim=1) for values in (outputs, logits))
+        loss = functional.kl_div(soft, goal, reduction="batchmean", log_target=True) * settings.temperature**2
         if settings.label_weight > 0:
             entropy = functional.cross_entropy(outputs, _classes(targets, outputs, position))
             loss = settings.label_weight * entropy + (1 - settings.label_weight) * loss
@@ -94,12 +98,3 @@ def _classes(labels: Tensor, outputs: Tensor, position: int) -> Tensor:
 
 def _whole(labels: Tensor) -> bool:
     return not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
-
-
-def _distillation(outputs: Tensor, logits: Tensor, temperature: float) -> Tensor:
-    """KL divergence of the softened outputs, times the temperature squared (Hinton 2015)."""
-    if logits.shape != outputs.shape:
-        raise DataError(f"the teacher's logits {list(logits.shape)} do not fit the outputs {list(outputs.shape)}")
-    student = functional.log_softmax(outputs / temperature, dim=1)
-    teacher = functional.log_softmax(logits / temperature, dim=1)
-    return functional.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field
-from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -12,16 +11,16 @@ from spectrim.core.errors import TrainingError
 from spectrim.core.plans import Energy
 from spectrim.layers.registry import Geometry, as_kernels, as_stored, geometry
 from spectrim.layers.replacement import duplicate
-from spectrim.layers.selection import Patterns, Target, replace
+from spectrim.layers.selection import Target, replace
 from spectrim.linalg import Factors, algebra
-from spectrim.training.choice import Choice, LayerRule, choose, factored, require_finite
+from spectrim.training.choice import LayerFilter, LayerRule, factored, require_finite
 
 # what torch's optimisers call the running mean of the gradient
 _MOMENTUM = ("exp_avg", "momentum_buffer")
 
 
 @dataclass
-class ProjectEachEpoch:
+class ProjectEachEpoch(LayerFilter):
     """Replace every weight by its best approximation of rank D, whenever called; use it in any loop.
 
         project = st.training.ProjectEachEpoch(st.Rank(20))
@@ -37,17 +36,11 @@ class ProjectEachEpoch:
         rule: The rank of every layer, or ranks by the layers' names. `Energy` is of the weight as it is at each call,
             so ranks can fall with time.
         every_steps: Project after this many calls of `step`; None leaves it to calls at the ends of epochs.
-        include: Name patterns of the layers to project.
-        exclude: Name patterns of layers to leave out.
-        keep_last: Leave out the layer registered last.
     """
 
     rule: LayerRule
     _: KW_ONLY
     every_steps: int | None = None
-    include: Patterns = ("*",)
-    exclude: Patterns = ()
-    keep_last: bool = False
     _steps: int = field(default=0, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -74,16 +67,17 @@ class ProjectEachEpoch:
             PatternError: a pattern matches no layer.
             TrainingError: no layer is left to project, one is parametrised, or a weight became NaN; nothing is changed.
         """
-        projections = [(target, _Projection.of(target, rank)) for target, rank in self._choice(model).layers]
+        projections = [(target, _Projection.of(target, rank)) for target, rank in self.choose(model, self.rule).layers]
         errors: dict[str, float] = {}
         with torch.no_grad():
             for target, projection in projections:
                 weight = target.module.get_parameter("weight")
                 weight.copy_(projection.weight)
                 errors[target.name] = projection.error
-                for momentum in _momenta(optimizer, weight):
+                state = {} if optimizer is None else optimizer.state.get(weight, {})
+                for momentum in (state[name] for name in _MOMENTUM if isinstance(state.get(name), Tensor)):
                     momentum.copy_(projection.tangent(momentum))
-        return MappingProxyType(errors)
+        return errors
 
     def step(self, model: nn.Module, optimizer: Optimizer | None = None) -> bool:
         """Count one optimiser step and project after every `every_steps` of them; returns whether it did.
@@ -114,21 +108,13 @@ class ProjectEachEpoch:
         """
         copied = duplicate(model)
         replacements: dict[str, nn.Module] = {}
-        for target, rank in self._choice(copied).layers:
+        for target, rank in self.choose(copied, self.rule).layers:
             # Energy asks anew each time, so a weight below its full rank has been projected already
             at_most = geometry(target.module).full_rank if isinstance(self.rule, Energy) else rank
             projection = _Projection.of(target, rank, at_most=at_most)
             replacements |= factored(copied, target, projection.factors)
         replace(copied, replacements)
         return copied
-
-    def _choice(self, model: nn.Module) -> Choice:
-        return choose(model, self.rule, include=self.include, exclude=self.exclude, keep_last=self.keep_last)
-
-
-def _momenta(optimizer: Optimizer | None, weight: nn.Parameter) -> list[Tensor]:
-    state = {} if optimizer is None else optimizer.state.get(weight, {})
-    return [state[name] for name in _MOMENTUM if isinstance(state.get(name), Tensor)]
 
 
 @dataclass(frozen=True, eq=False)

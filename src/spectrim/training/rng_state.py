@@ -3,7 +3,7 @@
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import numpy as np
@@ -16,15 +16,15 @@ from spectrim.core.execution import device_of
 
 @dataclass(frozen=True, eq=False)
 class RngState:
-    """The states of all global generators that training draws from.
+    """The states of all global generators that training draws from, or of none.
 
     Attributes:
         tensors: Of torch, uint8: `cpu`, and `cuda` for the model's device if that is one.
         others: Of Python and numpy, in types that JSON has.
     """
 
-    tensors: Mapping[str, Tensor]
-    others: Mapping[str, Any]
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    others: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def now(cls, model: nn.Module) -> "RngState":

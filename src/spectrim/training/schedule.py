@@ -1,14 +1,12 @@
 """Ranks that change while a truncated network trains: by energy, under a falling budget, or by a penalty."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
 from fractions import Fraction
-from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 from pydantic import Field, ValidationError
 from torch.optim import Optimizer
 
@@ -65,6 +63,7 @@ class _State(Frozen):
     history: tuple[RankStep, ...] = ()
 
 
+@dataclass(eq=False, repr=False)
 class RankSchedule:
     """Change the ranks of a truncated network while it trains, from any loop.
 
@@ -79,13 +78,12 @@ class RankSchedule:
     In a `TrainingRun` that is `on_step=lambda _: ranks.step(truncation)`. At every `every`-th step from `begin` to
     `end`, and at `end` itself:
 
-    - `Energy`: each layer takes the smallest rank that has enough of the energy of W. Energy that a lower rank has
-      already cost, since the residual of W decays, still counts as lost; otherwise the same share would be taken again
-      and again.
+    - `Energy`: each layer takes the smallest rank that has enough of the energy of W. Energy that a lower rank has cost
+      already, since the residual of W decays, still counts as lost; otherwise the same share would be lost repeatedly.
     - `Budget`: the budget falls from what the network costs at the first step to the rule's share at `end`, fast at
-      first and slowly in the end (cubic; Zhu & Gupta 2017). Each time the ranks of all layers are chosen together, so
-      that the sum of the lost shares of their energies is least; a layer may also be left dense. The cost never exceeds
-      the budget of the moment.
+      first and slowly in the end (cubic; Zhu & Gupta 2017). The ranks of all layers are chosen together, so that the
+      sum of the lost shares of their energies is least; a layer may also be left dense. The cost never exceeds the
+      budget of the moment.
     - `NuclearNorm`: the singular values of W_D are lowered by strength times the sum of the learning rates since the
       last change; see `Truncation.soft_threshold`. The new ranks count the values above 0.
 
@@ -95,34 +93,34 @@ class RankSchedule:
             about 0.2 s for 1024 x 1024; ranks of a quarter of the shorter side and above cost as much at every step.
         begin: No change before this step.
         end: No change after this step; None for no end. A budget needs one.
+        example_inputs: One batch for the model, to count the MACs that a budget limits.
 
     Raises:
         RuleError: a rule that does not change ranks, such as `Rank`, or a budget of bytes.
         TrainingError: steps that are not allowed, or a budget of MACs without `example_inputs`.
     """
 
-    def __init__(
-        self,
-        rule: Energy | Budget | NuclearNorm,
-        *,
-        every: int = 100,
-        begin: int = 0,
-        end: int | None = None,
-        example_inputs: Any = None,
-    ) -> None:
+    rule: Energy | Budget | NuclearNorm
+    _: KW_ONLY
+    every: int = 100
+    begin: int = 0
+    end: int | None = None
+    example_inputs: Any = None
+
+    def __post_init__(self) -> None:
+        rule, end = self.rule, self.end
         if not isinstance(rule, Energy | Budget | NuclearNorm):
             raise RuleError(f"{rule!r} does not move ranks; give Energy(0.9), Budget(params=0.1) or NuclearNorm(1e-3)")
-        if isinstance(rule, Budget) and rule.limits in ("bytes", "latency"):
+        self._limits = rule.limits if isinstance(rule, Budget) else None
+        if self._limits in ("bytes", "latency"):
             raise RuleError(f"{rule} cannot be followed in training; give params= or macs= instead")
-        for name, value, least in (("every", every, 1), ("begin", begin, 0), ("end", end, begin + 1)):
-            if name == "end" and value is None and not isinstance(rule, Budget):
+        for name, value, least in (("every", self.every, 1), ("begin", self.begin, 0), ("end", end, self.begin + 1)):
+            if name == "end" and end is None and self._limits is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise TrainingError(f"{name}={value!r}: give a whole number of optimiser steps, at least {least}")
-        if isinstance(rule, Budget) and rule.limits == "macs" and example_inputs is None:
+        if self._limits == "macs" and self.example_inputs is None:
             raise TrainingError(f"{rule} counts a forward pass; give RankSchedule(.., example_inputs=x)")
-        self.rule, self.every, self.begin, self.end = rule, every, begin, end
-        self._example = example_inputs
         self._costs: _Costs | None = None
         self._state = _State(schedule=self._name)
 
@@ -146,16 +144,18 @@ class RankSchedule:
             TrainingError: the truncation has ended, a weight became NaN, or there is no learning rate for the penalty.
                 Neither the ranks nor the count are changed.
         """
+        if isinstance(self.rule, NuclearNorm) and optimizer is None:
+            raise TrainingError(f"{self.rule} needs the learning rate; call step(truncation, optimizer)")
         if self._costs is None or self._costs.truncation is not truncation:
-            in_macs = isinstance(self.rule, Budget) and self.rule.limits == "macs"
-            self._costs = _Costs.of(truncation, self._example, unit="macs" if in_macs else "params")
+            unit: Literal["params", "macs"] = "macs" if self._limits == "macs" else "params"
+            self._costs = _Costs.of(truncation, self.example_inputs, unit=unit)
         costs, state = self._costs, self._state
         if not state.history:
             self._require_reachable(costs)
             state = state.model_copy(update={"history": (costs.record(0),)})
         now = state.step + 1
         active = self.begin <= now and (self.end is None or now <= self.end)
-        owed = self._owed(state, truncation, optimizer, active=active)
+        owed = self._owed(state, truncation, optimizer) if active else {}
         state = state.model_copy(update={"step": now, "owed": owed})
         due = active and (now == self.end or (now - self.begin) % self.every == 0)
         if due:
@@ -201,15 +201,9 @@ class RankSchedule:
                 "truncated_(model, Ratio(1.0), trainable_rank=True) or give a smaller budget"
             )
 
-    def _owed(
-        self, state: _State, truncation: Truncation, optimizer: Optimizer | None, *, active: bool
-    ) -> dict[str, float]:
+    def _owed(self, state: _State, truncation: Truncation, optimizer: Optimizer | None) -> dict[str, float]:
         """By layer, the sum of the learning rates since the last proximal step."""
-        if not isinstance(self.rule, NuclearNorm):
-            return {}
-        if optimizer is None:
-            raise TrainingError(f"{self.rule} needs the learning rate; call step(truncation, optimizer)")
-        if not active:
+        if not isinstance(self.rule, NuclearNorm) or optimizer is None:
             return {}
         rates = {id(weight): float(group["lr"]) for group in optimizer.param_groups for weight in group["params"]}
         owed = {}
@@ -254,20 +248,20 @@ class _Costs:
     Attributes:
         truncation: Of the network.
         dense: Of the whole dense network.
-        finished: By layer, of the layer once it is finished, at the ranks from 1 to the full one.
+        finished: By layer, of the layer once it is finished, by its rank.
         options: By layer, the ranks that a budget chooses from: the full one, then all with fewer parameters and no
             more MACs.
     """
 
     truncation: Truncation
     dense: int
-    finished: Mapping[str, npt.NDArray[np.int64]]
-    options: Mapping[str, npt.NDArray[np.int64]]
+    finished: Mapping[str, Mapping[int, int]]
+    options: Mapping[str, Sequence[int]]
 
     @classmethod
     def of(cls, truncation: Truncation, example_inputs: Any, *, unit: Literal["params", "macs"]) -> "_Costs":
-        truncation.weights()  # raises if it has ended
-        dense, positions = sum(parameter.numel() for parameter in truncation.model.parameters()), {}
+        dense = sum(parameter.numel() for parameter in truncation.model.parameters())
+        positions = {name: Positions() for name in truncation.weights()}
         if unit == "macs":
             traced = trace(truncation.model, as_inputs(example_inputs)).positions
             for name, target in truncation.targets.items():
@@ -276,31 +270,29 @@ class _Costs:
             dense = count_macs(truncation.model, example_inputs)
         finished, options = {}, {}
         for name, sizes in truncation.sizes.items():
-            where = positions.get(name, Positions())
-            whole = sizes.dense_cost(where)
-            costs = {rank: sizes.cost("channel", (rank,), where) for rank in range(1, sizes.full_rank + 1)}
+            whole = sizes.dense_cost(positions[name])
+            costs = {rank: sizes.cost("channel", (rank,), positions[name]) for rank in range(1, sizes.full_rank + 1)}
             smaller = [rank for rank, cost in costs.items() if cost.params < whole.params and cost.macs <= whole.macs]
-            options[name] = np.array([sizes.full_rank, *smaller], dtype=np.int64)
+            options[name] = [sizes.full_rank, *smaller]
             costs |= {rank: whole for rank in costs if truncation.stays_dense(name, rank)}
-            finished[name] = np.array([getattr(cost, unit) for cost in costs.values()], dtype=np.int64)
+            finished[name] = {rank: int(getattr(cost, unit)) for rank, cost in costs.items()}
         return cls(truncation, dense, finished, options)
 
     @property
     def rest(self) -> int:
         """Of everything but the truncated weights."""
-        return self.dense - sum(int(costs[-1]) for costs in self.finished.values())
+        return self.dense - sum(self.finished[name][full] for name, (full, *_) in self.options.items())
 
     @property
     def least(self) -> float:
         """kept / dense with every layer as small as it can be."""
-        cheapest = {name: int(self.finished[name][ranks - 1].argmin()) for name, ranks in self.options.items()}
-        return self.share({name: int(self.options[name][at]) for name, at in cheapest.items()})
+        return self.share(
+            {name: min(ranks, key=self.finished[name].__getitem__) for name, ranks in self.options.items()}
+        )
 
     def share(self, ranks: Mapping[str, int]) -> float:
         """kept / dense."""
-        return (self.rest + sum(int(self.finished[name][rank - 1]) for name, rank in ranks.items())) / max(
-            self.dense, 1
-        )
+        return (self.rest + sum(self.finished[name][rank] for name, rank in ranks.items())) / max(self.dense, 1)
 
     def record(self, step: int) -> RankStep:
         ranks = dict(self.truncation.ranks)
@@ -311,8 +303,9 @@ class _Costs:
         items = []
         for name, ranks in self.options.items():
             total = float(np.square(spectra[name].values).sum())
-            losses = spectra[name].tail_energy[ranks - 1] / total if total > 0 else np.zeros(len(ranks))
-            items.append(Menu(self.finished[name][ranks - 1], losses))
+            lost = spectra[name].tail_energy[np.array(ranks) - 1]
+            costs = np.array([self.finished[name][rank] for rank in ranks], dtype=np.int64)
+            items.append(Menu(costs, lost / total if total > 0 else np.zeros(len(ranks))))
         limit = int(budget * self.dense) - self.rest
         solution = Allocation.of(items, limit=limit).pick(limit)
-        return {name: int(ranks[at]) for (name, ranks), at in zip(self.options.items(), solution, strict=True)}
+        return {name: ranks[at] for (name, ranks), at in zip(self.options.items(), solution, strict=True)}

@@ -13,7 +13,7 @@ from spectrim.core.files import Frozen
 
 
 class Settings(Frozen):
-    """How a run goes. Each field is a keyword argument of `st.finetune` as well, with the same default.
+    """How a run goes. Each field is a keyword argument of `st.finetune` as well, with the same default but for `keep`.
 
     Attributes:
         epochs: Passes over the data.
@@ -26,9 +26,8 @@ class Settings(Frozen):
         temperature: Of the distillation; softens the outputs of both networks.
         label_weight: w in w * cross-entropy + (1 - w) * KL * temperature^2, the loss with a teacher (Hinton 2015).
         precision: `"bf16"` computes in bfloat16 where that is safe (autocast); weights and loss stay float32.
-        keep: The result has the weights of the last epoch, or of the one with the best accuracy on the held-out data
-            (the first of equals). `st.finetune` takes the best one by default if `patience` is given. The schedule is
-            made to end in the last epoch, and the accuracy by which weights were chosen is biased upwards.
+        keep: Whether the result has the weights of the last epoch, in which the schedule is made to end, or of the best
+            on held-out data (the first of equals), whose accuracy there is biased upwards by the choice.
         patience: Stop after this many epochs without a better accuracy on the held-out data; None to run all epochs.
         seed: Of what the model and the data draw. The caller's random states are restored.
 

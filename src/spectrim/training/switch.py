@@ -2,8 +2,8 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import pairwise
-from types import MappingProxyType
 from typing import Any
 
 from pydantic import Field, ValidationError
@@ -13,9 +13,8 @@ from spectrim.core.errors import TrainingError
 from spectrim.core.files import Frozen
 from spectrim.core.plans import Ratio
 from spectrim.layers.registry import Positions, geometry, matrices
-from spectrim.layers.selection import Patterns
 from spectrim.linalg import spectrum
-from spectrim.training.choice import choose, require_finite
+from spectrim.training.choice import LayerFilter, require_finite
 
 
 class StableRanks(Frozen):
@@ -37,7 +36,8 @@ class _State(Frozen):
     history: tuple[StableRanks, ...]
 
 
-class Switch:
+@dataclass(eq=False, kw_only=True)
+class Switch(LayerFilter):
     """Watch a network train in full rank, and say when to go on in low rank, at which ranks (Cuttlefish, Wang 2023).
 
         switch = st.training.Switch(keep_last=True)
@@ -49,36 +49,26 @@ class Switch:
         truncation = st.training.truncated_(model, ranks)       # or ProjectEachEpoch(ranks).finish(model) for factors
 
     The stable ranks of the weights change early in training and then become stable. Once those of all layers are, the
-    rank of each layer is its stable rank, scaled so that the one of the random initial weight stands for the full rank.
-    Unlike in the paper, changes are relative to the stable rank itself, so that they mean the same for layers of every
-    size.
+    rank of each layer is its stable rank, scaled so that that of the random initial weight stands for the full rank.
+    Unlike in the paper, changes are relative to the stable rank, so that they mean the same for layers of every size.
 
     Attributes:
         epsilon: Largest relative change of a stable rank from one epoch to the next that counts as stable, above 0.
         patience: For how many epochs in a row no layer may change by more.
-        include: Name patterns of the layers to watch.
-        exclude: Name patterns of layers to leave out.
-        keep_last: Leave out the layer registered last.
 
     Raises:
         TrainingError: an epsilon or a patience that is not allowed.
     """
 
-    def __init__(
-        self,
-        *,
-        epsilon: float = 0.02,
-        patience: int = 2,
-        include: Patterns = ("*",),
-        exclude: Patterns = (),
-        keep_last: bool = False,
-    ) -> None:
+    epsilon: float = 0.02
+    patience: int = 2
+
+    def __post_init__(self) -> None:
+        epsilon, patience = self.epsilon, self.patience
         if isinstance(epsilon, bool) or not isinstance(epsilon, int | float) or not 0 < epsilon < math.inf:
             raise TrainingError(f"epsilon={epsilon!r}: give a relative change above 0, such as 0.02")
         if isinstance(patience, bool) or not isinstance(patience, int) or patience < 1:
             raise TrainingError(f"patience={patience!r}: give a whole number of epochs, at least 1")
-        self.epsilon, self.patience = float(epsilon), patience
-        self.include, self.exclude, self.keep_last = include, exclude, keep_last
         self._state = _State(full={}, history=())
 
     @property
@@ -99,9 +89,7 @@ class Switch:
             PatternError: a pattern matches no layer.
             TrainingError: a weight became NaN, or the layers are not those of the first call.
         """
-        layers = choose(
-            model, Ratio(1.0), include=self.include, exclude=self.exclude, keep_last=self.keep_last, trainable_rank=True
-        ).layers
+        layers = self.choose(model, Ratio(1.0), trainable_rank=True).layers
         full = {target.name: rank for target, rank in layers}
         if self.history and full != self._state.full:
             raise TrainingError(
@@ -117,7 +105,12 @@ class Switch:
         scaled = {name: rank * (full[name] / first[name] if first[name] > 0 else 1.0) for name, rank in stable.items()}
         look = StableRanks(epoch=len(self.history), stable=stable, scaled=scaled)
         self._state = _State(full=full, history=(*self.history, look))
-        if not self._is_stable():
+        recent = [look.stable for look in self.history[-self.patience - 1 :]]
+        if len(recent) <= self.patience or any(
+            abs(now[name] - before[name]) > self.epsilon * before[name]
+            for before, now in pairwise(recent)
+            for name in now
+        ):
             return None
         smaller = {}
         for target, _ in layers:
@@ -125,7 +118,7 @@ class Switch:
             rank = min(full[name], max(1, math.ceil(scaled[name] - 1e-9)))
             if sizes.cost("channel", (rank,), Positions()).params < sizes.dense_cost(Positions()).params:
                 smaller[name] = rank
-        return MappingProxyType(smaller)
+        return smaller
 
     def state_dict(self) -> dict[str, Any]:
         """What is needed to resume, in types that JSON has."""
@@ -141,11 +134,3 @@ class Switch:
             self._state = _State.model_validate(dict(state_dict))
         except (ValidationError, TypeError, ValueError) as error:
             raise TrainingError(f"this is not the state of a Switch: {error}") from error
-
-    def _is_stable(self) -> bool:
-        recent = [look.stable for look in self.history[-self.patience - 1 :]]
-        return len(recent) > self.patience and all(
-            abs(now[name] - before[name]) <= self.epsilon * before[name]
-            for before, now in pairwise(recent)
-            for name in now
-        )

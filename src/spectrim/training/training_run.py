@@ -38,7 +38,7 @@ class Step:
 
 @dataclass(frozen=True, eq=False)
 class TrainingRun:
-    """Everything that `train_in_place` needs.
+    """Everything that `train_in_place` needs; what is not explained here is as in `st.finetune`.
 
     Attributes:
         model: Trained in place.
@@ -48,11 +48,6 @@ class TrainingRun:
         trained: The parameters that change, among those that ask for gradients; None for all of these.
         frozen_modules: Modules that stay in evaluation mode, such as norms whose statistics must not change.
         teacher: A network with the same outputs, in evaluation mode.
-        held_out: Batches on which accuracy is measured after each epoch.
-        checkpoint: Where the state is saved after each epoch and at an interrupt, and where the run resumes from.
-        save_every: Steps between two saves within an epoch as well; None for none.
-        on_step: Called after each step.
-        accelerator: The processes that train together, each on its share of every batch.
 
     Raises:
         TrainingError: `keep="best"` or `patience` without `held_out`, `label_weight` without `teacher`, or

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from types import MappingProxyType
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -12,7 +12,7 @@ from spectrim.core.errors import PatternError, RuleError, TrainingError
 from spectrim.layers.registry import Geometry, Positions, as_kernels
 from spectrim.layers.selection import Patterns, Target, near, replace
 from spectrim.linalg import Spectrum, spectrum
-from spectrim.training.choice import Choice, LayerRule, choose, factored, require_finite, require_ranks
+from spectrim.training.choice import LayerFilter, LayerRule, factored, require_finite, require_ranks
 from spectrim.training.low_rank_parametrization import LowRankParametrization
 
 
@@ -29,11 +29,11 @@ def truncated_(
 ) -> "Truncation":
     """Let `model` itself compute y = g(W_D x + b), W_D the best rank-D approximation of W, and go on training all of W.
 
-    The gradient with respect to W is taken as if the truncation were the identity (straight-through; Bengio 2013). The
-    parameter stays the same object, under the name `parametrizations.weight.original`, so any loop and optimiser trains
-    it, also an optimiser made before. Save `state_dict()` after an optimiser step to resume bit for bit. A change of W
-    is noticed by its version counter and, since torch's fused optimisers do not count, after every backward pass by a
-    sum over its bits; writing through `.data` at other times is not noticed.
+    The gradient passes the truncation as if it were the identity (straight-through; Bengio 2013). The parameter stays
+    the same object, under the name `parametrizations.weight.original`, so any loop and optimiser trains it, also an
+    optimiser made before. Save `state_dict()` after an optimiser step to resume bit for bit. A change of W shows in its
+    version counter and, since torch's fused optimisers do not count, in a sum over its bits after a backward pass;
+    writing through `.data` at other times is not noticed.
 
     The residual W - W_D is invisible to the loss and still receives gradients: it grows, then changes places with the
     top D at once. Therefore the first forward pass in training mode after a change of W lessens it,
@@ -47,14 +47,11 @@ def truncated_(
         include: Name patterns of the layers to truncate.
         exclude: Name patterns of layers to leave out.
         keep_last: Leave out the layer registered last.
-        exact: A full decomposition whenever W has changed, instead of one that starts from the last subspace (within
-            1e-4 of the least error, see `linalg.truncate`).
+        exact: Decompose W fully whenever it has changed, instead of starting from the last subspace (within 1e-4 of the
+            least error, see `linalg.truncate`).
         residual_decay: Share of W - W_D taken away after every step, 0 to 1.
         trainable_rank: Also take layers that the rule leaves at full rank, so that their ranks can be lowered later.
             Until then they are unchanged, at no cost; `finish()` leaves those dense whose factors would not be smaller.
-
-    Returns:
-        The ranks, what was left out and why, and the ways back: `finish()` and `remove()`.
 
     Raises:
         RuleError: not a rule for single layers, or a rank that a layer cannot have.
@@ -63,92 +60,78 @@ def truncated_(
         TrainingError: a chosen layer is parametrised already, no layer is left, or `residual_decay` is not in [0, 1].
     """
     if isinstance(residual_decay, bool) or not isinstance(residual_decay, int | float) or not 0 <= residual_decay <= 1:
-        raise TrainingError(
-            f"residual_decay={residual_decay!r} is not a share from 0 (as published) to 1; the default is 0.1"
-        )
-    choice = choose(model, rule, include=include, exclude=exclude, keep_last=keep_last, trainable_rank=trainable_rank)
-    parametrizations = {
-        target.name: LowRankParametrization(
-            target.name, target.module, rank=rank, exact=exact, residual_decay=float(residual_decay)
-        )
+        raise TrainingError(f"residual_decay={residual_decay!r} is not a share from 0 (as published) to 1, such as 0.1")
+    layer_filter = LayerFilter(include=include, exclude=exclude, keep_last=keep_last)
+    choice = layer_filter.choose(model, rule, trainable_rank=trainable_rank)
+    layers = {
+        target.name: LowRankParametrization(target, rank=rank, exact=exact, residual_decay=float(residual_decay))
         for target, rank in choice.layers
     }
-    for target, _ in choice.layers:
-        parametrization = parametrizations[target.name]
-        for site in target.sites:
+    targets = {target.name: target for target, _ in choice.layers}
+    for name, layer in layers.items():
+        for site in targets[name].sites:
             # layers that share a weight share its parametrisation, so that its residual decays once
-            parametrize.register_parametrization(model.get_submodule(site), "weight", parametrization)
-        parametrization.train(target.module.training).mark_current(_original(target.module))
-    return Truncation(model, choice, parametrizations, trainable_rank=trainable_rank)
+            parametrize.register_parametrization(model.get_submodule(site), "weight", layer)
+        layer.train(targets[name].module.training).mark_current(_original(targets[name].module))
+    return Truncation(model, targets, choice.skipped, layers, trainable_rank)
 
 
+@dataclass(eq=False, repr=False)
 class Truncation:
-    """What `truncated_` did to a model, and how to change and to end it.
+    """What `truncated_` did to a model, and how to change it and to end it, by `finish()` or `remove()`.
+
+    Layers go by the first name of each truncated weight. Every method but `ranks`, `sizes` and `stays_dense` raises
+    `TrainingError` once the truncation has ended.
 
     Attributes:
         model: The model.
-        targets: Where each truncated weight is used, by its layer's first name.
+        targets: Where each truncated weight is used.
         skipped: Of every layer that is not truncated, why it was left alone.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        choice: Choice,
-        parametrizations: Mapping[str, LowRankParametrization],
-        *,
-        trainable_rank: bool,
-    ) -> None:
-        self.model, self.skipped = model, choice.skipped
-        self.targets: Mapping[str, Target] = MappingProxyType({target.name: target for target, _ in choice.layers})
-        self._parametrizations = parametrizations
-        self._trainable_rank = trainable_rank
-        self._ended = False
+    model: nn.Module
+    targets: Mapping[str, Target]
+    skipped: Mapping[str, str]
+    _layers: Mapping[str, LowRankParametrization]
+    _trainable_rank: bool
+    _ended: bool = False
 
     @property
     def ranks(self) -> Mapping[str, int]:
-        """The present rank of every truncated weight, by its layer's first name; the last ones once it has ended.
-
-        They are part of the model's state: loading a `state_dict` restores them.
-        """
-        return MappingProxyType({name: part.present_rank() for name, part in self._parametrizations.items()})
+        """The present ranks, or the last ones once it has ended. Loading a `state_dict` of the model restores them."""
+        return {name: layer.present_rank() for name, layer in self._layers.items()}
 
     @property
     def sizes(self) -> Mapping[str, Geometry]:
-        """The sizes of every truncated weight, with its `full_rank`, by its layer's first name."""
-        return MappingProxyType({name: part.sizes for name, part in self._parametrizations.items()})
+        """The sizes of every truncated weight, with its `full_rank`."""
+        return {name: layer.sizes for name, layer in self._layers.items()}
 
     def stays_dense(self, name: str, rank: int) -> bool:
         """Whether `finish()` would leave a layer dense at this rank.
 
         It does at full rank and, with `trainable_rank`, wherever factors would not be smaller.
         """
-        sizes = self._parametrizations[name].sizes
-        nowhere = Positions()
+        sizes, nowhere = self._layers[name].sizes, Positions()
         grows = sizes.cost("channel", (rank,), nowhere).params >= sizes.dense_cost(nowhere).params
         return rank == sizes.full_rank or (self._trainable_rank and grows)
 
     def weights(self) -> Mapping[str, nn.Parameter]:
-        """The full weight W of every truncated layer, which is what is trained, by the layer's first name.
-
-        Raises:
-            TrainingError: the truncation has ended already.
-        """
+        """The full weight W of every truncated layer, which is what is trained."""
         if self._ended:
             raise TrainingError("this truncation has ended already; call truncated_ again to start another")
-        return MappingProxyType({name: _original(target.module) for name, target in self.targets.items()})
+        return {name: _original(target.module) for name, target in self.targets.items()}
 
     def spectra(self) -> Mapping[str, Spectrum]:
         """The singular values of every full weight W as it is now; a full decomposition each.
 
         Raises:
-            TrainingError: the truncation has ended already, or a weight became NaN.
+            TrainingError: a weight became NaN.
         """
         spectra = {}
         for name, weight in self.weights().items():
             require_finite(name, weight)
-            spectra[name] = spectrum(as_kernels(weight.detach(), self.sizes[name]).flatten(2))
-        return MappingProxyType(spectra)
+            spectra[name] = spectrum(as_kernels(weight.detach(), self._layers[name].sizes).flatten(2))
+        return spectra
 
     def set_ranks(self, ranks: Mapping[str, int]) -> None:
         """Truncate the named layers at other ranks from now on; the full weights stay as they are.
@@ -160,17 +143,16 @@ class Truncation:
         Raises:
             PatternError: a name of no truncated layer.
             RuleError: a rank that its layer cannot have.
-            TrainingError: the truncation has ended already, or a weight became NaN. Nothing is changed in any case.
+            TrainingError: a weight became NaN. Nothing is changed in any case.
         """
-        weights = self.weights()
+        weights, present = self.weights(), self.ranks
         require_ranks(ranks, {name: sizes.full_rank for name, sizes in self.sizes.items()})
         for name in ranks:
             require_finite(name, weights[name])
-        present = self.ranks
         changed = {name: rank for name, rank in ranks.items() if rank != present[name]}
-        bases = {name: self._parametrizations[name].basis_for(weights[name], rank) for name, rank in changed.items()}
+        bases = {name: self._layers[name].basis_for(weights[name], rank) for name, rank in changed.items()}
         for name, basis in bases.items():
-            self._parametrizations[name].set_rank(changed[name], basis)
+            self._layers[name].set_rank(changed[name], basis)
 
     def soft_threshold(self, amounts: Mapping[str, float]) -> Mapping[str, int]:
         """Lower the singular values of the named weights by an amount each, to no less than 0: one proximal step.
@@ -189,7 +171,7 @@ class Truncation:
         Raises:
             PatternError: a name of no truncated layer.
             RuleError: an amount that is negative or not a number.
-            TrainingError: the truncation has ended already, or a weight became NaN. Nothing is changed in any case.
+            TrainingError: a weight became NaN. Nothing is changed in any case.
         """
         weights = self.weights()
         for name, amount in amounts.items():
@@ -197,62 +179,50 @@ class Truncation:
                 raise PatternError(f"there is no truncated layer {name!r}{near(str(name), weights)}")
             if isinstance(amount, bool) or not isinstance(amount, int | float) or not 0 <= amount < math.inf:
                 raise RuleError(f"threshold {amount!r} for {name}: give a number of at least 0, in singular values")
-        softened = {
-            name: self._parametrizations[name].softened(weights[name], amount) for name, amount in amounts.items()
-        }
+        softened = {name: self._layers[name].softened(weights[name], amount) for name, amount in amounts.items()}
         with torch.no_grad():
             for name, (lowered, _) in softened.items():
                 weights[name].copy_(lowered)
         ranks = {name: rank for name, (_, rank) in softened.items()}
         self.set_ranks(ranks)
-        return MappingProxyType(ranks)
+        return ranks
 
     def finish(self) -> nn.Module:
-        """Replace the truncated layers of the model by balanced factors; outputs stay the same up to rounding.
+        """Replace the truncated layers by balanced factors, with the same outputs up to rounding; returns the model.
 
         Layers that stay dense (see `stays_dense`) become plain layers again, with W_D as their weight.
-
-        Returns:
-            The model itself.
-
-        Raises:
-            TrainingError: the truncation has ended already.
         """
         replacements: dict[str, nn.Module] = {}
-        for target, parametrization in self._end():
-            if self.stays_dense(target.name, parametrization.present_rank()):
-                self._make_plain(target, parametrization)
+        for name, weight in self._end().items():
+            target, layer = self.targets[name], self._layers[name]
+            if self.stays_dense(name, layer.present_rank()):
+                self._make_plain(name, weight)
                 continue
-            factors = parametrization.factors(_original(target.module))
+            factors = layer.factors(weight)
             self._unregister(target)
             replacements |= factored(self.model, target, factors)
         replace(self.model, replacements)
         return self.model
 
     def remove(self) -> nn.Module:
-        """Turn the truncated layers of the model into plain ones, with W_D as their weight: the same outputs.
+        """Make the truncated layers plain ones again, with W_D as their weight: the same outputs; returns the model.
 
-        Returns:
-            The model itself, with the same parameters as before `truncated_`.
-
-        Raises:
-            TrainingError: the truncation has ended already.
+        Its parameters are the same objects as before `truncated_`.
         """
-        for target, parametrization in self._end():
-            self._make_plain(target, parametrization)
+        for name, weight in self._end().items():
+            self._make_plain(name, weight)
         return self.model
 
-    def _end(self) -> list[tuple[Target, LowRankParametrization]]:
-        self.weights()  # raises if it has ended already
-        self._ended = True
-        for parametrization in self._parametrizations.values():
-            parametrization.eval()
-        return [(self.targets[name], parametrization) for name, parametrization in self._parametrizations.items()]
+    def _end(self) -> Mapping[str, nn.Parameter]:
+        """The full weights, for the last time."""
+        weights, self._ended = self.weights(), True
+        for layer in self._layers.values():
+            layer.eval()
+        return weights
 
-    def _make_plain(self, target: Target, parametrization: LowRankParametrization) -> None:
-        weight = _original(target.module)
-        low_rank = parametrization(weight).detach()
-        self._unregister(target)
+    def _make_plain(self, name: str, weight: nn.Parameter) -> None:
+        low_rank = self._layers[name](weight).detach()
+        self._unregister(self.targets[name])
         with torch.no_grad():
             weight.copy_(low_rank)
 
