@@ -25,7 +25,6 @@ class ProjectionCallback(Callback):
     def __init__(self, project: ProjectEachEpoch) -> None:
         super().__init__()
         self.project = project
-        self._seen = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count from where the trainer is."""
@@ -65,7 +64,6 @@ class RankScheduleCallback(Callback):
     def __init__(self, schedule: RankSchedule, truncation: Truncation) -> None:
         super().__init__()
         self.schedule, self.truncation = schedule, truncation
-        self._seen = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count from where the trainer is."""

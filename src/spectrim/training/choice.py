@@ -1,6 +1,6 @@
 """Which layers are trained at low rank, and at which rank each."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -19,14 +19,6 @@ LayerRule = Rank | Ratio | Energy | Mapping[str, int]
 """A rule that gives each layer a rank by itself, or the ranks by the layers' names."""
 
 
-@dataclass(frozen=True, eq=False)
-class Choice:
-    """Layers to work on with their ranks, and for every other name why it is left alone."""
-
-    layers: tuple[tuple[Target, int], ...]
-    skipped: Mapping[str, str]
-
-
 @dataclass(kw_only=True)
 class LayerFilter:
     """The layers to work on.
@@ -41,26 +33,15 @@ class LayerFilter:
     exclude: Patterns = ()
     keep_last: bool = False
 
-    def choose(self, model: nn.Module, rule: LayerRule, *, trainable_rank: bool = False) -> Choice:
-        """The layers whose weight a rule truncates; raises as `truncated_` does."""
+    def choose(
+        self, model: nn.Module, rule: LayerRule, *, trainable_rank: bool = False
+    ) -> tuple[dict[Target, int], dict[str, str]]:
+        """The layers that a rule truncates, with their ranks, and by name why others are left alone.
+
+        Raises as `truncated_` does.
+        """
         if not isinstance(rule, Rank | Ratio | Energy | Mapping):
             raise RuleError(f"{rule!r} does not say a rank for each layer; give Rank(20), Ratio(0.25) or Energy(0.9)")
-        usable, skipped = self._targets(model)
-        full = {name: geometry(target.module).full_rank for name, target in usable.items()}
-        ranks = _ranks(rule, usable.values(), full)
-        unnamed = {name: "it is not among the ranks given" for name in full if name not in ranks}
-        whole = {name: f"rank {rank} is its full rank" for name, rank in ranks.items() if rank == full[name]}
-        ignored = {**unnamed, **({} if trainable_rank else whole)}
-        layers = tuple((target, ranks[name]) for name, target in usable.items() if name not in ignored)
-        if not layers:
-            reasons = "; ".join(f"{name}: {reason}" for name, reason in [*whole.items(), *skipped.items()][:4])
-            raise TrainingError(
-                f"{rule} leaves no layer to truncate ({reasons}); choose a smaller rank or other layers"
-            )
-        return Choice(layers, {**skipped, **ignored})
-
-    def _targets(self, model: nn.Module) -> tuple[dict[str, Target], dict[str, str]]:
-        """The layers that can be truncated, and why others cannot."""
         named = model.named_modules(remove_duplicate=False)
         calls = Trace({}, {name: 1 for name, module in named if isinstance(module, LAYERS)})
         targets = find_targets(model, calls, include=self.include, exclude=self.exclude, keep_last=self.keep_last)
@@ -70,26 +51,36 @@ class LayerFilter:
                     f"{target.name} is parametrised already, perhaps truncated; call finish() or remove() of that "
                     "truncation, or torch's remove_parametrizations, or leave the layer out with exclude="
                 )
-        usable = {target.name: target for target in targets if target.refusal is None}
-        return usable, {target.name: target.refusal for target in targets if target.refusal is not None}
+        skipped = {target.name: target.refusal for target in targets if target.refusal is not None}
+        full = {target: geometry(target.module).full_rank for target in targets if target.refusal is None}
+        ranks = _ranks(rule, full)
+        unnamed = {target.name: "it is not among the ranks given" for target in full if target not in ranks}
+        whole = {target.name: f"rank {rank} is its full rank" for target, rank in ranks.items() if rank == full[target]}
+        ignored = {**unnamed, **({} if trainable_rank else whole)}
+        layers = {target: ranks[target] for target in full if target.name not in ignored}
+        if not layers:
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in [*whole.items(), *skipped.items()][:4])
+            raise TrainingError(
+                f"{rule} leaves no layer to truncate ({reasons}); choose a smaller rank or other layers"
+            )
+        return layers, {**skipped, **ignored}
 
 
-def _ranks(rule: LayerRule, layers: Collection[Target], full: Mapping[str, int]) -> dict[str, int]:
-    """The rank of every layer that the rule applies to."""
+def _ranks(rule: LayerRule, full: Mapping[Target, int]) -> dict[Target, int]:
+    """The rank of every layer that the rule applies to, given the full ranks."""
     if isinstance(rule, Mapping):
-        names = {name: layer.name for layer in layers for name in (layer.name, *layer.also)}
-        require_ranks(rule, {name: full[first] for name, first in names.items()})
-        return {names[name]: rank for name, rank in rule.items()}
-    require_reachable(
-        rule, {layer.name: (layer.module.get_parameter("weight").shape, full[layer.name]) for layer in layers}
-    )
+        layers = {name: target for target in full for name in (target.name, *target.also)}
+        require_ranks(rule, {name: full[target] for name, target in layers.items()})
+        return {layers[name]: rank for name, rank in rule.items()}
+    shapes = {target.name: (target.module.get_parameter("weight").shape, most) for target, most in full.items()}
+    require_reachable(rule, shapes)
     match rule:
         case Rank(rank=rank):
             return dict.fromkeys(full, rank)
         case Ratio():
-            return {name: rule.rank_of(most) for name, most in full.items()}
+            return {target: rule.rank_of(most) for target, most in full.items()}
         case Energy(energy=energy):
-            return {layer.name: spectrum(matrices(layer.module)).rank_for(energy) for layer in layers}
+            return {target: spectrum(matrices(target.module)).rank_for(energy) for target in full}
 
 
 def require_ranks(ranks: Mapping[str, int], full: Mapping[str, int]) -> None:

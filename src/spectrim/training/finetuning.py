@@ -141,26 +141,22 @@ def finetune(
 
 def _trained(model: nn.Module, train: str | Sequence[str]) -> dict[str, nn.Parameter]:
     """The parameters to train, those that ask for gradients, by their first names."""
+    match train:
+        case "all":
+            chosen = list(model.parameters())
+        case "factors":
+            chosen = list(nn.ModuleList(low_rank_layers(model).values()).parameters())
+        case "head":
+            chosen = list(_head(model).parameters())
+        case _:
+            chosen = _matching(model, [train] if isinstance(train, str) else list(train))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    chosen = _chosen(model, train)
     trained = {names[id(parameter)]: parameter for parameter in chosen if parameter.requires_grad}
     if not trained:
         what = "no parameter that asks for gradients" if chosen or train == "all" else "no factored layer"
         among = "" if train == "all" or not chosen else f" among those that train={train!r} chooses"
         raise TrainingError(f"{type(model).__name__} has {what}{among}, so there is nothing to train")
     return trained
-
-
-def _chosen(model: nn.Module, train: str | Sequence[str]) -> list[nn.Parameter]:
-    """Each parameter once, in the order of the model."""
-    match train:
-        case "all":
-            return list(model.parameters())
-        case "factors":
-            return list(nn.ModuleList(low_rank_layers(model).values()).parameters())
-        case "head":
-            return list(_head(model).parameters())
-    return _matching(model, [train] if isinstance(train, str) else list(train))
 
 
 def _head(model: nn.Module) -> nn.Module:

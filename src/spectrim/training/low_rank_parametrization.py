@@ -20,9 +20,9 @@ class LowRankParametrization(nn.Module):
     Attributes:
         sizes: Of the weight.
         basis: (groups, min(out, in), a quarter of that), the subspace from which the next approximation starts: as many
-            columns as the rank needs, then zeros, so that the shape does not depend on the rank. It is part of the
-            state, so that a resumed run computes the same. Only training changes it.
-        rank: D, an integer (); part of the state.
+            columns as the rank needs, then zeros, so that the shape does not depend on the rank. Only training changes
+            it. Like the rank it is part of the state, so that a resumed run computes the same.
+        rank: D, an integer ().
     """
 
     basis: Tensor
@@ -118,8 +118,8 @@ class LowRankParametrization(nn.Module):
             lowered, most = [], 1
             for part in parts:
                 # one of the two has orthonormal columns, the other orthogonal ones as long as the singular values
-                left, right = (torch.linalg.vector_norm(side.double(), dim=0) for side in (part.left, part.right))
-                shares = (1 - amount / (left * right).clamp(min=1e-300)).clamp(min=0)
+                norms = [torch.linalg.vector_norm(factor.double(), dim=0) for factor in (part.left, part.right)]
+                shares = (1 - amount / (norms[0] * norms[1]).clamp(min=1e-300)).clamp(min=0)
                 most = max(most, int((shares > 0).sum()))
                 lowered.append(replace(part, left=part.left * shares.to(part.left.dtype)))
             return self._multiplied(lowered).to(weight.dtype), most

@@ -36,6 +36,7 @@ class ProjectEachEpoch(LayerFilter):
         rule: The rank of every layer, or ranks by the layers' names. `Energy` is of the weight as it is at each call,
             so ranks can fall with time.
         every_steps: Project after this many calls of `step`; None leaves it to calls at the ends of epochs.
+        include, exclude, keep_last: As in `LayerFilter`.
     """
 
     rule: LayerRule
@@ -49,15 +50,11 @@ class ProjectEachEpoch(LayerFilter):
             raise TrainingError(f"every_steps={every!r} is not a whole number of at least 1, such as 100, or None")
 
     def __call__(self, model: nn.Module, optimizer: Optimizer | None = None) -> Mapping[str, float]:
-        """Project the weights of `model` itself, and the optimiser's momentum with them.
+        """Project the chosen weights of `model` itself, and the momentum of the optimiser that trains them.
 
         The momentum M (Adam's `exp_avg`, SGD's `momentum_buffer`) of a projected weight U S V^T keeps its part in the
         tangent space of the matrices of rank D there, U U^T M + M V V^T - U U^T M V V^T (Vandereycken 2013): the rest
         would raise the rank again at the next step. Second moments stay: they are sizes of the gradient's entries.
-
-        Args:
-            model: Its chosen weights are overwritten.
-            optimizer: The one that trains them; without it, nothing but the weights changes.
 
         Returns:
             By layer name, the relative error |W - W_D| / |W| of this projection.
@@ -67,7 +64,9 @@ class ProjectEachEpoch(LayerFilter):
             PatternError: a pattern matches no layer.
             TrainingError: no layer is left to project, one is parametrised, or a weight became NaN; nothing is changed.
         """
-        projections = [(target, _Projection.of(target, rank)) for target, rank in self.choose(model, self.rule).layers]
+        projections = [
+            (target, _Projection.of(target, rank)) for target, rank in self.choose(model, self.rule)[0].items()
+        ]
         errors: dict[str, float] = {}
         with torch.no_grad():
             for target, projection in projections:
@@ -82,18 +81,15 @@ class ProjectEachEpoch(LayerFilter):
     def step(self, model: nn.Module, optimizer: Optimizer | None = None) -> bool:
         """Count one optimiser step and project after every `every_steps` of them; returns whether it did.
 
-        The count starts at 0 with this object and is not part of any saved state.
-
-        Raises:
-            TrainingError: `every_steps` is None; otherwise as a call.
+        The count starts at 0 with this object and is not part of any saved state. Raises `TrainingError` if
+        `every_steps` is None; otherwise as a call.
         """
         if self.every_steps is None:
             raise TrainingError(
                 "step() counts to every_steps, which is None; give ProjectEachEpoch(.., every_steps=100)"
             )
         self._steps += 1
-        due = self._steps % self.every_steps == 0
-        if due:
+        if due := self._steps % self.every_steps == 0:
             self(model, optimizer)
         return due
 
@@ -101,14 +97,11 @@ class ProjectEachEpoch(LayerFilter):
         """A copy of `model` with the chosen layers factored; right after a projection its outputs are the same.
 
         A weight that was trained since is projected once more, in the copy. With `Energy`, a weight below its full rank
-        keeps its rank.
-
-        Raises:
-            As a call.
+        keeps its rank. Raises as a call.
         """
         copied = duplicate(model)
         replacements: dict[str, nn.Module] = {}
-        for target, rank in self.choose(copied, self.rule).layers:
+        for target, rank in self.choose(copied, self.rule)[0].items():
             # Energy asks anew each time, so a weight below its full rank has been projected already
             at_most = geometry(target.module).full_rank if isinstance(self.rule, Energy) else rank
             projection = _Projection.of(target, rank, at_most=at_most)

@@ -25,8 +25,8 @@ from spectrim.training.truncated import Truncation
 class NuclearNorm:
     """A penalty of `strength` times the sum of all singular values of every weight, above 0, on the scale of the loss.
 
-    It is applied by its proximal operator, soft-thresholding of the singular values (Cai, Candes & Shen 2010), as in
-    proximal gradient descent: values that the loss does not support reach 0, and the rank falls with them.
+    It acts by its proximal operator, soft-thresholding of the singular values (Cai, Candes & Shen 2010): values that
+    the loss does not support reach 0, and the rank falls with them.
     """
 
     strength: float
@@ -46,8 +46,7 @@ class RankStep(Frozen):
     Attributes:
         step: Optimiser steps taken until then; 0 for the ranks at the start.
         ranks: By the layers' names.
-        kept: What the network would cost if it were finished now, kept / dense, in [0, ..): its parameters, or its MACs
-            under a budget of MACs.
+        kept: Cost of the network if it were finished now, kept / dense: parameters, or MACs under a budget of MACs.
     """
 
     step: int = Field(ge=0)
@@ -135,9 +134,7 @@ class RankSchedule:
     def step(self, truncation: Truncation, optimizer: Optimizer | None = None) -> bool:
         """Count one optimiser step, after it was taken, and change the ranks if it is time; returns whether it did.
 
-        Args:
-            truncation: From `truncated_`; the same one at every step.
-            optimizer: The one that trains the network; `NuclearNorm` needs its learning rates.
+        The truncation is the same one at every step. `NuclearNorm` needs the learning rates of the optimiser.
 
         Raises:
             RuleError: a budget below what is reachable, or above what the network costs already; at the first step.
@@ -171,8 +168,7 @@ class RankSchedule:
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Resume from the result of `state_dict`.
 
-        Raises:
-            TrainingError: it is damaged, or of a schedule with another rule or other steps; nothing is changed.
+        Raises `TrainingError` for one that is damaged, or of another rule or other steps; then nothing is changed.
         """
         try:
             state = _State.model_validate(dict(state_dict))
@@ -249,8 +245,7 @@ class _Costs:
         truncation: Of the network.
         dense: Of the whole dense network.
         finished: By layer, of the layer once it is finished, by its rank.
-        options: By layer, the ranks that a budget chooses from: the full one, then all with fewer parameters and no
-            more MACs.
+        options: By layer, the ranks for a budget: the full one, then all with fewer parameters and no more MACs.
     """
 
     truncation: Truncation

@@ -55,6 +55,7 @@ class Switch(LayerFilter):
     Attributes:
         epsilon: Largest relative change of a stable rank from one epoch to the next that counts as stable, above 0.
         patience: For how many epochs in a row no layer may change by more.
+        include, exclude, keep_last: As in `LayerFilter`.
 
     Raises:
         TrainingError: an epsilon or a patience that is not allowed.
@@ -89,15 +90,15 @@ class Switch(LayerFilter):
             PatternError: a pattern matches no layer.
             TrainingError: a weight became NaN, or the layers are not those of the first call.
         """
-        layers = self.choose(model, Ratio(1.0), trainable_rank=True).layers
-        full = {target.name: rank for target, rank in layers}
+        layers, _ = self.choose(model, Ratio(1.0), trainable_rank=True)
+        full = {target.name: rank for target, rank in layers.items()}
         if self.history and full != self._state.full:
             raise TrainingError(
                 f"the layers are {', '.join(full)}, and were {', '.join(self._state.full)} at the first look; "
                 "make a new Switch for another model"
             )
         stable = {}
-        for target, _ in layers:
+        for target in layers:
             require_finite(target.name, target.module.get_parameter("weight"))
             stable[target.name] = spectrum(matrices(target.module)).stable_rank
         first = self.history[0].stable if self.history else stable
@@ -113,7 +114,7 @@ class Switch(LayerFilter):
         ):
             return None
         smaller = {}
-        for target, _ in layers:
+        for target in layers:
             sizes, name = geometry(target.module), target.name
             rank = min(full[name], max(1, math.ceil(scaled[name] - 1e-9)))
             if sizes.cost("channel", (rank,), Positions()).params < sizes.dense_cost(Positions()).params:
@@ -125,11 +126,7 @@ class Switch(LayerFilter):
         return self._state.model_dump(mode="json")
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Resume from the result of `state_dict`.
-
-        Raises:
-            TrainingError: it is damaged; nothing is changed.
-        """
+        """Resume from the result of `state_dict`. Raises `TrainingError` for a damaged one; then nothing is changed."""
         try:
             self._state = _State.model_validate(dict(state_dict))
         except (ValidationError, TypeError, ValueError) as error:

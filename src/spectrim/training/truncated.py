@@ -62,18 +62,18 @@ def truncated_(
     if isinstance(residual_decay, bool) or not isinstance(residual_decay, int | float) or not 0 <= residual_decay <= 1:
         raise TrainingError(f"residual_decay={residual_decay!r} is not a share from 0 (as published) to 1, such as 0.1")
     layer_filter = LayerFilter(include=include, exclude=exclude, keep_last=keep_last)
-    choice = layer_filter.choose(model, rule, trainable_rank=trainable_rank)
+    chosen, skipped = layer_filter.choose(model, rule, trainable_rank=trainable_rank)
     layers = {
         target.name: LowRankParametrization(target, rank=rank, exact=exact, residual_decay=float(residual_decay))
-        for target, rank in choice.layers
+        for target, rank in chosen.items()
     }
-    targets = {target.name: target for target, _ in choice.layers}
+    targets = {target.name: target for target in chosen}
     for name, layer in layers.items():
         for site in targets[name].sites:
             # layers that share a weight share its parametrisation, so that its residual decays once
             parametrize.register_parametrization(model.get_submodule(site), "weight", layer)
         layer.train(targets[name].module.training).mark_current(_original(targets[name].module))
-    return Truncation(model, targets, choice.skipped, layers, trainable_rank)
+    return Truncation(model, targets, skipped, layers, trainable_rank)
 
 
 @dataclass(eq=False, repr=False)
@@ -122,11 +122,7 @@ class Truncation:
         return {name: _original(target.module) for name, target in self.targets.items()}
 
     def spectra(self) -> Mapping[str, Spectrum]:
-        """The singular values of every full weight W as it is now; a full decomposition each.
-
-        Raises:
-            TrainingError: a weight became NaN.
-        """
+        """The singular values of every full weight W as it is now; raises `TrainingError` if one became NaN."""
         spectra = {}
         for name, weight in self.weights().items():
             require_finite(name, weight)
