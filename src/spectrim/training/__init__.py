@@ -4,12 +4,11 @@ from spectrim.training.checkpoint import Checkpoint, resumed
 from spectrim.training.decay import Spectral, frobenius_decay, spectral
 from spectrim.training.finetuning import Finetuned, finetune
 from spectrim.training.history import History
-from spectrim.training.loop import train_in_place
+from spectrim.training.loop import Step, TrainingRun, train_in_place
 from spectrim.training.project import ProjectEachEpoch
 from spectrim.training.schedule import NuclearNorm, RankSchedule, RankStep
 from spectrim.training.settings import Settings
 from spectrim.training.switch import StableRanks, Switch
-from spectrim.training.training_run import Step, TrainingRun
 from spectrim.training.truncated import Truncation, truncated_
 
 __all__ = [

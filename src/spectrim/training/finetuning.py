@@ -19,9 +19,8 @@ from spectrim.layers.replacement import duplicate
 from spectrim.layers.selection import Patterns, near
 from spectrim.training.checkpoint import Checkpoint, fingerprint
 from spectrim.training.history import History
-from spectrim.training.loop import train_in_place
+from spectrim.training.loop import EpochData, Step, TrainingRun, train_in_place
 from spectrim.training.settings import Settings
-from spectrim.training.training_run import EpochData, Step, TrainingRun, norms
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,7 +117,7 @@ def finetune(
                 "give teacher.to(accelerator.device)"
             )
     trained = _trained(student, train)
-    frozen = norms(student) if frozen_norms or train == "head" else _untrained_norms(student, trained, train=train)
+    frozen = _frozen_norms(student, trained, train=train, frozen=frozen_norms)
     if isinstance(checkpoint, str | Path):
         identity = _identity(model, teacher, settings, trained=sorted(trained), frozen_norms=len(frozen))
         checkpoint = Checkpoint(Path(checkpoint), run=identity, unfit="refuse")
@@ -193,17 +192,18 @@ def _matching(model: nn.Module, patterns: list[str]) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if id(parameter) in chosen]
 
 
-def _untrained_norms(
-    model: nn.Module, trained: Mapping[str, nn.Parameter], *, train: str | Sequence[str]
-) -> tuple[nn.Module, ...]:
-    """Norms of which no parameter is trained; those without parameters too, unless everything is trained."""
+def _frozen_norms(
+    model: nn.Module, trained: Mapping[str, nn.Parameter], *, train: str | Sequence[str], frozen: bool
+) -> list[nn.Module]:
+    """The layers with running statistics of batches that must not change: all if `frozen`, else the untrained ones."""
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._NormBase)]
     chosen = {id(parameter) for parameter in trained.values()}
 
     def is_trained(norm: nn.Module) -> bool:
         own = list(norm.parameters())
         return any(id(parameter) in chosen for parameter in own) if own else train == "all"
 
-    return tuple(norm for norm in norms(model) if not is_trained(norm))
+    return [norm for norm in norms if frozen or train == "head" or not is_trained(norm)]
 
 
 def _identity(

@@ -77,19 +77,18 @@ class RankSchedule:
     In a `TrainingRun` that is `on_step=lambda _: ranks.step(truncation)`. At every `every`-th step from `begin` to
     `end`, and at `end` itself:
 
-    - `Energy`: each layer takes the smallest rank that has enough of the energy of W. Energy that a lower rank has cost
-      already, since the residual of W decays, still counts as lost; otherwise the same share would be lost repeatedly.
+    - `Energy`: each layer takes the smallest rank that has enough of the energy of W. Energy that W has lost already,
+      since its residual decays, still counts as lost; otherwise the same share would be lost again and again.
     - `Budget`: the budget falls from what the network costs at the first step to the rule's share at `end`, fast at
-      first and slowly in the end (cubic; Zhu & Gupta 2017). The ranks of all layers are chosen together, so that the
-      sum of the lost shares of their energies is least; a layer may also be left dense. The cost never exceeds the
-      budget of the moment.
+      first and slowly in the end (cubic; Zhu & Gupta 2017), and is never exceeded. The ranks of all layers are chosen
+      together, so that the sum of the lost shares of their energies is least; a layer may also be left dense.
     - `NuclearNorm`: the singular values of W_D are lowered by strength times the sum of the learning rates since the
-      last change; see `Truncation.soft_threshold`. The new ranks count the values above 0.
+      last change; the new ranks count those above 0, see `Truncation.soft_threshold`.
 
     Attributes:
         rule: What changes the ranks.
-        every: Optimiser steps between two changes. A change by energy or budget decomposes every weight, which takes
-            about 0.2 s for 1024 x 1024; ranks of a quarter of the shorter side and above cost as much at every step.
+        every: Optimiser steps between two changes. A change by energy or budget decomposes every weight, about 0.2 s
+            for 1024 x 1024; a rank from a quarter of the shorter side on costs as much at every step.
         begin: No change before this step.
         end: No change after this step; None for no end. A budget needs one.
         example_inputs: One batch for the model, to count the MACs that a budget limits.

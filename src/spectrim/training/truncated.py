@@ -31,19 +31,18 @@ def truncated_(
 
     The gradient passes the truncation as if it were the identity (straight-through; Bengio 2013). The parameter stays
     the same object, under the name `parametrizations.weight.original`, so any loop and optimiser trains it, also an
-    optimiser made before. Save `state_dict()` after an optimiser step to resume bit for bit. A change of W shows in its
-    version counter and, since torch's fused optimisers do not count, in a sum over its bits after a backward pass;
-    writing through `.data` at other times is not noticed.
+    optimiser made before. Save `state_dict()` after an optimiser step to resume bit for bit. Writing to W through
+    `.data` is noticed only after a backward pass.
 
     The residual W - W_D is invisible to the loss and still receives gradients: it grows, then changes places with the
-    top D at once. Therefore the first forward pass in training mode after a change of W lessens it,
-    W <- W_D + (1 - residual_decay) (W - W_D). The published method is `residual_decay=0.0`.
+    top D at once. So the first forward pass in training mode after a change of W lessens it, W <- W_D +
+    (1 - residual_decay) (W - W_D). The published method is `residual_decay=0.0`.
 
     Args:
         model: Its Linear and convolution layers are truncated, convolutions in the channel form: the (out, in * kernel)
             matrix of each group. Layers that the rule leaves at full rank, or that have no such form, stay as they are.
-        rule: The rank of every layer; for `Energy`, what the weight needs now. With ranks by name, every other layer
-            is left alone. They stay until `Truncation.set_ranks`, or a `RankSchedule`, changes them.
+        rule: The rank of every layer, or ranks by name, which leave other layers alone; for `Energy`, what the weight
+            needs now. They stay until `Truncation.set_ranks`, or a `RankSchedule`, changes them.
         include: Name patterns of the layers to truncate.
         exclude: Name patterns of layers to leave out.
         keep_last: Leave out the layer registered last.
@@ -132,9 +131,8 @@ class Truncation:
     def set_ranks(self, ranks: Mapping[str, int]) -> None:
         """Truncate the named layers at other ranks from now on; the full weights stay as they are.
 
-        Ranks may rise as well, up to the full rank, where the truncation is the identity. A part of W that has decayed
-        outside a lower rank does not come back with a higher one. Ranks of a quarter of the shorter side and above need
-        a full decomposition at every step.
+        They may rise up to the full rank, where the truncation is the identity; what has decayed outside a lower rank
+        does not come back. From a quarter of the shorter side on, every step takes a full decomposition.
 
         Raises:
             PatternError: a name of no truncated layer.
@@ -155,8 +153,7 @@ class Truncation:
 
         W becomes U (S - t)_+ V^T, with U S V^T its best approximation W_D of the present rank D. That is the proximal
         operator of t |X|_* over the matrices X of rank at most D (Cai, Candes & Shen 2010, singular value
-        thresholding), so W - W_D is removed too; at full rank it is that of the nuclear norm itself. It costs as much
-        as the truncation, and at full rank one decomposition.
+        thresholding), so W - W_D is removed too; at full rank it is that of the nuclear norm itself.
 
         Args:
             amounts: t, at least 0, in units of singular values, by the layer's name.
