@@ -112,8 +112,7 @@ class Checkpoint:
     def restore(self, model: nn.Module, optimiser: Optimizer) -> Saved | None:
         """Put the saved state into `model` and `optimiser`, and return the rest; None if there is nothing to resume.
 
-        Raises:
-            FileError: the file is damaged or of another run, and `unfit` is `refuse`.
+        Raises `FileError` if the file is damaged or of another run, and `unfit` is `refuse`.
         """
         if not self.path.exists():
             return None
@@ -123,8 +122,8 @@ class Checkpoint:
             for name, tensor in parts["optimiser"].items():
                 index, _, entry = name.partition(".")
                 state.setdefault(int(index), {})[entry] = tensor
-            if _parsed(header.run) != _parsed(self.run):
-                raise FileError(f"{self.path} is of another run: {_difference(header.run, self.run)}; {_START_ANEW}")
+            if (before := _parsed(header.run)) != (now := _parsed(self.run)):
+                raise FileError(f"{self.path} is of another run: {_difference(before, now)}; {_START_ANEW}")
             if max(state, default=-1) >= sum(len(group["params"]) for group in optimiser.param_groups):
                 raise FileError(f"{self.path} is of a run that trained more parameters; {_START_ANEW}")
             _fill(model, parts["model"], path=self.path)
@@ -210,9 +209,8 @@ _DIFFERENCES = {
 }
 
 
-def _difference(before: str, now: str) -> str:
+def _difference(old: object, new: object) -> str:
     """The entries that differ, for identities that are JSON objects; for others only that they do."""
-    old, new = _parsed(before), _parsed(now)
     if not isinstance(old, dict) or not isinstance(new, dict):
         return "the file was written with other settings"
     names = [name for name in {**old, **new} if old.get(name) != new.get(name)]

@@ -36,10 +36,7 @@ class LayerFilter:
     def choose(
         self, model: nn.Module, rule: LayerRule, *, trainable_rank: bool = False
     ) -> tuple[dict[Target, int], dict[str, str]]:
-        """The layers that a rule truncates, with their ranks, and by name why others are left alone.
-
-        Raises as `truncated_` does.
-        """
+        """The layers that a rule truncates with their ranks, and by name why others stay; raises as `truncated_`."""
         if not isinstance(rule, Rank | Ratio | Energy | Mapping):
             raise RuleError(f"{rule!r} does not say a rank for each layer; give Rank(20), Ratio(0.25) or Energy(0.9)")
         named = model.named_modules(remove_duplicate=False)
@@ -84,12 +81,7 @@ def _ranks(rule: LayerRule, full: Mapping[Target, int]) -> dict[Target, int]:
 
 
 def require_ranks(ranks: Mapping[str, int], full: Mapping[str, int]) -> None:
-    """Check ranks by name against the full ranks of the layers.
-
-    Raises:
-        PatternError: a name of no layer.
-        RuleError: a rank that its layer cannot have.
-    """
+    """Raise `PatternError` for a name of no layer, and `RuleError` for a rank that its layer cannot have."""
     for name, rank in ranks.items():
         if name not in full:
             raise PatternError(f"there is no layer {name!r} to give rank {rank} to{near(str(name), full)}")

@@ -93,21 +93,9 @@ def finetune(
         DataError: empty data, an iterator that gives only one epoch, or labels that do not fit the outputs.
         FileError: a checkpoint that cannot be written, is damaged, or is of another run.
     """
-    settings = Settings(
-        epochs=epochs,
-        lr=lr,
-        optimizer=optimizer,
-        momentum=momentum,
-        weight_decay=weight_decay,
-        warm_up=warm_up,
-        clip=clip,
-        temperature=temperature,
-        label_weight=label_weight,
-        precision=precision,
-        keep=keep or ("last" if patience is None else "best"),
-        patience=patience,
-        seed=seed,
-    )
+    arguments = locals()
+    options = {name: arguments[name] for name in Settings.model_fields}
+    settings = Settings(**{**options, "keep": keep or ("last" if patience is None else "best")})
     student = duplicate(model)
     if accelerator is not None:
         student = student.to(accelerator.device)

@@ -105,10 +105,6 @@ class TrainingRun:
         if self.checkpoint:
             self.checkpoint.require_writable()
 
-    def batches(self, epoch: int) -> Iterable[Any]:
-        """The batches of an epoch."""
-        return self.data if isinstance(self.data, Iterable) else self.data(epoch)
-
 
 def train_in_place(run: TrainingRun) -> History:
     """Train the model of a run itself. Its training and gradient flags and the random states are restored.
@@ -196,7 +192,7 @@ class _Loop:
         for module in run.frozen_modules:
             module.eval()
         with seeded(run.model, run.settings.seed * 100_003 + epoch), torch.enable_grad():
-            batches = run.batches(epoch)
+            batches = run.data if isinstance(run.data, Iterable) else run.data(epoch)
             steps = len(batches) if isinstance(batches, Sized) else 0
             before = time.perf_counter() - self.progress.seconds
             for position, batch in enumerate(self._remaining(batches, epoch, steps), start=self.progress.step):

@@ -1,7 +1,5 @@
 """The best low-rank approximation of one weight, updated while the weight is trained."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -80,7 +78,7 @@ class LowRankParametrization(nn.Module):
         self._update(weight)
         if self.training and self._decay_due:
             # not in evaluation mode, so that evaluating has no effect on training
-            with _untracked(weight):
+            with torch.inference_mode(mode=False), torch.no_grad():
                 self._set_basis(_bases(self._parts))
                 if self._decay > 0:
                     weight.lerp_(self._product, self._decay)
@@ -106,7 +104,7 @@ class LowRankParametrization(nn.Module):
 
     def set_rank(self, rank: int, basis: Tensor) -> None:
         """Truncate at another rank from now on, starting from a basis of `basis_for`."""
-        with _untracked(basis):
+        with torch.inference_mode(mode=False), torch.no_grad():
             self.rank.fill_(rank)
             self._set_basis(basis)
 
@@ -114,7 +112,7 @@ class LowRankParametrization(nn.Module):
         """W_D with its singular values lowered by an amount, shaped as the weight, and how many are above 0."""
         exact = self._exact or self.is_identity
         parts = self._decompose(weight, self.present_rank(), None if exact else self._used_basis(), exact=exact)
-        with _untracked(weight):
+        with torch.inference_mode(mode=False), torch.no_grad():
             lowered, most = [], 1
             for part in parts:
                 # one of the two has orthonormal columns, the other orthogonal ones as long as the singular values
@@ -156,7 +154,9 @@ class LowRankParametrization(nn.Module):
 
     def _decompose(self, weight: Tensor, rank: int, basis: Tensor | None, *, exact: bool) -> list[Truncated]:
         """W_D of every group; by a full decomposition if `exact`, else from a basis if there is one."""
-        with _untracked(weight):
+        # in float32 at least, and not as tensors of inference mode, which nothing can be trained with
+        off = torch.autocast(weight.device.type, enabled=False)
+        with torch.inference_mode(mode=False), torch.no_grad(), off:
             dtype = weight.dtype if weight.dtype == torch.float64 else torch.float32
             groups = as_kernels(weight.detach(), self.sizes).flatten(2).to(dtype)
             starts = [None] * len(groups) if basis is None else list(basis.to(dtype))
@@ -169,18 +169,11 @@ class LowRankParametrization(nn.Module):
 
     def _multiplied(self, parts: list[Truncated]) -> Tensor:
         """W_D as the layer stores its weight."""
-        sizes = self.sizes
-        with _untracked(parts[0].left):
+        sizes, off = self.sizes, torch.autocast(parts[0].left.device.type, enabled=False)
+        with torch.inference_mode(mode=False), torch.no_grad(), off:
             # a single matrix needs no copy
             matrices = parts[0].matrix.unsqueeze(0) if len(parts) == 1 else torch.stack([part.matrix for part in parts])
             return as_stored(matrices.reshape(sizes.groups, sizes.out, sizes.into, *sizes.kernel), sizes)
-
-
-@contextmanager
-def _untracked(tensor: Tensor) -> Iterator[None]:
-    """Neither gradients, nor tensors of inference mode, nor the lower precision of autocast."""
-    with torch.inference_mode(mode=False), torch.no_grad(), torch.autocast(tensor.device.type, enabled=False):
-        yield
 
 
 def _sum_of_bits(weight: Tensor) -> Tensor:

@@ -26,10 +26,8 @@ def step_result(
 ) -> StepResult:
     """Run a batch (inputs.., targets) through the model, and through the teacher if there is one.
 
-    Raises:
-        DataError: not a labelled batch, or targets that do not fit the outputs.
-        ModelError: the model cannot run the batch.
-        TrainingError: BatchNorm needs more than one value.
+    Raises `DataError` for a batch without labels that fit the outputs, `ModelError` for one that the model cannot run,
+    and `TrainingError` for one that is too small for BatchNorm.
     """
     inputs, targets = split_labels(batch, position=position)
     with torch.autocast(device_of(model).type, dtype=torch.bfloat16, enabled=settings.precision == "bf16"):

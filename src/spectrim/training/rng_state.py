@@ -41,9 +41,7 @@ class RngState:
         """Make these the present states; they may have been through JSON."""
         version, numbers, gauss = self.others["python"]
         random.setstate((version, tuple(numbers), gauss))
-        arrays = dict(self.others["numpy"])
-        arrays["state"] = arrays["state"] | {"key": np.asarray(arrays["state"]["key"], dtype=np.uint32)}
-        np.random.set_state(arrays)
+        np.random.set_state(self.others["numpy"])
         torch.set_rng_state(self.tensors["cpu"])
         device = device_of(model)
         if device.type == "cuda" and "cuda" in self.tensors:

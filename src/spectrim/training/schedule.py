@@ -243,12 +243,14 @@ class _Costs:
     Attributes:
         truncation: Of the network.
         dense: Of the whole dense network.
+        rest: Of everything but the truncated weights.
         finished: By layer, of the layer once it is finished, by its rank.
         options: By layer, the ranks for a budget: the full one, then all with fewer parameters and no more MACs.
     """
 
     truncation: Truncation
     dense: int
+    rest: int
     finished: Mapping[str, Mapping[int, int]]
     options: Mapping[str, Sequence[int]]
 
@@ -270,12 +272,8 @@ class _Costs:
             options[name] = [sizes.full_rank, *smaller]
             costs |= {rank: whole for rank in costs if truncation.stays_dense(name, rank)}
             finished[name] = {rank: int(getattr(cost, unit)) for rank, cost in costs.items()}
-        return cls(truncation, dense, finished, options)
-
-    @property
-    def rest(self) -> int:
-        """Of everything but the truncated weights."""
-        return self.dense - sum(self.finished[name][full] for name, (full, *_) in self.options.items())
+        rest = dense - sum(costs[full] for costs, (full, *_) in zip(finished.values(), options.values(), strict=True))
+        return cls(truncation, dense, rest, finished, options)
 
     @property
     def least(self) -> float:

@@ -106,10 +106,7 @@ class Truncation:
         return {name: layer.sizes for name, layer in self._layers.items()}
 
     def stays_dense(self, name: str, rank: int) -> bool:
-        """Whether `finish()` would leave a layer dense at this rank.
-
-        It does at full rank and, with `trainable_rank`, wherever factors would not be smaller.
-        """
+        """Whether `finish()` leaves a layer dense: at full rank and, with `trainable_rank`, if factors are larger."""
         sizes, nowhere = self._layers[name].sizes, Positions()
         grows = sizes.cost("channel", (rank,), nowhere).params >= sizes.dense_cost(nowhere).params
         return rank == sizes.full_rank or (self._trainable_rank and grows)
