@@ -53,12 +53,11 @@ class ProjectionCallback(Callback):
 class RankScheduleCallback(Callback):
     """`RankSchedule.step` after every optimiser step of a Lightning trainer; the count is kept in its checkpoints.
 
+    In `fit`, more than one optimiser is a `TrainingError`.
+
     Attributes:
         schedule: What changes the ranks.
         truncation: From `truncated_`, made before `fit`.
-
-    Raises:
-        TrainingError: more than one optimiser; in `fit`.
     """
 
     def __init__(self, schedule: RankSchedule, truncation: Truncation) -> None:

@@ -90,9 +90,7 @@ class Checkpoint:
     def require_writable(self) -> None:
         """Raise `FileError` if the file cannot be written later."""
         if self.path.is_dir():
-            raise FileError(
-                f"the checkpoint {self.path} is a folder; name a file in it, such as unfinished.safetensors"
-            )
+            raise FileError(f"the checkpoint {self.path} is a folder; name a file in it, such as run.safetensors")
         require_writable_folder(self.path.parent)
 
     def save(self, model: nn.Module, optimiser: Optimizer, saved: Saved) -> None:

@@ -93,7 +93,7 @@ def finetune(
         DataError: empty data, an iterator that gives only one epoch, or labels that do not fit the outputs.
         FileError: a checkpoint that cannot be written, is damaged, or is of another run.
     """
-    arguments = locals()
+    arguments = locals()  # as the fields of Settings are named
     options = {name: arguments[name] for name in Settings.model_fields}
     settings = Settings(**{**options, "keep": keep or ("last" if patience is None else "best")})
     student = duplicate(model)

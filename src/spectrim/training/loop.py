@@ -64,7 +64,7 @@ class TrainingRun:
     Raises:
         TrainingError: `keep="best"` or `patience` without `held_out`, `label_weight` without `teacher`, or
             `save_every` without `checkpoint`.
-        DataError: data that cannot be iterated, or only once where it is needed again.
+        DataError: data that cannot be iterated, or only once although it is needed again.
         FileError: the checkpoint cannot be written.
     """
 
@@ -166,14 +166,13 @@ class _Loop:
         return self._finished()
 
     def _resume(self) -> None:
-        if self.run.checkpoint:
-            self.saved = self.run.checkpoint.restore(self.run.model, self.optimiser) or self.saved
+        checkpoint = self.run.checkpoint
+        if checkpoint:
+            self.saved = checkpoint.restore(self.run.model, self.optimiser) or self.saved
         place = torch.tensor([len(self.progress.curve), self.progress.step])
         if self.others and not torch.equal(total(place, self.others), self.others.num_processes * place):
-            raise TrainingError(
-                f"not every process finds the same checkpoint at {self.run.checkpoint and self.run.checkpoint.path}; "
-                "put it on a disk that all of them see"
-            )
+            file = checkpoint and checkpoint.path
+            raise TrainingError(f"processes find different checkpoints at {file}; put it on a disk that all can read")
 
     def _out_of_patience(self) -> bool:
         patience, curve = self.run.settings.patience, self.progress.curve
