@@ -31,21 +31,21 @@ BARS: dict[str, float | str | None] = {
 }
 
 
-def tell(event: Progress) -> None:
+def report(event: Progress) -> None:
     """A line an epoch at most."""
     if event.done == 0 and not event.note:
         print(f"{event.parts_done + 1}/{event.parts} {event.part}", flush=True)
 
 
-def line(name: str, one: st.Variant, bar: float | None) -> tuple[str, ...]:
+def line(name: str, variant: st.Variant, bar: float | None) -> tuple[str, ...]:
     """A row of the table: network, accuracy, spread, each seed, parameters, agreement, bar."""
-    accuracy, spread = 100 * (one.accuracy or 0), one.spread
-    agreements = [run.agreement for run in one.runs if run.agreement]
+    accuracy, spread = 100 * (variant.accuracy or 0), variant.spread
+    agreements = [run.agreement for run in variant.runs if run.agreement]
     return (
         name,
         f"{accuracy:.2f}" + (f" ± {100 * spread:.2f}" if spread is not None else ""),
-        " ".join(f"{100 * run.test.value:.2f}" for run in one.runs),
-        f"{one.measurement.params:,}",
+        " ".join(f"{100 * run.test.value:.2f}" for run in variant.runs),
+        f"{variant.measurement.params:,}",
         f"{max(each.largest_difference for each in agreements):.1g}" if agreements else "",
         f"{min(each.equal for each in agreements):,} of {agreements[0].of:,}" if agreements else "",
         "" if bar is None else f"{bar:.4g}",
@@ -70,13 +70,13 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--only", choices=[study.name for study in STUDIES], help="run and show this one alone")
     parser.add_argument("--figure", type=Path, metavar="PNG", help="draw the curves of mnist-dynamic")
-    given = parser.parse_args()
-    seeds = tuple(int(seed) for seed in given.seeds.split(","))
+    args = parser.parse_args()
+    seeds = tuple(int(seed) for seed in args.seeds.split(","))
     table = Table("network", "test accuracy, %", "each seed", "parameters", "logits", "equal", "bar", "held")
     held = True
     dense = None
-    for study in (study for study in STUDIES if given.only in (None, study.name)):
-        results = run(study, seeds, given.out)
+    for study in (study for study in STUDIES if args.only in (None, study.name)):
+        results = run(study, seeds, args.out)
         if dense is None:
             dense = results.dense
             table.add_row(*line("dense", dense, None))
@@ -86,8 +86,8 @@ def main() -> None:
             row = line(variant.name, variant, bar)
             held &= row[-1] != "NO"
             table.add_row(*row)
-        if given.figure and study is MNIST_DYNAMIC:
-            draw(results, given.figure)
+        if args.figure and study is MNIST_DYNAMIC:
+            draw(results, args.figure)
     Console(width=140).print(table)
     sys.exit(0 if held else 1)
 
@@ -95,7 +95,7 @@ def main() -> None:
 def run(study: Study, seeds: tuple[int, ...], out: Path) -> st.Results:
     """One study in a folder of its own, its parts beside it."""
     asked = study.model_copy(update={"seeds": seeds})
-    return run_study(asked, out / study.name, parts=out / "parts", on_progress=tell)
+    return run_study(asked, out / study.name, parts=out / "parts", on_progress=report)
 
 
 if __name__ == "__main__":

@@ -29,19 +29,19 @@ def test_it_is_the_decay_of_the_dense_weight_with_its_gradients(kind: str) -> No
     make, form, shape = FORMS[kind]
     torch.manual_seed(0)
     dense = nn.Sequential(make()).double()
-    made = st.compress(dense, st.Rank(3), example_inputs=inputs(*shape), forms=(form,), allow_growth=True)
-    layer = made.model[0]
-    assert made.plan["0"].form == ("linear" if kind in ("linear", "1x1") else form)
+    compressed = st.compress(dense, st.Rank(3), example_inputs=inputs(*shape), forms=(form,), allow_growth=True)
+    layer = compressed.model[0]
+    assert compressed.plan["0"].form == ("linear" if kind in ("linear", "1x1") else form)
     parts = [part.weight for part in layer.chain]
     with torch.no_grad():
         for seed, part in enumerate(parts):
             part += 0.1 * inputs(*part.shape, seed=seed)
     expected = layer.weight.square().sum() / 2
-    found = frobenius_decay(made.model)
-    torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(found, st.merge(made.model)[0].weight.square().sum() / 2)
-    for one, other in zip(torch.autograd.grad(found, parts), torch.autograd.grad(expected, parts), strict=True):
-        torch.testing.assert_close(one, other)
+    penalty = frobenius_decay(compressed.model)
+    torch.testing.assert_close(penalty, expected)
+    torch.testing.assert_close(penalty, st.merge(compressed.model)[0].weight.square().sum() / 2)
+    gradients = (torch.autograd.grad(value, parts) for value in (penalty, expected))
+    torch.testing.assert_close(*gradients)
 
 
 def test_it_sums_over_the_layers_and_counts_shared_factors_once() -> None:
@@ -59,8 +59,8 @@ def test_it_is_taken_in_full_precision() -> None:
     model = spectral(small_mlp(dtype=torch.float32), st.Rank(3)).model
     exact = frobenius_decay(model)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = frobenius_decay(model)
-    assert torch.equal(found, exact)
+        penalty = frobenius_decay(model)
+    assert torch.equal(penalty, exact)
     half = frobenius_decay(model.bfloat16())
     assert half.dtype == torch.float32
     torch.testing.assert_close(half, exact, rtol=0.02, atol=0.0)
@@ -102,9 +102,9 @@ def test_spectral_initialisation_is_what_compress_makes_of_the_initial_weights(m
 
 
 def test_ranks_by_name() -> None:
-    made = spectral(small_mlp(), {"2": 5}).model
-    assert made[2].rank == 5
-    assert type(made[0]) is nn.Linear
+    factored = spectral(small_mlp(), {"2": 5}).model
+    assert factored[2].rank == 5
+    assert type(factored[0]) is nn.Linear
 
 
 def test_errors() -> None:

@@ -1,6 +1,7 @@
 """Fine-tuning: what is trained, by which loss, when it stops, and what a mistake says."""
 
 import copy
+import inspect
 import math
 import os
 import random
@@ -20,7 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import spectrim as st
 from spectrim import errors
-from spectrim.training import Checkpoint, History, Step, fit, resumed
+from spectrim.training import Checkpoint, History, Settings, Step, TrainingRun, resumed, train_in_place
 
 Pair = tuple[Tensor, Tensor]
 
@@ -46,9 +47,9 @@ def task(size: int = 96) -> list[Pair]:
     return list(zip(x.split(16), x[:, :4].argmax(dim=1).split(16), strict=True))
 
 
-def changed(made: nn.Module, model: nn.Module) -> set[str]:
+def changed(tuned: nn.Module, model: nn.Module) -> set[str]:
     before = model.state_dict()
-    return {name for name, tensor in made.state_dict().items() if not torch.equal(tensor, before[name])}
+    return {name for name, tensor in tuned.state_dict().items() if not torch.equal(tensor, before[name])}
 
 
 FACTORS = {"0.down.weight", "0.up.weight", "0.up.bias", "4.down.weight", "4.up.weight", "4.up.bias"}
@@ -77,28 +78,29 @@ def test_what_is_frozen_really_does_not_change(
     train: str | list[str], frozen_norms: bool, moved: set[str], optimizer: str
 ) -> None:
     model = network()
-    given = {"optimizer": optimizer, "weight_decay": 0.1, "epochs": 1}
-    made = st.finetune(model, task(), train=train, frozen_norms=frozen_norms, **given)
-    assert changed(made.model, model) == moved
-    assert all(one.requires_grad and one.grad is None for one in made.model.parameters())
+    options = {"optimizer": optimizer, "weight_decay": 0.1, "epochs": 1}
+    tuned = st.finetune(model, task(), train=train, frozen_norms=frozen_norms, **options)
+    assert changed(tuned.model, model) == moved
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in tuned.model.parameters())
 
 
 def test_the_head_may_be_factored_and_a_parameter_that_asks_for_no_gradient_stays() -> None:
     model = small_mlp(dtype=torch.float32)
     model = st.compress(model, st.Rank(2), example_inputs=inputs(2, 12, dtype=torch.float32)).model
     model[4].up.bias.requires_grad_(False)
-    made = st.finetune(model, task(), train="head", epochs=1)
-    assert changed(made.model, model) == {"4.down.weight", "4.up.weight"}
-    assert [one.requires_grad for one in made.model.parameters()] == [one.requires_grad for one in model.parameters()]
-    assert not made.model[4].up.bias.requires_grad
+    tuned = st.finetune(model, task(), train="head", epochs=1)
+    assert changed(tuned.model, model) == {"4.down.weight", "4.up.weight"}
+    flags = ([parameter.requires_grad for parameter in network.parameters()] for network in (tuned.model, model))
+    assert next(flags) == next(flags)
+    assert not tuned.model[4].up.bias.requires_grad
 
 
 def test_statistics_of_a_frozen_norm_stay_when_others_move() -> None:
     model = Residual().float()
     x = inputs(16, 3, 10, 10, dtype=torch.float32)
-    made = st.finetune(model, [(x, torch.arange(16) % 5)], train=["norm_one", "head"], frozen_norms=False, epochs=2)
-    assert {name.partition(".")[0] for name in changed(made.model, model)} == {"norm_one", "head"}
-    assert "norm_one.running_mean" in changed(made.model, model)
+    tuned = st.finetune(model, [(x, torch.arange(16) % 5)], train=["norm_one", "head"], frozen_norms=False, epochs=2)
+    assert {name.partition(".")[0] for name in changed(tuned.model, model)} == {"norm_one", "head"}
+    assert "norm_one.running_mean" in changed(tuned.model, model)
 
 
 def reference(
@@ -120,14 +122,14 @@ def reference(
 def test_it_is_the_optimiser_and_the_schedule_that_it_says(optimizer: str) -> None:
     model = small_mlp()
     batches = [(x.double(), y) for x, y in task()]
-    given: dict[str, Any] = {"lr": 0.03, "weight_decay": 0.2}
-    made = st.finetune(
-        model, batches, optimizer=optimizer, momentum=0.8, epochs=2, warm_up=0.0, clip=0.5, **given
+    options: dict[str, Any] = {"lr": 0.03, "weight_decay": 0.2}
+    tuned = st.finetune(
+        model, batches, optimizer=optimizer, momentum=0.8, epochs=2, warm_up=0.0, clip=0.5, **options
     ).model
     kinds = {"adamw": torch.optim.AdamW, "sgd": lambda *a, **k: torch.optim.SGD(*a, momentum=0.8, **k)}
-    reference(model, batches, kinds[optimizer](model.parameters(), **given), epochs=2, lr=given["lr"])
-    for one, other in zip(made.parameters(), model.parameters(), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+    reference(model, batches, kinds[optimizer](model.parameters(), **options), epochs=2, lr=options["lr"])
+    for trained, expected in zip(tuned.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(trained, expected, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
@@ -135,24 +137,24 @@ def test_the_loss_beside_a_teacher_is_the_weighted_sum(weight: float) -> None:
     model, teacher = small_mlp(dtype=torch.float32), small_mlp(dtype=torch.float32).requires_grad_(False)
     teacher[0].weight.mul_(1.7)
     (x, y), *_ = task()
-    made = st.finetune(model, [(x, y)], teacher=teacher, label_weight=weight, temperature=3.0, epochs=1)
+    tuned = st.finetune(model, [(x, y)], teacher=teacher, label_weight=weight, temperature=3.0, epochs=1)
     own, others = model(x), teacher(x)
     soft = functional.kl_div((own / 3).log_softmax(1), (others / 3).softmax(1), reduction="batchmean") * 9
     expected = weight * functional.cross_entropy(own, y) + (1 - weight) * soft
-    assert made.history[0].loss == pytest.approx(expected.item(), rel=1e-5)
+    assert tuned.history[0].loss == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_bfloat16_computes_in_bfloat16_and_keeps_the_weights() -> None:
     seen: list[torch.dtype] = []
     model = network()
     hooked = copy.deepcopy(model)
-    hooked[6].register_forward_hook(lambda *given: seen.append(given[2].dtype))
-    made = st.finetune(hooked, task(), precision="bf16", epochs=2, lr=1e-2)
+    hooked[6].register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+    tuned = st.finetune(hooked, task(), precision="bf16", epochs=2, lr=1e-2)
     assert set(seen) == {torch.bfloat16}
-    assert {one.dtype for one in made.model.parameters()} == {torch.float32}
+    assert {parameter.dtype for parameter in tuned.model.parameters()} == {torch.float32}
     plain = st.finetune(model, task(), epochs=2, lr=1e-2)
-    assert made.history[1].loss == pytest.approx(plain.history[1].loss, rel=0.1)
-    assert made.history[1].loss != plain.history[1].loss
+    assert tuned.history[1].loss == pytest.approx(plain.history[1].loss, rel=0.1)
+    assert tuned.history[1].loss != plain.history[1].loss
 
 
 def spoiled(epoch: int) -> list[Pair]:
@@ -165,13 +167,13 @@ def test_early_stopping_ends_with_the_best_weights() -> None:
     whole = st.finetune(model, spoiled, epochs=9, lr=3e-2, held_out=held_out)
     assert not whole.history.stopped_early
     assert (len(whole.history), whole.history.kept) == (9, 8)
-    made = st.finetune(model, spoiled, epochs=9, lr=3e-2, held_out=held_out, patience=2)
-    history = made.history
+    tuned = st.finetune(model, spoiled, epochs=9, lr=3e-2, held_out=held_out, patience=2)
+    history = tuned.history
     assert history.stopped_early
     assert history.best is not None
     assert history.best.epoch == history.kept == len(history) - 3
-    assert [one.held_out for one in history] == [one.held_out for one in whole.history[: len(history)]]
-    assert st.accuracy(made.model, held_out).value == history.best.held_out
+    assert [epoch.held_out for epoch in history] == [epoch.held_out for epoch in whole.history[: len(history)]]
+    assert st.accuracy(tuned.model, held_out).value == history.best.held_out
     last = st.finetune(model, spoiled, epochs=9, lr=3e-2, held_out=held_out, patience=2, keep="last")
     assert (last.history.kept, last.history.stopped_early) == (len(history) - 1, True)
     assert st.accuracy(last.model, held_out).value == history[-1].held_out
@@ -194,7 +196,7 @@ def test_a_history_is_a_tuple_that_goes_to_json_and_back(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("text", ["{}", "no", '{"epochs": [], "lr": [0.1], "stopped_early": false}'])
-def test_what_is_no_history_is_refused(text: str) -> None:
+def test_what_is_not_a_history_is_an_error(text: str) -> None:
     with pytest.raises(errors.FileError, match=r"the text is not a valid"):
         History.from_json(text)
 
@@ -233,7 +235,7 @@ def test_random_states_of_the_caller_are_put_back() -> None:
     x, y = map(torch.cat, zip(*task(), strict=True))
     loader = DataLoader(TensorDataset(x, y), batch_size=16, shuffle=True, generator=own)
     before = torch.get_rng_state(), own.get_state(), random.getstate(), np.random.get_state()[1].tolist()
-    one = st.finetune(network(), loader, epochs=2)
+    model = st.finetune(network(), loader, epochs=2).model
     torch.manual_seed(0)  # as network() does
     network()
     after = torch.get_rng_state(), own.get_state(), random.getstate(), np.random.get_state()[1].tolist()
@@ -241,43 +243,43 @@ def test_random_states_of_the_caller_are_put_back() -> None:
     assert before[2:] == after[2:]
     torch.manual_seed(8)
     state_now = torch.get_rng_state()
-    model = one.model
     st.finetune(model, loader, epochs=1)
     assert torch.equal(torch.get_rng_state(), state_now)
 
 
-def test_fit_leaves_other_parameters_their_gradients_and_flags() -> None:
+def test_training_in_place_leaves_other_parameters_their_gradients_and_flags() -> None:
     model = small_mlp(dtype=torch.float32)
     before = state(model)
-    history = fit(model, lambda epoch: task(), epochs=1, lr=1e-2, parameters=model[4].parameters(), weight_decay=0.1)
+    settings = Settings(epochs=1, lr=1e-2, weight_decay=0.1, clip=None)
+    history = train_in_place(TrainingRun(model, task(), settings=settings, trained=list(model[4].parameters())))
     assert isinstance(history, History)
     assert {name for name in before if not torch.equal(before[name], model.state_dict()[name])} == {
         "4.weight",
         "4.bias",
     }
-    assert all(one.requires_grad and one.grad is None for one in model.parameters())
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
 
 
 class Stop:
     """Interrupts once, when the given place is reached."""
 
     def __init__(self, at: int) -> None:
-        self.left = at
+        self.ahead = at
 
     def __call__(self, _: object = None) -> None:
-        self.left -= 1
-        if self.left == 0:
+        self.ahead -= 1
+        if self.ahead == 0:
             raise KeyboardInterrupt
 
 
 class Watched:
-    """Held-out batches that tell when they are asked for."""
+    """Held-out batches that call a function whenever they are iterated."""
 
-    def __init__(self, batches: list[Pair], told: Callable[[], None]) -> None:
-        self.batches, self.told = batches, told
+    def __init__(self, batches: list[Pair], asked: Callable[[], None]) -> None:
+        self.batches, self.asked = batches, asked
 
     def __iter__(self) -> Iterator[Pair]:
-        self.told()
+        self.asked()
         return iter(self.batches)
 
 
@@ -291,19 +293,19 @@ def shuffled(*, own: bool) -> DataLoader[Any]:
 @pytest.mark.parametrize("place", ["step", "held-out"])
 def test_an_interrupt_anywhere_changes_nothing(tmp_path: Path, own: bool, place: str) -> None:
     model, path = network(), tmp_path / "run"
-    given: dict[str, Any] = {"epochs": 2, "lr": 1e-2, "optimizer": "sgd", "frozen_norms": False}
-    whole = st.finetune(model, shuffled(own=own), held_out=task(), **given)
+    options: dict[str, Any] = {"epochs": 2, "lr": 1e-2, "optimizer": "sgd", "frozen_norms": False}
+    whole = st.finetune(model, shuffled(own=own), held_out=task(), **options)
     for at in range(1, 11 if place == "step" else 3):
         stop = Stop(at)
         on_step = stop if place == "step" else None
         held_out = Watched(task(), stop if place == "held-out" else lambda: None)
         with pytest.raises(KeyboardInterrupt):
-            st.finetune(model, shuffled(own=own), held_out=held_out, checkpoint=path, on_step=on_step, **given)
+            st.finetune(model, shuffled(own=own), held_out=held_out, checkpoint=path, on_step=on_step, **options)
         steps: list[Step] = []
-        made = st.finetune(model, shuffled(own=own), held_out=task(), checkpoint=path, on_step=steps.append, **given)
+        tuned = st.finetune(model, shuffled(own=own), held_out=task(), checkpoint=path, on_step=steps.append, **options)
         assert len(steps) == 10 - (at if place == "step" else 5 * at)
-        assert same_state(made.model, state(whole.model))
-        assert [epoch.loss for epoch in made.history] == [epoch.loss for epoch in whole.history]
+        assert same_state(tuned.model, state(whole.model))
+        assert [epoch.loss for epoch in tuned.history] == [epoch.loss for epoch in whole.history]
         path.unlink()
 
 
@@ -312,11 +314,11 @@ class Signals(nn.Module):
 
     def __init__(self, *, at: int, times: int = 1) -> None:
         super().__init__()
-        self.left, self.times = at, times
+        self.ahead, self.times = at, times
 
     def forward(self, x: Tensor) -> Tensor:
-        self.left -= self.training
-        for _ in range(self.times if self.left == 0 else 0):
+        self.ahead -= self.training
+        for _ in range(self.times if self.ahead == 0 else 0):
             os.kill(os.getpid(), signal.SIGINT)
         return x
 
@@ -326,35 +328,36 @@ def signalled(at: int, *, times: int = 1) -> nn.Module:
 
 
 def test_ctrl_c_within_a_step_waits_for_its_end(tmp_path: Path) -> None:
-    given: dict[str, Any] = {"epochs": 2, "lr": 1e-2, "frozen_norms": False}
-    whole = st.finetune(signalled(-1), task(), **given)
+    options: dict[str, Any] = {"epochs": 2, "lr": 1e-2, "frozen_norms": False}
+    whole = st.finetune(signalled(-1), task(), **options)
     for at in (1, 4, 6, 11):
         steps: list[Step] = []
         path = tmp_path / str(at)
         with pytest.raises(KeyboardInterrupt):
-            st.finetune(signalled(at), task(), checkpoint=path, on_step=steps.append, **given)
+            st.finetune(signalled(at), task(), checkpoint=path, on_step=steps.append, **options)
         assert len(steps) == at
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-        made = st.finetune(signalled(-1), task(), checkpoint=path, on_step=steps.append, **given)
+        tuned = st.finetune(signalled(-1), task(), checkpoint=path, on_step=steps.append, **options)
         assert len(steps) == 12
-        assert same_state(made.model, state(whole.model))
+        assert same_state(tuned.model, state(whole.model))
 
 
 @pytest.mark.parametrize("at", [2, 6, 9])
 def test_what_a_listener_does_to_the_weights_is_part_of_the_step(tmp_path: Path, at: int) -> None:
     def trained(*, stop: int = -1, checkpoint: Path | None = None) -> nn.Module:
-        model, left = network(), stop
+        model, ahead = network(), stop
 
         def listen(step: Step) -> None:
-            nonlocal left
-            left -= 1
-            if left == 0:
+            nonlocal ahead
+            ahead -= 1
+            if ahead == 0:
                 os.kill(os.getpid(), signal.SIGINT)
             with torch.no_grad():
                 model[6].weight.mul_(0.9 + 0.1 * torch.rand(()))
 
-        kept = Checkpoint(checkpoint, run="one") if checkpoint else None
-        fit(model, lambda epoch: task(), epochs=2, lr=1e-2, checkpoint=kept, on_step=listen)
+        state_file = Checkpoint(checkpoint, run="one") if checkpoint else None
+        settings = Settings(epochs=2, lr=1e-2, clip=None)
+        train_in_place(TrainingRun(model, task(), settings=settings, checkpoint=state_file, on_step=listen))
         return model
 
     whole, path = trained(), tmp_path / "run"
@@ -364,13 +367,13 @@ def test_what_a_listener_does_to_the_weights_is_part_of_the_step(tmp_path: Path,
 
 
 def test_a_second_ctrl_c_does_not_wait_and_what_was_saved_stays(tmp_path: Path) -> None:
-    given: dict[str, Any] = {"epochs": 2, "lr": 1e-2, "frozen_norms": False, "checkpoint": tmp_path / "run"}
+    options: dict[str, Any] = {"epochs": 2, "lr": 1e-2, "frozen_norms": False, "checkpoint": tmp_path / "run"}
     with pytest.raises(KeyboardInterrupt):
-        st.finetune(signalled(5, times=2), task(), save_every=3, **given)
+        st.finetune(signalled(5, times=2), task(), save_every=3, **options)
     steps: list[Step] = []
-    made = st.finetune(signalled(-1), task(), on_step=steps.append, save_every=3, **given)
+    tuned = st.finetune(signalled(-1), task(), on_step=steps.append, save_every=3, **options)
     assert steps[0].step == 3
-    assert same_state(made.model, state(st.finetune(signalled(-1), task(), **given | {"checkpoint": None}).model))
+    assert same_state(tuned.model, state(st.finetune(signalled(-1), task(), **options | {"checkpoint": None}).model))
 
 
 def test_a_handler_of_ones_own_is_left_alone() -> None:
@@ -392,27 +395,27 @@ def test_an_interrupted_truncated_network_goes_on_bit_for_bit(tmp_path: Path) ->
         st.training.truncated_(model, st.Rank(3))
         return model
 
-    given: dict[str, Any] = {"epochs": 2, "lr": 1e-2, "held_out": task()}
-    whole = st.finetune(truncated(), task(), **given)
+    options: dict[str, Any] = {"epochs": 2, "lr": 1e-2, "held_out": task()}
+    whole = st.finetune(truncated(), task(), **options)
     for at in (1, 4, 6, 8):
         path = tmp_path / str(at)
         with pytest.raises(KeyboardInterrupt):
-            st.finetune(truncated(), task(), checkpoint=path, on_step=Stop(at), **given)
-        made = st.finetune(truncated(), task(), checkpoint=path, **given)
-        assert same_state(made.model, state(whole.model))
+            st.finetune(truncated(), task(), checkpoint=path, on_step=Stop(at), **options)
+        tuned = st.finetune(truncated(), task(), checkpoint=path, **options)
+        assert same_state(tuned.model, state(whole.model))
 
 
 def test_a_finished_run_is_taken_from_its_checkpoint(tmp_path: Path) -> None:
     model, path = network(), str(tmp_path / "new" / "run")
-    one = st.finetune(model, spoiled, epochs=9, lr=3e-2, held_out=task(), patience=2, checkpoint=path)
+    first = st.finetune(model, spoiled, epochs=9, lr=3e-2, held_out=task(), patience=2, checkpoint=path)
     steps: list[Step] = []
     other = st.finetune(
         model, spoiled, epochs=9, lr=3e-2, held_out=task(), patience=2, checkpoint=path, on_step=steps.append
     )
     assert not steps
-    assert other.history == one.history
+    assert other.history == first.history
     assert other.history.stopped_early
-    assert same_state(other.model, state(one.model))
+    assert same_state(other.model, state(first.model))
 
 
 GIVEN: dict[str, Any] = {"epochs": 2, "lr": 1e-2}
@@ -444,7 +447,7 @@ def test_a_checkpoint_of_another_run_says_what_differs(
     assert path.read_bytes() == written
 
 
-def _cut(path: Path) -> None:
+def _truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-40])
 
 
@@ -460,7 +463,7 @@ def _foreign(path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("harm", "message"),
-    [(_cut, "cannot read"), (_flip, "checksum"), (_foreign, "not the checkpoint of a training run")],
+    [(_truncate, "cannot read"), (_flip, "checksum"), (_foreign, "not the checkpoint of a training run")],
 )
 def test_a_damaged_checkpoint_is_an_error_for_a_path_and_replaced_for_a_checkpoint(
     tmp_path: Path, harm: Callable[[Path], None], message: str
@@ -471,7 +474,7 @@ def test_a_damaged_checkpoint_is_an_error_for_a_path_and_replaced_for_a_checkpoi
     harmed = path.read_bytes()
     with pytest.raises(errors.FileError, match=message) as raised:
         st.finetune(network(), task(), checkpoint=path, **GIVEN)
-    assert "delete it to start from the beginning" in str(raised.value)
+    assert "delete the file to start from the beginning" in str(raised.value)
     assert path.read_bytes() == harmed
     with pytest.raises(errors.FileError, match=message):
         st.finetune(network(), task(), checkpoint=Checkpoint(path, run="one", unfit="refuse"), **GIVEN)
@@ -481,7 +484,7 @@ def test_a_damaged_checkpoint_is_an_error_for_a_path_and_replaced_for_a_checkpoi
     assert path.read_bytes() != harmed
 
 
-def test_other_data_of_a_resumed_epoch_are_refused(tmp_path: Path) -> None:
+def test_other_data_of_a_resumed_epoch_are_an_error(tmp_path: Path) -> None:
     path = tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):
         st.finetune(network(), task(), checkpoint=path, on_step=Stop(3), **GIVEN)
@@ -500,13 +503,13 @@ def test_what_a_nan_loss_leaves_can_be_read(tmp_path: Path) -> None:
     def data(epoch: int) -> list[Pair]:
         return good if epoch < 2 else bad
 
-    given: dict[str, Any] = {"epochs": 4, "lr": 1e-2, "held_out": good}
+    options: dict[str, Any] = {"epochs": 4, "lr": 1e-2, "held_out": good}
     with pytest.raises(
         errors.TrainingError, match=r"loss became nan in epoch 2, step 2; .*/run holds the .* best epoch"
     ):
-        st.finetune(model, data, keep="best", checkpoint=path, **given)
+        st.finetune(model, data, keep="best", checkpoint=path, **options)
     best = resumed(path, model)
-    history = st.finetune(model, good, keep="best", **given).history
+    history = st.finetune(model, good, keep="best", **options).history
     assert st.accuracy(best, good).value == max(epoch.held_out for epoch in history[:2])
     assert changed(resumed(path, model, which="last"), model)
     with pytest.raises(errors.FileError, match="another network"):
@@ -515,7 +518,7 @@ def test_what_a_nan_loss_leaves_can_be_read(tmp_path: Path) -> None:
     with pytest.raises(errors.FileError, match="cannot read"):
         resumed(path, model)
     with pytest.raises(errors.TrainingError, match="an earlier step"):
-        st.finetune(model, data, checkpoint=path, **given)
+        st.finetune(model, data, checkpoint=path, **options)
     with pytest.raises(errors.FileError, match="no best epoch"):
         resumed(path, model)
 
@@ -679,12 +682,20 @@ def test_a_mistake_is_one_clear_error(
     assert model.training
 
 
+def test_settings_have_the_defaults_of_the_arguments_and_no_other_names() -> None:
+    arguments = inspect.signature(st.finetune).parameters
+    defaults = {name: arguments[name].default for name in Settings.model_fields}
+    assert Settings(**{**defaults, "keep": "last"}) == Settings()
+    with pytest.raises(errors.TrainingError, match=r"rate=0\.1: there is no such setting, only epochs, lr, .*, seed"):
+        Settings(rate=0.1)
+
+
 def test_a_generator_is_enough_for_one_epoch_without_a_checkpoint() -> None:
     assert len(st.finetune(network(), iter(task()), epochs=1).history) == 1
 
 
 @pytest.mark.parametrize("where", ["file/run", "folder"])
-def test_a_checkpoint_that_cannot_be_written_is_told_before_training(tmp_path: Path, where: str) -> None:
+def test_a_checkpoint_that_cannot_be_written_is_an_error_before_training(tmp_path: Path, where: str) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "folder").mkdir()
     steps: list[Step] = []

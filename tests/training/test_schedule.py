@@ -12,13 +12,21 @@ from torch.nn import functional
 
 import spectrim as st
 from spectrim import errors
-from spectrim.training import NuclearNorm, RankSchedule, Truncation, fit, truncated_
+from spectrim.training import (
+    NuclearNorm,
+    RankSchedule,
+    Settings,
+    TrainingRun,
+    Truncation,
+    train_in_place,
+    truncated_,
+)
 
 
-def network(*, shrink: float = 0.1) -> tuple[nn.Module, Truncation]:
+def network(*, residual_decay: float = 0.1) -> tuple[nn.Module, Truncation]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(12, 64), nn.ReLU(), nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 4))
-    return model, truncated_(model, st.Ratio(1.0), movable=True, shrink=shrink, exclude="4")
+    return model, truncated_(model, st.Ratio(1.0), trainable_rank=True, residual_decay=residual_decay, exclude="4")
 
 
 def train(
@@ -60,18 +68,18 @@ def test_energy_takes_the_least_rank_that_keeps_the_share() -> None:
 
 
 def test_energy_follows_a_weight_that_becomes_simpler_or_richer() -> None:
-    _, truncation = network(shrink=0.0)
+    _, truncation = network(residual_decay=0.0)
     schedule = RankSchedule(st.Energy(0.9), every=1)
     W = truncation.weights()["2"]
     U, S, Vh = (part.clone() for part in torch.linalg.svd(W.detach(), full_matrices=False))
-    found = []
+    ranks = []
     for count in (20, 5, 30):
         values = torch.where(torch.arange(len(S)) < count, 1.0, 1e-4)
         with torch.no_grad():
             W.copy_((U * values) @ Vh)
         schedule.step(truncation)
-        found.append(truncation.ranks["2"])
-    assert found == [18, 5, 27]
+        ranks.append(truncation.ranks["2"])
+    assert ranks == [18, 5, 27]
 
 
 @pytest.mark.parametrize("share", [0.5, 0.3, 0.17])
@@ -84,13 +92,13 @@ def test_a_budget_is_reached_from_below_and_never_exceeded(share: float, every: 
     moves = schedule.history[1:]
     assert [record.step for record in moves] == [*(s for s in range(5, 40, every)), 40]
     for record in moves:
-        left = 1 - (record.step - 5) / 35
-        assert record.kept <= share + (1 - share) * left**3 + 1e-9
+        ahead = 1 - (record.step - 5) / 35
+        assert record.kept <= share + (1 - share) * ahead**3 + 1e-9
     small = truncation.finish()
-    kept = sum(p.numel() for p in small.parameters())
-    assert kept == round(moves[-1].kept * dense)
-    # no more is left over than a rank of one layer, the other being dense perhaps
-    assert share * dense - (48 + 64) < kept <= share * dense
+    params = sum(p.numel() for p in small.parameters())
+    assert params == round(moves[-1].kept * dense)
+    # less is unused than a rank of one layer takes, the other being dense perhaps
+    assert share * dense - (48 + 64) < params <= share * dense
     assert moves[0].kept > moves[-1].kept
 
 
@@ -98,9 +106,9 @@ def test_a_budget_chooses_the_ranks_of_all_layers_together() -> None:
     _, truncation = network()
     layers = truncation.weights()
     with torch.no_grad():
-        for name, wanted in {"0": 2, "2": 9}.items():
+        for name, rank in {"0": 2, "2": 9}.items():
             U, S, Vh = torch.linalg.svd(layers[name], full_matrices=False)
-            layers[name].copy_((U * torch.where(torch.arange(len(S)) < wanted, 1.0, 0.01)) @ Vh)
+            layers[name].copy_((U * torch.where(torch.arange(len(S)) < rank, 1.0, 0.01)) @ Vh)
     cost = 2 * (64 + 12) + 9 * (64 + 48) + 64 + 48 + 4 * 49
     dense = sum(p.numel() for p in truncation.model.parameters())
     schedule = RankSchedule(st.Budget(params=(cost + 20) / dense), every=1, end=1)
@@ -111,23 +119,23 @@ def test_a_budget_chooses_the_ranks_of_all_layers_together() -> None:
 def test_a_budget_of_macs_counts_as_the_measurement_does() -> None:
     model, x = small_cnn(dtype=torch.float32), inputs(2, 3, 12, 12, dtype=torch.float32)
     dense = st.measure(model, x, latency=False).macs
-    truncation = truncated_(model, st.Ratio(1.0), movable=True)
+    truncation = truncated_(model, st.Ratio(1.0), trainable_rank=True)
     before = state(model)
     schedule = RankSchedule(st.Budget(macs=0.4), every=5, end=5, example_inputs=x)
     schedule.step(truncation)
     assert same_state(model, before)
     for _ in range(4):
         schedule.step(truncation)
-    kept = st.measure(truncation.finish(), x, latency=False).macs
-    assert kept == round(schedule.history[-1].kept * dense)
-    assert 0.35 * dense < kept <= 0.4 * dense
+    macs = st.measure(truncation.finish(), x, latency=False).macs
+    assert macs == round(schedule.history[-1].kept * dense)
+    assert 0.35 * dense < macs <= 0.4 * dense
 
 
 def test_a_shared_weight_counts_once() -> None:
     torch.manual_seed(0)
     model = SharedModule()
     dense = sum(p.numel() for p in model.parameters())
-    truncation = truncated_(model, st.Ratio(1.0), movable=True)
+    truncation = truncated_(model, st.Ratio(1.0), trainable_rank=True)
     schedule = RankSchedule(st.Budget(params=0.8), every=1, end=1)
     schedule.step(truncation)
     small = truncation.finish()
@@ -174,20 +182,21 @@ def test_it_works_from_the_loop_of_this_library() -> None:
     model, truncation = network()
     x = inputs(64, 12, dtype=torch.float32)
     schedule = RankSchedule(st.Budget(params=0.4), every=4, end=12)
-    fit(
-        model,
-        lambda _: [(part, part[:, :4].argmax(dim=1)) for part in x.split(16)],
-        epochs=4,
-        lr=1e-2,
-        on_step=lambda _: schedule.step(truncation) and None,
+    train_in_place(
+        TrainingRun(
+            model,
+            [(part, part[:, :4].argmax(dim=1)) for part in x.split(16)],
+            settings=Settings(epochs=4, lr=1e-2, clip=None),
+            on_step=lambda _: schedule.step(truncation) and None,
+        )
     )
     assert [record.step for record in schedule.history] == [0, 4, 8, 12]
     weights = truncation.weights()
     truncation.model.eval()(x)
     for name, rank in truncation.ranks.items():
-        W, kept = weights[name].detach(), model.get_submodule(name).weight.detach()
+        W, low_rank = weights[name].detach(), model.get_submodule(name).weight.detach()
         values = torch.linalg.svdvals(W)
-        assert float((W - kept).norm()) == pytest.approx(float(values[rank:].norm()), rel=1e-3, abs=1e-5)
+        assert float((W - low_rank).norm()) == pytest.approx(float(values[rank:].norm()), rel=1e-3, abs=1e-5)
 
 
 RULES: list[Callable[[], RankSchedule]] = [

@@ -1,4 +1,4 @@
-"""The switch to low rank: stable ranks as defined, the rule when they have settled, and one real training run."""
+"""The switch to low rank: stable ranks as defined, the rule when they are stable, and one real training run."""
 
 import json
 import math
@@ -13,16 +13,16 @@ import spectrim as st
 from spectrim import errors
 from spectrim.models import mlp
 from spectrim.recipes.images import Images, Minibatches, load_images
-from spectrim.training import ProjectEachEpoch, Switch, fit, truncated_
+from spectrim.training import ProjectEachEpoch, Settings, Switch, TrainingRun, train_in_place, truncated_
 
 
 def with_values(model: nn.Module, values: dict[str, list[float]]) -> None:
     """Give the named weights these singular values, then zeros."""
-    for name, wanted in values.items():
+    for name, nonzero in values.items():
         weight = model.get_submodule(name).weight
         U, S, Vh = torch.linalg.svd(weight.detach(), full_matrices=False)
         S = torch.zeros_like(S)
-        S[: len(wanted)] = torch.tensor(wanted, dtype=S.dtype)
+        S[: len(nonzero)] = torch.tensor(nonzero, dtype=S.dtype)
         with torch.no_grad():
             weight.copy_((U * S) @ Vh)
 
@@ -45,21 +45,21 @@ def test_stable_ranks_are_those_of_the_definition_scaled_to_start_from_full_rank
     assert switch.history[1].scaled["2"] == pytest.approx(3.0 * 16 / look.stable["2"])
 
 
-def test_it_waits_until_every_layer_has_settled_for_long_enough() -> None:
+def test_it_waits_until_every_layer_has_been_stable_for_long_enough() -> None:
     model = small_mlp()
     switch = Switch(epsilon=0.05, patience=2, exclude="4")
     # stable ranks 1 + value^2 of the second one
     course = [(1.0, 1.0), (0.5, 0.5), (0.5, 0.49), (0.5, 0.9), (0.49, 0.9), (0.48, 0.88)]
-    answers = []
+    results = []
     for first, second in course:
         with_values(model, {"0": [1.0, first], "2": [1.0, second]})
-        answers.append(switch.step(model))
-    assert [answer is None for answer in answers] == [True, True, True, True, True, False]
+        results.append(switch.step(model))
+    assert [ranks is None for ranks in results] == [True, True, True, True, True, False]
     scaled = {"0": 12 * (1 + 0.48**2) / 2, "2": 16 * (1 + 0.88**2) / 2}
     for name, rank in scaled.items():
         assert switch.history[-1].scaled[name] == pytest.approx(rank)
     # 8 x 28 factors would not be smaller than 12 x 16, nor 15 x 32 than 16 x 16
-    assert dict(answers[-1]) == {}
+    assert dict(results[-1]) == {}
     with_values(model, {"0": [1.0], "2": [1.0]})
     assert switch.step(model) is None
     assert switch.step(model) is None
@@ -82,20 +82,16 @@ def digits() -> Images:
     return load_images("digits", held_out=297)
 
 
-def test_a_real_run_settles_and_trains_on_in_low_rank(digits: Images) -> None:
+def test_a_real_run_becomes_stable_and_trains_on_in_low_rank(digits: Images) -> None:
     torch.manual_seed(0)
     model = mlp(64, 10, width=96, hidden=2)
     switch = Switch(epsilon=0.05, patience=2, keep_last=True)
     switch.step(model)
     ranks = None
     for epoch in range(15):
-        fit(
-            model,
-            lambda _, now=epoch: Minibatches(digits.train.images, digits.train.labels, 64, 0, now),
-            epochs=1,
-            lr=2e-3,
-            warm_up=0.0,
-        )
+        settings = Settings(epochs=1, lr=2e-3, warm_up=0.0, clip=None)
+        batches = Minibatches(digits.train.images, digits.train.labels, 64, 0, epoch)
+        train_in_place(TrainingRun(model, batches, settings=settings))
         ranks = switch.step(model)
         if ranks is not None:
             break
@@ -104,18 +100,19 @@ def test_a_real_run_settles_and_trains_on_in_low_rank(digits: Images) -> None:
     looks = switch.history
     assert any(
         abs(b.stable[name] - a.stable[name]) > 0.05 * a.stable[name] for a, b in pairwise(looks) for name in a.stable
-    ), "training moved the stable ranks before they settled"
+    ), "training changed the stable ranks before they became stable"
     full = {"fc1": 64, "fc2": 96}
     assert all(rank == math.ceil(looks[-1].scaled[name]) < full[name] for name, rank in ranks.items())
     dense = st.accuracy(model, digits.held_out.batches()).value
     factored = ProjectEachEpoch(ranks).finish(model)
     assert {name: factored.get_submodule(name).rank for name in ranks} == dict(ranks)
     truncation = truncated_(model, ranks)
-    fit(
-        model,
-        lambda epoch: Minibatches(digits.train.images, digits.train.labels, 64, 1, epoch),
-        epochs=2,
-        lr=1e-3,
+    train_in_place(
+        TrainingRun(
+            model,
+            lambda epoch: Minibatches(digits.train.images, digits.train.labels, 64, 1, epoch),
+            settings=Settings(epochs=2, lr=1e-3, clip=None),
+        )
     )
     small = truncation.finish()
     assert sum(p.numel() for p in small.parameters()) < sum(

@@ -1,5 +1,6 @@
 """Fine-tuning: it learns, repeats, resumes, and stops with a reason."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import spectrim as st
 from spectrim import errors
-from spectrim.training import Step, fit
+from spectrim.training import Settings, Step, TrainingRun, train_in_place
 from spectrim.training.checkpoint import Checkpoint
 
 
@@ -41,29 +42,29 @@ def test_it_regains_what_compression_lost(how: str) -> None:
     before = st.accuracy(small, [(x, y)]).value
     with torch.no_grad():
         targets = model(x) if how == "logits" else y
-    made = st.finetune(small, epochs(x, targets), teacher=model if how == "teacher" else None, epochs=8, lr=1e-2)
-    assert st.accuracy(made.model, [(x, y)]).value > before + 0.02
-    assert made.history[-1].loss < made.history[0].loss
+    tuned = st.finetune(small, epochs(x, targets), teacher=model if how == "teacher" else None, epochs=8, lr=1e-2)
+    assert st.accuracy(tuned.model, [(x, y)]).value > before + 0.02
+    assert tuned.history[-1].loss < tuned.history[0].loss
 
 
 def test_a_data_loader_is_enough() -> None:
     model, x, y = task()
     loader = DataLoader(TensorDataset(x, y), batch_size=64)
-    made = st.finetune(model, loader, epochs=2, held_out=[(x, y)])
-    assert [epoch.epoch for epoch in made.history] == [0, 1]
-    assert made.history[-1].held_out is not None
+    tuned = st.finetune(model, loader, epochs=2, held_out=[(x, y)])
+    assert [epoch.epoch for epoch in tuned.history] == [0, 1]
+    assert tuned.history[-1].held_out is not None
 
 
 def test_the_models_are_left_alone_and_only_the_factors_move_when_asked() -> None:
     model, x, y = task()
     small = st.compress(model, st.Rank(2), example_inputs=x, keep_last=True).model
     before, dense, random = state(small), state(model), torch.get_rng_state()
-    made = st.finetune(small, epochs(x, y), teacher=model, train="factors", epochs=1)
+    tuned = st.finetune(small, epochs(x, y), teacher=model, train="factors", epochs=1)
     assert same_state(small, before)
     assert same_state(model, dense)
     assert torch.equal(torch.get_rng_state(), random)
-    assert torch.equal(made.model[4].weight, small[4].weight)
-    assert not torch.equal(made.model[0].down.weight, small[0].down.weight)
+    assert torch.equal(tuned.model[4].weight, small[4].weight)
+    assert not torch.equal(tuned.model[0].down.weight, small[0].down.weight)
     assert model.training
     assert all(parameter.grad is None for parameter in (*model.parameters(), *small.parameters()))
 
@@ -73,19 +74,19 @@ def test_running_statistics_of_norms_stay_and_training_flags_come_back() -> None
     model = nn.Sequential(nn.Linear(12, 8), nn.BatchNorm1d(8), nn.Dropout(), nn.Linear(8, 4))
     model[2].eval()
     x, y = inputs(64, 12, dtype=torch.float32), torch.arange(64) % 4
-    made = st.finetune(model, [(x, y)], epochs=2)
-    assert torch.equal(made.model[1].running_mean, model[1].running_mean)
-    assert not torch.equal(made.model[1].weight, model[1].weight)
-    assert [module.training for module in made.model.modules()] == [module.training for module in model.modules()]
+    tuned = st.finetune(model, [(x, y)], epochs=2)
+    assert torch.equal(tuned.model[1].running_mean, model[1].running_mean)
+    assert not torch.equal(tuned.model[1].weight, model[1].weight)
+    assert [module.training for module in tuned.model.modules()] == [module.training for module in model.modules()]
 
 
 def test_the_same_seed_gives_the_same_weights() -> None:
     model, x, y = task()
     model.insert(1, nn.Dropout(0.3))
-    one, two = (st.finetune(model, epochs(x, y), epochs=2, seed=5).model for _ in range(2))
+    same, again = (st.finetune(model, epochs(x, y), epochs=2, seed=5).model for _ in range(2))
     other = st.finetune(model, epochs(x, y), epochs=2, seed=6).model
-    assert same_state(one, state(two))
-    assert not same_state(one, state(other))
+    assert same_state(same, state(again))
+    assert not same_state(same, state(other))
 
 
 class InterruptedRunError(Exception):
@@ -104,29 +105,30 @@ def test_an_interrupted_run_goes_on_to_bit_equal_weights(tmp_path: Path) -> None
     model, x, y = task()
     model.insert(1, nn.Dropout(0.2))
     whole = st.finetune(model, epochs(x, y), epochs=4, held_out=[(x, y)])
-    kept = Checkpoint(tmp_path / "state.safetensors", run="this one")
+    checkpoint = Checkpoint(tmp_path / "state.safetensors", run="this one")
     with pytest.raises(InterruptedRunError):
-        st.finetune(model, epochs(x, y), epochs=4, held_out=[(x, y)], checkpoint=kept, on_step=stop_in_epoch(2))
+        st.finetune(model, epochs(x, y), epochs=4, held_out=[(x, y)], checkpoint=checkpoint, on_step=stop_in_epoch(2))
     steps: list[Step] = []
-    resumed = st.finetune(model, epochs(x, y), epochs=4, held_out=[(x, y)], checkpoint=kept, on_step=steps.append)
+    resumed = st.finetune(model, epochs(x, y), epochs=4, held_out=[(x, y)], checkpoint=checkpoint, on_step=steps.append)
     assert steps[0].epoch == 2
     assert same_state(resumed.model, state(whole.model))
-    assert [(one.loss, one.held_out) for one in resumed.history] == [(one.loss, one.held_out) for one in whole.history]
+    curves = ([(epoch.loss, epoch.held_out) for epoch in run.history] for run in (resumed, whole))
+    assert next(curves) == next(curves)
 
 
 @pytest.mark.parametrize("harm", ["another run", "cut", "another network"])
 def test_a_checkpoint_that_does_not_fit_is_not_taken_up(tmp_path: Path, harm: str) -> None:
     model, x, y = task()
-    kept = Checkpoint(tmp_path / "state.safetensors", run="one")
-    st.finetune(model, epochs(x, y), epochs=1, checkpoint=kept)
+    checkpoint = Checkpoint(tmp_path / "state.safetensors", run="one")
+    st.finetune(model, epochs(x, y), epochs=1, checkpoint=checkpoint)
     if harm == "another run":
-        kept = Checkpoint(kept.path, run="two")
+        checkpoint = Checkpoint(checkpoint.path, run="two")
     elif harm == "cut":
-        kept.path.write_bytes(kept.path.read_bytes()[:200])
+        checkpoint.path.write_bytes(checkpoint.path.read_bytes()[:200])
     else:
         model = nn.Sequential(nn.Linear(12, 4))
     steps: list[Step] = []
-    st.finetune(model, epochs(x, y), epochs=1, checkpoint=kept, on_step=steps.append)
+    st.finetune(model, epochs(x, y), epochs=1, checkpoint=checkpoint, on_step=steps.append)
     assert (steps[0].epoch, steps[0].step) == (0, 0)
 
 
@@ -182,17 +184,18 @@ def test_the_best_epoch_is_kept_when_asked_and_an_interrupted_run_still_knows_it
         seen.append(state(model))  # after epoch - 1
         return epochs(x, y if epoch < 2 else (y + 1) % 4)(epoch)  # from epoch 2 on it learns the wrong
 
-    given = {"epochs": 5, "lr": 1e-2, "held_out": [(x, y)], "keep": "best"}
+    settings = Settings(epochs=5, lr=1e-2, keep="best", clip=None)
     start = state(model)
-    curve = fit(model, data, **given)
+    curve = train_in_place(TrainingRun(model, data, settings=settings, held_out=[(x, y)]))
     best = max(curve, key=lambda epoch: epoch.held_out).epoch
     assert best < 4
     assert same_state(model, seen[best + 1])
     whole = state(model)
-    kept = Checkpoint(tmp_path / "state.safetensors", run="this one")
+    checkpoint = Checkpoint(tmp_path / "state.safetensors", run="this one")
+    run = TrainingRun(model, data, settings=settings, held_out=[(x, y)], checkpoint=checkpoint)
     model.load_state_dict(start)
     with pytest.raises(InterruptedRunError):
-        fit(model, data, **given, checkpoint=kept, on_step=stop_in_epoch(4))
+        train_in_place(dataclasses.replace(run, on_step=stop_in_epoch(4)))
     model.load_state_dict(start)
-    fit(model, data, **given, checkpoint=kept)
+    train_in_place(run)
     assert same_state(model, whole)

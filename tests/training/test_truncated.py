@@ -73,7 +73,7 @@ def test_a_convolution_keeps_its_options_and_gets_the_gradient_of_the_identity(o
     torch.testing.assert_close(model(x), dense(x))
     for net in (model, dense):
         net(x).square().sum().backward()
-    # the dense layer of weight W_D feels the gradient that is passed to W as it is
+    # the gradient of the dense layer of weight W_D is passed to W unchanged
     torch.testing.assert_close(full(model[0]).grad, dense[0].weight.grad)
     small = truncation.finish()
     assert isinstance(small[0], st.LowRankConv2d)
@@ -119,13 +119,13 @@ def test_a_copy_made_before_the_end_outlives_it(end: str) -> None:
     model = small_mlp()
     truncation = truncated_(model, st.Rank(3), exact=True)
     train(model, torch.optim.Adam(model.parameters(), lr=1e-2), steps=3)
-    kept = copy.deepcopy(model).eval()
+    copied = copy.deepcopy(model).eval()
     x = inputs(5, 12)
-    before = kept(x).detach()
+    before = copied(x).detach()
     getattr(truncation, end)()
-    torch.testing.assert_close(kept(x), before)
+    torch.testing.assert_close(copied(x), before)
     torch.testing.assert_close(model.eval()(x), before, rtol=1e-4, atol=1e-5)
-    plain = copy.deepcopy(kept)
+    plain = copy.deepcopy(copied)
     for layer in plain.modules():
         if parametrize.is_parametrized(layer):
             parametrize.remove_parametrizations(layer, "weight")
@@ -148,24 +148,24 @@ def test_remove_gives_back_the_plain_layers_with_the_same_outputs() -> None:
             end()
 
 
-def test_it_learns_and_the_shrunk_part_is_smaller_than_the_published_methods() -> None:
+def test_it_learns_and_the_decayed_residual_is_smaller_than_that_of_the_published_method() -> None:
     outside = {}
-    for shrink in (0.0, 0.1):
+    for decay in (0.0, 0.1):
         model = small_mlp(dtype=torch.float32)
         start = state(model)
-        truncation = truncated_(model, st.Rank(3), shrink=shrink)
+        truncation = truncated_(model, st.Rank(3), residual_decay=decay)
         x = inputs(256, 12, dtype=torch.float32)
-        train(model, torch.optim.Adam(model.parameters(), lr=1e-2), steps=150)
+        train(model, torch.optim.Adam(model.parameters(), lr=1e-2), steps=60)
         weights = {name: full(model.get_submodule(name)).detach() for name in truncation.ranks}
-        outside[shrink] = sum(float((W - best(W, 3)).norm()) for W in weights.values())
+        outside[decay] = sum(float((W - best(W, 3)).norm()) for W in weights.values())
         untrained = sum(float((W - best(W, 3)).norm()) for W in (start["0.weight"], start["2.weight"]))
-        assert outside[shrink] < untrained or shrink == 0
+        assert outside[decay] < untrained or decay == 0
         truncation.finish()
         assert model(x).isfinite().all()
     assert outside[0.1] < 0.5 * outside[0.0]
 
 
-def test_one_step_is_shrunk_once_and_only_in_training() -> None:
+def test_the_residual_decays_once_a_step_and_only_in_training() -> None:
     model = small_mlp()
     x, layer = inputs(6, 12), model[0]
     truncated_(model, st.Rank(3))
@@ -178,8 +178,8 @@ def test_one_step_is_shrunk_once_and_only_in_training() -> None:
     assert torch.equal(W, changed)
     model.train()
     model(x)
-    shrunk = best(changed, 3) + 0.9 * (changed - best(changed, 3))
-    torch.testing.assert_close(W.detach(), shrunk, atol=1e-6, rtol=1e-6)
+    decayed = best(changed, 3) + 0.9 * (changed - best(changed, 3))
+    torch.testing.assert_close(W.detach(), decayed, atol=1e-6, rtol=1e-6)
     after = W.detach().clone()
     for mode in (True, False, True):
         model.train(mode)(x)
@@ -211,7 +211,7 @@ def test_fused_optimisers_are_noticed_though_they_do_not_count(kind: type[torch.
 
 def test_published_training_never_changes_the_weight_itself() -> None:
     model = small_mlp()
-    truncated_(model, st.Rank(3), shrink=0)
+    truncated_(model, st.Rank(3), residual_decay=0)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     with torch.no_grad():
         full(model[0]).add_(0.1)
@@ -221,14 +221,16 @@ def test_published_training_never_changes_the_weight_itself() -> None:
 
 
 @pytest.mark.parametrize("make", [Double, SharedModule, Tied])
-def test_a_shared_weight_is_truncated_and_shrunk_once(make: type[nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shared_weight_is_truncated_and_decays_once(make: type[nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     model = make().double()
     x = inputs(5, 6 if make is Double else 8)
     truncation = truncated_(model, st.Rank(2))
     calls = []
-    real = st.training.cut.truncate
-    monkeypatch.setattr(st.training.cut, "truncate", lambda *a, **k: calls.append(1) or real(*a, **k))
+    real = st.training.low_rank_parametrization.truncate
+    monkeypatch.setattr(
+        st.training.low_rank_parametrization, "truncate", lambda *a, **k: calls.append(1) or real(*a, **k)
+    )
     model(x).sum().backward()
     assert not calls
     optimiser = torch.optim.SGD(model.parameters(), lr=0.01)
@@ -253,11 +255,11 @@ def test_training_goes_on_bit_for_bit_from_a_state_dict(exact: bool, fused: bool
     whole, optimiser = fresh()
     train(whole, optimiser, steps=10)
     whole.eval()(torch.ones(1, 12))  # evaluating in between changes nothing
-    kept = copy.deepcopy((whole.state_dict(), optimiser.state_dict()))
+    saved = copy.deepcopy((whole.state_dict(), optimiser.state_dict()))
     train(whole, optimiser, steps=10, seed=1)
     again, other = fresh()
-    again.load_state_dict(kept[0])
-    other.load_state_dict(kept[1])
+    again.load_state_dict(saved[0])
+    other.load_state_dict(saved[1])
     train(again, other, steps=10, seed=1)
     assert same_state(again, state(whole))
 
@@ -267,9 +269,9 @@ def test_a_copy_trains_by_itself_and_fine_tuning_works() -> None:
     truncated_(model, st.Rank(3))
     before = state(model)
     x = inputs(64, 12, dtype=torch.float32)
-    made = st.finetune(model, [(x, torch.arange(64) % 4)], epochs=2, lr=1e-2)
+    tuned = st.finetune(model, [(x, torch.arange(64) % 4)], epochs=2, lr=1e-2)
     assert same_state(model, before)
-    assert not torch.equal(full(made.model[0]), full(model[0]))
+    assert not torch.equal(full(tuned.model[0]), full(model[0]))
 
 
 def test_autocast_and_inference_mode_leave_no_trace() -> None:
@@ -321,7 +323,7 @@ def broken() -> nn.Module:
         (small_mlp, {"rule": st.Ratio(1.0)}, errors.TrainingError, "leaves no layer to truncate"),
         (small_mlp, {"rule": st.Budget(macs=0.5)}, errors.RuleError, "does not say a rank for each layer"),
         (small_mlp, {"include": "fc*"}, errors.PatternError, "matches no layer"),
-        (small_mlp, {"shrink": 1.5}, errors.TrainingError, "not a share"),
+        (small_mlp, {"residual_decay": 1.5}, errors.TrainingError, "not a share"),
         (lambda: nn.Sequential(nn.ReLU()), {}, errors.ModelError, "no Linear or convolution layer"),
     ],
 )
@@ -348,22 +350,22 @@ def test_a_weight_that_becomes_nan_in_training_is_named() -> None:
         model(inputs(2, 12))
 
 
-def movable(*, exact: bool = False) -> tuple[nn.Module, st.training.Truncation]:
+def with_trainable_ranks(*, exact: bool = False) -> tuple[nn.Module, st.training.Truncation]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(12, 80), nn.ReLU(), nn.Linear(80, 80), nn.ReLU(), nn.Linear(80, 4))
-    return model, truncated_(model, st.Ratio(1.0), movable=True, exact=exact)
+    return model, truncated_(model, st.Ratio(1.0), trainable_rank=True, exact=exact)
 
 
 def test_at_full_rank_nothing_changes_and_finish_gives_the_plain_layers_back() -> None:
     model, x = small_cnn(), inputs(2, 3, 12, 12)
     plain = copy.deepcopy(model)
-    truncation = truncated_(model, st.Ratio(1.0), movable=True)
-    assert dict(truncation.ranks) == {name: one.full_rank for name, one in truncation.sizes.items()}
+    truncation = truncated_(model, st.Ratio(1.0), trainable_rank=True)
+    assert dict(truncation.ranks) == {name: sizes.full_rank for name, sizes in truncation.sizes.items()}
     ranks = dict.fromkeys(truncation.ranks, 2)
     truncation.set_ranks(ranks)
     assert dict(truncation.ranks) == ranks
     assert not torch.allclose(model.eval()(x), plain(x))
-    truncation.set_ranks({name: one.full_rank for name, one in truncation.sizes.items()})
+    truncation.set_ranks({name: sizes.full_rank for name, sizes in truncation.sizes.items()})
     assert torch.equal(model(x), plain(x))
     model(x).square().sum().backward()
     plain(x).square().sum().backward()
@@ -376,15 +378,15 @@ def test_at_full_rank_nothing_changes_and_finish_gives_the_plain_layers_back() -
 @pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize(("before", "after"), [(8, 3), (3, 8), (80, 5), (30, 4), (4, 30), (4, 80)])
 def test_ranks_move_down_and_up(before: int, after: int, exact: bool) -> None:
-    model, truncation = movable(exact=exact)
+    model, truncation = with_trainable_ranks(exact=exact)
     truncation.set_ranks({"2": before})
     train(model, torch.optim.Adam(model.parameters(), lr=1e-3), steps=2)
     truncation.set_ranks({"2": after})
     W = truncation.weights()["2"].detach().clone()
     model.eval()
-    kept = model[2].weight.detach()
-    assert float((W - kept).norm()) <= (1 + 1e-4) * float((W - best(W, after)).norm()) + 1e-5
-    assert torch.linalg.matrix_rank(kept, rtol=1e-5) == after
+    low_rank = model[2].weight.detach()
+    assert float((W - low_rank).norm()) <= (1 + 1e-4) * float((W - best(W, after)).norm()) + 1e-5
+    assert torch.linalg.matrix_rank(low_rank, rtol=1e-5) == after
     assert torch.equal(truncation.weights()["2"], W)
     assert truncation.ranks["2"] == after
     small = truncation.finish()
@@ -393,8 +395,8 @@ def test_ranks_move_down_and_up(before: int, after: int, exact: bool) -> None:
 
 
 @pytest.mark.parametrize("rank", [39, 40, 79])
-def test_a_movable_layer_stays_dense_where_factors_would_not_be_smaller(rank: int) -> None:
-    model, truncation = movable()
+def test_a_layer_of_trainable_rank_stays_dense_where_factors_would_not_be_smaller(rank: int) -> None:
+    model, truncation = with_trainable_ranks()
     x = inputs(5, 12, dtype=torch.float32)
     truncation.set_ranks({"2": rank})
     assert truncation.stays_dense("2", rank) == (rank >= 40)
@@ -409,7 +411,7 @@ def test_a_movable_layer_stays_dense_where_factors_would_not_be_smaller(rank: in
 @pytest.mark.parametrize("exact", [False, True])
 def test_training_goes_on_bit_for_bit_after_the_ranks_have_moved(exact: bool) -> None:
     def fresh() -> tuple[nn.Module, st.training.Truncation, torch.optim.Optimizer]:
-        model, truncation = movable(exact=exact)
+        model, truncation = with_trainable_ranks(exact=exact)
         return model, truncation, torch.optim.Adam(model.parameters(), lr=1e-2)
 
     whole, truncation, optimiser = fresh()
@@ -417,11 +419,11 @@ def test_training_goes_on_bit_for_bit_after_the_ranks_have_moved(exact: bool) ->
         truncation.set_ranks(ranks)
         train(whole, optimiser, steps=3, seed=seed)
     truncation.set_ranks({"2": 4})
-    kept = copy.deepcopy((whole.state_dict(), optimiser.state_dict()))
+    saved = copy.deepcopy((whole.state_dict(), optimiser.state_dict()))
     train(whole, optimiser, steps=10, seed=7)
     again, other_truncation, other = fresh()
-    again.load_state_dict(kept[0])
-    other.load_state_dict(kept[1])
+    again.load_state_dict(saved[0])
+    other.load_state_dict(saved[1])
     assert dict(other_truncation.ranks) == {"0": 2, "2": 4, "4": 4}
     train(again, other, steps=10, seed=7)
     assert same_state(again, state(whole))
@@ -432,16 +434,16 @@ def test_training_goes_on_bit_for_bit_after_the_ranks_have_moved(exact: bool) ->
 def test_soft_threshold_is_the_proximal_operator(rank: int, groups: int) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(4 * groups, 12 * groups, 3, groups=groups)).double()
-    truncation = truncated_(model, st.Rank(rank), movable=True)
+    truncation = truncated_(model, st.Rank(rank), trainable_rank=True)
     W = truncation.weights()["0"]
     U, S, Vh = torch.linalg.svd(W.detach().reshape(groups, 12, -1), full_matrices=False)
     S[:, rank:] = 0
     amount = float(S[:, 3:5].mean())
     lowered = (S - amount).clamp(min=0)
-    left = truncation.soft_threshold({"0": amount})
+    ranks = truncation.soft_threshold({"0": amount})
     expected = (U * lowered.unsqueeze(1)) @ Vh
     torch.testing.assert_close(W.detach().reshape(expected.shape), expected)
-    assert left["0"] == truncation.ranks["0"] == int((lowered > 0).sum(dim=1).max())
+    assert ranks["0"] == truncation.ranks["0"] == int((lowered > 0).sum(dim=1).max())
     # no other matrix of that rank makes t |X|_* + |X - W|^2 / 2 smaller
     start = (U * S.unsqueeze(1)) @ Vh
 
@@ -451,12 +453,12 @@ def test_soft_threshold_is_the_proximal_operator(rank: int, groups: int) -> None
     least = value(expected)
     for seed in range(5):
         moved = expected + 1e-3 * inputs(*expected.shape, seed=seed)
-        assert value(torch.stack([best(one, rank) for one in moved])) > least
+        assert value(torch.stack([best(matrix, rank) for matrix in moved])) > least
     torch.testing.assert_close(model[0].weight.detach(), W.detach())
 
 
 def test_a_threshold_above_every_value_leaves_zero_and_rank_1() -> None:
-    model, truncation = movable()
+    model, truncation = with_trainable_ranks()
     assert dict(truncation.soft_threshold({"2": 1e6})) == {"2": 1}
     assert float(truncation.weights()["2"].detach().abs().max()) == 0
     train(model, torch.optim.SGD(model.parameters(), lr=0.1), steps=2)
@@ -479,7 +481,7 @@ def test_ranks_by_name_leave_every_other_layer_alone() -> None:
 
 
 def test_moving_ranks_is_checked_wholly_before_anything_changes() -> None:
-    model, truncation = movable()
+    model, truncation = with_trainable_ranks()
     truncation.set_ranks({"0": 3, "2": 9})
     before = state(model)
     for ranks, kind, message in [

@@ -180,7 +180,7 @@ def _tuned(
         ready.train,
         teacher=ready.teacher,
         train=tuning.trained,
-        **asdict(settings),
+        **settings.model_dump(),
         frozen_norms=not tuning.unfreeze_norms,
         held_out=ready.held_out,
         checkpoint=checkpoint,

@@ -19,13 +19,12 @@ class ProjectionCallback(Callback):
     (`global_step`), so that a resumed run projects when an uninterrupted one would.
 
     Attributes:
-        project: What to do; `finish` of it gives the factored copy afterwards.
+        project: What to do; its `finish` gives the factored copy afterwards.
     """
 
     def __init__(self, project: ProjectEachEpoch) -> None:
         super().__init__()
         self.project = project
-        self._seen = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count from where the trainer is."""
@@ -46,7 +45,7 @@ class ProjectionCallback(Callback):
             self._apply(trainer, pl_module)
 
     def _apply(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # a weight is projected already when the next optimiser's momentum follows it
+        # a second optimiser finds the weights projected already, and projects its own momentum
         for optimizer in trainer.optimizers:
             self.project(pl_module, optimizer)
 
@@ -54,18 +53,16 @@ class ProjectionCallback(Callback):
 class RankScheduleCallback(Callback):
     """`RankSchedule.step` after every optimiser step of a Lightning trainer; the count is kept in its checkpoints.
 
-    Attributes:
-        schedule: What moves the ranks.
-        truncation: From `truncated_`, made before `fit`.
+    In `fit`, more than one optimiser is a `TrainingError`.
 
-    Raises:
-        TrainingError: more than one optimiser; in `fit`.
+    Attributes:
+        schedule: What changes the ranks.
+        truncation: From `truncated_`, made before `fit`.
     """
 
     def __init__(self, schedule: RankSchedule, truncation: Truncation) -> None:
         super().__init__()
         self.schedule, self.truncation = schedule, truncation
-        self._seen = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count from where the trainer is."""
@@ -79,7 +76,7 @@ class RankScheduleCallback(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count a step where one was taken, which under gradient accumulation is not after every batch."""
+        """Count the optimiser steps; under gradient accumulation there is not one after every batch."""
         before, self._seen = self._seen, trainer.global_step
         for _ in range(self._seen - before):
             self.schedule.step(self.truncation, trainer.optimizers[0])
@@ -89,5 +86,5 @@ class RankScheduleCallback(Callback):
         return self.schedule.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a checkpoint of the trainer."""
+        """Resume from a checkpoint of the trainer."""
         self.schedule.load_state_dict(state_dict)

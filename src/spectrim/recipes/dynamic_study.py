@@ -14,7 +14,7 @@ from spectrim.recipes.fully_connected import FullyConnected
 from spectrim.recipes.outcome import Network, SeedOutcome
 from spectrim.recipes.parts import Trained
 from spectrim.recipes.study import Phase, SeedRun
-from spectrim.training import RankSchedule, Step, Truncation, fit, truncated_
+from spectrim.training import RankSchedule, Step, Truncation, train_in_place, truncated_
 from spectrim.training.checkpoint import Checkpoint
 
 
@@ -24,7 +24,7 @@ class Truncating(Frozen):
     Attributes:
         name: In tables; unique within a study.
         phase: From the dense network on.
-        shrink: As `truncated_` takes it; 0 is the published method.
+        shrink: The `residual_decay` of `truncated_`; 0 is the published method.
         keep: Weights of the last epoch, or of the one with the best accuracy on held-out training images.
         temperature: With the dense network as the teacher; None trains with the labels.
     """
@@ -104,18 +104,17 @@ class DynamicStudy(FullyConnected):
 
         def train(checkpoint: Checkpoint) -> Trained:
             targets = run.images.train.labels if way.temperature is None else answers()
-            options = run.options(way.phase, checkpoint) | {"on_step": stepped}
-            if moving:
-                # where the schedule stood is not part of a checkpoint, so that this way starts from its beginning
-                options["checkpoint"] = None
-            curve = fit(
+            training = run.training(
                 model,
-                run.epochs(targets, way.phase),
+                targets,
+                way.phase,
+                # where the schedule stood is not part of a checkpoint, so that this way starts from its beginning
+                checkpoint=None if moving else checkpoint,
+                on_step=stepped,
                 temperature=way.temperature or 1.0,
                 keep=way.keep,
-                **options,
             )
-            return model, curve
+            return model, train_in_place(training)
 
         name = f"rank{self.rank:04d}-truncated-{way.name.replace(' ', '-')}"
         # the part has the full weights, and is finished the same way whether it was trained now or found
@@ -137,7 +136,7 @@ class DynamicStudy(FullyConnected):
     def _truncated(self, dense: nn.Module, way: Truncating) -> tuple[nn.Module, Truncation]:
         model = copy.deepcopy(dense)
         rule = Ratio(way.start) if isinstance(way, Moving) else Rank(self.rank)
-        return model, truncated_(model, rule, keep_last=True, shrink=way.shrink)
+        return model, truncated_(model, rule, keep_last=True, residual_decay=way.shrink)
 
     def _schedule(self, run: SeedRun, dense: nn.Module, way: Moving) -> RankSchedule:
         """Down to the parameters of the study's rank, at most, by the time that the ranks are to settle."""

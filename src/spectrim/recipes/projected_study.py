@@ -11,7 +11,7 @@ from spectrim.recipes.fully_connected import FullyConnected
 from spectrim.recipes.outcome import Network, SeedOutcome
 from spectrim.recipes.parts import Trained
 from spectrim.recipes.study import Phase, SeedRun
-from spectrim.training import ProjectEachEpoch, Step, fit
+from spectrim.training import ProjectEachEpoch, Step, train_in_place
 from spectrim.training.checkpoint import Checkpoint
 
 
@@ -55,8 +55,9 @@ class ProjectedStudy(FullyConnected):
             run.teller.training(step)
 
         def train(checkpoint: Checkpoint) -> Trained:
-            options = run.options(self.projected, checkpoint) | {"on_step": stepped}
-            return model, fit(model, run.epochs(run.images.train.labels, self.projected), **options)
+            labels = run.images.train.labels
+            training = run.training(model, labels, self.projected, checkpoint=checkpoint, on_step=stepped)
+            return model, train_in_place(training)
 
         key = run.key(rank=self.rank, projected=self.projected)
         trained, curve = run.parts.trained(f"rank{self.rank:04d}-projected", key=key, blank=model, train=train)

@@ -20,7 +20,7 @@ from spectrim.recipes.progress import Teller
 from spectrim.reporting import Published, Variant
 from spectrim.reporting.results import PublishedPoint
 from spectrim.runtimes.sessions import RuntimeName
-from spectrim.training import fit
+from spectrim.training import Settings, Step, TrainingRun, train_in_place
 from spectrim.training.checkpoint import Checkpoint, fingerprint
 
 QUICK = " (quick look: little data, few epochs)"
@@ -214,28 +214,42 @@ class SeedRun:
             return model.eval(), ()
 
         def train(checkpoint: Checkpoint) -> Trained:
-            curve = fit(
-                model,
-                self.epochs(self.images.train.labels, phase),
-                **self.options(phase, checkpoint),
-            )
-            return model, curve
+            return model, train_in_place(self.training(model, self.images.train.labels, phase, checkpoint=checkpoint))
 
         dense, curve = self.parts.trained("dense", key=self.key(), blank=model, train=train)
         return dense.eval(), curve
 
     def options(self, phase: Phase, checkpoint: Checkpoint) -> dict[str, Any]:
-        """What `fit` and `finetune` are given in every phase."""
+        """What `finetune` is given in every phase."""
         return {
-            "epochs": phase.epochs,
-            "lr": phase.lr,
-            "weight_decay": phase.weight_decay,
-            "precision": phase.precision,
+            **phase.model_dump(exclude={"batch"}),
             "held_out": self.tested,
             "seed": self.seed,
             "checkpoint": checkpoint,
             "on_step": self.teller.training,
         }
+
+    def training(
+        self,
+        model: nn.Module,
+        targets: Tensor,
+        phase: Phase,
+        *,
+        checkpoint: Checkpoint | None,
+        on_step: Callable[[Step], None] | None = None,
+        temperature: float = 1.0,
+        keep: Literal["last", "best"] = "last",
+    ) -> TrainingRun:
+        """A run that trains all of `model` on the training images."""
+        own = phase.model_dump(exclude={"batch"})
+        return TrainingRun(
+            model,
+            self.epochs(targets, phase),
+            settings=Settings(clip=None, temperature=temperature, keep=keep, seed=self.seed, **own),
+            held_out=self.tested,
+            checkpoint=checkpoint,
+            on_step=on_step or self.teller.training,
+        )
 
     def begin(self, what: str) -> None:
         """A new part of the progress."""

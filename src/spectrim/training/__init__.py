@@ -2,12 +2,12 @@
 
 from spectrim.training.checkpoint import Checkpoint, resumed
 from spectrim.training.decay import Spectral, frobenius_decay, spectral
-from spectrim.training.finetune import Finetuned, finetune
+from spectrim.training.finetuning import Finetuned, finetune
 from spectrim.training.history import History
-from spectrim.training.job import Step
-from spectrim.training.loop import fit
+from spectrim.training.loop import Step, TrainingRun, train_in_place
 from spectrim.training.project import ProjectEachEpoch
 from spectrim.training.schedule import NuclearNorm, RankSchedule, RankStep
+from spectrim.training.settings import Settings
 from spectrim.training.switch import StableRanks, Switch
 from spectrim.training.truncated import Truncation, truncated_
 
@@ -19,15 +19,17 @@ __all__ = [
     "ProjectEachEpoch",
     "RankSchedule",
     "RankStep",
+    "Settings",
     "Spectral",
     "StableRanks",
     "Step",
     "Switch",
+    "TrainingRun",
     "Truncation",
     "finetune",
-    "fit",
     "frobenius_decay",
     "resumed",
     "spectral",
+    "train_in_place",
     "truncated_",
 ]

@@ -2,13 +2,14 @@
 
 import hashlib
 import json
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -19,28 +20,19 @@ from spectrim.core.errors import FileError
 from spectrim.core.files import Frozen, require_writable_folder, write_atomically
 from spectrim.layers.replacement import duplicate
 from spectrim.layers.selection import unique_tensors
-from spectrim.training.chance import Chance
+from spectrim.training.rng_state import RngState
 
 _KEY = "spectrim-training"
+_START_ANEW = "give another path, or delete the file to start from the beginning"
 
 
 class Progress(Frozen):
-    """How far a run has come.
-
-    Attributes:
-        curve: The epochs that have ended.
-        rates: The learning rate of the last step of each of them.
-        step: Steps done of the epoch after them.
-        steps: Batches of that epoch, 0 where its data does not tell.
-        loss: Sum of its losses so far.
-        correct: Right answers so far, and `labelled` is of how many.
-        seconds: Spent in it so far.
-    """
+    """The epochs that have ended, with the learning rate of their last step, and the sums of the present epoch."""
 
     curve: tuple[Epoch, ...] = ()
     rates: tuple[float, ...] = ()
     step: int = 0
-    steps: int = 0
+    steps: int = 0  # batches of the present epoch, 0 if its data has no length
     loss: float = 0.0
     correct: int = 0
     labelled: int = 0
@@ -56,24 +48,24 @@ class _Header(Frozen):
     version: Literal[2] = 2
     run: str
     progress: Progress
-    chance: dict[str, Any]
+    random_states: Mapping[str, Any] = Field(alias="chance")
     digest: str
 
 
 @dataclass(frozen=True, eq=False)
 class Saved:
-    """A state besides weights and optimiser.
+    """What a checkpoint holds besides weights and optimiser.
 
     Attributes:
         progress: How far the run has come.
-        best: Weights and buffers of the best epoch so far; empty when none is kept.
-        chance: Random states after the last step; None between epochs, each of which is seeded.
+        best: Weights and buffers of the best epoch so far; empty if none is kept.
+        rng: Random states after the last step; empty between epochs, each of which is seeded.
         loaders: States that the generators of a `DataLoader` had when the present epoch began.
     """
 
     progress: Progress = field(default_factory=Progress)
     best: Mapping[str, Tensor] = field(default_factory=dict)
-    chance: Chance | None = None
+    rng: RngState = field(default_factory=RngState)
     loaders: tuple[Tensor, ...] = ()
 
 
@@ -83,9 +75,9 @@ class Checkpoint:
 
     Attributes:
         path: The file.
-        run: What identifies the run: any text, or a JSON object, of which a message names the entries that differ.
-        unfit: What becomes of a damaged file, or one of another run: with `replace` the run starts from the beginning
-            and writes over it; with `refuse` it is an error, and the file stays.
+        run: What identifies the run: any text, or a JSON object; messages name the entries of an object that differ.
+        unfit: What to do with a file that is damaged or of another run: `replace` starts from the beginning and
+            overwrites it; `refuse` raises an error and leaves it.
     """
 
     path: Path
@@ -96,71 +88,50 @@ class Checkpoint:
         object.__setattr__(self, "path", Path(self.path))
 
     def require_writable(self) -> None:
-        """Raises `FileError` where the file could not be written later."""
+        """Raise `FileError` if the file cannot be written later."""
         if self.path.is_dir():
-            raise FileError(
-                f"the checkpoint {self.path} is a folder; name a file in it, such as unfinished.safetensors"
-            )
+            raise FileError(f"the checkpoint {self.path} is a folder; name a file in it, such as run.safetensors")
         require_writable_folder(self.path.parent)
 
     def save(self, model: nn.Module, optimiser: Optimizer, saved: Saved) -> None:
         """Write the state, wholly or not at all."""
-        tensors = {f"model.{name}": tensor for name, tensor in unique_tensors(model)[0].items()}
-        for index, state in optimiser.state_dict()["state"].items():
-            own = {name: value for name, value in state.items() if isinstance(value, Tensor)}
-            tensors |= {f"optimiser.{index}.{name}": value for name, value in own.items()}
-        tensors |= {f"best.{name}": tensor for name, tensor in saved.best.items()}
-        tensors |= {f"loader.{at}": state for at, state in enumerate(saved.loaders)}
-        if saved.chance is not None:
-            tensors |= {f"chance.{name}": state for name, state in saved.chance.tensors.items()}
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        header = _Header(
-            run=self.run,
-            progress=saved.progress,
-            chance=saved.chance.as_json() if saved.chance else {},
-            digest=digest(tensors),
-        )
-        metadata = {_KEY: header.model_dump_json()}
+        states = optimiser.state_dict()["state"].items()
+        parts: dict[str, Mapping[str, Any]] = {f"optimiser.{index}": state for index, state in states}
+        parts |= {"model": unique_tensors(model)[0], "best": saved.best, "chance": saved.rng.tensors}
+        parts["loader"] = {str(at): state for at, state in enumerate(saved.loaders)}
+        named = {f"{part}.{name}": value for part, values in parts.items() for name, value in values.items()}
+        tensors = {
+            name: value.detach().cpu().contiguous() for name, value in named.items() if isinstance(value, Tensor)
+        }
+        header = _Header(run=self.run, progress=saved.progress, chance=saved.rng.others, digest=digest(tensors))
+        metadata = {_KEY: header.model_dump_json(by_alias=True)}
         write_atomically(self.path, lambda part: save_file(tensors, part, metadata=metadata))
 
     def restore(self, model: nn.Module, optimiser: Optimizer) -> Saved | None:
-        """Put the saved state into `model` and `optimiser`, and give the rest; None when there is nothing to take up.
+        """Put the saved state into `model` and `optimiser`, and return the rest; None if there is nothing to resume.
 
-        Raises:
-            FileError: the file is damaged or of another run, and `unfit` says to refuse it.
+        Raises `FileError` if the file is damaged or of another run, and `unfit` is `refuse`.
         """
         if not self.path.exists():
             return None
+        state: dict[int, dict[str, Tensor]] = {}
         try:
-            header, tensors = _read(self.path)
-            self._require_own(header, model, optimiser, tensors)
+            header, parts = _read(self.path)
+            for name, tensor in parts["optimiser"].items():
+                index, _, entry = name.partition(".")
+                state.setdefault(int(index), {})[entry] = tensor
+            if (before := _parsed(header.run)) != (now := _parsed(self.run)):
+                raise FileError(f"{self.path} is of another run: {_difference(before, now)}; {_START_ANEW}")
+            if max(state, default=-1) >= sum(len(group["params"]) for group in optimiser.param_groups):
+                raise FileError(f"{self.path} is of a run that trained more parameters; {_START_ANEW}")
+            _fill(model, parts["model"], path=self.path)
         except FileError:
             if self.unfit == "refuse":
                 raise
             return None
-        parts = {name: tensor for name, tensor in tensors.items() if name.startswith("optimiser.")}
-        _fill(model, _under("model.", tensors))
-        state: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in parts.items():
-            _, index, entry = name.split(".", 2)
-            state.setdefault(int(index), {})[entry] = tensor
         optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
-        chance = Chance(_under("chance.", tensors), header.chance) if header.chance else None
-        loaders = _under("loader.", tensors)
-        in_order = tuple(loaders[str(at)] for at in range(len(loaders)))
-        return Saved(header.progress, _under("best.", tensors), chance, in_order)
-
-    def _require_own(
-        self, header: _Header, model: nn.Module, optimiser: Optimizer, tensors: Mapping[str, Tensor]
-    ) -> None:
-        advice = "give another path, or delete the file to start from the beginning"
-        if header.run != self.run:
-            raise FileError(f"{self.path} is of another run: {_difference(header.run, self.run)}; {advice}")
-        wanted = _kinds(unique_tensors(model)[0])
-        trained = sum(len(group["params"]) for group in optimiser.param_groups)
-        indices = {int(name.split(".")[1]) for name in tensors if name.startswith("optimiser.")}
-        if _kinds(_under("model.", tensors)) != wanted or any(index >= trained for index in indices):
-            raise FileError(f"{self.path} is of another network; {advice}")
+        loaders = tuple(parts["loader"][str(at)] for at in range(len(parts["loader"])))
+        return Saved(header.progress, parts["best"], RngState(parts["chance"], header.random_states), loaders)
 
 
 def resumed(path: str | Path, model: nn.Module, *, which: Literal["best", "last"] = "best") -> nn.Module:
@@ -169,94 +140,96 @@ def resumed(path: str | Path, model: nn.Module, *, which: Literal["best", "last"
     Args:
         path: The file.
         model: The network as it was given to `finetune`.
-        which: Those of the best epoch so far, where the run keeps it, or the last ones that were saved.
+        which: The weights of the best epoch so far, if the run keeps it, or the last ones that were saved.
 
     Raises:
         FileError: the file is missing, damaged, of another network, or without a best epoch.
     """
     path = Path(path)
-    _, tensors = _read(path)
-    found = _under("best." if which == "best" else "model.", tensors)
-    if not found:
+    weights = _read(path)[1]["best" if which == "best" else "model"]
+    if not weights:
         raise FileError(f'{path} holds no best epoch: none has ended, or keep="best" was not given; take which="last"')
     copied = duplicate(model)
-    if _kinds(found) != _kinds(unique_tensors(copied)[0]):
-        raise FileError(f"{path} is of another network than this {type(model).__name__}; give the one it was made with")
-    _fill(copied, found)
+    _fill(copied, weights, path=path)
     return copied
 
 
 def fingerprint(model: nn.Module) -> dict[str, str]:
-    """What tells networks apart: `network`, of names, shapes and number types, and `weights`, of the values."""
+    """What identifies a network: `network`, a hash of names, shapes and number types, and `weights`, of the values."""
     tensors, aliases = unique_tensors(model)
-    kinds = {name: [list(shape), str(dtype)] for name, (shape, dtype) in _kinds(tensors).items()}
-    text = json.dumps([kinds, aliases], sort_keys=True)
+    text = json.dumps([_kinds(tensors), aliases], sort_keys=True)
     return {"network": hashlib.sha256(text.encode()).hexdigest(), "weights": digest(tensors)}
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 of names and values."""
-    found = hashlib.sha256()
+    sha = hashlib.sha256()
     for name in sorted(tensors):
-        found.update(name.encode())
-        # a tensor subclass may not know how to be viewed as bytes
+        sha.update(name.encode())
+        # a tensor subclass may have no view as bytes
         plain = tensors[name].detach().cpu().contiguous().flatten()
-        found.update(plain.view(torch.uint8).numpy().data)
-    return found.hexdigest()
+        sha.update(plain.view(torch.uint8).numpy().data)
+    return sha.hexdigest()
 
 
-def _read(path: Path) -> tuple[_Header, dict[str, Tensor]]:
-    advice = "delete it to start from the beginning, or give another path"
+def _read(path: Path) -> tuple[_Header, Mapping[str, dict[str, Tensor]]]:
+    """The header, and the tensors by part of the state and name in it."""
     try:
         with safe_open(path, framework="pt") as opened:
             header = _Header.model_validate_json((opened.metadata() or {}).get(_KEY, ""))
-            # copies, since what safetensors gives may look into the file that the next save replaces
+            # copies, since a tensor of safetensors may be a view of the file that the next save replaces
             tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118
     except ValidationError as error:
-        raise FileError(f"{path} is not the checkpoint of a training run; {advice}") from error
+        raise FileError(f"{path} is not the checkpoint of a training run; {_START_ANEW}") from error
     except (OSError, SafetensorError) as error:
-        raise FileError(f"cannot read the checkpoint {path}: {error}; if it is cut short, {advice}") from error
+        raise FileError(f"cannot read the checkpoint {path}: {error}; if it is cut short, {_START_ANEW}") from error
     if digest(tensors) != header.digest:
-        raise FileError(f"the checkpoint {path} is damaged: its checksum differs; {advice}")
-    return header, tensors
+        raise FileError(f"the checkpoint {path} is damaged: its checksum differs; {_START_ANEW}")
+    parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for name, tensor in tensors.items():
+        part, _, own = name.partition(".")
+        parts[part][own] = tensor
+    return header, parts
 
 
-def _difference(there: str, here: str) -> str:
-    """In words, for identities that are JSON objects; for others only that they differ."""
+def _parsed(run: str) -> object:
+    """What identifies a run, compared as values: 1 is 1.0."""
     try:
-        one, other = json.loads(there), json.loads(here)
+        return json.loads(run)
     except ValueError:
-        one, other = None, None
-    if not isinstance(one, dict) or not isinstance(other, dict):
+        return run
+
+
+_DIFFERENCES = {
+    "network": "another network (names, shapes or number types of its weights differ)",
+    "weights": "the same network with other starting weights",
+    "teacher": "another teacher",
+}
+
+
+def _difference(old: object, new: object) -> str:
+    """The entries that differ, for identities that are JSON objects; for others only that they do."""
+    if not isinstance(old, dict) or not isinstance(new, dict):
         return "the file was written with other settings"
-    names = [name for name in {**one, **other} if one.get(name) != other.get(name)]
+    names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
     if "network" in names or "teacher" in names:
         names = [name for name in names if name not in ("weights", "trained")]
-    return ", ".join(_said(name, one.get(name), other.get(name)) for name in names)
+    return ", ".join(
+        _DIFFERENCES.get(name, f"{name} was {json.dumps(old.get(name))} and is {json.dumps(new.get(name))}")
+        for name in names
+    )
 
 
-def _said(name: str, there: object, here: object) -> str:
-    match name:
-        case "network":
-            return "another network (names, shapes or number types of its weights differ)"
-        case "weights":
-            return "the same network with other starting weights"
-        case "teacher":
-            return "another teacher"
-        case _:
-            return f"{name} was {json.dumps(there)} and is {json.dumps(here)}"
+def _kinds(tensors: Mapping[str, Tensor]) -> dict[str, list[object]]:
+    """Shapes and number types."""
+    return {name: [list(tensor.shape), str(tensor.dtype)] for name, tensor in tensors.items()}
 
 
-def _kinds(tensors: Mapping[str, Tensor]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
-
-
-def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
-def _fill(model: nn.Module, values: Mapping[str, Tensor]) -> None:
-    """Write into the model's own tensors."""
+def _fill(model: nn.Module, values: Mapping[str, Tensor], *, path: Path) -> None:
+    """Write values into the model's own tensors, if they are of this network."""
+    tensors = unique_tensors(model)[0]
+    if _kinds(tensors) != _kinds(values):
+        raise FileError(f"{path} is of another network than this {type(model).__name__}; give the one it was made with")
     with torch.no_grad():
-        for name, tensor in unique_tensors(model)[0].items():
+        for name, tensor in tensors.items():
             tensor.copy_(values[name])

@@ -18,16 +18,15 @@ def frobenius_decay(model: nn.Module) -> Tensor:
 
         loss = criterion(model(x), y) + 1e-4 * st.training.frobenius_decay(model)
 
-    Decaying W = U V^T itself is what weight decay does in a dense layer; that of the factors shrinks the nuclear norm
-    instead, and costs accuracy when factors are trained from scratch (Khodak 2021). So leave the weights of the factors
-    out of the optimiser's own weight decay.
+    In a dense layer, weight decay acts on W = U V^T itself. Decay of the factors lowers the nuclear norm instead, and
+    costs accuracy when factors are trained from scratch (Khodak 2021): leave them out of the optimiser's weight decay.
 
-    Exact for every form, and cheap: |U V^T|^2 is the product of the Gram matrices U^T U and V^T V, entry by entry
-    (rank x rank, each group by itself), so that no dense weight is made. Factors that several layers share count once.
-    Float64 for float64 weights and float32 for all others, under mixed precision too.
+    Exact for every form, without making a dense weight: |U V^T|^2 is the sum over the product, entry by entry, of the
+    Gram matrices U^T U and V^T V (rank x rank, each group by itself). Factors that several layers share count once.
 
     Returns:
-        A scalar with its gradient, on the device of the factors.
+        A scalar with its gradient, on the device of the factors; float64 for float64 weights, otherwise float32, under
+        mixed precision too.
 
     Raises:
         ModelError: the model has no factored layer.
@@ -42,13 +41,13 @@ def frobenius_decay(model: nn.Module) -> Tensor:
             "st.compress or st.training.spectral"
         )
     first, *rest = (_half_square(layer) for layer in layers.values())
-    return sum((one.to(first.device) for one in rest), first)
+    return sum((term.to(first.device) for term in rest), first)
 
 
 def _half_square(layer: LowRankLayer) -> Tensor:
     weights = [part.get_parameter("weight") for part in layer.chain]
     with torch.autocast(weights[0].device.type, enabled=False):
-        down, *core, up = [one if one.dtype == torch.float64 else one.float() for one in weights]
+        down, *core, up = [weight if weight.dtype == torch.float64 else weight.float() for weight in weights]
         groups, rank = layer.groups, layer.rank
         # (groups, rank, everything else); the last factor has its outputs first
         last = up.reshape(groups, -1, rank, up[0, 0].numel()).transpose(1, 2).flatten(2)
@@ -59,7 +58,7 @@ def _half_square(layer: LowRankLayer) -> Tensor:
             first = down.reshape(groups, layer.ranks[0], -1)
         inner = first @ first.mT
         if isinstance(layer, Tucker2Conv2d):
-            # the Gram matrix of the core and what comes before it: rank x rank again
+            # the Gram matrix of the core and the first factor together: rank x rank again
             kernel = core[0].reshape(groups, rank, layer.ranks[0], -1)
             inner = torch.einsum("gsrk,grt,gutk->gsu", kernel, inner, kernel)
         return (outer * inner).sum() / 2
@@ -102,15 +101,13 @@ def spectral(
     Args:
         model: The network with its initial weights; left as it is.
         rule: The rank of every layer, or ranks by the layers' names.
-        decay: The strength of the Frobenius decay, at least 0; what weight decay would be for the dense network.
+        decay: The strength of the Frobenius decay, at least 0, as weight decay would have for the dense network.
         include: Name patterns of the layers to factor.
         exclude: Name patterns of layers to leave dense.
         keep_last: Leave the layer registered last dense.
 
     Raises:
-        RuleError: not a rule for single layers, or a rank that a layer cannot have.
-        PatternError: a pattern or a name matches no layer.
-        TrainingError: no layer is left, one is parametrised, or `decay` is not a number of at least 0.
+        RuleError, PatternError, TrainingError: as `truncated_`, or `decay` is not a number of at least 0.
     """
     if isinstance(decay, bool) or not isinstance(decay, int | float) or not 0 <= decay < math.inf:
         raise TrainingError(f"decay={decay!r}: give a number of at least 0, such as 1e-4")

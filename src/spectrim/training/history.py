@@ -1,4 +1,4 @@
-"""What a training run tells afterwards."""
+"""What a training run reports afterwards."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,7 +20,7 @@ class _File(Frozen):
 
 
 class History(tuple[Epoch, ...]):
-    """The epochs of a run, in order, those before an interruption included; a tuple with more to tell.
+    """The epochs of a run as a tuple, in order, those before an interruption included.
 
     Attributes:
         lr: The learning rate of the last step of each epoch.
@@ -41,39 +41,33 @@ class History(tuple[Epoch, ...]):
         kept: int | None = None,
     ) -> Self:
         """A history of these epochs."""
-        made = super().__new__(cls, epochs)
-        made.lr, made.stopped_early, made.kept = tuple(lr), stopped_early, kept
-        return made
+        history = super().__new__(cls, epochs)
+        history.lr, history.stopped_early, history.kept = tuple(lr), stopped_early, kept
+        return history
 
     def __repr__(self) -> str:
-        more = f", stopped_early={self.stopped_early}, kept={self.kept}"
-        return f"History({super().__repr__()}, lr={self.lr}{more})"
+        return f"History({super().__repr__()}, lr={self.lr}, stopped_early={self.stopped_early}, kept={self.kept})"
 
     @property
     def best(self) -> Epoch | None:
-        """The epoch of the best accuracy on held-out data, the first of equals; None where there is none."""
-        taken = [epoch for epoch in self if epoch.held_out is not None]
-        return max(taken, key=lambda epoch: epoch.held_out or 0.0, default=None)
+        """The epoch of the best accuracy on held-out data, the first of equals; None without such data."""
+        measured = [epoch for epoch in self if epoch.held_out is not None]
+        return max(measured, key=lambda epoch: epoch.held_out or 0.0, default=None)
 
     def to_json(self) -> str:
         """JSON text, from which `from_json` makes an equal history."""
-        file = _File(epochs=tuple(self), lr=self.lr, stopped_early=self.stopped_early, kept=self.kept)
-        return file.model_dump_json(indent=1)
+        return _File(epochs=self, **vars(self)).model_dump_json(indent=1)
 
     @classmethod
     def from_json(cls, text: str, *, origin: str = "the text") -> "History":
-        """The history that JSON `text` holds; `origin` names it in a message.
-
-        Raises:
-            FileError: the text is not a history.
-        """
+        """The history in JSON `text`; `origin` names the text in messages. Raises `FileError` if it is not one."""
         file = parse(_File, text, origin=origin)
         if len(file.lr) != len(file.epochs) or not (file.kept is None or file.kept < len(file.epochs)):
             raise FileError(f"{origin} is not a valid history: {len(file.epochs)} epochs, lr and kept do not fit them")
         return cls(file.epochs, lr=file.lr, stopped_early=file.stopped_early, kept=file.kept)
 
     def save(self, path: str | Path) -> Path:
-        """Write JSON, wholly or not at all. Raises `FileError` where that is not possible."""
+        """Write JSON, wholly or not at all. Raises `FileError` if that is not possible."""
         return write_text(Path(path), self.to_json() + "\n")
 
     @classmethod

@@ -1,125 +1,141 @@
-"""One training loop, repeatable from its seed and resumable after any step."""
+"""What a training run is, and the loop that runs it: repeatable from its seed, resumable after any step."""
 
 import math
+import signal
+import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
-from dataclasses import replace
-from typing import Any, Literal
+from dataclasses import KW_ONLY, dataclass, replace
+from types import FrameType
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from spectrim.benchmark.measurement import Epoch, accuracy
-from spectrim.core.distributed import averaging, several, share_of, total
+from spectrim.core.distributed import Accelerator, averaging, several, share_of, total
 from spectrim.core.errors import DataError, TrainingError
 from spectrim.layers.selection import unique_tensors
-from spectrim.training.chance import Chance, generators, put_back, seeded, states
 from spectrim.training.checkpoint import Checkpoint, Progress, Saved
 from spectrim.training.history import History
-from spectrim.training.interrupt import Interrupts, interrupts
-from spectrim.training.job import EpochData, Job, Repeated, Step, norms
-from spectrim.training.objective import Outcome, outcome
+from spectrim.training.objective import StepResult, step_result
+from spectrim.training.rng_state import RngState, generators, restore, seeded, states
 from spectrim.training.settings import Settings
 
+EpochData = Callable[[int], Iterable[Any]]
+"""Batches (inputs.., targets) of an epoch, counted from 0."""
 
-def fit(
-    model: nn.Module,
-    data: EpochData,
-    *,
-    epochs: int,
-    lr: float,
-    parameters: Iterable[nn.Parameter] | None = None,
-    teacher: nn.Module | None = None,
-    temperature: float = 4.0,
-    weight_decay: float = 0.0,
-    warm_up: float = 0.1,
-    clip: float | None = None,
-    held_out: Sequence[Any] | None = None,
-    keep: Literal["last", "best"] = "last",
-    frozen_norms: bool = False,
-    precision: Literal["float32", "bf16"] = "float32",
-    seed: int = 0,
-    checkpoint: Checkpoint | None = None,
-    on_step: Callable[[Step], None] | None = None,
-) -> History:
-    """Train `model` itself with Adam (decoupled weight decay), linear warm-up and cosine decay to zero.
 
-    Targets that are class indices (batch,) give cross-entropy; targets that are a teacher's logits (batch, classes),
-    or a `teacher` to ask for them, give the KL divergence at `temperature` (Hinton 2015), labels unused.
+@dataclass(frozen=True)
+class Step:
+    """Where training stands after one optimiser step.
 
-    Args:
-        model: Trained in place; its training and gradient flags are put back.
-        data: Gives the batches of each epoch; the same epoch must give the same batches every time.
-        epochs: Passes over the data.
-        lr: Peak learning rate.
-        parameters: What to train; by default all that ask for gradients.
-        teacher: A network with the same outputs.
-        temperature: Softens both distributions.
-        weight_decay: Decoupled, as in AdamW.
-        warm_up: Share of all steps with rising learning rate.
-        clip: Largest norm of the gradient.
-        held_out: Batches on which accuracy is taken after each epoch.
-        keep: The weights and buffers at the end: those of the last epoch, or of the one with the best held-out accuracy
-            (the first of equals).
-        frozen_norms: Leave BatchNorm statistics as they are.
-        precision: `"bf16"` computes in bfloat16 where that is safe (autocast); weights and loss stay float32.
-        seed: Of whatever the model and the data draw; the caller's random states are put back.
-        checkpoint: Where the state is kept after each epoch and at an interrupt, and taken up from.
-        on_step: Called after each step.
+    Attributes:
+        epoch: Counted from 0, of `epochs`.
+        step: Counted from 0 within the epoch, of `steps`, which is 0 if the length of an epoch is unknown.
+        loss: Of this step's batch.
+        accuracy: Share of right answers in this epoch so far; None if the labels are not class indices.
+        seconds_left: Estimated from the time per step so far; None if the length of an epoch is unknown.
+    """
+
+    epoch: int
+    epochs: int
+    step: int
+    steps: int
+    loss: float
+    accuracy: float | None = None
+    seconds_left: float | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingRun:
+    """Everything that `train_in_place` needs; what is not explained here is as in `st.finetune`.
+
+    Attributes:
+        model: Trained in place.
+        data: Batches (inputs.., targets), iterated anew each epoch, or a function of the epoch that gives them, always
+            the same ones for an epoch. Targets are class indices (batch,), or a teacher's logits (batch, classes).
+        settings: How it is trained.
+        trained: The parameters that change, among those that ask for gradients; None for all of these.
+        frozen_modules: Modules that stay in evaluation mode, such as norms whose statistics must not change.
+        teacher: A network with the same outputs, in evaluation mode.
+
+    Raises:
+        TrainingError: `keep="best"` or `patience` without `held_out`, `label_weight` without `teacher`, or
+            `save_every` without `checkpoint`.
+        DataError: data that cannot be iterated, or only once although it is needed again.
+        FileError: the checkpoint cannot be written.
+    """
+
+    model: nn.Module
+    data: Iterable[Any] | EpochData
+    _: KW_ONLY
+    settings: Settings
+    trained: Sequence[nn.Parameter] | None = None
+    frozen_modules: Collection[nn.Module] = ()
+    teacher: nn.Module | None = None
+    held_out: Iterable[Any] | None = None
+    checkpoint: Checkpoint | None = None
+    save_every: int | None = None
+    on_step: Callable[[Step], None] | None = None
+    accelerator: Accelerator | None = None
+
+    def __post_init__(self) -> None:
+        settings = self.settings
+        if settings.label_weight > 0 and self.teacher is None:
+            raise TrainingError(f"label_weight={settings.label_weight} needs a teacher; give teacher=, or leave it out")
+        needing = "patience" if settings.patience is not None else "keep" if settings.keep == "best" else None
+        if needing and self.held_out is None:
+            raise TrainingError(
+                f"{needing}={getattr(settings, needing)!r} goes by the accuracy on held-out data; give held_out="
+            )
+        if isinstance(self.data, Iterator) and (settings.epochs > 1 or self.checkpoint):
+            raise DataError(
+                f"the training data is a {type(self.data).__name__}, which is exhausted after one epoch; give a list, "
+                "a DataLoader, or a function that makes the batches of an epoch: lambda epoch: .."
+            )
+        if not isinstance(self.data, Iterable) and not callable(self.data):
+            raise DataError(f"the training data is a {type(self.data).__name__}; give batches (inputs, labels)")
+        if isinstance(self.held_out, Iterator):
+            kind = type(self.held_out).__name__
+            raise DataError(f"held_out is a {kind}, which is exhausted after one epoch; give a list or a DataLoader")
+        if self.save_every is not None and (self.checkpoint is None or self.save_every < 1):
+            raise TrainingError(f"save_every={self.save_every!r}: give at least 1 step, and a checkpoint=")
+        if self.checkpoint:
+            self.checkpoint.require_writable()
+
+
+def train_in_place(run: TrainingRun) -> History:
+    """Train the model of a run itself. Its training and gradient flags and the random states are restored.
+
+        train_in_place(TrainingRun(model, batches, settings=Settings(epochs=2, lr=1e-2)))
 
     Returns:
         One entry an epoch, those before an interruption included.
 
     Raises:
-        TrainingError: settings that cannot be meant, `keep="best"` without `held_out`, or a loss that became NaN or
-            infinite; says where.
+        TrainingError: a loss or gradient that became NaN or infinite; says where.
         DataError: no batches, or targets that do not fit the outputs.
     """
-    settings = Settings(
-        epochs=epochs,
-        lr=lr,
-        weight_decay=weight_decay,
-        warm_up=warm_up,
-        clip=clip,
-        temperature=temperature,
-        keep=keep,
-        precision=precision,
-        seed=seed,
-    )
-    chosen = model.parameters() if parameters is None else parameters
-    job = Job(
-        model=model,
-        data=data,
-        settings=settings,
-        trained=[parameter for parameter in chosen if parameter.requires_grad],
-        still=norms(model) if frozen_norms else (),
-        teacher=teacher,
-        held_out=held_out,
-        checkpoint=checkpoint,
-        on_step=on_step,
-    )
-    return train(job)
+    candidates = run.model.parameters() if run.trained is None else run.trained
+    trained = [parameter for parameter in candidates if parameter.requires_grad]
+    with _restored_flags(run.model, trained):
+        return _Loop(run, trained).go()
 
 
-def train(job: Job) -> History:
-    """Do the job, in its model; flags of the model and random states are put back."""
-    with _flags_kept(job.model), _only(job.model, job.trained):
-        return _Run(job).go()
-
-
-class _Run:
+class _Loop:
     """A run under way: everything that changes from step to step."""
 
-    def __init__(self, job: Job) -> None:
-        self.job = job
-        self.others = several(job.accelerator)
-        self.runs = averaging(job.model, self.others) if self.others else job.model
-        self.optimiser = job.settings.make_optimiser(job.trained)
+    def __init__(self, run: TrainingRun, trained: Sequence[nn.Parameter]) -> None:
+        self.run, self.trained = run, trained
+        self.others = several(run.accelerator)
+        self.network = averaging(run.model, self.others) if self.others else run.model
+        self.optimiser = run.settings.make_optimiser(trained)
         self.saved = Saved()
-        # whether weights, optimiser and `saved` are of the same moment
-        self.whole = False
-        self.own = generators(job.data.batches) if isinstance(job.data, Repeated) else ()
+        # consistent: weights, optimiser and `saved` are of the same moment
+        self.consistent = self.stepping = self.interrupted = False
+        self.own = generators(run.data)
         self.started, self.taken, self.latest = time.perf_counter(), 0, 0.0
 
     @property
@@ -128,52 +144,67 @@ class _Run:
 
     def go(self) -> History:
         before = states(self.own)
+        main = threading.current_thread() is threading.main_thread()
+        handling = main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
         try:
-            with interrupts() as held_back:
-                self._take_up()
-                self.whole = True
-                while len(self.progress.curve) < self.job.settings.epochs and not self._in_vain():
-                    self._steps(held_back)
-                    self._end_epoch()
+            self._resume()
+            self.consistent = True
+            if handling:
+                signal.signal(signal.SIGINT, self._interrupt)
+            while len(self.progress.curve) < self.run.settings.epochs and not self._out_of_patience():
+                self._steps()
+                self._end_epoch()
         except KeyboardInterrupt:
-            if self.whole:
+            if self.consistent:
                 self._save()
             raise
         finally:
-            put_back(self.own, before)
+            if handling:
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+            restore(self.own, before)
             self.optimiser.zero_grad(set_to_none=True)
         return self._finished()
 
-    def _take_up(self) -> None:
-        if self.job.checkpoint:
-            self.saved = self.job.checkpoint.restore(self.job.model, self.optimiser) or self.saved
+    def _resume(self) -> None:
+        checkpoint = self.run.checkpoint
+        if checkpoint:
+            self.saved = checkpoint.restore(self.run.model, self.optimiser) or self.saved
         place = torch.tensor([len(self.progress.curve), self.progress.step])
         if self.others and not torch.equal(total(place, self.others), self.others.num_processes * place):
-            raise TrainingError(
-                f"not every process finds the same checkpoint at {self.job.checkpoint and self.job.checkpoint.path}; "
-                "put it on a disk that all of them see"
-            )
+            file = checkpoint and checkpoint.path
+            raise TrainingError(f"processes find different checkpoints at {file}; put it on a disk that all can read")
 
-    def _in_vain(self) -> bool:
-        """Whether the held-out accuracy has not risen for as long as we wait."""
-        patience, curve = self.job.settings.patience, self.progress.curve
+    def _out_of_patience(self) -> bool:
+        patience, curve = self.run.settings.patience, self.progress.curve
         return bool(patience and curve and len(curve) - 1 - self.progress.best >= patience)
 
-    def _steps(self, held_back: Interrupts) -> None:
-        """What is left of the present epoch."""
-        job, epoch = self.job, len(self.progress.curve)
-        _train_mode(job.model, job.still)
-        with seeded(job.model, job.settings.seed * 100_003 + epoch), torch.enable_grad():
-            batches = job.data(epoch)
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        """Ctrl-C takes effect at the end of the present step, so that the state is complete; a second one at once."""
+        if self.interrupted or not self.stepping:
+            signal.default_int_handler(number, frame)
+        self.interrupted = True
+
+    def _steps(self) -> None:
+        """The rest of the present epoch."""
+        run, epoch = self.run, len(self.progress.curve)
+        run.model.train()
+        for module in run.frozen_modules:
+            module.eval()
+        with seeded(run.model, run.settings.seed * 100_003 + epoch), torch.enable_grad():
+            batches = run.data if isinstance(run.data, Iterable) else run.data(epoch)
             steps = len(batches) if isinstance(batches, Sized) else 0
             before = time.perf_counter() - self.progress.seconds
             for position, batch in enumerate(self._remaining(batches, epoch, steps), start=self.progress.step):
-                with held_back.held():
-                    self.whole = False
+                self.stepping, self.consistent = True, False
+                try:
                     self._step(batch, position=position, steps=steps, before=before)
-                    self.whole = True
-                    self._tell(position)
-                if job.save_every and (position + 1) % job.save_every == 0 and position + 1 != steps:
+                    self.consistent = True
+                    self._report()
+                finally:
+                    self.stepping = False
+                if self.interrupted:
+                    raise KeyboardInterrupt
+                if run.save_every and (position + 1) % run.save_every == 0 and position + 1 != steps:
                     self._save()
         if not self.progress.step:
             raise DataError(f"the training data of epoch {epoch} is empty; give at least one batch")
@@ -181,9 +212,9 @@ class _Run:
     def _remaining(self, batches: Iterable[Any], epoch: int, steps: int) -> Iterator[Any]:
         """The batches not yet done, in the order and with the random states of a run without an interruption.
 
-        The order is drawn when iteration begins, from the epoch's seed or from the loader's own generator; so it begins
-        again, what is done is passed over (all of it, if need be: samplers draw at their end too), and the states after
-        the last step are put back.
+        The order is drawn when iteration begins, from the epoch's seed or from the loader's own generator. So iteration
+        begins again and passes over what is done (all of it, if need be: samplers draw at their end too); then the
+        states after the last step are restored.
         """
         done = self.progress.step
         if done and self.progress.steps not in (0, steps):
@@ -193,158 +224,126 @@ class _Run:
             )
         own = generators(batches)
         if self.saved.loaders and len(own) == len(self.saved.loaders):
-            put_back(own, self.saved.loaders)
-        self.saved = Saved(self.progress, self.saved.best, self.saved.chance, states(own))
+            restore(own, self.saved.loaders)
+        self.saved = replace(self.saved, loaders=states(own))
         iterator = iter(batches)
         for passed in range(done):
             if next(iterator, self) is self:
                 raise DataError(f"the data of epoch {epoch} ended after {passed} batches, and {done} were done already")
-        if done and self.saved.chance:
-            self.saved.chance.put_back(self.job.model)
+        if done and self.saved.rng.others:
+            self.saved.rng.restore(self.run.model)
         yield from iterator
 
     def _step(self, batch: Any, *, position: int, steps: int, before: float) -> None:
-        """One optimiser step, and the note that it was taken."""
-        job, old = self.job, self.progress
-        epoch = len(old.curve)
-        found = self._outcome(batch, position)
-        loss, correct, labelled = self._together(found)
-        self._update(found.loss, loss, rate=self._rate(position, steps), where=f"epoch {epoch}, step {position}")
-        made = Progress.model_construct(
-            curve=old.curve,
-            rates=old.rates,
-            step=position + 1,
-            steps=steps,
-            loss=old.loss + loss,
-            correct=old.correct + (correct or 0),
-            labelled=old.labelled + labelled,
-            seconds=time.perf_counter() - before,
-        )
-        chance = Chance.now(job.model) if job.checkpoint else None
-        self.saved = Saved(made, self.saved.best, chance, self.saved.loaders)
-        self.latest = loss
+        """One optimiser step, and the record of it. Nothing is changed if the loss or the gradient is not finite."""
+        old, clip = self.progress, self.run.settings.clip
+        result, self.latest = self._forward(batch, position)
+        self._require_finite(self.latest, what="loss", position=position)
+        for group in self.optimiser.param_groups:
+            group["lr"] = self._rate(position, steps)
+        self.optimiser.zero_grad(set_to_none=True)
+        result.loss.backward()
+        if clip is not None:
+            norm = float(nn.utils.clip_grad_norm_(self.trained, clip))
+            self._require_finite(norm, what="gradient", position=position)
+        self.optimiser.step()
+        sums = {
+            "loss": old.loss + self.latest,
+            "correct": old.correct + (result.correct or 0),
+            "labelled": old.labelled + result.labelled,
+            "seconds": time.perf_counter() - before,
+        }
+        progress = old.model_copy(update={"step": position + 1, "steps": steps, **sums})
+        self.saved = replace(self.saved, progress=progress, rng=self._rng())
 
-    def _outcome(self, batch: Any, position: int) -> Outcome:
-        """That of a batch, or of this process's share, so that the mean over processes is that of the batch."""
-        job, weight = self.job, 1.0
+    def _forward(self, batch: Any, position: int) -> tuple[StepResult, float]:
+        """The result, and the mean loss of the batch.
+
+        With several processes, each weights the loss of its share so that the mean over processes is that of the batch;
+        the counts are those of the whole batch.
+        """
+        run, weight = self.run, 1.0
         if self.others:
             batch, weight = share_of(batch, self.others, position=position)
-        found = outcome(self.runs, batch, position=position, teacher=job.teacher, settings=job.settings)
-        return replace(found, loss=weight * found.loss) if self.others else found
-
-    def _together(self, found: Outcome) -> tuple[float, int | None, int]:
-        """Loss, right answers and labelled ones, of all processes."""
-        loss = float(found.loss.detach())
+        result = step_result(self.network, batch, position=position, teacher=run.teacher, settings=run.settings)
         if self.others is None:
-            return loss, found.correct, found.labelled
-        parts = torch.tensor([loss / self.others.num_processes, found.correct or 0, found.labelled]).double()
-        loss, correct, labelled = total(parts, self.others).tolist()
-        return loss, None if found.correct is None else round(correct), round(labelled)
+            return result, float(result.loss.detach())
+        loss = weight * result.loss
+        mean = float(loss.detach()) / self.others.num_processes
+        parts = torch.tensor([mean, result.correct or 0, result.labelled]).double()
+        mean, correct, labelled = total(parts, self.others).tolist()
+        return StepResult(loss, None if result.correct is None else round(correct), round(labelled)), mean
 
     def _rate(self, position: int, steps: int) -> float:
-        """The learning rate of a step of the present epoch; the same for all of them where their number is unknown."""
+        """The learning rate of a step of the present epoch; the same for all of them if their number is unknown."""
         done = len(self.progress.curve) + (position / steps if steps else 0)
-        return self.job.settings.rate(done / self.job.settings.epochs)
+        return self.run.settings.rate(done / self.run.settings.epochs)
 
-    def _update(self, objective: Tensor, loss: float, *, rate: float, where: str) -> None:
-        """Nothing is changed when the loss or the gradient is not finite."""
-        self._require_finite(loss, what="loss", where=where)
-        for group in self.optimiser.param_groups:
-            group["lr"] = rate
-        self.optimiser.zero_grad(set_to_none=True)
-        objective.backward()
-        if self.job.settings.clip is not None:
-            norm = nn.utils.clip_grad_norm_(self.job.trained, self.job.settings.clip)
-            self._require_finite(float(norm), what="gradient", where=where)
-        self.optimiser.step()
-
-    def _require_finite(self, value: float, *, what: str, where: str) -> None:
+    def _require_finite(self, value: float, *, what: str, position: int) -> None:
         if math.isfinite(value):
             return
-        place = self.job.checkpoint
-        kept = ""
-        if place and place.path.exists():
+        checkpoint, note = self.run.checkpoint, ""
+        if checkpoint and checkpoint.path.exists():
             epochs = "the best epoch so far" if self.saved.best else "an earlier step"
-            kept = f". {place.path} holds the weights of {epochs}: spectrim.training.resumed reads them"
-        raise TrainingError(f"the {what} became {value} in {where}; lower the learning rate or check the data{kept}")
+            note = f". {checkpoint.path} holds the weights of {epochs}: spectrim.training.resumed reads them"
+        where = f"epoch {len(self.progress.curve)}, step {position}"
+        raise TrainingError(f"the {what} became {value} in {where}; lower the learning rate or check the data{note}")
 
-    def _tell(self, position: int) -> None:
-        """What the listener does, such as a projection of the weights, is part of the step."""
-        job, progress = self.job, self.progress
+    def _report(self) -> None:
+        """Call `on_step`. What it does, such as a projection of the weights, is part of the step."""
+        run, progress = self.run, self.progress
         self.taken += 1
-        if job.on_step is None:
+        if run.on_step is None:
             return
-        epoch, right = len(progress.curve), progress.correct / progress.labelled if progress.labelled else None
-        job.on_step(
-            Step(epoch, job.settings.epochs, position, progress.steps, self.latest, right, self._seconds_left())
-        )
-        if job.checkpoint:
-            self.saved = Saved(progress, self.saved.best, Chance.now(job.model), self.saved.loaders)
+        epoch, epochs, seconds_left = len(progress.curve), run.settings.epochs, None
+        if progress.steps:
+            ahead = (epochs - epoch) * progress.steps - progress.step
+            seconds_left = (time.perf_counter() - self.started) / self.taken * ahead
+        right = progress.correct / progress.labelled if progress.labelled else None
+        run.on_step(Step(epoch, epochs, progress.step - 1, progress.steps, self.latest, right, seconds_left))
+        self.saved = replace(self.saved, rng=self._rng())
 
-    def _seconds_left(self) -> float | None:
-        progress = self.progress
-        if not progress.steps:
-            return None
-        left = (self.job.settings.epochs - len(progress.curve)) * progress.steps - progress.step
-        return (time.perf_counter() - self.started) / self.taken * left
+    def _rng(self) -> RngState:
+        return RngState.now(self.run.model) if self.run.checkpoint else RngState()
 
     def _end_epoch(self) -> None:
-        job, old = self.job, self.progress
+        run, old = self.run, self.progress
         start = time.perf_counter()
-        held_out = accuracy(job.model, job.held_out).value if job.held_out is not None else None
+        held_out = accuracy(run.model, run.held_out).value if run.held_out is not None else None
         seconds = old.seconds + time.perf_counter() - start
         ended = Epoch(epoch=len(old.curve), loss=old.loss / old.step, held_out=held_out, seconds=seconds)
-        rates = (*old.rates, self._rate(old.step - 1, old.steps))
-        progress = Progress(curve=(*old.curve, ended), rates=rates)
+        progress = Progress(curve=(*old.curve, ended), rates=(*old.rates, self._rate(old.step - 1, old.steps)))
         best = self.saved.best
-        if job.settings.keep == "best" and progress.best == ended.epoch:
-            best = {name: tensor.clone() for name, tensor in unique_tensors(job.model)[0].items()}
-        self.saved = Saved(progress, best, None, states(self.own))
+        if run.settings.keep == "best" and progress.best == ended.epoch:
+            best = {name: tensor.clone() for name, tensor in unique_tensors(run.model)[0].items()}
+        self.saved = Saved(progress, best, loaders=states(self.own))
         self._save()
 
     def _save(self) -> None:
-        if self.job.checkpoint and (self.others is None or self.others.is_main_process):
-            self.job.checkpoint.save(self.job.model, self.optimiser, self.saved)
+        if self.run.checkpoint and (self.others is None or self.others.is_main_process):
+            self.run.checkpoint.save(self.run.model, self.optimiser, self.saved)
 
     def _finished(self) -> History:
-        progress = self.progress
-        best = self.saved.best
+        curve, best = self.progress.curve, self.saved.best
         with torch.no_grad():
-            for name, tensor in unique_tensors(self.job.model)[0].items() if best else ():
+            for name, tensor in unique_tensors(self.run.model)[0].items() if best else ():
                 tensor.copy_(best[name])
-        return History(
-            progress.curve,
-            lr=progress.rates,
-            stopped_early=len(progress.curve) < self.job.settings.epochs,
-            kept=progress.best if best else len(progress.curve) - 1,
-        )
+        last, early = len(curve) - 1, len(curve) < self.run.settings.epochs
+        return History(curve, lr=self.progress.rates, stopped_early=early, kept=self.progress.best if best else last)
 
 
 @contextmanager
-def _flags_kept(model: nn.Module) -> Iterator[None]:
-    flags = {module: module.training for module in model.modules()}
-    try:
-        yield
-    finally:
-        for module, flag in flags.items():
-            module.training = flag
-
-
-@contextmanager
-def _only(model: nn.Module, trained: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Only these parameters ask for gradients; afterwards the same ones as before."""
+def _restored_flags(model: nn.Module, trained: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Only `trained` ask for gradients in the block; afterwards gradient and training flags are as before."""
+    training = {module: module.training for module in model.modules()}
     chosen = {id(parameter) for parameter in trained}
-    others: list[Tensor] = [one for one in model.parameters() if one.requires_grad and id(one) not in chosen]
+    frozen = [parameter for parameter in model.parameters() if parameter.requires_grad and id(parameter) not in chosen]
     try:
-        for parameter in others:
+        for parameter in frozen:
             parameter.requires_grad_(False)
         yield
     finally:
-        for parameter in others:
+        for parameter in frozen:
             parameter.requires_grad_(True)
-
-
-def _train_mode(model: nn.Module, still: Collection[nn.Module]) -> None:
-    model.train()
-    for module in still:
-        module.eval()
+        for module, flag in training.items():
+            module.training = flag

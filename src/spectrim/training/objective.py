@@ -1,7 +1,5 @@
 """The loss of a batch: from labels, from a teacher, or from both."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,24 +13,24 @@ from spectrim.training.settings import Settings
 
 
 @dataclass(frozen=True, eq=False)
-class Outcome:
-    """The loss, and how many of the `labelled` answers are right; None where the labels are no class indices."""
+class StepResult:
+    """The loss, and how many of the `labelled` answers are right; None if the labels are not class indices."""
 
     loss: Tensor
     correct: int | None
     labelled: int
 
 
-def outcome(model: nn.Module, batch: Any, *, position: int, teacher: nn.Module | None, settings: Settings) -> Outcome:
+def step_result(
+    model: nn.Module, batch: Any, *, position: int, teacher: nn.Module | None, settings: Settings
+) -> StepResult:
     """Run a batch (inputs.., targets) through the model, and through the teacher if there is one.
 
-    Raises:
-        DataError: not a labelled batch, or targets that do not fit the outputs.
-        ModelError: the model cannot run the batch.
-        TrainingError: BatchNorm needs more than one value.
+    Raises `DataError` for a batch without labels that fit the outputs, `ModelError` for one that the model cannot run,
+    and `TrainingError` for one that is too small for BatchNorm.
     """
     inputs, targets = split_labels(batch, position=position)
-    with _precision(model, settings):
+    with torch.autocast(device_of(model).type, dtype=torch.bfloat16, enabled=settings.precision == "bf16"):
         outputs = _outputs(model, inputs, position)
         with torch.no_grad():
             logits = None if teacher is None else _outputs(teacher, inputs, position)
@@ -40,29 +38,28 @@ def outcome(model: nn.Module, batch: Any, *, position: int, teacher: nn.Module |
         targets = torch.as_tensor(targets).to(outputs.device)
     except (TypeError, ValueError, RuntimeError) as error:
         raise DataError(f"the labels of batch {position} make no tensor ({error}); give class indices") from error
-    if logits is None and targets.is_floating_point():
-        logits = _require_logits(targets, outputs)
-    elif logits is None:
-        loss = functional.cross_entropy(outputs, _require_classes(targets, outputs, position))
-        return Outcome(loss, *_right(outputs, targets))
-    _require_fit(logits, outputs)
-    loss = _distillation(outputs, logits, settings.temperature)
-    if settings.label_weight > 0:
-        entropy = functional.cross_entropy(outputs, _require_classes(targets, outputs, position))
-        loss = settings.label_weight * entropy + (1 - settings.label_weight) * loss
-    return Outcome(loss, *_right(outputs, targets))
-
-
-@contextmanager
-def _precision(model: nn.Module, settings: Settings) -> Iterator[None]:
-    with torch.autocast(device_of(model).type, dtype=torch.bfloat16, enabled=settings.precision == "bf16"):
-        yield
+    if logits is None and targets.is_floating_point() and targets.ndim >= 2:
+        logits = targets
+    if logits is None:
+        loss = functional.cross_entropy(outputs, _classes(targets, outputs, position))
+    else:
+        if logits.shape != outputs.shape:
+            raise DataError(f"the teacher's logits {list(logits.shape)} do not fit the outputs {list(outputs.shape)}")
+        # of the softened outputs, times the temperature squared (Hinton 2015)
+        soft, goal = (functional.log_softmax(values / settings.temperature, dim=1) for values in (outputs, logits))
+        loss = functional.kl_div(soft, goal, reduction="batchmean", log_target=True) * settings.temperature**2
+        if settings.label_weight > 0:
+            entropy = functional.cross_entropy(outputs, _classes(targets, outputs, position))
+            loss = settings.label_weight * entropy + (1 - settings.label_weight) * loss
+    if not _whole(targets) or outputs.ndim != 2 or targets.shape != outputs.shape[:1]:
+        return StepResult(loss, None, 0)
+    return StepResult(loss, int((outputs.detach().argmax(dim=1) == targets).sum()), len(targets))
 
 
 def _outputs(model: nn.Module, inputs: Inputs, position: int) -> Tensor:
     """(batch, classes), in float32 at least."""
     try:
-        found = call(model, inputs, what=f"batch {position}")
+        outputs = call(model, inputs, what=f"batch {position}")
     except ModelError as error:
         if "Expected more than 1 value per channel" in str(error.__cause__):
             raise TrainingError(
@@ -71,33 +68,21 @@ def _outputs(model: nn.Module, inputs: Inputs, position: int) -> Tensor:
                 "statistics (frozen_norms=True)"
             ) from error
         raise
-    if not isinstance(found, Tensor) or found.ndim < 2 or not found.is_floating_point():
-        got = f"{found.dtype} {list(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
+    if not isinstance(outputs, Tensor) or outputs.ndim < 2 or not outputs.is_floating_point():
+        got = f"{outputs.dtype} {list(outputs.shape)}" if isinstance(outputs, Tensor) else f"a {type(outputs).__name__}"
         raise DataError(
             f"{type(model).__name__} gives {got}, not logits (batch, classes); train a network that gives these alone"
         )
-    return found.float() if found.itemsize < 4 else found
+    return outputs.float() if outputs.itemsize < 4 else outputs
 
 
-def _require_logits(targets: Tensor, outputs: Tensor) -> Tensor:
-    if targets.ndim < 2:
-        raise DataError(
-            f"labels are {_kind(targets)}: class indices are whole numbers (use labels.long()), and a teacher's logits "
-            f"are {list(outputs.shape)}"
-        )
-    return targets
-
-
-def _require_fit(logits: Tensor, outputs: Tensor) -> None:
-    if logits.shape != outputs.shape:
-        raise DataError(f"the teacher's logits {list(logits.shape)} do not fit the outputs {list(outputs.shape)}")
-
-
-def _require_classes(labels: Tensor, outputs: Tensor, position: int) -> Tensor:
+def _classes(labels: Tensor, outputs: Tensor, position: int) -> Tensor:
     """The labels, int64."""
     if not _whole(labels):
+        kind = f"{str(labels.dtype).removeprefix('torch.')} {list(labels.shape)}"
         raise DataError(
-            f"batch {position} has labels {_kind(labels)}: class indices are whole numbers; use labels.long()"
+            f"batch {position} has labels {kind}: class indices are whole numbers (use labels.long()), and a teacher's "
+            f"logits are {list(outputs.shape)}"
         )
     if outputs.ndim != 2 or labels.shape != outputs.shape[:1]:
         raise DataError(f"labels {list(labels.shape)} do not fit the outputs {list(outputs.shape)}")
@@ -109,22 +94,5 @@ def _require_classes(labels: Tensor, outputs: Tensor, position: int) -> Tensor:
     return labels.long()
 
 
-def _right(outputs: Tensor, labels: Tensor) -> tuple[int | None, int]:
-    if not _whole(labels) or outputs.ndim != 2 or labels.shape != outputs.shape[:1]:
-        return None, 0
-    return int((outputs.detach().argmax(dim=1) == labels).sum()), len(labels)
-
-
 def _whole(labels: Tensor) -> bool:
     return not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
-
-
-def _kind(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
-
-
-def _distillation(outputs: Tensor, logits: Tensor, temperature: float) -> Tensor:
-    """KL divergence of the softened answers, times the temperature squared (Hinton 2015)."""
-    student = functional.log_softmax(outputs / temperature, dim=1)
-    master = functional.log_softmax(logits / temperature, dim=1)
-    return functional.kl_div(student, master, reduction="batchmean", log_target=True) * temperature**2

@@ -1,8 +1,7 @@
-"""Projection between epochs: every weight replaced by its best low-rank approximation, training free in between."""
+"""Projection between epochs: every weight replaced by its best low-rank approximation, free training in between."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from types import MappingProxyType
+from dataclasses import KW_ONLY, dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -10,18 +9,18 @@ from torch.optim import Optimizer
 
 from spectrim.core.errors import TrainingError
 from spectrim.core.plans import Energy
-from spectrim.layers.registry import Geometry, as_kernels, as_stored, forms_of, geometry
-from spectrim.layers.replacement import duplicate, factored_at, own_bias
-from spectrim.layers.selection import Patterns, Target, replace
+from spectrim.layers.registry import Geometry, as_kernels, as_stored, geometry
+from spectrim.layers.replacement import duplicate
+from spectrim.layers.selection import Target, replace
 from spectrim.linalg import Factors, algebra
-from spectrim.training.choice import Choice, LayerRule, choose, require_finite
+from spectrim.training.choice import LayerFilter, LayerRule, factored, require_finite
 
 # what torch's optimisers call the running mean of the gradient
 _MOMENTUM = ("exp_avg", "momentum_buffer")
 
 
 @dataclass
-class ProjectEachEpoch:
+class ProjectEachEpoch(LayerFilter):
     """Replace every weight by its best approximation of rank D, whenever called; use it in any loop.
 
         project = st.training.ProjectEachEpoch(st.Rank(20))
@@ -36,17 +35,13 @@ class ProjectEachEpoch:
     Attributes:
         rule: The rank of every layer, or ranks by the layers' names. `Energy` is of the weight as it is at each call,
             so ranks can fall with time.
-        every_steps: Project at every so many calls of `step`; None leaves it to calls at the ends of epochs.
-        include: Name patterns of the layers to project.
-        exclude: Name patterns of layers to leave out.
-        keep_last: Leave out the layer registered last.
+        every_steps: Project after this many calls of `step`; None leaves it to calls at the ends of epochs.
+        include, exclude, keep_last: As in `LayerFilter`.
     """
 
     rule: LayerRule
-    every_steps: int | None = field(default=None, kw_only=True)
-    include: Patterns = field(default=("*",), kw_only=True)
-    exclude: Patterns = field(default=(), kw_only=True)
-    keep_last: bool = field(default=False, kw_only=True)
+    _: KW_ONLY
+    every_steps: int | None = None
     _steps: int = field(default=0, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -55,15 +50,11 @@ class ProjectEachEpoch:
             raise TrainingError(f"every_steps={every!r} is not a whole number of at least 1, such as 100, or None")
 
     def __call__(self, model: nn.Module, optimizer: Optimizer | None = None) -> Mapping[str, float]:
-        """Project the weights of `model` itself, and the optimiser's momentum with them.
+        """Project the chosen weights of `model` itself, and the momentum of the optimiser that trains them.
 
         The momentum M (Adam's `exp_avg`, SGD's `momentum_buffer`) of a projected weight U S V^T keeps its part in the
         tangent space of the matrices of rank D there, U U^T M + M V V^T - U U^T M V V^T (Vandereycken 2013): the rest
-        would at once lead out of the rank again. Second moments stay: they are the gradient's size, entry by entry.
-
-        Args:
-            model: Its chosen weights are overwritten.
-            optimizer: The one that trains them; without it, nothing but the weights changes.
+        would raise the rank again at the next step. Second moments stay: they are sizes of the gradient's entries.
 
         Returns:
             By layer name, the relative error |W - W_D| / |W| of this projection.
@@ -73,65 +64,50 @@ class ProjectEachEpoch:
             PatternError: a pattern matches no layer.
             TrainingError: no layer is left to project, one is parametrised, or a weight became NaN; nothing is changed.
         """
-        projections = [(target, _Projection.of(target, rank)) for target, rank in self._choice(model).layers]
+        projections = [
+            (target, _Projection.of(target, rank)) for target, rank in self.choose(model, self.rule)[0].items()
+        ]
         errors: dict[str, float] = {}
         with torch.no_grad():
             for target, projection in projections:
                 weight = target.module.get_parameter("weight")
-                weight.copy_(as_stored(projection.kept, projection.sizes))
+                weight.copy_(projection.weight)
                 errors[target.name] = projection.error
-                for momentum in _momenta(optimizer, weight):
+                state = {} if optimizer is None else optimizer.state.get(weight, {})
+                for momentum in (state[name] for name in _MOMENTUM if isinstance(state.get(name), Tensor)):
                     momentum.copy_(projection.tangent(momentum))
-        return MappingProxyType(errors)
+        return errors
 
     def step(self, model: nn.Module, optimizer: Optimizer | None = None) -> bool:
-        """Count one optimiser step, and project if it is one of every `every_steps`; whether it was.
+        """Count one optimiser step and project after every `every_steps` of them; returns whether it did.
 
-        The count starts at 0 with this object, and is not part of any saved state.
-
-        Raises:
-            TrainingError: `every_steps` is None; else as a call.
+        The count starts at 0 with this object and is not part of any saved state. Raises `TrainingError` if
+        `every_steps` is None; otherwise as a call.
         """
         if self.every_steps is None:
             raise TrainingError(
                 "step() counts to every_steps, which is None; give ProjectEachEpoch(.., every_steps=100)"
             )
         self._steps += 1
-        due = self._steps % self.every_steps == 0
-        if due:
+        if due := self._steps % self.every_steps == 0:
             self(model, optimizer)
         return due
 
     def finish(self, model: nn.Module) -> nn.Module:
         """A copy of `model` with the chosen layers factored; right after a projection its outputs are the same.
 
-        A weight that has been trained since is projected once more, in the copy. With `Energy`, one that is below its
-        full rank already keeps the rank that it has.
-
-        Raises:
-            As a call.
+        A weight that was trained since is projected once more, in the copy. With `Energy`, a weight below its full rank
+        keeps its rank. Raises as a call.
         """
         copied = duplicate(model)
         replacements: dict[str, nn.Module] = {}
-        for target, rank in self._choice(copied).layers:
-            projection = _Projection.of(target, rank, settle=True, fixed=not isinstance(self.rule, Energy))
-            replacements |= factored_at(
-                copied,
-                (target.name, *target.also),
-                form=forms_of(target.module)[0],
-                factors=projection.factors,
-                bias=own_bias,
-            )
+        for target, rank in self.choose(copied, self.rule)[0].items():
+            # Energy asks anew each time, so a weight below its full rank has been projected already
+            at_most = geometry(target.module).full_rank if isinstance(self.rule, Energy) else rank
+            projection = _Projection.of(target, rank, at_most=at_most)
+            replacements |= factored(copied, target, projection.factors)
         replace(copied, replacements)
         return copied
-
-    def _choice(self, model: nn.Module) -> Choice:
-        return choose(model, self.rule, include=self.include, exclude=self.exclude, keep_last=self.keep_last)
-
-
-def _momenta(optimizer: Optimizer | None, weight: nn.Parameter) -> list[Tensor]:
-    state = {} if optimizer is None else optimizer.state.get(weight, {})
-    return [state[name] for name in _MOMENTUM if isinstance(state.get(name), Tensor)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,28 +121,17 @@ class _Projection:
     error: float
 
     @classmethod
-    def of(cls, target: Target, rank: int, *, settle: bool = False, fixed: bool = True) -> "_Projection":
-        """The best one of a weight; with `settle`, of the rank that the weight has already, if that is below `rank`.
-
-        Without `fixed` also if it is above, but not full: a rule that asks anew each time has projected it.
-        """
+    def of(cls, target: Target, rank: int, *, at_most: int = 0) -> "_Projection":
+        """The best approximation of a weight at a rank; at the weight's own rank, if that is below `at_most`."""
         weight, sizes = target.module.get_parameter("weight"), geometry(target.module)
         require_finite(target.name, weight)
         U, S, Vh = torch.linalg.svd(as_kernels(algebra(weight), sizes).flatten(2), full_matrices=False)
-        if settle:
-            noise = torch.finfo(weight.dtype).eps * max(sizes.out, sizes.width) * S[:, :1]
-            held = int((noise < S).sum(dim=1).max())
-            rank = held if 0 < held < (rank if fixed else sizes.full_rank) else rank
+        tolerance = torch.finfo(weight.dtype).eps * max(sizes.out, sizes.width) * S[:, :1]
+        own = int((tolerance < S).sum(dim=1).max())
+        rank = own if 0 < own < at_most else rank
         total = float(S.square().sum())
-        lost = float(S[:, rank:].square().sum())
-        error = (lost / total) ** 0.5 if total > 0 else 0.0
+        error = (float(S[:, rank:].square().sum()) / total) ** 0.5 if total > 0 else 0.0
         return cls(sizes, U[:, :, :rank], S[:, :rank], Vh[:, :rank], error)
-
-    @property
-    def kept(self) -> Tensor:
-        """W_D, (groups, out, in, *kernel)."""
-        flat = (self.U * self.S.unsqueeze(1)) @ self.Vh
-        return flat.reshape(self.sizes.groups, self.sizes.out, self.sizes.into, *self.sizes.kernel)
 
     @property
     def factors(self) -> Factors:
@@ -174,10 +139,18 @@ class _Projection:
         down = self.Vh.reshape(*self.S.shape, self.sizes.into, *self.sizes.kernel)
         return down, self.U * self.S.unsqueeze(1)
 
+    @property
+    def weight(self) -> Tensor:
+        """W_D, as the layer stores its weight."""
+        return self._stored((self.U * self.S.unsqueeze(1)) @ self.Vh)
+
     def tangent(self, momentum: Tensor) -> Tensor:
         """A tensor like the weight, projected onto the tangent space at W_D."""
-        M = as_kernels(algebra(momentum), self.sizes)
-        flat = M.flatten(2)
-        outside = flat - self.U @ (self.U.mT @ flat)
+        M = as_kernels(algebra(momentum), self.sizes).flatten(2)
+        outside = M - self.U @ (self.U.mT @ M)
         outside = outside - (outside @ self.Vh.mT) @ self.Vh
-        return as_stored((flat - outside).reshape(M.shape), self.sizes)
+        return self._stored(M - outside)
+
+    def _stored(self, matrices: Tensor) -> Tensor:
+        sizes = self.sizes
+        return as_stored(matrices.reshape(sizes.groups, sizes.out, sizes.into, *sizes.kernel), sizes)

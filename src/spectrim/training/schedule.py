@@ -1,15 +1,12 @@
-"""Ranks that move while a truncated network trains: by energy, under a falling budget, or by a penalty."""
+"""Ranks that change while a truncated network trains: by energy, under a falling budget, or by a penalty."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
 from fractions import Fraction
-from functools import cached_property
-from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 from pydantic import Field, ValidationError
 from torch.optim import Optimizer
 
@@ -28,29 +25,28 @@ from spectrim.training.truncated import Truncation
 class NuclearNorm:
     """A penalty of `strength` times the sum of all singular values of every weight, above 0, on the scale of the loss.
 
-    What it acts by is its proximal operator, soft-thresholding of the singular values (Cai, Candes & Shen 2010), as in
-    proximal gradient descent: values that the loss does not hold up reach 0, and the rank falls with them.
+    It acts by its proximal operator, soft-thresholding of the singular values (Cai, Candes & Shen 2010): values that
+    the loss does not support reach 0, and the rank falls with them.
     """
 
     strength: float
 
     def __post_init__(self) -> None:
-        given = self.strength
-        if isinstance(given, bool) or not isinstance(given, int | float) or not 0 < given < math.inf:
-            raise RuleError(f"NuclearNorm({given!r}): a strength is a number above 0, such as NuclearNorm(1e-3)")
+        strength = self.strength
+        if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 < strength < math.inf:
+            raise RuleError(f"NuclearNorm({strength!r}): a strength is a number above 0, such as NuclearNorm(1e-3)")
 
     def __str__(self) -> str:
         return f"NuclearNorm({self.strength:g})"
 
 
 class RankStep(Frozen):
-    """The ranks after one move.
+    """The ranks after a change.
 
     Attributes:
-        step: Optimiser steps taken until then; 0 for what training began with.
+        step: Optimiser steps taken until then; 0 for the ranks at the start.
         ranks: By the layers' names.
-        kept: What the network would cost if it were finished now, kept / dense, in [0, ..): its parameters, or its MACs
-            under a budget of MACs.
+        kept: Cost of the network if it were finished now, kept / dense: parameters, or MACs under a budget of MACs.
     """
 
     step: int = Field(ge=0)
@@ -66,10 +62,11 @@ class _State(Frozen):
     history: tuple[RankStep, ...] = ()
 
 
+@dataclass(eq=False, repr=False)
 class RankSchedule:
-    """Move the ranks of a truncated network while it trains, from any loop.
+    """Change the ranks of a truncated network while it trains, from any loop.
 
-        truncation = st.training.truncated_(model, st.Ratio(1.0), movable=True)
+        truncation = st.training.truncated_(model, st.Ratio(1.0), trainable_rank=True)
         ranks = st.training.RankSchedule(st.Budget(params=0.1), every=50, end=2000)
         for x, y in batches:
             ...
@@ -77,49 +74,51 @@ class RankSchedule:
             ranks.step(truncation, optimizer)
         small = truncation.finish()
 
-    In `st.training.fit` that is `on_step=lambda _: ranks.step(truncation)`. At every `every`-th step from `begin` to
+    In a `TrainingRun` that is `on_step=lambda _: ranks.step(truncation)`. At every `every`-th step from `begin` to
     `end`, and at `end` itself:
 
-    - `Energy`: each layer takes the smallest rank whose share of the energy of W is enough. Energy that a lower rank
-      has cost already, since the truncation shrinks W outside W_D, still counts as lost; otherwise the same share would
-      be taken again and again.
+    - `Energy`: each layer takes the smallest rank that has enough of the energy of W. Energy that W has lost already,
+      since its residual decays, still counts as lost; otherwise the same share would be lost again and again.
     - `Budget`: the budget falls from what the network costs at the first step to the rule's share at `end`, fast at
-      first and slowly in the end (cubic, as Zhu & Gupta 2017 prune). Each time the ranks of all layers are chosen
-      together, so that the sum of the lost shares of their energies is least; a layer may also be left dense. What is
-      kept never exceeds the budget of the moment.
-    - `NuclearNorm`: the singular values of W_D are lowered by strength times the sum of the learning rates of the steps
-      since the last time; see `Truncation.soft_threshold`. The ranks are those of the values left above 0.
+      first and slowly in the end (cubic; Zhu & Gupta 2017), and is never exceeded. The ranks of all layers are chosen
+      together, so that the sum of the lost shares of their energies is least; a layer may also be left dense.
+    - `NuclearNorm`: the singular values of W_D are lowered by strength times the sum of the learning rates since the
+      last change; the new ranks count those above 0, see `Truncation.soft_threshold`.
 
     Attributes:
-        rule: What moves the ranks.
-        every: Optimiser steps between two moves. A move by energy or budget decomposes every weight, which takes about
-            0.2 s for 1024 x 1024; ranks of a quarter of the shorter side and above cost as much at every step.
-        begin: Before this step nothing moves.
-        end: After this step nothing moves; None for no end. A budget needs one.
+        rule: What changes the ranks.
+        every: Optimiser steps between two changes. A change by energy or budget decomposes every weight, about 0.2 s
+            for 1024 x 1024; a rank from a quarter of the shorter side on costs as much at every step.
+        begin: No change before this step.
+        end: No change after this step; None for no end. A budget needs one.
+        example_inputs: One batch for the model, to count the MACs that a budget limits.
 
     Raises:
-        RuleError: a rule that does not move ranks, such as `Rank`, or a budget of bytes.
-        TrainingError: steps that cannot be meant, or a budget of MACs without `example_inputs`.
+        RuleError: a rule that does not change ranks, such as `Rank`, or a budget of bytes.
+        TrainingError: steps that are not allowed, or a budget of MACs without `example_inputs`.
     """
 
-    def __init__(
-        self,
-        rule: Energy | Budget | NuclearNorm,
-        *,
-        every: int = 100,
-        begin: int = 0,
-        end: int | None = None,
-        example_inputs: Any = None,
-    ) -> None:
+    rule: Energy | Budget | NuclearNorm
+    _: KW_ONLY
+    every: int = 100
+    begin: int = 0
+    end: int | None = None
+    example_inputs: Any = None
+
+    def __post_init__(self) -> None:
+        rule, end = self.rule, self.end
         if not isinstance(rule, Energy | Budget | NuclearNorm):
             raise RuleError(f"{rule!r} does not move ranks; give Energy(0.9), Budget(params=0.1) or NuclearNorm(1e-3)")
-        if isinstance(rule, Budget) and rule.limits in ("bytes", "latency"):
+        self._limits = rule.limits if isinstance(rule, Budget) else None
+        if self._limits in ("bytes", "latency"):
             raise RuleError(f"{rule} cannot be followed in training; give params= or macs= instead")
-        _require_steps(rule, every=every, begin=begin, end=end)
-        if isinstance(rule, Budget) and rule.limits == "macs" and example_inputs is None:
+        for name, value, least in (("every", self.every, 1), ("begin", self.begin, 0), ("end", end, self.begin + 1)):
+            if name == "end" and end is None and self._limits is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise TrainingError(f"{name}={value!r}: give a whole number of optimiser steps, at least {least}")
+        if self._limits == "macs" and self.example_inputs is None:
             raise TrainingError(f"{rule} counts a forward pass; give RankSchedule(.., example_inputs=x)")
-        self.rule, self.every, self.begin, self.end = rule, every, begin, end
-        self._example = example_inputs
         self._costs: _Costs | None = None
         self._state = _State(schedule=self._name)
 
@@ -128,46 +127,47 @@ class RankSchedule:
 
     @property
     def history(self) -> tuple[RankStep, ...]:
-        """The ranks before the first step and after every move, oldest first."""
+        """The ranks before the first step and after every change, oldest first."""
         return self._state.history
 
     def step(self, truncation: Truncation, optimizer: Optimizer | None = None) -> bool:
-        """Count one optimiser step, after it was taken, and move the ranks if it is time; whether it was.
+        """Count one optimiser step, after it was taken, and change the ranks if it is time; returns whether it did.
 
-        Args:
-            truncation: From `truncated_`; the same one at every step.
-            optimizer: The one that trains the network; `NuclearNorm` takes its learning rates.
+        The truncation is the same one at every step. `NuclearNorm` needs the learning rates of the optimiser.
 
         Raises:
             RuleError: a budget below what is reachable, or above what the network costs already; at the first step.
             TrainingError: the truncation has ended, a weight became NaN, or there is no learning rate for the penalty.
                 Neither the ranks nor the count are changed.
         """
+        if isinstance(self.rule, NuclearNorm) and optimizer is None:
+            raise TrainingError(f"{self.rule} needs the learning rate; call step(truncation, optimizer)")
         if self._costs is None or self._costs.truncation is not truncation:
-            self._costs = _Costs.of(truncation, self._unit, self._example)
+            unit: Literal["params", "macs"] = "macs" if self._limits == "macs" else "params"
+            self._costs = _Costs.of(truncation, self.example_inputs, unit=unit)
         costs, state = self._costs, self._state
         if not state.history:
             self._require_reachable(costs)
             state = state.model_copy(update={"history": (costs.record(0),)})
         now = state.step + 1
-        owed = self._owed(state, truncation, optimizer, now)
+        active = self.begin <= now and (self.end is None or now <= self.end)
+        owed = self._owed(state, truncation, optimizer) if active else {}
         state = state.model_copy(update={"step": now, "owed": owed})
-        due = self._due(now)
+        due = active and (now == self.end or (now - self.begin) % self.every == 0)
         if due:
-            state = self._moved(state, truncation, costs)
+            state = self._changed(state, truncation, costs)
             state = state.model_copy(update={"history": (*state.history, costs.record(now))})
         self._state = state
         return due
 
     def state_dict(self) -> dict[str, Any]:
-        """What is needed to go on, fit for JSON. The ranks themselves are part of the model's state."""
+        """What is needed to resume, in types that JSON has. The ranks themselves are part of the model's state."""
         return self._state.model_dump(mode="json")
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` gave.
+        """Resume from the result of `state_dict`.
 
-        Raises:
-            TrainingError: it is damaged, or of a schedule with another rule or other steps; nothing is changed.
+        Raises `TrainingError` for one that is damaged, or of another rule or other steps; then nothing is changed.
         """
         try:
             state = _State.model_validate(dict(state_dict))
@@ -181,39 +181,26 @@ class RankSchedule:
     def _name(self) -> str:
         return f"{self.rule}, every={self.every}, begin={self.begin}, end={self.end}"
 
-    @property
-    def _unit(self) -> Literal["params", "macs"]:
-        return "macs" if isinstance(self.rule, Budget) and self.rule.limits == "macs" else "params"
-
-    def _due(self, step: int) -> bool:
-        if step < self.begin or (self.end is not None and step > self.end):
-            return False
-        return step == self.end or (step - self.begin) % self.every == 0
-
     def _require_reachable(self, costs: "_Costs") -> None:
         if not isinstance(self.rule, Budget):
             return
         least, present = costs.least, costs.share(costs.truncation.ranks)
         if self.rule.share < least:
             raise RuleError(
-                f"{self.rule} cannot be reached: with all {len(costs.menus)} truncated layers as small as they can be "
-                f"{math.ceil(1e4 * least) / 1e4:g} is kept; truncate more layers or give a larger budget"
+                f"{self.rule} cannot be reached: with all {len(costs.options)} truncated layers as small as they can "
+                f"be {math.ceil(1e4 * least) / 1e4:g} is kept; truncate more layers or give a larger budget"
             )
         if self.rule.share > present:
             raise RuleError(
                 f"{self.rule} is above the {present:.4g} that the truncated network costs already; start from "
-                "truncated_(model, Ratio(1.0), movable=True) or give a smaller budget"
+                "truncated_(model, Ratio(1.0), trainable_rank=True) or give a smaller budget"
             )
 
-    def _owed(self, state: _State, truncation: Truncation, optimizer: Optimizer | None, step: int) -> dict[str, float]:
+    def _owed(self, state: _State, truncation: Truncation, optimizer: Optimizer | None) -> dict[str, float]:
         """By layer, the sum of the learning rates since the last proximal step."""
-        if not isinstance(self.rule, NuclearNorm):
+        if not isinstance(self.rule, NuclearNorm) or optimizer is None:
             return {}
-        if optimizer is None:
-            raise TrainingError(f"{self.rule} needs the learning rate; call step(truncation, optimizer)")
-        if step < self.begin or (self.end is not None and step > self.end):
-            return {}
-        rates = {id(one): float(group["lr"]) for group in optimizer.param_groups for one in group["params"]}
+        rates = {id(weight): float(group["lr"]) for group in optimizer.param_groups for weight in group["params"]}
         owed = {}
         for name, weight in truncation.weights().items():
             if id(weight) not in rates:
@@ -221,32 +208,19 @@ class RankSchedule:
             owed[name] = state.owed.get(name, 0.0) + rates[id(weight)]
         return owed
 
-    def _moved(self, state: _State, truncation: Truncation, costs: "_Costs") -> _State:
+    def _changed(self, state: _State, truncation: Truncation, costs: "_Costs") -> _State:
         match self.rule:
             case Energy(energy=energy):
                 return _by_energy(state, truncation, energy)
-            case Budget():
-                truncation.set_ranks(costs.allocated(truncation.spectra(), self._budget(state)))
+            case Budget(share=share):
+                assert self.end is not None
+                target, start = Fraction(share).limit_denominator(10**12), Fraction(state.history[0].kept)
+                to_go = Fraction(self.end - state.step, self.end - self.begin)
+                truncation.set_ranks(costs.best_ranks(truncation.spectra(), target + (start - target) * to_go**3))
                 return state
             case NuclearNorm(strength=strength):
                 truncation.soft_threshold({name: strength * rate for name, rate in state.owed.items()})
                 return state.model_copy(update={"owed": {}})
-
-    def _budget(self, state: _State) -> Fraction:
-        """The share of the dense network that may be kept at the present step."""
-        assert isinstance(self.rule, Budget)
-        assert self.end is not None
-        target, start = Fraction(self.rule.share).limit_denominator(10**12), Fraction(state.history[0].kept)
-        left = Fraction(self.end - state.step, self.end - self.begin)
-        return target + (start - target) * left**3
-
-
-def _require_steps(rule: Energy | Budget | NuclearNorm, *, every: int, begin: int, end: int | None) -> None:
-    for name, value, least in (("every", every, 1), ("begin", begin, 0), ("end", end, begin + 1)):
-        if name == "end" and value is None and not isinstance(rule, Budget):
-            continue
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise TrainingError(f"{name}={value!r}: give a whole number of optimiser steps, at least {least}")
 
 
 def _by_energy(state: _State, truncation: Truncation, energy: float) -> _State:
@@ -254,85 +228,76 @@ def _by_energy(state: _State, truncation: Truncation, energy: float) -> _State:
     ranks, held = {}, {}
     for name, values in spectra.items():
         shares = values.cumulative_energy
-        # 1 while all that a lower rank has cost is still there in W, as without any shrinking
-        left = min(1.0, state.held.get(name, 1.0) / max(float(shares[present[name] - 1]), 1e-300))
-        ranks[name] = values.rank_for(min(1.0, energy / left))
-        held[name] = left * float(shares[ranks[name] - 1])
+        # 1 while W still has all the energy that a lower rank has cost, as without any decay
+        remaining = min(1.0, state.held.get(name, 1.0) / max(float(shares[present[name] - 1]), 1e-300))
+        ranks[name] = values.rank_for(min(1.0, energy / remaining))
+        held[name] = remaining * float(shares[ranks[name] - 1])
     truncation.set_ranks(ranks)
     return state.model_copy(update={"held": held})
 
 
 @dataclass(frozen=True, eq=False)
 class _Costs:
-    """What the network costs at any ranks."""
+    """What the network costs, in parameters or MACs, at any ranks.
+
+    Attributes:
+        truncation: Of the network.
+        dense: Of the whole dense network.
+        rest: Of everything but the truncated weights.
+        finished: By layer, of the layer once it is finished, by its rank.
+        options: By layer, the ranks for a budget: the full one, then all with fewer parameters and no more MACs.
+    """
 
     truncation: Truncation
-    unit: Literal["params", "macs"]
-    whole: int
-    positions: Mapping[str, Positions]
+    dense: int
+    rest: int
+    finished: Mapping[str, Mapping[int, int]]
+    options: Mapping[str, Sequence[int]]
 
     @classmethod
-    def of(cls, truncation: Truncation, unit: Literal["params", "macs"], example_inputs: Any) -> "_Costs":
-        truncation.weights()
-        if unit == "params":
-            whole = sum(parameter.numel() for parameter in truncation.model.parameters())
-            return cls(truncation, unit, whole, {})
-        seen = trace(truncation.model, as_inputs(example_inputs)).positions
-        positions = {
-            name: sum((seen.get(site, Positions()) for site in target.sites), Positions())
-            for name, target in truncation.targets.items()
-        }
-        # after the trace, which has brought all truncations up to date: only the layers themselves multiply now
-        return cls(truncation, unit, count_macs(truncation.model, example_inputs), positions)
-
-    @cached_property
-    def menus(self) -> Mapping[str, tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
-        """By layer, what it can cost and the rank: dense first, then every rank that is smaller in both costs."""
-        menus = {}
-        for name, sizes in self.truncation.sizes.items():
-            dense = sizes.dense_cost(self.positions.get(name, Positions()))
-            options = [(self.cost(name, sizes.full_rank), sizes.full_rank)]
-            for rank in range(1, sizes.full_rank):
-                cost = sizes.cost("channel", (rank,), self.positions.get(name, Positions()))
-                if cost.params < dense.params and cost.macs <= dense.macs:
-                    options.append((int(getattr(cost, self.unit)), rank))
-            costs, ranks = np.array(options, dtype=np.int64).T
-            menus[name] = (costs, ranks)
-        return MappingProxyType(menus)
-
-    def cost(self, name: str, rank: int) -> int:
-        """What a layer costs once it is finished at this rank."""
-        sizes, positions = self.truncation.sizes[name], self.positions.get(name, Positions())
-        dense = self.truncation.stays_dense(name, rank)
-        found = sizes.dense_cost(positions) if dense else sizes.cost("channel", (rank,), positions)
-        return int(getattr(found, self.unit))
-
-    @cached_property
-    def fixed(self) -> int:
-        """What the network costs besides the truncated weights."""
-        return self.whole - sum(self.cost(name, one.full_rank) for name, one in self.truncation.sizes.items())
+    def of(cls, truncation: Truncation, example_inputs: Any, *, unit: Literal["params", "macs"]) -> "_Costs":
+        dense = sum(parameter.numel() for parameter in truncation.model.parameters())
+        positions = {name: Positions() for name in truncation.weights()}
+        if unit == "macs":
+            traced = trace(truncation.model, as_inputs(example_inputs)).positions
+            for name, target in truncation.targets.items():
+                positions[name] = sum((traced.get(site, Positions()) for site in target.sites), Positions())
+            # after the trace has updated all truncations, so that only the layers themselves multiply
+            dense = count_macs(truncation.model, example_inputs)
+        finished, options = {}, {}
+        for name, sizes in truncation.sizes.items():
+            whole = sizes.dense_cost(positions[name])
+            costs = {rank: sizes.cost("channel", (rank,), positions[name]) for rank in range(1, sizes.full_rank + 1)}
+            smaller = [rank for rank, cost in costs.items() if cost.params < whole.params and cost.macs <= whole.macs]
+            options[name] = [sizes.full_rank, *smaller]
+            costs |= {rank: whole for rank in costs if truncation.stays_dense(name, rank)}
+            finished[name] = {rank: int(getattr(cost, unit)) for rank, cost in costs.items()}
+        rest = dense - sum(costs[full] for costs, (full, *_) in zip(finished.values(), options.values(), strict=True))
+        return cls(truncation, dense, rest, finished, options)
 
     @property
     def least(self) -> float:
         """kept / dense with every layer as small as it can be."""
-        return (self.fixed + sum(int(costs.min()) for costs, _ in self.menus.values())) / max(self.whole, 1)
+        return self.share(
+            {name: min(ranks, key=self.finished[name].__getitem__) for name, ranks in self.options.items()}
+        )
 
     def share(self, ranks: Mapping[str, int]) -> float:
         """kept / dense."""
-        return (self.fixed + sum(self.cost(name, rank) for name, rank in ranks.items())) / max(self.whole, 1)
+        return (self.rest + sum(self.finished[name][rank] for name, rank in ranks.items())) / max(self.dense, 1)
 
     def record(self, step: int) -> RankStep:
         ranks = dict(self.truncation.ranks)
         return RankStep(step=step, ranks=ranks, kept=self.share(ranks))
 
-    def allocated(self, spectra: Mapping[str, Spectrum], budget: Fraction) -> dict[str, int]:
+    def best_ranks(self, spectra: Mapping[str, Spectrum], budget: Fraction) -> dict[str, int]:
         """The ranks that lose least of all energies together, at a cost of at most this share."""
-        menus = []
-        for name, (costs, ranks) in self.menus.items():
-            tails = spectra[name].tail_energy
+        items = []
+        for name, ranks in self.options.items():
             total = float(np.square(spectra[name].values).sum())
-            losses = tails[ranks - 1] / total if total > 0 else np.zeros(len(ranks))
-            menus.append(Menu(costs, losses))
-        limit = int(budget * self.whole) - self.fixed
-        picked = Allocation.of(menus, limit=limit).pick(limit)
-        return {name: int(ranks[one]) for (name, (_, ranks)), one in zip(self.menus.items(), picked, strict=True)}
+            lost = spectra[name].tail_energy[np.array(ranks) - 1]
+            costs = np.array([self.finished[name][rank] for rank in ranks], dtype=np.int64)
+            items.append(Menu(costs, lost / total if total > 0 else np.zeros(len(ranks))))
+        limit = int(budget * self.dense) - self.rest
+        solution = Allocation.of(items, limit=limit).pick(limit)
+        return {name: ranks[at] for (name, ranks), at in zip(self.options.items(), solution, strict=True)}

@@ -1,87 +1,79 @@
-"""How a run trains, as a value that is checked when it is made."""
+"""How a training run goes, as one value that is checked when it is made."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any, Literal, Self
 
+from pydantic import ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, model_validator
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from spectrim.core.errors import TrainingError
+from spectrim.core.files import Frozen
 
 
-def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+class Settings(Frozen):
+    """How a run goes. Each field is a keyword argument of `st.finetune` as well, with the same default but for `keep`.
 
-
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _share(value: Any) -> bool:
-    return _number(value) and 0 <= value <= 1
-
-
-_WANTED: Mapping[str, tuple[Callable[[Any], bool], str]] = {
-    "epochs": (lambda value: _whole(value) and value >= 1, "give at least one epoch, a whole number"),
-    "lr": (lambda value: _number(value) and value > 0, "give a learning rate above 0, such as 1e-3"),
-    "optimizer": (lambda value: value in ("adamw", "sgd"), 'there are "adamw" and "sgd"'),
-    "momentum": (lambda value: _share(value) and value < 1, "give a momentum from 0 to below 1, such as 0.9"),
-    "weight_decay": (lambda value: _number(value) and value >= 0, "give 0 or more, such as 1e-4"),
-    "warm_up": (_share, "give the share of all steps with a rising learning rate, 0 to 1"),
-    "clip": (lambda value: value is None or (_number(value) and value > 0), "give a norm above 0, or None"),
-    "temperature": (lambda value: _number(value) and value > 0, "give a temperature above 0, such as 4.0"),
-    "label_weight": (_share, "give the share of the cross-entropy in the loss, 0 to 1"),
-    "precision": (lambda value: value in ("float32", "bf16"), 'there are "float32" and "bf16"'),
-    "keep": (lambda value: value in ("last", "best"), 'there are "last" and "best"'),
-    "patience": (
-        lambda value: value is None or (_whole(value) and value >= 1),
-        "give the epochs to wait for a better one, at least 1, or None",
-    ),
-    "seed": (lambda value: _whole(value) and value >= 0, "give a whole number of 0 or more"),
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """Everything that decides how a run goes, besides the network and the data; see `finetune` for each.
+    Attributes:
+        epochs: Passes over the data.
+        lr: Peak learning rate; after the warm-up it decays to 0 along a cosine.
+        optimizer: `"adamw"` (Loshchilov 2019), or `"sgd"` with `momentum`.
+        momentum: Of SGD.
+        weight_decay: Decoupled for AdamW, added to the gradient for SGD; acts on trained parameters only.
+        warm_up: Share of all steps with a rising learning rate.
+        clip: Largest norm of the gradient; None for no limit.
+        temperature: Of the distillation; softens the outputs of both networks.
+        label_weight: w in w * cross-entropy + (1 - w) * KL * temperature^2, the loss with a teacher (Hinton 2015).
+        precision: `"bf16"` computes in bfloat16 where that is safe (autocast); weights and loss stay float32.
+        keep: Whether the result has the weights of the last epoch, in which the schedule is made to end, or of the best
+            on held-out data (the first of equals), whose accuracy there is biased upwards by the choice.
+        patience: Stop after this many epochs without a better accuracy on the held-out data; None to run all epochs.
+        seed: Of what the model and the data draw. The caller's random states are restored.
 
     Raises:
-        TrainingError: a value that cannot be meant.
+        TrainingError: a value that is not allowed; names the field, the value and what to give.
     """
 
-    epochs: int
-    lr: float
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    momentum: float = 0.9
-    weight_decay: float = 0.0
-    warm_up: float = 0.1
-    clip: float | None = None
-    temperature: float = 4.0
-    label_weight: float = 0.0
-    precision: Literal["float32", "bf16"] = "float32"
-    keep: Literal["last", "best"] = "last"
-    patience: int | None = None
-    seed: int = 0
+    model_config = ConfigDict(strict=True)
 
-    def __post_init__(self) -> None:
-        for name, (fits, wanted) in _WANTED.items():
-            value = getattr(self, name)
-            if not fits(value):
-                raise TrainingError(f"{name}={value!r}: {wanted}")
+    epochs: int = Field(default=3, ge=1, description="give at least one epoch, a whole number")
+    lr: float = Field(default=1e-3, gt=0, description="give a learning rate above 0, such as 1e-3")
+    optimizer: Literal["adamw", "sgd"] = Field(default="adamw", description='there are "adamw" and "sgd"')
+    momentum: float = Field(default=0.9, ge=0, lt=1, description="give a momentum from 0 to below 1, such as 0.9")
+    weight_decay: float = Field(default=0.0, ge=0, description="give 0 or more, such as 1e-4")
+    warm_up: float = Field(default=0.1, ge=0, le=1, description="give the share of all steps, 0 to 1")
+    clip: float | None = Field(default=1.0, gt=0, description="give a norm above 0, or None")
+    temperature: float = Field(default=4.0, gt=0, description="give a temperature above 0, such as 4.0")
+    label_weight: float = Field(default=0.0, ge=0, le=1, description="give the share of the cross-entropy, 0 to 1")
+    precision: Literal["float32", "bf16"] = Field(default="float32", description='there are "float32" and "bf16"')
+    keep: Literal["last", "best"] = Field(default="last", description='there are "last" and "best"')
+    patience: int | None = Field(default=None, ge=1, description="give a whole number of epochs, at least 1, or None")
+    seed: int = Field(default=0, ge=0, description="give a whole number of 0 or more")
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _explained(cls, values: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        try:
+            return handler(values)
+        except ValidationError as error:
+            fault = error.errors()[0]
+            name = ".".join(map(str, fault["loc"]))
+            known = cls.model_fields.get(name)
+            advice = known.description if known else f"there is no such setting, only {', '.join(cls.model_fields)}"
+            raise TrainingError(f"{name}={fault['input']!r}: {advice}") from error
 
     def make_optimiser(self, parameters: Sequence[nn.Parameter]) -> Optimizer:
-        """AdamW (Loshchilov 2019), or SGD with momentum and L2 decay as torch has it."""
+        """AdamW, or torch's SGD with momentum and L2 decay, for these parameters."""
         if self.optimizer == "sgd":
             return SGD(parameters, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
-        # the fused update reads and writes every number once; on a CPU it is a third of a step otherwise
+        # the fused update reads and writes every number once; the other one takes a third of a step on a CPU
         fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters)
         return AdamW(parameters, lr=self.lr, weight_decay=self.weight_decay, fused=fused)
 
     def rate(self, done: float) -> float:
-        """The learning rate when `done` of all steps, in [0, 1), are taken: linear warm-up, then cosine decay to 0."""
+        """The learning rate when the share `done` of all steps, in [0, 1), is taken: linear warm-up, cosine decay."""
         if done < self.warm_up:
             return self.lr * (0.04 + 0.96 * done / self.warm_up)
-        left = 1 - self.warm_up
-        return self.lr * 0.5 * (1 + math.cos(math.pi * (done - self.warm_up) / left)) if left else self.lr
+        rest = 1 - self.warm_up
+        return self.lr * 0.5 * (1 + math.cos(math.pi * (done - self.warm_up) / rest)) if rest else self.lr

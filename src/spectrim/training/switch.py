@@ -1,9 +1,9 @@
-"""When a network that trains in full rank is ready to go on in low rank, and in which ranks."""
+"""When a network that trains in full rank is ready to go on in low rank, and at which ranks."""
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import pairwise
-from types import MappingProxyType
 from typing import Any
 
 from pydantic import Field, ValidationError
@@ -13,13 +13,12 @@ from spectrim.core.errors import TrainingError
 from spectrim.core.files import Frozen
 from spectrim.core.plans import Ratio
 from spectrim.layers.registry import Positions, geometry, matrices
-from spectrim.layers.selection import Patterns, Target
 from spectrim.linalg import spectrum
-from spectrim.training.choice import choose, require_finite
+from spectrim.training.choice import LayerFilter, require_finite
 
 
 class StableRanks(Frozen):
-    """One look at the weights.
+    """The stable ranks after an epoch.
 
     Attributes:
         epoch: 0 for the initial weights.
@@ -37,8 +36,9 @@ class _State(Frozen):
     history: tuple[StableRanks, ...]
 
 
-class Switch:
-    """Watch a network train in full rank, and say when to go on in low rank, in which ranks (Cuttlefish, Wang 2023).
+@dataclass(eq=False, kw_only=True)
+class Switch(LayerFilter):
+    """Watch a network train in full rank, and say when to go on in low rank, at which ranks (Cuttlefish, Wang 2023).
 
         switch = st.training.Switch(keep_last=True)
         switch.step(model)
@@ -48,111 +48,86 @@ class Switch:
                 break
         truncation = st.training.truncated_(model, ranks)       # or ProjectEachEpoch(ranks).finish(model) for factors
 
-    Early in training the stable ranks of the weights move, then they settle. Once those of all layers have, the rank of
-    each is its stable rank, scaled so that the one of the random initial weight stands for the full rank. Unlike there,
-    changes are relative to the stable rank itself, so that they mean the same for layers of every size.
+    The stable ranks of the weights change early in training and then become stable. Once those of all layers are, the
+    rank of each layer is its stable rank, scaled so that that of the random initial weight stands for the full rank.
+    Unlike in the paper, changes are relative to the stable rank, so that they mean the same for layers of every size.
 
     Attributes:
-        epsilon: Largest relative change of a stable rank from one epoch to the next that counts as settled, above 0.
-        patience: In how many epochs in a row no layer may change by more.
-        include: Name patterns of the layers to watch.
-        exclude: Name patterns of layers to leave out.
-        keep_last: Leave out the layer registered last.
+        epsilon: Largest relative change of a stable rank from one epoch to the next that counts as stable, above 0.
+        patience: For how many epochs in a row no layer may change by more.
+        include, exclude, keep_last: As in `LayerFilter`.
 
     Raises:
-        TrainingError: an epsilon or a patience that cannot be meant.
+        TrainingError: an epsilon or a patience that is not allowed.
     """
 
-    def __init__(
-        self,
-        *,
-        epsilon: float = 0.02,
-        patience: int = 2,
-        include: Patterns = ("*",),
-        exclude: Patterns = (),
-        keep_last: bool = False,
-    ) -> None:
+    epsilon: float = 0.02
+    patience: int = 2
+
+    def __post_init__(self) -> None:
+        epsilon, patience = self.epsilon, self.patience
         if isinstance(epsilon, bool) or not isinstance(epsilon, int | float) or not 0 < epsilon < math.inf:
             raise TrainingError(f"epsilon={epsilon!r}: give a relative change above 0, such as 0.02")
         if isinstance(patience, bool) or not isinstance(patience, int) or patience < 1:
             raise TrainingError(f"patience={patience!r}: give a whole number of epochs, at least 1")
-        self.epsilon, self.patience = float(epsilon), patience
-        self.include, self.exclude, self.keep_last = include, exclude, keep_last
-        self._full: Mapping[str, int] = {}
-        self._history: tuple[StableRanks, ...] = ()
+        self._state = _State(full={}, history=())
 
     @property
     def history(self) -> tuple[StableRanks, ...]:
-        """Every look so far, oldest first."""
-        return self._history
+        """The stable ranks at every call of `step`, oldest first."""
+        return self._state.history
 
     def step(self, model: nn.Module) -> Mapping[str, int] | None:
-        """Look at the weights: once before training, which sets the scale, and once after every epoch.
+        """Measure the weights: once before training, which sets the scale, and once after every epoch.
 
         Takes a decomposition of every weight, about 0.2 s for 1024 x 1024. The model is left as it is.
 
         Returns:
-            None until all layers have settled. Then the ranks by layer name, for `truncated_`, `ProjectEachEpoch` or
+            None until all layers are stable. Then the ranks by layer name, for `truncated_`, `ProjectEachEpoch` or
             `spectral`; layers that would not get smaller are left out, so that it may be empty.
 
         Raises:
             PatternError: a pattern matches no layer.
-            TrainingError: a weight became NaN, or the layers are not those of the first look.
+            TrainingError: a weight became NaN, or the layers are not those of the first call.
         """
-        found = choose(
-            model, Ratio(1.0), include=self.include, exclude=self.exclude, keep_last=self.keep_last, movable=True
-        )
-        full = {target.name: rank for target, rank in found.layers}
-        if self._history and full != self._full:
+        layers, _ = self.choose(model, Ratio(1.0), trainable_rank=True)
+        full = {target.name: rank for target, rank in layers.items()}
+        if self.history and full != self._state.full:
             raise TrainingError(
-                f"the layers are {', '.join(full)}, and were {', '.join(self._full)} at the first look; "
+                f"the layers are {', '.join(full)}, and were {', '.join(self._state.full)} at the first look; "
                 "make a new Switch for another model"
             )
-        stable = {target.name: _stable_rank(target) for target, _ in found.layers}
-        first = self._history[0].stable if self._history else stable
+        stable = {}
+        for target in layers:
+            require_finite(target.name, target.module.get_parameter("weight"))
+            stable[target.name] = spectrum(matrices(target.module)).stable_rank
+        first = self.history[0].stable if self.history else stable
         # a weight that starts from zero gives no scale
         scaled = {name: rank * (full[name] / first[name] if first[name] > 0 else 1.0) for name, rank in stable.items()}
-        self._full = full
-        self._history = (*self._history, StableRanks(epoch=len(self._history), stable=stable, scaled=scaled))
-        if not self._settled():
-            return None
-        sizes = {target.name: geometry(target.module) for target, _ in found.layers}
-        ranks = {name: min(full[name], max(1, math.ceil(one - 1e-9))) for name, one in scaled.items()}
-        smaller = {
-            name: rank
-            for name, rank in ranks.items()
-            if sizes[name].cost("channel", (rank,), Positions()).params < sizes[name].dense_cost(Positions()).params
-        }
-        return MappingProxyType(smaller)
-
-    def state_dict(self) -> dict[str, Any]:
-        """What is needed to go on, fit for JSON."""
-        return _State(full=dict(self._full), history=self._history).model_dump(mode="json")
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` gave.
-
-        Raises:
-            TrainingError: it is damaged; nothing is changed.
-        """
-        try:
-            state = _State.model_validate(dict(state_dict))
-        except (ValidationError, TypeError, ValueError) as error:
-            raise TrainingError(f"this is not the state of a Switch: {error}") from error
-        self._full, self._history = state.full, state.history
-
-    def _settled(self) -> bool:
-        recent = [look.stable for look in self._history[-self.patience - 1 :]]
-        if len(recent) <= self.patience:
-            return False
-        return all(
-            abs(now[name] - before[name]) <= self.epsilon * before[name]
+        look = StableRanks(epoch=len(self.history), stable=stable, scaled=scaled)
+        self._state = _State(full=full, history=(*self.history, look))
+        recent = [look.stable for look in self.history[-self.patience - 1 :]]
+        if len(recent) <= self.patience or any(
+            abs(now[name] - before[name]) > self.epsilon * before[name]
             for before, now in pairwise(recent)
             for name in now
-        )
+        ):
+            return None
+        smaller = {}
+        for target in layers:
+            sizes, name = geometry(target.module), target.name
+            rank = min(full[name], max(1, math.ceil(scaled[name] - 1e-9)))
+            if sizes.cost("channel", (rank,), Positions()).params < sizes.dense_cost(Positions()).params:
+                smaller[name] = rank
+        return smaller
 
+    def state_dict(self) -> dict[str, Any]:
+        """What is needed to resume, in types that JSON has."""
+        return self._state.model_dump(mode="json")
 
-def _stable_rank(target: Target) -> float:
-    weight = target.module.get_parameter("weight")
-    require_finite(target.name, weight)
-    return spectrum(matrices(target.module)).stable_rank
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Resume from the result of `state_dict`. Raises `TrainingError` for a damaged one; then nothing is changed."""
+        try:
+            self._state = _State.model_validate(dict(state_dict))
+        except (ValidationError, TypeError, ValueError) as error:
+            raise TrainingError(f"this is not the state of a Switch: {error}") from error
