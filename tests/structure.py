@@ -104,7 +104,7 @@ def entries() -> list[str]:
 
 
 def longest_chain(source: list[Module]) -> list[str]:
-    """The longest chain of imports between the entries, each of which imports the next; or a circle, if there is one."""
+    """The longest chain of imports between the entries, each of which imports the next; or a circle."""
     graph: dict[str, set[str]] = {}
     for module in source:
         if module.room != "__init__":

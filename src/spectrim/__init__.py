@@ -4,13 +4,14 @@ from spectrim import training
 from spectrim.analysis.calibration import Calibration, calibrate
 from spectrim.analysis.sensitivities import sensitivity
 from spectrim.analysis.spectra import Analysis, LayerAnalysis, analyze
-from spectrim.benchmark.latency import LatencyTable, latency_table
-from spectrim.benchmark.measurement import Accuracy, Epoch, Interval, Measurement, accuracy, measure, runtime_gain
+from spectrim.benchmark.latencies import LatencyTable
+from spectrim.benchmark.latency_table import latency_table
+from spectrim.benchmark.measurement import Accuracy, Epoch, Measurement, accuracy, measure, runtime_gain
 from spectrim.compression import Compressed, compress
 from spectrim.core import errors
 from spectrim.core.plans import Budget, Cost, Energy, LatencyNote, LayerPlan, Plan, Rank, Ratio
 from spectrim.export import Exported, export_onnx, export_openvino, export_program
-from spectrim.layers.factored import (
+from spectrim.layers.forms import (
     LowRankConv1d,
     LowRankConv2d,
     LowRankConvTranspose2d,
@@ -44,7 +45,7 @@ from spectrim.reporting import (
     text,
 )
 from spectrim.runtimes.rank_grid import Grid, probe
-from spectrim.runtimes.timing import Comparison
+from spectrim.runtimes.timing import Comparison, Interval
 from spectrim.training import Finetuned, History, finetune
 
 __version__ = "0.1.0"

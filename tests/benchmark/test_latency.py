@@ -39,8 +39,8 @@ from spectrim.core.execution import as_inputs
 from spectrim.core.plans import LatencyNote
 from spectrim.layers.forms import form_named
 from spectrim.planning.budgets import Candidates
-from spectrim.planning.latency_budget import refined
 from spectrim.planning.decisions import PlanOptions
+from spectrim.planning.latency_budget import refined
 from spectrim.planning.rules import candidates_of
 from spectrim.runtimes.rank_grid import Grid
 from spectrim.runtimes.timing import Interval

@@ -419,8 +419,8 @@ def test_more_columns_where_there_is_room(results: Results) -> None:
 def test_the_table_of_an_analysis_says_why_layers_stay(analysis: st.Analysis) -> None:
     printed = st.text(analysis, width=200)
     last = analysis["4"]
-    assert last.refusal is not None
-    assert last.refusal in printed
+    assert last.skip_reason is not None
+    assert last.skip_reason in printed
     spectrum = analysis["2"].spectra["activation"]
     row = next(row for row in st.table(analysis).rows if row[0] == "2")
     assert row[5:11] == (

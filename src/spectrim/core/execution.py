@@ -253,12 +253,12 @@ def _recording(model: nn.Module) -> Iterator[_Record]:
 
 
 def _copies(value: Any) -> list[Tensor]:
-    return [tensor.detach().clone() for tensor in tensors(value)]
+    return [tensor.detach().clone() for tensor in tensors(value, floats=True)]
 
 
 def _alike(first: Any, second: Any) -> bool:
     """Whether all tensors in two values agree to 1e-4 of their largest entry; NaN and infinity equal themselves."""
-    pairs = list(tensors(first)), list(tensors(second))
+    pairs = [list(tensors(value, floats=True)) for value in (first, second)]
     return len(pairs[0]) == len(pairs[1]) and all(map(_close, *pairs))
 
 

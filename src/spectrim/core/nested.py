@@ -10,23 +10,24 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 
-def tensors(value: Any) -> Iterator[Tensor]:
-    """Every tensor in `value`, in order; a float counts as one, and a nested tensor as those inside it."""
+def tensors(value: Any, *, floats: bool = False) -> Iterator[Tensor]:
+    """Every tensor in `value`, in order; of a nested tensor those inside it. With `floats` a float counts as well."""
     for leaf in pytree.tree_leaves(value):
         if isinstance(leaf, Tensor):
             yield from leaf.unbind() if leaf.is_nested else (leaf,)
-        elif isinstance(leaf, float):
+        elif floats and isinstance(leaf, float):
             yield torch.tensor(leaf)
         elif isinstance(leaf, Mapping):  # of a type that torch does not know, such as a tokenizer's batch
-            yield from tensors(list(leaf.values()))
+            yield from tensors(list(leaf.values()), floats=floats)
         elif is_dataclass(leaf) and not isinstance(leaf, type):
-            yield from tensors([getattr(leaf, field.name, None) for field in fields(leaf)])
+            yield from tensors([getattr(leaf, field.name, None) for field in fields(leaf)], floats=floats)
 
 
 def map_tensors(value: Any, change: Callable[[Tensor], Any], *, other: Callable[[Any], Any] = lambda leaf: leaf) -> Any:
     """`value` with `change` of every tensor and `other` of everything else.
 
-    Mappings of types that torch does not know become dicts. A packed sequence counts as its data; its orders follow that to its device.
+    Mappings of types that torch does not know become dicts. A packed sequence counts as its data, which its orders
+    follow to another device.
     """
 
     def at(leaf: Any) -> Any:

@@ -15,7 +15,7 @@ from torch.export import ExportedProgram
 from spectrim.core.errors import EngineError, ModelError, SpectrimError
 from spectrim.core.execution import Inputs, call, evaluating, require_repeatable, tensors
 from spectrim.core.files import Frozen
-from spectrim.runtimes.conversion import batch_size, graph_inputs, has_batch, optional, quiet, with_tensors
+from spectrim.runtimes.conversion import batch_size, graph_inputs, has_batch, optional, quiet
 
 Run = Callable[[Inputs], list[Tensor]]
 """One pass of an exported network over a model's inputs."""
@@ -80,7 +80,7 @@ def _cases(inputs: Inputs, *, dynamic_batch: bool) -> list[tuple[int, Inputs]]:
             rows = rows[torch.randint(batch, (size,), generator=generator)]
         return _like(rows, example, generator)
 
-    random = [(size, with_tensors(inputs, partial(drawn, size=size))) for size in sizes]
+    random = [(size, inputs.map(partial(drawn, size=size))) for size in sizes]
     return [(batch, inputs), *random]
 
 

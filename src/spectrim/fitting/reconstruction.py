@@ -130,7 +130,7 @@ def _record(
     positions: int | None,
     free_bytes: int,
 ) -> tuple[dict[str, _Seen], int]:
-    """Outputs and residual branches of the dense network, as many places from `start` on as memory allows; and their end."""
+    """Outputs and residual branches of the dense network at as many places as memory allows, and where these end."""
     order = {site: number for number, place in enumerate(places) for site in place.call_sites if number >= start}
     adding = {place.plan.name for place in places if place.has_residual}
     seen = {site: _Seen() for site in order}

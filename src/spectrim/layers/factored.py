@@ -93,7 +93,12 @@ class FactoredLayer(nn.Module, ABC):
 
     def kernels(self, weights: Sequence[Tensor]) -> Tensor:
         """The same as (groups, out, in, *kernel)."""
-        return self.composed(tuple(_kernels(part, weight) for part, weight in zip(self.chain, weights, strict=True)))
+        return self.composed(self.factors(weights))
+
+    def factors(self, weights: Sequence[Tensor]) -> Factors:
+        """The weights of the chain as factors, each (groups, its outputs, its inputs, *its kernel)."""
+        parts = zip(self.chain, weights, strict=True)
+        return tuple(layer_type_of(part).to_kernels(weight, geometry_of(part)) for part, weight in parts)
 
     @staticmethod
     @abstractmethod
@@ -154,10 +159,6 @@ def low_rank_layers(model: nn.Module) -> dict[str, FactoredLayer]:
 def is_low_rank(module: nn.Module) -> bool:
     """Whether `module` is one of the factored layers."""
     return isinstance(module, FactoredLayer)
-
-
-def _kernels(part: nn.Module, weight: Tensor) -> Tensor:
-    return layer_type_of(part).to_kernels(weight, geometry_of(part))
 
 
 def _has_bias(layer: nn.Module) -> bool:

@@ -51,7 +51,7 @@ class Feeder:
             given = self.signature.bind(*inputs.args, **inputs.kwargs)
         except TypeError as error:
             raise DataError(f"{what} ({inputs.describe()}) do not fit the model: {error}") from error
-        return _named(self.names, [*_tensors((given.args, given.kwargs))], what=what)
+        return _named(self.names, given.tensors(), what=what)
 
 
 def input_names(proto: "onnx.ModelProto") -> list[str]:
@@ -64,16 +64,6 @@ def _named(names: Sequence[str], found: Sequence[Tensor], *, what: str) -> Feeds
     if len(found) != len(names):
         raise DataError(f"{what}: {len(found)} tensors, and the network takes {', '.join(names) or 'none'}")
     return {name: one.detach().cpu().contiguous().numpy() for name, one in zip(names, found, strict=True)}
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        yield from _tensors(tuple(value.values()))
-    elif isinstance(value, tuple | list):
-        for one in value:
-            yield from _tensors(one)
 
 
 def engine(proto: "onnx.ModelProto", *, runtime: str = "onnxruntime", threads: int | None = None) -> Run:
@@ -182,7 +172,7 @@ def scored(run: Run, names: Sequence[str], data: Iterable[Any], *, feeder: Feede
     for position, batch in enumerate(data):
         what = f"batch {position}"
         inputs, given = split_labels(batch, position=position)
-        feeds = feeder(inputs, what=what) if feeder else _named(names, [*_tensors(_all(inputs))], what=what)
+        feeds = feeder(inputs, what=what) if feeder else _named(names, inputs.tensors(), what=what)
         scores, labels = answers(run, feeds, what=what)[0], torch.as_tensor(given).cpu().numpy()
         if scores.ndim != 2 or scores.shape[:1] != labels.shape:
             raise DataError(

@@ -65,9 +65,9 @@ def _of_analysis(analysis: Analysis) -> Listing:
         **{Column(f"Rank for\n{energy} %", level): _rank_for(energy / 100) for energy, level in levels.items()},
         Column("Params", 3): lambda layer: words.count(layer.dense.params),
         Column("Share of\nMACs", 3): lambda layer: _part(layer.dense.macs, macs),
-        Column("Cannot be factored", number=False, narrow=24, optional=True): lambda layer: layer.refusal or "",
+        Column("Cannot be factored", number=False, narrow=24, optional=True): lambda layer: layer.skip_reason or "",
     }
-    able = sum(layer.form is not None and layer.refusal is None for layer in analysis)
+    able = sum(layer.form is not None and layer.skip_reason is None for layer in analysis)
     where = f"the {metrics.pop()} metric" if len(metrics) == 1 else "the metric named"
     note = f"Rank for 90 %: the smallest rank that holds 90 % of the energy, in {where}."
     return listing(f"{len(analysis)} weights, {able} of them can be factored", list(analysis), columns, note=note)
@@ -87,7 +87,7 @@ def _rank_for(energy: float) -> Callable[[LayerAnalysis], str]:
 
 
 def _tied_names(layer: LayerAnalysis | LayerPlan) -> str:
-    return f"{layer.name}\n(also {', '.join(layer.also)})" if layer.also else layer.name
+    return f"{layer.name}\n(also {', '.join(layer.tied_names)})" if layer.tied_names else layer.name
 
 
 def _of_plan(plan: Plan) -> Listing:

@@ -7,10 +7,11 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from spectrim.benchmark.measurement import Interval, Measurement
+from spectrim.benchmark.measurement import Measurement
 from spectrim.core.plans import Budget, Energy, Metric, Plan, Rank, Ratio, Rule
 from spectrim.linalg import Spectrum
 from spectrim.reporting.results import Agreement, Changes, LayerSpectrum, Published, Results, Tally, Variant
+from spectrim.runtimes.timing import Interval
 
 _Item = TypeVar("_Item")
 _Key = TypeVar("_Key", bound=Hashable)

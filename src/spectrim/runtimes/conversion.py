@@ -18,7 +18,8 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
 from spectrim.core.errors import DependencyError, ModelError
-from spectrim.core.execution import Inputs, as_inputs, call, device_of, evaluating, to_device
+from spectrim.core.execution import Inputs, as_inputs, call, evaluating, on_device_of
+from spectrim.core.nested import map_tensors, tensors
 
 if TYPE_CHECKING:
     import onnx
@@ -86,10 +87,7 @@ def to_onnx(model: nn.Module, example_inputs: Any, *, dynamic_batch: bool = True
 
 def graph_inputs(model: nn.Module, example_inputs: Any) -> list[Tensor]:
     """The tensors of one call's inputs, in the order in which the program and the ONNX graph of the model take them."""
-    found: list[Tensor] = []
-    inputs = _ordered(model, as_inputs(example_inputs))
-    _mapped((inputs.args, dict(inputs.kwargs)), found.append)
-    return found
+    return _ordered(model, as_inputs(example_inputs)).tensors()
 
 
 def _input_names(program: ExportedProgram) -> list[str]:
@@ -202,7 +200,7 @@ class _Given:
 
 
 def _given(model: nn.Module, example_inputs: Any, *, dynamic_batch: bool) -> _Given:
-    inputs = to_device(_ordered(model, as_inputs(example_inputs)), device_of(model))
+    inputs = on_device_of(model, _ordered(model, as_inputs(example_inputs)))
     if not dynamic_batch:
         return _Given(inputs, None)
     batch = batch_size(inputs)
@@ -212,7 +210,8 @@ def _given(model: nn.Module, example_inputs: Any, *, dynamic_batch: bool) -> _Gi
         batch = 2
         hint = f" The example was doubled, so that the batch size can stay open; {_FIXED}."
     dimension = Dim(_BATCH, min=1)
-    shapes = _mapped(_bound(model, inputs), lambda tensor: {0: dimension} if has_batch(tensor, batch) else None)
+    bound = _bound(model, inputs)
+    shapes = map_tensors(bound, lambda tensor: {0: dimension} if has_batch(tensor, batch) else None, other=_nothing)
     return _Given(inputs, shapes, hint)
 
 
@@ -241,25 +240,15 @@ def batch_size(inputs: Inputs) -> int:
     Raises:
         ModelError: there is no tensor with a dimension, or it is of size 0.
     """
-    found: list[int] = []
-    _mapped((inputs.args, dict(inputs.kwargs)), lambda tensor: found.extend(tensor.shape[:1]))
-    if not found or not found[0]:
+    sizes = [tensor.shape[0] for tensor in inputs.tensors() if tensor.ndim]
+    if not sizes or not sizes[0]:
         raise ModelError(f"example_inputs ({inputs.describe()}) have no batch dimension to leave open; {_FIXED}")
-    return found[0]
+    return sizes[0]
 
 
 def _doubled(inputs: Inputs) -> Inputs:
     """A batch of two instead of one."""
-    return with_tensors(inputs, lambda tensor: torch.cat([tensor, tensor]) if has_batch(tensor, 1) else tensor)
-
-
-def with_tensors(inputs: Inputs, change: Callable[[Tensor], Tensor]) -> Inputs:
-    """The inputs with `change` of every tensor, and everything else as it is."""
-    return Inputs(_mapped(inputs.args, change, other=_same), _mapped(dict(inputs.kwargs), change, other=_same))
-
-
-def _same(value: Any) -> Any:
-    return value
+    return inputs.map(lambda tensor: torch.cat([tensor, tensor]) if has_batch(tensor, 1) else tensor)
 
 
 def _nothing(_: Any) -> None: ...
@@ -268,17 +257,6 @@ def _nothing(_: Any) -> None: ...
 def has_batch(tensor: Tensor, batch: int) -> bool:
     """Whether the first dimension of a tensor is taken to be the batch."""
     return tensor.ndim > 0 and tensor.shape[0] == batch
-
-
-def _mapped(value: Any, change: Callable[[Tensor], Any], *, other: Callable[[Any], Any] = _nothing) -> Any:
-    """`value` with `change` of every tensor in it, and `other` of anything else that is not a container."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, Mapping):
-        return {key: _mapped(item, change, other=other) for key, item in value.items()}
-    if type(value) in (tuple, list):
-        return type(value)(_mapped(item, change, other=other) for item in value)
-    return other(value)
 
 
 def _captured(model: nn.Module, given: _Given) -> ExportedProgram:
@@ -313,9 +291,7 @@ def _first_fixed(model: nn.Module, given: _Given) -> str | None:
     found: list[str] = []
 
     def begin(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        sizes: list[Any] = []
-        _mapped((args, kwargs), lambda tensor: sizes.extend(tensor.shape[:1]))
-        for size in sizes:
+        for size in (size for tensor in tensors((args, kwargs)) for size in tensor.shape[:1]):
             if isinstance(size, torch.SymInt) and not conditions:
                 conditions.append(_conditions(size))
 

@@ -28,11 +28,11 @@ from spectrim.core.execution import (
     call,
     device_of,
     evaluating,
+    on_device_of,
     require_repeatable,
-    tensors,
-    to_device,
 )
-from spectrim.runtimes.conversion import first_line, openvino_of, to_onnx, with_tensors
+from spectrim.core.nested import tensors
+from spectrim.runtimes.conversion import first_line, openvino_of, to_onnx
 from spectrim.runtimes.timing import Lap, pass_timer
 
 if TYPE_CHECKING:
@@ -166,7 +166,7 @@ def prepare(
             proto = to_onnx(model, inputs, dynamic_batch=False)
             run, outputs = _engine(proto, _arrays(model, inputs, proto), runtime=exported, threads=threads)
         else:
-            run, outputs = _torch(model, to_device(inputs, device, copy=True), runtime=name)
+            run, outputs = _torch(model, on_device_of(model, inputs), runtime=name)
         return Prepared(run=run, outputs=outputs, resources=resources.pop_all(), device=device, threads=threads)
 
 
@@ -215,9 +215,9 @@ def _torch(model: nn.Module, inputs: Inputs, *, runtime: RuntimeName) -> _Runs:
     if runtime != "torch":
         model = _copied(model)
     if runtime == "torch-bf16":
-        model, inputs = model.to(torch.bfloat16), with_tensors(inputs, _halved)
+        model, inputs = model.to(torch.bfloat16), inputs.map(_halved)
     if runtime != "torch":
-        model, inputs = model.to(memory_format=torch.channels_last), with_tensors(inputs, _laid_out)
+        model, inputs = model.to(memory_format=torch.channels_last), inputs.map(_laid_out)
     call(model, inputs)
     function: Callable[..., Any] = model
     if runtime == "compile":
@@ -333,7 +333,7 @@ def _openvino(proto: "onnx.ModelProto", arrays: Mapping[str, NDArray[Any]], runt
 def _arrays(model: nn.Module, inputs: Inputs, proto: "onnx.ModelProto") -> dict[str, NDArray[Any]]:
     """The inputs by their names in the graph, which has them in the order of the model's own arguments."""
     given = inspect.signature(model.forward).bind(*inputs.args, **inputs.kwargs)
-    flat = [one for one in tensors((given.args, given.kwargs)) if isinstance(one, Tensor)]
+    flat = list(tensors((given.args, given.kwargs)))
     if any(one.dtype == torch.bfloat16 for one in flat):
         raise EngineError("an input is bfloat16, which cannot be given to this runtime; give float32")
     return _by_name(proto, [one.detach().contiguous().numpy() for one in flat])

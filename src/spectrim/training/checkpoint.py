@@ -17,9 +17,9 @@ from torch.optim import Optimizer
 
 from spectrim.benchmark.measurement import Epoch
 from spectrim.core.errors import FileError
+from spectrim.core.execution import unique_tensors
 from spectrim.core.files import Frozen, require_writable_folder, write_atomically
 from spectrim.layers.replacement import duplicate
-from spectrim.layers.selection import unique_tensors
 from spectrim.training.rng_state import RngState
 
 _KEY = "spectrim-training"

@@ -7,12 +7,15 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from spectrim.core.errors import PatternError, RuleError, TrainingError
-from spectrim.core.execution import Trace
 from spectrim.core.plans import Energy, Rank, Ratio
-from spectrim.layers.registry import LAYERS, forms_of, geometry, matrices
+from spectrim.layers.forms import forms_of
 from spectrim.layers.replacement import factored_at, own_bias
-from spectrim.layers.selection import Patterns, Target, find_targets, near
-from spectrim.linalg import Factors, is_finite, spectrum
+from spectrim.layers.selection import LayerSelection, Patterns, near
+from spectrim.layers.tracing import Trace
+from spectrim.layers.types import find_layer_type
+from spectrim.layers.units import SingleWeight
+from spectrim.layers.units.single_weight import find_single_weights
+from spectrim.linalg import Factors, Spectrum, is_finite, spectrum
 from spectrim.planning.rules import require_reachable
 
 LayerRule = Rank | Ratio | Energy | Mapping[str, int]
@@ -35,26 +38,26 @@ class LayerFilter:
 
     def choose(
         self, model: nn.Module, rule: LayerRule, *, trainable_rank: bool = False
-    ) -> tuple[dict[Target, int], dict[str, str]]:
+    ) -> tuple[dict[SingleWeight, int], dict[str, str]]:
         """The layers that a rule truncates with their ranks, and by name why others stay; raises as `truncated_`."""
         if not isinstance(rule, Rank | Ratio | Energy | Mapping):
             raise RuleError(f"{rule!r} does not say a rank for each layer; give Rank(20), Ratio(0.25) or Energy(0.9)")
         named = model.named_modules(remove_duplicate=False)
-        calls = Trace({}, {name: 1 for name, module in named if isinstance(module, LAYERS)})
-        targets = find_targets(model, calls, include=self.include, exclude=self.exclude, keep_last=self.keep_last)
-        for target in targets:
-            if parametrize.is_parametrized(target.module) and "parametrised" in (target.refusal or ""):
+        calls = Trace({}, {name: 1 for name, module in named if find_layer_type(module)})
+        units = find_single_weights(model, calls, LayerSelection(self.include, self.exclude, self.keep_last))
+        for unit in units:
+            if parametrize.is_parametrized(unit.layer(model)) and "parametrised" in (unit.skip_reason or ""):
                 raise TrainingError(
-                    f"{target.name} is parametrised already, perhaps truncated; call finish() or remove() of that "
+                    f"{unit.name} is parametrised already, perhaps truncated; call finish() or remove() of that "
                     "truncation, or torch's remove_parametrizations, or leave the layer out with exclude="
                 )
-        skipped = {target.name: target.refusal for target in targets if target.refusal is not None}
-        full = {target: geometry(target.module).full_rank for target in targets if target.refusal is None}
-        ranks = _ranks(rule, full)
-        unnamed = {target.name: "it is not among the ranks given" for target in full if target not in ranks}
-        whole = {target.name: f"rank {rank} is its full rank" for target, rank in ranks.items() if rank == full[target]}
+        skipped = {unit.name: unit.skip_reason for unit in units if unit.skip_reason is not None}
+        full = {unit: unit.geometry.full_rank for unit in units if unit.skip_reason is None}
+        ranks = _ranks(model, rule, full)
+        unnamed = {unit.name: "it is not among the ranks given" for unit in full if unit not in ranks}
+        whole = {unit.name: f"rank {rank} is its full rank" for unit, rank in ranks.items() if rank == full[unit]}
         ignored = {**unnamed, **({} if trainable_rank else whole)}
-        layers = {target: ranks[target] for target in full if target.name not in ignored}
+        layers = {unit: ranks[unit] for unit in full if unit.name not in ignored}
         if not layers:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in [*whole.items(), *skipped.items()][:4])
             raise TrainingError(
@@ -63,21 +66,20 @@ class LayerFilter:
         return layers, {**skipped, **ignored}
 
 
-def _ranks(rule: LayerRule, full: Mapping[Target, int]) -> dict[Target, int]:
+def _ranks(model: nn.Module, rule: LayerRule, full: Mapping[SingleWeight, int]) -> dict[SingleWeight, int]:
     """The rank of every layer that the rule applies to, given the full ranks."""
     if isinstance(rule, Mapping):
-        layers = {name: target for target in full for name in (target.name, *target.also)}
-        require_ranks(rule, {name: full[target] for name, target in layers.items()})
+        layers = {name: unit for unit in full for name in unit.names}
+        require_ranks(rule, {name: full[unit] for name, unit in layers.items()})
         return {layers[name]: rank for name, rank in rule.items()}
-    shapes = {target.name: (target.module.get_parameter("weight").shape, most) for target, most in full.items()}
-    require_reachable(rule, shapes)
+    require_reachable(rule, {unit.name: (unit.weight.shape, most) for unit, most in full.items()})
     match rule:
         case Rank(rank=rank):
             return dict.fromkeys(full, rank)
         case Ratio():
-            return {target: rule.rank_of(most) for target, most in full.items()}
+            return {unit: rule.rank_of(most) for unit, most in full.items()}
         case Energy(energy=energy):
-            return {target: spectrum(matrices(target.module)).rank_for(energy) for target in full}
+            return {unit: weight_spectrum(unit, model).rank_for(energy) for unit in full}
 
 
 def require_ranks(ranks: Mapping[str, int], full: Mapping[str, int]) -> None:
@@ -95,7 +97,16 @@ def require_finite(name: str, weight: Tensor) -> None:
         raise TrainingError(f"the weight of {name} became NaN or infinite; lower the learning rate or check the data")
 
 
-def factored(model: nn.Module, target: Target, factors: Factors) -> dict[str, nn.Module]:
-    """The factored layers, with the biases of the dense ones, for every name of a target's weight in `model`."""
-    form = forms_of(target.module)[0]
-    return factored_at(model, (target.name, *target.also), form=form, factors=factors, bias=own_bias)
+def weight_spectrum(unit: SingleWeight, model: nn.Module) -> Spectrum:
+    """The singular values of a unit's weight in `model`."""
+    return spectrum(unit.matrices(unit.layer(model).get_parameter("weight").detach()))
+
+
+def shrinks(unit: SingleWeight, rank: int) -> bool:
+    """Whether factors of this rank have fewer parameters than the weight."""
+    return forms_of(unit)[0].cost(unit, (rank,)).params < unit.geometry.dense_cost(unit.weight.positions).params
+
+
+def factored(model: nn.Module, unit: SingleWeight, factors: Factors) -> dict[str, nn.Module]:
+    """The factored layers, with the biases of the dense ones, for every name of a unit's weight in `model`."""
+    return factored_at(model, unit.names, form=forms_of(unit)[0].name, factors=factors, bias=own_bias)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.core.errors import ModelError, TrainingError
-from spectrim.layers.factored import LowRankConvTranspose2d, LowRankLayer, Tucker2Conv2d, low_rank_layers
+from spectrim.layers.factored import FactoredLayer, low_rank_layers
 from spectrim.layers.selection import Patterns
 from spectrim.training.choice import LayerRule
 from spectrim.training.project import ProjectEachEpoch
@@ -44,24 +44,16 @@ def frobenius_decay(model: nn.Module) -> Tensor:
     return sum((term.to(first.device) for term in rest), first)
 
 
-def _half_square(layer: LowRankLayer) -> Tensor:
+def _half_square(layer: FactoredLayer) -> Tensor:
     weights = [part.get_parameter("weight") for part in layer.chain]
     with torch.autocast(weights[0].device.type, enabled=False):
-        down, *core, up = [weight if weight.dtype == torch.float64 else weight.float() for weight in weights]
-        groups, rank = layer.groups, layer.rank
-        # (groups, rank, everything else); the last factor has its outputs first
-        last = up.reshape(groups, -1, rank, up[0, 0].numel()).transpose(1, 2).flatten(2)
-        outer = last @ last.mT
-        if isinstance(layer, LowRankConvTranspose2d):
-            first = down.reshape(groups, -1, rank, down[0, 0].numel()).transpose(1, 2).flatten(2)
-        else:
-            first = down.reshape(groups, layer.ranks[0], -1)
-        inner = first @ first.mT
-        if isinstance(layer, Tucker2Conv2d):
-            # the Gram matrix of the core and the first factor together: rank x rank again
-            kernel = core[0].reshape(groups, rank, layer.ranks[0], -1)
-            inner = torch.einsum("gsrk,grt,gutk->gsu", kernel, inner, kernel)
-        return (outer * inner).sum() / 2
+        factors = layer.factors([weight if weight.dtype == torch.float64 else weight.float() for weight in weights])
+        # Gram matrices, rank x rank in each group: of the outputs of all factors but the last, of the last one's inputs
+        first, *middle, last = (factor.flatten(3) if factor.ndim > 3 else factor.unsqueeze(3) for factor in factors)
+        gram = torch.einsum("grik,gsik->grs", first, first)
+        for factor in middle:
+            gram = torch.einsum("gsrk,grt,gutk->gsu", factor, gram, factor)
+        return (torch.einsum("gork,gosk->grs", last, last) * gram).sum() / 2
 
 
 @dataclass(frozen=True, eq=False)

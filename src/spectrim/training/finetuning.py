@@ -13,10 +13,11 @@ from torch import nn
 
 from spectrim.core.distributed import Accelerator
 from spectrim.core.errors import PatternError, TrainingError
-from spectrim.core.execution import WATCHED, device_of, evaluating
+from spectrim.core.execution import device_of, evaluating
 from spectrim.layers.factored import is_low_rank, low_rank_layers
 from spectrim.layers.replacement import duplicate
 from spectrim.layers.selection import Patterns, near
+from spectrim.layers.types import find_layer_type
 from spectrim.training.checkpoint import Checkpoint, fingerprint
 from spectrim.training.history import History
 from spectrim.training.loop import EpochData, Step, TrainingRun, train_in_place
@@ -152,7 +153,7 @@ def _head(model: nn.Module) -> nn.Module:
     heads = [
         module
         for module in model.modules()
-        if (is_low_rank(module) or isinstance(module, WATCHED)) and id(module) not in inner
+        if (is_low_rank(module) or find_layer_type(module)) and id(module) not in inner
         if next(module.parameters(), None) is not None
     ]
     if not heads:

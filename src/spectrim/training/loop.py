@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from spectrim.benchmark.measurement import Epoch, accuracy
-from spectrim.core.distributed import Accelerator, averaging, several, share_of, total
+from spectrim.core.distributed import Accelerator, ddp, if_distributed, share_of, total
 from spectrim.core.errors import DataError, TrainingError
-from spectrim.layers.selection import unique_tensors
+from spectrim.core.execution import unique_tensors
 from spectrim.training.checkpoint import Checkpoint, Progress, Saved
 from spectrim.training.history import History
 from spectrim.training.objective import StepResult, step_result
@@ -129,8 +129,8 @@ class _Loop:
 
     def __init__(self, run: TrainingRun, trained: Sequence[nn.Parameter]) -> None:
         self.run, self.trained = run, trained
-        self.others = several(run.accelerator)
-        self.network = averaging(run.model, self.others) if self.others else run.model
+        self.others = if_distributed(run.accelerator)
+        self.network = ddp(run.model, self.others) if self.others else run.model
         self.optimiser = run.settings.make_optimiser(trained)
         self.saved = Saved()
         # consistent: weights, optimiser and `saved` are of the same moment

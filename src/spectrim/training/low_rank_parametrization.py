@@ -1,22 +1,22 @@
 """The best low-rank approximation of one weight, updated while the weight is trained."""
 
 from dataclasses import replace
-from typing import Any
+from math import prod
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from spectrim.core.errors import ModelError, TrainingError
-from spectrim.layers.registry import as_kernels, as_stored, geometry
-from spectrim.layers.selection import Target
-from spectrim.linalg import Factors, Truncated, algebra, truncate, truncate_exactly
+from spectrim.layers.units import SingleWeight
+from spectrim.linalg import Factors, Truncated, to_float64, truncate, truncate_exactly
 
 
 class LowRankParametrization(nn.Module):
     """Maps W to W_D, its best approximation of rank D, which is computed once for every value of W.
 
     Attributes:
-        sizes: Of the weight.
+        unit: The weight.
         basis: (groups, min(out, in), a quarter of that), the subspace from which the next approximation starts: as many
             columns as the rank needs, then zeros, so that the shape does not depend on the rank. Only training changes
             it. Like the rank it is part of the state, so that a resumed run computes the same.
@@ -26,14 +26,14 @@ class LowRankParametrization(nn.Module):
     basis: Tensor
     rank: Tensor
 
-    def __init__(self, target: Target, *, rank: int, exact: bool, residual_decay: float) -> None:
+    def __init__(
+        self, unit: SingleWeight, weight: nn.Parameter, *, rank: int, exact: bool, residual_decay: float
+    ) -> None:
         super().__init__()
-        self._name, self.sizes = target.name, geometry(target.module)
-        self._exact, self._decay = exact, residual_decay
-        weight = target.module.get_parameter("weight")
-        side = min(self.sizes.out, self.sizes.width)
+        self.unit, self._exact, self._decay = unit, exact, residual_decay
+        side = unit.geometry.full_rank
         self.register_buffer("rank", torch.tensor(rank, device=weight.device))
-        self.register_buffer("basis", weight.new_zeros(self.sizes.groups, side, side // 4).detach())
+        self.register_buffer("basis", weight.new_zeros(unit.geometry.groups, side, side // 4).detach())
         # plain numbers, with the versions of the buffers that they were read from
         self._rank_read = (rank, _version(self.rank))
         self._columns_read = (0, _version(self.basis))
@@ -60,7 +60,7 @@ class LowRankParametrization(nn.Module):
     @property
     def is_identity(self) -> bool:
         """Whether W_D is W."""
-        return self.present_rank() == self.sizes.full_rank
+        return self.present_rank() == self.unit.geometry.full_rank
 
     def mark_current(self, weight: Tensor) -> None:
         """Take the cached W_D as that of the present weight."""
@@ -89,14 +89,14 @@ class LowRankParametrization(nn.Module):
     def factors(self, weight: Tensor) -> Factors:
         """(down, up) in float64, (groups, rank, in, *kernel) and (groups, out, rank)."""
         self._update(weight)
-        up = torch.stack([algebra(part.left) for part in self._parts])
-        down = torch.stack([algebra(part.right).mT for part in self._parts])
-        return down.reshape(*down.shape[:2], self.sizes.into, *self.sizes.kernel), up
+        up = torch.stack([to_float64(part.left_factor) for part in self._parts])
+        down = torch.stack([to_float64(part.right_factor).mT for part in self._parts])
+        return down.reshape(*down.shape[:2], *self.unit.geometry.shape[2:]), up
 
     def basis_for(self, weight: Tensor, rank: int) -> Tensor:
         """The basis (groups, side, n) from which another rank starts: a part of the present one if that is enough."""
         columns = self._columns()
-        if rank == self.sizes.full_rank:
+        if rank == self.unit.geometry.full_rank:
             return self.basis[..., :0].clone()
         if columns and rank <= self.present_rank():
             return self.basis[..., : columns - self.present_rank() + rank].clone()
@@ -116,10 +116,11 @@ class LowRankParametrization(nn.Module):
             lowered, most = [], 1
             for part in parts:
                 # one of the two has orthonormal columns, the other orthogonal ones as long as the singular values
-                norms = [torch.linalg.vector_norm(factor.double(), dim=0) for factor in (part.left, part.right)]
-                shares = (1 - amount / (norms[0] * norms[1]).clamp(min=1e-300)).clamp(min=0)
+                both = (part.left_factor, part.right_factor)
+                values = prod(torch.linalg.vector_norm(factor.double(), dim=0) for factor in both)
+                shares = (1 - amount / cast(Tensor, values).clamp(min=1e-300)).clamp(min=0)
                 most = max(most, int((shares > 0).sum()))
-                lowered.append(replace(part, left=part.left * shares.to(part.left.dtype)))
+                lowered.append(replace(part, left_factor=part.left_factor * shares.to(part.left_factor.dtype)))
             return self._multiplied(lowered).to(weight.dtype), most
 
     def _key_of(self, weight: Tensor) -> tuple[object, ...]:
@@ -158,22 +159,22 @@ class LowRankParametrization(nn.Module):
         off = torch.autocast(weight.device.type, enabled=False)
         with torch.inference_mode(mode=False), torch.no_grad(), off:
             dtype = weight.dtype if weight.dtype == torch.float64 else torch.float32
-            groups = as_kernels(weight.detach(), self.sizes).flatten(2).to(dtype)
+            groups = self.unit.matrices(weight.detach()).to(dtype)
             starts = [None] * len(groups) if basis is None else list(basis.to(dtype))
             try:
                 if exact:
                     return [truncate_exactly(W, rank) for W in groups]
                 return [truncate(W, rank, basis=V) for W, V in zip(groups, starts, strict=True)]
             except ModelError as error:
-                raise TrainingError(f"{self._name}: {error}; lower the learning rate or check the data") from error
+                raise TrainingError(f"{self.unit.name}: {error}; lower the learning rate or check the data") from error
 
     def _multiplied(self, parts: list[Truncated]) -> Tensor:
         """W_D as the layer stores its weight."""
-        sizes, off = self.sizes, torch.autocast(parts[0].left.device.type, enabled=False)
+        off = torch.autocast(parts[0].left_factor.device.type, enabled=False)
         with torch.inference_mode(mode=False), torch.no_grad(), off:
             # a single matrix needs no copy
             matrices = parts[0].matrix.unsqueeze(0) if len(parts) == 1 else torch.stack([part.matrix for part in parts])
-            return as_stored(matrices.reshape(sizes.groups, sizes.out, sizes.into, *sizes.kernel), sizes)
+            return self.unit.to_weight(matrices)
 
 
 def _sum_of_bits(weight: Tensor) -> Tensor:

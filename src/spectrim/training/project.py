@@ -9,10 +9,9 @@ from torch.optim import Optimizer
 
 from spectrim.core.errors import TrainingError
 from spectrim.core.plans import Energy
-from spectrim.layers.registry import Geometry, as_kernels, as_stored, geometry
-from spectrim.layers.replacement import duplicate
-from spectrim.layers.selection import Target, replace
-from spectrim.linalg import Factors, algebra
+from spectrim.layers.replacement import duplicate, replace
+from spectrim.layers.units import SingleWeight
+from spectrim.linalg import Factors, to_float64
 from spectrim.training.choice import LayerFilter, LayerRule, factored, require_finite
 
 # what torch's optimisers call the running mean of the gradient
@@ -64,15 +63,14 @@ class ProjectEachEpoch(LayerFilter):
             PatternError: a pattern matches no layer.
             TrainingError: no layer is left to project, one is parametrised, or a weight became NaN; nothing is changed.
         """
-        projections = [
-            (target, _Projection.of(target, rank)) for target, rank in self.choose(model, self.rule)[0].items()
-        ]
+        chosen, _ = self.choose(model, self.rule)
+        projections = [_Projection.of(unit, model, rank) for unit, rank in chosen.items()]
         errors: dict[str, float] = {}
         with torch.no_grad():
-            for target, projection in projections:
-                weight = target.module.get_parameter("weight")
+            for projection in projections:
+                weight = projection.unit.layer(model).get_parameter("weight")
                 weight.copy_(projection.weight)
-                errors[target.name] = projection.error
+                errors[projection.unit.name] = projection.error
                 state = {} if optimizer is None else optimizer.state.get(weight, {})
                 for momentum in (state[name] for name in _MOMENTUM if isinstance(state.get(name), Tensor)):
                     momentum.copy_(projection.tangent(momentum))
@@ -101,11 +99,11 @@ class ProjectEachEpoch(LayerFilter):
         """
         copied = duplicate(model)
         replacements: dict[str, nn.Module] = {}
-        for target, rank in self.choose(copied, self.rule)[0].items():
+        for unit, rank in self.choose(copied, self.rule)[0].items():
             # Energy asks anew each time, so a weight below its full rank has been projected already
-            at_most = geometry(target.module).full_rank if isinstance(self.rule, Energy) else rank
-            projection = _Projection.of(target, rank, at_most=at_most)
-            replacements |= factored(copied, target, projection.factors)
+            at_most = unit.geometry.full_rank if isinstance(self.rule, Energy) else rank
+            projection = _Projection.of(unit, copied, rank, at_most=at_most)
+            replacements |= factored(copied, unit, projection.factors)
         replace(copied, replacements)
         return copied
 
@@ -114,43 +112,39 @@ class ProjectEachEpoch(LayerFilter):
 class _Projection:
     """U S V^T, in float64: (groups, out, rank), (groups, rank), (groups, rank, n)."""
 
-    sizes: Geometry
+    unit: SingleWeight
     U: Tensor
     S: Tensor
     Vh: Tensor
     error: float
 
     @classmethod
-    def of(cls, target: Target, rank: int, *, at_most: int = 0) -> "_Projection":
+    def of(cls, unit: SingleWeight, model: nn.Module, rank: int, *, at_most: int = 0) -> "_Projection":
         """The best approximation of a weight at a rank; at the weight's own rank, if that is below `at_most`."""
-        weight, sizes = target.module.get_parameter("weight"), geometry(target.module)
-        require_finite(target.name, weight)
-        U, S, Vh = torch.linalg.svd(as_kernels(algebra(weight), sizes).flatten(2), full_matrices=False)
-        tolerance = torch.finfo(weight.dtype).eps * max(sizes.out, sizes.width) * S[:, :1]
+        weight = unit.layer(model).get_parameter("weight")
+        require_finite(unit.name, weight)
+        U, S, Vh = torch.linalg.svd(unit.matrices(to_float64(weight)), full_matrices=False)
+        tolerance = torch.finfo(weight.dtype).eps * max(unit.geometry.out, unit.geometry.width) * S[:, :1]
         own = int((tolerance < S).sum(dim=1).max())
         rank = own if 0 < own < at_most else rank
         total = float(S.square().sum())
         error = (float(S[:, rank:].square().sum()) / total) ** 0.5 if total > 0 else 0.0
-        return cls(sizes, U[:, :, :rank], S[:, :rank], Vh[:, :rank], error)
+        return cls(unit, U[:, :, :rank], S[:, :rank], Vh[:, :rank], error)
 
     @property
     def factors(self) -> Factors:
         """(down, up), (groups, rank, in, *kernel) and (groups, out, rank)."""
-        down = self.Vh.reshape(*self.S.shape, self.sizes.into, *self.sizes.kernel)
+        down = self.Vh.reshape(*self.S.shape, *self.unit.geometry.shape[2:])
         return down, self.U * self.S.unsqueeze(1)
 
     @property
     def weight(self) -> Tensor:
         """W_D, as the layer stores its weight."""
-        return self._stored((self.U * self.S.unsqueeze(1)) @ self.Vh)
+        return self.unit.to_weight((self.U * self.S.unsqueeze(1)) @ self.Vh)
 
     def tangent(self, momentum: Tensor) -> Tensor:
         """A tensor like the weight, projected onto the tangent space at W_D."""
-        M = as_kernels(algebra(momentum), self.sizes).flatten(2)
+        M = self.unit.matrices(to_float64(momentum))
         outside = M - self.U @ (self.U.mT @ M)
         outside = outside - (outside @ self.Vh.mT) @ self.Vh
-        return self._stored(M - outside)
-
-    def _stored(self, matrices: Tensor) -> Tensor:
-        sizes = self.sizes
-        return as_stored(matrices.reshape(sizes.groups, sizes.out, sizes.into, *sizes.kernel), sizes)
+        return self.unit.to_weight(M - outside)

@@ -10,14 +10,16 @@ import numpy as np
 from pydantic import Field, ValidationError
 from torch.optim import Optimizer
 
-from spectrim.benchmark.measurement import count_macs
 from spectrim.core.errors import RuleError, TrainingError
-from spectrim.core.execution import as_inputs, trace
+from spectrim.core.execution import as_inputs
 from spectrim.core.files import Frozen
 from spectrim.core.plans import Budget, Energy
-from spectrim.layers.registry import Positions
+from spectrim.layers.cost import count_macs
+from spectrim.layers.forms import forms_of
+from spectrim.layers.tracing import trace
+from spectrim.layers.types import Positions
 from spectrim.linalg import Spectrum
-from spectrim.planning.knapsack import Allocation, Menu
+from spectrim.planning.knapsack import Allocation, KnapsackItem
 from spectrim.training.truncated import Truncation
 
 
@@ -257,19 +259,22 @@ class _Costs:
     @classmethod
     def of(cls, truncation: Truncation, example_inputs: Any, *, unit: Literal["params", "macs"]) -> "_Costs":
         dense = sum(parameter.numel() for parameter in truncation.model.parameters())
-        positions = {name: Positions() for name in truncation.weights()}
+        truncation.weights()
+        weights = dict(truncation.units)
         if unit == "macs":
             traced = trace(truncation.model, as_inputs(example_inputs)).positions
-            for name, target in truncation.targets.items():
-                positions[name] = sum((traced.get(site, Positions()) for site in target.sites), Positions())
+            for name, weight in weights.items():
+                places = (traced.get(site, Positions()) for site in weight.call_sites)
+                weights[name] = weight.at(sum(places, Positions()))
             # after the trace has updated all truncations, so that only the layers themselves multiply
             dense = count_macs(truncation.model, example_inputs)
         finished, options = {}, {}
-        for name, sizes in truncation.sizes.items():
-            whole = sizes.dense_cost(positions[name])
-            costs = {rank: sizes.cost("channel", (rank,), positions[name]) for rank in range(1, sizes.full_rank + 1)}
+        for name, weight in weights.items():
+            full, form = weight.geometry.full_rank, forms_of(weight)[0]
+            whole = weight.geometry.dense_cost(weight.weight.positions)
+            costs = {rank: form.cost(weight, (rank,)) for rank in range(1, full + 1)}
             smaller = [rank for rank, cost in costs.items() if cost.params < whole.params and cost.macs <= whole.macs]
-            options[name] = [sizes.full_rank, *smaller]
+            options[name] = [full, *smaller]
             costs |= {rank: whole for rank in costs if truncation.stays_dense(name, rank)}
             finished[name] = {rank: int(getattr(cost, unit)) for rank, cost in costs.items()}
         rest = dense - sum(costs[full] for costs, (full, *_) in zip(finished.values(), options.values(), strict=True))
@@ -297,7 +302,7 @@ class _Costs:
             total = float(np.square(spectra[name].values).sum())
             lost = spectra[name].tail_energy[np.array(ranks) - 1]
             costs = np.array([self.finished[name][rank] for rank in ranks], dtype=np.int64)
-            items.append(Menu(costs, lost / total if total > 0 else np.zeros(len(ranks))))
+            items.append(KnapsackItem(costs, lost / total if total > 0 else np.zeros(len(ranks))))
         limit = int(budget * self.dense) - self.rest
-        solution = Allocation.of(items, limit=limit).pick(limit)
+        solution = Allocation.of(items, limit=limit).solve(limit)
         return {name: ranks[at] for (name, ranks), at in zip(self.options.items(), solution, strict=True)}

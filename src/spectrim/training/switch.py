@@ -12,9 +12,7 @@ from torch import nn
 from spectrim.core.errors import TrainingError
 from spectrim.core.files import Frozen
 from spectrim.core.plans import Ratio
-from spectrim.layers.registry import Positions, geometry, matrices
-from spectrim.linalg import spectrum
-from spectrim.training.choice import LayerFilter, require_finite
+from spectrim.training.choice import LayerFilter, require_finite, shrinks, weight_spectrum
 
 
 class StableRanks(Frozen):
@@ -91,16 +89,16 @@ class Switch(LayerFilter):
             TrainingError: a weight became NaN, or the layers are not those of the first call.
         """
         layers, _ = self.choose(model, Ratio(1.0), trainable_rank=True)
-        full = {target.name: rank for target, rank in layers.items()}
+        full = {unit.name: rank for unit, rank in layers.items()}
         if self.history and full != self._state.full:
             raise TrainingError(
                 f"the layers are {', '.join(full)}, and were {', '.join(self._state.full)} at the first look; "
                 "make a new Switch for another model"
             )
         stable = {}
-        for target in layers:
-            require_finite(target.name, target.module.get_parameter("weight"))
-            stable[target.name] = spectrum(matrices(target.module)).stable_rank
+        for unit in layers:
+            require_finite(unit.name, unit.layer(model).get_parameter("weight"))
+            stable[unit.name] = weight_spectrum(unit, model).stable_rank
         first = self.history[0].stable if self.history else stable
         # a weight that starts from zero gives no scale
         scaled = {name: rank * (full[name] / first[name] if first[name] > 0 else 1.0) for name, rank in stable.items()}
@@ -113,13 +111,8 @@ class Switch(LayerFilter):
             for name in now
         ):
             return None
-        smaller = {}
-        for target in layers:
-            sizes, name = geometry(target.module), target.name
-            rank = min(full[name], max(1, math.ceil(scaled[name] - 1e-9)))
-            if sizes.cost("channel", (rank,), Positions()).params < sizes.dense_cost(Positions()).params:
-                smaller[name] = rank
-        return smaller
+        ranks = {unit: min(full[unit.name], max(1, math.ceil(scaled[unit.name] - 1e-9))) for unit in layers}
+        return {unit.name: rank for unit, rank in ranks.items() if shrinks(unit, rank)}
 
     def state_dict(self) -> dict[str, Any]:
         """What is needed to resume, in types that JSON has."""

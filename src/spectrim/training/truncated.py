@@ -9,10 +9,11 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from spectrim.core.errors import PatternError, RuleError, TrainingError
-from spectrim.layers.registry import Geometry, Positions, as_kernels
-from spectrim.layers.selection import Patterns, Target, near, replace
+from spectrim.layers.replacement import replace
+from spectrim.layers.selection import Patterns, near
+from spectrim.layers.units import SingleWeight
 from spectrim.linalg import Spectrum, spectrum
-from spectrim.training.choice import LayerFilter, LayerRule, factored, require_finite, require_ranks
+from spectrim.training.choice import LayerFilter, LayerRule, factored, require_finite, require_ranks, shrinks
 from spectrim.training.low_rank_parametrization import LowRankParametrization
 
 
@@ -62,34 +63,37 @@ def truncated_(
         raise TrainingError(f"residual_decay={residual_decay!r} is not a share from 0 (as published) to 1, such as 0.1")
     layer_filter = LayerFilter(include=include, exclude=exclude, keep_last=keep_last)
     chosen, skipped = layer_filter.choose(model, rule, trainable_rank=trainable_rank)
+    decay = float(residual_decay)
     layers = {
-        target.name: LowRankParametrization(target, rank=rank, exact=exact, residual_decay=float(residual_decay))
-        for target, rank in chosen.items()
+        unit: LowRankParametrization(
+            unit, unit.layer(model).get_parameter("weight"), rank=rank, exact=exact, residual_decay=decay
+        )
+        for unit, rank in chosen.items()
     }
-    targets = {target.name: target for target in chosen}
-    for name, layer in layers.items():
-        for site in targets[name].sites:
+    for unit, layer in layers.items():
+        for site in unit.call_sites:
             # layers that share a weight share its parametrisation, so that its residual decays once
             parametrize.register_parametrization(model.get_submodule(site), "weight", layer)
-        layer.train(targets[name].module.training).mark_current(_original(targets[name].module))
-    return Truncation(model, targets, skipped, layers, trainable_rank)
+        layer.train(unit.layer(model).training).mark_current(_original(unit.layer(model)))
+    named = {unit.name: layer for unit, layer in layers.items()}
+    return Truncation(model, {unit.name: unit for unit in chosen}, skipped, named, trainable_rank)
 
 
 @dataclass(eq=False, repr=False)
 class Truncation:
     """What `truncated_` did to a model, and how to change it and to end it, by `finish()` or `remove()`.
 
-    Layers go by the first name of each truncated weight. Every method but `ranks`, `sizes` and `stays_dense` raises
-    `TrainingError` once the truncation has ended.
+    Layers go by the first name of each truncated weight. Once the truncation has ended, every method but `ranks`,
+    `full_ranks` and `stays_dense` raises `TrainingError`.
 
     Attributes:
         model: The model.
-        targets: Where each truncated weight is used.
+        units: The truncated weights.
         skipped: Of every layer that is not truncated, why it was left alone.
     """
 
     model: nn.Module
-    targets: Mapping[str, Target]
+    units: Mapping[str, SingleWeight]
     skipped: Mapping[str, str]
     _layers: Mapping[str, LowRankParametrization]
     _trainable_rank: bool
@@ -101,28 +105,27 @@ class Truncation:
         return {name: layer.present_rank() for name, layer in self._layers.items()}
 
     @property
-    def sizes(self) -> Mapping[str, Geometry]:
-        """The sizes of every truncated weight, with its `full_rank`."""
-        return {name: layer.sizes for name, layer in self._layers.items()}
+    def full_ranks(self) -> Mapping[str, int]:
+        """The full rank of every truncated weight."""
+        return {name: unit.geometry.full_rank for name, unit in self.units.items()}
 
     def stays_dense(self, name: str, rank: int) -> bool:
         """Whether `finish()` leaves a layer dense: at full rank and, with `trainable_rank`, if factors are larger."""
-        sizes, nowhere = self._layers[name].sizes, Positions()
-        grows = sizes.cost("channel", (rank,), nowhere).params >= sizes.dense_cost(nowhere).params
-        return rank == sizes.full_rank or (self._trainable_rank and grows)
+        unit = self.units[name]
+        return rank == unit.geometry.full_rank or (self._trainable_rank and not shrinks(unit, rank))
 
     def weights(self) -> Mapping[str, nn.Parameter]:
         """The full weight W of every truncated layer, which is what is trained."""
         if self._ended:
             raise TrainingError("this truncation has ended already; call truncated_ again to start another")
-        return {name: _original(target.module) for name, target in self.targets.items()}
+        return {name: _original(unit.layer(self.model)) for name, unit in self.units.items()}
 
     def spectra(self) -> Mapping[str, Spectrum]:
         """The singular values of every full weight W as it is now; raises `TrainingError` if one became NaN."""
         spectra = {}
         for name, weight in self.weights().items():
             require_finite(name, weight)
-            spectra[name] = spectrum(as_kernels(weight.detach(), self._layers[name].sizes).flatten(2))
+            spectra[name] = spectrum(self.units[name].matrices(weight.detach()))
         return spectra
 
     def set_ranks(self, ranks: Mapping[str, int]) -> None:
@@ -137,7 +140,7 @@ class Truncation:
             TrainingError: a weight became NaN. Nothing is changed in any case.
         """
         weights, present = self.weights(), self.ranks
-        require_ranks(ranks, {name: sizes.full_rank for name, sizes in self.sizes.items()})
+        require_ranks(ranks, self.full_ranks)
         for name in ranks:
             require_finite(name, weights[name])
         changed = {name: rank for name, rank in ranks.items() if rank != present[name]}
@@ -184,13 +187,13 @@ class Truncation:
         """
         replacements: dict[str, nn.Module] = {}
         for name, weight in self._end().items():
-            target, layer = self.targets[name], self._layers[name]
+            unit, layer = self.units[name], self._layers[name]
             if self.stays_dense(name, layer.present_rank()):
                 self._make_plain(name, weight)
                 continue
             factors = layer.factors(weight)
-            self._unregister(target)
-            replacements |= factored(self.model, target, factors)
+            self._unregister(unit)
+            replacements |= factored(self.model, unit, factors)
         replace(self.model, replacements)
         return self.model
 
@@ -212,12 +215,12 @@ class Truncation:
 
     def _make_plain(self, name: str, weight: nn.Parameter) -> None:
         low_rank = self._layers[name](weight).detach()
-        self._unregister(self.targets[name])
+        self._unregister(self.units[name])
         with torch.no_grad():
             weight.copy_(low_rank)
 
-    def _unregister(self, target: Target) -> None:
-        for site in target.sites:
+    def _unregister(self, unit: SingleWeight) -> None:
+        for site in unit.call_sites:
             layer = self.model.get_submodule(site)
             if len(layer.parametrizations) > 1:  # type: ignore[arg-type]
                 parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)

@@ -1,4 +1,4 @@
-"""Types of layers: how each kind of ordinary layer holds a matrix. A new one is a file here and a line in `LAYER_TYPES`."""
+"""Types of layers: how each kind holds a matrix. A new one is a file here and a line in `LAYER_TYPES`."""
 
 from torch import nn
 

@@ -97,8 +97,9 @@ class OnnxGraph(Protocol):
 class LayerType(ABC):
     """How one kind of ordinary layer holds a matrix. A new kind is a new file here and an entry in `LAYER_TYPES`.
 
-    A weight is worked on as (groups, out, in, *kernel), whatever the layer stores; groups are the blocks on the diagonal
-    of the whole matrix. Rows are what this matrix multiplies: (groups, n, in * kernel places) in, (groups, n, out) out.
+    A weight is worked on as (groups, out, in, *kernel), whatever the layer stores; groups are the blocks on the
+    diagonal of the whole matrix. Rows are what it multiplies, (groups, n, in * kernel places), and what it gives,
+    (groups, n, out).
 
     Attributes:
         name: The class of the layers, for messages and tables.
@@ -175,7 +176,7 @@ class LayerType(ABC):
             into: Inputs of all groups; the layer's own by default.
             out: Outputs of all groups; the layer's own by default.
             bias: Whether it has one.
-            axis: Of a kernel, the only dimension in which the options are kept; along the others the layer does nothing.
+            axis: The only dimension of the kernel that keeps its options; along the others the layer does nothing.
         """
 
     @abstractmethod

@@ -68,10 +68,11 @@ class Unit:
     - a head's value and output, or its query and key: the inner space is the head's dimension;
     - the weights that read one input (query, key and value; gate and up): they share the factor that reads it.
 
-    A kind of unit is a subclass in a file of its own, which says what its weights are to each other (`Mlp.up`, ..), with
-    a function that finds all units of the kind in a traced model, and a line in `UNIT_FINDERS`. Units are found by what
-    the model does, never by its class alone. What can be done with a unit is up to the forms: `Form.fits` knows the
-    kind. All else goes by the attributes here. A weight may belong to several units; a plan takes units that share none.
+    A kind of unit is a subclass in a file of its own, which says what its weights are to each other (`Mlp.up`, ..),
+    with a function that finds all units of the kind in a traced model, and a line in `UNIT_FINDERS`. Units are found by
+    what the model does, never by its class alone. What can be done with a unit is up to the forms: `Form.fits` knows
+    the kind. All else goes by the attributes here. A weight may belong to several units; a plan takes units that share
+    none.
 
     Attributes:
         kind: What it is called in tables.

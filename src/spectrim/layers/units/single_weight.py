@@ -1,7 +1,7 @@
 """A weight by itself, and every layer that uses it."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -33,6 +33,24 @@ class SingleWeight(Unit):
         """Its sizes; only of a weight that holds a matrix."""
         assert self.weight.geometry is not None
         return self.weight.geometry
+
+    def layer(self, model: nn.Module) -> nn.Module:
+        """The layer under its name in a model."""
+        return model.get_submodule(self.name)
+
+    def matrices(self, weight: Tensor) -> Tensor:
+        """A tensor that is shaped as the stored weight as (groups, out, in * kernel places)."""
+        assert self.weight.layer_type is not None
+        return self.weight.layer_type.to_kernels(weight, self.geometry).flatten(2)
+
+    def to_weight(self, matrices: Tensor) -> Tensor:
+        """The inverse of `matrices`."""
+        assert self.weight.layer_type is not None
+        return self.weight.layer_type.to_weight(matrices.reshape(self.geometry.shape), self.geometry)
+
+    def at(self, positions: Positions) -> "SingleWeight":
+        """The same where a pass handles so many vectors."""
+        return replace(self, weights=(replace(self.weight, positions=positions),))
 
 
 def find_single_weights(model: nn.Module, trace: Trace, selection: LayerSelection) -> tuple[SingleWeight, ...]:
