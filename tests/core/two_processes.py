@@ -46,7 +46,7 @@ def statistics(calibration: st.Calibration) -> dict[str, Tensor]:
     found = {"batches": torch.tensor(calibration.batches)}
     for name, one in calibration.moments.items():
         found |= {f"{name}.count": torch.tensor(one.count), f"{name}.mean": one.mean, f"{name}.cov": one.covariance}
-        found |= {f"{name}.noise": torch.tensor(one.noise)} | (
+        found |= {f"{name}.rounding_tolerance": torch.tensor(one.rounding_tolerance)} | (
             {} if one.output_grad_covariance is None else {f"{name}.output_grad_covariance": one.output_grad_covariance}
         )
     return {name: tensor.contiguous() for name, tensor in found.items()}
