@@ -10,7 +10,8 @@ from spectrim.core.files import Frozen, parse, read_text, require_writable_folde
 from spectrim.layers.saving import save
 from spectrim.recipes.files import read_recipe, recipe_text
 from spectrim.recipes.images import Images
-from spectrim.recipes.outcome import Network, SeedOutcome, model_file, versions
+from spectrim.recipes.results import model_file, versions
+from spectrim.recipes.seed import SeedResult
 from spectrim.recipes.study import Study
 from spectrim.reporting import Results, report
 from spectrim.runtimes.sessions import fingerprint
@@ -60,7 +61,7 @@ class RunFolder:
         """
         if self._is_begun:
             _require_same(self.path, study)
-        require_writable_folder(next(one for one in (self.path, *self.path.parents) if one.exists()))
+        require_writable_folder(next(path for path in (self.path, *self.path.parents) if path.exists()))
 
     def claim(self, study: Study) -> None:
         """Take the folder for a run of `study`, and note the recipe in it; raises as `require_free` does."""
@@ -73,24 +74,22 @@ class RunFolder:
     def _is_begun(self) -> bool:
         """Whether a recipe lies here that is more than a trace of a run that stopped before anything came of it."""
         recipe, parts = self.path / RECIPE, self.path / PARTS
-        is_trace = parts.is_dir() and all(one in (recipe, parts) or one.is_dir() for one in self.path.rglob("*"))
+        is_trace = parts.is_dir() and all(path in (recipe, parts) or path.is_dir() for path in self.path.rglob("*"))
         return recipe.exists() and not is_trace
 
-    def keep(
-        self, study: Study, results: Results, *, seeds: Sequence[SeedOutcome], chosen: Network, images: Images
-    ) -> None:
+    def save(self, study: Study, results: Results, *, seeds: Sequence[SeedResult], images: Images) -> None:
         """Write everything; the manifest last, so that it is there only for a whole run."""
         write_text(self.path / RECIPE, recipe_text(study))
-        kept = [RECIPE, RESULTS, REPORT, MODEL]
-        for outcome in seeds:
-            models = {"dense": outcome.dense, **{one.name: one.model for one in outcome.networks}}
-            for name, model in models.items():
-                kept.append(model_file(name, outcome.seed))
-                save(model, self.path / kept[-1])
+        files = [RECIPE, RESULTS, REPORT, MODEL]
+        for seed in seeds:
+            for network in (seed.dense, *seed.networks):
+                files.append(model_file(network.name, seed.seed))
+                save(network.model, self.path / files[-1])
+        chosen = next(network for network in seeds[0].networks if network.name == results.chosen)
         save(chosen.model, self.path / MODEL)
         if chosen.plan is not None:
             chosen.plan.save(self.path / PLAN)
-            kept.append(PLAN)
+            files.append(PLAN)
         results.save(self.path / RESULTS)
         report(results, self.path / REPORT)
         manifest = Manifest(
@@ -102,7 +101,7 @@ class RunFolder:
             dataset=study.dataset,
             source=images.source,
             data=images.checksums,
-            files={name: sha256_of(self.path / name) for name in sorted(kept)},
+            files={name: sha256_of(self.path / name) for name in sorted(files)},
         )
         write_text(self.path / MANIFEST, manifest.model_dump_json(indent=1) + "\n")
 
@@ -127,9 +126,9 @@ def _require_same(path: Path, study: Study) -> None:
         return
     if there.name != study.name:
         raise FileError(f"{path} holds a run of another recipe, {there.name}; {advice}")
-    one, other = (each.model_dump(mode="json") for each in (there, study))
+    old, new = (each.model_dump(mode="json") for each in (there, study))
     trained = any(part.is_file() for part in (path / PARTS).rglob("*"))
-    names = [name for name in other if one.get(name) != other[name] and name not in ("seeds", "title", "command")]
+    names = [name for name in new if old.get(name) != new[name] and name not in ("seeds", "title", "command")]
     raise FileError(
         f"{path} holds a run of {study.name} with other settings ({', '.join(names)}"
         f"{', it was a quick look' if there.is_quick else ''}); {advice}"

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from spectrim.core.errors import ModelError
 from spectrim.core.execution import evaluating
-from spectrim.recipes.images import Batch, Minibatches, Part
-from spectrim.recipes.tuning import Tuned
-from spectrim.training import Finetuned, finetune
+from spectrim.recipes.images import Batch, Minibatches, Split
+from spectrim.recipes.seed import Part
+from spectrim.recipes.study import Tuned
+from spectrim.training import finetune
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,18 +37,18 @@ class Features:
     views: int = 1
 
     @classmethod
-    def of(cls, model: nn.Module, layer: str, *, train: Part, held_out: Part, mirrored: bool = False) -> "Features":
+    def of(cls, model: nn.Module, layer: str, *, train: Split, held_out: Split, mirrored: bool = False) -> "Features":
         """Run the images through the network once, and once more `mirrored`.
 
         Raises:
             ModelError: the network's answer is not what the layer gives.
         """
         views = [train, train.mirrored()] if mirrored else [train]
-        seen = [each for view in views for each in _received(model, layer, view)]
-        received, labels = (torch.cat(each) for each in zip(*seen, strict=True))
-        return cls(received, labels, list(_received(model, layer, held_out)), len(views))
+        batches = [batch for view in views for batch in _received(model, layer, view)]
+        features, labels = (torch.cat(tensors) for tensors in zip(*batches, strict=True))
+        return cls(features, labels, list(_received(model, layer, held_out)), len(views))
 
-    def answers(self, layer: nn.Module, *, label_share: float = 0.0) -> Tensor:
+    def soft_targets(self, layer: nn.Module, *, label_share: float = 0.0) -> Tensor:
         """What is to be learnt of a layer: logits (V * N, C), the mean over an image's views for each of them.
 
         Args:
@@ -55,47 +56,47 @@ class Features:
             label_share: Of the true label in the probabilities that are learnt.
         """
         with evaluating(layer):
-            given: Tensor = layer(self.train).unflatten(0, (self.views, -1))
-        taught = given.mean(dim=0).repeat(self.views, 1)
+            logits: Tensor = layer(self.train).unflatten(0, (self.views, -1))
+        mean = logits.mean(dim=0).repeat(self.views, 1)
         if not label_share:
-            return taught
-        mixed = taught.log_softmax(dim=1) + log1p(-label_share)
+            return mean
+        mixed = mean.log_softmax(dim=1) + log1p(-label_share)
         rows = torch.arange(len(mixed))
         mixed[rows, self.labels] = mixed[rows, self.labels].logaddexp(torch.tensor(log(label_share)))
         return mixed
 
-    def tuned(
+    def finetuned(
         self,
         model: nn.Module,
         layer: str,
         *,
-        how: Tuned,
+        tuned: Tuned,
         teacher: nn.Module | None,
         seed: int,
         label_share: float = 0.0,
         **options: Any,
-    ) -> tuple[nn.Module, Finetuned]:
-        """A copy of the model with its layer trained, and how that went.
+    ) -> Part:
+        """A copy of the model with its layer trained, and the curve of that.
 
         Args:
             model: With the same network before the layer as the features were made by.
             layer: Its name.
-            how: The phase, and the temperature where there is a teacher.
+            tuned: The phase, and the temperature where there is a teacher.
             teacher: The layer to learn from, by its mean over the views; none learns from the labels.
             seed: Of the order of the images.
-            label_share: As for `answers`, where there is a teacher.
+            label_share: As for `soft_targets`, where there is a teacher.
             **options: For `finetune`.
         """
-        targets = self.labels if teacher is None else self.answers(teacher, label_share=label_share)
-        done = finetune(
+        targets = self.labels if teacher is None else self.soft_targets(teacher, label_share=label_share)
+        result = finetune(
             model.get_submodule(layer),
-            lambda epoch: Minibatches(self.train, targets, how.phase.batch, seed, epoch),
-            temperature=how.temperature or 1.0,
+            lambda epoch: Minibatches(self.train, targets, tuned.phase.batch, seed, epoch),
+            temperature=tuned.temperature or 1.0,
             **options | {"held_out": self.held_out, "seed": seed},
         )
-        better = copy.deepcopy(model)
-        better.set_submodule(layer, done.model)
-        return better, done
+        copied = copy.deepcopy(model)
+        copied.set_submodule(layer, result.model)
+        return Part(copied, result.history)
 
 
 def received(model: nn.Module, layer: str, images: Tensor) -> Tensor:
@@ -104,18 +105,18 @@ def received(model: nn.Module, layer: str, images: Tensor) -> Tensor:
     Raises:
         ModelError: the network's answer is not what the layer gives.
     """
-    seen: list[tuple[Tensor, Tensor]] = []
-    hook = model.get_submodule(layer).register_forward_hook(lambda _, given, output: seen.append((given[0], output)))
+    calls: list[tuple[Tensor, Tensor]] = []
+    hook = model.get_submodule(layer).register_forward_hook(lambda _, args, output: calls.append((args[0], output)))
     try:
         with evaluating(model):
-            answer = model(images)
+            logits = model(images)
     finally:
         hook.remove()
-    if len(seen) != 1 or not torch.equal(seen[0][1], answer):
+    if len(calls) != 1 or not torch.equal(calls[0][1], logits):
         raise ModelError(f"the network does not end with {layer!r}: it cannot be tuned alone")
-    return seen[0][0].detach().clone()
+    return calls[0][0].detach().clone()
 
 
-def _received(model: nn.Module, layer: str, part: Part) -> Iterator[Batch]:
-    for images, labels in part.batches(250):
+def _received(model: nn.Module, layer: str, split: Split) -> Iterator[Batch]:
+    for images, labels in split.batches(250):
         yield received(model, layer, images), labels

@@ -45,7 +45,7 @@ class Augment(Frozen):
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
+class Split:
     """Normalised images (N, C, H, W) float32 and labels (N,) int64; networks see them at `size` pixels, if given."""
 
     images: Tensor
@@ -64,14 +64,14 @@ class Part:
         """The first few images, as a network sees them."""
         return resized(self.images[:number], self.size)
 
-    def mirrored(self) -> "Part":
+    def mirrored(self) -> "Split":
         """The same images with left and right exchanged."""
-        return Part(self.images.flip(3), self.labels, self.size)
+        return Split(self.images.flip(3), self.labels, self.size)
 
-    def some(self, number: int, *, seed: int) -> "Part":
+    def sample(self, number: int, *, seed: int) -> "Split":
         """At most so many of them, chosen by the seed."""
-        chosen = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:number]
-        return Part(self.images[chosen], self.labels[chosen], self.size)
+        index = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:number]
+        return Split(self.images[index], self.labels[index], self.size)
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,9 +89,9 @@ class Images:
         deviation: Likewise.
     """
 
-    train: Part
-    held_out: Part
-    test: Part
+    train: Split
+    held_out: Split
+    test: Split
     names: tuple[str, ...]
     source: str
     checksums: tuple[str, str]
@@ -128,17 +128,16 @@ def load_images(
     if held_out >= len(train):
         raise DataError(f"{name} has {len(train)} training images; {held_out} cannot be held out of them")
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
-    kept, aside = order[held_out:][:limit], order[:held_out]
-    mean, deviation = _scale(train.images[kept].float())
+    training = order[held_out:][:limit]
+    mean, deviation = _scale(train.images[training].float())
 
-    def part(dataset: Dataset, index: Tensor) -> Part:
-        return Part((dataset.images[index].float() - mean) / deviation, dataset.labels[index], size)
+    def normalised(dataset: Dataset, index: Tensor) -> Split:
+        return Split((dataset.images[index].float() - mean) / deviation, dataset.labels[index], size)
 
-    tested = torch.arange(len(test))[:limit]
     return Images(
-        train=part(train, kept),
-        held_out=part(train, aside),
-        test=part(test, tested),
+        train=normalised(train, training),
+        held_out=normalised(train, order[:held_out]),
+        test=normalised(test, torch.arange(len(test))[:limit]),
         names=tuple(train.classes),
         source=train.source,
         checksums=(train.checksum, test.checksum),

@@ -5,13 +5,12 @@ from pathlib import Path
 
 from spectrim.core.errors import DataError
 from spectrim.core.files import require_writable_folder
-from spectrim.recipes.changes import changes_of
 from spectrim.recipes.folder import PARTS, RunFolder
 from spectrim.recipes.images import Images, load_images
-from spectrim.recipes.outcome import Timing, choose, pairs_of, provenance_of, summarise, variants_of
-from spectrim.recipes.parts import Parts
-from spectrim.recipes.progress import OnProgress, Teller, silent
-from spectrim.recipes.study import SeedRun, Study
+from spectrim.recipes.progress import ProgressCallback, ProgressReporter
+from spectrim.recipes.results import require_runtimes, results_of
+from spectrim.recipes.seed import SeedRun
+from spectrim.recipes.study import Study
 from spectrim.reporting import Results
 
 
@@ -21,7 +20,7 @@ def run_study(
     *,
     parts: Path | None = None,
     data_folder: Path | None = None,
-    on_progress: OnProgress = silent,
+    on_progress: ProgressCallback | None = None,
 ) -> Results:
     """Train, compress and measure, and write everything to a folder.
 
@@ -47,50 +46,22 @@ def run_study(
             anything is trained or written.
     """
     start = time.perf_counter()
-    study.require()
-    timing = Timing.of(study.runtimes, batch=study.latency_batch)
+    study.require_available()
+    runtimes = require_runtimes(study.runtimes)
     folder = RunFolder(Path(out))
     folder.require_free(study)
-    teller = Teller(on_progress, parts=1 + len(study.seeds) * (1 + study.steps) + 2)
-    teller.begin(f"reading {study.dataset}")
+    progress = ProgressReporter(on_progress, parts=1 + len(study.seeds) * (1 + len(study.tasks())) + 2)
+    progress.begin(f"reading {study.dataset}")
     images = images_of(study, data_folder)
-    study.require_possible(study.blank(images), images.train.example())
+    study.require_possible(study.initial_network(images), images.train.example())
     folder.claim(study)
     parts = require_writable_folder(folder.path / PARTS if parts is None else parts)
-    seeds = tuple(
-        study.outcome(SeedRun(study, seed, images, Parts(parts / f"seed{seed}"), teller)) for seed in study.seeds
-    )
-    teller.begin("testing")
-    dense, variants = variants_of(seeds, images, teller, timing=timing)
-    chosen, because = choose(seeds, study.tolerance)
-    results = Results(
-        title=study.title,
-        summary=summarise(
-            dense,
-            next(v for v in variants if v.name == chosen.name),
-            remark=study.remark(images, seeds[0].dense, variants),
-            quick=study.is_quick,
-        ),
-        dense=dense,
-        variants=variants,
-        chosen=chosen.name,
-        chosen_because=because,
-        spectra=seeds[0].spectra,
-        published=tuple(one.shown() for one in study.published),
-        changes=changes_of(chosen.name, pairs_of(seeds, chosen.name), images),
-        command=study.command,
-        provenance=provenance_of(
-            images,
-            dataset=study.dataset,
-            seeds=study.seeds,
-            settings=study.model_dump_json(exclude={"published", "title", "name", "command"}, exclude_none=True),
-            timing=timing,
-            seconds=time.perf_counter() - start,
-        ),
-    )
-    teller.begin("writing")
-    folder.keep(study, results, seeds=seeds, chosen=chosen, images=images)
-    teller.end()
+    seeds = tuple(SeedRun(study, seed, images, parts / f"seed{seed}", progress).result() for seed in study.seeds)
+    progress.begin("testing")
+    results = results_of(study, seeds, images, runtimes=runtimes, progress=progress, start=start)
+    progress.begin("writing")
+    folder.save(study, results, seeds=seeds, images=images)
+    progress.end()
     return results
 
 
@@ -102,7 +73,7 @@ def images_of(study: Study, data_folder: Path | None = None) -> Images:
     """
     try:
         return load_images(
-            study.dataset, held_out=study.held_out, limit=study.limit, size=study.pixels(), folder=data_folder
+            study.dataset, held_out=study.held_out, limit=study.limit, size=study.view()[1], folder=data_folder
         )
     except DataError as error:
         if study.stand_in is None:
