@@ -18,12 +18,12 @@ import spectrim as st
 from spectrim import errors, models, recipes
 from spectrim.models import imagenet
 from spectrim.recipes import Augment, ClassifierStudy, MiniResNetStudy, Phase, Progress, Tuned, run_study, verify_run
-from spectrim.recipes.heads import Features
+from spectrim.recipes.classifier import Features
 from spectrim.recipes.images import Minibatches, Split, load_images
 from spectrim.recipes.progress import ProgressReporter
-from spectrim.recipes.results import choose, measure_networks, require_runtimes
+from spectrim.recipes.results import Evaluation, choose, require_runtimes
 from spectrim.recipes.run import images_of
-from spectrim.recipes.seed import Network, SeedResult, SeedRun
+from spectrim.recipes.seed import SeedRun
 from spectrim.recipes.thresholds import effective_rank, gap_rank, hard_rank, held_out_plan, spectral_plan
 
 SHORT = Phase(epochs=1, lr=2e-3, batch=64)
@@ -288,7 +288,7 @@ def test_a_head_tuned_on_features_is_the_network_tuned_with_its_backbone_frozen(
     assert torch.equal(model[3](features.train), model(images.train.images))
     tuned = Tuned(phase=Phase(epochs=3, lr=1e-2, batch=50))
     options = {"epochs": 3, "lr": 1e-2}
-    head_tuned = features.finetuned(model, "3", tuned=tuned, teacher=None, seed=0, **options)
+    head_tuned = features.finetuned(model, "3", tuned, features.labels, seed=0, **options)
     batches = partial(Minibatches, images.train.images, images.train.labels, 50, 0)
     expected = st.finetune(model, batches, train=["3"], held_out=images.held_out.batches(), **options)
     for name, value in expected.model.state_dict().items():
@@ -319,9 +319,10 @@ def test_a_head_may_learn_what_the_dense_one_answers_to_an_image_and_its_mirror_
     expected = 0.8 * mean.softmax(1) + 0.2 * nn.functional.one_hot(images.train.labels, 10)
     torch.testing.assert_close(shared, torch.cat([expected, expected]))
     tuned = Tuned(phase=Phase(epochs=1, lr=1e-3, batch=10), temperature=1.0)
-    options = {"tuned": tuned, "teacher": model[3], "seed": 0, "epochs": 1, "lr": 1e-5}
+    options = {"seed": 0, "epochs": 1, "lr": 1e-5}
     # the dense layer itself has nothing to learn from its own answers, and something from their mean
-    losses = [each.finetuned(model, "3", **options).curve[-1].loss for each in (plain, both)]
+    parts = [each.finetuned(model, "3", tuned, each.soft_targets(model[3]), **options) for each in (plain, both)]
+    losses = [part.curve[-1].loss for part in parts]
     assert losses[0] < 1e-5
     assert losses[1] > 100 * losses[0]
 
@@ -505,13 +506,11 @@ def test_a_further_runtime_has_its_own_figures() -> None:
     model = models.mlp(64, width=32, hidden=1)
     small = st.compress(model, st.Rank(2), example_inputs=torch.zeros(1, 64), keep_last=True).model
     notes: list[str] = []
-    networks = {"small": small}
-    measured = measure_networks(model, networks, images, runtimes=runtimes, batch=2, on_network=notes.append)
-    first, second = measured["small"]
+    evaluation = Evaluation(MINI.model_copy(update={"latency_batch": 2}), images, runtimes, ProgressReporter())
+    first, second = evaluation.measure_against(model, {"small": small}, note=notes.append)["small"]
     assert notes == ["timing small in torch", "timing small in onnxruntime"]
     assert (first.runtime, second.runtime) == runtimes
     assert (first.batch, second.batch) == (2, 2)
-    assert [dense.speedup for dense in measured["dense"]] == [None, None]
     assert first.macs == second.macs == st.measure(small, images.test.example(), latency=False).macs
     assert first.macs_ratio == second.macs_ratio < 1
     assert second.speedup is not None
@@ -530,11 +529,12 @@ def test_a_further_runtime_has_its_own_figures() -> None:
 def test_the_smallest_is_chosen_or_a_better_one_of_its_size(
     candidates: list[tuple[int, int]], chosen_size: int
 ) -> None:
-    networks = tuple(
-        Network(str(size), "zero-shot", nn.Linear(size, 1, bias=False), st.Accuracy(correct=right, total=100))
-        for size, right in candidates
-    )
-    dense = Network("dense", "dense", nn.Linear(100, 1), st.Accuracy(correct=95, total=100))
-    chosen, because = choose([SeedResult(0, dense, networks)], 0.05)
+    def variant(name: str, size: int, correct: int) -> st.Variant:
+        run = st.Run(seed=0, test=st.Accuracy(correct=0, total=1), held_out=st.Accuracy(correct=correct, total=100))
+        measurement = st.Measurement(params=size, bytes=4 * size, macs=size)
+        return st.Variant(name=name, stage="zero-shot", measurement=measurement, runs=(run,))
+
+    variants = [variant(str(size), size, correct) for size, correct in candidates]
+    chosen, because = choose(variant("dense", 100, 95), variants, tolerance=0.05)
     assert chosen.name == str(chosen_size)
     assert ("larger than it" in because) == ((41, 94) in candidates)

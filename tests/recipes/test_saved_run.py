@@ -8,7 +8,7 @@ import pytest
 
 import spectrim as st
 from spectrim.recipes import MlpStudy, Progress, read_recipe, run_study, verify_run
-from spectrim.recipes.folder import RunFolder
+from spectrim.recipes.run import RunFolder
 
 SAVED = Path(__file__).parents[1] / "files" / "saved" / "run"
 

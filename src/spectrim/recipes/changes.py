@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from spectrim.core.execution import evaluating
 from spectrim.recipes.images import Images
 from spectrim.reporting.pixels import png_text
 from spectrim.reporting.results import Changes, ClassChange, Flipped, Kind
@@ -21,7 +20,7 @@ class _Predictions:
 
     def __init__(self, dense: nn.Module, small: nn.Module, images: Images) -> None:
         self.labels = images.test.labels
-        self.dense, self.small = _probabilities(dense, images), _probabilities(small, images)
+        self.dense, self.small = (images.test.logits(model).softmax(dim=1) for model in (dense, small))
         self.before, self.after = self.dense.argmax(dim=1), self.small.argmax(dim=1)
         right, right_after = self.before == self.labels, self.after == self.labels
         # which images count where, bool (N,) by the names in _COUNTS
@@ -56,22 +55,18 @@ class _Predictions:
                     truth=int(self.labels[index]),
                     before=int(self.before[index]),
                     after=int(self.after[index]),
-                    sure_before=_rounded(self.dense[index].max()),
-                    sure_after=_rounded(self.small[index].max()),
+                    sure_before=round(min(1.0, float(self.dense[index].max())), 4),
+                    sure_after=round(min(1.0, float(self.small[index].max())), 4),
                     image=png_text(pixels.round().clamp(0, 255).byte().numpy()),
                 )
 
 
 def changes_of(variant: str, pairs: Mapping[int, tuple[nn.Module, nn.Module]], images: Images) -> Changes:
-    """Compare two networks on the test images.
+    """Compare two networks on the test images: by seed, the dense one and the compressed one, named `variant`.
 
-    Args:
-        variant: Name of the compressed one.
-        pairs: By seed, the dense network and the compressed one; images are shown of the first.
-        images: The data set.
+    Counts are summed over the seeds; images are shown of the first.
     """
     predictions = [_Predictions(dense, small, images) for dense, small in pairs.values()]
-    # by class, summed over the seeds
     columns = torch.stack([each.counts(len(images.names)) for each in predictions]).sum(dim=0).T.tolist()
     classes = tuple(
         ClassChange(name=name, **dict(zip(_COUNTS, column, strict=True)))
@@ -79,13 +74,3 @@ def changes_of(variant: str, pairs: Mapping[int, tuple[nn.Module, nn.Module]], i
     )
     flipped = tuple(predictions[0].flipped(images))
     return Changes(variant=variant, seeds=tuple(pairs), classes=classes, flipped=flipped)
-
-
-def _rounded(probability: Tensor) -> float:
-    return round(min(1.0, float(probability)), 4)
-
-
-def _probabilities(model: nn.Module, images: Images) -> Tensor:
-    """Of every class, float32 (N, classes), in the order of the test set."""
-    with evaluating(model):
-        return torch.cat([model(inputs) for inputs, _ in images.test.batches()]).softmax(dim=1)

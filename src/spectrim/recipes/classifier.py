@@ -1,10 +1,14 @@
 """A published network with a small classifier: what compressing that layer gives, and what the whole network gives."""
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache, partial
+from math import log, log1p
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -13,6 +17,7 @@ from spectrim.analysis.spectra import Analysis, analyze
 from spectrim.benchmark.measurement import count, measure
 from spectrim.compression import compress
 from spectrim.core.errors import ModelError
+from spectrim.core.execution import evaluating
 from spectrim.core.files import sha256_of
 from spectrim.core.plans import Budget, Metric, Rank
 from spectrim.layers.registry import LAYERS
@@ -21,14 +26,94 @@ from spectrim.models import imagenet, resolve
 from spectrim.models.weights import fill_, read_state
 from spectrim.planning.rules import require_possible
 from spectrim.recipes.convolutional import ConvolutionalStudy, ConvolutionForm
-from spectrim.recipes.heads import Features, received
-from spectrim.recipes.images import Augment, Images
+from spectrim.recipes.images import Augment, Batch, Images, Minibatches, Split
 from spectrim.recipes.seed import Candidate, Network, Part, SeedRun
 from spectrim.recipes.study import Task, Tuned
 from spectrim.reporting import LayerSpectrum, Variant, spectra_of
+from spectrim.training import finetune
 from spectrim.training.checkpoint import Checkpoint
 
 IMAGENET = "imagenet"
+
+
+@dataclass(frozen=True, eq=False)
+class Features:
+    """What the last layer receives of training images, and of held-out ones in batches.
+
+    The backbone is frozen and images are varied in no other way than by a mirror, so that training on these is training
+    on the images.
+
+    Attributes:
+        train: All training images as they are, then all mirrored, if they are: (V * N, F) for V views.
+        labels: Of every row.
+        held_out: Not mirrored.
+        views: V, 1 or 2.
+    """
+
+    train: Tensor
+    labels: Tensor
+    held_out: list[Batch]
+    views: int = 1
+
+    @classmethod
+    def of(cls, model: nn.Module, layer: str, *, train: Split, held_out: Split, mirrored: bool = False) -> "Features":
+        """Run the images through the network once, and once more `mirrored`; raises as `received` does."""
+
+        def batches(split: Split) -> list[Batch]:
+            return [(received(model, layer, images), labels) for images, labels in split.batches(250)]
+
+        views = [train, replace(train, images=train.images.flip(3))] if mirrored else [train]
+        rows = [batch for view in views for batch in batches(view)]
+        features, labels = (torch.cat(tensors) for tensors in zip(*rows, strict=True))
+        return cls(features, labels, batches(held_out), len(views))
+
+    def soft_targets(self, layer: nn.Module, *, label_share: float = 0.0) -> Tensor:
+        """The logits (V * N, C) of a layer, for each view the mean over the image's views.
+
+        Their probabilities have a `label_share` of the true label mixed in.
+        """
+        with evaluating(layer):
+            logits: Tensor = layer(self.train).unflatten(0, (self.views, -1))
+        mean = logits.mean(dim=0).repeat(self.views, 1)
+        if not label_share:
+            return mean
+        mixed = mean.log_softmax(dim=1) + log1p(-label_share)
+        rows = torch.arange(len(mixed))
+        mixed[rows, self.labels] = mixed[rows, self.labels].logaddexp(torch.tensor(log(label_share)))
+        return mixed
+
+    def finetuned(self, model: nn.Module, layer: str, tuned: Tuned, targets: Tensor, **options: Any) -> Part:
+        """A copy of the model, which has these features before `layer`, with that layer trained, and its curve.
+
+        Targets are `labels` or `soft_targets`; options are those of `finetune`.
+        """
+        result = finetune(
+            model.get_submodule(layer),
+            lambda epoch: Minibatches(self.train, targets, tuned.phase.batch, options["seed"], epoch),
+            temperature=tuned.temperature or 1.0,
+            **options | {"held_out": self.held_out},
+        )
+        copied = copy.deepcopy(model)
+        copied.set_submodule(layer, result.model)
+        return Part(copied, result.history)
+
+
+def received(model: nn.Module, layer: str, images: Tensor) -> Tensor:
+    """What the last layer receives (N, F) of images as the network sees them.
+
+    Raises:
+        ModelError: the network's answer is not what the layer gives.
+    """
+    calls: list[tuple[Tensor, Tensor]] = []
+    hook = model.get_submodule(layer).register_forward_hook(lambda _, args, output: calls.append((args[0], output)))
+    try:
+        with evaluating(model):
+            logits = model(images)
+    finally:
+        hook.remove()
+    if len(calls) != 1 or not torch.equal(calls[0][1], logits):
+        raise ModelError(f"the network does not end with {layer!r}: it cannot be tuned alone")
+    return calls[0][0].detach().clone()
 
 
 class ClassifierStudy(ConvolutionalStudy):
@@ -82,7 +167,7 @@ class ClassifierStudy(ConvolutionalStudy):
 
     def dense_network(self, images: Images) -> nn.Module:
         """The network, with an output for each class."""
-        return resolve(self.model, options={"num_classes": images.classes})
+        return resolve(self.model, options={"num_classes": len(images.names)})
 
     def network_settings(self) -> Mapping[str, object]:
         """Its name, and the weights it begins with."""
@@ -98,16 +183,13 @@ class ClassifierStudy(ConvolutionalStudy):
     def require_possible(self, model: nn.Module, example: Tensor) -> None:
         """The network has the layers named, ends with the classifier, and can be as small as the budget."""
         layers = dict(model.named_modules())
-        for key, types, wanted_type in (
-            ("convolution", LAYERS, "convolution"),
-            ("classifier", nn.Linear, "linear layer"),
-        ):
+        for key, types, noun in (("convolution", LAYERS, "convolution"), ("classifier", nn.Linear, "linear layer")):
             name = getattr(self, key)
             if name not in layers:
                 raise ModelError(f"{self.model} has no layer {name!r}{near(name, layers)}; name one in the recipe")
             if not isinstance(layers[name], types):
                 layer_type = type(layers[name]).__name__
-                raise ModelError(f"{key} = {name!r} in the recipe is a {layer_type}, not a {wanted_type}")
+                raise ModelError(f"{key} = {name!r} in the recipe is a {layer_type}, not a {noun}")
         analysis = analyze(model, example)
         received(model, self.classifier, example)
         budget = Budget(macs=self.macs)
@@ -165,14 +247,9 @@ class ClassifierStudy(ConvolutionalStudy):
         has_teacher = share > 0 and self.head.temperature is not None
 
         def train(checkpoint: Checkpoint) -> Part:
-            return features(run).finetuned(
-                small.model,
-                name,
-                tuned=self.head,
-                teacher=dense.get_submodule(name) if has_teacher else None,
-                label_share=self.head_labels,
-                **run.options(self.head.phase, checkpoint),
-            )
+            inputs, teacher = features(run), dense.get_submodule(name)
+            targets = inputs.soft_targets(teacher, label_share=self.head_labels) if has_teacher else inputs.labels
+            return inputs.finetuned(small.model, name, self.head, targets, **run.options(self.head.phase, checkpoint))
 
         images = (self.head_images, self.head_mirrored, self.head_labels)
         key = run.key(start=small.model, teacher=run.key(), head=name, tuned=self.head, images=images)
@@ -181,7 +258,7 @@ class ClassifierStudy(ConvolutionalStudy):
     def _whole_network(self, run: SeedRun) -> Iterator[Network]:
         budget, metric, forms, multiple = Budget(macs=self.macs), self.metric, self.forms, self.rank_multiple
         candidate = Candidate(run, f"whole network, {100 * self.macs:g} % of the MACs", budget, metric)
-        make = partial(self.under_budget, run, budget, metric=metric, forms=forms, rank_multiple=multiple)
+        make = partial(self.under_budget, run, budget, metric=metric, forms=forms, multiple=multiple)
         settings = {"metric": metric, "forms": forms, "multiple": multiple, "images": self.calibration_images}
         return candidate.networks(make, self.tuning, macs=self.macs, **settings)
 

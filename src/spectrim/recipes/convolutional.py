@@ -50,23 +50,17 @@ class ConvolutionalStudy(Study, ABC):
         }
 
     def under_budget(
-        self,
-        run: SeedRun,
-        budget: Budget,
-        *,
-        metric: Metric,
-        forms: Sequence[FormName] | None = None,
-        rank_multiple: int | None = None,
+        self, run: SeedRun, rule: Budget, *, metric: Metric, forms: Sequence[FormName] | None = None, multiple: int = 1
     ) -> Compressed:
         """The dense network under a budget of all layers, on calibration images unless the metric is plain."""
         return compress(
             run.dense,
-            budget,
+            rule,
             example_inputs=run.example,
             data=None if metric == "plain" else run.calibration(self.calibration_images),
             metric=metric,
             forms=forms,
-            rank_multiple=rank_multiple,
+            rank_multiple=multiple,
             on_progress=lambda note, done, of: run.progress.update(done, of=of, note=note),
         )
 
@@ -110,7 +104,7 @@ class MiniResNetStudy(ConvolutionalStudy):
     def dense_network(self, images: Images) -> nn.Module:
         """The mini-ResNet of these sizes."""
         channels = images.train.images.shape[1]
-        return mini_resnet(images.classes, channels, width=self.width, hidden=self.hidden)
+        return mini_resnet(len(images.names), channels, width=self.width, hidden=self.hidden)
 
     def network_settings(self) -> Mapping[str, object]:
         """Its sizes."""

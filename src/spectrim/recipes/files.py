@@ -24,9 +24,7 @@ from spectrim.recipes.study import Study
 
 _CLASSES: tuple[type[Study], ...] = (MlpStudy, DynamicStudy, ProjectedStudy, MiniResNetStudy, ClassifierStudy)
 
-KINDS: Mapping[str, type[Study]] = MappingProxyType(
-    {str(study.model_fields["kind"].default): study for study in _CLASSES}
-)
+KINDS: Mapping[str, type[Study]] = MappingProxyType({str(kind.model_fields["kind"].default): kind for kind in _CLASSES})
 """The class of each kind of study, by the name that recipe files give it."""
 
 NAMES = (

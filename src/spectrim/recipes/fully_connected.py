@@ -2,7 +2,7 @@
 
 import copy
 from abc import ABC
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import product
 from typing import Annotated, Literal
@@ -18,10 +18,9 @@ from spectrim.models import mlp
 from spectrim.planning.rules import plan, require_possible
 from spectrim.recipes.images import Images
 from spectrim.recipes.seed import Candidate, Network, Part, SeedRun
-from spectrim.recipes.study import Phase, Study, Task
+from spectrim.recipes.study import Phase, Study, Task, Tuned
 from spectrim.reporting import LayerSpectrum
-from spectrim.training import ProjectEachEpoch, RankSchedule, Step, Truncation, finetune, truncated_
-from spectrim.training.checkpoint import Checkpoint
+from spectrim.training import ProjectEachEpoch, RankSchedule, Step, Truncation, truncated_
 
 PositiveInt = Annotated[int, Field(ge=1)]
 
@@ -39,21 +38,16 @@ class FullyConnected(Study, ABC):
 
     def dense_network(self, images: Images) -> nn.Module:
         """Flatten, `hidden` layers of `width` with ReLU, and a head."""
-        return mlp(images.train.images[0].numel(), images.classes, width=self.width, hidden=self.hidden)
+        return mlp(images.train.images[0].numel(), len(images.names), width=self.width, hidden=self.hidden)
 
     def network_settings(self) -> Mapping[str, object]:
         """Its sizes."""
         return {"kind": "mlp", "width": self.width, "hidden": self.hidden}
 
-    @property
-    def tested_ranks(self) -> tuple[int, ...]:
-        """Ranks that every layer but the last must be able to have."""
-        return ()
-
-    def require_possible(self, model: nn.Module, example: Tensor) -> None:
-        """Every layer but the last can have the ranks."""
+    def require_ranks(self, model: nn.Module, example: Tensor, *, ranks: Iterable[int]) -> None:
+        """Raise `RuleError` for a rank that a layer but the last cannot have."""
         analysis = analyze(model, example, keep_last=True)
-        for rank in self.tested_ranks:
+        for rank in ranks:
             require_possible(analysis, Rank(rank), metric="plain")
 
 
@@ -91,10 +85,9 @@ class MlpStudy(FullyConnected):
         networks = (partial(self._factored, tuning=tuning, rank=rank) for tuning, rank in pairs)
         return [partial(SeedRun.analyse, part="analysing"), *networks]
 
-    @property
-    def tested_ranks(self) -> tuple[int, ...]:
-        """All of them."""
-        return self.ranks
+    def require_possible(self, model: nn.Module, example: Tensor) -> None:
+        """Every layer but the last can have the ranks."""
+        self.require_ranks(model, example, ranks=self.ranks)
 
     def _shortened(self) -> Mapping[str, object]:
         tunings = tuple(tuning.model_copy(update={"phase": tuning.phase.at_most(2)}) for tuning in self.tunings)
@@ -113,17 +106,8 @@ class MlpStudy(FullyConnected):
         decided = plan(run.analysis, Rank(rank), metric=metric)
         small = Part(run.compressed_by(decided).model, plan=decided)
         yield candidate.network("zero-shot", small)
-
-        def train(checkpoint: Checkpoint) -> Part:
-            result = finetune(
-                small.model,
-                run.epochs(phase, temperature=temperature),
-                train="factors",
-                temperature=temperature or 1.0,
-                **run.options(phase, checkpoint),
-            )
-            return Part(result.model, result.history)
-
+        tuned = Tuned(phase=phase, temperature=temperature)
+        train = run.finetuning(small.model, tuned, train="factors", precomputed=True)
         settings = {"metric": metric, "rank": rank, "calibration": self.calibration_images}
         key = run.key(start=run.dense, tuning=(phase, temperature), **settings)
         name = f"rank{rank:04d}-{metric}" + ("" if temperature else "-labels")
@@ -139,10 +123,9 @@ class FixedRank(FullyConnected, ABC):
 
     rank: PositiveInt
 
-    @property
-    def tested_ranks(self) -> tuple[int, ...]:
-        """The only one."""
-        return (self.rank,)
+    def require_possible(self, model: nn.Module, example: Tensor) -> None:
+        """Every layer but the last can have the rank."""
+        self.require_ranks(model, example, ranks=[self.rank])
 
     def spectra(self, run: SeedRun) -> tuple[LayerSpectrum, ...]:
         """None: ranks do not depend on them."""
@@ -187,9 +170,7 @@ def _tag(training: object) -> str:
     return "moving" if names & {"start", "every", "settled"} else "truncating"
 
 
-TruncatedTraining = Annotated[
-    Annotated[Moving, Tag("moving")] | Annotated[Truncating, Tag("truncating")], Discriminator(_tag)
-]
+Training = Annotated[Annotated[Moving, Tag("moving")] | Annotated[Truncating, Tag("truncating")], Discriminator(_tag)]
 
 
 class DynamicStudy(FixedRank):
@@ -200,14 +181,14 @@ class DynamicStudy(FixedRank):
     """
 
     kind: Literal["dynamic"] = "dynamic"
-    ways: tuple[TruncatedTraining, ...] = Field(min_length=1)
+    ways: tuple[Training, ...] = Field(min_length=1)
 
     def tasks(self) -> Sequence[Task]:
         """Each training from the same dense network."""
         return [partial(self._trained, training=training) for training in self.ways]
 
     def _shortened(self) -> Mapping[str, object]:
-        return {"ways": tuple(way.model_copy(update={"phase": way.phase.at_most(2)}) for way in self.ways)}
+        return {"ways": tuple(each.model_copy(update={"phase": each.phase.at_most(2)}) for each in self.ways)}
 
     def _trained(self, run: SeedRun, *, training: Truncating) -> Iterator[Network]:
         schedule = self._schedule(run, training) if isinstance(training, Moving) else None
@@ -264,11 +245,17 @@ class ProjectedStudy(FixedRank):
 
     def _trained(self, run: SeedRun) -> Iterator[Network]:
         run.begin(f"rank {self.rank}: training from scratch, projected at every epoch")
-        model, project = run.initial_network(), ProjectEachEpoch(Rank(self.rank), keep_last=True)
+        model = self.initial_network(run.images, seed=run.seed)
+        project = ProjectEachEpoch(Rank(self.rank), keep_last=True)
 
         def project_at_the_end(step: Step) -> None:
-            if step.step + 1 == step.steps:
-                _project_fully(project, model)
+            if step.step + 1 < step.steps:
+                return
+            try:
+                project(model)
+            except KeyboardInterrupt:
+                project(model)  # fully, since the saved state counts the epoch's steps as done
+                raise
 
         part = run.trained(
             f"rank{self.rank:04d}-projected",
@@ -279,12 +266,3 @@ class ProjectedStudy(FixedRank):
         )
         candidate = Candidate(run, f"rank {self.rank}, projected at every epoch", Rank(self.rank))
         yield candidate.factored(part, project.finish(part.model.eval()))
-
-
-def _project_fully(project: ProjectEachEpoch, model: nn.Module) -> None:
-    """Project, also when Ctrl-C comes meanwhile: the saved state counts the epoch's steps as done."""
-    try:
-        project(model)
-    except KeyboardInterrupt:
-        project(model)
-        raise

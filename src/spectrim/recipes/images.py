@@ -6,10 +6,11 @@ from pathlib import Path
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from spectrim.core.errors import DataError
+from spectrim.core.execution import evaluating
 from spectrim.core.files import Frozen
 from spectrim.data import Dataset, load
 
@@ -32,16 +33,15 @@ class Augment(Frozen):
         if self.flips:
             mirrored = torch.rand(len(images), generator=generator) < 0.5
             images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
-        return self._shifted(images, generator) if self.shift else images
-
-    def _shifted(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        if not self.shift:
+            return images
         number, _, height, width = images.shape
-        wide = functional.pad(images, [self.shift] * 4, mode="replicate")
+        padded = functional.pad(images, [self.shift] * 4, mode="replicate")
         down, right = torch.randint(0, 2 * self.shift + 1, (2, number, 1), generator=generator)
         rows, columns = down + torch.arange(height), right + torch.arange(width)
-        which = torch.arange(number)[:, None, None]
+        index = torch.arange(number)[:, None, None]
         # the indexed dimensions come first: (N, H, W, C)
-        return wide[which, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
+        return padded[index, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,9 +64,10 @@ class Split:
         """The first few images, as a network sees them."""
         return resized(self.images[:number], self.size)
 
-    def mirrored(self) -> "Split":
-        """The same images with left and right exchanged."""
-        return Split(self.images.flip(3), self.labels, self.size)
+    def logits(self, model: nn.Module) -> Tensor:
+        """The model's outputs (N, classes) for all of them."""
+        with evaluating(model):
+            return torch.cat([model(images) for images, _ in self.batches()])
 
     def sample(self, number: int, *, seed: int) -> "Split":
         """At most so many of them, chosen by the seed."""
@@ -97,11 +98,6 @@ class Images:
     checksums: tuple[str, str]
     mean: Tensor
     deviation: Tensor
-
-    @property
-    def classes(self) -> int:
-        """How many there are."""
-        return len(self.names)
 
     @property
     def checksum(self) -> str:

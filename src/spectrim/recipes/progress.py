@@ -1,7 +1,7 @@
 """What a study reports while it runs."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from spectrim.training import Step
 
@@ -21,14 +21,14 @@ class Progress:
 ProgressCallback = Callable[[Progress], None]
 
 
+@dataclass
 class ProgressReporter:
     """Counts the parts of a study and calls back at each step."""
 
-    def __init__(self, callback: ProgressCallback | None = None, *, parts: int = 1) -> None:
-        self._callback = callback
-        self._parts = parts
-        self._finished = 0
-        self._part = ""
+    callback: ProgressCallback | None = None
+    parts: int = 1
+    _finished: int = field(default=0, init=False)
+    _part: str = field(default="", init=False)
 
     def begin(self, part: str) -> None:
         """Start a new part; the one before it is finished."""
@@ -38,8 +38,8 @@ class ProgressReporter:
 
     def update(self, done: int, *, of: int, note: str = "") -> None:
         """`done` of `of` steps of the current part are finished."""
-        if self._callback is not None:
-            self._callback(Progress(self._part, done, of, note, self._finished, self._parts))
+        if self.callback is not None:
+            self.callback(Progress(self._part, done, of, note, self._finished, self.parts))
 
     def training_step(self, step: Step) -> None:
         """A step of training, as `on_step` is called with it."""
@@ -49,5 +49,5 @@ class ProgressReporter:
 
     def end(self) -> None:
         """Everything is done."""
-        self._part, self._finished = "done", self._parts
+        self._part, self._finished = "done", self.parts
         self.update(1, of=1)

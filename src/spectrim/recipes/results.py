@@ -5,7 +5,8 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 
@@ -15,9 +16,8 @@ from torch import nn
 
 from spectrim.benchmark.measurement import Measurement, accuracy, count, measure, measure_each
 from spectrim.core.errors import DependencyError
-from spectrim.core.execution import evaluating
 from spectrim.recipes.changes import changes_of
-from spectrim.recipes.images import Batch, Images
+from spectrim.recipes.images import Batch, Images, Split
 from spectrim.recipes.progress import ProgressReporter
 from spectrim.recipes.seed import Network, SeedResult, file_name
 from spectrim.recipes.study import Study
@@ -44,134 +44,127 @@ def require_runtimes(names: Sequence[RuntimeName]) -> tuple[RuntimeName, ...]:
         return ("torch",)
 
 
-def results_of(
-    study: Study,
-    seeds: Sequence[SeedResult],
-    images: Images,
-    *,
-    runtimes: Sequence[RuntimeName],
-    progress: ProgressReporter,
-    start: float,
-) -> Results:
-    """Test and time all networks, and choose one; `start` is the time when the run began."""
-    first = seeds[0]
-    dense, *variants = _variants(study, seeds, images, runtimes=runtimes, progress=progress)
-    chosen, because = choose(seeds, study.tolerance)
-    (variant,) = (each for each in variants if each.name == chosen.name)
-    remark = study.remark(images, first.dense.model, variants)
-    index = first.networks.index(chosen)
-    pairs = {seed.seed: (seed.dense.model, seed.networks[index].model) for seed in seeds}
-    return Results(
-        title=study.title,
-        summary=summarise(dense, variant, remark=remark, quick=study.is_quick),
-        dense=dense,
-        variants=tuple(variants),
-        chosen=chosen.name,
-        chosen_because=because,
-        spectra=first.spectra,
-        published=tuple(figures.for_report() for figures in study.published),
-        changes=changes_of(chosen.name, pairs, images),
-        command=study.command,
-        provenance=_provenance(study, images, runtimes=runtimes, seconds=time.perf_counter() - start),
-    )
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """The networks of a study on the test set, and their times in every runtime, the first one for the table."""
 
+    study: Study
+    images: Images
+    runtimes: tuple[RuntimeName, ...]
+    progress: ProgressReporter
 
-def _variants(
-    study: Study,
-    seeds: Sequence[SeedResult],
-    images: Images,
-    *,
-    runtimes: Sequence[RuntimeName],
-    progress: ProgressReporter,
-) -> list[Variant]:
-    """Open the test set, once for every network, and time those of the first seed; the dense one comes first."""
-    tests, networks = images.test.batches(), seeds[0].networks
-    # networks of the same shapes take the same time
-    shapes = {network.name: fingerprint(network.model)["network"] for network in networks}
-    first_of = {shape: name for name, shape in reversed(shapes.items())}
-    distinct = {network.name: network.model for network in networks if network.name in first_of.values()}
-    done, of = itertools.count(), len(distinct) * len(runtimes) + len(networks)
-
-    def note(text: str) -> None:
-        progress.update(next(done), of=of, note=text)
-
-    batch, dense = study.latency_batch, seeds[0].dense.model
-    measured = measure_networks(dense, distinct, images, runtimes=runtimes, batch=batch, on_network=note)
-    variants = []
-    for row in zip(*((seed.dense, *seed.networks) for seed in seeds), strict=True):
-        network = row[0]
-        if network.stage == "dense":
-            measurement, *others = measured[network.name]
-        else:
-            note(network.name)
-            measurement, *others = measured[first_of[shapes[network.name]]]
-        variants.append(
-            Variant(
-                name=network.name,
-                stage=network.stage,
-                measurement=measurement,
-                rule=network.rule,
-                metric=network.metric,
-                plan=network.plan,
-                runs=tuple(_run(seed.seed, each, tests) for seed, each in zip(seeds, row, strict=True)),
-                in_runtimes=tuple(others),
-            )
+    def results(self, seeds: Sequence[SeedResult], *, start: float) -> Results:
+        """Test and time all networks, and choose one; `start` is the time when the run began."""
+        study, first = self.study, seeds[0]
+        dense, *variants = self.variants(seeds)
+        chosen, because = choose(dense, variants, tolerance=study.tolerance)
+        remark = study.remark(self.images, first.dense.model, variants)
+        index = variants.index(chosen)
+        pairs = {seed.seed: (seed.dense.model, seed.networks[index].model) for seed in seeds}
+        return Results(
+            title=study.title,
+            summary=summarise(dense, chosen, remark=remark, quick=study.is_quick),
+            dense=dense,
+            variants=tuple(variants),
+            chosen=chosen.name,
+            chosen_because=because,
+            spectra=first.spectra,
+            published=tuple(figures.for_report() for figures in study.published),
+            changes=changes_of(chosen.name, pairs, self.images),
+            command=study.command,
+            provenance=self._provenance(time.perf_counter() - start),
         )
-    return variants
+
+    def variants(self, seeds: Sequence[SeedResult]) -> list[Variant]:
+        """Open the test set, once for every network, and time those of the first seed; the dense one comes first."""
+        tests, dense, networks = self.images.test.batches(), seeds[0].dense, seeds[0].networks
+        # networks of the same shapes take the same time
+        shapes = {network.name: fingerprint(network.model)["network"] for network in networks}
+        first_of = {shape: name for name, shape in reversed(shapes.items())}
+        distinct = {network.name: network.model for network in networks if network.name in first_of.values()}
+        timed_as = {dense.name: dense.name, **{name: first_of[shape] for name, shape in shapes.items()}}
+        done, of = itertools.count(), len(distinct) * len(self.runtimes) + len(timed_as)
+
+        def note(text: str) -> None:
+            self.progress.update(next(done), of=of, note=text)
+
+        measured = {dense.name: self.measure(dense.model), **self.measure_against(dense.model, distinct, note=note)}
+        variants = []
+        for row in zip(*((seed.dense, *seed.networks) for seed in seeds), strict=True):
+            network = row[0]
+            note(network.name)
+            measurement, *others = measured[timed_as[network.name]]
+            variants.append(
+                Variant(
+                    name=network.name,
+                    stage=network.stage,
+                    measurement=measurement,
+                    rule=network.rule,
+                    metric=network.metric,
+                    plan=network.plan,
+                    runs=tuple(self._run(seed.seed, each, tests) for seed, each in zip(seeds, row, strict=True)),
+                    in_runtimes=tuple(others),
+                )
+            )
+        return variants
+
+    def _run(self, seed: int, network: Network, tests: Sequence[Batch]) -> Run:
+        model, reference = network.model, network.reference
+        return Run(
+            seed=seed,
+            test=accuracy(model, tests),
+            held_out=network.held_out,
+            curve=network.curve,
+            agreement=None if reference is None else _agreement(model, reference, self.images.test),
+            model=model_file(network.name, seed),
+        )
+
+    def measure(self, model: nn.Module) -> list[Measurement]:
+        """The model by itself in every runtime; its MACs are those of one image."""
+        example = self.images.test.example(self.study.latency_batch)
+        return self._of_one_image(model, [measure(model, example, runtime=runtime) for runtime in self.runtimes])
+
+    def measure_against(
+        self, dense: nn.Module, networks: Mapping[str, nn.Module], *, note: Callable[[str], object]
+    ) -> dict[str, list[Measurement]]:
+        """By name the networks in every runtime, compared with `dense`; `note` is called before each is timed."""
+        names, models = list(networks), list(networks.values())
+        example, timings = self.images.test.example(self.study.latency_batch), []
+        for runtime in self.runtimes:
+
+            def on_model(position: int, runtime: str = runtime) -> None:
+                note(f"timing {names[position]} in {runtime}")
+
+            timings.append(measure_each(models, example, reference=dense, runtime=runtime, on_model=on_model))
+        by_network = zip(networks.items(), zip(*timings, strict=True), strict=True)
+        return {name: self._of_one_image(model, measured) for (name, model), measured in by_network}
+
+    def _of_one_image(self, model: nn.Module, measured: Iterable[Measurement]) -> list[Measurement]:
+        update = {"macs": count(model, self.images.test.example()).macs, "batch": self.study.latency_batch}
+        return [measurement.model_copy(update=update) for measurement in measured]
+
+    def _provenance(self, seconds: float) -> dict[str, str]:
+        """Versions, machine, data and settings, for the foot of the report."""
+        study, images, threads, batch = self.study, self.images, torch.get_num_threads(), self.study.latency_batch
+        at_once = "one image at a time" if batch == 1 else f"batches of {batch} images"
+        how = "one thread, median of interleaved pairs with its 95 % interval"
+        return {
+            **versions(),
+            "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, "
+            f"{torch.backends.cpu.get_cpu_capability()}, {threads} thread{'s' if threads != 1 else ''}",
+            "seeds": ", ".join(map(str, study.seeds)),
+            "data": f"{study.dataset} from {images.source}; {len(images.train)} training, {len(images.held_out)} "
+            f"held-out and {len(images.test)} test images",
+            "data checksum (sha256)": images.checksum,
+            "settings": study.model_dump_json(exclude={"published", "title", "name", "command"}, exclude_none=True),
+            "timing": f"{at_once}, {how}, in {', '.join(self.runtimes)}",
+            "finished": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+            "took": f"{seconds:.0f} s (parts found on disk not counted)",
+        }
 
 
-def measure_networks(
-    dense: nn.Module,
-    networks: Mapping[str, nn.Module],
-    images: Images,
-    *,
-    runtimes: Sequence[RuntimeName],
-    batch: int,
-    on_network: Callable[[str], object],
-) -> dict[str, list[Measurement]]:
-    """By name, in every runtime: `dense` by itself, and the others compared with it; MACs are those of one image.
-
-    Args:
-        dense: The dense network.
-        networks: The others by their names.
-        images: The data set.
-        runtimes: To time them in.
-        batch: Images of one timed pass.
-        on_network: Called with a note before one of the others is timed.
-    """
-    example, models, names = images.test.example(batch), {"dense": dense, **networks}, list(networks)
-    macs = {name: count(model, images.test.example()).macs for name, model in models.items()}
-    measured: dict[str, list[Measurement]] = {name: [] for name in models}
-    for runtime in runtimes:
-
-        def on_model(position: int, runtime: str = runtime) -> None:
-            on_network(f"timing {names[position]} in {runtime}")
-
-        timings = measure_each(list(networks.values()), example, reference=dense, runtime=runtime, on_model=on_model)
-        for name, timing in zip(models, (measure(dense, example, runtime=runtime), *timings), strict=True):
-            measured[name].append(timing.model_copy(update={"macs": macs[name], "batch": batch}))
-    return measured
-
-
-def model_file(name: str, seed: int) -> str:
-    """Where in a run's folder a network lies."""
-    return f"models/seed{seed}/{file_name(name)}.safetensors"
-
-
-def _run(seed: int, network: Network, tests: Sequence[Batch]) -> Run:
-    return Run(
-        seed=seed,
-        test=accuracy(network.model, tests),
-        held_out=network.held_out,
-        curve=network.curve,
-        agreement=None if network.reference is None else _agreement(network.model, network.reference, tests),
-        model=model_file(network.name, seed),
-    )
-
-
-def _agreement(model: nn.Module, reference: nn.Module, tests: Sequence[Batch]) -> Agreement:
-    with evaluating(model), evaluating(reference):
-        logits, expected = (torch.cat([each(images) for images, _ in tests]) for each in (model, reference))
+def _agreement(model: nn.Module, reference: nn.Module, test: Split) -> Agreement:
+    logits, expected = test.logits(model), test.logits(reference)
     return Agreement(
         largest_difference=float((logits - expected).abs().max()),
         largest_logit=float(expected.abs().max()),
@@ -180,32 +173,31 @@ def _agreement(model: nn.Module, reference: nn.Module, tests: Sequence[Batch]) -
     )
 
 
-def choose(seeds: Sequence[SeedResult], tolerance: float) -> tuple[Network, str]:
-    """The first seed's smallest network within the tolerance of dense on held-out images; the best one if none is.
+def model_file(name: str, seed: int) -> str:
+    """Where in a run's folder a network lies."""
+    return f"models/seed{seed}/{file_name(name)}.safetensors"
 
-    Of networks of about the same size the more accurate one is taken. The second value says why.
+
+def choose(dense: Variant, variants: Sequence[Variant], *, tolerance: float) -> tuple[Variant, str]:
+    """The smallest network within the tolerance of dense on held-out images, or the best one if none is, and why.
+
+    Of networks of about the same size the more accurate one is taken.
     """
-    by_network = zip(*(seed.networks for seed in seeds), strict=True)
-    candidates = [
-        (networks[0], statistics.fmean(network.held_out.value for network in networks), _size(networks[0].model))
-        for networks in by_network
-    ]
-    dense = statistics.fmean(seed.dense.held_out.value for seed in seeds)
-    close = [candidate for candidate in candidates if candidate[1] >= dense - tolerance]
+
+    def held_out(variant: Variant) -> float:
+        return statistics.fmean(run.held_out.value for run in variant.runs if run.held_out)
+
+    close = [variant for variant in variants if held_out(variant) >= held_out(dense) - tolerance]
     if not close:
-        best = max(candidates, key=lambda candidate: candidate[1])[0]
-        return best, "the most accurate on held-out training images; none came within the tolerance of dense"
-    smallest = min(size for _, _, size in close)
-    as_small = [candidate for candidate in close if candidate[2] <= _AS_SMALL * smallest]
-    chosen = max(as_small, key=lambda candidate: (candidate[1], -candidate[2]))[0]
+        because = "the most accurate on held-out training images; none came within the tolerance of dense"
+        return max(variants, key=held_out), because
+    smallest = min(variant.measurement.params for variant in close)
+    as_small = [variant for variant in close if variant.measurement.params <= _AS_SMALL * smallest]
+    chosen = max(as_small, key=lambda variant: (held_out(variant), -variant.measurement.params))
     because = f"the smallest within {100 * tolerance:g} points of dense on held-out training images"
-    if any(size > smallest for _, _, size in as_small):
+    if any(variant.measurement.params > smallest for variant in as_small):
         because += f"; of those at most {100 * (_AS_SMALL - 1):.0f} % larger than it, the most accurate there"
     return chosen, because
-
-
-def _size(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def summarise(dense: Variant, chosen: Variant, *, remark: str = "", quick: bool = False) -> str:
@@ -241,24 +233,4 @@ def versions() -> dict[str, str]:
         "torch": torch.__version__,
         "numpy": np.__version__,
         "python": platform.python_version(),
-    }
-
-
-def _provenance(study: Study, images: Images, *, runtimes: Sequence[RuntimeName], seconds: float) -> dict[str, str]:
-    """Versions, machine, data and settings, for the foot of the report."""
-    threads, batch = torch.get_num_threads(), study.latency_batch
-    at_once = "one image at a time" if batch == 1 else f"batches of {batch} images"
-    how = "one thread, median of interleaved pairs with its 95 % interval"
-    return {
-        **versions(),
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, "
-        f"{torch.backends.cpu.get_cpu_capability()}, {threads} thread{'s' if threads != 1 else ''}",
-        "seeds": ", ".join(map(str, study.seeds)),
-        "data": f"{study.dataset} from {images.source}; {len(images.train)} training, {len(images.held_out)} held-out "
-        f"and {len(images.test)} test images",
-        "data checksum (sha256)": images.checksum,
-        "settings": study.model_dump_json(exclude={"published", "title", "name", "command"}, exclude_none=True),
-        "timing": f"{at_once}, {how}, in {', '.join(runtimes)}",
-        "finished": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "took": f"{seconds:.0f} s (parts found on disk not counted)",
     }

@@ -1,17 +1,141 @@
-"""A study from its data to its report."""
+"""A study from its data to its report, and the folder that everything goes to."""
 
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from spectrim.core.errors import DataError
-from spectrim.core.files import require_writable_folder
-from spectrim.recipes.folder import PARTS, RunFolder
+from spectrim.core.errors import DataError, FileError
+from spectrim.core.files import Frozen, parse, read_text, require_writable_folder, sha256_of, write_text
+from spectrim.layers.saving import save
+from spectrim.recipes.files import read_recipe, recipe_text
 from spectrim.recipes.images import Images, load_images
 from spectrim.recipes.progress import ProgressCallback, ProgressReporter
-from spectrim.recipes.results import require_runtimes, results_of
-from spectrim.recipes.seed import SeedRun
+from spectrim.recipes.results import Evaluation, model_file, require_runtimes, versions
+from spectrim.recipes.seed import SeedResult, SeedRun
 from spectrim.recipes.study import Study
-from spectrim.reporting import Results
+from spectrim.reporting import Results, report
+from spectrim.runtimes.sessions import fingerprint
+
+RECIPE, MANIFEST, RESULTS, REPORT = "recipe.toml", "run.json", "results.json", "report.html"
+MODEL, PLAN, PARTS = "model.safetensors", "plan.json", "parts"
+
+
+class Manifest(Frozen):
+    """What a finished run was made from, and what it wrote.
+
+    Attributes:
+        recipe: Name of the recipe.
+        identity: Hash of its settings; see `Study.identity`.
+        seeds: Of the run.
+        versions: Of Spectrim, torch, numpy and Python.
+        machine: Processor, instructions and versions: where these are the same, accuracies repeat exactly.
+        dataset: Its name.
+        source: Where its files came from.
+        data: SHA-256 of the training and the test split.
+        files: SHA-256 of every file of the run, by its path in the folder.
+    """
+
+    version: Literal[1] = 1
+    recipe: str
+    identity: str
+    seeds: tuple[int, ...]
+    versions: dict[str, str]
+    machine: str
+    dataset: str
+    source: str
+    data: tuple[str, str]
+    files: dict[str, str]
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A folder that holds one run of one recipe, finished or not."""
+
+    path: Path
+
+    def require_free(self, study: Study) -> None:
+        """Check that a run of `study` may be written here, and leave everything as it is.
+
+        Raises:
+            FileError: it cannot be written to, or holds the run of another recipe.
+        """
+        if self._is_begun:
+            _require_same(self.path, study)
+        require_writable_folder(next(path for path in (self.path, *self.path.parents) if path.exists()))
+
+    def claim(self, study: Study) -> None:
+        """Take the folder for a run of `study`, and note the recipe in it; raises as `require_free` does."""
+        self.require_free(study)
+        require_writable_folder(self.path)
+        if not self._is_begun:
+            write_text(self.path / RECIPE, recipe_text(study))
+
+    @property
+    def _is_begun(self) -> bool:
+        """Whether a recipe lies here that is more than a trace of a run that stopped before anything came of it."""
+        recipe, parts = self.path / RECIPE, self.path / PARTS
+        is_trace = parts.is_dir() and all(path in (recipe, parts) or path.is_dir() for path in self.path.rglob("*"))
+        return recipe.exists() and not is_trace
+
+    def save(self, study: Study, results: Results, *, seeds: Sequence[SeedResult], images: Images) -> None:
+        """Write everything; the manifest last, so that it is there only for a whole run."""
+        write_text(self.path / RECIPE, recipe_text(study))
+        files = [RECIPE, RESULTS, REPORT, MODEL]
+        for seed in seeds:
+            for network in (seed.dense, *seed.networks):
+                files.append(model_file(network.name, seed.seed))
+                save(network.model, self.path / files[-1])
+        chosen = next(network for network in seeds[0].networks if network.name == results.chosen)
+        save(chosen.model, self.path / MODEL)
+        if chosen.plan is not None:
+            chosen.plan.save(self.path / PLAN)
+            files.append(PLAN)
+        results.save(self.path / RESULTS)
+        report(results, self.path / REPORT)
+        manifest = Manifest(
+            recipe=study.name,
+            identity=study.identity,
+            seeds=study.seeds,
+            versions=versions(),
+            machine=fingerprint("torch"),
+            dataset=study.dataset,
+            source=images.source,
+            data=images.checksums,
+            files={name: sha256_of(self.path / name) for name in sorted(files)},
+        )
+        write_text(self.path / MANIFEST, manifest.model_dump_json(indent=1) + "\n")
+
+    def manifest(self) -> Manifest:
+        """What the run wrote. Raises `FileError` where no finished run lies."""
+        if not (self.path / MANIFEST).exists():
+            raise FileError(
+                f"{self.path} holds no finished run: there is no {MANIFEST} in it; "
+                "name the folder that a recipe was run into, or finish the run with the command that began it"
+            )
+        return parse(Manifest, read_text(self.path / MANIFEST), origin=str(self.path / MANIFEST))
+
+
+def _require_same(path: Path, study: Study) -> None:
+    """FileError unless the folder's recipe is this one, other seeds allowed."""
+    advice = "give another folder with --out, or delete this one"
+    try:
+        there = read_recipe(path / RECIPE)
+    except FileError as error:
+        raise FileError(f"it cannot be told whose run {path} holds: {error}; {advice}") from error
+    if there.identity == study.identity:
+        return
+    if there.name != study.name:
+        raise FileError(f"{path} holds a run of another recipe, {there.name}; {advice}")
+    old, new = (each.model_dump(mode="json") for each in (there, study))
+    trained = any(part.is_file() for part in (path / PARTS).rglob("*"))
+    names = [name for name in new if old.get(name) != new[name] and name not in ("seeds", "title", "command")]
+    raise FileError(
+        f"{path} holds a run of {study.name} with other settings ({', '.join(names)}"
+        f"{', it was a quick look' if there.is_quick else ''}); {advice}"
+        f"{'. What both have in common is not trained again if you copy its parts into the other' if trained else ''}"
+    )
 
 
 def run_study(
@@ -58,7 +182,7 @@ def run_study(
     parts = require_writable_folder(folder.path / PARTS if parts is None else parts)
     seeds = tuple(SeedRun(study, seed, images, parts / f"seed{seed}", progress).result() for seed in study.seeds)
     progress.begin("testing")
-    results = results_of(study, seeds, images, runtimes=runtimes, progress=progress, start=start)
+    results = Evaluation(study, images, runtimes, progress).results(seeds, start=start)
     progress.begin("writing")
     folder.save(study, results, seeds=seeds, images=images)
     progress.end()

@@ -8,14 +8,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from spectrim.analysis.spectra import Analysis
 from spectrim.benchmark.measurement import Accuracy, Epoch, accuracy
 from spectrim.compression import Compressed, compress
 from spectrim.core.errors import FileError
-from spectrim.core.execution import evaluating
 from spectrim.core.files import Frozen, parse, read_text, write_text
 from spectrim.core.plans import Metric, Plan, Rule
 from spectrim.layers.saving import load, save
@@ -44,17 +42,12 @@ class _Note(Frozen):
 
 @dataclass(frozen=True, eq=False)
 class Network:
-    """One network of one seed.
+    """One network of one seed; name, stage, rule, metric and plan are those of a `Variant`.
 
     Attributes:
-        name: Unique within a study.
-        stage: What has been done to it.
         model: Ready to be saved.
         held_out: Accuracy on held-out training images.
         curve: Of its training, if any.
-        rule: What was asked of every layer.
-        metric: Of the factorisation, if there was one before training.
-        plan: Of the same.
         reference: The network as it was trained, if `model` has been made from it and should answer the same.
     """
 
@@ -99,10 +92,6 @@ class SeedRun:
         """A new part of the progress."""
         self.progress.begin(f"seed {self.seed}: {part}" if len(self.study.seeds) > 1 else part)
 
-    def initial_network(self) -> nn.Module:
-        """The dense network before any training."""
-        return self.study.initial_network(self.images, seed=self.seed)
-
     @property
     def dense(self) -> nn.Module:
         """The dense network, trained with the labels."""
@@ -110,7 +99,7 @@ class SeedRun:
 
     @cached_property
     def _dense(self) -> Part:
-        model = self.initial_network()
+        model = self.study.initial_network(self.images, seed=self.seed)
         is_trained = self.study.load_weights(model)
         self.begin("taking the given weights" if is_trained else "training the dense network")
         part = Part(model) if is_trained else self.trained("dense", model, self.study.dense, key=self.key())
@@ -135,8 +124,7 @@ class SeedRun:
     @cached_property
     def _teacher_logits(self) -> Tensor:
         """The dense network's logits (N, classes) of the training images, computed once instead of in every epoch."""
-        with evaluating(self.dense):
-            return torch.cat([self.dense(images) for images, _ in self.images.train.batches()])
+        return self.images.train.logits(self.dense)
 
     @cached_property
     def _held_out(self) -> list[Batch]:
@@ -170,11 +158,7 @@ class SeedRun:
 
     def options(self, phase: Phase, checkpoint: Checkpoint | None) -> dict[str, Any]:
         """What `fit` and `finetune` are given in every phase."""
-        return {
-            "epochs": phase.epochs,
-            "lr": phase.lr,
-            "weight_decay": phase.weight_decay,
-            "precision": phase.precision,
+        return phase.model_dump(exclude={"batch"}) | {
             "held_out": self._held_out,
             "seed": self.seed,
             "checkpoint": checkpoint,
@@ -195,14 +179,33 @@ class SeedRun:
             **settings,
         )
 
-    def part(self, name: str, make: Callable[[Checkpoint], Part], *, key: str, blank: nn.Module) -> Part:
-        """The part `name`: from disk if it is there with the same `key`, otherwise made now and saved.
+    def finetuning(
+        self, model: nn.Module, tuned: Tuned, *, train: Literal["all", "factors"] = "all", precomputed: bool = False
+    ) -> Callable[[Checkpoint], Part]:
+        """What fine-tunes a copy of `model` on all training images, for `part`.
 
-        Args:
-            name: File name without ending.
-            make: Trains or compresses; the checkpoint holds the epochs of an interrupted training.
-            key: From `key`.
-            blank: The dense network to load into.
+        A teacher, if there is one, is the dense network itself, or its logits for all images `precomputed`.
+        """
+
+        def finetuned(checkpoint: Checkpoint) -> Part:
+            temperature, live = tuned.temperature, tuned.temperature is not None and not precomputed
+            result = finetune(
+                model,
+                self.epochs(tuned.phase, temperature=None if live else temperature),
+                teacher=self.dense if live else None,
+                train=train,
+                temperature=temperature or 1.0,
+                frozen_norms=tuned.frozen_norms,
+                **self.options(tuned.phase, checkpoint),
+            )
+            return Part(result.model, result.history)
+
+        return finetuned
+
+    def part(self, name: str, make: Callable[[Checkpoint], Part], *, key: str, blank: nn.Module) -> Part:
+        """The part in the file `name`: loaded into a copy of `blank` if its key is the same, otherwise made and saved.
+
+        The checkpoint that `make` is given holds the epochs of an interrupted training.
         """
         network, note_file = self.folder / f"{name}.safetensors", self.folder / f"{name}.json"
         with suppress(FileError):  # absent or damaged: it is made again
@@ -229,17 +232,10 @@ class SeedRun:
         after_step: Callable[[Step], object] | None = None,
         resumable: bool = True,
     ) -> Part:
-        """The part `name`: `model` itself trained, or as it lies on disk.
+        """The part in the file `name`: `model` itself trained, or as it lies on disk.
 
-        Args:
-            name: File name without ending.
-            model: The network to train.
-            phase: Of the training.
-            key: From `key`.
-            temperature: With the dense network as the teacher; None trains with the labels.
-            keep: Weights of the last epoch, or of the one with the best accuracy on held-out training images.
-            after_step: Called after every optimiser step, as a part of it.
-            resumable: Whether an interrupted training goes on; off where its state is more than a checkpoint holds.
+        With a `temperature` the dense network is the teacher; otherwise the labels are learnt. `after_step` is called
+        as a part of every optimiser step; where its state is more than a checkpoint holds, nothing is `resumable`.
         """
 
         def on_step(step: Step) -> None:
@@ -257,14 +253,7 @@ class SeedRun:
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
-    """One way to compress the dense network of a seed.
-
-    Attributes:
-        run: The seed.
-        title: What it is called in tables.
-        rule: What was asked.
-        metric: Of the factorisation.
-    """
+    """One way to make a low-rank network: its title in tables, what was asked, and the metric of the factorisation."""
 
     run: SeedRun
     title: str
@@ -276,22 +265,10 @@ class Candidate:
         run = self.run
         run.begin(f"{self.title}: compressing and fine-tuning")
         small = self.compressed(compress, **settings)
-
-        def train(checkpoint: Checkpoint) -> Part:
-            result = finetune(
-                small.model,
-                run.epochs(tuned.phase),
-                teacher=None if tuned.temperature is None else run.dense,
-                temperature=tuned.temperature or 1.0,
-                frozen_norms=tuned.frozen_norms,
-                **run.options(tuned.phase, checkpoint),
-            )
-            return Part(result.model, result.history)
-
         yield self.network("zero-shot", small)
         images = len(run.images.train)
         key = run.key(start=small.model, teacher=run.key(), tuned=tuned, train="all", images=images)
-        yield self.finetuned("fine-tuned", small, train, key=key)
+        yield self.finetuned("fine-tuned", small, run.finetuning(small.model, tuned), key=key)
 
     def compressed(self, compress: Callable[[], Compressed], **settings: object) -> Part:
         """The part on disk, or from `compress`; `settings` are everything that it depends on."""
@@ -306,15 +283,7 @@ class Candidate:
     def finetuned(
         self, label: str, small: Part, train: Callable[[Checkpoint], Part], *, key: str, name: str | None = None
     ) -> Network:
-        """The network after training, which is done where it is not yet on disk.
-
-        Args:
-            label: What was done, for tables.
-            small: The compressed network that it starts from.
-            train: As for `SeedRun.part`.
-            key: From `SeedRun.key`.
-            name: Of the part; by default from the title.
-        """
+        """The network after training from `small`; the part has the name given, or one from the title."""
         part = self.run.part(name or f"{file_name(self.title)}-tuned", train, key=key, blank=self.run.dense)
         return self.network(label, part._replace(plan=small.plan))
 

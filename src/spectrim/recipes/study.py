@@ -175,11 +175,7 @@ class Study(Frozen, ABC):
         """Raise for a missing package or unreadable weights, before anything is read or written."""
 
     def require_possible(self, model: nn.Module, example: Tensor) -> None:
-        """Raise what an untrained network tells before hours of training: here, that it cannot take the images.
-
-        Args:
-            model: The dense network before any training.
-            example: One image (1, C, H, W), as the network sees it.
+        """Raise what an untrained network tells before hours of training: here, that it cannot take one image.
 
         Raises:
             ModelError, RuleError: what the settings ask cannot be done with this network.

@@ -74,12 +74,8 @@ def held_out_plan(
     with truncation in the place of pruning. The threshold is the smallest one at which the whole network has at most
     `share` of its parameters; where none is small enough, every layer is at rank 1.
 
-    Args:
-        model: The dense network.
-        analysis: Of it, in the plain metric.
-        images: Held-out training images and their labels.
-        share: Parameters kept / dense, in (0, 1).
-        on_progress: Called with the networks scored so far, and of how many.
+    `analysis` is of the dense `model` in the plain metric, and `images` are held-out training images. `on_progress` is
+    called with the networks scored so far, and of how many.
     """
     tried = [(layer, rank) for layer in analysis if _can_shrink(layer) for rank in _candidate_ranks(layer)]
     dense_loss = _loss(model, images)

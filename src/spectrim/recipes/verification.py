@@ -10,21 +10,20 @@ from typing import Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
-from spectrim.benchmark.measurement import Accuracy, Measurement, accuracy, count, measure
+from spectrim.benchmark.measurement import Measurement, accuracy, count, measure
 from spectrim.core.errors import FileError
 from spectrim.core.files import sha256_of
 from spectrim.layers.saving import load
 from spectrim.recipes.changes import changes_of
 from spectrim.recipes.files import read_recipe
-from spectrim.recipes.folder import RECIPE, RESULTS, RunFolder
 from spectrim.recipes.images import Batch, Images
 from spectrim.recipes.progress import ProgressCallback, ProgressReporter
-from spectrim.recipes.run import images_of
+from spectrim.recipes.run import RECIPE, RESULTS, RunFolder, images_of
 from spectrim.recipes.study import Study
-from spectrim.reporting import Changes, LayerSpectrum, Results, Run, Variant, words
-from spectrim.reporting.results import Tally
+from spectrim.reporting import Changes, Results, Run, Variant, words
 from spectrim.runtimes.sessions import fingerprint
 
 Verdict = Literal["ok", "differs", "missing", "altered", "not judged"]
@@ -80,15 +79,18 @@ def verify_run(
     """
     run_folder = RunFolder(Path(folder))
     manifest = run_folder.manifest()
-    checks = [_file_check(run_folder.path, name, digest) for name, digest in manifest.files.items()]
+    checks = []
+    for name, digest in manifest.files.items():
+        now = sha256_of(run_folder.path / name) if (run_folder.path / name).is_file() else None
+        verdict: Verdict = "missing" if now is None else "ok" if now == digest else "altered"
+        checks.append(Check(f"file {name}", digest[:16], now[:16] if now else words.NOTHING, verdict))
     if any(not check.good and check.what in (f"file {RECIPE}", f"file {RESULTS}") for check in checks):
-        # what it says cannot be trusted, and may not even be readable
-        return tuple(checks)
+        return tuple(checks)  # what it says cannot be trusted, and may not even be readable
     study, results = read_recipe(run_folder.path / RECIPE), Results.load(run_folder.path / RESULTS)
     images = images_of(study, data_folder)
     checks += [
-        _compared(f"data, {split} split (sha256)", stored[:16], found[:16], same=stored == found)
-        for split, stored, found in zip(("training", "test"), manifest.data, images.checksums, strict=True)
+        _compared(f"data, {split} split (sha256)", stored[:16], now[:16], same=stored == now)
+        for split, stored, now in zip(("training", "test"), manifest.data, images.checksums, strict=True)
     ]
     # on the same kind of machine, no image may be classified differently
     tolerance = 0.0 if manifest.machine == fingerprint("torch") else ELSEWHERE
@@ -105,15 +107,8 @@ def verify_run(
     return tuple(checks)
 
 
-def _file_check(folder: Path, name: str, digest: str) -> Check:
-    if not (folder / name).is_file():
-        return Check(f"file {name}", digest[:16], words.NOTHING, "missing")
-    found = sha256_of(folder / name)
-    return Check(f"file {name}", digest[:16], found[:16], "ok" if found == digest else "altered")
-
-
-def _compared(what: str, stored: str, found: str, *, same: bool) -> Check:
-    return Check(what, stored, found, "ok" if same else "differs")
+def _compared(what: str, stored: str, now: str, *, same: bool) -> Check:
+    return Check(what, stored, now, "ok" if same else "differs")
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,9 +120,9 @@ class _Verifier:
     tolerance: float
 
     @cached_property
-    def batches(self) -> dict[str, list[Batch]]:
-        """Of the images that accuracy is taken on, by the name of the accuracy."""
-        return {"test accuracy": self.images.test.batches(), "held-out accuracy": self.images.held_out.batches()}
+    def batches(self) -> tuple[list[Batch], list[Batch]]:
+        """Test images and held-out training images."""
+        return self.images.test.batches(), self.images.held_out.batches()
 
     def load(self, run: Run) -> nn.Module:
         """The network of a run."""
@@ -147,34 +142,30 @@ class _Verifier:
             except FileError as error:
                 yield Check(f"{variant.name}: network, seed {run.seed}", run.model or "", str(error), "missing")
                 continue
-            yield from self._accuracies(variant, run, model)
+            for what, stored, batches in zip(("test", "held-out"), (run.test, run.held_out), self.batches, strict=True):
+                if stored is not None:
+                    now = accuracy(model, batches)
+                    close = abs(stored.correct - now.correct) <= self.allowed(stored.total)
+                    name = f"{variant.name}: {what} accuracy, seed {run.seed}"
+                    shares = [f"{each.correct:,} of {each.total:,}" for each in (stored, now)]
+                    yield _compared(name, *shares, same=close and stored.total == now.total)
             if run is variant.runs[0]:
                 yield from self._costs(variant, model)
                 yield from self._latency(variant, model) if latency else ()
 
-    def _accuracies(self, variant: Variant, run: Run, model: nn.Module) -> Iterator[Check]:
-        for (what, batches), stored in zip(self.batches.items(), (run.test, run.held_out), strict=True):
-            if stored is not None:
-                found = accuracy(model, batches)
-                close = abs(stored.correct - found.correct) <= self.allowed(stored.total)
-                same = stored.total == found.total and close
-                yield _compared(
-                    f"{variant.name}: {what}, seed {run.seed}", _fraction(stored), _fraction(found), same=same
-                )
-
     def _costs(self, variant: Variant, model: nn.Module) -> Iterator[Check]:
         counted = count(model, self.images.test.example())
         for name, what in (("params", "parameters"), ("bytes", "bytes"), ("macs", "MACs of one image")):
-            stored, found = getattr(variant.measurement, name), getattr(counted, name)
-            yield _compared(f"{variant.name}: {what}", f"{stored:,}", f"{found:,}", same=stored == found)
+            stored, now = getattr(variant.measurement, name), getattr(counted, name)
+            yield _compared(f"{variant.name}: {what}", f"{stored:,}", f"{now:,}", same=stored == now)
 
     def _latency(self, variant: Variant, model: nn.Module) -> Iterator[Check]:
         stored, dense = variant.measurement, self.results.dense
         example = self.images.test.example(self.study.latency_batch)
         with suppress(FileError):  # a missing dense network has its own line
             reference = None if variant is dense else self.load(dense.runs[0])
-            found = measure(model, example, reference=reference, runtime=stored.runtime or "torch", rounds=11)
-            yield Check(f"{variant.name}: latency ({stored.runtime})", _times(stored), _times(found), "not judged")
+            now = measure(model, example, reference=reference, runtime=stored.runtime or "torch", rounds=11)
+            yield Check(f"{variant.name}: latency ({stored.runtime})", _times(stored), _times(now), "not judged")
 
     def changes(self) -> Iterator[Check]:
         """What the chosen network predicts differently from the dense one, and which images show it."""
@@ -184,30 +175,25 @@ class _Verifier:
         small = {run.seed: run for run in self.results.variant(stored.variant).runs}
         with suppress(FileError):  # a missing network has its own line
             pairs = {run.seed: (self.load(run), self.load(small[run.seed])) for run in self.results.dense.runs}
-            found = changes_of(stored.variant, pairs, self.images)
-            what, same = f"{stored.variant}: answers changed", self._similar(stored, found)
-            yield _compared(what, _counts(stored.whole), _counts(found.whole), same=same)
+            now = changes_of(stored.variant, pairs, self.images)
+            name, same = f"{stored.variant}: answers changed", self._similar(stored, now)
+            tallies = [
+                f"{tally.broken:,} broken, {tally.mended:,} mended, {tally.confused:,} confused"
+                for tally in (stored.whole, now.whole)
+            ]
+            yield _compared(name, *tallies, same=same)
 
-    def _similar(self, stored: Changes, found: Changes) -> bool:
+    def _similar(self, stored: Changes, now: Changes) -> bool:
         """Whether no count of any class is further off than it may be, and the same images are shown.
 
         Which images change the networks' confidence most is decided by its last digits: a few may be others.
         """
-        if [tally.name for tally in stored.classes] != [tally.name for tally in found.classes]:
+        if [tally.name for tally in stored.classes] != [tally.name for tally in now.classes]:
             return False
-        counts, counts_found = (
-            np.array(
-                [(tally.total, tally.before, tally.broken, tally.mended, tally.confused) for tally in each.classes]
-            )
-            for each in (stored, found)
-        )
+        (counts, images), (counts_now, images_now) = map(_counts_and_images, (stored, now))
         allowed = self.allowed(stored.whole.total)
-        images, images_found = (
-            [image.model_dump(exclude={"sure_before", "sure_after"}) for image in each.flipped]
-            for each in (stored, found)
-        )
-        others = [image for image in images if image not in images_found]
-        return bool(np.abs(counts - counts_found).max() <= allowed) and len(others) <= max(2, allowed)
+        others = [image for image in images if image not in images_now]
+        return bool(np.abs(counts - counts_now).max() <= allowed) and len(others) <= max(2, allowed)
 
     def spectra(self) -> Iterator[Check]:
         """The singular values of the weights themselves; those in a data metric need the calibration again."""
@@ -215,23 +201,17 @@ class _Verifier:
             model = self.load(self.results.dense.runs[0])
             for spectrum in self.results.spectra:
                 if spectrum.metric == "plain":
-                    yield _spectrum_check(spectrum, model)
+                    weight = model.get_submodule(spectrum.layer).get_parameter("weight").detach()
+                    stored, now = np.array(spectrum.values), torch.linalg.svdvals(weight.flatten(1).double()).numpy()
+                    same = len(now) == len(stored) and bool(np.abs(now - stored).max() <= _DIGITS * stored[0])
+                    name = f"spectrum of {spectrum.layer}"
+                    yield _compared(name, f"{stored[0]:.6g} ..", f"{now[0]:.6g} ..", same=same)
 
 
-def _spectrum_check(spectrum: LayerSpectrum, model: nn.Module) -> Check:
-    weight = model.get_submodule(spectrum.layer).get_parameter("weight").detach()
-    values = torch.linalg.svdvals(weight.flatten(1).double()).numpy()
-    stored = np.array(spectrum.values)
-    same = len(values) == len(stored) and np.abs(values - stored).max() <= _DIGITS * stored[0]
-    return _compared(f"spectrum of {spectrum.layer}", f"{stored[0]:.6g} ..", f"{values[0]:.6g} ..", same=bool(same))
-
-
-def _fraction(accuracy: Accuracy) -> str:
-    return f"{accuracy.correct:,} of {accuracy.total:,}"
-
-
-def _counts(tally: Tally) -> str:
-    return f"{tally.broken:,} broken, {tally.mended:,} mended, {tally.confused:,} confused"
+def _counts_and_images(changes: Changes) -> tuple[NDArray[np.int64], list[dict[str, object]]]:
+    """The counts of every class, and the images to show without the networks' confidence."""
+    counts = np.array([list(tally.model_dump(exclude={"name"}).values()) for tally in changes.classes])
+    return counts, [image.model_dump(exclude={"sure_before", "sure_after"}) for image in changes.flipped]
 
 
 def _times(measured: Measurement) -> str:
