@@ -9,9 +9,10 @@ from torch import nn
 from torch.nn import functional
 
 from spectrim.analysis.spectra import Analysis, LayerAnalysis
-from spectrim.compression import compress
 from spectrim.core.execution import evaluating
 from spectrim.core.plans import Budget, Energy, LayerPlan, Plan
+from spectrim.layers.replacement import duplicate, factored_at, own_bias
+from spectrim.layers.selection import replace
 from spectrim.linalg import Spectrum
 from spectrim.planning.decisions import dense, factored, why_impossible
 from spectrim.recipes.images import Split
@@ -82,8 +83,9 @@ def held_out_plan(
     harms: dict[str, dict[int, float]] = {}
     for done, (layer, rank) in enumerate(tried):
         on_progress(done, len(tried))
-        alone = _plan(analysis, {layer.name: rank}, rule=None, because="alone")
-        small = compress(model, alone, example_inputs=images.example(), analysis=analysis).model
+        small, factors = duplicate(model), layer.decomposition(layer.forms[0], "plain").factors((rank,))
+        names = (layer.name, *layer.also)
+        replace(small, factored_at(small, names, form=layer.forms[0], factors=factors, bias=own_bias))
         harms.setdefault(layer.name, {})[rank] = _loss(small, images) - dense_loss
     total = analysis.whole.params
     thresholds = sorted({harm for by_rank in harms.values() for harm in by_rank.values()})
