@@ -226,7 +226,7 @@ def test_a_summary_says_no_more_than_the_clock_does(finished: tuple[Path, st.Res
     assert ", 1.05x faster one image" in said(1.05)
     assert ", 0.80x as fast 16 images at a time." in said(0.8, batch=16)
     assert ", as fast as before one image at a time." in said(1.005)
-    assert "too restless to tell" in said(2.0, width=0.5)
+    assert "too noisy to say more" in said(2.0, width=0.5)
     assert ": no smaller, " in said(2.0, params=results.dense.measurement.params)
 
 

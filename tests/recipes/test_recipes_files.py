@@ -165,7 +165,7 @@ def test_a_folder_belongs_to_one_recipe(tmp_path: Path) -> None:
         folder.claim(study.model_copy(update={"held_out": 1200}).quick())
     assert (tmp_path / "recipe.toml").read_bytes() == written
     (tmp_path / "recipe.toml").write_text("nonsense = ")
-    with pytest.raises(errors.FileError, match="cannot be told whose run"):
+    with pytest.raises(errors.FileError, match="cannot tell whose run"):
         folder.claim(study)
 
 

@@ -66,7 +66,7 @@ class ConvolutionalStudy(Study, ABC):
 
 
 class MiniResNetStudy(ConvolutionalStudy):
-    """Every Linear and convolution of a mini-ResNet factored, in three ways side by side, and fine-tuned.
+    """Every Linear and convolution of a mini-ResNet factored, with ranks from three methods, and fine-tuned.
 
     Attributes:
         width: Channels of the network's first stage.

@@ -209,7 +209,7 @@ def summarise(dense: Variant, chosen: Variant, *, remark: str = "", quick: bool 
         "faster": f", {gain:.{1 if gain > 1.1 else 2}f}x faster {at_once}",
         "slower": f", {gain:.2f}x as fast {at_once}",
         "no difference": f", as fast as before {at_once}",
-        "too noisy to tell": f", {gain:.1f}x as fast {at_once} on a machine too restless to tell more",
+        "too noisy to tell": f", {gain:.1f}x as fast {at_once} (the machine is too noisy to say more)",
     }
     speed = speeds[after.verdict] if after.verdict else ""
     times = before.params / after.params

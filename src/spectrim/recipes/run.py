@@ -74,7 +74,7 @@ class RunFolder:
 
     @property
     def _is_begun(self) -> bool:
-        """Whether a recipe lies here that is more than a trace of a run that stopped before anything came of it."""
+        """Whether a run has begun here: a recipe beside empty folders is left over from a run that stopped early."""
         recipe, parts = self.path / RECIPE, self.path / PARTS
         is_trace = parts.is_dir() and all(path in (recipe, parts) or path.is_dir() for path in self.path.rglob("*"))
         return recipe.exists() and not is_trace
@@ -123,7 +123,7 @@ def _require_same(path: Path, study: Study) -> None:
     try:
         there = read_recipe(path / RECIPE)
     except FileError as error:
-        raise FileError(f"it cannot be told whose run {path} holds: {error}; {advice}") from error
+        raise FileError(f"cannot tell whose run {path} holds: {error}; {advice}") from error
     if there.identity == study.identity:
         return
     if there.name != study.name:
@@ -149,9 +149,9 @@ def run_study(
     """Train, compress and measure, and write everything to a folder.
 
     `out` then holds the recipe as it was run (`recipe.toml`), `results.json`, `report.html`, every network of every
-    seed (`models`), the chosen one of the first seed (`model.safetensors`) with its `plan.json` where it was made by a
-    plan, what all of it was made from, with the checksum of every file (`run.json`), and the trained parts, from which
-    an interrupted run goes on when it is started again.
+    seed (`models`), and the chosen one of the first seed (`model.safetensors`) with its `plan.json` if a plan made it.
+    `run.json` says what all of it was made from, with the checksum of every file. The same call resumes an interrupted
+    run from the trained parts, which lie there too.
 
     Args:
         study: What to do.
@@ -166,7 +166,7 @@ def run_study(
             done then.
         DataError: the data set cannot be obtained; names the recipe that stands in, if there is one.
         EngineError, DependencyError: a runtime or a package that the recipe needs cannot be had.
-        ModelError, RuleError: the network cannot take the images, or what the recipe asks of it cannot be; told before
+        ModelError, RuleError: the network cannot take the images, or cannot do what the recipe asks; raised before
             anything is trained or written.
     """
     start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Ranks that each layer chooses by itself: from its singular values alone, or by what held-out images say."""
+"""Ranks chosen for each layer by itself: from its singular values alone, or from a scan on held-out images."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -25,7 +25,7 @@ MEANING: Mapping[Threshold, str] = {
     "effective-rank": "effective rank",
     "held-out": "per-layer energy, held-out",
 }
-"""What each is called in tables."""
+"""Their names in tables."""
 
 
 def gap_rank(spectrum: Spectrum) -> int:
