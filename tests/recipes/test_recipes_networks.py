@@ -288,7 +288,7 @@ def test_a_head_tuned_on_features_is_the_network_tuned_with_its_backbone_frozen(
     assert torch.equal(model[3](features.train), model(images.train.images))
     tuned = Tuned(phase=Phase(epochs=3, lr=1e-2, batch=50))
     options = {"epochs": 3, "lr": 1e-2}
-    head_tuned = features.finetuned(model, "3", tuned, features.labels, seed=0, **options)
+    head_tuned = features.finetuned(model, "3", tuned=tuned, targets=features.labels, seed=0, **options)
     batches = partial(Minibatches, images.train.images, images.train.labels, 50, 0)
     expected = st.finetune(model, batches, train=["3"], held_out=images.held_out.batches(), **options)
     for name, value in expected.model.state_dict().items():
@@ -321,8 +321,10 @@ def test_a_head_may_learn_what_the_dense_one_answers_to_an_image_and_its_mirror_
     tuned = Tuned(phase=Phase(epochs=1, lr=1e-3, batch=10), temperature=1.0)
     options = {"seed": 0, "epochs": 1, "lr": 1e-5}
     # the dense layer itself has nothing to learn from its own answers, and something from their mean
-    parts = [each.finetuned(model, "3", tuned, each.soft_targets(model[3]), **options) for each in (plain, both)]
-    losses = [part.curve[-1].loss for part in parts]
+    losses = [
+        each.finetuned(model, "3", tuned=tuned, targets=each.soft_targets(model[3]), **options).curve[-1].loss
+        for each in (plain, both)
+    ]
     assert losses[0] < 1e-5
     assert losses[1] > 100 * losses[0]
 

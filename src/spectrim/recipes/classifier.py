@@ -40,8 +40,7 @@ IMAGENET = "imagenet"
 class Features:
     """What the last layer receives of training images, and of held-out ones in batches.
 
-    The backbone is frozen and images are varied in no other way than by a mirror, so that training on these is training
-    on the images.
+    The backbone is frozen and images are at most mirrored, so training on these is training on the images.
 
     Attributes:
         train: All training images as they are, then all mirrored, if they are: (V * N, F) for V views.
@@ -82,11 +81,8 @@ class Features:
         mixed[rows, self.labels] = mixed[rows, self.labels].logaddexp(torch.tensor(log(label_share)))
         return mixed
 
-    def finetuned(self, model: nn.Module, layer: str, tuned: Tuned, targets: Tensor, **options: Any) -> Part:
-        """A copy of the model, which has these features before `layer`, with that layer trained, and its curve.
-
-        Targets are `labels` or `soft_targets`; options are those of `finetune`.
-        """
+    def finetuned(self, model: nn.Module, layer: str, *, tuned: Tuned, targets: Tensor, **options: Any) -> Part:
+        """A copy of the model that these features are of, with its `layer` trained; options are those of `finetune`."""
         result = finetune(
             model.get_submodule(layer),
             lambda epoch: Minibatches(self.train, targets, tuned.phase.batch, options["seed"], epoch),
@@ -249,11 +245,12 @@ class ClassifierStudy(ConvolutionalStudy):
         def train(checkpoint: Checkpoint) -> Part:
             inputs, teacher = features(run), dense.get_submodule(name)
             targets = inputs.soft_targets(teacher, label_share=self.head_labels) if has_teacher else inputs.labels
-            return inputs.finetuned(small.model, name, self.head, targets, **run.options(self.head.phase, checkpoint))
+            options = run.options(self.head.phase, checkpoint)
+            return inputs.finetuned(small.model, name, tuned=self.head, targets=targets, **options)
 
         images = (self.head_images, self.head_mirrored, self.head_labels)
         key = run.key(start=small.model, teacher=run.key(), head=name, tuned=self.head, images=images)
-        yield candidate.finetuned("head tuned", small, train, key=key)
+        yield candidate.finetuned("head tuned", small, train=train, key=key)
 
     def _whole_network(self, run: SeedRun) -> Iterator[Network]:
         budget, metric, forms, multiple = Budget(macs=self.macs), self.metric, self.forms, self.rank_multiple

@@ -111,7 +111,7 @@ class MlpStudy(FullyConnected):
         settings = {"metric": metric, "rank": rank, "calibration": self.calibration_images}
         key = run.key(start=run.dense, tuning=(phase, temperature), **settings)
         name = f"rank{rank:04d}-{metric}" + ("" if temperature else "-labels")
-        yield candidate.finetuned("fine-tuned", small, train, key=key, name=name)
+        yield candidate.finetuned("fine-tuned", small, train=train, key=key, name=name)
 
 
 class FixedRank(FullyConnected, ABC):
@@ -198,7 +198,7 @@ class DynamicStudy(FixedRank):
         part = run.trained(
             f"rank{self.rank:04d}-truncated-{training.name.replace(' ', '-')}",
             model,
-            training.phase,
+            phase=training.phase,
             key=run.key(start=run.dense, rank=self.rank, way=training),
             temperature=training.temperature,
             keep=training.keep,
@@ -260,7 +260,7 @@ class ProjectedStudy(FixedRank):
         part = run.trained(
             f"rank{self.rank:04d}-projected",
             model,
-            self.projected,
+            phase=self.projected,
             key=run.key(rank=self.rank, projected=self.projected),
             after_step=project_at_the_end,
         )

@@ -102,7 +102,7 @@ class SeedRun:
         model = self.study.initial_network(self.images, seed=self.seed)
         is_trained = self.study.load_weights(model)
         self.begin("taking the given weights" if is_trained else "training the dense network")
-        part = Part(model) if is_trained else self.trained("dense", model, self.study.dense, key=self.key())
+        part = Part(model) if is_trained else self.trained("dense", model, phase=self.study.dense, key=self.key())
         part.model.eval()
         return part
 
@@ -224,8 +224,8 @@ class SeedRun:
         self,
         name: str,
         model: nn.Module,
-        phase: Phase,
         *,
+        phase: Phase,
         key: str,
         temperature: float | None = None,
         keep: Literal["last", "best"] = "last",
@@ -268,7 +268,7 @@ class Candidate:
         yield self.network("zero-shot", small)
         images = len(run.images.train)
         key = run.key(start=small.model, teacher=run.key(), tuned=tuned, train="all", images=images)
-        yield self.finetuned("fine-tuned", small, run.finetuning(small.model, tuned), key=key)
+        yield self.finetuned("fine-tuned", small, train=run.finetuning(small.model, tuned), key=key)
 
     def compressed(self, compress: Callable[[], Compressed], **settings: object) -> Part:
         """The part on disk, or from `compress`; `settings` are everything that it depends on."""
@@ -281,7 +281,7 @@ class Candidate:
         return self.run.part(name, make, key=self.run.key(start=dense, **settings), blank=dense)
 
     def finetuned(
-        self, label: str, small: Part, train: Callable[[Checkpoint], Part], *, key: str, name: str | None = None
+        self, label: str, small: Part, *, train: Callable[[Checkpoint], Part], key: str, name: str | None = None
     ) -> Network:
         """The network after training from `small`; the part has the name given, or one from the title."""
         part = self.run.part(name or f"{file_name(self.title)}-tuned", train, key=key, blank=self.run.dense)

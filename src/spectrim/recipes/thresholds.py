@@ -83,9 +83,9 @@ def held_out_plan(
     harms: dict[str, dict[int, float]] = {}
     for done, (layer, rank) in enumerate(tried):
         on_progress(done, len(tried))
-        small, factors = duplicate(model), layer.decomposition(layer.forms[0], "plain").factors((rank,))
-        names = (layer.name, *layer.also)
-        replace(small, factored_at(small, names, form=layer.forms[0], factors=factors, bias=own_bias))
+        small, form, names = duplicate(model), layer.forms[0], (layer.name, *layer.also)
+        factors = layer.decomposition(form, "plain").factors((rank,))
+        replace(small, factored_at(small, names, form=form, factors=factors, bias=own_bias))
         harms.setdefault(layer.name, {})[rank] = _loss(small, images) - dense_loss
     total = analysis.whole.params
     thresholds = sorted({harm for by_rank in harms.values() for harm in by_rank.values()})
