@@ -1,4 +1,4 @@
-"""The bars of the studies of convolutional networks, held against runs of them.
+"""Runs of the studies of convolutional networks, compared with their bars.
 
     python benchmarks/image_studies.py miniresnet-mnist --out runs       # seeds 0, 1, 2; runs or resumes runs/NAME
     python benchmarks/image_studies.py miniresnet-fashion --out runs --seeds 0
@@ -18,23 +18,22 @@ from rich.console import Console
 from rich.table import Table
 
 import spectrim as st
-from spectrim.recipes import find_study, run_study
-from spectrim.recipes.progress import Progress
+from spectrim.recipes import Progress, find_study, run_study
 
 
 @dataclass(frozen=True)
 class Bar:
-    """One figure that a study has to reach, or that is to stay below."""
+    """One figure that a study has to reach, or, with `at_most`, that it must not exceed."""
 
     what: str
-    found: float
+    measured: float
     bar: float
-    most: bool = False
+    at_most: bool = False
 
     @property
-    def held(self) -> bool:
-        """Whether it does."""
-        return self.found <= self.bar if self.most else self.found >= self.bar
+    def is_met(self) -> bool:
+        """Whether the study meets it."""
+        return self.measured <= self.bar if self.at_most else self.measured >= self.bar
 
 
 def percent(variant: st.Variant) -> float:
@@ -44,13 +43,13 @@ def percent(variant: st.Variant) -> float:
 
 def tuned(results: st.Results, beginning: str) -> list[st.Variant]:
     """The fine-tuned networks whose names begin so."""
-    return [one for one in results.variants if one.stage == "fine-tuned" and one.name.startswith(beginning)]
+    return [each for each in results.variants if each.stage == "fine-tuned" and each.name.startswith(beginning)]
 
 
 def fastest(variant: st.Variant, *, surely: bool = False) -> float:
     """The best speed-up over dense in the same runtime; `surely`, the lower end of its interval."""
-    timed = [one.speedup for one in (variant.measurement, *variant.in_runtimes) if one.speedup]
-    return max(one.low if surely else one.value for one in timed)
+    speedups = [measured.speedup for measured in (variant.measurement, *variant.in_runtimes) if measured.speedup]
+    return max(speedup.low if surely else speedup.value for speedup in speedups)
 
 
 def mnist(results: st.Results) -> Sequence[Bar]:
@@ -59,9 +58,9 @@ def mnist(results: st.Results) -> Sequence[Bar]:
     return (
         Bar("dense accuracy", dense, 99.3),
         Bar("75 % energy, fine-tuned: accuracy", percent(energy), 99.2),
-        Bar("the same, points below dense", dense - percent(energy), 0.1, most=True),
+        Bar("the same, points below dense", dense - percent(energy), 0.1, at_most=True),
         Bar(f"{small.name}: accuracy", percent(small), 99.2),
-        Bar("the same, parameters kept (%)", 100 * (small.measurement.params_ratio or 1), 7.0, most=True),
+        Bar("the same, parameters kept (%)", 100 * (small.measurement.params_ratio or 1), 7.0, at_most=True),
         Bar("the same, best speed-up, lower end", fastest(small, surely=True), 1.0),
     )
 
@@ -69,10 +68,10 @@ def mnist(results: st.Results) -> Sequence[Bar]:
 def fashion(results: st.Results) -> Sequence[Bar]:
     """The first budget of at most a fifth of the parameters."""
     dense = percent(results.dense)
-    small = next(one for one in tuned(results, "budget") if (one.measurement.params_ratio or 1) <= 0.2)
+    small = next(each for each in tuned(results, "budget") if (each.measurement.params_ratio or 1) <= 0.2)
     return (
-        Bar(f"{small.name}: points below dense", dense - percent(small), 0.3, most=True),
-        Bar("the same, parameters kept (%)", 100 * (small.measurement.params_ratio or 1), 20.0, most=True),
+        Bar(f"{small.name}: points below dense", dense - percent(small), 0.3, at_most=True),
+        Bar("the same, parameters kept (%)", 100 * (small.measurement.params_ratio or 1), 20.0, at_most=True),
         Bar("the same, best speed-up, lower end", fastest(small, surely=True), 1.0),
     )
 
@@ -83,10 +82,10 @@ def resnet18(results: st.Results) -> Sequence[Bar]:
     (control,) = tuned(results, "classifier dense")
     whole = results.variant(results.chosen or "")  # zero-shot or fine-tuned, by held-out images
     return (
-        Bar(f"{half.name}: points below dense", dense - percent(half), 0.2, most=True),
-        Bar("the same, points below dense, its head tuned too", percent(control) - percent(half), 0.2, most=True),
-        Bar(f"{whole.name}: points below dense", dense - percent(whole), 0.3, most=True),
-        Bar("the same, MACs kept (%)", 100 * (whole.measurement.macs_ratio or 1), 50.0, most=True),
+        Bar(f"{half.name}: points below dense", dense - percent(half), 0.2, at_most=True),
+        Bar("the same, points below dense, its head tuned too", percent(control) - percent(half), 0.2, at_most=True),
+        Bar(f"{whole.name}: points below dense", dense - percent(whole), 0.3, at_most=True),
+        Bar("the same, MACs kept (%)", 100 * (whole.measurement.macs_ratio or 1), 50.0, at_most=True),
         Bar("the same, best speed-up", fastest(whole), 1.6),
     )
 
@@ -101,17 +100,16 @@ BARS: dict[str, Callable[[st.Results], Sequence[Bar]]] = {
 def figures(results: st.Results) -> Table:
     """Every network in every runtime."""
     table = Table("network", "accuracy", "params kept", "MACs kept", "speed-up, by runtime")
-    for one in (results.dense, *results.variants):
-        spread = "" if one.spread is None else f" ({100 * one.spread:.2f})"
-        measured = one.measurement
-        timed = [each for each in (measured, *one.in_runtimes) if each.speedup]
-        shown = ", ".join(
+    for variant in (results.dense, *results.variants):
+        spread = "" if variant.spread is None else f" ({100 * variant.spread:.2f})"
+        measured = variant.measurement
+        speedups = ", ".join(
             f"{each.runtime} {each.speedup.value:.2f} [{each.speedup.low:.2f}, {each.speedup.high:.2f}]"
-            for each in timed
+            for each in (measured, *variant.in_runtimes)
             if each.speedup
         )
-        kept = [f"{100 * (ratio or 1):.1f} %" for ratio in (measured.params_ratio, measured.macs_ratio)]
-        table.add_row(one.name, f"{percent(one):.2f}{spread}", *kept, shown)
+        ratios = [f"{100 * (ratio or 1):.1f} %" for ratio in (measured.params_ratio, measured.macs_ratio)]
+        table.add_row(variant.name, f"{percent(variant):.2f}{spread}", *ratios, speedups)
     return table
 
 
@@ -121,26 +119,26 @@ def main() -> None:
     parser.add_argument("study", choices=BARS)
     parser.add_argument("--out", type=Path, required=True, help="folder for the folders of the runs")
     parser.add_argument("--seeds", type=lambda text: tuple(map(int, text.split(","))), help="by default the recipe's")
-    given = parser.parse_args()
-    console, study = Console(width=160, highlight=False), find_study(given.study)
-    if given.seeds:
-        study = study.model_copy(update={"seeds": given.seeds})
-    said: list[str] = []
+    options = parser.parse_args()
+    console, study = Console(width=160, highlight=False), find_study(options.study)
+    if options.seeds:
+        study = study.model_copy(update={"seeds": options.seeds})
+    printed: list[str] = []
 
-    def tell(event: Progress) -> None:
-        if event.part not in said:
-            said.append(event.part)
+    def on_progress(event: Progress) -> None:
+        if event.part not in printed:
+            printed.append(event.part)
             console.print(event.part)
 
-    results = run_study(study, given.out / study.name, on_progress=tell)
+    results = run_study(study, options.out / study.name, on_progress=on_progress)
     bars = BARS[study.name](results)
-    table = Table("", "found", "bar", "")
-    for one in bars:
-        sign, verdict = "<=" if one.most else ">=", "PASS" if one.held else "MISS"
-        table.add_row(one.what, f"{one.found:.2f}", f"{sign} {one.bar:g}", verdict)
+    table = Table("", "measured", "bar", "")
+    for bar in bars:
+        sign, verdict = "<=" if bar.at_most else ">=", "PASS" if bar.is_met else "MISS"
+        table.add_row(bar.what, f"{bar.measured:.2f}", f"{sign} {bar.bar:g}", verdict)
     console.print(figures(results))
     console.print(table)
-    sys.exit(0 if all(one.held for one in bars) else 1)
+    sys.exit(0 if all(bar.is_met for bar in bars) else 1)
 
 
 if __name__ == "__main__":

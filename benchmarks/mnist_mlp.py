@@ -1,4 +1,4 @@
-"""The bars of the MNIST study, held against a run of it.
+"""A run of the MNIST study, compared with its bars.
 
     python benchmarks/mnist_mlp.py --out spectrim-mnist-mlp          # runs (or resumes) seeds 0, 1, 2, then compares
 
@@ -28,20 +28,20 @@ def percent(variant: st.Variant) -> float:
 
 def rows(results: st.Results) -> list[tuple[str, str, float, float, float | None]]:
     """Network, what is measured, figure, bar, published figure."""
-    found = [("dense", "accuracy", percent(results.dense), ZERO_SHOT[None], PUBLISHED[None])]
+    figures = [("dense", "accuracy", percent(results.dense), ZERO_SHOT[None], PUBLISHED[None])]
     for stage, bars in (("zero-shot", ZERO_SHOT), ("fine-tuned", FINE_TUNED)):
         for rank, bar in bars.items():
             if rank is not None:
-                one = results.variant(f"rank {rank}, activation, {stage}")
-                found.append((f"rank {rank}, {stage}", "accuracy", percent(one), bar, PUBLISHED[rank]))
+                variant = results.variant(f"rank {rank}, activation, {stage}")
+                figures.append((f"rank {rank}, {stage}", "accuracy", percent(variant), bar, PUBLISHED[rank]))
     small = results.variant("rank 20, activation, fine-tuned").measurement
     dense = results.dense.measurement
-    found.append(("rank 20", "times fewer parameters", dense.params / small.params, 20.0, None))
-    found.append(("rank 20", "times fewer bytes on disk", dense.bytes / small.bytes, 20.0, None))
-    found.append(
+    figures.append(("rank 20", "times fewer parameters", dense.params / small.params, 20.0, None))
+    figures.append(("rank 20", "times fewer bytes on disk", dense.bytes / small.bytes, 20.0, None))
+    figures.append(
         ("rank 20", "times faster, one image, one thread", small.speedup.value if small.speedup else 0, 5.0, None)
     )
-    return found
+    return figures
 
 
 def main() -> None:
@@ -49,13 +49,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("spectrim-mnist-mlp"))
     parser.add_argument("--seeds", default="0,1,2")
-    given = parser.parse_args()
-    study = MNIST_MLP.model_copy(update={"seeds": tuple(int(seed) for seed in given.seeds.split(","))})
-    results = run_study(study, given.out)
-    table = Table("network", "figure", "measured", "bar", "published", "held")
-    held = True
+    options = parser.parse_args()
+    study = MNIST_MLP.model_copy(update={"seeds": tuple(int(seed) for seed in options.seeds.split(","))})
+    results = run_study(study, options.out)
+    table = Table("network", "figure", "measured", "bar", "published", "met")
+    all_met = True
     for name, what, value, bar, published in rows(results):
-        held &= value >= bar
+        all_met &= value >= bar
         table.add_row(
             name,
             what,
@@ -65,7 +65,7 @@ def main() -> None:
             "yes" if value >= bar else "NO",
         )
     Console().print(st.table(results), table)
-    sys.exit(0 if held else 1)
+    sys.exit(0 if all_met else 1)
 
 
 if __name__ == "__main__":

@@ -81,7 +81,7 @@ def _variant(share: float, stage: str, names: list[str], shapes: list[tuple[int,
 def _layer(name: str, shape: tuple[int, int], share: float) -> LayerPlan:
     rows, columns = shape
     rank = int(share * rows * columns / (rows + columns))
-    whole, kept = rows * columns, rank * (rows + columns)
+    dense, factored = rows * columns, rank * (rows + columns)
     return LayerPlan(
         name=name,
         kind="Linear",
@@ -92,20 +92,20 @@ def _layer(name: str, shape: tuple[int, int], share: float) -> LayerPlan:
         full_rank=min(shape),
         break_even=(rows * columns - 1) // (rows + columns),
         predicted_error=0.2 * (1 - share),
-        dense=Cost(params=whole, macs=197 * whole),
-        kept=Cost(params=kept, macs=197 * kept),
+        dense=Cost(params=dense, macs=197 * dense),
+        kept=Cost(params=factored, macs=197 * factored),
         reason=f"rank {rank} gives the least error for its share of the budget",
     )
 
 
 def _measured(share: float, params: int) -> st.Measurement:
-    kept = int(share * params)
+    params = int(share * params)
     ratios = {} if share == 1 else {"params_ratio": share, "bytes_ratio": share, "macs_ratio": share}
     speedup = None if share == 1 else st.Interval(value=0.9 / share, low=0.88 / share, high=0.92 / share)
     return st.Measurement(
-        params=kept,
-        bytes=4 * kept,
-        macs=197 * kept,
+        params=params,
+        bytes=4 * params,
+        macs=197 * params,
         latency_ms=300 * share,
         runtime="torch",
         threads=1,
@@ -124,7 +124,7 @@ def _changes(draw: np.random.Generator, name: str) -> Changes:
         ClassChange(name=f"class {at}", total=1000, before=840, broken=int(draw.integers(5, 40)), mended=20, confused=9)
         for at in range(10)
     ]
-    answers = [(1, 1, 2), (1, 2, 1), (1, 2, 3)]
+    predictions = [(1, 1, 2), (1, 2, 1), (1, 2, 3)]
     flipped = [
         Flipped(
             index=at,
@@ -135,7 +135,7 @@ def _changes(draw: np.random.Generator, name: str) -> Changes:
             sure_after=0.6,
             image=png_text(draw.integers(0, 256, (3, 32, 32), dtype=np.uint8)),
         )
-        for at, (truth, before, after) in enumerate(16 * answers)
+        for at, (truth, before, after) in enumerate(16 * predictions)
     ]
     return Changes(variant=name, seeds=(0,), classes=tuple(classes), flipped=tuple(flipped))
 
@@ -164,14 +164,14 @@ def main() -> None:
     parser.add_argument("--openings", type=int, default=7)
     parser.add_argument("--browser", default=next(filter(None, map(shutil.which, BROWSERS)), None))
     parser.add_argument("--keep", type=Path, help="where to leave the report")
-    asked = parser.parse_args()
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        page = st.report(large(asked.layers), asked.keep or Path(folder) / "report.html").resolve()
+        page = st.report(large(options.layers), options.keep or Path(folder) / "report.html").resolve()
         size = page.stat().st_size
-        print(f"{asked.layers} layers: {size / 1e6:.2f} MB (bar: under {SIZE_BAR / 1e6:g})")
-        if asked.browser is None:
+        print(f"{options.layers} layers: {size / 1e6:.2f} MB (bar: under {SIZE_BAR / 1e6:g})")
+        if options.browser is None:
             raise SystemExit("no Chromium or Chrome here to open it with; name one with --browser")
-        times = openings(page, browser=asked.browser, number=asked.openings)
+        times = openings(page, browser=options.browser, number=options.openings)
     print(
         f"opened with every figure drawn: median {statistics.median(times):.2f} s of {len(times)} "
         f"({min(times):.2f} to {max(times):.2f}; bar: under {TIME_BAR:g})"

@@ -29,7 +29,7 @@ from spectrim.recipes import (
     verify_run,
 )
 from spectrim.recipes.images import Minibatches, load_images
-from spectrim.recipes.outcome import summarise
+from spectrim.recipes.results import summarise
 from spectrim.reporting import words
 from spectrim.reporting.pixels import png_text
 from spectrim.reporting.results import Agreement
@@ -111,19 +111,19 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, st.Results
 
 def test_it_compares_every_rank_metric_and_stage(finished: tuple[Path, st.Results, list[Progress]]) -> None:
     _, results, _ = finished
-    wanted = {
+    expected = {
         (rank, metric, stage)
         for rank in (12, 4)
         for metric in ("plain", "activation")
         for stage in ("zero-shot", "fine-tuned")
     }
-    assert {(one.rule.rank, one.metric, one.stage) for one in results.variants} == wanted
-    assert all([run.seed for run in one.runs] == [0, 1] for one in results.variants)
+    assert {(variant.rule.rank, variant.metric, variant.stage) for variant in results.variants} == expected
+    assert all([run.seed for run in variant.runs] == [0, 1] for variant in results.variants)
     assert results.dense.accuracy > 0.85
-    four = {one.name: one for one in results.variants}
+    four = {variant.name: variant for variant in results.variants}
     assert four["rank 4, plain, fine-tuned"].accuracy > four["rank 4, plain, zero-shot"].accuracy
-    assert all(one.plan["head"].form == "dense" for one in results.variants)
-    assert all(one.measurement.speedup is not None for one in results.variants)
+    assert all(variant.plan["head"].form == "dense" for variant in results.variants)
+    assert all(variant.measurement.speedup is not None for variant in results.variants)
 
 
 def test_it_writes_what_it_promises(finished: tuple[Path, st.Results, list[Progress]]) -> None:
@@ -142,13 +142,13 @@ def test_it_writes_what_it_promises(finished: tuple[Path, st.Results, list[Progr
 def test_the_choice_is_made_on_held_out_training_images(finished: tuple[Path, st.Results, list[Progress]]) -> None:
     _, results, _ = finished
 
-    def held_out(one: st.Variant) -> float:
-        return sum(run.held_out.value for run in one.runs) / 2
+    def held_out(variant: st.Variant) -> float:
+        return sum(run.held_out.value for run in variant.runs) / 2
 
-    close = [one for one in results.variants if held_out(one) >= held_out(results.dense) - TINY.tolerance]
+    close = [variant for variant in results.variants if held_out(variant) >= held_out(results.dense) - TINY.tolerance]
     if close:
         chosen = results.variant(results.chosen)
-        assert chosen.measurement.params <= 1.05 * min(one.measurement.params for one in close)
+        assert chosen.measurement.params <= 1.05 * min(variant.measurement.params for variant in close)
         assert chosen in close
 
 
@@ -162,8 +162,8 @@ def test_the_changed_answers_are_those_of_the_saved_networks(
     blank, (pictures, _) = models.mlp(64, width=48, hidden=2), data.test.batches(len(data.test))[0]
     for dense, small in zip(results.dense.runs, results.variant(results.chosen).runs, strict=True):
         with torch.no_grad():
-            shares = [st.load(out / one.model, blank).eval()(pictures).softmax(dim=1) for one in (dense, small)]
-        before, after = (one.argmax(dim=1) for one in shares)
+            shares = [st.load(out / run.model, blank).eval()(pictures).softmax(dim=1) for run in (dense, small)]
+        before, after = (each.argmax(dim=1) for each in shares)
         for label, was, now in zip(truth.tolist(), before.tolist(), after.tolist(), strict=True):
             counts[label, 0] += 1
             counts[label, 1] += was == label
@@ -172,26 +172,26 @@ def test_the_changed_answers_are_those_of_the_saved_networks(
             counts[label, 4] += label not in (was, now) and was != now
         if dense.seed == 0:
             flipped, sure = (before, after), shares
-    assert [one.name for one in changes.classes] == list("0123456789")
-    assert [
-        [one.total, one.before, one.broken, one.corrected, one.confused] for one in changes.classes
-    ] == counts.tolist()
+    assert [tally.name for tally in changes.classes] == list("0123456789")
+    counted = [[tally.total, tally.before, tally.broken, tally.corrected, tally.confused] for tally in changes.classes]
+    assert counted == counts.tolist()
     assert changes.whole.after == sum(run.test.correct for run in results.variant(results.chosen).runs)
     assert changes.whole.broken > 0
 
     original = load("digits", split="test").images
-    assert {one.kind for one in changes.flipped} >= {"broken"}
-    for one in changes.flipped:
-        assert (one.truth, one.before, one.after) == (int(truth[one.index]), *(int(a[one.index]) for a in flipped))
-        assert one.sure_before == pytest.approx(float(sure[0][one.index].max()), abs=1e-3)
-        assert one.sure_after == pytest.approx(float(sure[1][one.index].max()), abs=1e-3)
-        assert one.image == png_text(original[one.index].numpy())
+    assert {image.kind for image in changes.flipped} >= {"broken"}
+    for image in changes.flipped:
+        classes = [int(each[image.index]) for each in (truth, *flipped)]
+        assert [image.truth, image.before, image.after] == classes
+        assert image.sure_before == pytest.approx(float(sure[0][image.index].max()), abs=1e-3)
+        assert image.sure_after == pytest.approx(float(sure[1][image.index].max()), abs=1e-3)
+        assert image.image == png_text(original[image.index].numpy())
     difference = sure[1] - sure[0]
     moved = {at: float(difference[at, flipped[1][at]] - difference[at, flipped[0][at]]) for at in range(len(truth))}
     for kind, most in (("broken", 24), ("mended", 12), ("confused", 12)):
-        shown = [moved[one.index] for one in changes.flipped if one.kind == kind]
-        assert len(shown) <= most
-        assert shown == sorted(shown, reverse=True)
+        of_kind = [moved[image.index] for image in changes.flipped if image.kind == kind]
+        assert len(of_kind) <= most
+        assert of_kind == sorted(of_kind, reverse=True)
 
 
 def test_changed_answers_that_were_edited_are_found(
@@ -199,18 +199,18 @@ def test_changed_answers_that_were_edited_are_found(
 ) -> None:
     folder = tmp_path / "run"
     shutil.copytree(finished[0], folder)
-    told = f"{finished[1].chosen}: answers changed"
+    what = f"{finished[1].chosen}: answers changed"
     manifest = json.loads((folder / "run.json").read_text())
     manifest["files"].pop("results.json")
     (folder / "run.json").write_text(json.dumps(manifest))
     whole = json.loads((folder / "results.json").read_text())
     checks = verify_run(folder, latency=False)
-    assert told in {check.what for check in checks}
+    assert what in {check.what for check in checks}
     assert all(check.good for check in checks)
     edited = json.loads(json.dumps(whole))
     edited["changes"]["classes"][3]["confused"] += 1
     (folder / "results.json").write_text(json.dumps(edited))
-    assert {check.what for check in verify_run(folder, latency=False) if not check.good} == {told}
+    assert {check.what for check in verify_run(folder, latency=False) if not check.good} == {what}
 
 
 def test_a_summary_says_no_more_than_the_clock_does(finished: tuple[Path, st.Results, list[Progress]]) -> None:
@@ -226,7 +226,7 @@ def test_a_summary_says_no_more_than_the_clock_does(finished: tuple[Path, st.Res
     assert ", 1.05x faster one image" in said(1.05)
     assert ", 0.80x as fast 16 images at a time." in said(0.8, batch=16)
     assert ", as fast as before one image at a time." in said(1.005)
-    assert "too restless to tell" in said(2.0, width=0.5)
+    assert "too noisy to say more" in said(2.0, width=0.5)
     assert ": no smaller, " in said(2.0, params=results.dense.measurement.params)
 
 
@@ -245,7 +245,7 @@ def test_a_second_run_reuses_the_parts_and_repeats_every_accuracy(
     out, results, _ = finished
     stamps = {path: path.stat().st_mtime_ns for path in (out / "parts").rglob("*.safetensors")}
     again = run_study(TINY, out)
-    assert [one.runs for one in again.variants] == [one.runs for one in results.variants]
+    assert [variant.runs for variant in again.variants] == [variant.runs for variant in results.variants]
     assert {path: path.stat().st_mtime_ns for path in (out / "parts").rglob("*.safetensors")} == stamps
 
 
@@ -253,8 +253,8 @@ def test_a_run_elsewhere_gives_the_same_weights(
     finished: tuple[Path, st.Results, list[Progress]], tmp_path: Path
 ) -> None:
     out, results, _ = finished
-    one = TINY.model_copy(update={"seeds": (0,), "ranks": (4,)})
-    again = run_study(one, tmp_path)
+    small = TINY.model_copy(update={"seeds": (0,), "ranks": (4,)})
+    again = run_study(small, tmp_path)
     for variant in again.variants:
         assert variant.runs[0] == results.variant(variant.name).runs[0].model_copy(
             update={"curve": variant.runs[0].curve}
@@ -279,22 +279,22 @@ def test_an_interrupted_run_resumes_and_ends_the_same(
     resumed = run_study(TINY, tmp_path, on_progress=lambda event: seen.append(f"{event.part} {event.note}"))
     assert not any(text.startswith("seed 0: training the dense network epoch") for text in seen)
     assert not any("seed 0: rank 4, plain" in text and "epoch 1/2" in text for text in seen)
-    assert [[run.test for run in one.runs] for one in resumed.variants] == [
-        [run.test for run in one.runs] for one in finished[1].variants
+    assert [[run.test for run in variant.runs] for variant in resumed.variants] == [
+        [run.test for run in variant.runs] for variant in finished[1].variants
     ]
 
 
 def test_other_settings_and_damaged_parts_are_done_again(
     finished: tuple[Path, st.Results, list[Progress]], tmp_path: Path
 ) -> None:
-    one = TINY.model_copy(update={"seeds": (0,), "ranks": (4,)})
-    run_study(one, tmp_path)
+    small = TINY.model_copy(update={"seeds": (0,), "ranks": (4,)})
+    run_study(small, tmp_path)
     dense = tmp_path / "parts/seed0/dense.safetensors"
     good = dense.read_bytes()
     dense.write_bytes(good[:500])
-    run_study(one, tmp_path)
+    run_study(small, tmp_path)
     assert dense.read_bytes() == good
-    other = one.model_copy(update={"dense": Phase(epochs=1, lr=5e-3, batch=64)})
+    other = small.model_copy(update={"dense": Phase(epochs=1, lr=5e-3, batch=64)})
     run_study(other, tmp_path / "other", parts=tmp_path / "parts")
     assert dense.read_bytes() != good
 
@@ -314,7 +314,7 @@ def test_an_output_folder_that_cannot_be_written_is_refused_at_once(tmp_path: Pa
         pytest.param(PROJECTED.model_copy(update={"rank": 4000}), id="projected"),
     ],
 )
-def test_a_rank_that_no_layer_can_have_is_told_before_anything_is_trained(study: Study, tmp_path: Path) -> None:
+def test_a_rank_that_no_layer_can_have_raises_before_training(study: Study, tmp_path: Path) -> None:
     parts: list[str] = []
     with pytest.raises(errors.RuleError, match=r"Rank\(4000\) is above what some layers can have"):
         run_study(study, tmp_path / "run", on_progress=lambda event: parts.append(event.part))
@@ -348,9 +348,9 @@ def test_what_was_trained_at_low_rank_is_finished_and_answers_the_same(
 
 
 def test_a_disagreement_is_said() -> None:
-    one = Agreement(largest_difference=0.25, largest_logit=12.34, equal=9998, of=10_000)
-    assert "differ by at most 0.2 (the largest is 12.3), and 9,998 of 10,000 test images" in words.agreement(one)
-    assert "all 10,000 test images" in words.agreement(one.model_copy(update={"equal": 10_000}))
+    agreement = Agreement(largest_difference=0.25, largest_logit=12.34, equal=9998, of=10_000)
+    assert "differ by at most 0.2 (the largest is 12.3), and 9,998 of 10,000 test images" in words.agreement(agreement)
+    assert "all 10,000 test images" in words.agreement(agreement.model_copy(update={"equal": 10_000}))
 
 
 def test_truncation_inside_trains_the_part_that_is_seen(
@@ -375,7 +375,7 @@ def test_ranks_chosen_in_training_cost_no_more_than_the_rank_of_the_study(
     trained: dict[str, tuple[Path, st.Results]], shared: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(shared / "seed0", tmp_path / "parts/seed0", ignore=shutil.ignore_patterns("rank*"))
-    way = Moving(
+    moving = Moving(
         name="moving",
         phase=Phase(epochs=3, lr=1e-2, batch=64),
         shrink=0.1,
@@ -384,11 +384,11 @@ def test_ranks_chosen_in_training_cost_no_more_than_the_rank_of_the_study(
         every=5,
         settled=0.5,
     )
-    study = DYNAMIC.model_copy(update={"ways": (way,)})
+    study = DYNAMIC.model_copy(update={"ways": (moving,)})
     results = run_study(study, tmp_path)
     (variant,) = results.variants
-    fixed = trained["tiny-dynamic"][1].variants[0].measurement.params
-    assert 0.8 * fixed < variant.measurement.params <= fixed
+    params = trained["tiny-dynamic"][1].variants[0].measurement.params
+    assert 0.8 * params < variant.measurement.params <= params
     assert (variant.name, variant.rule) == ("moving", None)
     agreement = variant.runs[0].agreement
     assert agreement.equal == agreement.of
@@ -442,12 +442,12 @@ def test_an_interrupt_within_the_projection_does_not_skip_it(
     decompose = torch.linalg.svd
     calls = 0
 
-    def interrupted(*given: Any, **options: Any) -> Any:
+    def interrupted(*args: Any, **options: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == 4:  # the second layer, at the end of the second epoch
             raise KeyboardInterrupt
-        return decompose(*given, **options)
+        return decompose(*args, **options)
 
     with monkeypatch.context() as patched:
         patched.setattr(torch.linalg, "svd", interrupted)
@@ -469,7 +469,7 @@ def test_studies_that_share_their_parts_train_the_dense_network_once(
     assert not any(note.startswith("epoch") for note in notes)
     assert (shared / "seed0/dense.safetensors").stat().st_mtime_ns == stamp
     first = trained["tiny-dynamic"]
-    assert [one.runs for one in again.variants] == [one.runs for one in first[1].variants]
+    assert [variant.runs for variant in again.variants] == [variant.runs for variant in first[1].variants]
     assert (tmp_path / "model.safetensors").read_bytes() == (first[0] / "model.safetensors").read_bytes()
 
 
@@ -480,7 +480,7 @@ def test_factors_can_be_tuned_with_labels_or_with_a_teacher(shared: Path, tmp_pa
     shutil.copytree(shared / "seed0", parts / "seed0", ignore=shutil.ignore_patterns("rank*"))
     study = TINY.model_copy(update={"seeds": (0,), "ranks": (4,), "tunings": tunings})
     results = run_study(study, tmp_path)
-    by_name = {one.name: one for one in results.variants}
+    by_name = {variant.name: variant for variant in results.variants}
     labels, teacher = (by_name[f"rank 4, {metric}, fine-tuned"].runs[0] for metric in ("plain", "activation"))
     # cross-entropy against labels, and a divergence from the teacher's answers times the squared temperature
     blank = models.mlp(64, width=48, hidden=2)
@@ -501,9 +501,9 @@ def test_factors_can_be_tuned_with_labels_or_with_a_teacher(shared: Path, tmp_pa
 
 @pytest.mark.parametrize("name", [name for name in recipes.NAMES if name != "demo"])
 def test_every_study_has_its_command(name: str, tmp_path: Path) -> None:
-    shown = CliRunner().invoke(app, ["recipe", name, "--help"])
-    assert shown.exit_code == 0
-    assert all(option in shown.stdout for option in ("--seeds", "--quick", "--out", "--data-folder"))
+    text = CliRunner().invoke(app, ["recipe", name, "--help"])
+    assert text.exit_code == 0
+    assert all(option in text.stdout for option in ("--seeds", "--quick", "--out", "--data-folder"))
     assert name in CliRunner().invoke(app, ["recipe", "list"]).stdout
     study = recipes.find_study(name)
     assert study.command == f"spectrim recipe {name}"
@@ -516,12 +516,12 @@ def test_the_command_line_says_what_lies_where(
 ) -> None:
     shutil.copytree(shared / "seed0", tmp_path / "parts/seed0")
     run(PROJECTED, out=tmp_path, data_folder=None)
-    told = capsys.readouterr().out
-    assert "rank 4, projected at every epoch" in told
-    assert "model.safetensors" in told
-    assert "plan.json" not in told
-    assert "5/5 writing" in told
-    assert "6/5" not in told
+    printed = capsys.readouterr().out
+    assert "rank 4, projected at every epoch" in printed
+    assert "model.safetensors" in printed
+    assert "plan.json" not in printed
+    assert "5/5 writing" in printed
+    assert "6/5" not in printed
 
 
 @pytest.mark.parametrize("study", recipes.STUDIES, ids=lambda study: study.name)
@@ -535,7 +535,7 @@ def test_a_quick_look_is_a_small_part_of_the_study(study: Study) -> None:
     assert quick.dense.epochs <= 4
     assert quick.command == f"{study.command} --quick"
     tuned = [getattr(quick, name) for name in ("tuning", "energy_tuning") if hasattr(quick, name)]
-    phases = [one.phase for one in (*getattr(quick, "tunings", getattr(quick, "ways", ())), *tuned)]
+    phases = [each.phase for each in (*getattr(quick, "tunings", getattr(quick, "ways", ())), *tuned)]
     assert all(phase.epochs <= 2 for phase in phases)
 
 
@@ -553,7 +553,7 @@ def test_the_studies_are_what_the_documentation_says() -> None:
         assert (study.width, study.hidden, study.dataset) == (1024, 5, "mnist")
         assert (study.dense, study.held_out) == (mnist.dense, mnist.held_out)
     assert (factors.ranks, dynamic.rank, projected.rank) == ((20,), 20, 20)
-    assert {(way.name, way.shrink, way.keep) for way in dynamic.ways} == {
+    assert {(training.name, training.shrink, training.keep) for training in dynamic.ways} == {
         ("as published", 0.0, "best"),
         ("stabilised", 0.1, "last"),
         ("ranks chosen in training", 0.1, "last"),
@@ -563,7 +563,7 @@ def test_the_studies_are_what_the_documentation_says() -> None:
     assert (moving.phase, moving.temperature) == (stabilised.phase, stabilised.temperature)
     assert unshrunk == stabilised.model_copy(update={"name": "not shrunk", "shrink": 0.0})
     assert all(tuning.phase.epochs <= 5 for tuning in factors.tunings)
-    assert all(way.phase.epochs <= 6 for way in dynamic.ways)
+    assert all(training.phase.epochs <= 6 for training in dynamic.ways)
     assert projected.projected.epochs <= 12
     assert all(tuning.phase.epochs <= 5 for tuning in mnist.tunings)
     assert [tuple(p.shape) for p in model.parameters() if p.ndim == 2] == [(1024, 784), *4 * [(1024, 1024)], (10, 1024)]

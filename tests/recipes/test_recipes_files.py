@@ -11,11 +11,9 @@ from pydantic import BaseModel
 from spectrim import errors, recipes
 from spectrim.recipes import MlpStudy, Phase, Study, parse_recipe, read_recipe, recipe_text
 from spectrim.recipes.files import _models
-from spectrim.recipes.folder import RunFolder
-from spectrim.recipes.parts import Parts
-from spectrim.recipes.progress import Teller, silent
-from spectrim.recipes.run import images_of
-from spectrim.recipes.study import SeedRun
+from spectrim.recipes.progress import ProgressReporter
+from spectrim.recipes.run import RunFolder, images_of
+from spectrim.recipes.seed import SeedRun
 
 SMALL = """
 kind = "mlp"
@@ -66,8 +64,8 @@ def test_a_recipe_written_and_read_is_the_same(study: Study) -> None:
 def test_every_file_is_of_its_name_and_says_what_it_is(name: str) -> None:
     text = recipes.recipe_file(name)
     assert text.startswith("# ")
-    given = tomllib.loads(text)
-    assert given["name"] == name
+    settings = tomllib.loads(text)
+    assert settings["name"] == name
     assert recipes.find_study(name).command == ("spectrim demo" if name == "demo" else f"spectrim recipe {name}")
 
 
@@ -156,7 +154,7 @@ def test_a_folder_belongs_to_one_recipe(tmp_path: Path) -> None:
     folder.claim(study.model_copy(update={"held_out": 200}))
     folder.claim(study)
     (tmp_path / "parts" / "dense.unfinished.safetensors").touch()
-    noted = (tmp_path / "recipe.toml").read_bytes()
+    written = (tmp_path / "recipe.toml").read_bytes()
     # other seeds and words are the same recipe
     folder.claim(study.model_copy(update={"seeds": (0, 1), "title": "other words"}))
     with pytest.raises(errors.FileError, match=r"run of another recipe, mine; give another folder with --out, or del"):
@@ -165,45 +163,54 @@ def test_a_folder_belongs_to_one_recipe(tmp_path: Path) -> None:
         folder.claim(study.model_copy(update={"held_out": 200}))
     with pytest.raises(errors.FileError, match=r"\(held_out, limit\).* not trained again if you copy its parts"):
         folder.claim(study.model_copy(update={"held_out": 1200}).quick())
-    assert (tmp_path / "recipe.toml").read_bytes() == noted
+    assert (tmp_path / "recipe.toml").read_bytes() == written
     (tmp_path / "recipe.toml").write_text("nonsense = ")
-    with pytest.raises(errors.FileError, match="cannot be told whose run"):
+    with pytest.raises(errors.FileError, match="cannot tell whose run"):
         folder.claim(study)
 
 
 def test_keys_of_parts_know_the_data_and_every_setting_that_matters() -> None:
     study = parse_recipe(SMALL, origin="test")
     images = images_of(study)
-    teller = Teller(silent, parts=1)
 
     def key(study: Study = study, *, seed: int = 0, **changed: object) -> str:
-        seen = images if not changed else type(images)(**{**vars(images), **changed})
-        return SeedRun(study, seed, seen, Parts(Path()), teller).key()
+        changed_images = type(images)(**{**vars(images), **changed})
+        return SeedRun(study, seed, changed_images, Path(), ProgressReporter()).key()
 
     assert key() == key(study.model_copy(update={"title": "x", "ranks": (2,), "seeds": (0, 1)}))
     others = [
         key(seed=1),
         key(checksums=("other", images.checksums[1])),
         key(checksums=(images.checksums[0], "other")),
-        *(key(study.model_copy(update=one)) for one in ({"width": 8}, {"hidden": 2}, {"held_out": 200}, {"limit": 9})),
+        *(
+            key(study.model_copy(update=setting))
+            for setting in ({"width": 8}, {"hidden": 2}, {"held_out": 200}, {"limit": 9})
+        ),
         key(study.model_copy(update={"dense": Phase(epochs=2, lr=1e-2, batch=64)})),
     ]
     assert len({key(), *others}) == len(others) + 1
 
 
 def test_published_figures_keep_the_dense_network_apart() -> None:
-    (one,) = recipes.MNIST_MLP.published
-    assert one.shown().accuracy == ((None, 0.97), (200, 0.968), (100, 0.955), (50, 0.941), (20, 0.911), (10, 0.875))
-    assert json.loads(one.model_dump_json())["ranks"]["200"] == 0.968
+    (figures,) = recipes.MNIST_MLP.published
+    assert figures.for_report().accuracy == (
+        (None, 0.97),
+        (200, 0.968),
+        (100, 0.955),
+        (50, 0.941),
+        (20, 0.911),
+        (10, 0.875),
+    )
+    assert json.loads(figures.model_dump_json())["ranks"]["200"] == 0.968
 
 
 def models_in(kind: type[BaseModel]) -> set[type[BaseModel]]:
     """A kind of recipe and the values that its keys hold."""
-    found = {kind}
+    models = {kind}
     for field in kind.model_fields.values():
         for inner in _models(field.annotation):
-            found |= models_in(inner)
-    return found
+            models |= models_in(inner)
+    return models
 
 
 @pytest.mark.parametrize("kind", recipes.KINDS)

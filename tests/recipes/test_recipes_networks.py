@@ -18,14 +18,12 @@ import spectrim as st
 from spectrim import errors, models, recipes
 from spectrim.models import imagenet
 from spectrim.recipes import Augment, ClassifierStudy, MiniResNetStudy, Phase, Progress, Tuned, run_study, verify_run
-from spectrim.recipes.heads import Features
-from spectrim.recipes.images import Minibatches, Part, load_images
-from spectrim.recipes.mini_resnet_study import Compressing
-from spectrim.recipes.outcome import Network, SeedOutcome, Timing, choose
-from spectrim.recipes.parts import Parts
-from spectrim.recipes.progress import Teller, silent
+from spectrim.recipes.classifier import Features
+from spectrim.recipes.images import Minibatches, Split, load_images
+from spectrim.recipes.progress import ProgressReporter
+from spectrim.recipes.results import Evaluation, choose, require_runtimes
 from spectrim.recipes.run import images_of
-from spectrim.recipes.study import SeedRun
+from spectrim.recipes.seed import SeedRun
 from spectrim.recipes.thresholds import effective_rank, gap_rank, hard_rank, held_out_plan, spectral_plan
 
 SHORT = Phase(epochs=1, lr=2e-3, batch=64)
@@ -103,12 +101,12 @@ def network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_three_ways_stand_side_by_side_before_and_after(finished: tuple[Path, st.Results]) -> None:
     _, results = finished
-    ways = {"75 % energy", "budget, 30 % of the parameters", "per-layer energy, held-out"}
-    assert {one.name.rpartition(", ")[0] for one in results.variants} == ways
-    assert len(results.variants) == 2 * len(ways)
-    by_name = {one.name: one for one in results.variants}
-    for way in ways:
-        before, after = (by_name[f"{way}, {stage}"] for stage in ("zero-shot", "fine-tuned"))
+    titles = {"75 % energy", "budget, 30 % of the parameters", "per-layer energy, held-out"}
+    assert {variant.name.rpartition(", ")[0] for variant in results.variants} == titles
+    assert len(results.variants) == 2 * len(titles)
+    by_name = {variant.name: variant for variant in results.variants}
+    for title in titles:
+        before, after = (by_name[f"{title}, {stage}"] for stage in ("zero-shot", "fine-tuned"))
         assert before.plan == after.plan
         assert (before.stage, after.stage) == ("zero-shot", "fine-tuned")
         assert before.measurement == after.measurement
@@ -118,8 +116,8 @@ def test_three_ways_stand_side_by_side_before_and_after(finished: tuple[Path, st
     assert results.dense.accuracy > 0.6
     energy = by_name["75 % energy, zero-shot"]
     assert energy.rule == st.Energy(0.75)
-    left = len(energy.plan) - len(energy.plan.factored)
-    assert f"would be larger: {left} of {len(energy.plan)} at 75 %" in results.summary
+    left_dense = len(energy.plan) - len(energy.plan.factored)
+    assert f"would be larger: {left_dense} of {len(energy.plan)} at 75 %" in results.summary
     limited = by_name["budget, 30 % of the parameters, fine-tuned"]
     assert limited.measurement.params_ratio <= 0.3
     assert limited.plan.metric == "activation"
@@ -131,19 +129,20 @@ def test_three_ways_stand_side_by_side_before_and_after(finished: tuple[Path, st
 def test_a_layer_that_would_grow_stays_dense_unless_it_is_allowed_to(
     finished: tuple[Path, st.Results], tmp_path: Path
 ) -> None:
-    dense = st.load(finished[0] / "models/seed0/dense.safetensors", models.mini_resnet(width=8, hidden=32)).eval()
-    found = []
+    # its dense network is found there
+    shutil.copytree(finished[0] / "parts/seed0", tmp_path / "seed0")
+    plans = []
     for growth in (False, True):
         study = MINI.model_copy(update={"energies": (0.95,), "allow_growth": growth})
-        run = SeedRun(study, 0, images_of(study), Parts(tmp_path / str(growth)), Teller(silent, parts=1))
-        zero_shot = next(Compressing(study, run, dense).energies())
+        run = SeedRun(study, 0, images_of(study), tmp_path / "seed0", ProgressReporter())
+        zero_shot = next(iter(study.tasks()[0](run)))
         assert {layer.form for layer in zero_shot.plan} <= {"dense", "linear", "channel"}
-        found.append(zero_shot.plan)
-    kept, grown = found
-    assert all(layer.kept.params < layer.dense.params for layer in kept.factored)
+        plans.append(zero_shot.plan)
+    shrunk, grown = plans
+    assert all(layer.kept.params < layer.dense.params for layer in shrunk.factored)
     assert any(layer.kept.params > layer.dense.params for layer in grown.factored)
-    assert len(grown.factored) > len(kept.factored)
-    assert any("(break-even)" in layer.reason for layer in kept)
+    assert len(grown.factored) > len(shrunk.factored)
+    assert any("(break-even)" in layer.reason for layer in shrunk)
 
 
 def test_an_interrupted_run_finds_what_was_compressed_and_ends_the_same(
@@ -156,17 +155,17 @@ def test_an_interrupted_run_finds_what_was_compressed_and_ends_the_same(
     shutil.copytree(finished[0] / "parts/seed0", tmp_path / "parts/seed0", ignore=shutil.ignore_patterns("budget*"))
     with pytest.raises(InterruptedRunError):
         run_study(MINI, tmp_path, on_progress=stop)
-    made = tmp_path / "parts/seed0/budget-30-of-the-parameters-compressed.safetensors"
-    stamp = made.stat().st_mtime_ns
+    compressed = tmp_path / "parts/seed0/budget-30-of-the-parameters-compressed.safetensors"
+    stamp = compressed.stat().st_mtime_ns
     notes: list[str] = []
     again = run_study(MINI, tmp_path, on_progress=lambda event: notes.append(event.note))
-    assert made.stat().st_mtime_ns == stamp
+    assert compressed.stat().st_mtime_ns == stamp
     assert not any(note.startswith(("weigh", "fit", "scanning")) for note in notes)
     # curves hold seconds
-    assert [one.runs[0].test for one in again.variants] == [one.runs[0].test for one in finished[1].variants]
+    assert [each.runs[0].test for each in again.variants] == [each.runs[0].test for each in finished[1].variants]
     for name in ("model", "models/seed0/budget-30-of-the-parameters-fine-tuned"):
-        one, other = ((folder / f"{name}.safetensors").read_bytes() for folder in (tmp_path, finished[0]))
-        assert one == other
+        resumed, expected = ((folder / f"{name}.safetensors").read_bytes() for folder in (tmp_path, finished[0]))
+        assert resumed == expected
 
 
 def test_a_run_holds_and_what_was_changed_is_found(finished: tuple[Path, st.Results], tmp_path: Path) -> None:
@@ -230,7 +229,7 @@ def test_an_unfinished_run_cannot_be_verified(tmp_path: Path) -> None:
 def test_the_classifier_beside_the_whole_network(tmp_path: Path) -> None:
     out = tmp_path / "run"
     results = run_study(SMALL, out)
-    names = [one.name for one in results.variants]
+    names = [variant.name for variant in results.variants]
     assert names == [
         "classifier dense (-0 %), head tuned",
         "classifier at rank 5 (-50 %), zero-shot",
@@ -240,7 +239,7 @@ def test_the_classifier_beside_the_whole_network(tmp_path: Path) -> None:
         "whole network, 50 % of the MACs, zero-shot",
         "whole network, 50 % of the MACs, fine-tuned",
     ]
-    by_name = {one.name: one for one in results.variants}
+    by_name = {variant.name: variant for variant in results.variants}
     blank = models.resolve(SMALL.model, options={"num_classes": 10})
     dense = st.load(out / "models/seed0/dense.safetensors", blank).state_dict()
     for rank in (5, 2):
@@ -258,26 +257,27 @@ def test_the_classifier_beside_the_whole_network(tmp_path: Path) -> None:
     assert not torch.equal(control["fc.weight"], dense["fc.weight"])
     assert by_name[names[-1]].measurement.macs_ratio <= 0.5
     assert by_name[names[-1]].measurement.batch == 4
-    seen = {(one.layer, one.metric): one for one in results.spectra}
-    assert set(seen) == {(layer, metric) for layer in ("layer2.0", "fc") for metric in ("plain", "activation")}
-    for one in seen.values():
-        squares = np.array(one.values) ** 2
-        assert one.cumulative == pytest.approx(np.cumsum(squares) / squares.sum(), abs=1e-9)
+    spectra = {(spectrum.layer, spectrum.metric): spectrum for spectrum in results.spectra}
+    assert set(spectra) == {(layer, metric) for layer in ("layer2.0", "fc") for metric in ("plain", "activation")}
+    for spectrum in spectra.values():
+        squares = np.array(spectrum.values) ** 2
+        assert spectrum.cumulative == pytest.approx(np.cumsum(squares) / squares.sum(), abs=1e-9)
     assert f"holds 250 of the {results.dense.measurement.params:,} parameters" in results.summary
     # the images are seen at 12 pixels, and MACs are those of one
     assert results.dense.measurement.macs == 12 * 12 * 12 * 9 + 25 * 24 * 12 * 9 + 240
+    assert results.provenance["timing"].startswith("batches of 4 images, one thread, ")
     assert all(check.good for check in verify_run(out, latency=False))
 
-    # its dense network as a file: nothing is trained, and the rest is the same
+    # its dense network as a file: it is not trained, and its accuracy is the same
     save_file(dense, tmp_path / "given.safetensors")
-    given = SMALL.model_copy(update={"weights": str(tmp_path / "given.safetensors")})
+    from_file = SMALL.model_copy(update={"weights": str(tmp_path / "given.safetensors"), "compressions": ()})
     notes: list[str] = []
-    again = run_study(given, tmp_path / "given", on_progress=lambda event: notes.append(event.part))
+    again = run_study(from_file, tmp_path / "given", on_progress=lambda event: notes.append(event.part))
     assert "taking the given weights" in notes
     assert again.dense.runs[0].test == results.dense.runs[0].test
     assert again.dense.runs[0].curve == ()
     with pytest.raises(errors.FileError, match="holds a run of tiny-classifier with other settings"):
-        run_study(given, out)
+        run_study(from_file, out)
 
 
 def test_a_head_tuned_on_features_is_the_network_tuned_with_its_backbone_frozen() -> None:
@@ -286,42 +286,45 @@ def test_a_head_tuned_on_features_is_the_network_tuned_with_its_backbone_frozen(
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 20), nn.ReLU(), nn.Linear(20, 10)).eval()
     features = Features.of(model, "3", train=images.train, held_out=images.held_out)
     assert torch.equal(model[3](features.train), model(images.train.images))
-    how = Tuned(phase=Phase(epochs=3, lr=1e-2, batch=50))
+    tuned = Tuned(phase=Phase(epochs=3, lr=1e-2, batch=50))
     options = {"epochs": 3, "lr": 1e-2}
-    ours, done = features.tuned(model, "3", how=how, teacher=None, seed=0, **options)
+    head_tuned = features.finetuned(model, "3", tuned=tuned, targets=features.labels, seed=0, **options)
     batches = partial(Minibatches, images.train.images, images.train.labels, 50, 0)
-    theirs = st.finetune(model, batches, train=["3"], held_out=images.held_out.batches(), **options)
-    for name, value in theirs.model.state_dict().items():
-        torch.testing.assert_close(ours.state_dict()[name], value, rtol=1e-4, atol=1e-5)
-    assert done.history[-1].held_out == theirs.history[-1].held_out
-    assert not torch.equal(ours[3].weight, model[3].weight)
+    expected = st.finetune(model, batches, train=["3"], held_out=images.held_out.batches(), **options)
+    for name, value in expected.model.state_dict().items():
+        torch.testing.assert_close(head_tuned.model.state_dict()[name], value, rtol=1e-4, atol=1e-5)
+    assert head_tuned.curve[-1].held_out == expected.history[-1].held_out
+    assert not torch.equal(head_tuned.model[3].weight, model[3].weight)
 
 
 def test_a_head_may_learn_what_the_dense_one_answers_to_an_image_and_its_mirror_image() -> None:
     images = load_images("digits", held_out=237, limit=30)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 20), nn.ReLU(), nn.Linear(20, 10)).eval()
-    given = {"train": images.train, "held_out": images.held_out}
-    plain, both = Features.of(model, "3", **given), Features.of(model, "3", **given, mirrored=True)
+    splits = {"train": images.train, "held_out": images.held_out}
+    plain, both = Features.of(model, "3", **splits), Features.of(model, "3", **splits, mirrored=True)
     assert (plain.views, both.views) == (1, 2)
-    torch.testing.assert_close(plain.answers(model[3]), model(images.train.images))
-    mirrored = Part(images.train.images.flip(3), images.train.labels)
+    torch.testing.assert_close(plain.soft_targets(model[3]), model(images.train.images))
+    mirrored = Split(images.train.images.flip(3), images.train.labels)
     assert torch.equal(both.train, torch.cat([plain.train, model[:3](mirrored.images)]))
     assert torch.equal(both.labels, torch.cat([images.train.labels] * 2))
     assert all(
-        torch.equal(*each)
-        for one, other in zip(plain.held_out, both.held_out, strict=True)
-        for each in zip(one, other, strict=True)
+        torch.equal(*tensors)
+        for batches in zip(plain.held_out, both.held_out, strict=True)
+        for tensors in zip(*batches, strict=True)
     )
     mean = (model(images.train.images) + model(mirrored.images)) / 2
-    torch.testing.assert_close(both.answers(model[3]), torch.cat([mean, mean]))
-    shared = both.answers(model[3], label_share=0.2).softmax(1)
-    wanted = 0.8 * mean.softmax(1) + 0.2 * nn.functional.one_hot(images.train.labels, 10)
-    torch.testing.assert_close(shared, torch.cat([wanted, wanted]))
-    how = Tuned(phase=Phase(epochs=1, lr=1e-3, batch=10), temperature=1.0)
-    options = {"how": how, "teacher": model[3], "seed": 0, "epochs": 1, "lr": 1e-5}
+    torch.testing.assert_close(both.soft_targets(model[3]), torch.cat([mean, mean]))
+    shared = both.soft_targets(model[3], label_share=0.2).softmax(1)
+    expected = 0.8 * mean.softmax(1) + 0.2 * nn.functional.one_hot(images.train.labels, 10)
+    torch.testing.assert_close(shared, torch.cat([expected, expected]))
+    tuned = Tuned(phase=Phase(epochs=1, lr=1e-3, batch=10), temperature=1.0)
+    options = {"seed": 0, "epochs": 1, "lr": 1e-5}
     # the dense layer itself has nothing to learn from its own answers, and something from their mean
-    losses = [each.tuned(model, "3", **options)[1].history[-1].loss for each in (plain, both)]
+    losses = [
+        each.finetuned(model, "3", tuned=tuned, targets=each.soft_targets(model[3]), **options).curve[-1].loss
+        for each in (plain, both)
+    ]
     assert losses[0] < 1e-5
     assert losses[1] > 100 * losses[0]
 
@@ -345,7 +348,7 @@ def test_a_layer_that_is_not_the_last_is_no_head() -> None:
     ],
     ids=str,
 )
-def test_what_cannot_be_is_told_before_anything_is_trained(
+def test_settings_that_do_not_fit_the_network_raise_before_training(
     changed: dict[str, Any], kind: type[Exception], message: str, tmp_path: Path
 ) -> None:
     parts: list[str] = []
@@ -357,7 +360,7 @@ def test_what_cannot_be_is_told_before_anything_is_trained(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_budget_out_of_reach_is_told_before_anything_is_trained(tmp_path: Path) -> None:
+def test_a_budget_out_of_reach_raises_before_training(tmp_path: Path) -> None:
     with pytest.raises(errors.RuleError, match=r"Budget\(params=0.001\) cannot be reached"):
         run_study(MINI.model_copy(update={"budgets": (0.3, 0.001)}), tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -367,17 +370,17 @@ def test_resnet18_is_torchvisions_own_and_imagenet_is_an_honest_option(monkeypat
     torchvision = pytest.importorskip("torchvision.models")
     study = recipes.find_study("resnet18-cifar10")
     images = load_images("digits", held_out=237)
-    model = study.network(images)
+    model = study.dense_network(images)
     assert isinstance(model, torchvision.ResNet)
     assert tuple(model.fc.weight.shape) == (10, 512)
     assert {study.convolution, study.classifier} <= set(dict(model.named_modules()))
-    assert not study.start(model)
+    assert not study.load_weights(model)
 
     whole = torchvision.resnet18().state_dict()
     weights = type(torchvision.ResNet18_Weights.DEFAULT)
     monkeypatch.setattr(weights, "get_state_dict", lambda *_, **__: whole)
     own = model.fc.weight.detach().clone()
-    assert not study.model_copy(update={"weights": "imagenet"}).start(model)
+    assert not study.model_copy(update={"weights": "imagenet"}).load_weights(model)
     assert torch.equal(model.layer2[1].conv2.weight, whole["layer2.1.conv2.weight"])
     assert torch.equal(model.fc.weight, own)
 
@@ -386,11 +389,11 @@ def test_resnet18_is_torchvisions_own_and_imagenet_is_an_honest_option(monkeypat
 
     monkeypatch.setattr(weights, "get_state_dict", offline)
     with pytest.raises(errors.ModelError, match=r"could not fetch .* resnet18 .*no route.*--weights FILE"):
-        study.model_copy(update={"weights": "imagenet"}).start(model)
+        study.model_copy(update={"weights": "imagenet"}).load_weights(model)
     with pytest.raises(errors.ModelError, match="networks of torchvision"):
         imagenet.fill_(model, "timm:resnet18", head="fc")
     with pytest.raises(errors.FileError, match="missing"):
-        study.model_copy(update={"weights": "nowhere.safetensors"}).start(model)
+        study.model_copy(update={"weights": "nowhere.safetensors"}).load_weights(model)
 
 
 def test_emnist_that_cannot_be_had_names_its_stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -412,10 +415,10 @@ def test_spectral_thresholds_find_planted_ranks() -> None:
     # a larger ratio at the end is noise, or zeros
     assert gap_rank(st.Spectrum(np.array([1.0]))) == 1
     generator = np.random.default_rng(0)
-    noise = generator.normal(size=(200, 100)) / math.sqrt(200)
-    left, _ = np.linalg.qr(generator.normal(size=(200, 4)))
-    right, _ = np.linalg.qr(generator.normal(size=(100, 4)))
-    spectrum = st.Spectrum(np.linalg.svd(noise + (left * 8.0) @ right.T, compute_uv=False))
+    background = generator.normal(size=(200, 100)) / math.sqrt(200)
+    columns, _ = np.linalg.qr(generator.normal(size=(200, 4)))
+    rows, _ = np.linalg.qr(generator.normal(size=(100, 4)))
+    spectrum = st.Spectrum(np.linalg.svd(background + (columns * 8.0) @ rows.T, compute_uv=False))
     assert hard_rank(spectrum, outputs=200, inputs=100) == 4
     assert gap_rank(spectrum) == 4
     assert effective_rank(st.Spectrum(np.ones(6))) == 6
@@ -429,18 +432,18 @@ def test_a_scan_keeps_what_the_network_needs() -> None:
     with torch.no_grad():  # rank 2 is all there is of the first layer
         first.weight.copy_(torch.randn(20, 2) @ torch.randn(2, 20))
     inputs = torch.randn(200, 1, 4, 5)
-    part = Part(inputs, model(inputs).argmax(dim=1))
+    part = Split(inputs, model(inputs).argmax(dim=1))
     analysis = st.analyze(model, inputs[:1])
-    told: list[int] = []
-    plan = held_out_plan(model, analysis, part, share=0.5, told=lambda done, _: told.append(done))
+    scored: list[int] = []
+    plan = held_out_plan(model, analysis, part, share=0.5, on_progress=lambda done, _: scored.append(done))
     assert plan["1"].rank == 2
     assert plan.kept_cost.params <= 0.5 * plan.dense_cost.params
-    assert told == list(range(len(told)))
+    assert scored == list(range(len(scored)))
     assert plan.rule == st.Budget(params=0.5)
     spectral = spectral_plan(analysis, "gap")
     assert spectral["1"].rank == 2
     assert spectral.rule == st.Energy(min(1.0, spectral.rule.energy))
-    held = [analysis[one.name].spectra["plain"].cumulative_energy[one.rank - 1] for one in spectral.factored]
+    held = [analysis[each.name].spectra["plain"].cumulative_energy[each.rank - 1] for each in spectral.factored]
     assert spectral.rule.energy == pytest.approx(min(held))
     # no threshold is small enough: as small as it goes
     smallest = held_out_plan(model, analysis, part, share=0.01)
@@ -455,19 +458,19 @@ def test_images_vary_by_seed_and_epoch_alone() -> None:
     padded = torch.nn.functional.pad(images, [2] * 4, mode="replicate")
     shifts = {(down, right) for down in range(5) for right in range(5)}
     seen = set()
-    for index, one in enumerate(moved):
+    for index, image in enumerate(moved):
         fits = [
             (down, right)
             for down, right in shifts
-            if torch.equal(one, padded[index % 2, :, down : down + 6, right : right + 6])
+            if torch.equal(image, padded[index % 2, :, down : down + 6, right : right + 6])
         ]
         assert len(fits) == 1
         seen |= set(fits)
     assert len(seen) > 20
     mirrored = Augment(flips=True).apply(images.repeat(50, 1, 1, 1), generator)
-    flipped = [torch.equal(one, images[index % 2].flip(2)) for index, one in enumerate(mirrored)]
-    same = [torch.equal(one, images[index % 2]) for index, one in enumerate(mirrored)]
-    assert all(one != other for one, other in zip(flipped, same, strict=True))
+    flipped = [torch.equal(image, images[index % 2].flip(2)) for index, image in enumerate(mirrored)]
+    same = [torch.equal(image, images[index % 2]) for index, image in enumerate(mirrored)]
+    assert all(is_flipped != is_same for is_flipped, is_same in zip(flipped, same, strict=True))
     assert 30 < sum(flipped) < 70
 
     def epoch(number: int, seed: int = 0) -> torch.Tensor:
@@ -483,39 +486,40 @@ def test_images_vary_by_seed_and_epoch_alone() -> None:
 
 
 def test_runtimes_are_those_asked_for_or_those_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert Timing.of(("torch",), batch=2) == Timing(("torch",), 2)
+    assert require_runtimes(("torch",)) == ("torch",)
 
     def absent(name: str, **_: object) -> str:
         if name == "onnxruntime":
             raise errors.DependencyError("not installed")
         return name
 
-    monkeypatch.setattr("spectrim.recipes.outcome.require_runtime", absent)
-    assert Timing.of((), batch=1).runtimes == ("torch",)
+    monkeypatch.setattr("spectrim.recipes.results.require_runtime", absent)
+    assert require_runtimes(()) == ("torch",)
     with pytest.raises(errors.DependencyError):
-        Timing.of(("torch", "onnxruntime"), batch=1)
+        require_runtimes(("torch", "onnxruntime"))
 
 
 def test_a_further_runtime_has_its_own_figures() -> None:
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    timing = Timing.of((), batch=2)
-    assert timing.runtimes == ("torch", "onnxruntime")
+    runtimes = require_runtimes(())
+    assert runtimes == ("torch", "onnxruntime")
     images = load_images("digits", held_out=237)
     model = models.mlp(64, width=32, hidden=1)
     small = st.compress(model, st.Rank(2), example_inputs=torch.zeros(1, 64), keep_last=True).model
-    told: list[str] = []
-    first, second = timing.against(model, {"small": small}, images, told=told.append)["small"]
-    assert told == ["timing small in torch", "timing small in onnxruntime"]
-    assert (first.runtime, second.runtime) == timing.runtimes
+    notes: list[str] = []
+    evaluation = Evaluation(MINI.model_copy(update={"latency_batch": 2}), images, runtimes, ProgressReporter())
+    first, second = evaluation.measure_against(model, {"small": small}, note=notes.append)["small"]
+    assert notes == ["timing small in torch", "timing small in onnxruntime"]
+    assert (first.runtime, second.runtime) == runtimes
+    assert (first.batch, second.batch) == (2, 2)
     assert first.macs == second.macs == st.measure(small, images.test.example(), latency=False).macs
     assert first.macs_ratio == second.macs_ratio < 1
     assert second.speedup is not None
-    assert "batches of 2 images" in timing.words
 
 
 @pytest.mark.parametrize(
-    ("candidates", "kept"),
+    ("candidates", "chosen_size"),
     [
         ([(40, 91), (41, 94), (60, 99)], 41),  # 2.5 % more parameters and three points better
         ([(40, 91), (44, 94), (60, 99)], 40),  # 10 % more are another size
@@ -524,12 +528,15 @@ def test_a_further_runtime_has_its_own_figures() -> None:
         ([(10, 80), (20, 85)], 20),  # and here none is inside: the best
     ],
 )
-def test_kept_is_the_smallest_or_a_better_one_of_its_size(candidates: list[tuple[int, int]], kept: int) -> None:
-    networks = tuple(
-        Network(str(size), "zero-shot", nn.Linear(size, 1, bias=False), st.Accuracy(correct=right, total=100))
-        for size, right in candidates
-    )
-    outcome = SeedOutcome(0, nn.Linear(100, 1), st.Accuracy(correct=95, total=100), (), networks)
-    chosen, because = choose([outcome], 0.05)
-    assert chosen.name == str(kept)
+def test_the_smallest_is_chosen_or_a_better_one_of_its_size(
+    candidates: list[tuple[int, int]], chosen_size: int
+) -> None:
+    def variant(name: str, size: int, correct: int) -> st.Variant:
+        run = st.Run(seed=0, test=st.Accuracy(correct=0, total=1), held_out=st.Accuracy(correct=correct, total=100))
+        measurement = st.Measurement(params=size, bytes=4 * size, macs=size)
+        return st.Variant(name=name, stage="zero-shot", measurement=measurement, runs=(run,))
+
+    variants = [variant(str(size), size, correct) for size, correct in candidates]
+    chosen, because = choose(variant("dense", 100, 95), variants, tolerance=0.05)
+    assert chosen.name == str(chosen_size)
     assert ("larger than it" in because) == ((41, 94) in candidates)

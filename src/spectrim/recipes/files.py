@@ -1,22 +1,68 @@
-"""Recipes as TOML files: read and checked with one clear message, and written."""
+"""Recipes as TOML files: those that come with Spectrim, and reading with one clear message for all mistakes."""
 
 import difflib
 import json
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
+from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin
+from types import MappingProxyType
+from typing import Annotated, Any, cast, get_args, get_origin
 
 import tomli_w
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from spectrim.core.errors import FileError
+from spectrim.core.errors import DataError, FileError
 from spectrim.core.files import read_text
-from spectrim.recipes.kinds import KINDS
+from spectrim.layers.selection import near
+from spectrim.recipes.classifier import ClassifierStudy
+from spectrim.recipes.convolutional import MiniResNetStudy
+from spectrim.recipes.fully_connected import DynamicStudy, MlpStudy, ProjectedStudy
 from spectrim.recipes.study import Study
 
-_MOST = 3
+_CLASSES: tuple[type[Study], ...] = (MlpStudy, DynamicStudy, ProjectedStudy, MiniResNetStudy, ClassifierStudy)
+
+KINDS: Mapping[str, type[Study]] = MappingProxyType({str(kind.model_fields["kind"].default): kind for kind in _CLASSES})
+"""The class of each kind of study, by the name that recipe files give it."""
+
+NAMES = (
+    "demo",
+    "mnist-mlp",
+    "mnist-factors",
+    "mnist-dynamic",
+    "mnist-projected",
+    "miniresnet-mnist",
+    "miniresnet-fashion",
+    "miniresnet-emnist",
+    "resnet18-cifar10",
+)
+"""The recipes that come with Spectrim, files in `library`; their settings were chosen on held-out training images."""
+
+_MOST_FAULTS = 3
+
+
+def find_study(name: str) -> Study:
+    """The study of this name.
+
+    Raises:
+        DataError: there is none; lists near names.
+    """
+    study = parse_recipe(recipe_file(name), origin=f"the recipe {name}")
+    return study if study.command else study.model_copy(update={"command": f"spectrim recipe {name}"})
+
+
+@cache
+def recipe_file(name: str) -> str:
+    """The recipe of this name as it stands in its file, remarks included.
+
+    Raises:
+        DataError: there is none; lists near names.
+    """
+    if name not in NAMES:
+        raise DataError(f"there is no recipe {name!r}{near(name, NAMES)}")
+    return (files("spectrim.recipes") / "library" / f"{name}.toml").read_text(encoding="utf-8")
 
 
 def read_recipe(path: Path) -> Study:
@@ -33,22 +79,23 @@ def read_recipe(path: Path) -> Study:
 def parse_recipe(text: str, *, origin: str) -> Study:
     """The study that TOML `text` describes; `origin` names it in messages, as in `read_recipe`."""
     try:
-        given = tomllib.loads(text)
+        settings = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise FileError(f"{origin} is not TOML: {error}") from error
-    if "kind" not in given:
+    if "kind" not in settings:
         raise FileError(f'{origin} has no kind; begin it with kind = "mlp", or another of {", ".join(KINDS)}')
-    kind = given["kind"]
+    kind = settings["kind"]
     if not isinstance(kind, str) or kind not in KINDS:
-        raise FileError(f"{origin}: kind = {_shown(kind)} is unknown; {_near(str(kind), KINDS)}there are {_all(KINDS)}")
+        kinds = f"{_did_you_mean(str(kind), KINDS)}there are {', '.join(KINDS)}"
+        raise FileError(f"{origin}: kind = {json.dumps(kind, default=str)} is unknown; {kinds}")
     model = KINDS[kind]
     try:
         # as JSON, since there a list may become a tuple, and yet "3" is no number
-        return model.model_validate_json(json.dumps(given, default=str), strict=True)
+        return model.model_validate_json(json.dumps(settings, default=str), strict=True)
     except ValidationError as error:
-        faults = [_said(fault, model) for fault in error.errors()]
-        more = f" (and {len(faults) - _MOST} more faults)" if len(faults) > _MOST else ""
-        raise FileError(f"{origin}: {'; '.join(faults[:_MOST])}{more}") from error
+        faults = [_fault(fault, model) for fault in error.errors()]
+        more = f" (and {len(faults) - _MOST_FAULTS} more faults)" if len(faults) > _MOST_FAULTS else ""
+        raise FileError(f"{origin}: {'; '.join(faults[:_MOST_FAULTS])}{more}") from error
 
 
 def recipe_text(study: Study) -> str:
@@ -56,58 +103,54 @@ def recipe_text(study: Study) -> str:
     return tomli_w.dumps(study.model_dump(mode="json", exclude_none=True, exclude={"command"}))
 
 
-def _said(fault: ErrorDetails, model: type[BaseModel]) -> str:
-    names, inside = _place(fault["loc"], model)
-    key = "".join(f"[{one}]" if isinstance(one, int) else f".{one}" for one in names).lstrip(".")
-    match fault["type"]:
-        case "extra_forbidden":
-            allowed = [] if inside is None else list(inside.model_fields)
-            return f"{key} is no key here; {_near(str(names[-1]), allowed)}allowed are {_all(allowed)}"
-        case "missing":
-            wanted = [name for name, field in inside.model_fields.items() if field.is_required()] if inside else []
-            return f"{key} is missing; needed here are {_all(wanted)}"
-    if isinstance(fault["input"], dict | list):
-        return f"{key} is not allowed: {fault['msg']}"
-    return f"{key} = {_shown(fault['input'])} is not allowed: {fault['msg']}"
+def _fault(fault: ErrorDetails, model: type[BaseModel]) -> str:
+    names, owner = _place(fault["loc"], model)
+    key = "".join(f"[{name}]" if isinstance(name, int) else f".{name}" for name in names).lstrip(".")
+    fields = owner.model_fields if owner else {}
+    if fault["type"] == "extra_forbidden":
+        return f"{key} is no key here; {_did_you_mean(str(names[-1]), fields)}allowed are {', '.join(fields)}"
+    if fault["type"] == "missing":
+        required = [name for name, field in fields.items() if field.is_required()]
+        return f"{key} is missing; needed here are {', '.join(required)}"
+    value = "" if isinstance(fault["input"], dict | list) else f" = {json.dumps(fault['input'], default=str)}"
+    return f"{key}{value} is not allowed: {fault['msg']}"
 
 
 def _place(loc: Sequence[int | str], model: type[BaseModel]) -> tuple[list[int | str], type[BaseModel] | None]:
     """The keys on the way to a fault without the names of alternatives, and the model that has the last one."""
     names: list[int | str] = []
-    inside: type[BaseModel] | None = model
-    within: list[type[BaseModel]] = []
+    owner: type[BaseModel] | None = None
+    models = [model]  # those that may have the next key
     for part in loc:
-        tagged = [one for one in within if part in (one.__name__, one.__name__.lower())]
-        if tagged:
-            within = tagged
+        if tagged := [alternative for alternative in models if part == alternative.__name__.lower()]:
+            models = tagged
             continue
         names.append(part)
         if isinstance(part, str):
-            inside = within[0] if within else inside if len(names) == 1 else None
-            field = inside.model_fields.get(part) if inside else None
-            within = list(_models(field.annotation)) if field else []
-    return names, inside
+            owner = models[0] if models else None
+            field = owner.model_fields.get(part) if owner else None
+            models = list(_models(field.annotation)) if field else []
+    return names, owner
 
 
 def _models(annotation: Any) -> Iterator[type[BaseModel]]:
-    """The values of one's own that an annotation such as `tuple[Phase, ...] | None` holds."""
+    """The models that an annotation such as `tuple[Phase, ...] | None` holds."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
-    elif get_origin(annotation) is Annotated:
-        yield from _models(get_args(annotation)[0])
     else:
-        for one in get_args(annotation):
-            yield from _models(one)
+        arguments = get_args(annotation)
+        for argument in arguments[:1] if get_origin(annotation) is Annotated else arguments:
+            yield from _models(argument)
 
 
-def _shown(value: object) -> str:
-    return json.dumps(value, default=str)
-
-
-def _near(name: str, known: Sequence[str] | Mapping[str, object]) -> str:
+def _did_you_mean(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
     return f"did you mean {' or '.join(close)}? " if close else ""
 
 
-def _all(names: Sequence[str] | Mapping[str, object]) -> str:
-    return ", ".join(names)
+DEMO = cast(MlpStudy, find_study("demo"))
+MNIST_MLP = cast(MlpStudy, find_study("mnist-mlp"))
+MNIST_FACTORS = cast(MlpStudy, find_study("mnist-factors"))
+MNIST_DYNAMIC = cast(DynamicStudy, find_study("mnist-dynamic"))
+MNIST_PROJECTED = cast(ProjectedStudy, find_study("mnist-projected"))
+STUDIES: tuple[Study, ...] = tuple(map(find_study, NAMES))

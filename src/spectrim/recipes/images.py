@@ -6,10 +6,11 @@ from pathlib import Path
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from spectrim.core.errors import DataError
+from spectrim.core.execution import evaluating
 from spectrim.core.files import Frozen
 from spectrim.data import Dataset, load
 
@@ -32,20 +33,19 @@ class Augment(Frozen):
         if self.flips:
             mirrored = torch.rand(len(images), generator=generator) < 0.5
             images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
-        return self._shifted(images, generator) if self.shift else images
-
-    def _shifted(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        if not self.shift:
+            return images
         number, _, height, width = images.shape
-        wide = functional.pad(images, [self.shift] * 4, mode="replicate")
+        padded = functional.pad(images, [self.shift] * 4, mode="replicate")
         down, right = torch.randint(0, 2 * self.shift + 1, (2, number, 1), generator=generator)
         rows, columns = down + torch.arange(height), right + torch.arange(width)
-        which = torch.arange(number)[:, None, None]
+        index = torch.arange(number)[:, None, None]
         # the indexed dimensions come first: (N, H, W, C)
-        return wide[which, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
+        return padded[index, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
+class Split:
     """Normalised images (N, C, H, W) float32 and labels (N,) int64; networks see them at `size` pixels, if given."""
 
     images: Tensor
@@ -64,14 +64,15 @@ class Part:
         """The first few images, as a network sees them."""
         return resized(self.images[:number], self.size)
 
-    def mirrored(self) -> "Part":
-        """The same images with left and right exchanged."""
-        return Part(self.images.flip(3), self.labels, self.size)
+    def logits(self, model: nn.Module) -> Tensor:
+        """The model's outputs (N, classes) for all of them."""
+        with evaluating(model):
+            return torch.cat([model(images) for images, _ in self.batches()])
 
-    def some(self, number: int, *, seed: int) -> "Part":
+    def sample(self, number: int, *, seed: int) -> "Split":
         """At most so many of them, chosen by the seed."""
-        chosen = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:number]
-        return Part(self.images[chosen], self.labels[chosen], self.size)
+        index = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:number]
+        return Split(self.images[index], self.labels[index], self.size)
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,19 +90,14 @@ class Images:
         deviation: Likewise.
     """
 
-    train: Part
-    held_out: Part
-    test: Part
+    train: Split
+    held_out: Split
+    test: Split
     names: tuple[str, ...]
     source: str
     checksums: tuple[str, str]
     mean: Tensor
     deviation: Tensor
-
-    @property
-    def classes(self) -> int:
-        """How many there are."""
-        return len(self.names)
 
     @property
     def checksum(self) -> str:
@@ -128,17 +124,16 @@ def load_images(
     if held_out >= len(train):
         raise DataError(f"{name} has {len(train)} training images; {held_out} cannot be held out of them")
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
-    kept, aside = order[held_out:][:limit], order[:held_out]
-    mean, deviation = _scale(train.images[kept].float())
+    training = order[held_out:][:limit]
+    mean, deviation = _scale(train.images[training].float())
 
-    def part(dataset: Dataset, index: Tensor) -> Part:
-        return Part((dataset.images[index].float() - mean) / deviation, dataset.labels[index], size)
+    def normalised(dataset: Dataset, index: Tensor) -> Split:
+        return Split((dataset.images[index].float() - mean) / deviation, dataset.labels[index], size)
 
-    tested = torch.arange(len(test))[:limit]
     return Images(
-        train=part(train, kept),
-        held_out=part(train, aside),
-        test=part(test, tested),
+        train=normalised(train, training),
+        held_out=normalised(train, order[:held_out]),
+        test=normalised(test, torch.arange(len(test))[:limit]),
         names=tuple(train.classes),
         source=train.source,
         checksums=(train.checksum, test.checksum),

@@ -1,7 +1,7 @@
-"""What a study tells while it runs."""
+"""What a study reports while it runs."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from spectrim.training import Step
 
@@ -18,38 +18,36 @@ class Progress:
     parts: int
 
 
-OnProgress = Callable[[Progress], None]
+ProgressCallback = Callable[[Progress], None]
 
 
-def silent(_: Progress) -> None:
-    """Tell nobody."""
+@dataclass
+class ProgressReporter:
+    """Counts the parts of a study and calls back at each step."""
 
-
-class Teller:
-    """Counts the parts of a study and tells a listener about each step."""
-
-    def __init__(self, listener: OnProgress, *, parts: int) -> None:
-        self._listener = listener
-        self._parts = parts
-        self._finished = 0
-        self._part = ""
+    callback: ProgressCallback | None = None
+    parts: int = 1
+    _finished: int = field(default=0, init=False)
+    _part: str = field(default="", init=False)
 
     def begin(self, part: str) -> None:
-        """A new part starts; one that has begun before is finished."""
+        """Start a new part; the one before it is finished."""
         self._finished += bool(self._part)
         self._part = part
-        self.tell(0, of=1)
+        self.update(0, of=1)
 
-    def tell(self, done: int, *, of: int, note: str = "") -> None:
-        """`done` of `of` steps of the current part are behind us."""
-        self._listener(Progress(self._part, done, of, note, self._finished, self._parts))
+    def update(self, done: int, *, of: int, note: str = "") -> None:
+        """`done` of `of` steps of the current part are finished."""
+        if self.callback is not None:
+            self.callback(Progress(self._part, done, of, note, self._finished, self.parts))
 
-    def training(self, step: Step) -> None:
-        """A step of training, as `on_step` wants it."""
+    def training_step(self, step: Step) -> None:
+        """A step of training, as `on_step` is called with it."""
         done = step.epoch * step.steps + step.step + 1
-        self.tell(done, of=step.epochs * step.steps, note=f"epoch {step.epoch + 1}/{step.epochs}, loss {step.loss:.3f}")
+        note = f"epoch {step.epoch + 1}/{step.epochs}, loss {step.loss:.3f}"
+        self.update(done, of=step.epochs * step.steps, note=note)
 
     def end(self) -> None:
         """Everything is done."""
-        self._part, self._finished = "done", self._parts
-        self.tell(1, of=1)
+        self._part, self._finished = "done", self.parts
+        self.update(1, of=1)

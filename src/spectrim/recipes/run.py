@@ -1,18 +1,141 @@
-"""A study from its data to its report."""
+"""A study from its data to its report, and the folder that everything goes to."""
 
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from spectrim.core.errors import DataError
-from spectrim.core.files import require_writable_folder
-from spectrim.recipes.changes import changes_of
-from spectrim.recipes.folder import PARTS, RunFolder
+from spectrim.core.errors import DataError, FileError
+from spectrim.core.files import Frozen, parse, read_text, require_writable_folder, sha256_of, write_text
+from spectrim.layers.saving import save
+from spectrim.recipes.files import read_recipe, recipe_text
 from spectrim.recipes.images import Images, load_images
-from spectrim.recipes.outcome import Timing, choose, pairs_of, provenance_of, summarise, variants_of
-from spectrim.recipes.parts import Parts
-from spectrim.recipes.progress import OnProgress, Teller, silent
-from spectrim.recipes.study import SeedRun, Study
-from spectrim.reporting import Results
+from spectrim.recipes.progress import ProgressCallback, ProgressReporter
+from spectrim.recipes.results import Evaluation, model_file, require_runtimes, versions
+from spectrim.recipes.seed import SeedResult, SeedRun
+from spectrim.recipes.study import Study
+from spectrim.reporting import Results, report
+from spectrim.runtimes.sessions import fingerprint
+
+RECIPE, MANIFEST, RESULTS, REPORT = "recipe.toml", "run.json", "results.json", "report.html"
+MODEL, PLAN, PARTS = "model.safetensors", "plan.json", "parts"
+
+
+class Manifest(Frozen):
+    """What a finished run was made from, and what it wrote.
+
+    Attributes:
+        recipe: Name of the recipe.
+        identity: Hash of its settings; see `Study.identity`.
+        seeds: Of the run.
+        versions: Of Spectrim, torch, numpy and Python.
+        machine: Processor, instructions and versions: where these are the same, accuracies repeat exactly.
+        dataset: Its name.
+        source: Where its files came from.
+        data: SHA-256 of the training and the test split.
+        files: SHA-256 of every file of the run, by its path in the folder.
+    """
+
+    version: Literal[1] = 1
+    recipe: str
+    identity: str
+    seeds: tuple[int, ...]
+    versions: dict[str, str]
+    machine: str
+    dataset: str
+    source: str
+    data: tuple[str, str]
+    files: dict[str, str]
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A folder that holds one run of one recipe, finished or not."""
+
+    path: Path
+
+    def require_free(self, study: Study) -> None:
+        """Check that a run of `study` may be written here, and leave everything as it is.
+
+        Raises:
+            FileError: it cannot be written to, or holds the run of another recipe.
+        """
+        if self._is_begun:
+            _require_same(self.path, study)
+        require_writable_folder(next(path for path in (self.path, *self.path.parents) if path.exists()))
+
+    def claim(self, study: Study) -> None:
+        """Take the folder for a run of `study`, and note the recipe in it; raises as `require_free` does."""
+        self.require_free(study)
+        require_writable_folder(self.path)
+        if not self._is_begun:
+            write_text(self.path / RECIPE, recipe_text(study))
+
+    @property
+    def _is_begun(self) -> bool:
+        """Whether a run has begun here: a recipe beside empty folders is left over from a run that stopped early."""
+        recipe, parts = self.path / RECIPE, self.path / PARTS
+        is_trace = parts.is_dir() and all(path in (recipe, parts) or path.is_dir() for path in self.path.rglob("*"))
+        return recipe.exists() and not is_trace
+
+    def save(self, study: Study, results: Results, *, seeds: Sequence[SeedResult], images: Images) -> None:
+        """Write everything; the manifest last, so that it is there only for a whole run."""
+        write_text(self.path / RECIPE, recipe_text(study))
+        files = [RECIPE, RESULTS, REPORT, MODEL]
+        for seed in seeds:
+            for network in (seed.dense, *seed.networks):
+                files.append(model_file(network.name, seed.seed))
+                save(network.model, self.path / files[-1])
+        chosen = next(network for network in seeds[0].networks if network.name == results.chosen)
+        save(chosen.model, self.path / MODEL)
+        if chosen.plan is not None:
+            chosen.plan.save(self.path / PLAN)
+            files.append(PLAN)
+        results.save(self.path / RESULTS)
+        report(results, self.path / REPORT)
+        manifest = Manifest(
+            recipe=study.name,
+            identity=study.identity,
+            seeds=study.seeds,
+            versions=versions(),
+            machine=fingerprint("torch"),
+            dataset=study.dataset,
+            source=images.source,
+            data=images.checksums,
+            files={name: sha256_of(self.path / name) for name in sorted(files)},
+        )
+        write_text(self.path / MANIFEST, manifest.model_dump_json(indent=1) + "\n")
+
+    def manifest(self) -> Manifest:
+        """What the run wrote. Raises `FileError` where no finished run lies."""
+        if not (self.path / MANIFEST).exists():
+            raise FileError(
+                f"{self.path} holds no finished run: there is no {MANIFEST} in it; "
+                "name the folder that a recipe was run into, or finish the run with the command that began it"
+            )
+        return parse(Manifest, read_text(self.path / MANIFEST), origin=str(self.path / MANIFEST))
+
+
+def _require_same(path: Path, study: Study) -> None:
+    """FileError unless the folder's recipe is this one, other seeds allowed."""
+    advice = "give another folder with --out, or delete this one"
+    try:
+        there = read_recipe(path / RECIPE)
+    except FileError as error:
+        raise FileError(f"cannot tell whose run {path} holds: {error}; {advice}") from error
+    if there.identity == study.identity:
+        return
+    if there.name != study.name:
+        raise FileError(f"{path} holds a run of another recipe, {there.name}; {advice}")
+    old, new = (each.model_dump(mode="json") for each in (there, study))
+    trained = any(part.is_file() for part in (path / PARTS).rglob("*"))
+    names = [name for name in new if old.get(name) != new[name] and name not in ("seeds", "title", "command")]
+    raise FileError(
+        f"{path} holds a run of {study.name} with other settings ({', '.join(names)}"
+        f"{', it was a quick look' if there.is_quick else ''}); {advice}"
+        f"{'. What both have in common is not trained again if you copy its parts into the other' if trained else ''}"
+    )
 
 
 def run_study(
@@ -21,14 +144,14 @@ def run_study(
     *,
     parts: Path | None = None,
     data_folder: Path | None = None,
-    on_progress: OnProgress = silent,
+    on_progress: ProgressCallback | None = None,
 ) -> Results:
     """Train, compress and measure, and write everything to a folder.
 
     `out` then holds the recipe as it was run (`recipe.toml`), `results.json`, `report.html`, every network of every
-    seed (`models`), the chosen one of the first seed (`model.safetensors`) with its `plan.json` where it was made by a
-    plan, what all of it was made from, with the checksum of every file (`run.json`), and the trained parts, from which
-    an interrupted run goes on when it is started again.
+    seed (`models`), and the chosen one of the first seed (`model.safetensors`) with its `plan.json` if a plan made it.
+    `run.json` says what all of it was made from, with the checksum of every file. The same call resumes an interrupted
+    run from the trained parts, which lie there too.
 
     Args:
         study: What to do.
@@ -43,54 +166,26 @@ def run_study(
             done then.
         DataError: the data set cannot be obtained; names the recipe that stands in, if there is one.
         EngineError, DependencyError: a runtime or a package that the recipe needs cannot be had.
-        ModelError, RuleError: the network cannot take the images, or what the recipe asks of it cannot be; told before
+        ModelError, RuleError: the network cannot take the images, or cannot do what the recipe asks; raised before
             anything is trained or written.
     """
     start = time.perf_counter()
-    study.require()
-    timing = Timing.of(study.runtimes, batch=study.latency_batch)
+    study.require_available()
+    runtimes = require_runtimes(study.runtimes)
     folder = RunFolder(Path(out))
     folder.require_free(study)
-    teller = Teller(on_progress, parts=1 + len(study.seeds) * (1 + study.steps) + 2)
-    teller.begin(f"reading {study.dataset}")
+    progress = ProgressReporter(on_progress, parts=1 + len(study.seeds) * (1 + len(study.tasks())) + 2)
+    progress.begin(f"reading {study.dataset}")
     images = images_of(study, data_folder)
-    study.require_possible(study.blank(images), images.train.example())
+    study.require_possible(study.initial_network(images), images.train.example())
     folder.claim(study)
     parts = require_writable_folder(folder.path / PARTS if parts is None else parts)
-    seeds = tuple(
-        study.outcome(SeedRun(study, seed, images, Parts(parts / f"seed{seed}"), teller)) for seed in study.seeds
-    )
-    teller.begin("testing")
-    dense, variants = variants_of(seeds, images, teller, timing=timing)
-    chosen, because = choose(seeds, study.tolerance)
-    results = Results(
-        title=study.title,
-        summary=summarise(
-            dense,
-            next(v for v in variants if v.name == chosen.name),
-            remark=study.remark(images, seeds[0].dense, variants),
-            quick=study.is_quick,
-        ),
-        dense=dense,
-        variants=variants,
-        chosen=chosen.name,
-        chosen_because=because,
-        spectra=seeds[0].spectra,
-        published=tuple(one.shown() for one in study.published),
-        changes=changes_of(chosen.name, pairs_of(seeds, chosen.name), images),
-        command=study.command,
-        provenance=provenance_of(
-            images,
-            dataset=study.dataset,
-            seeds=study.seeds,
-            settings=study.model_dump_json(exclude={"published", "title", "name", "command"}, exclude_none=True),
-            timing=timing,
-            seconds=time.perf_counter() - start,
-        ),
-    )
-    teller.begin("writing")
-    folder.keep(study, results, seeds=seeds, chosen=chosen, images=images)
-    teller.end()
+    seeds = tuple(SeedRun(study, seed, images, parts / f"seed{seed}", progress).result() for seed in study.seeds)
+    progress.begin("testing")
+    results = Evaluation(study, images, runtimes, progress).results(seeds, start=start)
+    progress.begin("writing")
+    folder.save(study, results, seeds=seeds, images=images)
+    progress.end()
     return results
 
 
@@ -102,7 +197,7 @@ def images_of(study: Study, data_folder: Path | None = None) -> Images:
     """
     try:
         return load_images(
-            study.dataset, held_out=study.held_out, limit=study.limit, size=study.pixels(), folder=data_folder
+            study.dataset, held_out=study.held_out, limit=study.limit, size=study.view()[1], folder=data_folder
         )
     except DataError as error:
         if study.stand_in is None:

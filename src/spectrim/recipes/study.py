@@ -1,29 +1,34 @@
-"""What the studies share: the settings of all of them, and one run of a seed with its dense network."""
+"""The settings that all studies share, and what each kind of study adds to them."""
 
+import hashlib
+import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, Literal, Self
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Literal, Self
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from spectrim.benchmark.measurement import Accuracy, accuracy
-from spectrim.core.execution import as_inputs, evaluating, trace
+from spectrim.analysis.spectra import Analysis, analyze
+from spectrim.core.execution import as_inputs, trace
 from spectrim.core.files import Frozen
-from spectrim.recipes.images import Augment, Images, Minibatches
-from spectrim.recipes.outcome import SeedOutcome
-from spectrim.recipes.parts import Parts, Trained, key_of
-from spectrim.recipes.progress import Teller
-from spectrim.reporting import Published, Variant
+from spectrim.recipes.images import Augment, Images
+from spectrim.reporting import LayerSpectrum, Published, Variant, spectra_of
 from spectrim.reporting.results import PublishedPoint
 from spectrim.runtimes.sessions import RuntimeName
-from spectrim.training import Settings, Step, TrainingRun, train_in_place
-from spectrim.training.checkpoint import Checkpoint, fingerprint
+
+if TYPE_CHECKING:
+    from spectrim.recipes.seed import Network, SeedRun
+
+Task = Callable[["SeedRun"], Iterable["Network"]]
 
 QUICK = " (quick look: little data, few epochs)"
+
+
+def key_of(**settings: object) -> str:
+    """A hash of everything that decides a result."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
 
 
 class Phase(Frozen):
@@ -44,7 +49,25 @@ class Phase(Frozen):
         return self.at_most(epochs).model_copy(update={"batch": min(self.batch, 32)})
 
 
-class Earlier(Frozen):
+class Tuned(Frozen):
+    """How a compressed network is fine-tuned.
+
+    Attributes:
+        phase: Epochs, learning rate, batch size, weight decay.
+        temperature: With the dense network as the teacher; none trains with the labels.
+        frozen_norms: BatchNorm leaves its running statistics as they are. After a plain truncation they no longer fit.
+    """
+
+    phase: Phase
+    temperature: float | None = Field(default=None, gt=0)
+    frozen_norms: bool = True
+
+    def in_small_steps(self, epochs: int) -> "Tuned":
+        """The same with a phase for little data."""
+        return self.model_copy(update={"phase": self.phase.in_small_steps(epochs)})
+
+
+class PublishedFigures(Frozen):
     """Somebody else's figures for the same study; accuracy in [0, 1].
 
     Attributes:
@@ -59,14 +82,14 @@ class Earlier(Frozen):
     ranks: dict[int, float] = Field(default_factory=dict)
     points: tuple[PublishedPoint, ...] = ()
 
-    def shown(self) -> Published:
+    def for_report(self) -> Published:
         """As a report takes them."""
-        first: tuple[tuple[int | None, float], ...] = () if self.dense is None else ((None, self.dense),)
-        return Published(source=self.source, accuracy=(*first, *self.ranks.items()), points=self.points)
+        dense: tuple[tuple[int | None, float], ...] = () if self.dense is None else ((None, self.dense),)
+        return Published(source=self.source, accuracy=(*dense, *self.ranks.items()), points=self.points)
 
 
 class Study(Frozen, ABC):
-    """Everything that decides the outcome of a study; each kind adds its network and its own settings.
+    """Everything that decides the result of a study; each kind adds its network and its own settings.
 
     Attributes:
         kind: Which class of study it is.
@@ -99,7 +122,7 @@ class Study(Frozen, ABC):
     runtimes: tuple[RuntimeName, ...] = ("torch",)
     latency_batch: int = Field(default=1, ge=1)
     stand_in: str | None = None
-    published: tuple[Earlier, ...] = ()
+    published: tuple[PublishedFigures, ...] = ()
     command: str = ""
 
     def quick(self) -> Self:
@@ -120,7 +143,7 @@ class Study(Frozen, ABC):
 
     @property
     def is_quick(self) -> bool:
-        """Whether it is a quick look, made by `quick`."""
+        """Whether `quick` made it."""
         return self.title.endswith(QUICK)
 
     @property
@@ -132,17 +155,12 @@ class Study(Frozen, ABC):
     def _shortened(self) -> Mapping[str, object]:
         """A study's own settings for a quick look."""
 
-    @property
     @abstractmethod
-    def steps(self) -> int:
-        """Parts of the progress that each seed takes after its dense network."""
+    def tasks(self) -> Sequence[Task]:
+        """What each seed does after its dense network: parts of the progress that give its low-rank networks."""
 
     @abstractmethod
-    def outcome(self, run: "SeedRun") -> SeedOutcome:
-        """All networks of one seed, before the test set is opened."""
-
-    @abstractmethod
-    def network(self, images: Images) -> nn.Module:
+    def dense_network(self, images: Images) -> nn.Module:
         """The dense network, untrained, for these images.
 
         Raises:
@@ -153,139 +171,39 @@ class Study(Frozen, ABC):
     def network_settings(self) -> Mapping[str, object]:
         """What decides the network and its training besides the common settings, for the key of finished parts."""
 
-    def require(self) -> None:
-        """Raise what can be told before anything is read or written: a missing package, weights that cannot be read."""
-
-    def blank(self, images: Images, *, seed: int = 0) -> nn.Module:
-        """The dense network before any training; the seed alone decides its weights."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return self.network(images)
+    def require_available(self) -> None:
+        """Raise for a missing package or unreadable weights, before anything is read or written."""
 
     def require_possible(self, model: nn.Module, example: Tensor) -> None:
-        """Raise what an untrained network tells before hours of training: here, that it cannot take the images.
-
-        Args:
-            model: From `blank`.
-            example: One image (1, C, H, W), as the network sees it.
+        """Raise what an untrained network tells before hours of training: here, that it cannot take one image.
 
         Raises:
             ModelError, RuleError: what the settings ask cannot be done with this network.
         """
         trace(model, as_inputs(example))
 
-    def augment(self) -> Augment:
-        """How training images are varied."""
-        return Augment()
+    def initial_network(self, images: Images, *, seed: int = 0) -> nn.Module:
+        """The dense network before any training; the seed alone decides its weights."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return self.dense_network(images)
 
-    def pixels(self) -> int | None:
-        """Side of the images as the network sees them; None for that of the data set."""
-        return None
-
-    def start(self, model: nn.Module) -> bool:
-        """Fill in weights that are given instead of trained; whether there were any."""
+    def load_weights(self, model: nn.Module) -> bool:
+        """Fill in weights to take or to begin with; whether the network is not to be trained any more."""
         return False
+
+    def view(self) -> tuple[Augment, int | None]:
+        """How training images are varied, and the side that the network sees all images at; None for their own."""
+        return Augment(), None
+
+    def analysis(self, run: "SeedRun") -> Analysis:
+        """Of the dense network: by default, of its weights alone."""
+        return analyze(run.dense, run.example)
+
+    def spectra(self, run: "SeedRun") -> tuple[LayerSpectrum, ...]:
+        """The singular values to report."""
+        return spectra_of(run.analysis)
 
     def remark(self, images: Images, dense: nn.Module, variants: Sequence[Variant]) -> str:
         """What else to say about the results, in a sentence or two."""
         return ""
-
-
-@dataclass(frozen=True, eq=False)
-class SeedRun:
-    """One seed of a study: its data, and its networks, trained or found on disk."""
-
-    study: Study
-    seed: int
-    images: Images
-    parts: Parts
-    teller: Teller
-
-    def blank(self) -> nn.Module:
-        """The dense network before any training."""
-        return self.study.blank(self.images, seed=self.seed)
-
-    def dense(self) -> Trained:
-        """The dense network, trained with the labels, and its curve."""
-        phase, model = self.study.dense, self.blank()
-        given = self.study.start(model)
-        self.begin("taking the given weights" if given else "training the dense network")
-        if given:
-            return model.eval(), ()
-
-        def train(checkpoint: Checkpoint) -> Trained:
-            return model, train_in_place(self.training(model, self.images.train.labels, phase, checkpoint=checkpoint))
-
-        dense, curve = self.parts.trained("dense", key=self.key(), blank=model, train=train)
-        return dense.eval(), curve
-
-    def options(self, phase: Phase, checkpoint: Checkpoint) -> dict[str, Any]:
-        """What `finetune` is given in every phase."""
-        return {
-            **phase.model_dump(exclude={"batch"}),
-            "held_out": self.tested,
-            "seed": self.seed,
-            "checkpoint": checkpoint,
-            "on_step": self.teller.training,
-        }
-
-    def training(
-        self,
-        model: nn.Module,
-        targets: Tensor,
-        phase: Phase,
-        *,
-        checkpoint: Checkpoint | None,
-        on_step: Callable[[Step], None] | None = None,
-        temperature: float = 1.0,
-        keep: Literal["last", "best"] = "last",
-    ) -> TrainingRun:
-        """A run that trains all of `model` on the training images."""
-        own = phase.model_dump(exclude={"batch"})
-        return TrainingRun(
-            model,
-            self.epochs(targets, phase),
-            settings=Settings(clip=None, temperature=temperature, keep=keep, seed=self.seed, **own),
-            held_out=self.tested,
-            checkpoint=checkpoint,
-            on_step=on_step or self.teller.training,
-        )
-
-    def begin(self, what: str) -> None:
-        """A new part of the progress."""
-        self.teller.begin(f"seed {self.seed}: {what}" if len(self.study.seeds) > 1 else what)
-
-    @cached_property
-    def tested(self) -> list[tuple[Tensor, Tensor]]:
-        """The training images that nothing is trained on, in batches."""
-        return self.images.held_out.batches()
-
-    def held_out(self, model: nn.Module) -> Accuracy:
-        """Accuracy on the training images that nothing is trained on."""
-        return accuracy(model, self.tested)
-
-    def answers(self, dense: nn.Module) -> Tensor:
-        """The teacher's logits (N, classes) of the training images, computed once instead of in every epoch."""
-        with evaluating(dense):
-            return torch.cat([dense(some) for some, _ in self.images.train.batches()])
-
-    def epochs(self, targets: Tensor, phase: Phase) -> Callable[[int], Minibatches]:
-        """The minibatches of every epoch, the same ones for every network of this seed."""
-        images, study = self.images.train.images, self.study
-        return lambda epoch: Minibatches(
-            images, targets, phase.batch, self.seed, epoch, study.augment(), study.pixels()
-        )
-
-    def key(self, *, start: nn.Module | None = None, **more: object) -> str:
-        """A hash of the data, of the dense network's training, of the weights to start from, and of `more`."""
-        study = self.study
-        return key_of(
-            data=self.images.checksum,
-            split=(study.held_out, study.limit),
-            network=study.network_settings(),
-            seen=(study.augment(), study.pixels()),
-            dense=study.dense,
-            seed=self.seed,
-            start=None if start is None else fingerprint(start),
-            **more,
-        )

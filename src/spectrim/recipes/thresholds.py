@@ -1,4 +1,4 @@
-"""Ranks that each layer chooses by itself: from its singular values alone, or by what held-out images say."""
+"""Ranks chosen for each layer by itself: from its singular values alone, or from a scan on held-out images."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -9,12 +9,13 @@ from torch import nn
 from torch.nn import functional
 
 from spectrim.analysis.spectra import Analysis, LayerAnalysis
-from spectrim.compression import compress
 from spectrim.core.execution import evaluating
 from spectrim.core.plans import Budget, Energy, LayerPlan, Plan
+from spectrim.layers.replacement import duplicate, factored_at, own_bias
+from spectrim.layers.selection import replace
 from spectrim.linalg import Spectrum
 from spectrim.planning.decisions import dense, factored, why_impossible
-from spectrim.recipes.images import Part
+from spectrim.recipes.images import Split
 
 Threshold = Literal["gap", "hard", "effective-rank", "held-out"]
 
@@ -24,7 +25,7 @@ MEANING: Mapping[Threshold, str] = {
     "effective-rank": "effective rank",
     "held-out": "per-layer energy, held-out",
 }
-"""What each is called in tables."""
+"""Their names in tables."""
 
 
 def gap_rank(spectrum: Spectrum) -> int:
@@ -55,17 +56,17 @@ def spectral_plan(analysis: Analysis, threshold: Threshold) -> Plan:
 
     The plan's rule is the energy that every factored layer holds at least: these rules ask for no common share.
     """
-    ranks = {layer.name: _suggested(layer, threshold) for layer in analysis if _open(layer)}
+    ranks = {layer.name: _suggested_rank(layer, threshold) for layer in analysis if _can_shrink(layer)}
     return _plan(analysis, ranks, rule=None, because=MEANING[threshold])
 
 
 def held_out_plan(
     model: nn.Module,
     analysis: Analysis,
-    images: Part,
+    images: Split,
     *,
     share: float,
-    told: Callable[[int, int], None] = lambda done, of: None,
+    on_progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> Plan:
     """Every layer at the smallest rank whose harm stays below one threshold, chosen for `share` of the parameters.
 
@@ -74,88 +75,82 @@ def held_out_plan(
     with truncation in the place of pruning. The threshold is the smallest one at which the whole network has at most
     `share` of its parameters; where none is small enough, every layer is at rank 1.
 
-    Args:
-        model: The dense network.
-        analysis: Of it, in the plain metric.
-        images: Held-out training images and their labels.
-        share: Parameters kept / dense, in (0, 1).
-        told: Called with the networks scored so far, and of how many.
+    `analysis` is of the dense `model` in the plain metric, and `images` are held-out training images. `on_progress` is
+    called with the networks scored so far, and of how many.
     """
-    tried = [(layer, rank) for layer in analysis if _open(layer) for rank in _ladder(layer)]
-    whole = _loss(model, images)
+    tried = [(layer, rank) for layer in analysis if _can_shrink(layer) for rank in _candidate_ranks(layer)]
+    dense_loss = _loss(model, images)
     harms: dict[str, dict[int, float]] = {}
     for done, (layer, rank) in enumerate(tried):
-        told(done, len(tried))
-        alone = _plan(analysis, {layer.name: rank}, rule=None, because="alone")
-        small = compress(model, alone, example_inputs=images.example(), analysis=analysis).model
-        harms.setdefault(layer.name, {})[rank] = _loss(small, images) - whole
+        on_progress(done, len(tried))
+        small, form, names = duplicate(model), layer.forms[0], (layer.name, *layer.also)
+        factors = layer.decomposition(form, "plain").factors((rank,))
+        replace(small, factored_at(small, names, form=form, factors=factors, bias=own_bias))
+        harms.setdefault(layer.name, {})[rank] = _loss(small, images) - dense_loss
     total = analysis.whole.params
     thresholds = sorted({harm for by_rank in harms.values() for harm in by_rank.values()})
     for threshold in thresholds:
         ranks = {
-            name: min(good)
+            name: min(allowed)
             for name, by_rank in harms.items()
-            if (good := [rank for rank, harm in by_rank.items() if harm <= threshold])
+            if (allowed := [rank for rank, harm in by_rank.items() if harm <= threshold])
         }
-        saved = sum(layer.dense.params - _cost(layer, ranks[layer.name]) for layer in analysis if layer.name in ranks)
+        saved = sum(
+            layer.dense.params - layer.cost(layer.forms[0], (ranks[layer.name],), "plain").params
+            for layer in analysis
+            if layer.name in ranks
+        )
         if total - saved <= share * total:
             break
     because = f"the smallest that adds at most {max(threshold, 0.0):.3g} to the held-out cross-entropy"
     return _plan(analysis, ranks, rule=Budget(params=share), because=because)
 
 
-def _open(layer: LayerAnalysis) -> bool:
+def _can_shrink(layer: LayerAnalysis) -> bool:
     return why_impossible(layer, "plain") is None and layer.break_even(layer.forms[0], "plain") > 0
 
 
-def _ladder(layer: LayerAnalysis) -> list[int]:
+def _candidate_ranks(layer: LayerAnalysis) -> list[int]:
     """1, 2, 3, 4, 6, 8, 12, .. up to the break-even rank."""
     most = layer.break_even(layer.forms[0], "plain")
     steps = {1, 2, 3, *(power * 2**at for at in range(2, 12) for power in (1, 1.5))}
     return sorted(int(step) for step in steps if step <= most)
 
 
-def _cost(layer: LayerAnalysis, rank: int) -> int:
-    return layer.cost(layer.forms[0], (rank,), "plain").params
-
-
-def _suggested(layer: LayerAnalysis, threshold: Threshold) -> int:
+def _suggested_rank(layer: LayerAnalysis, threshold: Threshold) -> int:
     spectrum = layer.spectra["plain"]
-    if threshold == "gap":
-        return gap_rank(spectrum)
-    if threshold == "effective-rank":
-        return effective_rank(spectrum)
-    outputs = layer.shape[0]
-    return hard_rank(spectrum, outputs=outputs, inputs=math.prod(layer.shape[1:]))
+    if threshold == "hard":
+        return hard_rank(spectrum, outputs=layer.shape[0], inputs=math.prod(layer.shape[1:]))
+    return gap_rank(spectrum) if threshold == "gap" else effective_rank(spectrum)
 
 
 def _plan(analysis: Analysis, ranks: Mapping[str, int], *, rule: Budget | None, because: str) -> Plan:
     layers = tuple(_decided(layer, ranks.get(layer.name), because=because) for layer in analysis)
-    held = [
-        float(analysis[one.name].spectra["plain"].cumulative_energy[one.rank - 1])
-        for one in layers
-        if one.rank is not None
+    energies = [
+        float(analysis[layer.name].spectra["plain"].cumulative_energy[layer.rank - 1])
+        for layer in layers
+        if layer.rank is not None
     ]
-    return Plan(rule=rule or Energy(max(1e-9, min([1.0, *held]))), metric="plain", layers=layers)
+    return Plan(rule=rule or Energy(max(1e-9, min([1.0, *energies]))), metric="plain", layers=layers)
 
 
 def _decided(layer: LayerAnalysis, rank: int | None, *, because: str) -> LayerPlan:
-    if not _open(layer):
-        why = why_impossible(layer, "plain") or "it would not be smaller at any rank"
-        return dense(layer, reason=why, metric="plain")
-    if rank is None:
-        return dense(layer, reason=f"no rank below break-even is {because}", metric="plain")
-    form = layer.forms[0]
-    if not layer.shrinks(layer.cost(form, (rank,), "plain")):
-        limit = layer.break_even(form, "plain")
+    if not _can_shrink(layer):
+        reason = why_impossible(layer, "plain") or "it would not be smaller at any rank"
+    elif rank is None:
+        reason = f"no rank below break-even is {because}"
+    elif not layer.shrinks(layer.cost(layer.forms[0], (rank,), "plain")):
+        limit = layer.break_even(layer.forms[0], "plain")
         reason = f"rank {rank} ({because}) would not be smaller; it shrinks only up to rank {limit} (break-even)"
-        return dense(layer, reason=reason, metric="plain")
-    return factored(layer, form, (rank,), metric="plain", reason=because)
+    else:
+        return factored(layer, layer.forms[0], (rank,), metric="plain", reason=because)
+    return dense(layer, reason=reason, metric="plain")
 
 
-def _loss(model: nn.Module, images: Part) -> float:
+def _loss(model: nn.Module, images: Split) -> float:
     with evaluating(model):
         sums = [
-            float(functional.cross_entropy(model(some), labels, reduction="sum")) for some, labels in images.batches()
+            float(functional.cross_entropy(model(inputs), labels, reduction="sum"))
+            for inputs, labels in images.batches()
         ]
     return sum(sums) / len(images)
