@@ -49,6 +49,21 @@ class Compressed:
         return self.plan.latency.refused if self.plan.latency else None
 
 
+@dataclass(frozen=True, eq=False)
+class Decision:
+    """What is to be done to a model, and what that was decided on.
+
+    Attributes:
+        analysis: With the statistics and sensitivities that the rule or plan needs.
+        plan: Form and rank of every layer.
+        batches: The calibration batches that were read; empty if none were needed.
+    """
+
+    analysis: Analysis
+    plan: Plan
+    batches: Sequence[Inputs]
+
+
 def compress(
     model: nn.Module,
     rule_or_plan: Rule | Plan,
@@ -118,6 +133,56 @@ def compress(
     Raises:
         SpectrimError: one of its kinds, before anything has been changed.
     """
+    if reconstruct is True and (data is None or metric == "plain"):
+        raise DataError("reconstruction is done on calibration data in a data metric; pass data= and no metric='plain'")
+    decision = decide(
+        model,
+        rule_or_plan,
+        example_inputs=example_inputs,
+        data=data,
+        max_batches=max_batches,
+        metric=metric,
+        forms=forms,
+        rank_multiple=rank_multiple,
+        include=include,
+        exclude=exclude,
+        keep_last=keep_last,
+        allow_growth=allow_growth,
+        analysis=analysis,
+        latencies=latencies,
+        cache=cache,
+        on_progress=on_progress,
+    )
+    plan = decision.plan
+    batches = decision.batches if _is_fitted(plan, reconstruct=reconstruct) else []
+    smaller = _built(model, plan, decision.analysis, batches, cache=cache, on_progress=_telling(on_progress, "fit"))
+    return _finished(model, smaller, plan, as_inputs(example_inputs), inplace=inplace)
+
+
+def decide(
+    model: nn.Module,
+    rule_or_plan: Rule | Plan,
+    *,
+    example_inputs: Any,
+    data: Iterable[Any] | None = None,
+    max_batches: int | None = None,
+    metric: Metric | None = None,
+    forms: Sequence[FormName] | None = None,
+    rank_multiple: int | Grid | Literal["auto"] | None = None,
+    include: Patterns = ("*",),
+    exclude: Patterns = (),
+    keep_last: bool = False,
+    allow_growth: bool = False,
+    analysis: Analysis | None = None,
+    latencies: LatencyTable | None = None,
+    cache: int | None = None,
+    on_progress: Told | None = None,
+) -> Decision:
+    """The first half of `compress`: calibrate, analyse and plan; the model stays as it is.
+
+    Arguments and errors are those of `compress`. `on_progress` is called for `calibrate`, `analyse`, `weigh LAYER`,
+    `plan`, `time LAYER` and `verify in RUNTIME`.
+    """
     require_room(cache)
     narrowed = include != ("*",) or bool(exclude) or keep_last
     chosen = metric or forms or rank_multiple or allow_growth or latencies
@@ -125,8 +190,6 @@ def compress(
         raise PlanError("a plan already says which layers, forms and metric; give these options to st.plan instead")
     if analysis is not None and narrowed:
         raise PlanError("an analysis already has its layers; give include, exclude, keep_last to st.analyze instead")
-    if reconstruct is True and (data is None or metric == "plain"):
-        raise DataError("reconstruction is done on calibration data in a data metric; pass data= and no metric='plain'")
     _require_runtime(rule_or_plan)
     example = as_inputs(example_inputs)
     analyzed = partial(analyze, model, example, include=include, exclude=exclude, keep_last=keep_last)
@@ -152,9 +215,13 @@ def compress(
             cache=cache,
             on_progress=on_progress,
         )
+    elif analysis is None and on_progress is not None:
+        on_progress("analyse", 0, 1)
     if isinstance(rule_or_plan, Plan):
         plan = refresh(rule_or_plan, known)
     else:
+        if on_progress is not None:
+            on_progress("plan", 0, 1)
         plan = choose(
             model,
             known,
@@ -167,9 +234,7 @@ def compress(
             latencies=latencies,
             on_progress=on_progress,
         )
-    fitted_to = batches if _is_fitted(plan, reconstruct=reconstruct) else []
-    smaller = _built(model, plan, known, fitted_to, cache=cache, on_progress=_telling(on_progress, "fit"))
-    return _finished(model, smaller, plan, example, inplace=inplace)
+    return Decision(known, plan, batches)
 
 
 def choose(
@@ -308,13 +373,22 @@ def _informed(
     budgeted = isinstance(rule_or_plan, Budget)
     wanted = {layer.metric for layer in rule_or_plan} if isinstance(rule_or_plan, Plan) else {metric}
     sites = _sites(bare, rule_or_plan)
-    statistics = calibrate(model, batches, layers=sites)
+    statistics = calibrate(model, _reported(batches, on_progress), layers=sites)
     if "loss" in wanted or (budgeted and metric is None):
         statistics = felt(model, statistics, batches, layers=sites, required="loss" in wanted)
+    if on_progress is not None:
+        on_progress("analyse", 0, 1)
     analysis = analyzed(calibration=statistics)
     if not budgeted:
         return analysis
     return sensitivity(model, analysis, batches, cache=cache, on_progress=_telling(on_progress, "weigh"))
+
+
+def _reported(batches: Sequence[Inputs], on_progress: Told | None) -> Iterator[Inputs]:
+    for done, batch in enumerate(batches):
+        if on_progress is not None:
+            on_progress("calibrate", done, len(batches))
+        yield batch
 
 
 def _sites(analysis: Analysis, rule_or_plan: Rule | Plan) -> set[str]:
