@@ -19,6 +19,7 @@ import spectrim as st
 from spectrim import models
 from spectrim.cli import bench
 from spectrim.cli.bench import Benched, bench_network
+from spectrim.cli.options import Source
 from spectrim.core.errors import DependencyError, FileError, SpectrimError
 
 MLP = ("--model", "spectrim:mlp", "--option", "inputs=64", "--option", "width=48", "--option", "hidden=2")
@@ -62,7 +63,7 @@ def row(*, spread: float, gain: float = 1.0) -> bench.Row:
 
 
 def test_each_runtime_and_batch_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "_in_process", lambda tasks: map(bench._timed_in_process, tasks))  # saves seconds
+    monkeypatch.setattr(bench, "_in_process", lambda tasks: map(bench._time, tasks))  # saves seconds
     former = Benched(command="", threads=1, rows=(row(spread=0.01),))
     Path("speed.json").write_text(former.model_dump_json())  # one of ours, so it is replaced
     said = run(*COMMAND, "--runtime", "channels_last", "--batch", "1,3,3", "--json", "speed.json")
@@ -119,10 +120,10 @@ def test_an_interrupt_ends_it_and_its_process_and_writes_nothing() -> None:
 
 
 def test_a_noisy_machine_is_told(capsys: pytest.CaptureFixture[str]) -> None:
-    bench._show(Benched(command="", threads=1, rows=(row(spread=0.3),)), None)
+    bench._show(Benched(command="", threads=1, rows=(row(spread=0.3),)))
     said = capsys.readouterr().out
     assert "The machine was too noisy to tell: openvino at batch 8." in said
-    bench._show(Benched(command="", threads=1, rows=(row(spread=0.01, gain=1.7),)), None)
+    bench._show(Benched(command="", threads=1, rows=(row(spread=0.01, gain=1.7),)))
     said = capsys.readouterr().out
     assert "noisy" not in said
     assert "0.95" in said  # 1.9 of the 2 that the MACs promise
@@ -139,7 +140,7 @@ def test_runtimes_that_nobody_named_are_left_out_where_they_are_missing(monkeypa
         return known(name, threads=threads)
 
     monkeypatch.setattr(bench, "require_runtime", require)
-    monkeypatch.setattr(bench, "_in_process", lambda tasks: map(bench._timed_in_process, tasks))  # saves seconds
+    monkeypatch.setattr(bench, "_in_process", lambda tasks: map(bench._time, tasks))  # saves seconds
     said = run(*COMMAND, "--json", "speed.json")
     assert said.exit_code == 0, said.output
     assert 'Left out is openvino: openvino needs something; pip install "spectrim[onnx]".' in said.output
@@ -150,8 +151,11 @@ def test_runtimes_that_nobody_named_are_left_out_where_they_are_missing(monkeypa
 
 
 def test_another_process_gives_rows_and_failures() -> None:
-    task = bench._Task("spectrim:mlp", {"inputs": 64, "width": 48, "hidden": 2}, Path("small"), (64,), "torch", 2, 1, 5)
-    rows = bench._in_process([task, replace(task, weights=Path("nowhere"))])
+    source = Source(
+        model="spectrim:mlp", option=["inputs=64", "width=48", "hidden=2"], weights=Path("small"), input="64"
+    )
+    task = bench._Task(source, "torch", batch=2, threads=1, rounds=5)
+    rows = bench._in_process([task, replace(task, source=replace(source, weights=Path("nowhere")))])
     first = next(rows)
     assert (first.runtime, first.batch, first.measured.batch) == ("torch", 2, 2)
     assert first.measured.speedup.value > 0

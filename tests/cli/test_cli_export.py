@@ -145,12 +145,16 @@ def test_no_foreign_file_is_replaced(here: Path) -> None:
 def test_mistakes_are_told_before_anything_is_loaded(here: Path) -> None:
     before = sorted(here.rglob("*"))
     assert "does not say the format by its ending; give --to" in refusal(*SMALL, "--out", "net.bin")
-    assert "--to 'tflite': there are onnx, program, openvino" in refusal(*SMALL, "--out", "a.onnx", "--to", "tflite")
+    assert "'tflite' is not one of 'onnx', 'program', 'openvino'" in refusal(
+        *SMALL, "--out", "a.onnx", "--to", "tflite"
+    )
     for pad in ("0", "eight", "-8", "1.5"):
-        assert f"--pad {pad}: give a number of at least 1, or auto" in refusal(*SMALL, "--out", "a.onnx", "--pad", pad)
+        assert f"--pad {pad}: give a whole number of at least 1, or auto" in refusal(
+            *SMALL, "--out", "a.onnx", "--pad", pad
+        )
     assert "go with --pad auto" in refusal(*SMALL, "--out", "a.onnx", "--runtime", "torch")
     auto = (*SMALL, "--out", "a.onnx", "--pad", "auto")
-    assert "--runtime 'tensorrt': there are torch" in refusal(*auto, "--runtime", "tensorrt")
+    assert "'tensorrt' is not one of 'torch'" in refusal(*auto, "--runtime", "tensorrt")
     assert isinstance(failure(*auto, "--runtime", "torch", "--threads", "4096"), EngineError)
     assert sorted(here.rglob("*")) == before
 

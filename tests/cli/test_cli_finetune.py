@@ -147,7 +147,7 @@ def test_stages_and_epochs_are_lines_where_there_is_no_terminal(run: Run) -> Non
     assert "untrained" not in said.out
 
 
-class Interrupted(command._Teller):
+class Interrupted(command._StepReport):
     """Sends this process Ctrl-C in the second epoch."""
 
     def __call__(self, step: Step) -> None:
@@ -163,7 +163,7 @@ def test_ctrl_c_says_how_to_go_on_and_the_same_command_does(
     whole = run(*given, "--out", "whole")
     assert whole.code == 0, whole.err
     with monkeypatch.context() as patch:
-        patch.setattr(command, "_Teller", Interrupted)
+        patch.setattr(command, "_StepReport", Interrupted)
         said = run(*given, "--out", "new/tuned")
     state = Path("new", "tuned", "unfinished.safetensors")
     assert (said.code, said.err) == (
@@ -188,7 +188,7 @@ def test_an_interrupt_before_training_leaves_nothing(run: Run, tmp_path: Path, m
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(command, "filled", stop)
+    monkeypatch.setattr(command, "load_network", stop)
     before = files(tmp_path)
     said = run(*TAUGHT, "--out", "deep/tuned")
     assert (said.code, said.err) == (130, "interrupted; nothing was written\n")
@@ -233,9 +233,9 @@ def test_a_loss_that_is_not_finite_names_what_is_kept(run: Run, tmp_path: Path) 
         (("finetune", *MLP, "--weights", "small"), 2, "--data"),
         ((*SMALL, "--epochs", "0"), 1, "epochs=0: give at least one epoch"),
         ((*SMALL, "--lr", "0"), 1, "lr=0.0: give a learning rate above 0"),
-        ((*SMALL, "--optimizer", "adam"), 2, "--optimizer 'adam': there are adamw, sgd"),
-        ((*SMALL, "--precision", "fp16"), 2, "--precision 'fp16': there are float32, bf16"),
-        ((*SMALL, "--keep", "first"), 2, "--keep 'first'"),
+        ((*SMALL, "--optimizer", "adam"), 2, "'adam' is not one of 'adamw', 'sgd'"),
+        ((*SMALL, "--precision", "fp16"), 2, "'fp16' is not one of 'float32', 'bf16'"),
+        ((*SMALL, "--keep", "first"), 2, "'first' is not one of"),
         ((*SMALL, "--patience", "0"), 1, "patience=0"),
         ((*SMALL, "--label-weight", "0.5"), 2, "give --teacher-weights"),
         ((*TAUGHT, "--label-weight", "1.5"), 1, "label_weight=1.5"),

@@ -18,8 +18,8 @@ import spectrim as st
 from spectrim import data, models
 from spectrim.cli import networks
 from spectrim.cli.app import app, main
+from spectrim.cli.loading import Preparation
 from spectrim.cli.networks import Measured
-from spectrim.cli.subject import Preparation
 
 MLP = ("--model", "spectrim:mlp", "--option", "inputs=64", "--option", "width=48", "--option", "hidden=2")
 TRAINED = (*MLP, "--weights", "mlp.safetensors", "--data", "digits")
@@ -359,7 +359,7 @@ INPUT = ("compress", *MLP, "--rank", "4", "--out", "new/small", "--input", "64")
         ((*COMPRESS, "--rank", "4", "--include", "layer*"), 1, "'layer*'"),
         (("plan", *TRAINED, "--rank", "4", "--include", "layer*", "--out", "new/plan.json"), 1, "'layer*'"),
         ((*COMPRESS, "--rank", "4", "--form", "cubic"), 2, "--form 'cubic': there are channel, spatial, tucker2"),
-        ((*COMPRESS, "--rank", "4", "--metric", "flat"), 2, "--metric 'flat': there are plain, activation, loss"),
+        ((*COMPRESS, "--rank", "4", "--metric", "flat"), 2, "'flat' is not one of 'plain', 'activation', 'loss'"),
         ((*COMPRESS, "--latency", "0.5", "--macs", "0.5"), 2, "--macs and --latency are 2"),
         ((*COMPRESS, "--latency", "1.5"), 1, "a budget is a share of the dense network, between 0 and 1"),
         ((*COMPRESS, "--latency", "0.5", "--runtime", "onyx"), 1, "runtime 'onyx' is unknown"),
@@ -374,7 +374,7 @@ INPUT = ("compress", *MLP, "--rank", "4", "--out", "new/small", "--input", "64")
         ((*COMPRESS, "--rank", "4", "--mean", "0.3,0.2", "--std", "1"), 2, "--mean and --std take one value"),
         ((*COMPRESS, "--rank", "4", "--mean", "0.3", "--std", "0"), 2, "no deviation is 0"),
         ((*COMPRESS, "--rank", "4", "--mean", "dark", "--std", "1"), 2, "--mean 'dark'"),
-        ((*COMPRESS, "--rank", "4", "--input", "1,8,8"), 2, "--data and --input are one too many"),
+        ((*COMPRESS, "--rank", "4", "--input", "1,8,8"), 2, "give --data or --input, not both"),
         ((*COMPRESS, "--rank", "4", "--option", "width"), 2, "--option width: write each name once"),
         ((*COMPRESS, "--rank", "4", "--option", "depth=3"), 1, "cannot be called with"),
         ((*COMPRESS, "--rank", "4", "--images", "0"), 2, "--images"),
@@ -446,7 +446,7 @@ def test_an_interrupt_is_one_line_and_leaves_nothing(run: Run, tmp_path: Path, m
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(networks, "write_text", stop)  # the last file, when the others are made
+    monkeypatch.setattr(networks.Measured, "save", stop)  # the last file, when the others are made
     before = files(tmp_path)
     said = run("compress", *TRAINED, "--rank", 4, "--out", "deep/small")
     assert (said.code, said.err) == (130, "interrupted; nothing was written\n")

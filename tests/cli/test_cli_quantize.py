@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 import typer
-from click.testing import Result
 from safetensors.torch import save_file
 from torch import nn
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from spectrim import data, models
 from spectrim.cli.quantize import Bits, quantize_network
@@ -113,7 +112,7 @@ def test_without_data_and_without_dense_weights(run: Run, tmp_path: Path) -> Non
         ((*SMALL, "--input", "64", "--scheme", "int8-static", "--out", "net.onnx"), "give --data"),
         ((*SMALL, "--input", "64", "--scheme", "int4", "--out", "net.onnx"), "int8-dynamic"),
         ((*SMALL, "--input", "64", "--out", "net.bin"), "ends in .onnx"),
-        ((*SMALL, "--input", "64", "--runtime", "torch", "--out", "net.onnx"), "there are onnxruntime"),
+        ((*SMALL, "--input", "64", "--runtime", "torch", "--out", "net.onnx"), "'torch' is not one of 'onnxruntime'"),
         ((*SMALL, "--input", "64", "--test", "--out", "net.onnx"), "there is no --data"),
         ((*MLP, "--weights", "none.safetensors", "--input", "64", "--out", "net.onnx"), "none.safetensors"),
         ((*SMALL, "--input", "64", "--threads", "4096", "--out", "net.onnx"), "4096"),

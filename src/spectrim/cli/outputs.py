@@ -4,16 +4,51 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Literal, Self
 
 from spectrim.core.errors import FileError
-from spectrim.core.files import require_writable_folder
+from spectrim.core.files import Frozen, parse, read_text, require_writable_folder, sha256_of, write_text
 
-Ours = Callable[[Path], object]
-"""Raises a FileError for a file that Spectrim did not write."""
+MODEL, PLAN, MEASURED = "model.safetensors", "plan.json", "measurement.json"
+
+OverwriteCheck = Callable[[Path], object]
+"""Raises a FileError for a file that must not be replaced, since Spectrim did not write it."""
+
+
+class Record(Frozen):
+    """What a command writes of what it did: every number, and the command that does it again."""
+
+    version: Literal[1] = 1
+    command: str
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read one. Raises `FileError` for a missing, cut or invalid file."""
+        return parse(cls, read_text(path), origin=str(path))
+
+    def save(self, path: Path) -> None:
+        """Write it as JSON."""
+        write_text(path, self.model_dump_json(indent=1, exclude_none=True) + "\n")
+
+
+def require_unchanged(checksum: Callable[[], str]) -> OverwriteCheck:
+    """For a file whose checksum is in a record beside it."""
+
+    def check(path: Path) -> None:
+        if checksum() != sha256_of(path):
+            raise FileError(f"{path} was changed after it was written")
+
+    return check
+
+
+def require_page(path: Path) -> None:
+    """For a page."""
+    if "Made by Spectrim." not in read_text(path):
+        raise FileError(f"{path} is another page")
 
 
 @contextmanager
-def outputs(folder: Path, files: Mapping[str, Ours]) -> Iterator[Path]:
+def outputs(folder: Path, files: Mapping[str, OverwriteCheck]) -> Iterator[Path]:
     """A temporary folder, whose files are moved to `folder` when the block has ended well; otherwise nothing is left.
 
     Args:
@@ -23,18 +58,18 @@ def outputs(folder: Path, files: Mapping[str, Ours]) -> Iterator[Path]:
     Raises:
         FileError: the folder cannot be written to, or holds a file of such a name that must not be replaced.
     """
-    new = [one for one in (folder, *folder.parents) if not one.exists()]
-    for name, ours in files.items():
-        _require_ours(folder / name, ours)
+    new = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+    for name, check in files.items():
+        _require_overwritable(folder / name, check)
     try:
         require_writable_folder(folder)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".spectrim-") as temporary:
             yield Path(temporary)
             _move(files, Path(temporary), folder)
     except BaseException:
-        for one in new:
+        for parent in new:
             with suppress(OSError):  # not made, or no longer empty
-                one.rmdir()
+                parent.rmdir()
         raise
 
 
@@ -46,11 +81,11 @@ def _move(names: Iterable[str], source: Path, target: Path) -> None:
             raise FileError(f"cannot write {target / name}: {error.strerror or error}; choose another --out") from error
 
 
-def _require_ours(path: Path, ours: Ours) -> None:
+def _require_overwritable(path: Path, check: OverwriteCheck) -> None:
     if not path.exists():
         return
     try:
-        ours(path)
+        check(path)
     except FileError as error:
         raise FileError(
             f"{path} is there already, and is not a file that this command wrote; it stays as it is: move it away, or "
