@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,7 @@ from typer.testing import CliRunner, Result
 import spectrim as st
 from spectrim import models
 from spectrim.cli import bench
-from spectrim.cli.bench import Benched, bench_network
+from spectrim.cli.bench import Benched, Timing, bench_network
 from spectrim.cli.options import Source
 from spectrim.core.errors import DependencyError, FileError, SpectrimError
 
@@ -51,6 +50,10 @@ def failure(*arguments: str) -> SpectrimError:
     return error
 
 
+def timed_here(source: Source, timing: Timing, *, runtime: bench.RuntimeName) -> list[bench.Row]:
+    return [bench._time(source, timing, runtime=runtime, batch=batch) for batch in timing.batches]
+
+
 def row(*, spread: float, gain: float = 1.0) -> bench.Row:
     def interval(value: float) -> st.Interval:
         return st.Interval(value=value, low=value * (1 - spread), high=value * (1 + spread))
@@ -63,7 +66,7 @@ def row(*, spread: float, gain: float = 1.0) -> bench.Row:
 
 
 def test_each_runtime_and_batch_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "_in_process", lambda tasks: map(bench._time, tasks))  # saves seconds
+    monkeypatch.setattr(bench, "_in_process", timed_here)  # saves seconds
     former = Benched(command="", threads=1, rows=(row(spread=0.01),))
     Path("speed.json").write_text(former.model_dump_json())  # one of ours, so it is replaced
     said = run(*COMMAND, "--runtime", "channels_last", "--batch", "1,3,3", "--json", "speed.json")
@@ -140,7 +143,7 @@ def test_runtimes_that_nobody_named_are_left_out_where_they_are_missing(monkeypa
         return known(name, threads=threads)
 
     monkeypatch.setattr(bench, "require_runtime", require)
-    monkeypatch.setattr(bench, "_in_process", lambda tasks: map(bench._time, tasks))  # saves seconds
+    monkeypatch.setattr(bench, "_in_process", timed_here)  # saves seconds
     said = run(*COMMAND, "--json", "speed.json")
     assert said.exit_code == 0, said.output
     assert 'Left out is openvino: openvino needs something; pip install "spectrim[onnx]".' in said.output
@@ -154,18 +157,18 @@ def test_another_process_gives_rows_and_failures() -> None:
     source = Source(
         model="spectrim:mlp", option=["inputs=64", "width=48", "hidden=2"], weights=Path("small"), input="64"
     )
-    task = bench._Task(source, "torch", batch=2, threads=1, rounds=5)
-    rows = bench._in_process([task, replace(task, source=replace(source, weights=Path("nowhere")))])
+    rows = bench._in_process(source, Timing(batch="2,3", rounds=5), runtime="torch")
     first = next(rows)
     assert (first.runtime, first.batch, first.measured.batch) == ("torch", 2, 2)
     assert first.measured.speedup.value > 0
-    with pytest.raises(FileError, match="nowhere"):
+    Path("small").rename("elsewhere")
+    with pytest.raises(FileError, match="small"):
         next(rows)
     assert not multiprocessing.active_children()
 
 
 def test_mistakes_are_told_before_anything_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "_in_process", lambda _: pytest.fail("timed"))
+    monkeypatch.setattr(bench, "_in_process", lambda *_, **__: pytest.fail("timed"))
     assert "there are torch, channels_last" in run(*COMMAND, "--runtime", "onyx").output.replace("\n", " ")
     assert run(*COMMAND, "--batch", "0").exit_code == 2
     assert run(*COMMAND, "--rounds", "4").exit_code == 2

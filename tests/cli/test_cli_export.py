@@ -191,7 +191,7 @@ def test_what_padding_brought_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         made = Exported(path=path, bytes=2048, inputs=(port,), outputs=(port,), **brought[-1])
         return made.model_copy(update={"check": Check(runtime="torch", batches=(1,), difference=1e-7)})
 
-    monkeypatch.setattr(export, "_WRITERS", {"program": exported})
+    monkeypatch.setitem(export._FORMATS, "program", (".pt2", exported, "torch"))
     faster, slower = (Interval(value=one, low=one - 0.05, high=one + 0.05) for one in (1.2, 0.8))
     for found, said in (
         (

@@ -19,7 +19,7 @@ from pydantic import Field
 from spectrim.benchmark.measurement import Measurement, measure, runtime_gain
 from spectrim.cli.loading import load_network, load_source
 from spectrim.cli.options import NO_DATA, Group, Invocation, Source, known_names, numbers, unfolded
-from spectrim.cli.outputs import Record, outputs
+from spectrim.cli.outputs import OutputFiles, Record, outputs
 from spectrim.cli.stages import Stages, show, show_files, stages
 from spectrim.core.errors import DependencyError, EngineError, ModelError
 from spectrim.core.files import Frozen
@@ -53,12 +53,7 @@ class Timing:
     @property
     def runtimes(self) -> tuple[RuntimeName, ...]:
         """Those that were asked for, each once."""
-        return RUNTIMES if self.takes_any else known_names(self.runtime.split(","), RUNTIMES, option="--runtime")
-
-    @property
-    def takes_any(self) -> bool:
-        """Whether runtimes that cannot be had are left out, since none was named."""
-        return self.runtime == "all"
+        return RUNTIMES if self.runtime == "all" else known_names(self.runtime.split(","), RUNTIMES, option="--runtime")
 
     @property
     def batches(self) -> tuple[int, ...]:
@@ -104,9 +99,12 @@ def bench_network(
     invocation: Invocation,
 ) -> None:
     """Time a compressed network against its dense self in each runtime, and hold that against what its MACs promise."""
-    _check(source, timing)
-    files = nullcontext() if json is None else outputs(json.parent, {json.name: Benched.load})
-    with stages() as progress, files as folder:
+    _ = source.options, timing.batches
+    require_threads(timing.threads)
+    for name in timing.runtimes if timing.runtime != "all" else ():
+        require_runtime(name, threads=timing.threads)
+    files: OutputFiles = {json.name: (Benched.load, "every number")} if json else {}
+    with stages() as progress, outputs(json.parent, files) if json else nullcontext() as folder:
         load_source(source, progress)  # here a mistake is reported at once and in full
         left_out: dict[str, str] = {}
         rows = tuple(_rows(source, timing, progress, left_out))
@@ -117,73 +115,52 @@ def bench_network(
             record.save(folder / json.name)
     _show(record)
     if json is not None:
-        show_files({json: "every number"})
-
-
-@dataclass(frozen=True)
-class _Task:
-    """What a process of its own is to time; nothing but plain values, since it travels there."""
-
-    source: Source
-    runtime: RuntimeName
-    batch: int
-    threads: int
-    rounds: int
-
-
-def _time(task: _Task) -> Row:
-    """The whole of a row. Runs in a process of its own, so that no other runtime's threads are about."""
-    dense, small = (load_network(task.source, weights) for weights in (None, task.source.weights))
-    shape = (prod(task.source.shape),) if task.source.flatten else task.source.shape
-    example = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
-    runtime, threads, batch, rounds = task.runtime, task.threads, task.batch, task.rounds
-    measured = measure(small, example, reference=dense, runtime=runtime, threads=threads, batch=batch, rounds=rounds)
-    gain = None
-    if runtime != "torch":
-        gain = runtime_gain(dense, example, runtime=runtime, threads=threads, batch=batch, rounds=rounds)
-    return Row(runtime=task.runtime, batch=task.batch, measured=measured, gain=gain)
-
-
-def _check(source: Source, timing: Timing) -> None:
-    """Mistakes that can be seen before anything is loaded."""
-    _ = source.options, timing.batches
-    require_threads(timing.threads)
-    for name in timing.runtimes:
-        if not timing.takes_any:
-            require_runtime(name, threads=timing.threads)
+        show_files(json.parent, files)
 
 
 def _rows(source: Source, timing: Timing, progress: Stages, left_out: dict[str, str]) -> Iterator[Row]:
     """The rows, one after the other, each runtime in a process of its own."""
     for name in timing.runtimes:
         progress.begin(f"time in {name}", total=len(timing.batches))
-        tasks = [_Task(source, name, batch, timing.threads, timing.rounds) for batch in timing.batches]
         try:
             require_runtime(name, threads=timing.threads)
-            yield from progress.each(_in_process(tasks))
+            yield from progress.each(_in_process(source, timing, runtime=name))
         except (DependencyError, EngineError, ModelError) as error:
-            if not timing.takes_any:
+            if timing.runtime != "all":
                 raise
             left_out[name] = str(error)
 
 
-def _in_process(tasks: list[_Task]) -> Iterator[Row]:
+def _in_process(source: Source, timing: Timing, *, runtime: RuntimeName) -> Iterator[Row]:
+    """The rows of a runtime, timed in a process of its own, so that no other runtime's threads are about."""
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max_workers=1, mp_context=spawn) as worker:
-        for task in tasks:
+        for batch in timing.batches:
             try:
                 with _interrupts_held_back():
-                    timed = worker.submit(_time, task)
-                yield timed.result()
+                    row = worker.submit(_time, source, timing, runtime=runtime, batch=batch)
+                yield row.result()
             except KeyboardInterrupt:
                 for child in multiprocessing.active_children():
                     child.terminate()
                 raise
             except BrokenProcessPool as error:
                 raise EngineError(
-                    f"the process that timed {task.runtime} at batch {task.batch} ended by itself, perhaps for want of "
-                    "memory; try a smaller --batch"
+                    f"the process that timed {runtime} at batch {batch} ended by itself, perhaps for want of memory; "
+                    "try a smaller --batch"
                 ) from error
+
+
+def _time(source: Source, timing: Timing, *, runtime: RuntimeName, batch: int) -> Row:
+    dense, small = (load_network(source, weights) for weights in (None, source.weights))
+    shape = (prod(source.shape),) if source.flatten else source.shape
+    example = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
+    threads, rounds = timing.threads, timing.rounds
+    measured = measure(small, example, reference=dense, runtime=runtime, threads=threads, batch=batch, rounds=rounds)
+    gain = None
+    if runtime != "torch":
+        gain = runtime_gain(dense, example, runtime=runtime, threads=threads, batch=batch, rounds=rounds)
+    return Row(runtime=runtime, batch=batch, measured=measured, gain=gain)
 
 
 @contextmanager

@@ -4,29 +4,26 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import Annotated, Literal
 
 import typer
 
 from spectrim.cli.loading import load_source
 from spectrim.cli.options import NO_DATA, Group, Source, unfolded, whole_or_auto
-from spectrim.cli.outputs import OverwriteCheck, outputs
-from spectrim.cli.stages import show, stages
-from spectrim.core.errors import FileError
+from spectrim.cli.outputs import OutputFiles, outputs
+from spectrim.cli.stages import show, show_files, stages
 from spectrim.export import Exported, export_onnx, export_openvino, export_program, is_exported
 from spectrim.reporting import words
 from spectrim.reporting.tables import Column, Listing
 from spectrim.runtimes.sessions import RUNTIMES, RuntimeName, require_runtime
 
 Format = Literal["onnx", "program", "openvino"]
-_ENDINGS: Mapping[Format, str] = MappingProxyType({"onnx": ".onnx", "program": ".pt2", "openvino": ".xml"})
-_WRITERS: Mapping[Format, Callable[..., Exported]] = MappingProxyType(
-    {"onnx": export_onnx, "program": export_program, "openvino": export_openvino}
-)
-_RUNTIMES: Mapping[Format, RuntimeName] = MappingProxyType(
-    {"onnx": "onnxruntime", "program": "torch", "openvino": "openvino"}
-)
+_FORMATS: Mapping[Format, tuple[str, Callable[..., Exported], RuntimeName]] = {
+    "onnx": (".onnx", export_onnx, "onnxruntime"),
+    "program": (".pt2", export_program, "torch"),
+    "openvino": (".xml", export_openvino, "openvino"),
+}
+"""Ending, writer, and the runtime that is timed by default."""
 _file, _padding = (partial(typer.Option, rich_help_panel=panel) for panel in ("The file", "Padding"))
 
 
@@ -61,7 +58,7 @@ class Target:
         """What was asked for, or what the file's ending says."""
         if self.to is not None:
             return self.to
-        for name, ending in _ENDINGS.items():
+        for name, (ending, *_) in _FORMATS.items():
             if self.out.suffix == ending:
                 return name
         raise typer.BadParameter(f"--out {self.out} does not say the format by its ending; give --to")
@@ -69,7 +66,7 @@ class Target:
     @property
     def file(self) -> Path:
         """The file itself; in an existing folder, `model` with the format's ending."""
-        return self.out / f"model{_ENDINGS[self.format]}" if self.out.is_dir() else self.out
+        return self.out / f"model{_FORMATS[self.format][0]}" if self.out.is_dir() else self.out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,12 +104,14 @@ def export_network(
 ) -> None:
     """Write a network, dense or compressed, as a file for ONNX Runtime, OpenVINO or torch, and check it."""
     name, pad = target.format, padding.multiple
-    threads = padding.threads or 1
-    runtime = require_runtime(padding.runtime, threads=threads) if padding.runtime else _RUNTIMES[name]
-    with stages() as progress, outputs(target.file.parent, _files(target)) as folder:
+    _, write, runtime = _FORMATS[name]
+    threads, files = padding.threads or 1, _files(target)
+    if padding.runtime:
+        runtime = require_runtime(padding.runtime, threads=threads)
+    with stages() as progress, outputs(target.file.parent, files) as folder:
         network = load_source(source, progress)
         progress.begin(f"export to {name}" + (", and compare with torch" if target.check else ""))
-        exported = _WRITERS[name](
+        exported = write(
             network.model,
             folder / target.file.name,
             network.example.repeat(target.batch, *[1] * (network.example.ndim - 1)),
@@ -123,22 +122,15 @@ def export_network(
             runtime=runtime,
             threads=threads,
         )
-    show(_table(exported, target))
-    if pad == "auto":
-        show(_padding_result(exported))
-    show(*(f"  {target.file.with_name(name)}" for name in _files(target)))
+    show(_table(exported, target), _padding_result(exported) if pad == "auto" else None)
+    show_files(target.file.parent, files)
 
 
-def _files(target: Target) -> dict[str, OverwriteCheck]:
+def _files(target: Target) -> OutputFiles:
     names = [target.file.name]
     if target.format == "openvino":
         names.append(target.file.with_suffix(".bin").name)
-    return dict.fromkeys(names, _require_exported)
-
-
-def _require_exported(path: Path) -> None:
-    if not is_exported(path):
-        raise FileError(f"{path} is another file")
+    return dict.fromkeys(names, (is_exported, ""))
 
 
 def _table(exported: Exported, target: Target) -> Listing:

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -14,7 +15,7 @@ from torch import nn
 from spectrim.benchmark.measurement import Accuracy, Measurement, accuracy
 from spectrim.cli.loading import Batches, Images, Loaded, load_network, load_source
 from spectrim.cli.options import DATA, NETWORK, Group, Invocation, Source, unfolded
-from spectrim.cli.outputs import MEASURED, MODEL, OverwriteCheck, Record, outputs, require_page, require_unchanged
+from spectrim.cli.outputs import MEASURED, MODEL, OutputFiles, Record, has_checksum, is_page, outputs
 from spectrim.cli.stages import Stages, show, show_files, stages
 from spectrim.core.errors import DataError
 from spectrim.core.files import sha256_of, write_text
@@ -133,8 +134,8 @@ def finetune_network(
     _ = tuning.trained, source.options
     if settings.label_weight > 0 and tuning.teacher_weights is None:
         raise typer.BadParameter("--label-weight is a share beside a teacher: give --teacher-weights")
-    unfinished = out / _UNFINISHED
-    with stages(state=lambda: _state(unfinished)) as progress, outputs(out, _files(out)) as folder:
+    unfinished, files = out / _UNFINISHED, _files(out)
+    with stages(state=lambda: _state(unfinished)) as progress, outputs(out, files) as folder:
         task = _load(source, tuning, progress)
         first = accuracy(task.network.model, task.held_out)
         result = _finetune(task, tuning, settings, progress, _checkpoint(task, unfinished, invocation))
@@ -157,7 +158,8 @@ def finetune_network(
         )
         record.save(folder / MEASURED)
     unfinished.unlink(missing_ok=True)
-    _show(record, result.history, task.images, out)
+    _show(record, result.history, task.images)
+    show_files(out, files)
 
 
 @dataclass(frozen=True, eq=False)
@@ -230,33 +232,21 @@ class _StepReport:
         if not self.begun and (step.epoch or step.step):
             self.progress.say(f"going on from epoch {step.epoch + 1}, step {step.step + 1}")
         self.begun = True
-        self.progress.reach(step.epoch * step.steps + step.step + 1)
         correct = "" if step.accuracy is None else f", accuracy {words.percent(step.accuracy)}"
         text = f"epoch {step.epoch + 1}/{step.epochs}, loss {step.loss:.3f}{correct}"
-        remaining = "" if step.seconds_left is None else f", {_time(step.seconds_left)} left"
-        self.progress.describe(f"{text}{remaining}")
+        remaining = "" if step.seconds_left is None else f", {timedelta(seconds=round(step.seconds_left))} left"
+        self.progress.update(step.epoch * step.steps + step.step + 1, detail=f"{text}{remaining}")
         if not self.progress.console.is_terminal and step.step + 1 == step.steps:
             self.progress.say(text)
 
 
-def _time(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"
-
-
-def _show(record: Tuned, history: History, images: Images, out: Path) -> None:
-    show(_table(record, images))
-    if history.stopped_early:
-        show(f"Stopped after {len(history)} epochs: the held-out accuracy no longer rose.")
-    if history.kept is not None and history.kept + 1 < len(history):
-        show(f"Saved is epoch {history.kept + 1}, the best on the held-out images.")
-    show_files(
-        {
-            out / MODEL: "the network: spectrim.load(path, network)",
-            out / _HISTORY: "every epoch",
-            out / _PAGE: "open this in a browser",
-            out / MEASURED: "every number",
-        }
+def _show(record: Tuned, history: History, images: Images) -> None:
+    stopped = f"Stopped after {len(history)} epochs: the held-out accuracy no longer rose."
+    best = history.kept if history.kept is not None and history.kept + 1 < len(history) else None
+    show(
+        _table(record, images),
+        stopped if history.stopped_early else None,
+        None if best is None else f"Saved is epoch {best + 1}, the best on the held-out images.",
     )
 
 
@@ -290,7 +280,12 @@ def _state(unfinished: Path) -> str:
     return f"{unfinished} holds what is done, and the same command goes on from there"
 
 
-def _files(out: Path) -> dict[str, OverwriteCheck]:
-    """What may be replaced: histories, their pages, measurements, and the network that the measurement describes."""
-    recorded = require_unchanged(lambda: Tuned.load(out / MEASURED).model_sha256)
-    return {MODEL: recorded, _HISTORY: History.load, _PAGE: require_page, MEASURED: Tuned.load}
+def _files(out: Path) -> OutputFiles:
+    """What is written; it replaces histories, their pages, measurements, and the network that these describe."""
+    recorded = has_checksum(lambda: Tuned.load(out / MEASURED).model_sha256)
+    return {
+        MODEL: (recorded, "the network: spectrim.load(path, network)"),
+        _HISTORY: (History.load, "every epoch"),
+        _PAGE: (is_page, "open this in a browser"),
+        MEASURED: (Tuned.load, "every number"),
+    }

@@ -95,6 +95,14 @@ class Images:
         batches = Batches(self.train, self.order[: self.source.images], self.prepare, self.source.batch)
         return tuple(images for images, _ in batches)
 
+    def mismatch(self, output: object) -> str | None:
+        """Why a network that gives such an output for one image does not tell these classes apart, or None."""
+        shape = list(output.shape) if isinstance(output, Tensor) else None
+        if shape == [1, len(self.info.classes)]:
+            return None
+        gives = f"outputs {shape}" if shape else f"a {type(output).__name__}"
+        return f"{self.info.name} has {len(self.info.classes)} classes, and for one image the network gives {gives}"
+
     def tests(self) -> Batches:
         """The test split."""
         split = data.load(self.info.name, split="test", folder=self.source.data_folder)
@@ -119,20 +127,10 @@ class Loaded:
         """Why no accuracy is measured, or None if it is. Raises `BadParameter` where one is asked for in vain."""
         if asked is False:
             return "--no-test"
-        reason = self._unfit()
+        reason = self.images.mismatch(self.output) if self.images else "there is no --data"
         if asked and reason is not None:
             raise typer.BadParameter(f"--test: {reason}")
         return reason
-
-    def _unfit(self) -> str | None:
-        if self.images is None:
-            return "there is no --data"
-        classes = len(self.images.info.classes)
-        shape = tuple(self.output.shape) if isinstance(self.output, Tensor) else None
-        if shape == (1, classes):
-            return None
-        gives = f"outputs {list(shape)}" if shape else f"a {type(self.output).__name__}"
-        return f"{self.images.info.name} has {classes} classes, and for one image the network gives {gives}"
 
     def measured(
         self, network: nn.Module, name: str, progress: Stages, *, tested: bool, dense: nn.Module | None = None
@@ -157,7 +155,7 @@ def load_source(source: Source, progress: Stages) -> Loaded:
     _ = source.options
     images = _images(source, info, prepare, progress) if info else None
     progress.begin(f"load {source.model}")
-    if source.runs_code:
+    if source.model.partition(":")[0] not in ("spectrim", "torchvision", "timm"):
         progress.say(f"--model {source.model} runs the code of that module")
     elif source.weights is None:
         progress.say("without --weights this network is untrained")
@@ -233,7 +231,7 @@ def _images(source: Source, info: data.DatasetInfo, prepare: Preparation, progre
         data.obtain(
             info.name,
             folder=source.data_folder,
-            on_event=lambda event: progress.describe(f"{info.name}: {event.text}"),
+            on_event=lambda event: progress.update(detail=f"{info.name}: {event.text}"),
         )
     train = data.load(info.name, split="train", folder=source.data_folder)
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(source.seed))

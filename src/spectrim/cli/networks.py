@@ -13,11 +13,11 @@ from spectrim.analysis.spectra import Analysis, analyze
 from spectrim.benchmark.measurement import Measurement
 from spectrim.cli.loading import Loaded, load_source
 from spectrim.cli.options import Goal, Invocation, Layers, Source, Test, unfolded
-from spectrim.cli.outputs import MEASURED, MODEL, PLAN, OverwriteCheck, Record, outputs, require_page, require_unchanged
+from spectrim.cli.outputs import MEASURED, MODEL, PLAN, OutputFiles, Record, has_checksum, is_page, outputs
 from spectrim.cli.stages import Stages, show, show_files, stages
 from spectrim.compression import Decision, compress, decide
 from spectrim.core.files import sha256_of
-from spectrim.core.plans import Budget, LatencyNote, Plan, Rule
+from spectrim.core.plans import Budget, Plan
 from spectrim.layers.saving import save
 from spectrim.reporting import Results, report, table, words
 from spectrim.reporting.tables import Column, Listing
@@ -46,7 +46,8 @@ def analyze_network(
     invocation: Invocation,
 ) -> None:
     """Show how many dimensions each layer of a network really uses."""
-    with stages() as progress, outputs(out, {_PAGE: require_page}) if out else nullcontext() as folder:
+    files: OutputFiles = {_PAGE: (is_page, "open this in a browser")}
+    with stages() as progress, outputs(out, files) if out else nullcontext() as folder:
         analysis = _analysis(load_source(source, progress), layers, progress)
         listing = table(analysis)
         if folder is not None:
@@ -55,7 +56,7 @@ def analyze_network(
             report(results, folder / _PAGE)
     show(listing)
     if out is not None:
-        show_files({out / _PAGE: "open this in a browser"})
+        show_files(out, files)
 
 
 @unfolded
@@ -70,11 +71,12 @@ def plan_network(
     """Decide the form and rank of every layer, and write that as a file to look at, edit, and apply."""
     _check(goal, source)
     out = out / PLAN if out.is_dir() else out
-    with stages() as progress, outputs(out.parent, {out.name: Plan.load}) as folder:
+    files: OutputFiles = {out.name: (Plan.load, "the plan: edit a layer's form and rank if you like")}
+    with stages() as progress, outputs(out.parent, files) as folder:
         plan = _decide(load_source(source, progress), source, layers, goal, progress).plan
         plan.save(folder / out.name)
-    _show_plan(plan)
-    show_files({out: "the plan: edit a layer's form and rank if you like"})
+    show(table(plan), _times(plan))
+    show_files(out.parent, files)
     command = shlex.join(["spectrim", "compress", *invocation.arguments(Source), "--plan", str(out), "--out"])
     show("Apply it:", f"  {command} DIR")
 
@@ -114,7 +116,8 @@ def compress_network(
         _check(goal, source)
     if reconstruct and (source.data is None or (edited or goal).metric == "plain"):
         raise typer.BadParameter("--reconstruct needs images: give --data, and another metric than plain")
-    with stages() as progress, outputs(out, _files(out)) as folder:
+    files = _files(out)
+    with stages() as progress, outputs(out, files) as folder:
         network = load_source(source, progress)
         untested = network.why_untested(asked=test)
         decision = _decide(network, source, layers, goal, progress, edited=edited)
@@ -148,8 +151,8 @@ def compress_network(
             command=record.command,
         )
         report(results, folder / _REPORT)
-    _show_plan(small.plan)
-    show(table(compressed), _accuracy(record, network, untested))
+    show(table(small.plan), _times(small.plan), table(compressed), _accuracy(record, network, untested))
+    show_files(out, files)
     _show_use(source, network, out)
 
 
@@ -165,8 +168,8 @@ def _decide(
         metric=goal.metric,
         forms=goal.forms,
         rank_multiple=_rank_multiple(goal, progress),
-        include=layers.included,
-        exclude=layers.excluded,
+        include=layers.include or ("*",),
+        exclude=layers.exclude or (),
         keep_last=layers.keep_last,
         cache=source.cache_bytes,
         on_progress=progress.follow,
@@ -187,8 +190,8 @@ def _analysis(network: Loaded, layers: Layers, progress: Stages) -> Analysis:
         analyze,
         network.model,
         network.example,
-        include=layers.included,
-        exclude=layers.excluded,
+        include=layers.include or ("*",),
+        exclude=layers.exclude or (),
         keep_last=layers.keep_last,
     )
     if network.calibration is None:
@@ -218,22 +221,19 @@ def _load_plan(path: Path, invocation: Invocation) -> Plan:
     return Plan.load(path)
 
 
-def _show_plan(plan: Plan) -> None:
-    show(table(plan))
-    if plan.latency:
-        show(_times(plan.latency, plan.rule))
-
-
-def _times(note: LatencyNote, rule: Rule) -> Listing:
-    """What a pass was expected to take, and what it took."""
+def _times(plan: Plan) -> Listing | None:
+    """What a pass was expected to take, and what it took, under a budget of latency."""
+    note = plan.latency
+    if note is None:
+        return None
 
     def row(name: str, share: float | None, interval: str = "") -> tuple[str, ...]:
         return name, words.milliseconds(None if share is None else share * note.dense_ms), words.share(share), interval
 
     low_high = f"95 % interval {note.low:.3f} to {note.high:.3f}" if note.low and note.high else ""
     rows = [row("Dense", 1.0), row("Predicted", note.predicted), row("Measured", note.measured, low_high)]
-    if isinstance(rule, Budget):
-        rows.insert(1, row("Target", rule.share))
+    if isinstance(plan.rule, Budget):
+        rows.insert(1, row("Target", plan.rule.share))
     columns = (
         Column("", number=False),
         Column("One pass"),
@@ -262,15 +262,7 @@ def _accuracy(record: Measured, network: Loaded, untested: str | None) -> str:
 
 
 def _show_use(source: Source, network: Loaded, out: Path) -> None:
-    """Where everything is, and how Python loads the network."""
-    show_files(
-        {
-            out / MODEL: "the network",
-            out / PLAN: "what was done to each layer",
-            out / MEASURED: "every number",
-            out / _REPORT: "open this in a browser",
-        }
-    )
+    """How Python loads the network."""
     options = f", options={source.options!r}" if source.options else ""
     shape = ", ".join(["batch", *map(str, network.example.shape[1:])])
     preparation = f", {network.images.prepare}" if network.images else ""
@@ -284,7 +276,12 @@ def _show_use(source: Source, network: Loaded, out: Path) -> None:
     )
 
 
-def _files(out: Path) -> dict[str, OverwriteCheck]:
-    """What `compress` may replace: plans, measurements, and the very network that the measurement there describes."""
-    recorded = require_unchanged(lambda: Measured.load(out / MEASURED).model_sha256)
-    return {MODEL: recorded, PLAN: Plan.load, MEASURED: Measured.load, _REPORT: require_page}
+def _files(out: Path) -> OutputFiles:
+    """What `compress` writes; it replaces plans, measurements, and the network that the measurement describes."""
+    recorded = has_checksum(lambda: Measured.load(out / MEASURED).model_sha256)
+    return {
+        MODEL: (recorded, "the network"),
+        PLAN: (Plan.load, "what was done to each layer"),
+        MEASURED: (Measured.load, "every number"),
+        _REPORT: (is_page, "open this in a browser"),
+    }

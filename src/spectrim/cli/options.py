@@ -50,14 +50,14 @@ class Group:
     def parameters(self, kind: type) -> list[inspect.Parameter]:
         """A parameter for each option of the group."""
         hints = get_type_hints(kind, include_extras=True)
-        offered: list[inspect.Parameter] = []
+        parameters: list[inspect.Parameter] = []
         for name, parameter in inspect.signature(kind).parameters.items():
             if name in self.without:
                 continue
             hint = Annotated[hints[name], self.options[name]] if name in self.options else hints[name]
             default = inspect.Parameter.empty if name in self.required else self.defaults.get(name, parameter.default)
-            offered.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint))
-        return offered
+            parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint))
+        return parameters
 
 
 NO_DATA = ("data", "data_folder", "images", "batch", "seed", "cache", "mean", "std")
@@ -103,7 +103,7 @@ def unfolded(command: Callable[..., None]) -> Callable[..., None]:
     option: it says how the command was called.
     """
     hints = get_type_hints(command, include_extras=True)
-    offered: dict[str, tuple[type, list[inspect.Parameter]]] = {}
+    groups: dict[str, tuple[type, list[inspect.Parameter]]] = {}
     parameters: list[inspect.Parameter] = []
     for name, parameter in inspect.signature(command).parameters.items():
         kind, *extras = get_args(hints[name]) or (hints[name],)
@@ -111,19 +111,19 @@ def unfolded(command: Callable[..., None]) -> Callable[..., None]:
         if kind is Invocation:
             continue
         if is_dataclass(kind) or group != Group():
-            offered[name] = kind, group.parameters(kind)
-        parameters += offered[name][1] if name in offered else [parameter]
+            groups[name] = kind, group.parameters(kind)
+        parameters += groups[name][1] if name in groups else [parameter]
     defaults = {parameter.name: parameter.default for parameter in parameters}
 
     @functools.wraps(command)
     def run(**values: Any) -> None:
         invocation = Invocation(command.__name__.removesuffix("_network"), dict(values), defaults)
-        groups = {
+        grouped = {
             name: kind(**{option.name: values.pop(option.name) for option in options})
-            for name, (kind, options) in offered.items()
+            for name, (kind, options) in groups.items()
         }
         own = {name: invocation for name, hint in hints.items() if hint is Invocation}
-        command(**groups, **own, **values)
+        command(**grouped, **own, **values)
 
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters} | {"return": None}
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # where inspect looks for it
@@ -152,14 +152,9 @@ class Source:
     ] = None
     option: Annotated[
         list[str] | None,
-        _network(
-            metavar="NAME=VALUE",
-            help="An argument of the network's factory, such as outputs=47. Can be repeated.",
-        ),
+        _network(metavar="NAME=VALUE", help="An argument of its factory, such as outputs=47. Can be repeated."),
     ] = None
-    input: Annotated[str | None, _network(metavar="3,32,32", help="Shape of one input, where there is no --data.")] = (
-        None
-    )
+    input: Annotated[str | None, _network(metavar="3,32,32", help="Shape of one input, without --data.")] = None
     flatten: Annotated[bool, _network("--flatten", help="The network takes vectors: (batch, C * H * W).")] = False
     data: Annotated[
         str | None,
@@ -172,9 +167,7 @@ class Source:
     data_folder: Annotated[Path | None, _data(metavar="DIR", help="Where its raw files lie, if you have them.")] = None
     images: Annotated[int, _data(metavar="N", min=1, help="Calibration images.")] = 1024
     batch: Annotated[int, _data(metavar="N", min=1, help="Images at a time.")] = 256
-    seed: Annotated[
-        int, _data(metavar="N", min=0, help="Of all that is random: which images, their order, dropout.")
-    ] = 0
+    seed: Annotated[int, _data(metavar="N", min=0, help="Decides which images, their order, and dropout.")] = 0
     cache: Annotated[
         int | None,
         _data(
@@ -199,11 +192,6 @@ class Source:
     def cache_bytes(self) -> int | None:
         """The bytes of activations that are kept."""
         return None if self.cache is None else self.cache * 10**6
-
-    @property
-    def runs_code(self) -> bool:
-        """Whether the reference names a module that is imported for it."""
-        return self.model.partition(":")[0] not in ("spectrim", "torchvision", "timm")
 
     @property
     def options(self) -> dict[str, object]:
@@ -232,23 +220,12 @@ class Layers:
     """Which layers may be factored."""
 
     include: Annotated[
-        list[str] | None,
-        _layers(metavar="PATTERN", help="Layers to factor, as in 'layer3.*'. Can be repeated."),
+        list[str] | None, _layers(metavar="PATTERN", help="Layers to factor, as in 'layer3.*'. Can be repeated.")
     ] = None
     exclude: Annotated[
         list[str] | None, _layers(metavar="PATTERN", help="Layers to leave as they are. Can be repeated.")
     ] = None
     keep_last: Annotated[bool, _layers("--keep-last", help="Leave the last layer that is called as it is.")] = False
-
-    @property
-    def included(self) -> tuple[str, ...]:
-        """The patterns to factor."""
-        return tuple(self.include or ("*",))
-
-    @property
-    def excluded(self) -> tuple[str, ...]:
-        """The patterns to leave."""
-        return tuple(self.exclude or ())
 
 
 _RULES: Mapping[str, Callable[[Any], Rule]] = {
@@ -271,14 +248,9 @@ class Goal:
     macs: Annotated[float | None, _rule(metavar="SHARE", help="Keep this share of the network's MACs: 0.5.")] = None
     params: Annotated[float | None, _rule(metavar="SHARE", help="Keep this share of its parameters.")] = None
     bytes: Annotated[float | None, _rule(metavar="SHARE", help="Keep this share of its file size.")] = None
-    latency: Annotated[
-        float | None,
-        _rule(metavar="SHARE", help="Keep this share of the time it takes here, see --runtime."),
-    ] = None
+    latency: Annotated[float | None, _rule(metavar="SHARE", help="Keep this share of its time, see --runtime.")] = None
     rank: Annotated[int | None, _rule(metavar="N", help="Every layer at this rank.")] = None
-    ratio: Annotated[float | None, _rule(metavar="SHARE", help="Keep this share of each layer's singular values.")] = (
-        None
-    )
+    ratio: Annotated[float | None, _rule(metavar="SHARE", help="Keep this share of a layer's singular values.")] = None
     energy: Annotated[float | None, _rule(metavar="SHARE", help="Keep this share of each layer's energy.")] = None
     metric: Annotated[
         Metric | None,

@@ -12,7 +12,10 @@ from spectrim.core.files import Frozen, parse, read_text, require_writable_folde
 MODEL, PLAN, MEASURED = "model.safetensors", "plan.json", "measurement.json"
 
 OverwriteCheck = Callable[[Path], object]
-"""Raises a FileError for a file that must not be replaced, since Spectrim did not write it."""
+"""Raises a FileError or returns False for a file that must not be replaced, since Spectrim did not write it."""
+
+OutputFiles = Mapping[str, tuple[OverwriteCheck, str]]
+"""What a command writes: by name, whether a file that is there may be replaced, and what is in it."""
 
 
 class Record(Frozen):
@@ -31,36 +34,34 @@ class Record(Frozen):
         write_text(path, self.model_dump_json(indent=1, exclude_none=True) + "\n")
 
 
-def require_unchanged(checksum: Callable[[], str]) -> OverwriteCheck:
-    """For a file whose checksum is in a record beside it."""
-
-    def check(path: Path) -> None:
-        if checksum() != sha256_of(path):
-            raise FileError(f"{path} was changed after it was written")
-
-    return check
+def has_checksum(checksum: Callable[[], str]) -> OverwriteCheck:
+    """Whether a file is as it was written; its checksum is in a record beside it."""
+    return lambda path: checksum() == sha256_of(path)
 
 
-def require_page(path: Path) -> None:
-    """For a page."""
-    if "Made by Spectrim." not in read_text(path):
-        raise FileError(f"{path} is another page")
+def is_page(path: Path) -> bool:
+    """Whether Spectrim wrote a page."""
+    return "Made by Spectrim." in read_text(path)
 
 
 @contextmanager
-def outputs(folder: Path, files: Mapping[str, OverwriteCheck]) -> Iterator[Path]:
+def outputs(folder: Path, files: OutputFiles) -> Iterator[Path]:
     """A temporary folder, whose files are moved to `folder` when the block has ended well; otherwise nothing is left.
 
     Args:
         folder: Is made if it is not there.
-        files: What will be written, each with a check whether a file of that name may be replaced.
+        files: What will be written.
 
     Raises:
         FileError: the folder cannot be written to, or holds a file of such a name that must not be replaced.
     """
     new = [parent for parent in (folder, *folder.parents) if not parent.exists()]
-    for name, check in files.items():
-        _require_overwritable(folder / name, check)
+    for name, (check, _) in files.items():
+        if (folder / name).exists() and not _is_overwritable(folder / name, check):
+            raise FileError(
+                f"{folder / name} is there already, and is not a file that this command wrote; it stays as it is: move "
+                "it away, or choose another --out"
+            )
     try:
         require_writable_folder(folder)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".spectrim-") as temporary:
@@ -81,13 +82,8 @@ def _move(names: Iterable[str], source: Path, target: Path) -> None:
             raise FileError(f"cannot write {target / name}: {error.strerror or error}; choose another --out") from error
 
 
-def _require_overwritable(path: Path, check: OverwriteCheck) -> None:
-    if not path.exists():
-        return
+def _is_overwritable(path: Path, check: OverwriteCheck) -> bool:
     try:
-        check(path)
-    except FileError as error:
-        raise FileError(
-            f"{path} is there already, and is not a file that this command wrote; it stays as it is: move it away, or "
-            "choose another --out"
-        ) from error
+        return check(path) is not False
+    except FileError:
+        return False

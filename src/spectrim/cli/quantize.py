@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from spectrim.cli.loading import Loaded, load_network, load_source
 from spectrim.cli.options import NETWORK, Group, Invocation, Source, Test, unfolded
-from spectrim.cli.outputs import Record, outputs, require_unchanged
+from spectrim.cli.outputs import OutputFiles, Record, has_checksum, outputs
 from spectrim.cli.stages import show, show_files, stages
 from spectrim.core.files import sha256_of
-from spectrim.quantization import SCHEMES, Quantized, QuantizedTable, Scheme, compare_quantized, quantize
+from spectrim.quantization import SCHEMES, Quantized, QuantizedRow, QuantizedTable, Scheme, compare_quantized, quantize
 from spectrim.reporting import words
 from spectrim.reporting.tables import Column, Listing
 from spectrim.runtimes.sessions import OnnxRuntimeName, require_runtime
@@ -76,10 +76,18 @@ def quantize_network(
     invocation: Invocation,
 ) -> None:
     """Write a network as an ONNX file with int8 or bfloat16 weights, and show what that and low rank gain."""
-    _check(source, quantization, out)
     scheme, path = quantization.scheme, out.with_suffix(".json")
-    recorded = require_unchanged(lambda: Bits.load(path).file_sha256)
-    with stages() as progress, outputs(out.parent, {out.name: recorded, path.name: Bits.load}) as folder:
+    if scheme == "int8-static" and source.data is None:
+        raise typer.BadParameter("--scheme int8-static takes the ranges of activations from images: give --data")
+    if out.suffix.lower() != ".onnx":
+        raise typer.BadParameter(f"--out {out}: give a file that ends in .onnx")
+    require_runtime(quantization.runtime, threads=quantization.threads)
+    recorded = has_checksum(lambda: Bits.load(path).file_sha256)
+    files: OutputFiles = {
+        out.name: (recorded, "the network, for ONNX Runtime and others"),
+        path.name: (Bits.load, "every number"),
+    }
+    with stages() as progress, outputs(out.parent, files) as folder:
         network = load_source(source, progress)
         dense = load_network(source, quantization.dense_weights) if quantization.dense_weights else None
         untested = network.why_untested(asked=test)
@@ -105,16 +113,7 @@ def quantize_network(
         )
         record.save(folder / path.name)
     _show(record, untested)
-    show_files({out: "the network, for ONNX Runtime and others", path: "every number"})
-
-
-def _check(source: Source, quantization: Quantization, out: Path) -> None:
-    """Mistakes that can be seen before anything is loaded."""
-    if quantization.scheme == "int8-static" and source.data is None:
-        raise typer.BadParameter("--scheme int8-static takes the ranges of activations from images: give --data")
-    if out.suffix.lower() != ".onnx":
-        raise typer.BadParameter(f"--out {out}: give a file that ends in .onnx")
-    require_runtime(quantization.runtime, threads=quantization.threads)
+    show_files(out.parent, files)
 
 
 def _compare(
@@ -138,12 +137,12 @@ def _compare(
 
 
 def _show(record: Bits, untested: str | None) -> None:
-    show(_listing(record))
-    if record.quantised.left:
-        show(f"Still float32: {', '.join(record.quantised.left)}.")
-    show(*(record.table.verdicts if record.table else ()))
-    if untested is not None:
-        show(f"Accuracy not measured: {untested}.")
+    show(
+        _listing(record),
+        f"Still float32: {', '.join(record.quantised.left)}." if record.quantised.left else None,
+        *(record.table.verdicts if record.table else ()),
+        None if untested is None else f"Accuracy not measured: {untested}.",
+    )
 
 
 def _listing(record: Bits) -> Listing:
@@ -158,19 +157,17 @@ def _listing(record: Bits) -> Listing:
     )
     note = "Difference of outputs to the same network in float32, as a share of the largest output."
     if record.table is None:
-        made = record.quantised
-        accuracy = words.NOTHING if made.accuracy is None else words.percent(made.accuracy.value)
-        none = words.NOTHING
-        row = (made.scheme, f"{made.bytes:,}", none, none, none, accuracy, words.percent(made.difference))
+        network, unknown = record.quantised, [words.NOTHING] * 3
+        accuracy = words.NOTHING if network.accuracy is None else words.percent(network.accuracy.value)
+        row = (network.scheme, f"{network.bytes:,}", *unknown, accuracy, words.percent(network.difference))
         note += " Give --dense-weights to see it beside the dense network."
         return Listing("Quantised", columns, (row,), note=note)
-    rows = tuple(_row(record.table, position) for position in range(len(record.table.rows)))
+    rows = tuple(_row(record.table, row) for row in record.table.rows)
     note += f" Smaller and faster than dense; {record.table.runtime}, one input, {record.table.threads} thread(s)."
     return Listing("Quantised", columns, rows, strong=frozenset({len(rows) - 1}), note=note)
 
 
-def _row(table: QuantizedTable, position: int) -> tuple[str, ...]:
-    row = table.rows[position]
+def _row(table: QuantizedTable, row: QuantizedRow) -> tuple[str, ...]:
     return (
         row.name,
         f"{row.bytes:,}",

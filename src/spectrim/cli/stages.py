@@ -1,6 +1,6 @@
 """What a command shows: its progress, a bar a stage in a terminal and a line a stage elsewhere, then its results."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +9,9 @@ from typing import TypeVar
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from spectrim.cli.outputs import OutputFiles
+from spectrim.reporting.tables import Listing
 
 _Item = TypeVar("_Item")
 _TITLES = {
@@ -39,28 +42,22 @@ class Stages:
         """A line of its own."""
         self.console.print(text, markup=False, soft_wrap=True)
 
-    def describe(self, detail: str) -> None:
-        """Another description of this stage, for terminals."""
+    def update(self, done: int | None = None, *, detail: str | None = None) -> None:
+        """So many steps of this stage are done; another description of it, for terminals."""
         if self._current is not None:
-            self.bars.update(self._current, description=detail)
-
-    def reach(self, done: int) -> None:
-        """So many steps of this stage are done."""
-        if self._current is not None:
-            self.bars.update(self._current, completed=done)
+            self.bars.update(self._current, completed=done, description=detail)
 
     def follow(self, what: str, done: int, total: int) -> None:
         """What the library reports: a stage, or a stage and the layer that is next."""
         verb = what.partition(" ")[0]
         if done == 0 or verb not in _TITLES:
             self.begin(_TITLES.get(verb, what).format(total), total=total)
-        self.describe(what)
-        self.reach(done)
+        self.update(done, detail=what)
 
     def each(self, items: Iterable[_Item]) -> Iterator[_Item]:
         """The items, one step each."""
         for done, item in enumerate(items):
-            self.reach(done)
+            self.update(done)
             yield item
 
     def end(self) -> None:
@@ -92,16 +89,16 @@ def interruptible(state: Callable[[], str]) -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
-def show(*parts: object) -> None:
-    """Print tables, and lines of text as they are."""
+def show(*parts: Listing | str | None) -> None:
+    """Print tables, and lines of text as they are; None is nothing."""
     console = Console(highlight=False)
     for part in parts:
         if isinstance(part, str):
             console.print(part, markup=False, soft_wrap=True)
-        else:
+        elif part is not None:
             console.print(part)
 
 
-def show_files(files: Mapping[Path, str]) -> None:
-    """Print where each file is, and what it is."""
-    show(*(f"  {path}  ({content})" for path, content in files.items()))
+def show_files(folder: Path, files: OutputFiles) -> None:
+    """Print where each file is, and what is in it."""
+    show(*(f"  {folder / name}" + (f"  ({content})" if content else "") for name, (_, content) in files.items()))

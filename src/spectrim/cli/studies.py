@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +14,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 from spectrim.cli.options import Group, unfolded
-from spectrim.cli.stages import interruptible, show, show_files
+from spectrim.cli.stages import interruptible, show
 from spectrim.core.errors import DataError
 from spectrim.recipes import (
     DEMO,
@@ -28,7 +29,7 @@ from spectrim.recipes import (
     verify_run,
 )
 from spectrim.recipes import Progress as Event
-from spectrim.reporting import Results, table, words
+from spectrim.reporting import runtimes_table, table
 
 recipe = typer.Typer(no_args_is_help=True, help="Reproducible studies, one command each.")
 
@@ -124,20 +125,15 @@ def verify_recipe(
 
 
 def _add_command(name: str) -> None:
-    """Make a command of a study."""
+    """Make a command of a study; its help is the remark that the recipe's file begins with."""
     without = () if isinstance(find_study(name), ClassifierStudy) else ("weights",)
 
     def command(*, options: Annotated[RunOptions, Group(without=without)]) -> None:
         options.run(find_study(name))
 
-    recipe.command(name, help=_about(name))(unfolded(command))
-
-
-def _about(name: str) -> str:
-    """The remark that a recipe's file begins with."""
-    lines = recipe_file(name).splitlines()
-    end = next(at for at, line in enumerate(lines) if not line.startswith("#"))
-    return " ".join(line.removeprefix("#").strip() for line in lines[:end])
+    remark = takewhile(lambda line: line.startswith("#"), recipe_file(name).splitlines())
+    about = " ".join(line.removeprefix("#").strip() for line in remark)
+    recipe.command(name, help=about)(unfolded(command))
 
 
 for _name in NAMES:
@@ -172,37 +168,20 @@ def run(study: Study, *, out: Path, data_folder: Path | None) -> None:
     state = f"what is finished lies in {out}, and the same command goes on from there"
     with interruptible(lambda: state), _bars(console) as update:
         results = run_study(study, out, data_folder=data_folder, on_progress=update)
-    show(table(results), *([_speedups(results)] if results.dense.in_runtimes else []))
+    show(table(results), runtimes_table(results) if results.dense.in_runtimes else None)
     console.print(results.summary, markup=False)
     console.print(f"Saved is {results.chosen}: {results.chosen_because}.", markup=False)
-    files = {
-        "report.html": "open this in a browser",
-        "model.safetensors": "the network: spectrim.load(path, network)",
-        "plan.json": "what was done to each layer",
-        "results.json": "every number",
-        "recipe.toml": "the recipe as it was run",
-        "models": "every network of every seed",
-    }
-    if results.variant(results.chosen or "dense").plan is None:
-        del files["plan.json"]
-    show_files({out / name: content for name, content in files.items()})
+    for name, content in (
+        ("report.html", "open this in a browser"),
+        ("model.safetensors", "the network: spectrim.load(path, network)"),
+        ("plan.json", "what was done to each layer"),
+        ("results.json", "every number"),
+        ("recipe.toml", "the recipe as it was run"),
+        ("models", "every network of every seed"),
+    ):
+        if name != "plan.json" or results.variant(results.chosen or "dense").plan is not None:
+            show(f"  {out / name}  ({content})")
     show(f"  spectrim recipe verify {out}  (measure all of it again)")
-
-
-def _speedups(results: Results) -> Table:
-    """What each runtime makes of each network: the table of the study has the first one only."""
-    networks = (results.dense, *results.variants)
-    rows = [(network.measurement, *network.in_runtimes) for network in networks]
-    speedups = Table("network", *(f"{cell.runtime}" for cell in rows[0]), box=box.SIMPLE_HEAD, title="speed-up")
-    for network, row in zip(networks, rows, strict=True):
-        cells = (
-            words.milliseconds(cell.latency_ms)
-            if cell.speedup is None
-            else f"{words.speedup(cell.speedup)} ({words.bounds(cell.speedup)})"
-            for cell in row
-        )
-        speedups.add_row(network.name, *cells)
-    return speedups
 
 
 def _seeds(text: str) -> tuple[int, ...]:
