@@ -35,9 +35,9 @@ def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         dense = models.mlp(64, width=48, hidden=2)
-    made = st.compress(dense, st.Rank(4), example_inputs=torch.zeros(1, 64), exclude="head")
+    small = st.compress(dense, st.Rank(4), example_inputs=torch.zeros(1, 64), exclude="head")
     Path("small").mkdir()
-    st.save(made.model, "small/model.safetensors")
+    st.save(small.model, "small/model.safetensors")
 
 
 def run(*arguments: str) -> Result:
@@ -54,7 +54,7 @@ def timed_here(source: Source, timing: Timing, *, runtime: bench.RuntimeName) ->
     return [bench._time(source, timing, runtime=runtime, batch=batch) for batch in timing.batches]
 
 
-def row(*, spread: float, gain: float = 1.0) -> bench.Row:
+def noisy_row(*, spread: float, gain: float = 1.0) -> bench.Row:
     def interval(value: float) -> st.Interval:
         return st.Interval(value=value, low=value * (1 - spread), high=value * (1 + spread))
 
@@ -67,28 +67,28 @@ def row(*, spread: float, gain: float = 1.0) -> bench.Row:
 
 def test_each_runtime_and_batch_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "_in_process", timed_here)  # saves seconds
-    former = Benched(command="", threads=1, rows=(row(spread=0.01),))
+    former = Benched(command="", threads=1, rows=(noisy_row(spread=0.01),))
     Path("speed.json").write_text(former.model_dump_json())  # one of ours, so it is replaced
-    said = run(*COMMAND, "--runtime", "channels_last", "--batch", "1,3,3", "--json", "speed.json")
-    assert said.exit_code == 0, said.output
-    found = Benched.load(Path("speed.json"))
-    assert [(one.runtime, one.batch) for one in found.rows] == [("channels_last", 1), ("channels_last", 3)]
-    for each in found.rows:
-        one = each.measured
-        assert (one.runtime, one.batch, one.threads) == (each.runtime, each.batch, 1)
-        assert one.efficiency.value == pytest.approx(one.speedup.value * one.macs_ratio)
-        assert each.gain.ratio.value > 0
-        assert bench.words.factor(one.speedup.value) in said.output
-    assert found.rows[1].measured.macs == 3 * found.rows[0].measured.macs
-    wanted = ["spectrim", "bench", *COMMAND, "--runtime", "channels_last", "--batch", "1,3,3", "--json", "speed.json"]
-    assert sorted(shlex.split(found.command)) == sorted(wanted)
-    assert "time in channels_last" in said.output
+    result = run(*COMMAND, "--runtime", "channels_last", "--batch", "1,3,3", "--json", "speed.json")
+    assert result.exit_code == 0, result.output
+    record = Benched.load(Path("speed.json"))
+    assert [(row.runtime, row.batch) for row in record.rows] == [("channels_last", 1), ("channels_last", 3)]
+    for row in record.rows:
+        measured = row.measured
+        assert (measured.runtime, measured.batch, measured.threads) == (row.runtime, row.batch, 1)
+        assert measured.efficiency.value == pytest.approx(measured.speedup.value * measured.macs_ratio)
+        assert row.gain.ratio.value > 0
+        assert bench.words.factor(measured.speedup.value) in result.output
+    assert record.rows[1].measured.macs == 3 * record.rows[0].measured.macs
+    command = ["spectrim", "bench", *COMMAND, "--runtime", "channels_last", "--batch", "1,3,3", "--json", "speed.json"]
+    assert sorted(shlex.split(record.command)) == sorted(command)
+    assert "time in channels_last" in result.output
 
 
-def wait_for(wanted: bool) -> bool:
-    """Whether soon a process that was spawned from this folder is there, or is not, as is wanted."""
+def wait_for(running: bool) -> bool:
+    """Whether a process that was spawned from this folder soon runs, or no longer runs."""
     for _ in range(1200):
-        if any(map(_times_here, Path("/proc").glob("[0-9]*"))) == wanted:
+        if any(map(_times_here, Path("/proc").glob("[0-9]*"))) == running:
             return True
         time.sleep(0.1)
     return False
@@ -114,24 +114,24 @@ def test_an_interrupt_ends_it_and_its_process_and_writes_nothing() -> None:
     )
     assert wait_for(True)
     os.killpg(running.pid, signal.SIGINT)  # as a terminal does: to the command and to the process that it started
-    said, _ = running.communicate(timeout=60)
-    assert running.returncode == 130, said
-    assert "interrupted" in said
-    assert "Traceback" not in said
+    result, _ = running.communicate(timeout=60)
+    assert running.returncode == 130, result
+    assert "interrupted" in result
+    assert "Traceback" not in result
     assert not Path("speed.json").exists()
     assert wait_for(False), "its process times on"
 
 
 def test_a_noisy_machine_is_told(capsys: pytest.CaptureFixture[str]) -> None:
-    bench._show(Benched(command="", threads=1, rows=(row(spread=0.3),)))
-    said = capsys.readouterr().out
-    assert "The machine was too noisy to tell: openvino at batch 8." in said
-    bench._show(Benched(command="", threads=1, rows=(row(spread=0.01, gain=1.7),)))
-    said = capsys.readouterr().out
-    assert "noisy" not in said
-    assert "0.95" in said  # 1.9 of the 2 that the MACs promise
-    assert "1.70" in said
-    assert "faster" in said
+    bench._show(Benched(command="", threads=1, rows=(noisy_row(spread=0.3),)))
+    result = capsys.readouterr().out
+    assert "The machine was too noisy to tell: openvino at batch 8." in result
+    bench._show(Benched(command="", threads=1, rows=(noisy_row(spread=0.01, gain=1.7),)))
+    result = capsys.readouterr().out
+    assert "noisy" not in result
+    assert "0.95" in result  # 1.9 of the 2 that the MACs promise
+    assert "1.70" in result
+    assert "faster" in result
 
 
 def test_runtimes_that_nobody_named_are_left_out_where_they_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,12 +144,12 @@ def test_runtimes_that_nobody_named_are_left_out_where_they_are_missing(monkeypa
 
     monkeypatch.setattr(bench, "require_runtime", require)
     monkeypatch.setattr(bench, "_in_process", timed_here)  # saves seconds
-    said = run(*COMMAND, "--json", "speed.json")
-    assert said.exit_code == 0, said.output
-    assert 'Left out is openvino: openvino needs something; pip install "spectrim[onnx]".' in said.output
-    found = Benched.load(Path("speed.json"))
-    assert [row.runtime for row in found.rows] == ["channels_last"]
-    assert set(found.left_out) == set(bench.RUNTIMES) - {"channels_last"}
+    result = run(*COMMAND, "--json", "speed.json")
+    assert result.exit_code == 0, result.output
+    assert 'Left out is openvino: openvino needs something; pip install "spectrim[onnx]".' in result.output
+    record = Benched.load(Path("speed.json"))
+    assert [row.runtime for row in record.rows] == ["channels_last"]
+    assert set(record.left_out) == set(bench.RUNTIMES) - {"channels_last"}
     assert "pip install" in str(failure(*COMMAND, "--runtime", "channels_last,openvino"))
 
 
