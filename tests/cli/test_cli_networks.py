@@ -320,7 +320,7 @@ INPUT = ("compress", *MLP, "--rank", "4", "--out", "new/small", "--input", "64")
         ),
         ((*COMPRESS, "--macs", "0.5", "--rank", "4"), 2, "--macs and --rank are 2"),
         (("plan", *TRAINED, "--out", "new/plan.json"), 2, "none was given"),
-        ((*COMPRESS, "--plan", "nowhere.json", "--rank", "4"), 2, "a plan says it all already; leave out --rank 4"),
+        ((*COMPRESS, "--plan", "nowhere.json", "--rank", "4"), 2, "own rule and layers; leave out --rank 4"),
         ((*COMPRESS, "--plan", "nowhere.json", "--exclude", "head"), 2, "leave out --exclude head"),
         ((*COMPRESS, "--plan", "nowhere.json"), 1, "cannot read nowhere.json"),
         ((*COMPRESS, "--plan", "networks_of_mine.py"), 1, "is not a valid Plan"),

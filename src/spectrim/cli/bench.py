@@ -1,4 +1,4 @@
-"""`spectrim bench`: how much faster a compressed network really is, in each runtime, by the clock."""
+"""`spectrim bench`: the measured speed-up of a compressed network in each runtime."""
 
 import multiprocessing
 import signal
@@ -78,7 +78,7 @@ class Row(Frozen):
 
     @property
     def noisy(self) -> bool:
-        """Whether the machine was too noisy to tell any of its ratios."""
+        """Whether the machine was too noisy for any of its ratios."""
         return _NOISY in (self.measured.verdict, self.gain and self.gain.verdict)
 
 
@@ -98,7 +98,7 @@ def bench_network(
     json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write every number there.")] = None,
     invocation: Invocation,
 ) -> None:
-    """Time a compressed network against its dense self in each runtime, and hold that against what its MACs promise."""
+    """Time a compressed network against its dense version in each runtime, and compare that with its MACs."""
     _ = source.options, timing.batches
     require_threads(timing.threads)
     for name in timing.runtimes if timing.runtime != "all" else ():
@@ -107,7 +107,7 @@ def bench_network(
     with stages() as progress, outputs(json.parent, files) if json else nullcontext() as folder:
         load_source(source, progress)  # here a mistake is reported at once and in full
         left_out: dict[str, str] = {}
-        rows = tuple(_rows(source, timing, progress, left_out))
+        rows = tuple(_rows(source, timing, progress=progress, left_out=left_out))
         record = Benched(command=str(invocation), threads=timing.threads, rows=rows, left_out=left_out)
         if not rows:
             raise EngineError(f"no runtime could be timed: {'; '.join(f'{n}: {why}' for n, why in left_out.items())}")
@@ -118,7 +118,7 @@ def bench_network(
         show_files(json.parent, files)
 
 
-def _rows(source: Source, timing: Timing, progress: Stages, left_out: dict[str, str]) -> Iterator[Row]:
+def _rows(source: Source, timing: Timing, *, progress: Stages, left_out: dict[str, str]) -> Iterator[Row]:
     """The rows, one after the other, each runtime in a process of its own."""
     for name in timing.runtimes:
         progress.begin(f"time in {name}", total=len(timing.batches))
@@ -132,7 +132,7 @@ def _rows(source: Source, timing: Timing, progress: Stages, left_out: dict[str, 
 
 
 def _in_process(source: Source, timing: Timing, *, runtime: RuntimeName) -> Iterator[Row]:
-    """The rows of a runtime, timed in a process of its own, so that no other runtime's threads are about."""
+    """The rows of a runtime, timed in a process of its own, in which no other runtime's threads run."""
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max_workers=1, mp_context=spawn) as worker:
         for batch in timing.batches:
@@ -146,8 +146,8 @@ def _in_process(source: Source, timing: Timing, *, runtime: RuntimeName) -> Iter
                 raise
             except BrokenProcessPool as error:
                 raise EngineError(
-                    f"the process that timed {runtime} at batch {batch} ended by itself, perhaps for want of memory; "
-                    "try a smaller --batch"
+                    f"the process that timed {runtime} at batch {batch} ended unexpectedly, perhaps for lack of "
+                    "memory; try a smaller --batch"
                 ) from error
 
 
@@ -165,7 +165,7 @@ def _time(source: Source, timing: Timing, *, runtime: RuntimeName, batch: int) -
 
 @contextmanager
 def _interrupts_held_back() -> Iterator[None]:
-    """A process that is started here never sees an interrupt: its parent ends it. One that comes now comes after."""
+    """Delay interrupts. A process that is started meanwhile never gets one; its parent ends it."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import partial
@@ -38,12 +38,12 @@ _SETTINGS = Group(
     options={
         "epochs": _how(metavar="N", help="Passes over the images."),
         "lr": _how(metavar="RATE", help="Peak learning rate; it decays to 0."),
-        "optimizer": _how(metavar="adamw|sgd", help="SGD has --momentum."),
-        "momentum": _how(metavar="SHARE", help="Of SGD."),
-        "weight_decay": _how(metavar="RATE", help="Of what is trained."),
-        "warm_up": _how(metavar="SHARE", help="Of all steps, with a rising learning rate."),
+        "optimizer": _how(metavar="adamw|sgd", help="The optimiser; SGD has --momentum."),
+        "momentum": _how(metavar="SHARE", help="Momentum of SGD."),
+        "weight_decay": _how(metavar="RATE", help="Weight decay of what is trained."),
+        "warm_up": _how(metavar="SHARE", help="Share of all steps with a rising learning rate."),
         "temperature": _how(metavar="T", help="Softens the teacher's outputs and the network's."),
-        "label_weight": _how(metavar="SHARE", help="Of the labels, beside a teacher."),
+        "label_weight": _how(metavar="SHARE", help="Share of the labels in the loss, with a teacher."),
         "precision": _how(metavar="float32|bf16", help="Number type of the computation."),
         "keep": _how(metavar="best|last", help="Weights of the best epoch on the held-out images, or of the last."),
         "patience": _how(metavar="N", help="Stop after N epochs without a better one."),
@@ -103,7 +103,7 @@ class Tuning:
 
     @property
     def trained(self) -> str | list[str]:
-        """One of the three words, or patterns."""
+        """`all`, `factors`, `head`, or patterns."""
         names = self.train or ["all"]
         if len(names) > 1 and any(name in _PARTS for name in names):
             raise typer.BadParameter(f"--train {' '.join(names)}: give one of {', '.join(_PARTS)}, or patterns only")
@@ -129,16 +129,17 @@ def finetune_network(
     ],
     invocation: Invocation,
 ) -> None:
-    """Train a compressed network a little more, so that it regains the accuracy that compression cost."""
+    """Train a compressed network a little more, to regain the accuracy that compression cost."""
     settings = Settings(**{**asdict(settings), "clip": tuning.clip or None, "seed": source.seed})
     _ = tuning.trained, source.options
     if settings.label_weight > 0 and tuning.teacher_weights is None:
-        raise typer.BadParameter("--label-weight is a share beside a teacher: give --teacher-weights")
+        raise typer.BadParameter("--label-weight needs a teacher: give --teacher-weights")
     unfinished, files = out / _UNFINISHED, _files(out)
     with stages(state=lambda: _state(unfinished)) as progress, outputs(out, files) as folder:
-        task = _load(source, tuning, progress)
+        task = _load(source, tuning, progress=progress)
         first = accuracy(task.network.model, task.held_out)
-        result = _finetune(task, tuning, settings, progress, _checkpoint(task, unfinished, invocation))
+        checkpoint = _checkpoint(task, unfinished, options=invocation.values)
+        result = _finetune(task, tuning, settings=settings, progress=progress, checkpoint=checkpoint)
         held_out = first, accuracy(result.model, task.held_out)
         measured = partial(task.network.measured, progress=progress, tested=test)
         before = measured(task.network.model, "network before")
@@ -158,7 +159,7 @@ def finetune_network(
         )
         record.save(folder / MEASURED)
     unfinished.unlink(missing_ok=True)
-    _show(record, result.history, task.images)
+    _show(record, result.history, images=task.images)
     show_files(out, files)
 
 
@@ -173,7 +174,7 @@ class _Task:
     held_out: Batches
 
 
-def _load(source: Source, tuning: Tuning, progress: Stages) -> _Task:
+def _load(source: Source, tuning: Tuning, *, progress: Stages) -> _Task:
     network = load_source(source, progress)
     teacher = load_network(source, tuning.teacher_weights) if tuning.teacher_weights else None
     images, reason = network.images, network.why_untested()
@@ -191,21 +192,22 @@ def _load(source: Source, tuning: Tuning, progress: Stages) -> _Task:
     return _Task(network, teacher, images, epoch, part(images.order[:held_out], size=max(256, source.batch)))
 
 
-def _checkpoint(task: _Task, path: Path, invocation: Invocation) -> Checkpoint:
-    """A state that belongs to these networks, images and options; where files are does not matter."""
+def _checkpoint(task: _Task, path: Path, *, options: Mapping[str, object]) -> Checkpoint:
+    """The state of a run with these networks, images and options, wherever the files are."""
     paths = {"weights", "teacher_weights", "data_folder", "save_every", "test", "out"}
-    options = {name: value for name, value in invocation.values.items() if name not in paths}
     identity = {
         **fingerprint(task.network.model),
         "teacher": None if task.teacher is None else fingerprint(task.teacher)["weights"],
         "images": task.images.train.checksum,
-        **options,
+        **{name: value for name, value in options.items() if name not in paths},
     }
     return Checkpoint(path, run=json.dumps(identity, sort_keys=True), unfit="refuse")
 
 
-def _finetune(task: _Task, tuning: Tuning, settings: Settings, progress: Stages, checkpoint: Checkpoint) -> Finetuned:
-    """The training itself, from where an earlier one of the same options was stopped."""
+def _finetune(
+    task: _Task, tuning: Tuning, *, settings: Settings, progress: Stages, checkpoint: Checkpoint
+) -> Finetuned:
+    """Train, or go on with a run of the same options that was stopped."""
     progress.begin("train", total=settings.epochs * len(task.train(0)))
     return finetune(
         task.network.model,
@@ -240,7 +242,7 @@ class _StepReport:
             self.progress.say(text)
 
 
-def _show(record: Tuned, history: History, images: Images) -> None:
+def _show(record: Tuned, history: History, *, images: Images) -> None:
     stopped = f"Stopped after {len(history)} epochs: the held-out accuracy no longer rose."
     best = history.kept if history.kept is not None and history.kept + 1 < len(history) else None
     show(
@@ -252,9 +254,9 @@ def _show(record: Tuned, history: History, images: Images) -> None:
 
 def _table(record: Tuned, images: Images) -> Listing:
     before, after = record.held_out
-    rows = [_row("before", record.before, before), _row("after", record.after, after)]
+    rows = [_row("before", record.before, held_out=before), _row("after", record.after, held_out=after)]
     if record.teacher is not None:
-        rows.append(_row("teacher", record.teacher, None))
+        rows.append(_row("teacher", record.teacher, held_out=None))
     columns = (
         Column("Network", number=False),
         Column("Params", 1),
@@ -262,13 +264,12 @@ def _table(record: Tuned, images: Images) -> Listing:
         Column("Held-out\naccuracy"),
         Column("Test\naccuracy"),
     )
-    tested = record.after.accuracy
-    note = f"{before.total:,} held-out training images of {images.info.name}; "
-    note += f"{tested.total:,} test images." if tested else "not tested (--no-test)."
+    tested = f"{record.after.accuracy.total:,} test images" if record.after.accuracy else "not tested (--no-test)"
+    note = f"{before.total:,} held-out training images of {images.info.name}; {tested}."
     return Listing("Fine-tuning", columns, tuple(rows), strong=frozenset({1}), note=note)
 
 
-def _row(name: str, network: Measurement, held_out: Accuracy | None) -> tuple[str, ...]:
+def _row(name: str, network: Measurement, *, held_out: Accuracy | None) -> tuple[str, ...]:
     shares = (held_out, network.accuracy)
     accuracies = [words.NOTHING if share is None else words.percent(share.value) for share in shares]
     return (name, words.count(network.params), words.count(network.macs), *accuracies)

@@ -84,11 +84,6 @@ class Images:
     train: data.Dataset
     order: Tensor
 
-    @property
-    def example(self) -> Tensor:
-        """The first image of the order, as the network takes it."""
-        return self.prepare(self.train.images[self.order[:1]])
-
     @cached_property
     def calibration(self) -> tuple[Tensor, ...]:
         """The calibration batches: the first images of the order."""
@@ -124,7 +119,7 @@ class Loaded:
         return self.images.calibration if self.images else None
 
     def why_untested(self, *, asked: bool | None = None) -> str | None:
-        """Why no accuracy is measured, or None if it is. Raises `BadParameter` where one is asked for in vain."""
+        """Why no accuracy is measured, or None if it is. Raises `BadParameter` if one is asked for all the same."""
         if asked is False:
             return "--no-test"
         reason = self.images.mismatch(self.output) if self.images else "there is no --data"
@@ -133,7 +128,7 @@ class Loaded:
         return reason
 
     def measured(
-        self, network: nn.Module, name: str, progress: Stages, *, tested: bool, dense: nn.Module | None = None
+        self, network: nn.Module, name: str, *, progress: Stages, tested: bool, dense: nn.Module | None = None
     ) -> Measurement:
         """What a network costs, in relation to `dense` if given, with its accuracy on the test images if `tested`."""
         tests = self.images.tests() if tested and self.images else None
@@ -153,14 +148,14 @@ def load_source(source: Source, progress: Stages) -> Loaded:
     shape = _shape(source, info)
     prepare = _preparation(source, info)
     _ = source.options
-    images = _images(source, info, prepare, progress) if info else None
+    images = _images(source, info, prepare=prepare, progress=progress) if info else None
     progress.begin(f"load {source.model}")
     if source.model.partition(":")[0] not in ("spectrim", "torchvision", "timm"):
         progress.say(f"--model {source.model} runs the code of that module")
     elif source.weights is None:
         progress.say("without --weights this network is untrained")
     model = load_network(source, source.weights)
-    example = images.example if images else torch.zeros(1, *shape)
+    example = images.prepare(images.train.images[images.order[:1]]) if images else torch.zeros(1, *shape)
     if source.flatten:
         example = example.flatten(1)
     hint = " Does the network want other images or shapes? See --data, --input, --flatten and --option."
@@ -224,7 +219,7 @@ def _preparation(source: Source, info: data.DatasetInfo | None) -> Preparation:
     return Preparation(mean, std, flatten=source.flatten)
 
 
-def _images(source: Source, info: data.DatasetInfo, prepare: Preparation, progress: Stages) -> Images:
+def _images(source: Source, info: data.DatasetInfo, *, prepare: Preparation, progress: Stages) -> Images:
     """The images in the order drawn by the seed; a data set that is not there yet is obtained."""
     progress.begin(f"load {info.name}")
     if data.locate(info.name) is None:

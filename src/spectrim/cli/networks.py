@@ -28,7 +28,7 @@ _REPORT, _PAGE = "report.html", "spectra.html"
 
 
 class Measured(Record):
-    """What `spectrim compress` writes as measurement.json: both networks, measured."""
+    """What `spectrim compress` writes as measurement.json: cost and accuracy of both networks."""
 
     dense: Measurement
     compressed: Measurement
@@ -48,7 +48,7 @@ def analyze_network(
     """Show how many dimensions each layer of a network really uses."""
     files: OutputFiles = {_PAGE: (is_page, "open this in a browser")}
     with stages() as progress, outputs(out, files) if out else nullcontext() as folder:
-        analysis = _analysis(load_source(source, progress), layers, progress)
+        analysis = _analysis(load_source(source, progress), layers, progress=progress)
         listing = table(analysis)
         if folder is not None:
             title = f"Singular values of {source.model}"
@@ -73,7 +73,8 @@ def plan_network(
     out = out / PLAN if out.is_dir() else out
     files: OutputFiles = {out.name: (Plan.load, "the plan: edit a layer's form and rank if you like")}
     with stages() as progress, outputs(out.parent, files) as folder:
-        plan = _decide(load_source(source, progress), source, layers, goal, progress).plan
+        network = load_source(source, progress)
+        plan = _decide(network, goal, source=source, layers=layers, progress=progress).plan
         plan.save(folder / out.name)
     show(table(plan), _times(plan))
     show_files(out.parent, files)
@@ -89,7 +90,7 @@ def compress_network(
     goal: Goal,
     plan: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Do what this plan says, instead of a rule; `spectrim plan` writes one."),
+        typer.Option(metavar="FILE", help="Apply this plan instead of a rule; `spectrim plan` writes one."),
     ] = None,
     reconstruct: Annotated[
         bool | None,
@@ -104,13 +105,12 @@ def compress_network(
         Path,
         typer.Option(
             metavar="DIR",
-            help=f"Folder for {MODEL}, {PLAN}, {MEASURED} and {_REPORT}. Those of an earlier run are replaced, and "
-            "no other.",
+            help=f"Folder for {MODEL}, {PLAN}, {MEASURED} and {_REPORT}. Only those of an earlier run are replaced.",
         ),
     ],
     invocation: Invocation,
 ) -> None:
-    """Make a network smaller: factor its layers, measure what came of it, and write it as files."""
+    """Make a network smaller: factor its layers, measure the result, and write it as files."""
     edited = None if plan is None else _load_plan(plan, invocation)
     if edited is None:
         _check(goal, source)
@@ -120,7 +120,7 @@ def compress_network(
     with stages() as progress, outputs(out, files) as folder:
         network = load_source(source, progress)
         untested = network.why_untested(asked=test)
-        decision = _decide(network, source, layers, goal, progress, edited=edited)
+        decision = _decide(network, goal, source=source, layers=layers, progress=progress, edited=edited)
         progress.begin("compress")
         small = compress(
             network.model,
@@ -151,13 +151,13 @@ def compress_network(
             command=record.command,
         )
         report(results, folder / _REPORT)
-    show(table(small.plan), _times(small.plan), table(compressed), _accuracy(record, network, untested))
+    show(table(small.plan), _times(small.plan), table(compressed), _accuracy(record, network, untested=untested))
     show_files(out, files)
-    _show_use(source, network, out)
+    _show_use(source, network, out=out)
 
 
 def _decide(
-    network: Loaded, source: Source, layers: Layers, goal: Goal, progress: Stages, *, edited: Plan | None = None
+    network: Loaded, goal: Goal, *, source: Source, layers: Layers, progress: Stages, edited: Plan | None = None
 ) -> Decision:
     """The analysis, and the plan that the rule gives, or the one that was edited."""
     return decide(
@@ -177,14 +177,14 @@ def _decide(
 
 
 def _rank_multiple(goal: Goal, progress: Stages) -> int | Grid | Literal["auto"] | None:
-    """What ranks are to be multiples of; under a budget of latency that is probed with its table."""
+    """What ranks are to be multiples of; under a budget of latency the library probes it."""
     if goal.multiple != "auto" or goal.latency is not None:
         return goal.multiple
     progress.begin("probe")
     return probe(runtime=goal.runtime or "torch", threads=goal.threads or 1, batch=goal.latency_batch or 1)
 
 
-def _analysis(network: Loaded, layers: Layers, progress: Stages) -> Analysis:
+def _analysis(network: Loaded, layers: Layers, *, progress: Stages) -> Analysis:
     """The analysis, in the activation metric where there are images."""
     selected = partial(
         analyze,
@@ -204,7 +204,7 @@ def _analysis(network: Loaded, layers: Layers, progress: Stages) -> Analysis:
 
 
 def _check(goal: Goal, source: Source) -> None:
-    """Mistakes in the rule that can be seen before anything is loaded."""
+    """Report mistakes in the rule before anything is loaded."""
     _ = goal.forms, goal.multiple, goal.rule
     if goal.runtime is not None or goal.latency is not None:
         require_runtime(goal.runtime or "torch", threads=goal.threads or 1)
@@ -216,13 +216,13 @@ def _load_plan(path: Path, invocation: Invocation) -> Plan:
     more = invocation.arguments(Layers, Goal)
     if more:
         raise typer.BadParameter(
-            f"a plan says it all already; leave out {' '.join(more)}, or give them to spectrim plan"
+            f"a plan has its own rule and layers; leave out {' '.join(more)}, or give them to spectrim plan"
         )
     return Plan.load(path)
 
 
 def _times(plan: Plan) -> Listing | None:
-    """What a pass was expected to take, and what it took, under a budget of latency."""
+    """Predicted and measured time of a pass, under a budget of latency."""
     note = plan.latency
     if note is None:
         return None
@@ -247,7 +247,7 @@ def _times(plan: Plan) -> Listing | None:
     return Listing(f"Latency in {note.runtime}, {threads}{batch}", columns, tuple(rows), note=below or "")
 
 
-def _accuracy(record: Measured, network: Loaded, untested: str | None) -> str:
+def _accuracy(record: Measured, network: Loaded, *, untested: str | None) -> str:
     before, after = record.dense.accuracy, record.compressed.accuracy
     if before is None or after is None or network.images is None:
         return f"Accuracy not measured: {untested}."
@@ -261,7 +261,7 @@ def _accuracy(record: Measured, network: Loaded, untested: str | None) -> str:
     return text
 
 
-def _show_use(source: Source, network: Loaded, out: Path) -> None:
+def _show_use(source: Source, network: Loaded, *, out: Path) -> None:
     """How Python loads the network."""
     options = f", options={source.options!r}" if source.options else ""
     shape = ", ".join(["batch", *map(str, network.example.shape[1:])])

@@ -70,8 +70,8 @@ class Invocation:
 
     Attributes:
         command: Its name.
-        values: Of all its options.
-        defaults: Of all its options.
+        values: The value of every option.
+        defaults: The default of every option.
     """
 
     command: str
@@ -79,7 +79,7 @@ class Invocation:
     defaults: Mapping[str, object]
 
     def arguments(self, *groups: type) -> list[str]:
-        """What gives the options of these groups, or all options, again; those at their defaults are left out."""
+        """The arguments that give the options of these groups, or all options; none for those at their defaults."""
         names = {option.name for group in groups for option in fields(group)} if groups else set(self.values)
         words: list[str] = []
         for name, value in self.values.items():
@@ -167,7 +167,7 @@ class Source:
     data_folder: Annotated[Path | None, _data(metavar="DIR", help="Where its raw files lie, if you have them.")] = None
     images: Annotated[int, _data(metavar="N", min=1, help="Calibration images.")] = 1024
     batch: Annotated[int, _data(metavar="N", min=1, help="Images at a time.")] = 256
-    seed: Annotated[int, _data(metavar="N", min=0, help="Decides which images, their order, and dropout.")] = 0
+    seed: Annotated[int, _data(metavar="N", min=0, help="Seed of the choice of images, their order and dropout.")] = 0
     cache: Annotated[
         int | None,
         _data(
@@ -283,7 +283,9 @@ class Goal:
             help=f"What --latency, or --rank-multiple auto, is timed in: {', '.join(RUNTIMES)}; by default torch.",
         ),
     ] = None
-    threads: Annotated[int | None, _rule(metavar="N", min=1, help="With so many threads; 1 by default.")] = None
+    threads: Annotated[int | None, _rule(metavar="N", min=1, help="Threads of a pass that is timed; 1 by default.")] = (
+        None
+    )
     latency_batch: Annotated[
         int | None, _rule(metavar="N", min=1, help="Inputs of a pass that is timed; 1 by default.")
     ] = None

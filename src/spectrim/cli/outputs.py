@@ -66,7 +66,7 @@ def outputs(folder: Path, files: OutputFiles) -> Iterator[Path]:
         require_writable_folder(folder)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".spectrim-") as temporary:
             yield Path(temporary)
-            _move(files, Path(temporary), folder)
+            _move(Path(temporary), folder, names=files)
     except BaseException:
         for parent in new:
             with suppress(OSError):  # not made, or no longer empty
@@ -74,7 +74,7 @@ def outputs(folder: Path, files: OutputFiles) -> Iterator[Path]:
         raise
 
 
-def _move(names: Iterable[str], source: Path, target: Path) -> None:
+def _move(source: Path, target: Path, *, names: Iterable[str]) -> None:
     for name in names:
         try:
             (source / name).replace(target / name)

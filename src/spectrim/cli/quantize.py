@@ -1,4 +1,4 @@
-"""`spectrim quantize`: a network as an ONNX file with weights of fewer bits, beside its dense self."""
+"""`spectrim quantize`: a network as an ONNX file with weights of fewer bits, compared with the dense network."""
 
 import tempfile
 from dataclasses import dataclass
@@ -38,7 +38,7 @@ class Bits(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class Quantization:
-    """In which scheme, and where the table is measured."""
+    """The scheme, and how the table is measured."""
 
     dense_weights: Annotated[
         Path | None,
@@ -59,7 +59,7 @@ class Quantization:
     runtime: Annotated[
         OnnxRuntimeName, _how(metavar="onnxruntime|openvino|openvino-bf16", help="In which the table is measured.")
     ] = "onnxruntime"
-    threads: Annotated[int, _how(metavar="N", min=1, help="Of that runtime.")] = 1
+    threads: Annotated[int, _how(metavar="N", min=1, help="Threads of that runtime.")] = 1
     no_latency: Annotated[bool, _how("--no-latency", help="Do not time the rows of the table.")] = False
 
 
@@ -104,7 +104,7 @@ def quantize_network(
         table = None
         if dense is not None:
             progress.begin("compare with the dense network")
-            table = _compare(dense, network, quantization, tests)
+            table = _compare(dense, network, quantization=quantization, tests=tests)
         record = Bits(
             command=str(invocation),
             quantised=quantised.model_copy(update={"path": Path(out.name)}),
@@ -117,7 +117,7 @@ def quantize_network(
 
 
 def _compare(
-    dense: nn.Module, network: Loaded, quantization: Quantization, tests: list[tuple[Tensor, Tensor]] | None
+    dense: nn.Module, network: Loaded, *, quantization: Quantization, tests: list[tuple[Tensor, Tensor]] | None
 ) -> QuantizedTable:
     with tempfile.TemporaryDirectory(prefix="spectrim-") as folder:
         table = compare_quantized(

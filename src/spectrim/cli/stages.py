@@ -39,16 +39,16 @@ class Stages:
             self.say(title)
 
     def say(self, text: str) -> None:
-        """A line of its own."""
+        """Print a line."""
         self.console.print(text, markup=False, soft_wrap=True)
 
     def update(self, done: int | None = None, *, detail: str | None = None) -> None:
-        """So many steps of this stage are done; another description of it, for terminals."""
+        """Set how many steps of this stage are done, and its description in a terminal."""
         if self._current is not None:
             self.bars.update(self._current, completed=done, description=detail)
 
     def follow(self, what: str, done: int, total: int) -> None:
-        """What the library reports: a stage, or a stage and the layer that is next."""
+        """Show what the library reports: a stage, or a stage and the layer that is next."""
         verb = what.partition(" ")[0]
         if done == 0 or verb not in _TITLES:
             self.begin(_TITLES.get(verb, what).format(total), total=total)
@@ -61,7 +61,7 @@ class Stages:
             yield item
 
     def end(self) -> None:
-        """This stage is over."""
+        """End this stage."""
         if self._current is not None:
             total = self.bars.tasks[self._current].total or 1
             self.bars.update(self._current, completed=total, total=total)
@@ -69,7 +69,7 @@ class Stages:
 
 @contextmanager
 def stages(*, state: Callable[[], str] = lambda: "nothing was written") -> Iterator[Stages]:
-    """Stages as they are shown; an interrupt ends the command as `interruptible` says."""
+    """Show stages; an interrupt ends the command as in `interruptible`."""
     console = Console(highlight=False)
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
     with interruptible(state), Progress(*columns, console=console, disable=not console.is_terminal) as bars:
@@ -80,7 +80,7 @@ def stages(*, state: Callable[[], str] = lambda: "nothing was written") -> Itera
 
 @contextmanager
 def interruptible(state: Callable[[], str]) -> Iterator[None]:
-    """An interrupt ends the command with one line, of the state that it leaves, and exit code 130."""
+    """End the command at an interrupt, with exit code 130 and one line about the state that it leaves."""
     try:
         yield
     except KeyboardInterrupt:
