@@ -1,44 +1,54 @@
-"""The command line as a person meets it: real processes, real exit codes."""
+"""The command line as a person meets it: messages, exit codes, and a process that is interrupted."""
 
 import os
+import runpy
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
 import spectrim as st
 from spectrim import models
-from spectrim.cli.app import app
+from spectrim.cli import app as commands
+from spectrim.recipes import DEMO, recipe_file
+
+Run = Callable[..., Any]
+RECIPE = """
+kind = "mlp"
+name = "mine"
+title = "a recipe of mine"
+dataset = "digits"
+width = 48
+hidden = 1
+ranks = [8]
+held_out = 237
+calibration_images = 100
+dense = { epochs = 1, lr = 1e-2, batch = 64 }
+
+[[tunings]]
+metric = "activation"
+temperature = 4.0
+phase = { epochs = 20, lr = 1e-3, batch = 64 }
+"""
 
 
-def spectrim(*arguments: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-W", "error", "-c", "from spectrim.cli import main; main()", *arguments],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "COLUMNS": "120", "OMP_NUM_THREADS": "1", **environment},
-    )
-
-
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    folder = tmp_path_factory.mktemp("demo")
-    return folder, spectrim("demo", "--quick", folder=folder)
-
-
-def test_the_demo_ends_with_a_table_and_where_to_look(demo: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
-    folder, done = demo
-    assert done.returncode == 0, done.stderr
-    assert "dense" in done.stdout
-    assert "rank 20, activation, fine-tuned" in done.stdout
-    assert "spectrim-demo/report.html" in done.stdout
-    assert {path.name for path in (folder / "spectrim-demo").iterdir()} == {
+def test_the_demo_ends_with_a_table_and_goes_on_from_what_is_there(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = DEMO.model_copy(update={"width": 128, "hidden": 2, "ranks": (20,)})  # the demo, but for its size
+    monkeypatch.setattr(commands, "DEMO", small)
+    first = run("demo", "--quick")
+    assert first.code == 0, first.err
+    assert "dense" in first.out
+    assert "rank 20, activation, fine-tuned" in first.out
+    assert "spectrim-demo/report.html" in first.out
+    folder = tmp_path / "spectrim-demo"
+    assert {path.name for path in folder.iterdir()} == {
         "report.html",
         "results.json",
         "plan.json",
@@ -48,30 +58,28 @@ def test_the_demo_ends_with_a_table_and_where_to_look(demo: tuple[Path, subproce
         "models",
         "parts",
     }
-    results = st.Results.load(folder / "spectrim-demo" / "results.json")
+    results = st.Results.load(folder / "results.json")
     assert results.command == "spectrim demo --quick"
-    st.load(folder / "spectrim-demo", models.mlp(64))
+    st.load(folder, models.mlp(64, width=128, hidden=2))
+    parts = {path: path.stat().st_mtime_ns for path in (folder / "parts").rglob("*.safetensors")}
+    assert parts
+    again = run("demo", "--quick")
+    assert again.code == 0, again.err
+    assert accuracies(again.out) == accuracies(first.out)
+    assert {path: path.stat().st_mtime_ns for path in (folder / "parts").rglob("*.safetensors")} == parts
 
 
-def test_the_package_runs_as_the_command_does(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-m", "spectrim", "recipe", "show", "mnist-mlp"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == spectrim("recipe", "show", "mnist-mlp", folder=tmp_path).stdout
+def accuracies(output: str) -> list[list[str]]:
+    return [line.split()[:2] for line in output.splitlines() if "dense" in line]
 
 
-def test_a_second_demo_takes_up_what_is_there(demo: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
-    folder, first = demo
-    again = spectrim("demo", "--quick", folder=folder)
-    assert again.returncode == 0
-    assert [line.split()[:2] for line in again.stdout.splitlines() if "dense" in line] == [
-        line.split()[:2] for line in first.stdout.splitlines() if "dense" in line
-    ]
+def test_the_package_runs_as_the_command_does(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["spectrim", "recipe", "show", "mnist-mlp"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("spectrim", run_name="__main__")
+    assert (ended.value.code, capsys.readouterr().out) == (0, recipe_file("mnist-mlp"))
 
 
 @pytest.mark.parametrize(
@@ -85,41 +93,46 @@ def test_a_second_demo_takes_up_what_is_there(demo: tuple[Path, subprocess.Compl
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
 def test_a_mistake_is_one_message_and_a_non_zero_exit_code(
-    arguments: tuple[str, ...], message: str, tmp_path: Path
+    run: Run, arguments: tuple[str, ...], message: str, tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("mine")
-    done = spectrim(*arguments, folder=tmp_path, SPECTRIM_DATA=str(tmp_path / "cache"))
-    assert done.returncode == 1
-    assert message in done.stderr
-    assert done.stderr.startswith("error: ")
-    assert "Traceback" not in done.stderr
+    ended = run(*arguments)
+    assert ended.code == 1
+    assert message in ended.err
+    assert ended.err.startswith("error: ")
+    assert "Traceback" not in ended.err
     assert (tmp_path / "file").read_text() == "mine"
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for one process")
-def test_an_interrupt_is_one_line_and_the_same_command_goes_on(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", "from spectrim.cli import main; main()", "demo", "--quick"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
+def test_an_interrupt_is_one_line_and_the_same_command_goes_on(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text(RECIPE)
+    command = ("recipe", "run", "mine.toml")
     running = subprocess.Popen(
-        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        [sys.executable, "-W", "error", "-m", "spectrim", *command],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "COLUMNS": "120", "OMP_NUM_THREADS": "1"},
     )
-    dense = tmp_path / "spectrim-demo" / "parts" / "seed0" / "dense.json"
+    dense = tmp_path / "spectrim-mine" / "parts" / "seed0" / "dense.json"
     while not dense.exists() and running.poll() is None:
-        time.sleep(0.05)
+        time.sleep(0.01)
     running.send_signal(signal.SIGINT)
-    _, told = running.communicate()
-    assert running.returncode == 130
-    assert "interrupted; what is finished lies in spectrim-demo" in told
-    assert "Traceback" not in told
+    _, err = running.communicate()
+    assert running.returncode == 130, err
+    assert "interrupted; what is finished lies in spectrim-mine" in err
+    assert "Traceback" not in err
     stamp = dense.stat().st_mtime_ns
-    assert spectrim("demo", "--quick", folder=tmp_path).returncode == 0
+    ended = run(*command)
+    assert ended.code == 0, ended.err
     assert dense.stat().st_mtime_ns == stamp
 
 
-def test_help_version_and_unknown_commands(tmp_path: Path) -> None:
-    assert spectrim("--version", folder=tmp_path).stdout.strip() == st.__version__
-    assert spectrim("demmo", folder=tmp_path).returncode == 2
-    inside = CliRunner()
+def test_help_version_and_unknown_commands(run: Run) -> None:
+    assert run("--version").out.strip() == st.__version__
+    assert run("demmo").code == 2
     for arguments in (["--help"], ["demo", "--help"], ["recipe", "--help"], ["recipe", "mnist-mlp", "--help"]):
-        assert inside.invoke(app, arguments).exit_code == 0
-    assert "mnist-mlp" in inside.invoke(app, ["recipe", "list"]).stdout
+        assert run(*arguments).code == 0
+    assert "mnist-mlp" in run("recipe", "list").out

@@ -4,10 +4,8 @@ import multiprocessing
 import os
 import shlex
 import signal
-import subprocess
-import sys
+import threading
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +16,8 @@ from typer.testing import CliRunner, Result
 import spectrim as st
 from spectrim import models
 from spectrim.cli import bench
-from spectrim.cli.bench import Benched, bench_network
+from spectrim.cli.bench import Benched, Timing, bench_network
+from spectrim.cli.options import Source
 from spectrim.core.errors import DependencyError, FileError, SpectrimError
 
 MLP = ("--model", "spectrim:mlp", "--option", "inputs=64", "--option", "width=48", "--option", "hidden=2")
@@ -35,9 +34,9 @@ def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         dense = models.mlp(64, width=48, hidden=2)
-    made = st.compress(dense, st.Rank(4), example_inputs=torch.zeros(1, 64), exclude="head")
+    small = st.compress(dense, st.Rank(4), example_inputs=torch.zeros(1, 64), exclude="head")
     Path("small").mkdir()
-    st.save(made.model, "small/model.safetensors")
+    st.save(small.model, "small/model.safetensors")
 
 
 def run(*arguments: str) -> Result:
@@ -50,7 +49,11 @@ def failure(*arguments: str) -> SpectrimError:
     return error
 
 
-def row(*, spread: float, gain: float = 1.0) -> bench.Row:
+def timed_here(source: Source, timing: Timing, *, runtime: bench.RuntimeName) -> list[bench.Row]:
+    return [bench._time(source, timing, runtime=runtime, batch=batch) for batch in timing.batches]
+
+
+def noisy_row(*, spread: float, gain: float = 1.0) -> bench.Row:
     def interval(value: float) -> st.Interval:
         return st.Interval(value=value, low=value * (1 - spread), high=value * (1 + spread))
 
@@ -62,72 +65,63 @@ def row(*, spread: float, gain: float = 1.0) -> bench.Row:
 
 
 def test_each_runtime_and_batch_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "_in_process", lambda tasks: map(bench._timed_in_process, tasks))  # saves seconds
-    former = Benched(command="", threads=1, rows=(row(spread=0.01),))
+    monkeypatch.setattr(bench, "_in_process", timed_here)  # saves seconds
+    former = Benched(command="", threads=1, rows=(noisy_row(spread=0.01),))
     Path("speed.json").write_text(former.model_dump_json())  # one of ours, so it is replaced
-    said = run(*COMMAND, "--runtime", "channels_last", "--batch", "1,3,3", "--json", "speed.json")
-    assert said.exit_code == 0, said.output
-    found = Benched.load(Path("speed.json"))
-    assert [(one.runtime, one.batch) for one in found.rows] == [("channels_last", 1), ("channels_last", 3)]
-    for each in found.rows:
-        one = each.measured
-        assert (one.runtime, one.batch, one.threads) == (each.runtime, each.batch, 1)
-        assert one.efficiency.value == pytest.approx(one.speedup.value * one.macs_ratio)
-        assert each.gain.ratio.value > 0
-        assert bench.words.factor(one.speedup.value) in said.output
-    assert found.rows[1].measured.macs == 3 * found.rows[0].measured.macs
-    wanted = ["spectrim", "bench", *COMMAND, "--runtime", "channels_last", "--batch", "1,3,3", "--json", "speed.json"]
-    assert sorted(shlex.split(found.command)) == sorted(wanted)
-    assert "time in channels_last" in said.output
+    result = run(*COMMAND, "--runtime", "channels_last", "--batch", "1,3,3", "--json", "speed.json")
+    assert result.exit_code == 0, result.output
+    record = Benched.load(Path("speed.json"))
+    assert [(row.runtime, row.batch) for row in record.rows] == [("channels_last", 1), ("channels_last", 3)]
+    for row in record.rows:
+        measured = row.measured
+        assert (measured.runtime, measured.batch, measured.threads) == (row.runtime, row.batch, 1)
+        assert measured.efficiency.value == pytest.approx(measured.speedup.value * measured.macs_ratio)
+        assert row.gain.ratio.value > 0
+        assert bench.words.factor(measured.speedup.value) in result.output
+    assert record.rows[1].measured.macs == 3 * record.rows[0].measured.macs
+    command = ["spectrim", "bench", *COMMAND, "--runtime", "channels_last", "--batch", "1,3,3", "--json", "speed.json"]
+    assert sorted(shlex.split(record.command)) == sorted(command)
+    assert "time in channels_last" in result.output
 
 
-def wait_for(wanted: bool) -> bool:
-    """Whether soon a process that was spawned from this folder is there, or is not, as is wanted."""
-    for _ in range(1200):
-        if any(map(_times_here, Path("/proc").glob("[0-9]*"))) == wanted:
-            return True
-        time.sleep(0.1)
-    return False
-
-
-def _times_here(process: Path) -> bool:
-    try:
-        here = (process / "cwd").resolve() == Path.cwd() and int(process.name) != os.getpid()
-        return here and b"spawn_main" in (process / "cmdline").read_bytes()
-    except OSError:
-        return False  # it has ended meanwhile
-
-
-@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="looks at processes as Linux shows them")
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for one process")
 def test_an_interrupt_ends_it_and_its_process_and_writes_nothing() -> None:
+    children: list[multiprocessing.process.BaseProcess] = []
+
+    def interrupt() -> None:
+        """As a terminal does: the command, and the process that it started."""
+        for _ in range(1200):
+            children.extend(multiprocessing.active_children())
+            if children:
+                time.sleep(1)  # it has been handed its work by then, and still imports torch
+                for process in (children[0].pid, os.getpid()):
+                    os.kill(process, signal.SIGINT)
+                return
+            time.sleep(0.1)
+
     many = ("--runtime", "torch", "--batch", ",".join(map(str, range(1, 400))), "--json", "speed.json")
-    running = subprocess.Popen(
-        [sys.executable, "-m", "spectrim", "bench", *COMMAND, *many],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    assert wait_for(True)
-    os.killpg(running.pid, signal.SIGINT)  # as a terminal does: to the command and to the process that it started
-    said, _ = running.communicate(timeout=60)
-    assert running.returncode == 130, said
-    assert "interrupted" in said
-    assert "Traceback" not in said
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    result = run(*COMMAND, *many)
+    thread.join()
+    assert result.exit_code == 130, result.output
+    assert "interrupted; nothing was written" in result.output
     assert not Path("speed.json").exists()
-    assert wait_for(False), "its process times on"
+    (child,) = children
+    child.join(60)
+    assert not child.is_alive(), "its process times on"
 
 
 def test_a_noisy_machine_is_told(capsys: pytest.CaptureFixture[str]) -> None:
-    bench._show(Benched(command="", threads=1, rows=(row(spread=0.3),)), None)
-    said = capsys.readouterr().out
-    assert "The machine was too noisy to tell: openvino at batch 8." in said
-    bench._show(Benched(command="", threads=1, rows=(row(spread=0.01, gain=1.7),)), None)
-    said = capsys.readouterr().out
-    assert "noisy" not in said
-    assert "0.95" in said  # 1.9 of the 2 that the MACs promise
-    assert "1.70" in said
-    assert "faster" in said
+    bench._show(Benched(command="", threads=1, rows=(noisy_row(spread=0.3),)))
+    result = capsys.readouterr().out
+    assert "The machine was too noisy to tell: openvino at batch 8." in result
+    bench._show(Benched(command="", threads=1, rows=(noisy_row(spread=0.01, gain=1.7),)))
+    result = capsys.readouterr().out
+    assert "noisy" not in result
+    assert "0.95" in result  # 1.9 of the 2 that the MACs promise
+    assert "1.70" in result
+    assert "faster" in result
 
 
 def test_runtimes_that_nobody_named_are_left_out_where_they_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,29 +133,32 @@ def test_runtimes_that_nobody_named_are_left_out_where_they_are_missing(monkeypa
         return known(name, threads=threads)
 
     monkeypatch.setattr(bench, "require_runtime", require)
-    monkeypatch.setattr(bench, "_in_process", lambda tasks: map(bench._timed_in_process, tasks))  # saves seconds
-    said = run(*COMMAND, "--json", "speed.json")
-    assert said.exit_code == 0, said.output
-    assert 'Left out is openvino: openvino needs something; pip install "spectrim[onnx]".' in said.output
-    found = Benched.load(Path("speed.json"))
-    assert [row.runtime for row in found.rows] == ["channels_last"]
-    assert set(found.left_out) == set(bench.RUNTIMES) - {"channels_last"}
+    monkeypatch.setattr(bench, "_in_process", timed_here)  # saves seconds
+    result = run(*COMMAND, "--json", "speed.json")
+    assert result.exit_code == 0, result.output
+    assert 'Left out is openvino: openvino needs something; pip install "spectrim[onnx]".' in result.output
+    record = Benched.load(Path("speed.json"))
+    assert [row.runtime for row in record.rows] == ["channels_last"]
+    assert set(record.left_out) == set(bench.RUNTIMES) - {"channels_last"}
     assert "pip install" in str(failure(*COMMAND, "--runtime", "channels_last,openvino"))
 
 
 def test_another_process_gives_rows_and_failures() -> None:
-    task = bench._Task("spectrim:mlp", {"inputs": 64, "width": 48, "hidden": 2}, Path("small"), (64,), "torch", 2, 1, 5)
-    rows = bench._in_process([task, replace(task, weights=Path("nowhere"))])
+    source = Source(
+        model="spectrim:mlp", option=["inputs=64", "width=48", "hidden=2"], weights=Path("small"), input="64"
+    )
+    rows = bench._in_process(source, Timing(batch="2,3", rounds=5), runtime="torch")
     first = next(rows)
     assert (first.runtime, first.batch, first.measured.batch) == ("torch", 2, 2)
     assert first.measured.speedup.value > 0
-    with pytest.raises(FileError, match="nowhere"):
+    Path("small").rename("elsewhere")
+    with pytest.raises(FileError, match="small"):
         next(rows)
     assert not multiprocessing.active_children()
 
 
 def test_mistakes_are_told_before_anything_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "_in_process", lambda _: pytest.fail("timed"))
+    monkeypatch.setattr(bench, "_in_process", lambda *_, **__: pytest.fail("timed"))
     assert "there are torch, channels_last" in run(*COMMAND, "--runtime", "onyx").output.replace("\n", " ")
     assert run(*COMMAND, "--batch", "0").exit_code == 2
     assert run(*COMMAND, "--rounds", "4").exit_code == 2

@@ -51,10 +51,10 @@ def test_list_says_what_is_embedded_cached_and_not_yet_there(small_mnist: Path, 
 
 
 def test_get_ends_with_counts_path_and_source(small_mnist: Path, tmp_path: Path) -> None:
-    said = run("get", "mnist", "--folder", small_mnist, "--cache", tmp_path / "other")
-    assert "mnist: 3 training and 2 test images" in said
-    assert f"where:  {tmp_path / 'other' / 'mnist'}\n" in said
-    assert f"source: folder {small_mnist}\n" in said
+    output = run("get", "mnist", "--folder", small_mnist, "--cache", tmp_path / "other")
+    assert "mnist: 3 training and 2 test images" in output
+    assert f"where:  {tmp_path / 'other' / 'mnist'}\n" in output
+    assert f"source: folder {small_mnist}\n" in output
     assert "(was there already)" in run("get", "mnist", "--cache", tmp_path / "other")
     assert "not yet" in run("list")
     assert "embedded, nothing to download" in run("get", "digits")

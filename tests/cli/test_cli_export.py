@@ -43,9 +43,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         save_file(models.mlp(16, width=24, hidden=2).state_dict(), place / "mlp.safetensors")
-    given = ["compress", *MLP, "--input", "16", "--weights", str(place / "mlp.safetensors"), "--rank", "3"]
-    said = CliRunner().invoke(commands, [*given, "--out", str(place / "small")])
-    assert said.exit_code == 0, said.output
+    command = ["compress", *MLP, "--input", "16", "--weights", str(place / "mlp.safetensors"), "--rank", "3"]
+    result = CliRunner().invoke(commands, [*command, "--out", str(place / "small")])
+    assert result.exit_code == 0, result.output
     return place
 
 
@@ -61,7 +61,7 @@ def here(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def run(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(one) for one in arguments])
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 def failure(*arguments: object) -> SpectrimError:
@@ -70,10 +70,10 @@ def failure(*arguments: object) -> SpectrimError:
     return error
 
 
-def refusal(*arguments: object) -> str:
-    said = run(*arguments)
-    assert said.exit_code == 2, said.output
-    return " ".join(said.output.replace("│", " ").split())
+def usage_error(*arguments: object) -> str:
+    result = run(*arguments)
+    assert result.exit_code == 2, result.output
+    return " ".join(result.output.replace("│", " ").split())
 
 
 def compressed() -> nn.Module:
@@ -91,40 +91,40 @@ X = torch.randn(5, 16, generator=torch.Generator().manual_seed(0))
 def test_a_compressed_network_becomes_onnx() -> None:
     pytest.importorskip("onnxscript")
     onnxruntime = pytest.importorskip("onnxruntime")
-    said = run(*SMALL, "--out", "deep/net.onnx")
-    assert said.exit_code == 0, said.output
-    assert [one.name for one in Path("deep").iterdir()] == ["net.onnx"]
+    result = run(*SMALL, "--out", "deep/net.onnx")
+    assert result.exit_code == 0, result.output
+    assert [path.name for path in Path("deep").iterdir()] == ["net.onnx"]
     session = onnxruntime.InferenceSession("deep/net.onnx", providers=["CPUExecutionProvider"])
-    (found,) = session.run(None, {session.get_inputs()[0].name: X.numpy()})
-    np.testing.assert_allclose(found, answer(compressed(), X), atol=1e-4)
-    shown = " ".join(said.output.split())
-    assert "export to onnx, and compare with torch" in shown
-    assert "untrained" not in shown
-    assert "20" in shown
-    assert "(batch, 16). Compared in ONNX Runtime" in shown
-    assert "in 4 passes of batch size 1, 3" in shown
-    assert "deep/net.onnx" in shown
+    (output,) = session.run(None, {session.get_inputs()[0].name: X.numpy()})
+    np.testing.assert_allclose(output, answer(compressed(), X), atol=1e-4)
+    text = " ".join(result.output.split())
+    assert "export to onnx, and compare with torch" in text
+    assert "untrained" not in text
+    assert "20" in text
+    assert "(batch, 16). Compared in ONNX Runtime" in text
+    assert "in 4 passes of batch size 1, 3" in text
+    assert "deep/net.onnx" in text
     before = Path("deep/net.onnx").read_bytes()
     assert run(*SMALL, "--out", "deep/net.onnx", "--no-check").exit_code == 0  # one of ours, so it is replaced
     assert Path("deep/net.onnx").read_bytes() == before
 
 
 def test_a_dense_network_becomes_a_program() -> None:
-    said = run(*MLP, "--weights", "mlp.safetensors", "--input", "4,4", "--flatten", "--out", ".", "--to", "program")
-    assert said.exit_code == 0, said.output
+    result = run(*MLP, "--weights", "mlp.safetensors", "--input", "4,4", "--flatten", "--out", ".", "--to", "program")
+    assert result.exit_code == 0, result.output
     dense = models.mlp(16, width=24, hidden=2).eval()
     dense.load_state_dict(load_file("mlp.safetensors"))
-    found = torch.export.load("model.pt2").module()(X).detach().numpy()
-    np.testing.assert_allclose(found, answer(dense, X), atol=1e-5)
+    output = torch.export.load("model.pt2").module()(X).detach().numpy()
+    np.testing.assert_allclose(output, answer(dense, X), atol=1e-5)
 
 
 def test_openvino_with_padding_and_a_fixed_batch() -> None:
     pytest.importorskip("onnxscript")
     openvino = pytest.importorskip("openvino")
-    said = run(*SMALL, "--out", "net.xml", "--pad", "8", "--fixed-batch", "--batch", "5")
-    assert said.exit_code == 0, said.output
-    assert "(5, 16)" in said.output
-    assert all(name in said.output for name in ("net.xml", "net.bin"))
+    result = run(*SMALL, "--out", "net.xml", "--pad", "8", "--fixed-batch", "--batch", "5")
+    assert result.exit_code == 0, result.output
+    assert "(5, 16)" in result.output
+    assert all(name in result.output for name in ("net.xml", "net.bin"))
     compiled = openvino.Core().compile_model("net.xml", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     np.testing.assert_allclose(compiled([X.numpy()])[0], answer(compressed(), X), atol=1e-4)
     assert run(*SMALL, "--out", "net.xml", "--no-check").exit_code == 0
@@ -144,13 +144,17 @@ def test_no_foreign_file_is_replaced(here: Path) -> None:
 
 def test_mistakes_are_told_before_anything_is_loaded(here: Path) -> None:
     before = sorted(here.rglob("*"))
-    assert "does not say the format by its ending; give --to" in refusal(*SMALL, "--out", "net.bin")
-    assert "--to 'tflite': there are onnx, program, openvino" in refusal(*SMALL, "--out", "a.onnx", "--to", "tflite")
+    assert "does not say the format by its ending; give --to" in usage_error(*SMALL, "--out", "net.bin")
+    assert "'tflite' is not one of 'onnx', 'program', 'openvino'" in usage_error(
+        *SMALL, "--out", "a.onnx", "--to", "tflite"
+    )
     for pad in ("0", "eight", "-8", "1.5"):
-        assert f"--pad {pad}: give a number of at least 1, or auto" in refusal(*SMALL, "--out", "a.onnx", "--pad", pad)
-    assert "go with --pad auto" in refusal(*SMALL, "--out", "a.onnx", "--runtime", "torch")
+        assert f"--pad {pad}: give a whole number of at least 1, or auto" in usage_error(
+            *SMALL, "--out", "a.onnx", "--pad", pad
+        )
+    assert "go with --pad auto" in usage_error(*SMALL, "--out", "a.onnx", "--runtime", "torch")
     auto = (*SMALL, "--out", "a.onnx", "--pad", "auto")
-    assert "--runtime 'tensorrt': there are torch" in refusal(*auto, "--runtime", "tensorrt")
+    assert "'tensorrt' is not one of 'torch'" in usage_error(*auto, "--runtime", "tensorrt")
     assert isinstance(failure(*auto, "--runtime", "torch", "--threads", "4096"), EngineError)
     assert sorted(here.rglob("*")) == before
 
@@ -159,10 +163,10 @@ def test_a_network_that_wants_its_batch(here: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.syspath_prepend(here)
     (here / "export_factory.py").write_text(FACTORY)
     asked = ("--model", "export_factory:Fixed", "--input", "4", "--batch", "8", "--out", "a.pt2")
-    said = run(*asked, "--fixed-batch")
-    assert said.exit_code == 0, said.output
-    assert "--model export_factory:Fixed runs the code of that module" in said.output
-    assert "(8, 4)" in said.output
+    result = run(*asked, "--fixed-batch")
+    assert result.exit_code == 0, result.output
+    assert "--model export_factory:Fixed runs the code of that module" in result.output
+    assert "(8, 4)" in result.output
     error = failure(*asked)
     assert isinstance(error, ModelError)
     assert "Fixed does not allow an open batch size" in str(error)
@@ -184,12 +188,12 @@ def test_what_padding_brought_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         asked.append((more["pad"], more["runtime"], more["threads"]))
         path.write_text("")
         port = Port(name="x", shape=("batch", 16))
-        made = Exported(path=path, bytes=2048, inputs=(port,), outputs=(port,), **brought[-1])
-        return made.model_copy(update={"check": Check(runtime="torch", batches=(1,), difference=1e-7)})
+        exported_file = Exported(path=path, bytes=2048, inputs=(port,), outputs=(port,), **brought[-1])
+        return exported_file.model_copy(update={"check": Check(runtime="torch", batches=(1,), difference=1e-7)})
 
-    monkeypatch.setattr(export, "_WRITERS", {"program": exported})
-    faster, slower = (Interval(value=one, low=one - 0.05, high=one + 0.05) for one in (1.2, 0.8))
-    for found, said in (
+    monkeypatch.setitem(export._FORMATS, "program", (".pt2", exported, "torch"))
+    faster, slower = (Interval(value=value, low=value - 0.05, high=value + 0.05) for value in (1.2, 0.8))
+    for padding, message in (
         (
             {"padded": 8, "padding_speedup": faster},
             "Padding is kept: with it the network is 1.20x as fast (faster",
@@ -200,10 +204,10 @@ def test_what_padding_brought_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         ({}, "Padding would change nothing"),
     ):
-        brought.append(found)
-        shown = run(*SMALL, "--out", "a.pt2", "--pad", "auto", "--runtime", "channels_last")
-        assert shown.exit_code == 0, shown.output
-        assert said in shown.output.replace("\N{MULTIPLICATION SIGN}", "x")
-        assert "2.05 kB" in shown.output
+        brought.append(padding)
+        result = run(*SMALL, "--out", "a.pt2", "--pad", "auto", "--runtime", "channels_last")
+        assert result.exit_code == 0, result.output
+        assert message in result.output.replace("\N{MULTIPLICATION SIGN}", "x")
+        assert "2.05 kB" in result.output
         Path("a.pt2").unlink()
     assert asked == [("auto", "channels_last", 1)] * 3

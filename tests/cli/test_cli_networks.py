@@ -5,8 +5,8 @@ import re
 import shlex
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,9 +17,9 @@ from typer.testing import CliRunner
 import spectrim as st
 from spectrim import data, models
 from spectrim.cli import networks
-from spectrim.cli.app import app, main
+from spectrim.cli.app import app
+from spectrim.cli.loading import Preparation
 from spectrim.cli.networks import Measured
-from spectrim.cli.subject import Preparation
 
 MLP = ("--model", "spectrim:mlp", "--option", "inputs=64", "--option", "width=48", "--option", "hidden=2")
 TRAINED = (*MLP, "--weights", "mlp.safetensors", "--data", "digits")
@@ -39,19 +39,12 @@ def pair():
 """
 
 
-@dataclass
-class Said:
-    code: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Said]
+Run = Callable[..., Any]
 
 
 def digits(split: data.access.Split) -> tuple[torch.Tensor, torch.Tensor]:
-    found = data.load("digits", split=split)
-    return found.images / 255, found.labels
+    dataset = data.load("digits", split=split)
+    return dataset.images / 255, dataset.labels
 
 
 @pytest.fixture(scope="module")
@@ -71,75 +64,58 @@ def weights() -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture
-def run(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    weights: dict[str, torch.Tensor],
-) -> Run:
+def run(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: dict[str, torch.Tensor]) -> Run:
     """The whole command line, in a folder with a trained network and a module."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setenv("SPECTRIM_DATA", str(tmp_path / "cache"))
-    monkeypatch.setenv("SPECTRIM_LATENCY", str(tmp_path / "times"))
     monkeypatch.delitem(sys.modules, "networks_of_mine", raising=False)
     save_file(weights, tmp_path / "mlp.safetensors")
     (tmp_path / "networks_of_mine.py").write_text(FACTORY)
     # imported by the commands under test: no bytecode beside it, so that "nothing was written" can be seen
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
-
-    def call(*arguments: object) -> Said:
-        monkeypatch.setattr(sys, "argv", ["spectrim", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        said = capsys.readouterr()
-        return Said(int(ended.value.code or 0), said.out, said.err)
-
-    return call
+    return run
 
 
 def files(folder: Path) -> dict[str, bytes | None]:
-    return {str(one): one.read_bytes() if one.is_file() else None for one in folder.rglob("*")}
+    return {str(path): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
 
 
-def in_python(said: str) -> nn.Module:
+def in_python(result: str) -> nn.Module:
     """What the lines printed for Python make."""
-    lines = said.partition("In Python:\n")[2]
+    lines = result.partition("In Python:\n")[2]
     scope: dict[str, nn.Module] = {}
     exec("\n".join(line.removeprefix("  ") for line in lines.splitlines()), scope)
     return scope["network"]
 
 
 def test_analyze_shows_every_layer_and_writes_a_page(run: Run, tmp_path: Path) -> None:
-    said = run("analyze", *TRAINED, "--out", "look")
-    assert said.code == 0, said.err
-    assert all(name in said.out for name in ("fc1", "fc2", "head", "activation", "3 of them can be factored"))
+    result = run("analyze", *TRAINED, "--out", "look")
+    assert result.code == 0, result.err
+    assert all(name in result.out for name in ("fc1", "fc2", "head", "activation", "3 of them can be factored"))
     page = (tmp_path / "look" / "spectra.html").read_text(encoding="utf-8")
     assert "Singular values of spectrim:mlp" in page
     assert "In the activation metric" in page
     assert run("analyze", *TRAINED, "--out", "look").code == 0
-    assert [one.name for one in (tmp_path / "look").iterdir()] == ["spectra.html"]
+    assert [path.name for path in (tmp_path / "look").iterdir()] == ["spectra.html"]
 
 
 def test_analyze_needs_no_data_and_writes_nothing_unasked(run: Run, tmp_path: Path) -> None:
     before = files(tmp_path)
-    said = run("analyze", *RESNET, "--input", "1,28,28", "--include", "layer*", "--exclude", "*.shortcut.*")
-    assert said.code == 0, said.err
-    assert "this network is untrained" in said.out
-    assert "plain" in said.out
-    assert "12 of them can be factored" in said.out
+    result = run("analyze", *RESNET, "--input", "1,28,28", "--include", "layer*", "--exclude", "*.shortcut.*")
+    assert result.code == 0, result.err
+    assert "this network is untrained" in result.out
+    assert "plain" in result.out
+    assert "12 of them can be factored" in result.out
     assert files(tmp_path) == before
 
 
 def test_a_plan_is_made_edited_applied_and_loaded(run: Run, tmp_path: Path) -> None:
-    said = run("plan", *TRAINED, "--images", 300, "--rank", 12, "--exclude", "head", "--out", "mine/plan.json")
-    assert said.code == 0, said.err
-    assert "Rank 12, activation metric: 2 of 3 factored" in said.out
+    result = run("plan", *TRAINED, "--images", 300, "--rank", 12, "--exclude", "head", "--out", "mine/plan.json")
+    assert result.code == 0, result.err
+    assert "Rank 12, activation metric: 2 of 3 factored" in result.out
     path = tmp_path / "mine" / "plan.json"
     written = json.loads(path.read_text())
     written["layers"][1]["rank"] = 9
     path.write_text(json.dumps(written))
-    command = shlex.split(said.out.partition("Apply it:\n")[2])
+    command = shlex.split(result.out.partition("Apply it:\n")[2])
     assert command[:2] == ["spectrim", "compress"]
     assert "--exclude" not in command
     done = run(*command[1:-1], "small")
@@ -154,49 +130,49 @@ def test_a_plan_is_made_edited_applied_and_loaded(run: Run, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("rule", [("--macs", 0.6), ("--ratio", 0.3, "--metric", "loss")], ids=str)
 def test_a_plan_applied_as_it_is_does_what_its_rule_does(run: Run, tmp_path: Path, rule: tuple[object, ...]) -> None:
-    said = [
+    results = [
         run("plan", *TRAINED, *rule, "--out", "plan.json"),
         run("compress", *TRAINED, "--plan", "plan.json", "--out", "planned"),
         run("compress", *TRAINED, *rule, "--out", "ruled"),
     ]
-    assert [one.code for one in said] == [0, 0, 0], said
+    assert [result.code for result in results] == [0, 0, 0], results
     planned, ruled = (tmp_path / name / "model.safetensors" for name in ("planned", "ruled"))
     assert planned.read_bytes() == ruled.read_bytes()
 
 
 def test_compress_writes_the_network_that_it_measured(run: Run, tmp_path: Path) -> None:
-    said = run("compress", *TRAINED, "--params", 0.6, "--out", "deep/small")
-    assert said.code == 0, said.err
+    result = run("compress", *TRAINED, "--params", 0.6, "--out", "deep/small")
+    assert result.code == 0, result.err
     small = tmp_path / "deep" / "small"
-    assert {one.name for one in small.iterdir()} == {
+    assert {path.name for path in small.iterdir()} == {
         "model.safetensors",
         "plan.json",
         "measurement.json",
         "report.html",
     }
-    found = Measured.load(small / "measurement.json")
-    network = in_python(said.out)
+    record = Measured.load(small / "measurement.json")
+    network = in_python(result.out)
     assert not network.training
     images, labels = digits("test")
-    assert found.compressed.accuracy == st.accuracy(network, [(images, labels)])
-    assert found.dense.accuracy.value > 0.9
-    assert found.compressed.accuracy.value > 0.85
-    assert found.compressed.params <= 0.6 * found.dense.params
-    assert found.compressed.params == sum(one.numel() for one in network.parameters())
-    assert f"dense {found.dense.accuracy.value:.2%}".replace("%", " %") in said.out
-    assert "only guesses" not in said.out
-    assert "takes float32 (batch, 1, 8, 8), pixel / 255" in said.out
-    again = run(*shlex.split(found.command)[1:])
+    assert record.compressed.accuracy == st.accuracy(network, [(images, labels)])
+    assert record.dense.accuracy.value > 0.9
+    assert record.compressed.accuracy.value > 0.85
+    assert record.compressed.params <= 0.6 * record.dense.params
+    assert record.compressed.params == sum(parameter.numel() for parameter in network.parameters())
+    assert f"dense {record.dense.accuracy.value:.2%}".replace("%", " %") in result.out
+    assert "only guesses" not in result.out
+    assert "takes float32 (batch, 1, 8, 8), pixel / 255" in result.out
+    again = run(*shlex.split(record.command)[1:])
     assert again.code == 0, again.err
-    assert Measured.load(small / "measurement.json") == found
+    assert Measured.load(small / "measurement.json") == record
 
 
 def test_each_stage_is_a_line_where_there_is_no_terminal(run: Run) -> None:
-    said = run("compress", *RESNET, "--data", "digits", "--images", 64, "--macs", 0.6, "--out", "small")
-    assert said.code == 0, said.err
+    result = run("compress", *RESNET, "--data", "digits", "--images", 64, "--macs", 0.6, "--out", "small")
+    assert result.code == 0, result.err
     stages = [
         line
-        for line in said.out.splitlines()
+        for line in result.out.splitlines()
         if re.match(r"(load|calib|analyse|weigh|plan|compress|reconstruct|test|write)", line)
     ]
     assert stages == [
@@ -212,13 +188,9 @@ def test_each_stage_is_a_line_where_there_is_no_terminal(run: Run) -> None:
         "test the compressed network",
         "write",
     ]
-    assert "The dense network only guesses" in said.out
-
-
-def test_a_network_whose_convolutions_have_no_bias_is_loaded(run: Run) -> None:
-    said = run("compress", *RESNET, "--data", "digits", "--images", 64, "--macs", 0.6, "--out", "small")
-    assert said.code == 0, said.err
-    assert in_python(said.out)(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
+    assert "The dense network only guesses" in result.out
+    # its convolutions have no bias, those of the compressed one do
+    assert in_python(result.out)(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
 
 
 def test_options_reach_the_library(run: Run, tmp_path: Path) -> None:
@@ -233,10 +205,10 @@ def test_options_reach_the_library(run: Run, tmp_path: Path) -> None:
         "--no-reconstruct",
         "--no-test",
     )
-    said = run("compress", *RESNET, "--data", "digits", "--images", 32, "--macs", 0.6, *more, "--out", "small")
-    assert said.code == 0, said.err
-    assert "reconstruct" not in said.out
-    assert "Accuracy not measured: --no-test." in said.out
+    result = run("compress", *RESNET, "--data", "digits", "--images", 32, "--macs", 0.6, *more, "--out", "small")
+    assert result.code == 0, result.err
+    assert "reconstruct" not in result.out
+    assert "Accuracy not measured: --no-test." in result.out
     plan = st.Plan.load(tmp_path / "small" / "plan.json")
     assert plan.metric == "plain"
     assert plan["head"].form == "dense"
@@ -249,29 +221,29 @@ WIDE = ("--model", "spectrim:mlp", "--option", "inputs=64", "--option", "width=5
 
 def test_a_plan_of_latency_is_timed_shown_and_applied(run: Run, tmp_path: Path) -> None:
     timed = ("--latency", 0.7, "--runtime", "torch", "--latency-batch", 64, "--rank-multiple", 16)
-    said = run("plan", *WIDE, "--input", "64", *timed, "--out", "plan.json")
-    assert said.code == 0, said.err
-    stages = [line for line in said.out.splitlines() if re.match(r"(load|analyse|plan|time|verify)", line)]
+    result = run("plan", *WIDE, "--input", "64", *timed, "--out", "plan.json")
+    assert result.code == 0, result.err
+    stages = [line for line in result.out.splitlines() if re.match(r"(load|analyse|plan|time|verify)", line)]
     assert stages[:5] == ["load spectrim:mlp", "analyse", "plan", "time 3 shapes of layers", "verify in torch"]
-    assert "Latency in torch, 1 thread, batch 64" in said.out
-    assert all(re.search(rf"{what} +[0-9.]+ ms", said.out) for what in ("Dense", "Target", "Predicted", "Measured"))
-    made = st.Plan.load(tmp_path / "plan.json")
-    assert made.latency is not None
-    assert made.latency.verified
-    assert ("The network is as it was" in said.out) == (made.latency.refused is not None)
+    assert "Latency in torch, 1 thread, batch 64" in result.out
+    assert all(re.search(rf"{what} +[0-9.]+ ms", result.out) for what in ("Dense", "Target", "Predicted", "Measured"))
+    plan = st.Plan.load(tmp_path / "plan.json")
+    assert plan.latency is not None
+    assert plan.latency.verified
+    assert ("The network is as it was" in result.out) == (plan.latency.refused is not None)
     done = run("compress", *WIDE, "--input", "64", "--plan", "plan.json", "--out", "small")
     assert done.code == 0, done.err
     applied = st.Plan.load(tmp_path / "small" / "plan.json")
-    assert (applied.latency, applied.rank_multiple) == (made.latency, 16)
-    assert [(one.form, one.ranks) for one in applied] == [(one.form, one.ranks) for one in made]
+    assert (applied.latency, applied.rank_multiple) == (plan.latency, 16)
+    assert [(layer.form, layer.ranks) for layer in applied] == [(layer.form, layer.ranks) for layer in plan]
     assert "Measured" in done.out
 
 
 def test_the_step_of_the_hardware_is_probed(run: Run, tmp_path: Path) -> None:
     probed = ("--ratio", 0.3, "--rank-multiple", "auto", "--runtime", "torch", "--threads", 1)
-    said = run("plan", *WIDE, "--input", "64", *probed, "--out", "plan.json")
-    assert said.code == 0, said.err
-    assert "probe" in said.out.splitlines()
+    result = run("plan", *WIDE, "--input", "64", *probed, "--out", "plan.json")
+    assert result.code == 0, result.err
+    assert "probe" in result.out.splitlines()
     step = st.Plan.load(tmp_path / "plan.json").rank_multiple or 1
     assert all(layer.rank in (layer.full_rank, *range(step, 512, step)) for layer in st.Plan.load("plan.json").factored)
 
@@ -280,17 +252,17 @@ def test_the_cache_changes_nothing_but_the_time(run: Run, tmp_path: Path) -> Non
     command = ("compress", *TRAINED, "--macs", 0.5, "--images", 128, "--batch", 32, "--no-test")
     for cache in (0, 100):
         assert run(*command, "--cache", cache, "--out", tmp_path / str(cache)).code == 0
-    one, other = (load_file(tmp_path / str(cache) / "model.safetensors") for cache in (0, 100))
-    assert one.keys() == other.keys()
-    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    first, second = (load_file(tmp_path / str(cache) / "model.safetensors") for cache in (0, 100))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
 
 
 def test_the_seed_decides_which_images_are_drawn(run: Run, tmp_path: Path) -> None:
-    made = []
+    files_written = []
     for seed in (0, 0, 1):
         assert run("compress", *TRAINED, "--images", 48, "--seed", seed, "--rank", 8, "--out", "small").code == 0
-        made.append((tmp_path / "small" / "model.safetensors").read_bytes())
-    assert made[0] == made[1] != made[2]
+        files_written.append((tmp_path / "small" / "model.safetensors").read_bytes())
+    assert files_written[0] == files_written[1] != files_written[2]
 
 
 def test_a_network_of_vectors_wants_flatten(run: Run, tmp_path: Path) -> None:
@@ -299,18 +271,18 @@ def test_a_network_of_vectors_wants_flatten(run: Run, tmp_path: Path) -> None:
     assert wrong.code == 1
     assert "shapes cannot be multiplied" in wrong.err
     assert "--flatten" in wrong.err
-    said = run("compress", *vectors, "--flatten", "--out", "small")
-    assert said.code == 0, said.err
-    assert "--model networks_of_mine:vectors runs the code of that module" in said.out
-    assert "takes float32 (batch, 64)" in said.out
-    assert in_python(said.out)(torch.zeros(2, 64)).shape == (2, 10)
+    result = run("compress", *vectors, "--flatten", "--out", "small")
+    assert result.code == 0, result.err
+    assert "--model networks_of_mine:vectors runs the code of that module" in result.out
+    assert "takes float32 (batch, 64)" in result.out
+    assert in_python(result.out)(torch.zeros(2, 64)).shape == (2, 10)
 
 
 def test_there_is_an_accuracy_only_for_outputs_that_fit_the_classes(run: Run) -> None:
     seven = (*MLP, "--option", "outputs=7", "--data", "digits", "--rank", 4)
-    said = run("compress", *seven, "--out", "small")
-    assert said.code == 0, said.err
-    assert "not measured: digits has 10 classes, and for one image the network gives outputs [1, 7]" in said.out
+    result = run("compress", *seven, "--out", "small")
+    assert result.code == 0, result.err
+    assert "not measured: digits has 10 classes, and for one image the network gives outputs [1, 7]" in result.out
     assert run("compress", *seven, "--test", "--out", "small").code == 2
     pair = run("compress", "--model", "networks_of_mine:pair", "--data", "digits", "--rank", 2, "--out", "pair")
     assert pair.code == 0, pair.err
@@ -322,16 +294,16 @@ def test_images_are_prepared_as_the_networks_want_them(run: Run) -> None:
     own = Preparation(models.CIFAR_MEAN, models.CIFAR_STD, flatten=False)
     assert torch.equal(own(pixels), models.cifar_inputs(pixels))
     assert torch.equal(Preparation((0.0,), (1.0,), flatten=True)(pixels), (pixels / 255).flatten(1))
-    said = run("compress", *TRAINED, "--mean", "0.3", "--std", "0.4", "--rank", 8, "--out", "small")
-    assert "takes float32 (batch, 1, 8, 8), (pixel / 255 - 0.3) / 0.4" in said.out
+    result = run("compress", *TRAINED, "--mean", "0.3", "--std", "0.4", "--rank", 8, "--out", "small")
+    assert "takes float32 (batch, 1, 8, 8), (pixel / 255 - 0.3) / 0.4" in result.out
 
 
 @pytest.mark.parametrize("rule", [("--macs", 0.0001), ("--rank", 60)], ids=lambda rule: rule[0])
 def test_a_rule_out_of_reach_is_told_before_the_images_are_run(rule: tuple[str, float], run: Run) -> None:
-    said = run("compress", *RESNET, "--data", "digits", *rule, "--out", "small")
-    assert said.code == 1
-    assert "cannot be reached" in said.err or "above what some layers can have" in said.err
-    assert "calibrate" not in said.out
+    result = run("compress", *RESNET, "--data", "digits", *rule, "--out", "small")
+    assert result.code == 1
+    assert "cannot be reached" in result.err or "above what some layers can have" in result.err
+    assert "calibrate" not in result.out
 
 
 COMPRESS = ("compress", *TRAINED, "--out", "new/small")
@@ -348,7 +320,7 @@ INPUT = ("compress", *MLP, "--rank", "4", "--out", "new/small", "--input", "64")
         ),
         ((*COMPRESS, "--macs", "0.5", "--rank", "4"), 2, "--macs and --rank are 2"),
         (("plan", *TRAINED, "--out", "new/plan.json"), 2, "none was given"),
-        ((*COMPRESS, "--plan", "nowhere.json", "--rank", "4"), 2, "a plan says it all already; leave out --rank 4"),
+        ((*COMPRESS, "--plan", "nowhere.json", "--rank", "4"), 2, "own rule and layers; leave out --rank 4"),
         ((*COMPRESS, "--plan", "nowhere.json", "--exclude", "head"), 2, "leave out --exclude head"),
         ((*COMPRESS, "--plan", "nowhere.json"), 1, "cannot read nowhere.json"),
         ((*COMPRESS, "--plan", "networks_of_mine.py"), 1, "is not a valid Plan"),
@@ -359,7 +331,7 @@ INPUT = ("compress", *MLP, "--rank", "4", "--out", "new/small", "--input", "64")
         ((*COMPRESS, "--rank", "4", "--include", "layer*"), 1, "'layer*'"),
         (("plan", *TRAINED, "--rank", "4", "--include", "layer*", "--out", "new/plan.json"), 1, "'layer*'"),
         ((*COMPRESS, "--rank", "4", "--form", "cubic"), 2, "--form 'cubic': there are channel, spatial, tucker2"),
-        ((*COMPRESS, "--rank", "4", "--metric", "flat"), 2, "--metric 'flat': there are plain, activation, loss"),
+        ((*COMPRESS, "--rank", "4", "--metric", "flat"), 2, "'flat' is not one of 'plain', 'activation', 'loss'"),
         ((*COMPRESS, "--latency", "0.5", "--macs", "0.5"), 2, "--macs and --latency are 2"),
         ((*COMPRESS, "--latency", "1.5"), 1, "a budget is a share of the dense network, between 0 and 1"),
         ((*COMPRESS, "--latency", "0.5", "--runtime", "onyx"), 1, "runtime 'onyx' is unknown"),
@@ -374,7 +346,7 @@ INPUT = ("compress", *MLP, "--rank", "4", "--out", "new/small", "--input", "64")
         ((*COMPRESS, "--rank", "4", "--mean", "0.3,0.2", "--std", "1"), 2, "--mean and --std take one value"),
         ((*COMPRESS, "--rank", "4", "--mean", "0.3", "--std", "0"), 2, "no deviation is 0"),
         ((*COMPRESS, "--rank", "4", "--mean", "dark", "--std", "1"), 2, "--mean 'dark'"),
-        ((*COMPRESS, "--rank", "4", "--input", "1,8,8"), 2, "--data and --input are one too many"),
+        ((*COMPRESS, "--rank", "4", "--input", "1,8,8"), 2, "give --data or --input, not both"),
         ((*COMPRESS, "--rank", "4", "--option", "width"), 2, "--option width: write each name once"),
         ((*COMPRESS, "--rank", "4", "--option", "depth=3"), 1, "cannot be called with"),
         ((*COMPRESS, "--rank", "4", "--images", "0"), 2, "--images"),
@@ -405,20 +377,20 @@ def test_a_mistake_is_one_message_and_nothing_is_written(
 ) -> None:
     (tmp_path / "here").mkdir()
     before = files(tmp_path)
-    said = run(*arguments)
-    told = " ".join(re.sub(r"[│╭╮╰╯─]", " ", said.err).split())
-    assert said.code == code, told
-    assert message in told
-    assert "Traceback" not in said.out + said.err
+    result = run(*arguments)
+    text = " ".join(re.sub(r"[│╭╮╰╯─]", " ", result.err).split())
+    assert result.code == code, text
+    assert message in text
+    assert "Traceback" not in result.out + result.err
     assert files(tmp_path) == before
 
 
 def test_a_plan_for_another_network_is_refused(run: Run, tmp_path: Path) -> None:
     assert run("plan", *RESNET, "--input", "1,8,8", "--rank", 4, "--out", "plan.json").code == 0
     before = files(tmp_path)
-    said = run("compress", *TRAINED, "--plan", "plan.json", "--out", "small")
-    assert said.code == 1
-    assert "the plan is for another model" in said.err
+    result = run("compress", *TRAINED, "--plan", "plan.json", "--out", "small")
+    assert result.code == 1
+    assert "the plan is for another model" in result.err
     assert files(tmp_path) == before
 
 
@@ -427,9 +399,9 @@ def test_a_file_that_is_not_of_an_earlier_run_is_never_replaced(run: Run, tmp_pa
     (tmp_path / "small").mkdir()
     (tmp_path / "small" / name).write_text("mine")
     before = files(tmp_path)
-    said = run("compress", *TRAINED, "--rank", 4, "--out", "small")
-    assert said.code == 1
-    assert f"{name} is there already" in said.err
+    result = run("compress", *TRAINED, "--rank", 4, "--out", "small")
+    assert result.code == 1
+    assert f"{name} is there already" in result.err
     assert files(tmp_path) == before
 
 
@@ -446,16 +418,16 @@ def test_an_interrupt_is_one_line_and_leaves_nothing(run: Run, tmp_path: Path, m
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(networks, "write_text", stop)  # the last file, when the others are made
+    monkeypatch.setattr(networks.Measured, "save", stop)  # the last file, when the others are made
     before = files(tmp_path)
-    said = run("compress", *TRAINED, "--rank", 4, "--out", "deep/small")
-    assert (said.code, said.err) == (130, "interrupted; nothing was written\n")
+    result = run("compress", *TRAINED, "--rank", 4, "--out", "deep/small")
+    assert (result.code, result.err) == (130, "interrupted; nothing was written\n")
     assert files(tmp_path) == before
 
 
 def test_help_says_that_a_factory_runs_code() -> None:
     for command in ("analyze", "plan", "compress"):
-        said = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"})
-        assert said.exit_code == 0
-        assert "RUNS THE CODE" in said.output
-        assert "cifar_inputs" in said.output
+        result = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"})
+        assert result.exit_code == 0
+        assert "RUNS THE CODE" in result.output
+        assert "cifar_inputs" in result.output

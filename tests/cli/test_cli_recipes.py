@@ -44,8 +44,8 @@ def test_every_recipe_is_listed_and_shown() -> None:
     assert listed.exit_code == 0
     for name in recipes.NAMES:
         assert name in listed.stdout
-        shown = CliRunner().invoke(app, ["recipe", "show", name])
-        assert shown.stdout == recipes.recipe_file(name)
+        recipe = CliRunner().invoke(app, ["recipe", "show", name])
+        assert recipe.stdout == recipes.recipe_file(name)
     refused = CliRunner().invoke(app, ["recipe", "show", "mnist-mpl"])
     assert isinstance(refused.exception, errors.DataError)
     assert "mnist-mlp" in str(refused.exception)
@@ -66,11 +66,12 @@ def test_a_shown_recipe_can_be_edited_and_run_and_verified(mine: Path) -> None:
     folder = mine.parent / "spectrim-mine"
     assert "a recipe of mine" in done.stdout
     results = st.Results.load(folder / "results.json")
-    assert all([one.runtime for one in variant.in_runtimes] == ["channels_last"] for variant in results.variants)
+    runtimes = [[measurement.runtime for measurement in variant.in_runtimes] for variant in results.variants]
+    assert runtimes == [["channels_last"]] * len(results.variants)
     (second,) = results.variants[-1].in_runtimes
     assert f"{second.speedup.value:.2f}" in done.stdout.partition("channels_last")[2]
     assert results.command == "spectrim recipe run mine.toml --seeds 0,1"
-    assert {one.name for one in results.variants} == {
+    assert {variant.name for variant in results.variants} == {
         f"rank 4, activation, {stage}" for stage in ("zero-shot", "fine-tuned")
     }
     as_run = recipes.read_recipe(folder / "recipe.toml")
@@ -97,8 +98,8 @@ def test_a_shown_recipe_can_be_edited_and_run_and_verified(mine: Path) -> None:
     # the recipe as it was run repeats it, with its own seeds, and finds every part
     again = CliRunner().invoke(app, ["recipe", "run", "spectrim-mine/recipe.toml", "--out", "spectrim-mine"])
     assert again.exit_code == 0, again.output
-    assert [one.runs for one in st.Results.load(folder / "results.json").variants] == [
-        one.runs for one in results.variants
+    assert [variant.runs for variant in st.Results.load(folder / "results.json").variants] == [
+        variant.runs for variant in results.variants
     ]
     mine.write_text(MINE.replace("epochs = 2", "epochs = 3"))
     refused = CliRunner().invoke(app, ["recipe", "run", "mine.toml"])
@@ -128,7 +129,7 @@ def test_a_mistake_is_one_error(arguments: tuple[str, ...], message: str, tmp_pa
 
 
 def test_the_first_remark_of_a_recipe_is_its_help() -> None:
-    shown = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["recipe", "miniresnet-mnist", "--help"])
-    assert "every Linear and convolution at 50, 75 and 90 % of its energy" in " ".join(shown.stdout.split())
+    help_page = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["recipe", "miniresnet-mnist", "--help"])
+    assert "every Linear and convolution at 50, 75 and 90 % of its energy" in " ".join(help_page.stdout.split())
     assert "--weights" in CliRunner().invoke(app, ["recipe", "resnet18-cifar10", "--help"]).stdout
-    assert "--weights" not in shown.stdout
+    assert "--weights" not in help_page.stdout

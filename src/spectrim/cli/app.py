@@ -34,8 +34,8 @@ app.add_typer(data.app, name="data")
 app.add_typer(recipe, name="recipe")
 
 
-def _show_version(wanted: bool) -> None:  # noqa: FBT001  # typer calls it so
-    if wanted:
+def _show_version(version_asked: bool) -> None:  # noqa: FBT001  # typer calls it so
+    if version_asked:
         typer.echo(version("spectrim"))
         raise typer.Exit
 

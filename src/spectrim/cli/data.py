@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from spectrim import data
+from spectrim.cli.stages import show
 
 app = typer.Typer(no_args_is_help=True, help="List data sets and obtain them.")
 
@@ -31,9 +32,8 @@ def list_data(*, cache: _Cache = None) -> None:
         train, test = info.sizes
         size = "x".join(map(str, info.shape))
         table.add_row(info.name, info.title, f"{train:,} + {test:,}", size, str(len(info.classes)), where)
-    console = Console(highlight=False)
-    console.print(table)
-    console.print(f"cache: {data.cache_root(cache)}", markup=False, soft_wrap=True)
+    Console(highlight=False).print(table)
+    show(f"cache: {data.cache_root(cache)}")
 
 
 @app.command("get")
@@ -50,7 +50,7 @@ def get_data(
     progress = Console(stderr=True)
     with progress.status(f"{name}: looking in the cache") as status:
 
-        def show(event: data.Event) -> None:
+        def update(event: data.Event) -> None:
             if event.text.startswith("passed over"):
                 progress.print(
                     f"{event.source}: {event.text}", style="dim", markup=False, highlight=False, soft_wrap=True
@@ -58,12 +58,12 @@ def get_data(
             size = f", {event.received / 1e6:.1f} MB" if event.received is not None else ""
             status.update(f"{event.source}: {event.text}{size}")
 
-        result = data.obtain(name, folder=folder, cache=cache, on_event=show)
+        result = data.obtain(name, folder=folder, cache=cache, on_event=update)
     train, test = result.sizes
     where = str(result.path) if result.path is not None else "embedded, nothing to download"
-    console = Console(soft_wrap=True, highlight=False, markup=False)
-    console.print(f"{name}: {train:,} training and {test:,} test images")
-    console.print(f"where:  {where}{'' if result.fresh or result.path is None else ' (was there already)'}")
-    console.print(f"source: {result.source}")
-    for split, digest in zip(("train", "test"), result.checksums, strict=True):
-        console.print(f"sha256: {digest} ({split})")
+    show(
+        f"{name}: {train:,} training and {test:,} test images",
+        f"where:  {where}{'' if result.fresh or result.path is None else ' (was there already)'}",
+        f"source: {result.source}",
+        *(f"sha256: {digest} ({split})" for split, digest in zip(("train", "test"), result.checksums, strict=True)),
+    )

@@ -2,53 +2,29 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from types import MappingProxyType
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
-from torch import nn
 
-from spectrim.cli.options import Flatten, Model, Option, WithSource, one_of, unfolded
-from spectrim.cli.outputs import outputs
-from spectrim.cli.stages import Stages, stages
-from spectrim.cli.subject import Subject, filled, subject
-from spectrim.core.errors import FileError
+from spectrim.cli.loading import load_source
+from spectrim.cli.options import NO_DATA, Group, Source, unfolded, whole_or_auto
+from spectrim.cli.outputs import OutputFiles, outputs
+from spectrim.cli.stages import show, show_files, stages
 from spectrim.export import Exported, export_onnx, export_openvino, export_program, is_exported
 from spectrim.reporting import words
 from spectrim.reporting.listings import Column, Listing
 from spectrim.runtimes.sessions import RUNTIMES, RuntimeName, require_runtime
 
 Format = Literal["onnx", "program", "openvino"]
-_FORMATS: tuple[Format, ...] = get_args(Format)
-_ENDINGS: Mapping[Format, str] = MappingProxyType({"onnx": ".onnx", "program": ".pt2", "openvino": ".xml"})
-_WRITERS: Mapping[Format, Callable[..., Exported]] = MappingProxyType(
-    {"onnx": export_onnx, "program": export_program, "openvino": export_openvino}
-)
-_RUNTIMES: Mapping[Format, RuntimeName] = MappingProxyType(
-    {"onnx": "onnxruntime", "program": "torch", "openvino": "openvino"}
-)
-_NETWORK, _FILE, _PADDING = "The network", "The file", "Padding"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Network(WithSource):
-    """The network, its weights, and one input."""
-
-    model: Model
-    weights: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE|DIR",
-            rich_help_panel=_NETWORK,
-            help="Its trained weights, a .safetensors file; for a compressed network the folder that `spectrim "
-            "compress` or `spectrim finetune` wrote, or the file in it.",
-        ),
-    ] = None
-    option: Option = None
-    input: Annotated[str, typer.Option(metavar="3,32,32", rich_help_panel=_NETWORK, help="Shape of one input.")]
-    flatten: Flatten = False
+_FORMATS: Mapping[Format, tuple[str, Callable[..., Exported], RuntimeName]] = {
+    "onnx": (".onnx", export_onnx, "onnxruntime"),
+    "program": (".pt2", export_program, "torch"),
+    "openvino": (".xml", export_openvino, "openvino"),
+}
+"""Ending, writer, and the runtime that is timed by default."""
+_file, _padding = (partial(typer.Option, rich_help_panel=panel) for panel in ("The file", "Padding"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,47 +32,33 @@ class Target:
     """The file, and how it is checked."""
 
     to: Annotated[
-        str | None,
-        typer.Option(
+        Format | None,
+        _file(
             metavar="onnx|program|openvino",
-            rich_help_panel=_FILE,
             help="ONNX, a torch program, or OpenVINO IR; by default what the ending of --out says: .onnx, .pt2, .xml.",
         ),
     ] = None
     out: Annotated[
-        Path,
-        typer.Option(
-            metavar="FILE",
-            rich_help_panel=_FILE,
-            help="The file to write. One of an earlier export is replaced, and no other.",
-        ),
+        Path, _file(metavar="FILE", help="The file to write. One of an earlier export is replaced, and no other.")
     ]
     fixed_batch: Annotated[
-        bool,
-        typer.Option("--fixed-batch", rich_help_panel=_FILE, help="For --batch inputs at a time only; else for any."),
+        bool, _file("--fixed-batch", help="For --batch inputs at a time only; else for any number.")
     ] = False
-    batch: Annotated[
-        int, typer.Option(metavar="N", min=1, rich_help_panel=_FILE, help="Inputs of the pass that is captured.")
-    ] = 1
+    batch: Annotated[int, _file(metavar="N", min=1, help="Inputs of the pass that is captured.")] = 1
     check: Annotated[
         bool,
-        typer.Option(
-            "--check/--no-check",
-            rich_help_panel=_FILE,
-            help="Compare with torch on random inputs, and write nothing where they differ.",
-        ),
+        _file("--check/--no-check", help="Compare with torch on random inputs, and write nothing where they differ."),
     ] = True
-    tolerance: Annotated[
-        float,
-        typer.Option(metavar="SHARE", rich_help_panel=_FILE, help="Largest difference allowed, of the largest output."),
-    ] = 1e-4
+    tolerance: Annotated[float, _file(metavar="SHARE", help="Largest difference allowed, of the largest output.")] = (
+        1e-4
+    )
 
     @property
     def format(self) -> Format:
         """What was asked for, or what the file's ending says."""
         if self.to is not None:
-            return one_of(_FORMATS, self.to, option="--to")
-        for name, ending in _ENDINGS.items():
+            return self.to
+        for name, (ending, *_) in _FORMATS.items():
             if self.out.suffix == ending:
                 return name
         raise typer.BadParameter(f"--out {self.out} does not say the format by its ending; give --to")
@@ -104,7 +66,7 @@ class Target:
     @property
     def file(self) -> Path:
         """The file itself; in an existing folder, `model` with the format's ending."""
-        return self.out / f"model{_ENDINGS[self.format]}" if self.out.is_dir() else self.out
+        return self.out / f"model{_FORMATS[self.format][0]}" if self.out.is_dir() else self.out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,95 +75,66 @@ class Padding:
 
     pad: Annotated[
         str | None,
-        typer.Option(
+        _padding(
             metavar="N|auto",
-            rich_help_panel=_PADDING,
             help="Fill up the ranks of factored layers with zeros to a multiple of N, or of what this processor "
             "computes at once where that is faster (auto). Outputs stay the same; the file grows.",
         ),
     ] = None
     runtime: Annotated[
-        str | None,
-        typer.Option(
+        RuntimeName | None,
+        _padding(
             metavar="NAME",
-            rich_help_panel=_PADDING,
             help=f"Where --pad auto takes its times, of {', '.join(RUNTIMES)}; by default the one for the format.",
         ),
     ] = None
-    threads: Annotated[
-        int | None, typer.Option(metavar="N", rich_help_panel=_PADDING, help="Threads of these passes; by default 1.")
-    ] = None
+    threads: Annotated[int | None, _padding(metavar="N", help="Threads of these passes; by default 1.")] = None
 
+    @property
     def multiple(self) -> int | Literal["auto"] | None:
         """What was asked for."""
-        if self.pad == "auto":
-            return "auto"
-        if (self.runtime, self.threads) != (None, None):
+        if self.pad != "auto" and (self.runtime, self.threads) != (None, None):
             raise typer.BadParameter("--runtime and --threads go with --pad auto")
-        if self.pad is None:
-            return None
-        if not (self.pad.isdecimal() and int(self.pad)):
-            raise typer.BadParameter(f"--pad {self.pad}: give a number of at least 1, or auto")
-        return int(self.pad)
-
-    def timed_in(self, format: Format) -> RuntimeName:  # noqa: A002
-        """The runtime, if it can be had; where nothing is timed, any will do."""
-        if self.runtime is None or self.pad != "auto":
-            return _RUNTIMES[format]
-        return require_runtime(one_of(RUNTIMES, self.runtime, option="--runtime"), threads=self.threads or 1)
+        return whole_or_auto(self.pad, option="--pad")
 
 
 @unfolded
-def export_network(*, network: Network, target: Target, padding: Padding) -> None:
+def export_network(
+    *, source: Annotated[Source, Group(without=NO_DATA, required=("input",))], target: Target, padding: Padding
+) -> None:
     """Write a network, dense or compressed, as a file for ONNX Runtime, OpenVINO or torch, and check it."""
-    name, pad = target.format, padding.multiple()
-    runtime = padding.timed_in(name)
-    with stages() as shown, outputs(target.file.parent, _files(target)) as folder:
-        model, given = _network(network, shown)
-        shown.begin(f"export to {name}" + (", and compare with torch" if target.check else ""))
-        made = _WRITERS[name](
-            model,
+    name, pad = target.format, padding.multiple
+    _, write, runtime = _FORMATS[name]
+    threads, files = padding.threads or 1, _files(target)
+    if padding.runtime:
+        runtime = require_runtime(padding.runtime, threads=threads)
+    with stages() as progress, outputs(target.file.parent, files) as folder:
+        network = load_source(source, progress)
+        progress.begin(f"export to {name}" + (", and compare with torch" if target.check else ""))
+        exported = write(
+            network.model,
             folder / target.file.name,
-            given.example.repeat(target.batch, *[1] * (given.example.ndim - 1)),
+            network.example.repeat(target.batch, *[1] * (network.example.ndim - 1)),
             dynamic_batch=not target.fixed_batch,
             pad=pad,
             check=target.check,
             tolerance=target.tolerance,
             runtime=runtime,
-            threads=padding.threads or 1,
+            threads=threads,
         )
-    _show(made, target, pad)
+    show(_table(exported, target), _padding_result(exported) if pad == "auto" else None)
+    show_files(target.file.parent, files)
 
 
-def _files(target: Target) -> dict[str, Callable[[Path], object]]:
+def _files(target: Target) -> OutputFiles:
     names = [target.file.name]
     if target.format == "openvino":
         names.append(target.file.with_suffix(".bin").name)
-    return dict.fromkeys(names, _require_ours)
+    return dict.fromkeys(names, (is_exported, ""))
 
 
-def _require_ours(path: Path) -> None:
-    if not is_exported(path):
-        raise FileError(f"{path} is another file")
-
-
-def _network(network: Network, shown: Stages) -> tuple[nn.Module, Subject]:
-    """The network with its weights, and one input."""
-    given = subject(network.source, shown, filled_later=network.weights is not None)
-    return given.model if network.weights is None else filled(given.model, network.weights), given
-
-
-def _show(made: Exported, target: Target, pad: object) -> None:
-    console = Console(highlight=False)
-    console.print(_table(made, target))
-    if pad == "auto":
-        console.print(_padding(made), markup=False, soft_wrap=True)
-    for path in (target.file, target.file.with_suffix(".bin"))[: len(_files(target))]:
-        console.print(f"  {path}", markup=False, soft_wrap=True)
-
-
-def _table(made: Exported, target: Target) -> Listing:
-    check = made.check
+def _table(exported: Exported, target: Target) -> Listing:
+    check = exported.check
     columns = (
         Column("File", number=False),
         Column("Size"),
@@ -211,12 +144,12 @@ def _table(made: Exported, target: Target) -> Listing:
     )
     cells = (
         target.file.name,
-        words.size(made.bytes),
-        str(made.opset or words.NOTHING),
-        str(made.padded or words.NOTHING),
+        words.size(exported.bytes),
+        str(exported.opset or words.NOTHING),
+        str(exported.padded or words.NOTHING),
         words.NOTHING if check is None else f"{check.difference:.1e}",
     )
-    takes = "; ".join(f"{port.name} ({', '.join(map(str, port.shape))})" for port in made.inputs)
+    takes = "; ".join(f"{port.name} ({', '.join(map(str, port.shape))})" for port in exported.inputs)
     note = f"It takes {takes}. "
     if check is None:
         note += "Not compared with torch (--no-check)."
@@ -229,10 +162,10 @@ def _table(made: Exported, target: Target) -> Listing:
     return Listing("Export", columns, (cells,), note=note)
 
 
-def _padding(made: Exported) -> str:
+def _padding_result(exported: Exported) -> str:
     """What `--pad auto` found."""
-    timed = made.padding_speedup
+    timed = exported.padding_speedup
     if timed is None:
         return "Padding would change nothing: no rank lies between the steps of this processor."
-    kept = "kept" if made.padded else "not kept"
-    return f"Padding is {kept}: with it the network is {words.speedup(timed)} as fast ({words.verdict(timed)})."
+    state = "kept" if exported.padded else "not kept"
+    return f"Padding is {state}: with it the network is {words.speedup(timed)} as fast ({words.verdict(timed)})."

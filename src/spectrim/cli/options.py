@@ -1,178 +1,220 @@
-"""The options that the commands on a network share, each declared once: dataclasses whose fields are options."""
+"""The options that commands share, each declared once: dataclasses whose fields are options."""
 
 import ast
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+import shlex
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
 import typer
+from typer.models import OptionInfo
 
-from spectrim.core.plans import CONVOLUTION_FORMS, Budget, Energy, FormName, Metric, Rank, Ratio, Rule
+from spectrim.core.plans import Budget, Energy, Metric, Rank, Ratio, Rule
+from spectrim.layers.forms import FORMS
+from spectrim.layers.selection import LayerSelection
 from spectrim.runtimes.sessions import RUNTIMES
 
-_NETWORK, _DATA, _LAYERS, _RULE = (
-    "The network",
-    "The data",
-    "Which layers",
-    "How small (exactly one of the first seven)",
-)
-_TIMED = ("runtime", "threads", "latency_batch")
-_METRICS: tuple[Metric, ...] = ("plain", "activation", "loss")
-_RULES: Mapping[str, Callable[[Any], Rule]] = {
-    "macs": lambda share: Budget(macs=share),
-    "params": lambda share: Budget(params=share),
-    "bytes": lambda share: Budget(bytes=share),
-    "latency": lambda share: Budget(latency=share),  # in what runtime is added to it
-    "rank": Rank,
-    "ratio": Ratio,
-    "energy": Energy,
-}
 _Name = TypeVar("_Name", bound=str)
+
+NETWORK, DATA = "The network", "The data"
+_network, _data, _layers, _rule = (
+    partial(typer.Option, rich_help_panel=panel)
+    for panel in (NETWORK, DATA, "Which layers", "How small (exactly one of the first seven)")
+)
+
+Test = Annotated[
+    bool | None,
+    typer.Option("--test/--no-test", help="Accuracy on the test images (default where the network has one)."),
+]
+
+
+@dataclass(frozen=True)
+class Group:
+    """How a command offers a group of options, where it is not as the group declares them.
+
+    Attributes:
+        without: Fields that are no options of this command; they keep their defaults.
+        required: Options that must be given.
+        defaults: Other defaults.
+        options: What typer is to know of each option, for a group that does not say so itself.
+    """
+
+    without: tuple[str, ...] = ()
+    required: tuple[str, ...] = ()
+    defaults: Mapping[str, object] = field(default_factory=dict)
+    options: Mapping[str, OptionInfo] = field(default_factory=dict)
+
+    def parameters(self, kind: type) -> list[inspect.Parameter]:
+        """A parameter for each option of the group."""
+        hints = get_type_hints(kind, include_extras=True)
+        parameters: list[inspect.Parameter] = []
+        for name, parameter in inspect.signature(kind).parameters.items():
+            if name in self.without:
+                continue
+            hint = Annotated[hints[name], self.options[name]] if name in self.options else hints[name]
+            default = inspect.Parameter.empty if name in self.required else self.defaults.get(name, parameter.default)
+            parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint))
+        return parameters
+
+
+NO_DATA = ("data", "data_folder", "images", "batch", "seed", "cache", "mean", "std")
+"""What a command that runs a network on random inputs leaves out of `Source`."""
+
+
+@dataclass(frozen=True)
+class Invocation:
+    """How a command was called, so that it can be called again.
+
+    Attributes:
+        command: Its name.
+        values: The value of every option.
+        defaults: The default of every option.
+    """
+
+    command: str
+    values: Mapping[str, object]
+    defaults: Mapping[str, object]
+
+    def arguments(self, *groups: type) -> list[str]:
+        """The arguments that give the options of these groups, or all options; none for those at their defaults."""
+        names = {option.name for group in groups for option in fields(group)} if groups else set(self.values)
+        words: list[str] = []
+        for name, value in self.values.items():
+            if name not in names or value == self.defaults[name]:
+                continue
+            if isinstance(value, bool):
+                words.append(_flag(name if value else f"no_{name}"))
+            else:
+                for item in value if isinstance(value, list) else [value]:
+                    words += [_flag(name), str(item)]
+        return words
+
+    def __str__(self) -> str:
+        return shlex.join(["spectrim", self.command, *self.arguments()])
 
 
 def unfolded(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with an option for every field of its dataclass parameters; typer knows no dataclasses."""
+    """The command with an option for every field of its groups, since typer knows no dataclasses.
+
+    A parameter that is a dataclass, or is annotated with a `Group`, is a group. One that is an `Invocation` is no
+    option: it says how the command was called.
+    """
     hints = get_type_hints(command, include_extras=True)
-    groups = {name: kind for name, kind in hints.items() if is_dataclass(kind) and isinstance(kind, type)}
+    groups: dict[str, tuple[type, list[inspect.Parameter]]] = {}
     parameters: list[inspect.Parameter] = []
     for name, parameter in inspect.signature(command).parameters.items():
-        parameters += _options(groups[name]) if name in groups else [parameter]
+        kind, *extras = get_args(hints[name]) or (hints[name],)
+        group = next((extra for extra in extras if isinstance(extra, Group)), Group())
+        if kind is Invocation:
+            continue
+        if is_dataclass(kind) or group != Group():
+            groups[name] = kind, group.parameters(kind)
+        parameters += groups[name][1] if name in groups else [parameter]
+    defaults = {parameter.name: parameter.default for parameter in parameters}
 
     @functools.wraps(command)
-    def run(**given: Any) -> None:
-        made = {name: kind(**{one.name: given.pop(one.name) for one in fields(kind)}) for name, kind in groups.items()}
-        command(**made, **given)
+    def run(**values: Any) -> None:
+        invocation = Invocation(command.__name__.removesuffix("_network"), dict(values), defaults)
+        grouped = {
+            name: kind(**{option.name: values.pop(option.name) for option in options})
+            for name, (kind, options) in groups.items()
+        }
+        own = {name: invocation for name, hint in hints.items() if hint is Invocation}
+        command(**grouped, **own, **values)
 
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters} | {"return": None}
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # where inspect looks for it
     return run
 
 
-def _options(group: type) -> Iterator[inspect.Parameter]:
-    hints = get_type_hints(group, include_extras=True)
-    for name, parameter in inspect.signature(group).parameters.items():
-        yield parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[name])
-
-
-Model = Annotated[
-    str,
-    typer.Option(
-        metavar="REF",
-        rich_help_panel=_NETWORK,
-        help="spectrim:NAME, torchvision:NAME, timm:NAME, or pkg.module:factory, which RUNS THE CODE of that "
-        "module: name only code that you trust.",
-    ),
-]
-Option = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="NAME=VALUE",
-        rich_help_panel=_NETWORK,
-        help="An argument of the network's factory, such as outputs=47. Can be repeated.",
-    ),
-]
-Flatten = Annotated[
-    bool,
-    typer.Option("--flatten", rich_help_panel=_NETWORK, help="The network takes vectors: (batch, C * H * W)."),
-]
-DataFolder = Annotated[
-    Path | None,
-    typer.Option(metavar="DIR", rich_help_panel=_DATA, help="Where its raw files lie, if you have them."),
-]
-Mean = Annotated[
-    str | None,
-    typer.Option(
-        metavar="0.5,0.5,0.5",
-        rich_help_panel=_DATA,
-        help="The network takes (pixel / 255 - mean) / std; one value, or one a channel. By default cifar10 is "
-        "normalised as spectrim.models.cifar_inputs does, and other images are pixel / 255. Networks of "
-        "`spectrim recipe mnist-mlp` want --mean 0.1307 --std 0.3081.",
-    ),
-]
-Std = Annotated[str | None, typer.Option(metavar="0.2,0.2,0.2", rich_help_panel=_DATA, help="See --mean.")]
-
-
 @dataclass(frozen=True, kw_only=True)
 class Source:
     """A network, and the images or the shape it is run on."""
 
-    model: Model
+    model: Annotated[
+        str,
+        _network(
+            metavar="REF",
+            help="spectrim:NAME, torchvision:NAME, timm:NAME, or pkg.module:factory, which RUNS THE CODE of that "
+            "module: name only code that you trust.",
+        ),
+    ]
     weights: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", rich_help_panel=_NETWORK, help="Its trained weights, a .safetensors file."),
-    ] = None
-    option: Option = None
-    input: Annotated[
-        str | None,
-        typer.Option(metavar="3,32,32", rich_help_panel=_NETWORK, help="Shape of one input, where there is no --data."),
-    ] = None
-    flatten: Flatten = False
-    data: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            rich_help_panel=_DATA,
-            help="A data set of `spectrim data list`, obtained first if need be. Calibration images come from its "
-            "training split. Without --data only the weights are looked at.",
+        _network(
+            metavar="FILE|DIR",
+            help="Its trained weights, a .safetensors file; for a compressed network the folder that `spectrim "
+            "compress` or `spectrim finetune` wrote, or the file in it.",
         ),
     ] = None
-    data_folder: DataFolder = None
-    images: Annotated[int, typer.Option(metavar="N", min=1, rich_help_panel=_DATA, help="Calibration images.")] = 1024
-    batch: Annotated[int, typer.Option(metavar="N", min=1, rich_help_panel=_DATA, help="Images at a time.")] = 256
-    seed: Annotated[
-        int, typer.Option(metavar="N", min=0, rich_help_panel=_DATA, help="Decides which images are drawn.")
-    ] = 0
+    option: Annotated[
+        list[str] | None,
+        _network(metavar="NAME=VALUE", help="An argument of its factory, such as outputs=47. Can be repeated."),
+    ] = None
+    input: Annotated[str | None, _network(metavar="3,32,32", help="Shape of one input, without --data.")] = None
+    flatten: Annotated[bool, _network("--flatten", help="The network takes vectors: (batch, C * H * W).")] = False
+    data: Annotated[
+        str | None,
+        _data(
+            metavar="NAME",
+            help="A data set of `spectrim data list`, obtained first if need be. Its training split is for calibration "
+            "and training, and its test split for the final accuracy only. Without --data only the weights are used.",
+        ),
+    ] = None
+    data_folder: Annotated[Path | None, _data(metavar="DIR", help="Where its raw files lie, if you have them.")] = None
+    images: Annotated[int, _data(metavar="N", min=1, help="Calibration images.")] = 1024
+    batch: Annotated[int, _data(metavar="N", min=1, help="Images at a time.")] = 256
+    seed: Annotated[int, _data(metavar="N", min=0, help="Seed of the choice of images, their order and dropout.")] = 0
     cache: Annotated[
         int | None,
-        typer.Option(
+        _data(
             metavar="MB",
             min=0,
-            rich_help_panel=_DATA,
             help="Megabytes of activations kept between passes, for speed only; by default as much as the statistics "
             "take, and at least 168.",
         ),
     ] = None
-    mean: Mean = None
-    std: Std = None
+    mean: Annotated[
+        str | None,
+        _data(
+            metavar="0.5,0.5,0.5",
+            help="The network takes (pixel / 255 - mean) / std; one value, or one a channel. By default cifar10 is "
+            "normalised as spectrim.models.cifar_inputs does, and other images are pixel / 255. Networks of "
+            "`spectrim recipe mnist-mlp` want --mean 0.1307 --std 0.3081.",
+        ),
+    ] = None
+    std: Annotated[str | None, _data(metavar="0.2,0.2,0.2", help="See --mean.")] = None
 
     @property
     def cache_bytes(self) -> int | None:
-        """What weighing and fitting layers may keep."""
+        """The bytes of activations that are kept."""
         return None if self.cache is None else self.cache * 10**6
-
-    @property
-    def runs_code(self) -> bool:
-        """Whether the reference names a module that is imported for it."""
-        return self.model.partition(":")[0] not in ("spectrim", "torchvision", "timm")
 
     @property
     def options(self) -> dict[str, object]:
         """The arguments of the factory: numbers, True, None and the like as such, anything else as text."""
-        found: dict[str, object] = {}
+        values: dict[str, object] = {}
         for text in self.option or ():
             name, sign, value = text.partition("=")
-            if not (sign and name.isidentifier()) or name in found:
+            if not (sign and name.isidentifier()) or name in values:
                 raise typer.BadParameter(f"--option {text}: write each name once, as in --option outputs=47")
             try:
-                found[name] = ast.literal_eval(value)
+                values[name] = ast.literal_eval(value)
             except (ValueError, SyntaxError):
-                found[name] = value
-        return found
-
-
-@dataclass(frozen=True, kw_only=True)
-class WithSource:
-    """Of a group of options that has some of those of `Source` under the same names."""
+                values[name] = value
+        return values
 
     @property
-    def source(self) -> Source:
-        """The network as the other commands know it, without its weights, which this group gives another meaning."""
-        own, known = ({one.name for one in fields(group)} for group in (self, Source))
-        return Source(**{name: getattr(self, name) for name in own & known - {"weights"}})
+    def shape(self) -> tuple[int, ...]:
+        """The shape of one input, where there is no data set."""
+        if self.input is None:
+            raise typer.BadParameter("give --data, or the shape of one input, such as --input 3,32,32")
+        return tuple(int(size) for size in numbers(self.input, option="--input", whole=True))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,184 +222,137 @@ class Layers:
     """Which layers may be factored."""
 
     include: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="PATTERN", rich_help_panel=_LAYERS, help="Layers to factor, as in 'layer3.*'. Can be repeated."
-        ),
+        list[str] | None, _layers(metavar="PATTERN", help="Layers to factor, as in 'layer3.*'. Can be repeated.")
     ] = None
     exclude: Annotated[
-        list[str] | None,
-        typer.Option(metavar="PATTERN", rich_help_panel=_LAYERS, help="Layers to leave as they are. Can be repeated."),
+        list[str] | None, _layers(metavar="PATTERN", help="Layers to leave as they are. Can be repeated.")
     ] = None
-    keep_last: Annotated[
-        bool,
-        typer.Option("--keep-last", rich_help_panel=_LAYERS, help="Leave the last layer that is called as it is."),
-    ] = False
+    keep_last: Annotated[bool, _layers("--keep-last", help="Leave the last layer that is called as it is.")] = False
 
     @property
-    def included(self) -> tuple[str, ...]:
-        """The patterns to factor."""
-        return tuple(self.include or ("*",))
+    def selection(self) -> LayerSelection:
+        """As the library takes it."""
+        return LayerSelection(self.include or ("*",), self.exclude or (), self.keep_last)
 
-    @property
-    def excluded(self) -> tuple[str, ...]:
-        """The patterns to leave."""
-        return tuple(self.exclude or ())
+
+_RULES: Mapping[str, Callable[[Any], Rule]] = {
+    "macs": lambda goal: Budget(macs=goal.macs),
+    "params": lambda goal: Budget(params=goal.params),
+    "bytes": lambda goal: Budget(bytes=goal.bytes),
+    "latency": lambda goal: Budget(
+        latency=goal.latency, runtime=goal.runtime, threads=goal.threads, batch=goal.latency_batch
+    ),
+    "rank": lambda goal: Rank(goal.rank),
+    "ratio": lambda goal: Ratio(goal.ratio),
+    "energy": lambda goal: Energy(goal.energy),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Choice:
-    """A rule, and in what metric and forms it is followed."""
+class Goal:
+    """How small: a rule, and in what metric and forms it is followed."""
 
-    macs: Annotated[
-        float | None,
-        typer.Option(metavar="SHARE", rich_help_panel=_RULE, help="Keep this share of the network's MACs: 0.5."),
-    ] = None
-    params: Annotated[
-        float | None, typer.Option(metavar="SHARE", rich_help_panel=_RULE, help="Keep this share of its parameters.")
-    ] = None
-    bytes: Annotated[
-        float | None, typer.Option(metavar="SHARE", rich_help_panel=_RULE, help="Keep this share of its file size.")
-    ] = None
-    latency: Annotated[
-        float | None,
-        typer.Option(
-            metavar="SHARE", rich_help_panel=_RULE, help="Keep this share of the time it takes here, see --runtime."
-        ),
-    ] = None
-    rank: Annotated[int | None, typer.Option(metavar="N", rich_help_panel=_RULE, help="Every layer at this rank.")] = (
-        None
-    )
-    ratio: Annotated[
-        float | None,
-        typer.Option(metavar="SHARE", rich_help_panel=_RULE, help="Keep this share of each layer's singular values."),
-    ] = None
-    energy: Annotated[
-        float | None,
-        typer.Option(metavar="SHARE", rich_help_panel=_RULE, help="Keep this share of each layer's energy."),
-    ] = None
+    macs: Annotated[float | None, _rule(metavar="SHARE", help="Keep this share of the network's MACs: 0.5.")] = None
+    params: Annotated[float | None, _rule(metavar="SHARE", help="Keep this share of its parameters.")] = None
+    bytes: Annotated[float | None, _rule(metavar="SHARE", help="Keep this share of its file size.")] = None
+    latency: Annotated[float | None, _rule(metavar="SHARE", help="Keep this share of its time, see --runtime.")] = None
+    rank: Annotated[int | None, _rule(metavar="N", help="Every layer at this rank.")] = None
+    ratio: Annotated[float | None, _rule(metavar="SHARE", help="Keep this share of a layer's singular values.")] = None
+    energy: Annotated[float | None, _rule(metavar="SHARE", help="Keep this share of each layer's energy.")] = None
     metric: Annotated[
-        str | None,
-        typer.Option(
+        Metric | None,
+        _rule(
             metavar="plain|activation|loss",
-            rich_help_panel=_RULE,
             help="Errors count in the weights, in the layers' outputs on the data (default where there is --data), or "
-            "in these outputs by how much the network's answer feels them.",
+            "in these outputs weighted by how much the network's output depends on them.",
         ),
     ] = None
     form: Annotated[
         list[str] | None,
-        typer.Option(
+        _rule(
             metavar="channel|spatial|tucker2",
-            rich_help_panel=_RULE,
             help="A form that convolutions may take. Can be repeated. By default any for --macs, --params, --bytes "
             "and --latency, and channel for the others.",
         ),
     ] = None
     rank_multiple: Annotated[
         str | None,
-        typer.Option(
+        _rule(
             metavar="N|auto",
-            rich_help_panel=_RULE,
             help="Only ranks that N divides, or the step that is probed on this machine and runtime (default for "
             "--latency).",
         ),
     ] = None
     runtime: Annotated[
         str | None,
-        typer.Option(
+        _rule(
             metavar="NAME",
-            rich_help_panel=_RULE,
             help=f"What --latency, or --rank-multiple auto, is timed in: {', '.join(RUNTIMES)}; by default torch.",
         ),
     ] = None
-    threads: Annotated[
-        int | None, typer.Option(metavar="N", min=1, rich_help_panel=_RULE, help="With so many threads; 1 by default.")
-    ] = None
+    threads: Annotated[int | None, _rule(metavar="N", min=1, help="Threads of a pass that is timed; 1 by default.")] = (
+        None
+    )
     latency_batch: Annotated[
-        int | None,
-        typer.Option(metavar="N", min=1, rich_help_panel=_RULE, help="Inputs of a pass that is timed; 1 by default."),
+        int | None, _rule(metavar="N", min=1, help="Inputs of a pass that is timed; 1 by default.")
     ] = None
 
     @property
     def rule(self) -> Rule:
         """The one rule that was given."""
-        given = self.rules
-        if len(given) != 1:
-            got = f"{' and '.join(given)} are {len(given)}" if given else "none was given"
+        names = [name for name in _RULES if getattr(self, name) is not None]
+        flags = " and ".join(map(_flag, names))
+        if len(names) != 1:
             raise typer.BadParameter(
-                f"say how small by exactly one of {', '.join(map(_flag, _RULES))} (or a --plan); {got}"
+                f"say how small by exactly one of {', '.join(map(_flag, _RULES))} (or a --plan); "
+                + (f"{flags} are {len(names)}" if names else "none was given")
             )
-        ((name, value),) = given.items()
-        timed = {name: one for name in _TIMED if (one := getattr(self, name)) is not None}
-        if self.latency is not None:
-            return Budget(latency=value, runtime=self.runtime, threads=self.threads, batch=self.latency_batch)
-        if timed and self.multiple != "auto":
+        timing = [name for name in ("runtime", "threads", "latency_batch") if getattr(self, name) is not None]
+        if timing and self.latency is None and self.multiple != "auto":
             raise typer.BadParameter(
-                f"{' and '.join(map(_flag, timed))} say how --latency or --rank-multiple auto is timed; {name} is not"
+                f"{' and '.join(map(_flag, timing))} say how --latency or --rank-multiple auto is timed; {flags} is not"
             )
-        return _RULES[name.removeprefix("--")](value)
+        return _RULES[names[0]](self)
 
     @property
     def multiple(self) -> int | Literal["auto"] | None:
         """What ranks are to be multiples of, if anything."""
-        text = self.rank_multiple
-        if text is None or text == "auto":
-            return None if text is None else "auto"
-        if not text.isdecimal() or int(text) < 1:
-            raise typer.BadParameter(f"--rank-multiple {text}: give a whole number of at least 1, or auto")
-        return int(text)
+        return whole_or_auto(self.rank_multiple, option="--rank-multiple")
 
     @property
-    def rules(self) -> dict[str, float]:
-        """The values of all rules that were given, by option."""
-        return {_flag(name): value for name in _RULES if (value := getattr(self, name)) is not None}
-
-    @property
-    def named_metric(self) -> Metric | None:
-        """The metric, if one was named."""
-        return None if self.metric is None else one_of(_METRICS, self.metric, option="--metric")
-
-    @property
-    def forms(self) -> tuple[FormName, ...] | None:
+    def forms(self) -> tuple[str, ...] | None:
         """The forms, if any were named."""
-        return tuple(one_of(CONVOLUTION_FORMS, form, option="--form") for form in self.form or ()) or None
+        return known_names(self.form or (), [form.name for form in FORMS], option="--form") or None
 
 
-def arguments(*groups: object) -> list[str]:
-    """What gives these options on a command line; those at their defaults need not be given."""
-    words: list[str] = []
-    for group in groups:
-        assert is_dataclass(group)
-        for one in fields(group):
-            value = getattr(group, one.name)
-            if value is True:
-                words.append(_flag(one.name))
-            elif value != one.default:
-                each = value if isinstance(value, list) else [value]
-                words += [word for item in each for word in (_flag(one.name), str(item))]
-    return words
+def known_names(names: Iterable[str], known: Sequence[_Name], *, option: str) -> tuple[_Name, ...]:
+    """The names, each once, if all of them are known."""
+    for name in names:
+        if name not in known:
+            raise typer.BadParameter(f"{option} {name!r}: there are {', '.join(known)}")
+    return tuple(dict.fromkeys(same for name in names for same in known if same == name))
 
 
 def numbers(text: str, *, option: str, whole: bool = False) -> tuple[float, ...]:
     """Numbers with commas between them; finite, and at least 1 if they are to be `whole`."""
     try:
-        found = tuple((int if whole else float)(part) for part in text.split(","))
+        values = tuple((int if whole else float)(part) for part in text.split(","))
     except ValueError:
-        found = ()
-    if not found or not all(math.isfinite(one) for one in found) or (whole and min(found) < 1):
+        values = ()
+    if not values or not all(map(math.isfinite, values)) or (whole and min(values) < 1):
         example = "3,32,32" if whole else "0.5,0.5,0.5"
         raise typer.BadParameter(f"{option} {text!r}: give numbers with commas between them, such as {example}")
-    return found
+    return values
+
+
+def whole_or_auto(text: str | None, *, option: str) -> int | Literal["auto"] | None:
+    """A whole number of at least 1, or `auto`."""
+    if text is None or text == "auto":
+        return None if text is None else "auto"
+    if not text.isdecimal() or int(text) < 1:
+        raise typer.BadParameter(f"{option} {text}: give a whole number of at least 1, or auto")
+    return int(text)
 
 
 def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
-
-
-def one_of(allowed: Sequence[_Name], name: str, *, option: str) -> _Name:
-    """The allowed word that was given."""
-    for one in allowed:
-        if one == name:
-            return one
-    raise typer.BadParameter(f"{option} {name!r}: there are {', '.join(allowed)}")

@@ -4,41 +4,77 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Literal, Self
 
 from spectrim.core.errors import FileError
-from spectrim.core.files import require_writable_folder
+from spectrim.core.files import Frozen, parse, read_text, require_writable_folder, sha256_of, write_text
 
-Ours = Callable[[Path], object]
-"""Raises a FileError for a file that Spectrim did not write."""
+MODEL, PLAN, MEASURED = "model.safetensors", "plan.json", "measurement.json"
+
+OverwriteCheck = Callable[[Path], object]
+"""Raises a FileError or returns False for a file that must not be replaced, since Spectrim did not write it."""
+
+OutputFiles = Mapping[str, tuple[OverwriteCheck, str]]
+"""What a command writes: by name, whether a file that is there may be replaced, and what is in it."""
+
+
+class Record(Frozen):
+    """What a command writes of what it did: every number, and the command that does it again."""
+
+    version: Literal[1] = 1
+    command: str
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read one. Raises `FileError` for a missing, cut or invalid file."""
+        return parse(cls, read_text(path), origin=str(path))
+
+    def save(self, path: Path) -> None:
+        """Write it as JSON."""
+        write_text(path, self.model_dump_json(indent=1, exclude_none=True) + "\n")
+
+
+def has_checksum(checksum: Callable[[], str]) -> OverwriteCheck:
+    """Whether a file is as it was written; its checksum is in a record beside it."""
+    return lambda path: checksum() == sha256_of(path)
+
+
+def is_page(path: Path) -> bool:
+    """Whether Spectrim wrote a page."""
+    return "Made by Spectrim." in read_text(path)
 
 
 @contextmanager
-def outputs(folder: Path, files: Mapping[str, Ours]) -> Iterator[Path]:
+def outputs(folder: Path, files: OutputFiles) -> Iterator[Path]:
     """A temporary folder, whose files are moved to `folder` when the block has ended well; otherwise nothing is left.
 
     Args:
         folder: Is made if it is not there.
-        files: What will be written, each with a check whether a file of that name may be replaced.
+        files: What will be written.
 
     Raises:
         FileError: the folder cannot be written to, or holds a file of such a name that must not be replaced.
     """
-    new = [one for one in (folder, *folder.parents) if not one.exists()]
-    for name, ours in files.items():
-        _require_ours(folder / name, ours)
+    new = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+    for name, (check, _) in files.items():
+        if (folder / name).exists() and not _is_overwritable(folder / name, check):
+            raise FileError(
+                f"{folder / name} is there already, and is not a file that this command wrote; it stays as it is: move "
+                "it away, or choose another --out"
+            )
     try:
         require_writable_folder(folder)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".spectrim-") as temporary:
             yield Path(temporary)
-            _move(files, Path(temporary), folder)
+            _move(Path(temporary), folder, names=files)
     except BaseException:
-        for one in new:
+        for parent in new:
             with suppress(OSError):  # not made, or no longer empty
-                one.rmdir()
+                parent.rmdir()
         raise
 
 
-def _move(names: Iterable[str], source: Path, target: Path) -> None:
+def _move(source: Path, target: Path, *, names: Iterable[str]) -> None:
     for name in names:
         try:
             (source / name).replace(target / name)
@@ -46,13 +82,8 @@ def _move(names: Iterable[str], source: Path, target: Path) -> None:
             raise FileError(f"cannot write {target / name}: {error.strerror or error}; choose another --out") from error
 
 
-def _require_ours(path: Path, ours: Ours) -> None:
-    if not path.exists():
-        return
+def _is_overwritable(path: Path, check: OverwriteCheck) -> bool:
     try:
-        ours(path)
-    except FileError as error:
-        raise FileError(
-            f"{path} is there already, and is not a file that this command wrote; it stays as it is: move it away, or "
-            "choose another --out"
-        ) from error
+        return check(path) is not False
+    except FileError:
+        return False

@@ -1,15 +1,26 @@
-"""Progress of a command that works in stages: a bar each in a terminal, a line each elsewhere."""
+"""What a command shows: its progress, a bar a stage in a terminal and a line a stage elsewhere, then its results."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from spectrim.cli.outputs import OutputFiles
+from spectrim.reporting.listings import Listing
+
 _Item = TypeVar("_Item")
+_TITLES = {
+    "calibrate": "calibrate",
+    "weigh": "weigh {} layers",
+    "time": "time {} shapes of layers",
+    "fit": "reconstruct {} layers",
+}
+"""Titles of the library's stages that have steps, by the first word of what it reports."""
 
 
 @dataclass
@@ -18,60 +29,76 @@ class Stages:
 
     console: Console
     bars: Progress
-    _now: TaskID | None = None
+    _current: TaskID | None = None
 
-    def begin(self, what: str, *, of: int | None = None) -> None:
+    def begin(self, title: str, *, total: int | None = None) -> None:
         """The next stage, and of how many steps it is, if that is known."""
         self.end()
-        self._now = self.bars.add_task(what, total=of)
+        self._current = self.bars.add_task(title, total=total)
         if not self.console.is_terminal:
-            self.console.print(what, markup=False, soft_wrap=True)
+            self.say(title)
 
-    def say(self, detail: str) -> None:
-        """Another description of this stage, for terminals."""
-        if self._now is not None:
-            self.bars.update(self._now, description=detail)
+    def say(self, text: str) -> None:
+        """Print a line."""
+        self.console.print(text, markup=False, soft_wrap=True)
 
-    def reach(self, done: int) -> None:
-        """So many steps of this stage are done."""
-        if self._now is not None:
-            self.bars.update(self._now, completed=done)
+    def update(self, done: int | None = None, *, detail: str | None = None) -> None:
+        """Set how many steps of this stage are done, and its description in a terminal."""
+        if self._current is not None:
+            self.bars.update(self._current, completed=done, description=detail)
 
-    def layers(self, verb: str) -> Callable[[str, int, int], None]:
-        """What the library is to tell about each layer; the first one begins the stage."""
-
-        def told(_: str, done: int, of: int) -> None:
-            if done == 0:
-                self.begin(f"{verb} {of} layers", of=of)
-            self.reach(done)
-
-        return told
+    def follow(self, what: str, done: int, total: int) -> None:
+        """Show what the library reports: a stage, or a stage and the layer that is next."""
+        verb = what.partition(" ")[0]
+        if done == 0 or verb not in _TITLES:
+            self.begin(_TITLES.get(verb, what).format(total), total=total)
+        self.update(done, detail=what)
 
     def each(self, items: Iterable[_Item]) -> Iterator[_Item]:
         """The items, one step each."""
         for done, item in enumerate(items):
-            self.reach(done)
+            self.update(done)
             yield item
 
     def end(self) -> None:
-        """This stage is over."""
-        if self._now is not None:
-            total = self.bars.tasks[self._now].total or 1
-            self.bars.update(self._now, completed=total, total=total)
+        """End this stage."""
+        if self._current is not None:
+            total = self.bars.tasks[self._current].total or 1
+            self.bars.update(self._current, completed=total, total=total)
 
 
 @contextmanager
-def stages(*, left: Callable[[], str] = lambda: "nothing was written") -> Iterator[Stages]:
-    """Stages as they are shown; an interrupt ends the command with one line, of what is `left`, and exit code 130."""
+def stages(*, state: Callable[[], str] = lambda: "nothing was written") -> Iterator[Stages]:
+    """Show stages; an interrupt ends the command as in `interruptible`."""
     console = Console(highlight=False)
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
-        try:
-            shown = Stages(console, bars)
-            yield shown
-            shown.end()
-        except KeyboardInterrupt:
-            bars.stop()
-            said = f"interrupted; {left()}"
-            Console(stderr=True, highlight=False).print(said, markup=False, soft_wrap=True)
-            raise typer.Exit(130) from None
+    with interruptible(state), Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+        progress = Stages(console, bars)
+        yield progress
+        progress.end()
+
+
+@contextmanager
+def interruptible(state: Callable[[], str]) -> Iterator[None]:
+    """End the command at an interrupt, with exit code 130 and one line about the state that it leaves."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        text = f"interrupted; {state()}"
+        Console(stderr=True, highlight=False).print(text, markup=False, soft_wrap=True)
+        raise typer.Exit(130) from None
+
+
+def show(*parts: Listing | str | None) -> None:
+    """Print tables, and lines of text as they are; None is nothing."""
+    console = Console(highlight=False)
+    for part in parts:
+        if isinstance(part, str):
+            console.print(part, markup=False, soft_wrap=True)
+        elif part is not None:
+            console.print(part)
+
+
+def show_files(folder: Path, files: OutputFiles) -> None:
+    """Print where each file is, and what is in it."""
+    show(*(f"  {folder / name}" + (f"  ({content})" if content else "") for name, (_, content) in files.items()))

@@ -157,7 +157,7 @@ class SeedRun:
         return minibatches
 
     def options(self, phase: Phase, checkpoint: Checkpoint | None) -> dict[str, Any]:
-        """What `fit` and `finetune` are given in every phase."""
+        """What `finetune` is given in every phase."""
         return phase.model_dump(exclude={"batch"}) | {
             "held_out": self._held_out,
             "seed": self.seed,
@@ -249,7 +249,7 @@ class SeedRun:
                 model,
                 self.epochs(phase, temperature=temperature),
                 settings=Settings(clip=None, temperature=temperature or 1.0, keep=keep, seed=self.seed, **own),
-                held_out=self.held_out,
+                held_out=self._held_out,
                 checkpoint=checkpoint if resumable else None,
                 on_step=on_step,
             )

@@ -1,0 +1,43 @@
+"""What the tests of the command line share: the whole command line in this process, and a trained network."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from spectrim.cli.app import main
+
+
+@dataclass
+class Ended:
+    """A command that has ended, as its caller sees it."""
+
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Ended]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """The whole command line as `spectrim` runs it, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("SPECTRIM_DATA", str(tmp_path / "cache"))
+    monkeypatch.setenv("SPECTRIM_LATENCY", str(tmp_path / "times"))
+
+    def call(*arguments: object) -> Ended:
+        monkeypatch.setattr(sys, "argv", ["spectrim", *map(str, arguments)])
+        code: int | str | None = 0
+        try:
+            main()
+        except SystemExit as ended:
+            code = ended.code
+        captured = capsys.readouterr()
+        return Ended(int(code or 0), captured.out, captured.err)
+
+    return call
