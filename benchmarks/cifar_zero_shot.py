@@ -29,7 +29,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import spectrim as st
-from spectrim.analysis.sensitivities import felt
+from spectrim.analysis.sensitivities import with_output_grads
 from spectrim.core.execution import as_inputs
 from spectrim.data import load
 from spectrim.models import cifar_inputs, resolve
@@ -64,7 +64,7 @@ def calibration(seed: int, *, images: int = IMAGES) -> tuple[Tensor, ...]:
 def analysed(model: nn.Module, data: Sequence[Tensor]) -> st.Analysis:
     """What `st.compress` works out before it looks at the budget, so that all budgets share it."""
     batches = [as_inputs(one) for one in data]
-    statistics = felt(model, st.calibrate(model, data), batches)
+    statistics = with_output_grads(model, st.calibrate(model, data), batches)
     return st.sensitivity(model, st.analyze(model, data[0][:1], calibration=statistics), batches)
 
 

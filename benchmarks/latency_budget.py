@@ -28,7 +28,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import spectrim as st
-from spectrim.benchmark.latency import LatencyTable, latency_table
+from spectrim.benchmark.latencies import LatencyTable
+from spectrim.benchmark.latency_table import latency_table
 from spectrim.data import load
 from spectrim.models import resolve
 

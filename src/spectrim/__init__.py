@@ -1,5 +1,7 @@
 """Spectrim makes trained neural networks smaller and faster by low-rank factorisation, and proves what was gained."""
 
+import sys
+
 from spectrim import training
 from spectrim.analysis.calibration import Calibration, calibrate
 from spectrim.analysis.sensitivities import sensitivity
@@ -49,6 +51,8 @@ from spectrim.runtimes.timing import Comparison, Interval
 from spectrim.training import Finetuned, History, finetune
 
 __version__ = "0.1.0"
+
+sys.modules[f"{__name__}.errors"] = errors  # `from spectrim.errors import ModelError` works as well
 
 __all__ = [
     "Accuracy",

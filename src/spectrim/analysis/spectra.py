@@ -66,6 +66,11 @@ class LayerAnalysis:
         return self.unit.name
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """`name` and `tied_names`."""
+        return self.unit.names
+
+    @property
     def tied_names(self) -> tuple[str, ...]:
         """Other layers with the same weight."""
         return self.weight.tied_names

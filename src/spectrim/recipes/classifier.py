@@ -20,10 +20,11 @@ from spectrim.core.errors import ModelError
 from spectrim.core.execution import evaluating
 from spectrim.core.files import sha256_of
 from spectrim.core.plans import Budget, Metric, Rank
-from spectrim.layers.registry import LAYERS
 from spectrim.layers.selection import near
+from spectrim.layers.types import find_layer_type
 from spectrim.models import imagenet, resolve
 from spectrim.models.weights import fill_, read_state
+from spectrim.planning.decisions import PlanOptions
 from spectrim.planning.rules import require_possible
 from spectrim.recipes.convolutional import ConvolutionalStudy, ConvolutionForm
 from spectrim.recipes.images import Augment, Batch, Images, Minibatches, Split
@@ -179,17 +180,18 @@ class ClassifierStudy(ConvolutionalStudy):
     def require_possible(self, model: nn.Module, example: Tensor) -> None:
         """The network has the layers named, ends with the classifier, and can be as small as the budget."""
         layers = dict(model.named_modules())
-        for key, types, noun in (("convolution", LAYERS, "convolution"), ("classifier", nn.Linear, "linear layer")):
+        for key, noun in (("convolution", "convolution"), ("classifier", "linear layer")):
             name = getattr(self, key)
             if name not in layers:
                 raise ModelError(f"{self.model} has no layer {name!r}{near(name, layers)}; name one in the recipe")
-            if not isinstance(layers[name], types):
-                layer_type = type(layers[name]).__name__
-                raise ModelError(f"{key} = {name!r} in the recipe is a {layer_type}, not a {noun}")
+            kind = find_layer_type(layers[name])
+            if kind is None or (key == "classifier" and kind.feature_dim(layers[name]) != -1):
+                raise ModelError(f"{key} = {name!r} in the recipe is a {type(layers[name]).__name__}, not a {noun}")
         analysis = analyze(model, example)
         received(model, self.classifier, example)
         budget = Budget(macs=self.macs)
-        require_possible(analysis, budget, metric=self.metric, forms=self.forms, rank_multiple=self.rank_multiple)
+        options = PlanOptions(forms=self.forms, rank_multiple=self.rank_multiple)
+        require_possible(analysis, budget, options, metric=self.metric)
 
     def load_weights(self, model: nn.Module) -> bool:
         """Fill in the weights of a file, or those of ImageNet, which are then trained on."""

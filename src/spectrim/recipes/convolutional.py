@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from spectrim.analysis.spectra import analyze
 from spectrim.compression import Compressed, compress
-from spectrim.core.plans import Budget, Energy, FormName, Metric
+from spectrim.core.plans import Budget, Energy, Metric
 from spectrim.models import mini_resnet
+from spectrim.planning.decisions import PlanOptions
 from spectrim.planning.rules import plan, require_possible
 from spectrim.recipes.images import Augment, Images
 from spectrim.recipes.seed import Candidate, Network, SeedRun
@@ -50,7 +51,7 @@ class ConvolutionalStudy(Study, ABC):
         }
 
     def under_budget(
-        self, run: SeedRun, rule: Budget, *, metric: Metric, forms: Sequence[FormName] | None = None, multiple: int = 1
+        self, run: SeedRun, rule: Budget, *, metric: Metric, forms: Sequence[str] | None = None, multiple: int = 1
     ) -> Compressed:
         """The dense network under a budget of all layers, on calibration images unless the metric is plain."""
         return compress(
@@ -114,7 +115,7 @@ class MiniResNetStudy(ConvolutionalStudy):
         """Every budget can be reached."""
         analysis = analyze(model, example)
         for share in self.budgets:
-            require_possible(analysis, Budget(params=share), metric=self.budget_metric)
+            require_possible(analysis, Budget(params=share), PlanOptions(), metric=self.budget_metric)
 
     def _shortened(self) -> Mapping[str, object]:
         return {

@@ -15,6 +15,7 @@ from spectrim.analysis.spectra import Analysis, analyze
 from spectrim.core.files import Frozen
 from spectrim.core.plans import Budget, Metric, Rank, Ratio
 from spectrim.models import mlp
+from spectrim.planning.decisions import PlanOptions
 from spectrim.planning.rules import plan, require_possible
 from spectrim.recipes.images import Images
 from spectrim.recipes.seed import Candidate, Network, Part, SeedRun
@@ -48,7 +49,7 @@ class FullyConnected(Study, ABC):
         """Raise `RuleError` for a rank that a layer but the last cannot have."""
         analysis = analyze(model, example, keep_last=True)
         for rank in ranks:
-            require_possible(analysis, Rank(rank), metric="plain")
+            require_possible(analysis, Rank(rank), PlanOptions(), metric="plain")
 
 
 class Tuning(Frozen):

@@ -11,8 +11,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from spectrim.analysis.spectra import Analysis, analyze
-from spectrim.core.execution import as_inputs, trace
+from spectrim.core.execution import as_inputs
 from spectrim.core.files import Frozen
+from spectrim.layers.tracing import trace
 from spectrim.recipes.images import Augment, Images
 from spectrim.reporting import LayerSpectrum, Published, Variant, spectra_of
 from spectrim.reporting.results import PublishedPoint

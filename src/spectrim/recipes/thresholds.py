@@ -11,8 +11,7 @@ from torch.nn import functional
 from spectrim.analysis.spectra import Analysis, LayerAnalysis
 from spectrim.core.execution import evaluating
 from spectrim.core.plans import Budget, Energy, LayerPlan, Plan
-from spectrim.layers.replacement import duplicate, factored_at, own_bias
-from spectrim.layers.selection import replace
+from spectrim.layers.replacement import duplicate, factored_at, own_bias, replace
 from spectrim.linalg import Spectrum
 from spectrim.planning.decisions import dense, factored, why_impossible
 from spectrim.recipes.images import Split
@@ -83,7 +82,7 @@ def held_out_plan(
     harms: dict[str, dict[int, float]] = {}
     for done, (layer, rank) in enumerate(tried):
         on_progress(done, len(tried))
-        small, form, names = duplicate(model), layer.forms[0], (layer.name, *layer.also)
+        small, form, names = duplicate(model), layer.forms[0], layer.names
         factors = layer.decomposition(form, "plain").factors((rank,))
         replace(small, factored_at(small, names, form=form, factors=factors, bias=own_bias))
         harms.setdefault(layer.name, {})[rank] = _loss(small, images) - dense_loss
