@@ -26,7 +26,7 @@ from spectrim.planning.latency_budget import refused, settled
 from spectrim.planning.rules import options_of, refresh, require_possible
 from spectrim.planning.rules import plan as make_plan
 from spectrim.runtimes.rank_grid import Grid, probe
-from spectrim.runtimes.sessions import Prepared, prepare, require_runtime
+from spectrim.runtimes.sessions import Session, prepare, require_runtime
 from spectrim.runtimes.timing import Interval, compare, interleaved
 
 _ROUNDS = 31
@@ -229,7 +229,7 @@ class _Race:
     analysis: Analysis
     inputs: Inputs
     rule: Budget
-    dense: Prepared
+    dense: Session
     on_progress: Told | None
     tried: int = 0
 

@@ -17,8 +17,8 @@ from spectrim.core.execution import Inputs, as_inputs, call, evaluating, require
 from spectrim.core.files import Frozen
 from spectrim.layers.selection import unique_tensors
 from spectrim.runtimes.conversion import with_tensors
-from spectrim.runtimes.sessions import Prepared, RuntimeName, prepare, require_runtime
-from spectrim.runtimes.timing import Z95, Comparison, Interval, Lap, Verdict, compare, interleaved
+from spectrim.runtimes.sessions import RuntimeName, Session, prepare, require_runtime
+from spectrim.runtimes.timing import Z95, Comparison, Interval, Timing, Verdict, compare, interleaved
 
 __all__ = [
     "Accuracy",
@@ -366,7 +366,7 @@ def _timed(
     found = []
     with ExitStack() as opened:
 
-        def ready(model: nn.Module) -> Prepared:
+        def ready(model: nn.Module) -> Session:
             return prepare(model, inputs, runtime=runtime, threads=threads, checked=True)
 
         others = [opened.enter_context(ready(one)) for one in beside]
@@ -378,7 +378,7 @@ def _timed(
     return found
 
 
-def _figures(laps: Sequence[Sequence[Lap]]) -> dict[str, Any]:
+def _figures(laps: Sequence[Sequence[Timing]]) -> dict[str, Any]:
     own = laps[0]
     used = [lap.cpu for lap in own if lap.cpu is not None]
     found: dict[str, Any] = {

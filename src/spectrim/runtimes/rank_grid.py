@@ -18,7 +18,15 @@ from torch import nn
 from spectrim.core.errors import EngineError
 from spectrim.core.files import Frozen
 from spectrim.runtimes.conversion import OPSET
-from spectrim.runtimes.sessions import Prepared, RuntimeName, fingerprint, from_onnx, prepare, require_runtime
+from spectrim.runtimes.sessions import (
+    ONNX_RUNTIMES,
+    RuntimeName,
+    Session,
+    fingerprint,
+    from_onnx,
+    prepare,
+    require_runtime,
+)
 from spectrim.runtimes.timing import interleaved, steady
 
 if TYPE_CHECKING:
@@ -27,7 +35,6 @@ if TYPE_CHECKING:
 STEPS = (32, 16, 8)
 """The steps that are looked for."""
 _CHANNELS, _SIDE = 64, 28
-_OF_ONNX = ("onnxruntime", "openvino", "openvino-bf16")
 _ROUNDS, _PATIENCE = 15, 1.0
 
 
@@ -70,9 +77,9 @@ def probe(*, runtime: str = "torch", threads: int = 1, batch: int = 1) -> Grid:
     if batch < 1:
         raise EngineError(f"batch={batch}: give at least 1")
     with ExitStack() as opened:
-        ready = [opened.enter_context(_pair(rank, runtime=name, threads=threads, batch=batch)) for rank in RANKS]
-        laps = interleaved([one.timer() for one in ready], rounds=_ROUNDS, patience=_PATIENCE)
-    times = dict(zip(RANKS, (statistics.median(one) * 1e3 for one in steady(*laps)), strict=True))
+        pairs = [opened.enter_context(_pair(rank, runtime=name, threads=threads, batch=batch)) for rank in RANKS]
+        timings = interleaved([pair.timer() for pair in pairs], rounds=_ROUNDS, patience=_PATIENCE)
+    times = dict(zip(RANKS, (statistics.median(seconds) * 1e3 for seconds in steady(*timings)), strict=True))
     return Grid(
         multiple=step_of(times),
         times=times,
@@ -124,25 +131,26 @@ def step_of(times: Mapping[int, float]) -> int:
     return next((step for step in STEPS if all(share(climbs) < 0.5 for climbs in _climbs(step))), 1)
 
 
-def _pair(rank: int, *, runtime: RuntimeName, threads: int, batch: int) -> Prepared:
+def _pair(rank: int, *, runtime: RuntimeName, threads: int, batch: int) -> Session:
     """A 3x3 convolution to `rank` channels and one back, on images that are the smaller the more there are."""
     side = max(7, round(_SIDE / batch**0.5))
     draw = np.random.default_rng(0)
 
     def normal(*shape: int) -> NDArray[np.float32]:
-        made: NDArray[np.float64] = draw.standard_normal(shape) / math.sqrt(math.prod(shape[1:]))
-        return made.astype(np.float32)
+        values: NDArray[np.float64] = draw.standard_normal(shape) / math.sqrt(math.prod(shape[1:]))
+        return values.astype(np.float32)
 
     image = normal(batch, _CHANNELS, side, side)
     down, up = normal(rank, _CHANNELS, 3, 3), normal(_CHANNELS, rank, 1, 1)
-    if runtime in _OF_ONNX:
+    if runtime in ONNX_RUNTIMES:
         return from_onnx(_graph(image, down, up), [image], runtime=runtime, threads=threads)
     first = nn.utils.skip_init(nn.Conv2d, _CHANNELS, rank, 3, padding=1, bias=False)
     last = nn.utils.skip_init(nn.Conv2d, rank, _CHANNELS, 1, bias=False)
     for layer, weight in ((first, down), (last, up)):
         layer.weight.data = torch.from_numpy(weight)
-    shown = "channels_last" if runtime == "compile" else runtime
-    return prepare(nn.Sequential(first, last), torch.from_numpy(image), runtime=shown, threads=threads, checked=True)
+    same_kernels = "channels_last" if runtime == "compile" else runtime
+    pair = nn.Sequential(first, last)
+    return prepare(pair, torch.from_numpy(image), runtime=same_kernels, threads=threads, checked=True)
 
 
 def _graph(image: NDArray[np.float32], down: NDArray[np.float32], up: NDArray[np.float32]) -> "onnx.ModelProto":

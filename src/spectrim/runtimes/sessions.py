@@ -1,4 +1,4 @@
-"""The runtimes that a network can be timed in, each behind the same two calls: run once, and show the outputs.
+"""The runtimes that a network can be timed in, each behind the same two calls: run once, and return the outputs.
 
 A runtime is prepared with a fixed number of threads and its precision stated, so that like is compared with like.
 """
@@ -6,7 +6,6 @@ A runtime is prepared with a fixed number of threads and its precision stated, s
 import copy
 import difflib
 import importlib.metadata
-import inspect
 import os
 import platform
 import shutil
@@ -14,7 +13,7 @@ import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import MappingProxyType, TracebackType
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 import torch
@@ -32,27 +31,35 @@ from spectrim.core.execution import (
     tensors,
     to_device,
 )
-from spectrim.runtimes.conversion import first_line, openvino_of, to_onnx, with_tensors
-from spectrim.runtimes.timing import Lap, pass_timer
+from spectrim.runtimes.conversion import graph_inputs, require_openvino, to_onnx, with_tensors
+from spectrim.runtimes.engines import (
+    Arrays,
+    array_of,
+    input_names,
+    onnxruntime_session,
+    openvino_inputs,
+    openvino_model,
+)
+from spectrim.runtimes.faults import first_line
+from spectrim.runtimes.timing import Timing, pass_timer
 
 if TYPE_CHECKING:
     import onnx
 
 RuntimeName = Literal["torch", "channels_last", "compile", "onnxruntime", "openvino", "openvino-bf16", "torch-bf16"]
-OnnxRuntimeName = Literal["onnxruntime", "openvino", "openvino-bf16"]
-Arrays = Sequence[NDArray[Any]] | Mapping[str, NDArray[Any]]
 
 RUNTIMES: tuple[RuntimeName, ...] = get_args(RuntimeName)
 """Every runtime: torch eager; the same with images and weights in channels_last; torch.compile with frozen weights in
 channels_last; ONNX Runtime with all its optimisations; OpenVINO in float32 and in bfloat16; torch eager in bfloat16."""
 
-_OF_ONNX: tuple[OnnxRuntimeName, ...] = get_args(OnnxRuntimeName)
+ONNX_RUNTIMES: tuple[RuntimeName, ...] = ("onnxruntime", "openvino", "openvino-bf16")
+"""Those that read ONNX."""
 _PACKAGES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {"onnxruntime": ("onnx", "onnxruntime"), "openvino": ("onnx", "openvino"), "openvino-bf16": ("onnx", "openvino")}
 )
 
 
-class Prepared:
+class Session:
     """A network in a runtime, ready to run on the inputs it was prepared with, until it is closed.
 
     A context manager. Several may be open at once; they are closed in the opposite order, as `with` and `ExitStack` do.
@@ -83,7 +90,7 @@ class Prepared:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
 
-    def timer(self, *, between: Callable[[], object] | None = None) -> Callable[[], Lap]:
+    def timer(self, *, between: Callable[[], object] | None = None) -> Callable[[], Timing]:
         """Warm up, and give a function that times a pass; processor time too where one thread does the work.
 
         `between` is called before every pass and not timed.
@@ -92,27 +99,25 @@ class Prepared:
         return pass_timer(self.run, finish=self.finish, cpu=cpu, between=between)
 
     def close(self) -> None:
-        """Free all that was made, and put back the number of threads and the model's flags."""
+        """Free the session, and put back the number of threads and the model's flags."""
         self._run = self._outputs = _closed
         self._resources.close()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 
 def require_runtime(name: str, *, threads: int = 1) -> RuntimeName:
-    """The runtime of that name, if it can be had here with so many threads.
+    """The runtime of that name, if it can run here with so many threads.
 
     Raises:
         EngineError: there is no runtime of that name, fewer processor cores than threads, or no compiler for `compile`.
         DependencyError: a package that it needs is not installed.
     """
-    known = next((one for one in RUNTIMES if one == name), None)
+    known = next((runtime for runtime in RUNTIMES if runtime == name), None)
     if known is None:
         near = difflib.get_close_matches(str(name), RUNTIMES, n=1)
         hint = f"did you mean {near[0]!r}? There are" if near else "there are"
@@ -123,19 +128,25 @@ def require_runtime(name: str, *, threads: int = 1) -> RuntimeName:
     return known
 
 
+def require_onnx_runtime(name: str, *, threads: int = 1) -> RuntimeName:
+    """As `require_runtime`, and an `EngineError` for one that does not read ONNX."""
+    known = require_runtime(name, threads=threads)
+    if known not in ONNX_RUNTIMES:
+        raise EngineError(f"{known} does not read ONNX; {', '.join(ONNX_RUNTIMES)} do")
+    return known
+
+
 def require_threads(threads: int) -> None:
     """Raises `EngineError` for less than 1 thread, or more than this process may use processor cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if not 1 <= threads <= cores:
-        has = (
-            "1 processor core; give threads=1" if cores == 1 else f"{cores} processor cores; give 1 to {cores} threads"
-        )
-        raise EngineError(f"threads={threads}: this process may use {has}")
+        advice = "core; give threads=1" if cores == 1 else f"cores; give 1 to {cores} threads"
+        raise EngineError(f"threads={threads}: this process may use {cores} processor {advice}")
 
 
 def prepare(
     model: nn.Module, example_inputs: Any, *, runtime: str = "torch", threads: int = 1, checked: bool = False
-) -> Prepared:
+) -> Session:
     """Bring a model into a runtime.
 
     While it is open, the model is in evaluation mode and gradients are off; closing puts back everything. torch runs
@@ -146,7 +157,7 @@ def prepare(
         example_inputs: One call's inputs, as for `st.measure`; the batch size is fixed by them.
         runtime: One of `RUNTIMES`.
         threads: How many one pass may use.
-        checked: It is known that the model is repeatable; saves two passes.
+        checked: The model is known to be repeatable; saves two passes.
 
     Raises:
         EngineError: as `require_runtime`; a model on a GPU in a runtime for CPUs; a failure of the runtime.
@@ -154,7 +165,7 @@ def prepare(
         ModelError: the model cannot run the inputs, changes its output between runs, or cannot be copied or exported.
     """
     name, inputs, device = require_runtime(runtime, threads=threads), as_inputs(example_inputs), device_of(model)
-    exported = next((one for one in _OF_ONNX if one == name), None)
+    exported = name in ONNX_RUNTIMES
     if exported and device.type != "cpu":
         raise EngineError(f"{name} is for the CPU, and the model is on {device}; give it a copy that is on the CPU")
     with ExitStack() as resources:
@@ -164,13 +175,15 @@ def prepare(
             require_repeatable(model, inputs)
         if exported:
             proto = to_onnx(model, inputs, dynamic_batch=False)
-            run, outputs = _engine(proto, _arrays(model, inputs, proto), runtime=exported, threads=threads)
+            run, outputs = _engine(proto, _arrays(model, inputs, proto), runtime=name, threads=threads)
         else:
             run, outputs = _torch(model, to_device(inputs, device, copy=True), runtime=name)
-        return Prepared(run=run, outputs=outputs, resources=resources.pop_all(), device=device, threads=threads)
+        return Session(run=run, outputs=outputs, resources=resources.pop_all(), device=device, threads=threads)
 
 
-def from_onnx(proto: "onnx.ModelProto", arrays: Arrays, *, runtime: str, threads: int = 1) -> Prepared:
+def from_onnx(
+    proto: "onnx.ModelProto", arrays: Arrays | Sequence[NDArray[Any]], *, runtime: str, threads: int = 1
+) -> Session:
     """Bring an ONNX model into a runtime.
 
     Args:
@@ -180,20 +193,17 @@ def from_onnx(proto: "onnx.ModelProto", arrays: Arrays, *, runtime: str, threads
         threads: How many one pass may use.
 
     Raises:
-        EngineError: as `require_runtime`; a runtime that does not read ONNX; a model that the runtime refuses, or that
-            changes its output between runs.
+        EngineError: as `require_runtime`; a runtime that does not read ONNX; a model that the runtime cannot run, or
+            that changes its output between runs.
         ModelError: OpenVINO does not know an operator.
         DependencyError: a package that the runtime needs is not installed.
     """
-    name = require_runtime(runtime, threads=threads)
-    exported = next((one for one in _OF_ONNX if one == name), None)
-    if exported is None:
-        raise EngineError(f"{name} does not read ONNX; {', '.join(_OF_ONNX)} do")
-    run, outputs = _engine(proto, _by_name(proto, arrays), runtime=exported, threads=threads)
+    name = require_onnx_runtime(runtime, threads=threads)
+    run, outputs = _engine(proto, _by_name(proto, arrays), runtime=name, threads=threads)
     device = torch.device("cpu")
-    if any(not torch.equal(one, other) for one, other in zip(outputs(), outputs(), strict=True)):
+    if not all(map(torch.equal, outputs(), outputs())):
         raise EngineError("two passes of the ONNX model over the same inputs differ; it draws random numbers")
-    return Prepared(run=run, outputs=outputs, resources=ExitStack(), device=device, threads=threads)
+    return Session(run=run, outputs=outputs, resources=ExitStack(), device=device, threads=threads)
 
 
 def fingerprint(runtime: str, *, threads: int = 1) -> str:
@@ -203,7 +213,7 @@ def fingerprint(runtime: str, *, threads: int = 1) -> str:
         EngineError, DependencyError: as `require_runtime`.
     """
     name = require_runtime(runtime, threads=threads)
-    packages = [f"{one} {importlib.metadata.version(one)}" for one in ("torch", *_PACKAGES.get(name, ()))]
+    packages = [f"{package} {importlib.metadata.version(package)}" for package in ("torch", *_PACKAGES.get(name, ()))]
     instructions = torch.backends.cpu.get_cpu_capability()
     return "; ".join([_processor(), f"{os.cpu_count()} cores", instructions, name, *packages, f"threads {threads}"])
 
@@ -228,7 +238,7 @@ def _torch(model: nn.Module, inputs: Inputs, *, runtime: RuntimeName) -> _Runs:
         with torch.inference_mode():
             return function(*args, **kwargs)
 
-    return run, lambda: [_widened(one) for one in tensors(run())]
+    return run, lambda: [_widened(output) for output in tensors(run())]
 
 
 def _copied(model: nn.Module) -> nn.Module:
@@ -251,14 +261,14 @@ def _compiled(model: nn.Module, inputs: Inputs) -> Callable[..., Any]:
         return model(*args, **kwargs)
 
     own = types.FunctionType(forward.__code__.replace(), globals(), closure=forward.__closure__)
-    made: Callable[..., Any] = torch.compile(own, dynamic=False)
+    compiled: Callable[..., Any] = torch.compile(own, dynamic=False)
     try:
         # not as options of torch.compile: what captures the graph does not see those, and freezes nothing
         with torch.inference_mode(), torch._inductor.config.patch(freezing=True, compile_threads=1):
-            made(*inputs.args, **inputs.kwargs)
+            compiled(*inputs.args, **inputs.kwargs)
     except Exception as error:
         raise EngineError(f"torch.compile cannot compile {type(model).__name__}: {first_line(error)}") from error
-    return made
+    return compiled
 
 
 def _require_compiler() -> None:
@@ -266,12 +276,10 @@ def _require_compiler() -> None:
         raise EngineError("torch.compile needs a C++ compiler, and there is none; install one, or set CXX to its name")
 
 
-def _engine(
-    proto: "onnx.ModelProto", arrays: Mapping[str, NDArray[Any]], *, runtime: OnnxRuntimeName, threads: int
-) -> _Runs:
-    make = _onnxruntime if runtime == "onnxruntime" else _openvino
+def _engine(proto: "onnx.ModelProto", arrays: Arrays, *, runtime: RuntimeName, threads: int) -> _Runs:
+    bind = _onnxruntime if runtime == "onnxruntime" else _openvino
     try:
-        run, outputs = make(proto, arrays, runtime, threads)
+        run, outputs = bind(proto, arrays, runtime=runtime, threads=threads)
         run()
     except SpectrimError:
         raise
@@ -280,16 +288,8 @@ def _engine(
     return run, outputs
 
 
-def _onnxruntime(proto: "onnx.ModelProto", arrays: Mapping[str, NDArray[Any]], _: str, threads: int) -> _Runs:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
-    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-    # threads that wait busily between two passes would take the core from what is timed next
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+def _onnxruntime(proto: "onnx.ModelProto", arrays: Arrays, *, runtime: str, threads: int) -> _Runs:
+    session = onnxruntime_session(proto, threads=threads)
     binding = session.io_binding()
     for name, array in arrays.items():
         binding.bind_cpu_input(name, array)  # once, so that no pass copies it
@@ -303,53 +303,42 @@ def _onnxruntime(proto: "onnx.ModelProto", arrays: Mapping[str, NDArray[Any]], _
     return lambda: session.run_with_iobinding(binding), outputs
 
 
-def _openvino(proto: "onnx.ModelProto", arrays: Mapping[str, NDArray[Any]], runtime: str, threads: int) -> _Runs:
-    import openvino
-
-    precision = "bf16" if runtime == "openvino-bf16" else "f32"  # by default it takes bf16 where the CPU has it
-    settings = {
-        "INFERENCE_PRECISION_HINT": precision,
-        "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_NUM_THREADS": threads,
-        "NUM_STREAMS": 1,
-    }
-    compiled = openvino.Core().compile_model(openvino_of(proto, openvino), "CPU", settings)
-    got = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
-    if got != precision:
-        raise EngineError(f"OpenVINO computes in {got} on this processor, not in {precision}")
-    request = compiled.create_infer_request()
-    taken = {name for place in compiled.inputs for name in place.names}  # an input that nothing depends on is gone
-    given = {name: openvino.Tensor(array, shared_memory=True) for name, array in arrays.items() if name in taken}
-    for name, tensor in given.items():
+def _openvino(proto: "onnx.ModelProto", arrays: Arrays, *, runtime: str, threads: int) -> _Runs:
+    compiled = openvino_model(proto, runtime=runtime, threads=threads)
+    request, names = compiled.create_infer_request(), openvino_inputs(compiled)
+    shared = {name: require_openvino().Tensor(arrays[name], shared_memory=True) for name in arrays.keys() & names}
+    for name, tensor in shared.items():
         request.set_tensor(name, tensor)
 
+    def run(_: object = shared) -> Any:  # the request reads the inputs where they lie, and does not keep them alive
+        return request.infer(share_outputs=True)
+
     def outputs() -> list[Tensor]:
-        found = request.infer(share_outputs=True)
-        return [_widened(torch.from_numpy(found[place]).clone()) for place in compiled.outputs]
+        results = run()
+        return [_widened(torch.from_numpy(results[port]).clone()) for port in compiled.outputs]
 
-    return lambda: request.infer(share_outputs=True), outputs
+    return run, outputs
 
 
-def _arrays(model: nn.Module, inputs: Inputs, proto: "onnx.ModelProto") -> dict[str, NDArray[Any]]:
+def _arrays(model: nn.Module, inputs: Inputs, proto: "onnx.ModelProto") -> Arrays:
     """The inputs by their names in the graph, which has them in the order of the model's own arguments."""
-    given = inspect.signature(model.forward).bind(*inputs.args, **inputs.kwargs)
-    flat = [one for one in tensors((given.args, given.kwargs)) if isinstance(one, Tensor)]
-    if any(one.dtype == torch.bfloat16 for one in flat):
+    flat = graph_inputs(model, inputs)
+    if any(tensor.dtype == torch.bfloat16 for tensor in flat):
         raise EngineError("an input is bfloat16, which cannot be given to this runtime; give float32")
-    return _by_name(proto, [one.detach().contiguous().numpy() for one in flat])
+    return _by_name(proto, [array_of(tensor) for tensor in flat])
 
 
-def _by_name(proto: "onnx.ModelProto", arrays: Arrays) -> dict[str, NDArray[Any]]:
-    constants = {one.name for one in proto.graph.initializer}
-    names = [one.name for one in proto.graph.input if one.name not in constants]
+def _by_name(proto: "onnx.ModelProto", arrays: Arrays | Sequence[NDArray[Any]]) -> Arrays:
+    names = input_names(proto)
     if isinstance(arrays, Mapping):
-        found = dict(arrays)
+        named, description = arrays, ", ".join(arrays)
     else:
-        found = dict(zip(names, arrays, strict=False)) if len(arrays) == len(names) else {}
-    if set(found) != set(names):
-        got = ", ".join(arrays) if isinstance(arrays, Mapping) else f"{len(arrays)} arrays"
-        raise EngineError(f"the ONNX model takes {', '.join(names) or 'no inputs'}; it was given {got or 'none'}")
-    return found
+        named, description = dict(zip(names, arrays, strict=False)), f"{len(arrays)} arrays"
+    if set(named) != set(names) or len(named) != len(arrays):
+        raise EngineError(
+            f"the ONNX model takes {', '.join(names) or 'no inputs'}; it was given {description or 'none'}"
+        )
+    return named
 
 
 def _halved(tensor: Tensor) -> Tensor:

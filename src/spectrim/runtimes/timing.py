@@ -20,8 +20,8 @@ _FINE = 1e-5
 _WIDE = 0.15
 """An interval near 1 that is wider than this share of its value says too little."""
 
-_APART = 8
-"""Passes of one lap, where something has to be done between them."""
+_ISOLATED = 8
+"""Passes of one timing, where something has to be done between them."""
 
 Verdict = Literal["faster", "slower", "no difference", "too noisy to tell"]
 
@@ -34,7 +34,7 @@ class Interval(Frozen):
     high: float
 
 
-class Lap(NamedTuple):
+class Timing(NamedTuple):
     """Seconds that one pass took.
 
     Attributes:
@@ -76,23 +76,24 @@ class Comparison(Frozen):
         return "faster" if ratio.value > 1 else "slower"
 
 
-def compare(own: Sequence[Lap], reference: Sequence[Lap]) -> Comparison:
-    """How much faster `own` is than `reference`, from the laps of the same interleaved rounds, at least two."""
+def compare(own: Sequence[Timing], reference: Sequence[Timing]) -> Comparison:
+    """How much faster `own` is than `reference`, from timings in the same interleaved rounds, at least two."""
     times, others = steady(own, reference)
     ratio = median_interval([other / time for time, other in zip(times, others, strict=True)])
     half = len(others) // 2
     return Comparison(ratio=ratio, drift=statistics.median(others[:half]) / statistics.median(others[-half:]))
 
 
-def steady(*series: Sequence[Lap]) -> list[list[float]]:
+def steady(*series: Sequence[Timing]) -> list[list[float]]:
     """The seconds of each series to compare by: all of them of the processor, or all of the wall.
 
-    Processor time is taken where every lap has it, and no series used more of it than one thread can: then somebody
-    else in this process was at work.
+    Processor time is taken where every timing has it and no series used more of it than one thread can; more means that
+    other threads of this process were at work.
     """
-    by_cpu = all(lap.cpu for laps in series for lap in laps)
-    by_cpu = by_cpu and all(sum(lap.cpu or 0 for lap in laps) <= 1.1 * sum(lap.wall for lap in laps) for laps in series)
-    return [[lap.cpu if by_cpu and lap.cpu else lap.wall for lap in laps] for laps in series]
+    by_cpu = all(timing.cpu for timings in series for timing in timings) and all(
+        sum(timing.cpu or 0 for timing in timings) <= 1.1 * sum(timing.wall for timing in timings) for timings in series
+    )
+    return [[timing.cpu if by_cpu and timing.cpu else timing.wall for timing in timings] for timings in series]
 
 
 def pass_timer(
@@ -102,46 +103,40 @@ def pass_timer(
     cpu: bool = False,
     least: float = 2e-3,
     between: Callable[[], object] | None = None,
-) -> Callable[[], Lap]:
+) -> Callable[[], Timing]:
     """Warm up, and give a function that times enough passes to outlast the clock's grain.
 
     Args:
         run: One pass.
         finish: Waits until the device is done, after the last pass.
-        cpu: The pass computes in one thread of this process, so that processor time can be told as well.
+        cpu: The pass computes in one thread of this process, so that its processor time can be measured as well.
         least: Seconds to outlast.
         between: Called before every pass and not timed; there are then at most 8 passes.
 
     Returns:
         A function that gives the mean seconds of a pass, over as many passes as it takes.
     """
-    done = finish or _nothing
+    wait = finish or (lambda: None)
     cpu = cpu and time.get_clock_info("process_time").resolution <= _FINE
 
-    def passes(number: int) -> Lap:
-        if between is not None:
-            laps = [apart() for _ in range(min(number, _APART))]
-            return Lap(statistics.fmean(lap.wall for lap in laps), statistics.fmean(cpu_of(laps)) if cpu else None)
-        done()
+    def block(number: int) -> Timing:
+        wait()
         start, used = time.perf_counter(), time.process_time()
         for _ in range(number):
             run()
-        done()
+        wait()
         spent = time.process_time() - used
-        return Lap((time.perf_counter() - start) / number, spent / number if cpu else None)
+        return Timing((time.perf_counter() - start) / number, spent / number if cpu else None)
 
-    def apart() -> Lap:
-        assert between is not None
-        between()
-        done()
-        start, used = time.perf_counter(), time.process_time()
-        run()
-        done()
-        spent = time.process_time() - used
-        return Lap(time.perf_counter() - start, spent)
-
-    def cpu_of(laps: Sequence[Lap]) -> list[float]:
-        return [lap.cpu or 0.0 for lap in laps]
+    def passes(number: int) -> Timing:
+        if between is None:
+            return block(number)
+        timings = []
+        for _ in range(min(number, _ISOLATED)):
+            between()
+            timings.append(block(1))
+        wall = statistics.fmean(timing.wall for timing in timings)
+        return Timing(wall, statistics.fmean(timing.cpu or 0.0 for timing in timings) if cpu else None)
 
     warm = passes(1).wall
     if warm < 0.05:  # a first pass may be slow for once
@@ -163,17 +158,17 @@ def interleaved(
         fewest: Rounds that are done in any case.
 
     Returns:
-        What each run gave, by round.
+        What each run returned, by round.
     """
-    found: list[list[_T]] = [[] for _ in runs]
+    results: list[list[_T]] = [[] for _ in runs]
     start = time.perf_counter()
     for number in range(rounds):
         order = range(len(runs)) if number % 2 == 0 else reversed(range(len(runs)))
-        for which in order:
-            found[which].append(runs[which]())
+        for position in order:
+            results[position].append(runs[position]())
         if number + 1 >= fewest and time.perf_counter() - start > patience:
             break
-    return found
+    return results
 
 
 def median_interval(values: Sequence[float]) -> Interval:
@@ -182,6 +177,3 @@ def median_interval(values: Sequence[float]) -> Interval:
     reach = Z95 * math.sqrt(n) / 2
     low, high = math.floor(n / 2 - reach), math.ceil(n / 2 + reach)
     return Interval(value=statistics.median(ordered), low=ordered[max(0, low)], high=ordered[min(n - 1, high)])
-
-
-def _nothing() -> None: ...

@@ -22,7 +22,7 @@ from spectrim.core.errors import PlanError, RuleError
 from spectrim.core.execution import Inputs, as_inputs, device_of, require_repeatable, tensors
 from spectrim.core.plans import CONVOLUTION_FORMS, FormName
 from spectrim.runtimes.rank_grid import Grid, probe
-from spectrim.runtimes.sessions import Prepared, fingerprint, prepare, require_runtime
+from spectrim.runtimes.sessions import Session, fingerprint, prepare, require_runtime
 from spectrim.runtimes.timing import interleaved, steady
 
 Told = Callable[[str, int, int], None]
@@ -151,7 +151,7 @@ class _Bench:
         return kept
 
     def aligned(
-        self, network: Prepared, times: Mapping[_Key, tuple[float, ...]]
+        self, network: Session, times: Mapping[_Key, tuple[float, ...]]
     ) -> tuple[float, dict[_Key, tuple[float, ...]]]:
         """Milliseconds of the whole network, and the times as if all had been taken at the same moment as that.
 

@@ -18,8 +18,8 @@ from spectrim.benchmark.latency.shapes import Shape, Variant
 from spectrim.core.plans import FormName
 from spectrim.layers.registry import Geometry, build
 from spectrim.linalg import Factors, Ranks
-from spectrim.runtimes.sessions import Prepared, from_onnx, prepare
-from spectrim.runtimes.timing import Lap, interleaved, steady
+from spectrim.runtimes.sessions import Session, from_onnx, prepare
+from spectrim.runtimes.timing import Timing, interleaved, steady
 
 _ROUNDS = 5
 _READS_ONNX = ("onnxruntime", "openvino", "openvino-bf16")
@@ -62,7 +62,9 @@ def timed(
 
 
 @contextmanager
-def timer(layer: nn.Module, shape: Shape, *, runtime: str, threads: int, rest: Tensor) -> Iterator[Callable[[], Lap]]:
+def timer(
+    layer: nn.Module, shape: Shape, *, runtime: str, threads: int, rest: Tensor
+) -> Iterator[Callable[[], Timing]]:
     """A function that times passes of a layer over random numbers of this shape; see `timed`.
 
     Raises:
@@ -80,7 +82,7 @@ def timer(layer: nn.Module, shape: Shape, *, runtime: str, threads: int, rest: T
         yield made.timer(between=between if len(others) else None)
 
 
-def _prepared(layer: nn.Module, given: Tensor, *, runtime: str, threads: int) -> Prepared:
+def _prepared(layer: nn.Module, given: Tensor, *, runtime: str, threads: int) -> Session:
     if runtime not in _READS_ONNX:
         return prepare(layer, given, runtime=runtime, threads=threads, checked=True)
     return from_onnx(layer_graph(layer, given.shape), [given.numpy()], runtime=runtime, threads=threads)
