@@ -10,7 +10,7 @@ import torch
 from spectrim.core.errors import DataError
 from spectrim.data.cache import DamagedCacheError, cache_root, checksum, read_manifest, read_split, store, workspace
 from spectrim.data.catalogue import ENTRIES, DatasetInfo, Entry, check, find
-from spectrim.data.formats import Layout, MissingFilesError, Splits, read_any
+from spectrim.data.formats import MissingFilesError, Splits, read_any
 from spectrim.data.sources import Event, Folder, Official, Report, SourceError
 
 Split = Literal["train", "test"]
@@ -81,7 +81,7 @@ def obtain(
     each reason); FileError when the cache cannot be written.
     """
     entry = find(name)
-    stored = _ensure(entry, _SPLITS, folder=folder, cache=cache, report=on_event or _ignore)
+    stored = _ensure(entry, _SPLITS, folder=folder, cache=cache, report=on_event or (lambda event: None))
     train, test = (len(stored.splits[split][1]) for split in _SPLITS)
     checksums = (stored.checksums["train"], stored.checksums["test"])
     return Obtained(entry.info.name, stored.path, stored.source, stored.fresh, (train, test), checksums)
@@ -102,7 +102,7 @@ def load(
     info = entry.info
     if split not in _SPLITS:
         raise DataError(f"there is no split {split!r} in {info.name!r}; use 'train' or 'test'")
-    stored = _ensure(entry, (split,), folder=folder, cache=cache, report=_ignore)
+    stored = _ensure(entry, (split,), folder=folder, cache=cache, report=lambda event: None)
     images, labels = stored.splits[split]
     return Dataset(info.name, split, images, labels, info.classes, stored.source, stored.checksums[split])
 
@@ -178,19 +178,12 @@ def _fetch(
 def _all_failed(entry: Entry, reasons: list[str]) -> str:
     name = entry.info.name
     tried = "".join(f"\n  - {reason}" for reason in reasons)
-    files = "\n  or ".join(_by_hand(layout) for layout in entry.layouts)
+    files = "\n  or ".join(
+        ", or ".join([f"{', '.join(layout.files)} (each may be a .gz)", *layout.archives]) for layout in entry.layouts
+    )
     official = " ".join(source.label for source in entry.sources if isinstance(source, Official))
     return (
         f"data set {name!r} could not be obtained. Tried, in this order:{tried}\n"
         f"To provide the files by hand, put into a folder DIR\n  {files}\n"
         f"({official}) and run: spectrim data get {name} --folder DIR"
     )
-
-
-def _by_hand(layout: Layout) -> str:
-    archives = "".join(f", or {name}" for name in layout.archives)
-    return f"{', '.join(layout.files)} (each may be a .gz){archives}"
-
-
-def _ignore(event: Event) -> None:
-    pass

