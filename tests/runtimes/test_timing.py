@@ -30,7 +30,6 @@ def test_rounds_alternate_their_order() -> None:
 
 def test_a_hopeless_wait_ends_after_the_fewest_rounds() -> None:
     assert len(interleaved([lambda: 1.0], rounds=100, patience=0.0)[0]) == 5
-    assert len(interleaved([lambda: 1.0], rounds=100, patience=0.0, fewest=3)[0]) == 3
     assert len(interleaved([lambda: 1.0], rounds=2, patience=0.0)[0]) == 2
 
 

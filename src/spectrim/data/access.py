@@ -127,8 +127,13 @@ def _ensure(
     path = cache_root(cache) / entry.info.name
     reasons = []
     try:
-        if (cached := _read_cache(entry, path, splits)) is not None:
-            return cached
+        if (manifest := read_manifest(path)) is not None:
+            for split in splits:
+                expected = (entry.checksums or manifest.checksums).get(split)
+                if expected is None or manifest.checksums.get(split) != expected:
+                    raise DamagedCacheError(f"{path} holds another edition of {entry.info.name}")
+            cached: Splits = {split: read_split(path, manifest.splits[split]) for split in splits}
+            return _Stored(cached, manifest.checksums, manifest.source, path)
     except DamagedCacheError as error:
         reasons.append(f"cache: {error}")
         report(Event("cache", f"passed over: {error}"))
@@ -138,19 +143,6 @@ def _ensure(
     report(Event(source, "writing to the cache"))
     manifest = store(path, fetched, source=source)
     return _Stored(fetched, manifest.checksums, source, path, fresh=True)
-
-
-def _read_cache(entry: Entry, path: Path, splits: tuple[Split, ...]) -> _Stored | None:
-    """None where nothing is cached yet; DamagedCacheError for what is not whole, or not this data set."""
-    manifest = read_manifest(path)
-    if manifest is None:
-        return None
-    for split in splits:
-        expected = (entry.checksums or manifest.checksums).get(split)
-        if expected is None or manifest.checksums.get(split) != expected:
-            raise DamagedCacheError(f"{path} holds another edition of {entry.info.name}")
-    tensors: Splits = {split: read_split(path, manifest.splits[split]) for split in splits}
-    return _Stored(tensors, manifest.checksums, manifest.source, path)
 
 
 def _fetch(

@@ -16,11 +16,12 @@ from typing import Literal
 
 import platformdirs
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from spectrim.core.errors import FileError
+from spectrim.core.files import Frozen
 from spectrim.data.formats import Splits
 
 _MANIFEST = "manifest.json"
@@ -32,19 +33,17 @@ class DamagedCacheError(Exception):
     """A cached file that is not what its manifest says; never leaves `spectrim.data`."""
 
 
-class StoredSplit(BaseModel):
+class StoredSplit(Frozen):
     """One split in the manifest."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     file: str
     checksum: str
     count: int
 
 
-class Manifest(BaseModel):
+class Manifest(Frozen):
     """What the cache holds of one data set, and where it came from."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     version: Literal[1] = 1
     name: str
     source: str
@@ -58,11 +57,8 @@ class Manifest(BaseModel):
 
 def cache_root(cache: Path | str | None = None) -> Path:
     """The folder that holds all data sets: `cache`, else $SPECTRIM_DATA, else the platform's user cache."""
-    if cache is not None:
-        return Path(cache).expanduser()
-    if named := os.environ.get("SPECTRIM_DATA"):
-        return Path(named).expanduser()
-    return platformdirs.user_cache_path("spectrim") / "data"
+    named = cache if cache is not None else os.environ.get("SPECTRIM_DATA") or None
+    return platformdirs.user_cache_path("spectrim") / "data" if named is None else Path(named).expanduser()
 
 
 def checksum(images: torch.Tensor, labels: torch.Tensor) -> str:

@@ -1,12 +1,12 @@
 """The data sets that Spectrim knows: what each is, where it comes from, how its files are read, what they hash to.
 
-All but the embedded one stand in `catalogue.toml`, one table each with the fields of `Entry`.
+They stand in `catalogue.toml`, a table each with the fields of `Entry`; `digits` is embedded.
 """
 
 import difflib
 import tomllib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -93,22 +93,11 @@ def _digits() -> Splits:
     return {"train": (images[~tests], labels[~tests]), "test": (images[tests], labels[tests])}
 
 
-_DIGITS = DatasetInfo(
-    name="digits",
-    title="handwritten digits",
-    sizes=(1437, 360),
-    shape=(1, 8, 8),
-    classes=tuple("0123456789"),
-    credit="E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI (1998)",
-    licence="CC BY 4.0",
-    embedded=True,
-)
-
-
 def _entries() -> tuple[Entry, ...]:
     tables: dict[str, Any] = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
     named = [{**table, "info": {"name": name, **table["info"]}} for name, table in tables.items()]
-    return (Entry(_DIGITS, embedded=_digits), *TypeAdapter(list[Entry]).validate_python(named))
+    digits, *others = TypeAdapter(list[Entry]).validate_python(named)
+    return (replace(digits, embedded=_digits), *others)
 
 
 ENTRIES = _entries()

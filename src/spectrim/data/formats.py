@@ -12,7 +12,7 @@ import lzma
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -65,15 +65,28 @@ class Layout:
         """
         raw: dict[str, Raw] = {}
         for place in self.places:
-            raw |= _loose(folder / place, set(self.files) - raw.keys())
+            self._take(raw, _loose(folder / place))
         for archive, place in itertools.product(self.archives, self.places):
-            missing = set(self.files) - raw.keys()
             path = folder / place / archive
-            if missing and path.is_file():
-                raw |= _archived(path, missing, md5=self.archives[archive])
+            if len(raw) < len(self.files) and path.is_file():
+                if md5 := self.archives[archive]:
+                    require_md5(path, md5)
+                try:
+                    self._take(raw, _members(path))
+                except _BROKEN_ARCHIVE as error:
+                    message = f"{path}: cannot be read as an archive ({error}); truncated or damaged"
+                    raise DataError(message) from error
         if absent := [name for name in self.files if name not in raw]:
             raise MissingFilesError(f"no {', '.join(absent)} in {folder}")
         return _DECODERS[self.format]([raw[name] for name in self.files])
+
+    def _take(self, raw: dict[str, Raw], files: Iterable["_File"]) -> None:
+        """Those that the layout has and `raw` lacks, unpacked."""
+        for name, where, read in files:
+            # one spelling for train-images.idx3-ubyte.gz, train-images-idx3-ubyte.gz and the unpacked ones
+            plain = name.removesuffix(".gz").replace(".idx", "-idx")
+            if plain in self.files and plain not in raw:
+                raw[plain] = Raw(where, _unzipped(read(), where=where) if name.endswith(".gz") else read())
 
 
 def read_any(layouts: tuple[Layout, ...], folder: Path) -> Splits:
@@ -167,11 +180,6 @@ _DECODERS: Mapping[str, Callable[[Sequence[Raw]], Splits]] = {
 }
 
 
-def _canonical(name: str) -> str:
-    """One spelling for `train-images.idx3-ubyte.gz`, `train-images-idx3-ubyte.gz` and the unpacked ones."""
-    return name.removesuffix(".gz").replace(".idx", "-idx")
-
-
 def require_md5(path: Path, md5: str) -> None:
     """DataError unless the file has this md5."""
     with path.open("rb") as file:
@@ -180,51 +188,32 @@ def require_md5(path: Path, md5: str) -> None:
         raise DataError(f"{path}: md5 {got}, expected {md5}; truncated, damaged or another edition")
 
 
-def _loose(folder: Path, names: Collection[str]) -> dict[str, Raw]:
-    """Those of the named files that lie in `folder` itself; an unpacked one goes before its .gz."""
-    raw: dict[str, Raw] = {}
-    if not names or not folder.is_dir():
-        return raw
-    for path in sorted(folder.iterdir()):
-        name = _canonical(path.name)
-        if name in names and name not in raw and path.is_file():
-            raw[name] = _unpacked(path.name, path.read_bytes(), where=str(path))
-    return raw
+_File = tuple[str, str, Callable[[], bytes]]
+"""A file's name without folders, where it lies for messages, and what reads it before the next one is asked for."""
 
 
-def _unpacked(name: str, data: bytes, *, where: str) -> Raw:
-    if not name.endswith(".gz"):
-        return Raw(where, data)
-    try:
-        return Raw(where, gzip.decompress(data))
-    except _BROKEN_ARCHIVE as error:
-        raise DataError(f"{where}: not a whole gzip file ({error}); truncated or damaged") from error
+def _loose(folder: Path) -> Iterator[_File]:
+    """The files in `folder` itself, an unpacked one before its .gz."""
+    if folder.is_dir():
+        yield from ((path.name, str(path), path.read_bytes) for path in sorted(folder.iterdir()) if path.is_file())
 
 
-def _archived(path: Path, names: Collection[str], *, md5: str) -> dict[str, Raw]:
-    """Those of the named files that are in a tar or zip archive, in whichever folder inside it."""
-    if md5:
-        require_md5(path, md5)
-    raw: dict[str, Raw] = {}
-    try:
-        for member, data in _members(path):
-            name = PurePosixPath(member).name
-            if _canonical(name) in names:
-                raw[_canonical(name)] = _unpacked(name, data(), where=f"{path}:{member}")
-    except _BROKEN_ARCHIVE as error:
-        raise DataError(f"{path}: cannot be read as an archive ({error}); truncated or damaged") from error
-    return raw
-
-
-def _members(path: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
-    """Names of the files in an archive, with a function that reads the file, to be called before the next one."""
+def _members(path: Path) -> Iterator[_File]:
+    """The files in a tar or zip archive, in whichever folder inside it."""
     if path.suffix == ".zip":
         with zipfile.ZipFile(path) as archive:
             for name in archive.namelist():
-                yield name, partial(archive.read, name)
+                yield PurePosixPath(name).name, f"{path}:{name}", partial(archive.read, name)
         return
     with tarfile.open(path) as tar:
         for member in tar:  # one pass: going back in a compressed tar means to unpack it again
             content = tar.extractfile(member) if member.isfile() else None
             if content is not None:
-                yield member.name, content.read
+                yield PurePosixPath(member.name).name, f"{path}:{member.name}", content.read
+
+
+def _unzipped(data: bytes, *, where: str) -> bytes:
+    try:
+        return gzip.decompress(data)
+    except _BROKEN_ARCHIVE as error:
+        raise DataError(f"{where}: not a whole gzip file ({error}); truncated or damaged") from error

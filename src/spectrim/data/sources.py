@@ -186,24 +186,19 @@ def _run(command: list[str], folder: Path, *, progress: Callable[[int], None]) -
         except OSError as error:
             raise SourceError(f"{command[0]} cannot be started: {error.strerror or error}") from error
         try:
-            _wait(process, folder, progress=progress)
+            size, since = 0, time.monotonic()
+            while process.poll() is None:
+                if (now := _folder_size(folder)) != size:
+                    size, since = now, time.monotonic()
+                    progress(size)
+                elif time.monotonic() - since > _STALL_SECONDS:
+                    raise SourceError(f"no data for {_STALL_SECONDS} seconds")
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(_POLL_SECONDS)
         finally:
             _end(process)
         if process.returncode:
             raise SourceError(_reason(out) or _reason(err) or f"exit code {process.returncode}")
-
-
-def _wait(process: subprocess.Popen[bytes], folder: Path, *, progress: Callable[[int], None]) -> None:
-    size, since = 0, time.monotonic()
-    while process.poll() is None:
-        now = _folder_size(folder)
-        if now != size:
-            size, since = now, time.monotonic()
-            progress(size)
-        elif time.monotonic() - since > _STALL_SECONDS:
-            raise SourceError(f"no data for {_STALL_SECONDS} seconds")
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(_POLL_SECONDS)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

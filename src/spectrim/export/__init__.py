@@ -32,7 +32,6 @@ from spectrim.runtimes.conversion import (
     optional,
     quiet,
     require_onnx,
-    require_openvino,
     to_onnx,
     to_openvino,
     to_program,
@@ -204,7 +203,7 @@ def export_openvino(
         ModelError, EngineError, RuleError, FileError: as `export_onnx`, and for a path that does not end in .xml.
         DependencyError: openvino, onnx or onnxscript is not installed.
     """
-    openvino = require_openvino()
+    openvino = optional("openvino", extra="openvino")
     require_onnx()
     target = target_of(path, "model.xml")
     if target.suffix != ".xml":
@@ -270,17 +269,13 @@ def _padded(reference: Reference, pad: Pad, *, runtime: str, threads: int) -> _E
     if pad != "auto":
         return _Export(padded(model, pad), padded=pad)
     name = require_runtime(runtime, threads=threads)
-    ranks = _ranks(model)
+    ranks = [rank for layer in low_rank_layers(model).values() for rank in layer.ranks]
     multiple = probe(runtime=name, threads=threads, batch=reference.batch).multiple if ranks else 1
-    wide = padded(model, multiple)
-    if _ranks(wide) == ranks:
+    if all(rank % multiple == 0 for rank in ranks):
         return _Export(model)
+    wide = padded(model, multiple)
     speedup = _gain(model, wide, inputs, runtime=name, threads=threads)
     return _Export(wide, multiple, speedup) if speedup.low > 1 else _Export(model, speedup=speedup)
-
-
-def _ranks(model: nn.Module) -> list[tuple[int, ...]]:
-    return [layer.ranks for layer in low_rank_layers(model).values()]
 
 
 def _gain(model: nn.Module, wide: nn.Module, inputs: Inputs, *, runtime: RuntimeName, threads: int) -> Interval:

@@ -148,22 +148,19 @@ def _attribute(reference: str, module: ModuleType, path: str) -> object:
 
 
 def _imported(name: str) -> ModuleType:
-    # the module may have been written a moment ago
-    importlib.invalidate_caches()
+    importlib.invalidate_caches()  # the module may have been written a moment ago
     try:
         return importlib.import_module(name)
     except (Exception, SystemExit) as error:
-        raise ModelError(_import_failure(name, error)) from error
-
-
-def _import_failure(name: str, error: BaseException) -> str:
-    missing = error.name if isinstance(error, ModuleNotFoundError) else None
-    if missing is None:
-        return f"{name} cannot be imported: {_text(error)}"
-    if missing == name or name.startswith(f"{missing}."):
-        near = _near(missing, _siblings(missing))
-        return f"there is no module {missing!r}; {near}install it, or run this in the folder that holds it"
-    return f"{name} needs the module {missing!r}, which is not installed; install it"
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        if missing is None:
+            message = f"{name} cannot be imported: {_text(error)}"
+        elif missing == name or name.startswith(f"{missing}."):
+            near = _near(missing, _siblings(missing))
+            message = f"there is no module {missing!r}; {near}install it, or run this in the folder that holds it"
+        else:
+            message = f"{name} needs the module {missing!r}, which is not installed; install it"
+        raise ModelError(message) from error
 
 
 def _siblings(name: str) -> list[str]:

@@ -51,8 +51,11 @@ def fill_(model: nn.Module, state: Mapping[str, Tensor], *, origin: Path) -> Non
     if any(tensor.is_meta for tensor in expected.values()):
         raise ModelError(f"the network is on the meta device and cannot take the weights of {origin}; make it on a CPU")
     _require_none(_misfits(state, expected), origin=origin)
+    # a safetensors file holds a tied weight under one of its names
+    stored = {id(expected[name]): tensor for name, tensor in state.items() if name in expected}
+    tied = {name: stored[id(tensor)] for name, tensor in expected.items() if id(tensor) in stored}
     try:
-        keys = model.load_state_dict(_under_all_names(state, expected), strict=False)
+        keys = model.load_state_dict({**tied, **state}, strict=False)
     except RuntimeError as error:
         raise FileError(f"{origin} is for another network: {error}") from error
     _require_none({"missing": keys.missing_keys, "not in the network": keys.unexpected_keys}, origin=origin)
@@ -70,13 +73,6 @@ def _misfits(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dic
         elif stored.is_floating_point() != tensor.is_floating_point():
             types.append(f"{name} {stored.dtype}, the network's is {tensor.dtype}")
     return {"of another shape": shapes, "of another type": types}
-
-
-def _under_all_names(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Add the names of tied weights: a safetensors file holds a tensor once."""
-    stored = {id(expected[name]): tensor for name, tensor in state.items() if name in expected}
-    tied = {name: stored[id(tensor)] for name, tensor in expected.items() if id(tensor) in stored}
-    return {**tied, **state}
 
 
 def _require_none(faults: Mapping[str, list[str]], *, origin: Path) -> None:

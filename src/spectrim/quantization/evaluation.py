@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from spectrim.benchmark.measurement import Accuracy
 from spectrim.core.errors import DataError, EngineError, FileError, ModelError
 from spectrim.core.execution import Inputs, as_inputs, split_labels, tensors
-from spectrim.runtimes.conversion import graph_inputs, optional, require_onnx
+from spectrim.runtimes.conversion import optional, require_onnx
 from spectrim.runtimes.engines import Arrays, Engine, array_of, input_names, load_engine
 from spectrim.runtimes.faults import first_line
-from spectrim.runtimes.sessions import require_onnx_runtime
+from spectrim.runtimes.sessions import require_runtime
 
 if TYPE_CHECKING:
     import onnx
@@ -31,43 +31,32 @@ def require_quantizer() -> None:
         optional(package, extra="onnx")
 
 
-def feed_of(model: nn.Module, proto: "onnx.ModelProto") -> Feed:
-    """The inputs of a model for its ONNX graph, which has them in the order of the model's own arguments.
+def feed_of(proto: "onnx.ModelProto", flatten: Callable[[Inputs], Iterable[Tensor]]) -> Feed:
+    """The tensors of one call's inputs for an ONNX graph, which takes them in this order.
 
-    The function raises `DataError` for inputs that are not those the model was exported with.
+    The function raises `DataError` for inputs that are not those of the graph.
     """
     names = input_names(proto)
 
     def feed(inputs: Inputs, what: str) -> Arrays:
         try:
-            flat = graph_inputs(model, inputs)
+            flat = list(flatten(inputs))
         except ModelError as error:
             raise DataError(f"{what} ({inputs.describe()}) do not fit the model: {error}") from error
-        return _by_name(names, flat, what=what)
+        if len(flat) != len(names):
+            raise DataError(f"{what}: {len(flat)} tensors, and the network takes {', '.join(names) or 'none'}")
+        return {name: array_of(tensor) for name, tensor in zip(names, flat, strict=True)}
 
     return feed
 
 
-def _by_name(names: Sequence[str], flat: Sequence[Tensor], *, what: str) -> Arrays:
-    if len(flat) != len(names):
-        raise DataError(f"{what}: {len(flat)} tensors, and the network takes {', '.join(names) or 'none'}")
-    return {name: array_of(tensor) for name, tensor in zip(names, flat, strict=True)}
-
-
 def engine(proto: "onnx.ModelProto", *, runtime: str = "onnxruntime", threads: int | None = None) -> Engine:
-    """A function that runs the model in a runtime, on batches of any size it allows.
+    """A function that runs the model in a runtime that reads ONNX, by default with as many threads as torch.
 
-    Args:
-        proto: The model.
-        runtime: `onnxruntime`, `openvino` or `openvino-bf16`.
-        threads: As many as torch uses by default.
-
-    Raises:
-        DependencyError: the runtime is not installed.
-        EngineError: it does not read ONNX; as `require_runtime`; it cannot load the model.
+    Raises as `require_runtime`, and `EngineError` where the runtime cannot load the model.
     """
     number = threads or torch.get_num_threads()
-    name = require_onnx_runtime(runtime, threads=number)
+    name = require_runtime(runtime, threads=number, reads_onnx=True)
     try:
         return load_engine(proto, runtime=name, threads=number)
     except EngineError:
@@ -88,9 +77,7 @@ def outputs_of(run: Engine, arrays: Arrays, *, what: str) -> list[NDArray[Any]]:
 def difference(quantised: Engine, exact: Engine, batches: Iterable[Arrays]) -> float:
     """Largest difference of any output to the exact one, as a share of that output's largest entry.
 
-    Raises:
-        ModelError: the quantised network gives NaN or infinity where the exact one does not.
-        DataError: a batch that cannot be run.
+    Raises `ModelError` for NaN or infinity where the exact one has none, `DataError` for a batch that cannot be run.
     """
     differences: dict[int, float] = {}
     largest: dict[int, float] = {}
@@ -110,8 +97,7 @@ def difference(quantised: Engine, exact: Engine, batches: Iterable[Arrays]) -> f
 def accuracy_of(run: Engine, feed: Feed, data: Iterable[Any]) -> Accuracy:
     """Top-1 accuracy over batches (inputs.., labels); the first output is (batch, classes).
 
-    Raises:
-        DataError: no batches, or outputs and labels that do not fit together.
+    Raises `DataError` for no batches, and for outputs and labels that do not fit together.
     """
     correct = total = 0
     for position, batch in enumerate(data):
@@ -155,11 +141,7 @@ def onnx_accuracy(
         raise FileError(f"cannot read {path}: {error.strerror or error}") from error
     except Exception as error:
         raise FileError(f"{path} is not an ONNX model: {first_line(error)}") from error
-    names = input_names(proto)
-
-    def feed(inputs: Inputs, what: str) -> Arrays:
-        return _by_name(names, [*tensors((inputs.args, inputs.kwargs))], what=what)
-
+    feed = feed_of(proto, lambda inputs: tensors((inputs.args, inputs.kwargs)))
     return accuracy_of(engine(proto, runtime=runtime, threads=threads), feed, data)
 
 

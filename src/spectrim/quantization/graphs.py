@@ -1,5 +1,6 @@
 """Work on ONNX graphs in memory: weights stored in fewer bits, and nothing kept that a runtime does not need."""
 
+import copy
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -63,14 +64,8 @@ def _channels(node: "onnx.NodeProto") -> Iterator[tuple[int, int]]:
 def scales(weight: NDArray[Any], *, axis: int) -> NDArray[np.float32]:
     """One step of int8 for each channel: of 16 ranges up to the largest entry, the one of least squared error.
 
-    Symmetric: -127..127 times the scale. A channel of zeros has the scale 1.
-
-    Args:
-        weight: Any shape.
-        axis: Of the channels.
-
-    Returns:
-        The shape of `weight`, with 1 in every axis but `axis`.
+    Symmetric: -127..127 times the scale. A channel of zeros has the scale 1. The scales have the shape of `weight`,
+    with 1 in every axis but `axis`, that of the channels.
     """
     others = tuple(other for other in range(weight.ndim) if other != axis)
     largest = np.abs(weight).max(axis=others, keepdims=True).astype(np.float64)
@@ -129,7 +124,7 @@ def _stored(proto: "onnx.ModelProto", store: Callable[[str, NDArray[Any], int], 
     """A copy with what `store` gives for every weight: its name, its values and the axis of its channels."""
     from onnx import numpy_helper
 
-    proto, axes = _copy(proto), weights(proto)
+    proto, axes = copy.deepcopy(proto), weights(proto)
     constants: list[onnx.TensorProto] = []
     nodes: list[onnx.NodeProto] = []
     for tensor in proto.graph.initializer:
@@ -147,7 +142,7 @@ def compact(proto: "onnx.ModelProto") -> "onnx.ModelProto":
     Left out: remarks, shapes of intermediate values, names of nodes, attributes at their default, constants that are
     unused or there twice. Intermediate values get short names; inputs and outputs keep theirs.
     """
-    proto = _copy(proto)
+    proto = copy.deepcopy(proto)
     graph = proto.graph
     proto.producer_name, proto.producer_version, proto.doc_string, graph.doc_string = "spectrim", "", "", ""
     del proto.metadata_props[:], graph.value_info[:], graph.metadata_props[:]
@@ -206,14 +201,8 @@ def _is_default(attribute: "onnx.AttributeProto", node: "onnx.NodeProto", opsets
     return bool(usual is not None and usual.type and helper.get_attribute_value(usual) == value)
 
 
-def _copy(proto: "onnx.ModelProto") -> "onnx.ModelProto":
-    copy = type(proto)()
-    copy.CopyFrom(proto)
-    return copy
-
-
 def _replace(field: Any, items: Iterable[Any]) -> None:
     """Exchange the content of a repeated field."""
-    copies = [type(item).FromString(item.SerializeToString()) for item in items]
+    copies = [copy.deepcopy(item) for item in items]
     del field[:]
     field.extend(copies)

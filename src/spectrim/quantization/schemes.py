@@ -5,9 +5,11 @@ import platform
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from pydantic import Field
 from torch import nn
@@ -27,7 +29,7 @@ from spectrim.quantization.evaluation import (
     without_labels,
 )
 from spectrim.quantization.graphs import compact, large, store_bf16, store_int8, weights
-from spectrim.runtimes.conversion import quiet, to_onnx
+from spectrim.runtimes.conversion import graph_inputs, quiet, to_onnx
 from spectrim.runtimes.engines import Arrays
 from spectrim.runtimes.faults import first_line
 
@@ -115,7 +117,9 @@ def quantize(
         FileError: the file cannot be written.
         DependencyError: onnx, onnxscript or onnxruntime is not installed.
     """
-    target, chosen = require_path(path), require_scheme(scheme)
+    target, chosen = Path(path), require_scheme(scheme)
+    if target.suffix.lower() != ".onnx" or target.is_dir():
+        raise FileError(f"{target} is no name of an ONNX file; give a path that ends in .onnx")
     if chosen == "int8-static" and data is None:
         raise DataError(
             "int8-static takes the ranges of activations from data; pass data= with some hundred inputs, or use "
@@ -134,14 +138,6 @@ def require_scheme(scheme: str) -> Scheme:
     near = difflib.get_close_matches(str(scheme), SCHEMES, n=1)
     hint = f"did you mean {near[0]!r}? There are" if near else "there are"
     raise RuleError(f"scheme {scheme!r} is unknown; {hint} {', '.join(SCHEMES)}")
-
-
-def require_path(path: str | Path) -> Path:
-    """Raises `FileError` for a path that is not one of an ONNX file."""
-    target = Path(path)
-    if target.suffix.lower() != ".onnx" or target.is_dir():
-        raise FileError(f"{target} is no name of an ONNX file; give a path that ends in .onnx")
-    return target
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,16 +161,14 @@ class Source:
     ) -> "Source":
         """The network's graph with its example and its batches.
 
-        Raises:
-            DataError: no batches, or batches that do not fit the network.
-            ModelError: it cannot be exported.
+        Raises `DataError` for no batches or batches that do not fit the network, `ModelError` as `to_onnx`.
         """
         example = as_inputs(example_inputs)
         inputs = None if data is None else tuple(islice(without_labels(example, data), max_batches))
         if inputs is not None and not inputs:
             raise DataError("the calibration data is empty; give at least one batch")
         proto = to_onnx(model, example, dynamic_batch=dynamic_batch)
-        feed = feed_of(model, proto)
+        feed = feed_of(proto, partial(graph_inputs, model))
         batches = tuple(feed(batch, f"batch {position}") for position, batch in enumerate(inputs or (example,)))
         return cls(proto, feed, feed(example, "the inputs"), batches)
 
@@ -195,39 +189,27 @@ class Source:
         return Graph(self, compact(proto), scheme, tuple(sorted(names - float32)), tuple(sorted(float32)))
 
 
-class Evaluation(NamedTuple):
-    """A graph as it was run: its size in bytes, and the other fields as those of `QuantizedRow`."""
-
-    runtime: str
-    bytes: int
-    difference: float
-    accuracy: Accuracy | None
-
-
 @dataclass(frozen=True, eq=False)
 class Graph:
-    """A graph that is not written yet; the fields of its weights are those of `Quantized`."""
+    """A graph that is not written yet, with the names of its quantised weights and of its large float32 constants."""
 
     source: Source
     proto: "onnx.ModelProto"
     scheme: Scheme | None = None
     quantised: tuple[str, ...] = ()
-    left: tuple[str, ...] = ()
+    float32: tuple[str, ...] = ()
 
     def evaluated(
-        self, test: Iterable[Any] | None, *, runtime: str = "onnxruntime", threads: int | None = None
-    ) -> Evaluation:
-        """Run the graph beside the float32 one; in OpenVINO bf16 is computed in bfloat16.
+        self, test: Iterable[Any] | None, *, runtime: str, exact_runtime: str, threads: int | None = None
+    ) -> tuple[float, Accuracy | None]:
+        """The difference to the float32 graph, and the accuracy on test data, if there are some.
 
-        Raises:
-            DataError, ModelError, EngineError: it cannot be run, or gives NaN.
+        Raises `DataError`, `ModelError` or `EngineError` for a graph that cannot be run, or gives NaN.
         """
-        name = "openvino-bf16" if self.scheme == "bf16" and runtime == "openvino" else runtime
-        run = engine(self.proto, runtime=name, threads=threads)
-        exact = engine(self.source.proto, runtime=runtime, threads=threads)
+        run = engine(self.proto, runtime=runtime, threads=threads)
+        exact = engine(self.source.proto, runtime=exact_runtime, threads=threads)
         distance = difference(run, exact, self.source.batches) if self.scheme else 0.0
-        accuracy = None if test is None else accuracy_of(run, self.source.feed, test)
-        return Evaluation(name, len(self.proto.SerializeToString()), distance, accuracy)
+        return distance, None if test is None else accuracy_of(run, self.source.feed, test)
 
     def write(self, path: Path) -> Path:
         """Write the file, wholly or not at all. Raises `FileError` where that fails."""
@@ -239,15 +221,15 @@ def quantized_file(
 ) -> Quantized:
     """Quantise, run and write one graph; raises as `Source.converted`, `Graph.evaluated` and `Graph.write`."""
     graph = source.converted(scheme, weight_range=weight_range)
-    evaluation = graph.evaluated(test)
+    distance, accuracy = graph.evaluated(test, runtime="onnxruntime", exact_runtime="onnxruntime")
     return Quantized(
         path=graph.write(path),
-        bytes=evaluation.bytes,
+        bytes=path.stat().st_size,
         scheme=scheme,
-        difference=evaluation.difference,
-        accuracy=evaluation.accuracy,
+        difference=distance,
+        accuracy=accuracy,
         quantised=graph.quantised,
-        left=graph.left,
+        left=graph.float32,
     )
 
 
@@ -259,20 +241,23 @@ def _by_onnxruntime(source: Source, scheme: Scheme, *, reduced: bool) -> "onnx.M
     # biases of int32 would take 12 bytes each, of float32 4
     options = {"MatMulConstBOnly": True} | ({} if scheme == "int8-dynamic" else {"QuantizeBias": False})
     shared = {"per_channel": True, "reduce_range": reduced, "weight_type": QuantType.QInt8, "extra_options": options}
+    # without what lies between the layers in networks of norms, whose sums have a wide range
+    norms = _NORMS & {node.op_type for node in source.proto.graph.node}
+    batches = iter(source.batches)
     with tempfile.TemporaryDirectory(prefix="spectrim-") as folder, quiet():
-        original, prepared, quantised = (Path(folder, name) for name in ("float.onnx", "prepared.onnx", "int8.onnx"))
+        original, folded, quantised = (Path(folder, name) for name in ("float.onnx", "folded.onnx", "int8.onnx"))
         onnx.save(source.proto, original)
         try:
-            quant_pre_process(original, prepared, skip_symbolic_shape=True)
+            quant_pre_process(original, folded, skip_symbolic_shape=True)
             if scheme == "int8-dynamic":
-                quantize_dynamic(prepared, quantised, op_types_to_quantize=["MatMul", "Gemm"], **shared)
+                quantize_dynamic(folded, quantised, op_types_to_quantize=["MatMul", "Gemm"], **shared)
             else:
                 quantize_static(
-                    prepared,
+                    folded,
                     quantised,
-                    _reader(source.batches),
+                    SimpleNamespace(get_next=lambda: next(batches, None)),
                     activation_type=QuantType.QUInt8,  # x86 multiplies unsigned by signed
-                    op_types_to_quantize=_static_ops(source.proto),
+                    op_types_to_quantize=[*_STATIC, *(() if norms else _BETWEEN)],
                     **shared,
                 )
         except Exception as error:
@@ -281,25 +266,6 @@ def _by_onnxruntime(source: Source, scheme: Scheme, *, reduced: bool) -> "onnx.M
                 "scheme='int8-weights' works for most networks"
             ) from error
         return onnx.load(quantised)
-
-
-def _static_ops(proto: "onnx.ModelProto") -> list[str]:
-    """Layers, and what lies between them; without the latter in networks of norms, whose sums have a wide range."""
-    kinds = {node.op_type for node in proto.graph.node}
-    return list(_STATIC if kinds & _NORMS else (*_STATIC, *_BETWEEN))
-
-
-def _reader(batches: Iterable[Arrays]) -> Any:
-    from onnxruntime.quantization import CalibrationDataReader
-
-    class Reader(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime has no types
-        def __init__(self) -> None:
-            self.rest = iter(batches)
-
-        def get_next(self) -> Arrays | None:
-            return next(self.rest, None)
-
-    return Reader()
 
 
 def _reduced(weight_range: Range) -> bool:

@@ -7,7 +7,7 @@ import logging
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -55,25 +55,26 @@ def to_onnx(model: nn.Module, example_inputs: Any, *, dynamic_batch: bool = True
     """The model in evaluation mode as an ONNX graph of opset `OPSET`, by way of `to_program`.
 
     Inputs have the names of the model's `forward`, outputs are `output_0`, `output_1`, .. in the order in which the
-    tensors stand in what the model returns. Batch norms are folded into the convolutions before them.
-
-    Args:
-        model: The model; it stays as it is.
-        example_inputs: As for `to_program`.
-        dynamic_batch: As for `to_program`.
+    tensors stand in what the model returns. Batch norms are folded into the convolutions before them. The arguments are
+    those of `to_program`.
 
     Raises:
         ModelError: as for `to_program`, and for an operator that has no ONNX translation; the message names the module.
         DependencyError: onnx or onnxscript is not installed.
     """
     require_onnx()
-    _require_small(model)
+    size = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
+    if size >= _LARGEST:  # better known before minutes are spent on it
+        raise ModelError(
+            f"{type(model).__name__} has {size / 2**30:.1f} GiB of weights, and an ONNX model holds less than "
+            f"{_LARGEST / 2**30:.1f}; export the program instead, or compress it first"
+        )
     program = to_program(model, example_inputs, dynamic_batch=dynamic_batch)
     with evaluating(model), quiet():
         try:
             translated = torch.onnx.export(program, dynamo=True, opset_version=OPSET, verbose=False)
             assert translated is not None
-            _name_ends(translated.model.graph, _input_names(program))
+            _name_ends(translated.model.graph, program)
             proto: onnx.ModelProto = translated.model_proto
         except Exception as error:
             where = module_at(model, error)
@@ -92,17 +93,13 @@ def graph_inputs(model: nn.Module, example_inputs: Any) -> list[Tensor]:
     return found
 
 
-def _input_names(program: ExportedProgram) -> list[str]:
-    """What the program calls those of its inputs that are tensors."""
-    users = set(program.graph_signature.user_inputs)
-    places = (node for node in program.graph.nodes if node.op == "placeholder" and node.name in users)
-    return [node.name for node in places if isinstance(node.meta.get("val"), Tensor)]
-
-
-def _name_ends(graph: Any, names: list[str]) -> None:
-    """Give the inputs of an ONNX graph (as the exporter holds it) these names, and the outputs theirs."""
+def _name_ends(graph: Any, program: ExportedProgram) -> None:
+    """Name the inputs of an ONNX graph (as the exporter holds it) as in the program, and number the outputs."""
     for position, value in enumerate(graph.outputs):
         value.name = f"output_{position}"
+    users = set(program.graph_signature.user_inputs)
+    places = [node for node in program.graph.nodes if node.op == "placeholder" and node.name in users]
+    names = [node.name for node in places if isinstance(node.meta.get("val"), Tensor)]
     taken = {value.name for node in graph for value in node.outputs} | set(graph.initializers)
     for value, name in zip(graph.inputs, names, strict=True):
         if name not in taken:
@@ -133,21 +130,14 @@ def _plain(proto: "onnx.ModelProto") -> "onnx.ModelProto":
 def to_openvino(proto: "onnx.ModelProto") -> "openvino.Model":
     """An ONNX model as an OpenVINO model, weights as they are.
 
-    Raises:
-        ModelError: OpenVINO does not know an operator.
-        DependencyError: openvino is not installed.
+    Raises `ModelError` for an operator that OpenVINO does not know, `DependencyError` where it is not installed.
     """
-    core = require_openvino().Core()
+    core = optional("openvino", extra="openvino").Core()
     try:
         with quiet():
             return core.read_model(proto.SerializeToString(), b"")
     except Exception as error:
         raise ModelError(f"OpenVINO cannot read the model: {root_reason(error)}; use ONNX Runtime") from error
-
-
-def require_openvino() -> ModuleType:
-    """The package openvino. Raises `DependencyError` where it is not installed."""
-    return optional("openvino", extra="openvino")
 
 
 def require_onnx() -> None:
@@ -166,16 +156,6 @@ def optional(package: str, *, extra: str) -> ModuleType:
         ) from error
 
 
-def _require_small(model: nn.Module) -> None:
-    """Refuse what one ONNX message cannot hold, before minutes are spent on it."""
-    size = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
-    if size >= _LARGEST:
-        raise ModelError(
-            f"{type(model).__name__} has {size / 2**30:.1f} GiB of weights, and an ONNX model holds less than "
-            f"{_LARGEST / 2**30:.1f}; export the program instead, or compress it first"
-        )
-
-
 @dataclass(frozen=True)
 class _Example:
     """The inputs as they are captured, their dynamic dimensions by argument, and a hint for the error about them."""
@@ -189,11 +169,10 @@ def _example(model: nn.Module, example_inputs: Any, *, dynamic_batch: bool) -> _
     inputs = to_device(_ordered(model, as_inputs(example_inputs)), device_of(model))
     if not dynamic_batch:
         return _Example(inputs, None)
-    batch = batch_size(inputs)
-    hint = ""
+    batch, hint = batch_size(inputs), ""
     if batch == 1:  # a dimension of 1 would be taken to be 1 for ever
-        inputs = _doubled(inputs)
         batch = 2
+        inputs = with_tensors(inputs, lambda tensor: torch.cat([tensor, tensor]) if has_batch(tensor, 1) else tensor)
         hint = f" The example was doubled, so that the batch size can stay open; {_FIXED_BATCH}."
     dimension = Dim(_BATCH, min=1)
     shapes = _mapped(_bound(model, inputs), lambda tensor: {0: dimension} if has_batch(tensor, batch) else None)
@@ -220,21 +199,12 @@ _FIXED_BATCH = "dynamic_batch=False (--fixed-batch) exports for the example's ba
 
 
 def batch_size(inputs: Inputs) -> int:
-    """The first dimension of the first tensor in the inputs.
-
-    Raises:
-        ModelError: there is no tensor with a dimension, or it is of size 0.
-    """
+    """The first dimension of the first tensor in the inputs; `ModelError` where there is none, or it is of size 0."""
     sizes: list[int] = []
     _mapped((inputs.args, dict(inputs.kwargs)), lambda tensor: sizes.extend(tensor.shape[:1]))
     if not sizes or not sizes[0]:
         raise ModelError(f"example_inputs ({inputs.describe()}) have no batch dimension to leave open; {_FIXED_BATCH}")
     return sizes[0]
-
-
-def _doubled(inputs: Inputs) -> Inputs:
-    """A batch of two instead of one."""
-    return with_tensors(inputs, lambda tensor: torch.cat([tensor, tensor]) if has_batch(tensor, 1) else tensor)
 
 
 def with_tensors(inputs: Inputs, change: Callable[[Tensor], Tensor]) -> Inputs:
@@ -269,13 +239,13 @@ def _captured(model: nn.Module, example: _Example) -> ExportedProgram:
     try:
         return _export(model, example.inputs, example.shapes)
     except Exception as error:
-        name = type(model).__name__
-        if example.shapes is not None and _is_captured_fixed(model, example.inputs):
-            where = described(model, _first_fixed(model, example))
-            why = f"does not allow an open batch size, because of {where}: {root_reason(error)}; {_FIXED_BATCH}"
-        else:
-            why = f"cannot be exported because of {module_at(model, error)}: {root_reason(error)}"
-        raise ModelError(f"{name} {why}") from error
+        why = f"cannot be exported because of {module_at(model, error)}: {root_reason(error)}"
+        if example.shapes is not None:
+            with suppress(Exception):  # what cannot be captured with a fixed batch size either has another reason
+                _export(model, example.inputs, None)
+                where = described(model, _first_fixed(model, example))
+                why = f"does not allow an open batch size, because of {where}: {root_reason(error)}; {_FIXED_BATCH}"
+        raise ModelError(f"{type(model).__name__} {why}") from error
 
 
 def _export(model: nn.Module, inputs: Inputs, shapes: dict[str, Any] | None) -> ExportedProgram:
@@ -283,29 +253,19 @@ def _export(model: nn.Module, inputs: Inputs, shapes: dict[str, Any] | None) -> 
         return torch.export.export(model, inputs.args, dict(inputs.kwargs), dynamic_shapes=shapes, strict=False)
 
 
-def _is_captured_fixed(model: nn.Module, inputs: Inputs) -> bool:
-    try:
-        _export(model, inputs, None)
-    except Exception:
-        return False
-    return True
-
-
 def _first_fixed(model: nn.Module, example: _Example) -> str | None:
     """The innermost, earliest module during which the open batch size gets a condition; none if none is found."""
-    conditions: list[Callable[[], int]] = []
+    opened: list[tuple[torch.SymInt, int]] = []
     modules: list[str] = []
 
     def begin(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         sizes: list[Any] = []
         _mapped((args, kwargs), lambda tensor: sizes.extend(tensor.shape[:1]))
-        for size in sizes:
-            if isinstance(size, torch.SymInt) and not conditions:
-                conditions.append(_conditions(size))
+        opened.extend((size, _conditions(size)) for size in sizes if isinstance(size, torch.SymInt))
 
     def end(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(_: nn.Module, __: Any, ___: Any) -> None:
-            if conditions and conditions[0]():
+            if any(_conditions(size) > number for size, number in opened):
                 modules.append(name)
 
         return hook
@@ -322,15 +282,10 @@ def _first_fixed(model: nn.Module, example: _Example) -> str | None:
     return None
 
 
-def _conditions(size: torch.SymInt) -> Callable[[], int]:
-    """A function that tells how many conditions have been put on open sizes since now."""
+def _conditions(size: torch.SymInt) -> int:
+    """How many conditions have been put on open sizes so far."""
     environment: Any = size.node.shape_env
-
-    def number() -> int:
-        return len(environment.guards) + len(environment.replacements)
-
-    before = number()
-    return lambda: number() - before
+    return len(environment.guards) + len(environment.replacements)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from spectrim.core.errors import EngineError
-from spectrim.runtimes.conversion import require_openvino, to_openvino
+from spectrim.runtimes.conversion import optional, to_openvino
 
 if TYPE_CHECKING:
     import onnx
@@ -37,7 +37,7 @@ def load_engine(model: "onnx.ModelProto | Path", *, runtime: str, threads: int) 
         session = onnxruntime_session(model, threads=threads)
         return lambda arrays: list(session.run(None, dict(arrays)))
     compiled = openvino_model(model, runtime=runtime, threads=threads)
-    names = openvino_inputs(compiled)
+    names = {name for port in compiled.inputs for name in port.names}  # without those that nothing depends on
 
     def run(arrays: Arrays) -> list[NDArray[Any]]:
         outputs = compiled({name: array for name, array in arrays.items() if name in names})
@@ -70,13 +70,8 @@ def openvino_model(model: "onnx.ModelProto | Path", *, runtime: str, threads: in
         "NUM_STREAMS": 1,
     }
     source = model if isinstance(model, Path) else to_openvino(model)
-    compiled = require_openvino().Core().compile_model(source, "CPU", settings)
+    compiled = optional("openvino", extra="openvino").Core().compile_model(source, "CPU", settings)
     actual = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
     if actual != precision:
         raise EngineError(f"OpenVINO computes in {actual} on this processor, not in {precision}")
     return compiled
-
-
-def openvino_inputs(compiled: Any) -> set[str]:
-    """Names of the inputs that a `CompiledModel` takes: one that nothing depends on is gone."""
-    return {name for port in compiled.inputs for name in port.names}

@@ -1,8 +1,7 @@
 """What to say of an error of another package: which module was at work, and its reason in one line."""
 
 import traceback
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 from torch import fx, nn
 
@@ -11,13 +10,15 @@ def module_at(model: nn.Module, error: BaseException) -> str:
     """`'name' (Class)` of the innermost module that was at work when `error` was raised, or the model's own forward."""
     names = {id(module): name for name, module in model.named_modules()}
     innermost: str | None = None
-    for frame in _frames(error):
-        if id(frame.get("self")) in names:
-            innermost = names[id(frame["self"])]
-        for value in frame.values():
-            if isinstance(value, fx.Node):
-                stack = list(value.meta.get("nn_module_stack", {}).values())
-                innermost = stack[-1][0] if stack else None
+    for cause in _causes(error):
+        for frame, _ in traceback.walk_tb(cause.__traceback__):
+            variables = dict(frame.f_locals)
+            if id(variables.get("self")) in names:
+                innermost = names[id(variables["self"])]
+            for node in variables.values():
+                if isinstance(node, fx.Node):
+                    stack = list(node.meta.get("nn_module_stack", {}).values())
+                    innermost = stack[-1][0] if stack else None
     return described(model, innermost)
 
 
@@ -26,13 +27,6 @@ def described(model: nn.Module, name: str | None) -> str:
     if not name:
         return f"the forward of {type(model).__name__} itself"
     return f"{name!r} ({type(model.get_submodule(name)).__name__})"
-
-
-def _frames(error: BaseException) -> Iterator[Mapping[str, Any]]:
-    """Local variables of the frames that an error and its causes went through, outermost first."""
-    for cause in _causes(error):
-        for frame, _ in traceback.walk_tb(cause.__traceback__):
-            yield dict(frame.f_locals)
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

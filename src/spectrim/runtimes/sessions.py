@@ -12,6 +12,7 @@ import shutil
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args
@@ -31,13 +32,12 @@ from spectrim.core.execution import (
     tensors,
     to_device,
 )
-from spectrim.runtimes.conversion import graph_inputs, require_openvino, to_onnx, with_tensors
+from spectrim.runtimes.conversion import graph_inputs, optional, to_onnx, with_tensors
 from spectrim.runtimes.engines import (
     Arrays,
     array_of,
     input_names,
     onnxruntime_session,
-    openvino_inputs,
     openvino_model,
 )
 from spectrim.runtimes.faults import first_line
@@ -55,53 +55,47 @@ channels_last; ONNX Runtime with all its optimisations; OpenVINO in float32 and 
 ONNX_RUNTIMES: tuple[RuntimeName, ...] = ("onnxruntime", "openvino", "openvino-bf16")
 """Those that read ONNX."""
 _PACKAGES: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {"onnxruntime": ("onnx", "onnxruntime"), "openvino": ("onnx", "openvino"), "openvino-bf16": ("onnx", "openvino")}
+    {name: ("onnx", name.removesuffix("-bf16")) for name in ONNX_RUNTIMES}
 )
 
 
+@dataclass
 class Session:
     """A network in a runtime, ready to run on the inputs it was prepared with, until it is closed.
 
     A context manager. Several may be open at once; they are closed in the opposite order, as `with` and `ExitStack` do.
+
+    Attributes:
+        run: One forward pass; on a GPU it may still be under way, see `finish`.
+        outputs: One forward pass, and every tensor that it gives, on the CPU; shorter floats as float32.
+        resources: Closed with it.
+        device: Of the network.
+        threads: That a pass may use.
     """
 
-    def __init__(
-        self,
-        *,
-        run: Callable[[], object],
-        outputs: Callable[[], list[Tensor]],
-        resources: ExitStack,
-        device: torch.device,
-        threads: int,
-    ) -> None:
-        self._run, self._outputs, self._resources = run, outputs, resources
-        self._device, self._threads = device, threads
-
-    def run(self) -> None:
-        """One forward pass; on a GPU it may still be under way, see `finish`."""
-        self._run()
-
-    def outputs(self) -> list[Tensor]:
-        """One forward pass, and every tensor that it gives, on the CPU; shorter floats as float32."""
-        return self._outputs()
+    run: Callable[[], object]
+    outputs: Callable[[], list[Tensor]]
+    resources: ExitStack
+    device: torch.device
+    threads: int
 
     def finish(self) -> None:
         """Wait until the passes that were begun are done."""
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     def timer(self, *, between: Callable[[], object] | None = None) -> Callable[[], Timing]:
         """Warm up, and give a function that times a pass; processor time too where one thread does the work.
 
         `between` is called before every pass and not timed.
         """
-        cpu = self._threads == 1 and self._device.type == "cpu"
+        cpu = self.threads == 1 and self.device.type == "cpu"
         return pass_timer(self.run, finish=self.finish, cpu=cpu, between=between)
 
     def close(self) -> None:
         """Free the session, and put back the number of threads and the model's flags."""
-        self._run = self._outputs = _closed
-        self._resources.close()
+        self.run = self.outputs = _closed
+        self.resources.close()
 
     def __enter__(self) -> Self:
         return self
@@ -110,11 +104,12 @@ class Session:
         self.close()
 
 
-def require_runtime(name: str, *, threads: int = 1) -> RuntimeName:
+def require_runtime(name: str, *, threads: int = 1, reads_onnx: bool = False) -> RuntimeName:
     """The runtime of that name, if it can run here with so many threads.
 
     Raises:
-        EngineError: there is no runtime of that name, fewer processor cores than threads, or no compiler for `compile`.
+        EngineError: there is no runtime of that name, fewer processor cores than threads, no compiler for `compile`,
+            or one that does not read ONNX although it has to.
         DependencyError: a package that it needs is not installed.
     """
     known = next((runtime for runtime in RUNTIMES if runtime == name), None)
@@ -124,14 +119,14 @@ def require_runtime(name: str, *, threads: int = 1) -> RuntimeName:
         raise EngineError(f"runtime {name!r} is unknown; {hint} {', '.join(RUNTIMES)}")
     require_threads(threads)
     for package in _PACKAGES.get(known, ()):
-        _require_package(package, runtime=known)
-    return known
-
-
-def require_onnx_runtime(name: str, *, threads: int = 1) -> RuntimeName:
-    """As `require_runtime`, and an `EngineError` for one that does not read ONNX."""
-    known = require_runtime(name, threads=threads)
-    if known not in ONNX_RUNTIMES:
+        try:
+            importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError as error:
+            extras = "onnx" if known == "onnxruntime" else "onnx,openvino"
+            raise DependencyError(
+                f'{known} needs {package}, which is not installed; pip install "spectrim[{extras}]"'
+            ) from error
+    if reads_onnx and known not in ONNX_RUNTIMES:
         raise EngineError(f"{known} does not read ONNX; {', '.join(ONNX_RUNTIMES)} do")
     return known
 
@@ -174,23 +169,20 @@ def prepare(
         if not checked:
             require_repeatable(model, inputs)
         if exported:
-            proto = to_onnx(model, inputs, dynamic_batch=False)
-            run, outputs = _engine(proto, _arrays(model, inputs, proto), runtime=name, threads=threads)
+            proto, flat = to_onnx(model, inputs, dynamic_batch=False), graph_inputs(model, inputs)
+            if any(tensor.dtype == torch.bfloat16 for tensor in flat):
+                raise EngineError("an input is bfloat16, which cannot be given to this runtime; give float32")
+            arrays = _by_name(proto, [array_of(tensor) for tensor in flat])
+            run, outputs = _engine(proto, arrays, runtime=name, threads=threads)
         else:
             run, outputs = _torch(model, to_device(inputs, device, copy=True), runtime=name)
-        return Session(run=run, outputs=outputs, resources=resources.pop_all(), device=device, threads=threads)
+        return Session(run, outputs, resources.pop_all(), device, threads)
 
 
 def from_onnx(
     proto: "onnx.ModelProto", arrays: Arrays | Sequence[NDArray[Any]], *, runtime: str, threads: int = 1
 ) -> Session:
-    """Bring an ONNX model into a runtime.
-
-    Args:
-        proto: The model.
-        arrays: Its inputs, in the graph's order or by name.
-        runtime: `onnxruntime`, `openvino` or `openvino-bf16`.
-        threads: How many one pass may use.
+    """Bring an ONNX model into `onnxruntime`, `openvino` or `openvino-bf16`, with its inputs in order or by name.
 
     Raises:
         EngineError: as `require_runtime`; a runtime that does not read ONNX; a model that the runtime cannot run, or
@@ -198,40 +190,48 @@ def from_onnx(
         ModelError: OpenVINO does not know an operator.
         DependencyError: a package that the runtime needs is not installed.
     """
-    name = require_onnx_runtime(runtime, threads=threads)
+    name = require_runtime(runtime, threads=threads, reads_onnx=True)
     run, outputs = _engine(proto, _by_name(proto, arrays), runtime=name, threads=threads)
-    device = torch.device("cpu")
     if not all(map(torch.equal, outputs(), outputs())):
         raise EngineError("two passes of the ONNX model over the same inputs differ; it draws random numbers")
-    return Session(run=run, outputs=outputs, resources=ExitStack(), device=device, threads=threads)
+    return Session(run, outputs, ExitStack(), torch.device("cpu"), threads)
 
 
 def fingerprint(runtime: str, *, threads: int = 1) -> str:
     """What times depend on besides the network: processor, instructions, packages, runtime, threads; keys of caches.
 
-    Raises:
-        EngineError, DependencyError: as `require_runtime`.
+    Raises as `require_runtime`.
     """
     name = require_runtime(runtime, threads=threads)
     packages = [f"{package} {importlib.metadata.version(package)}" for package in ("torch", *_PACKAGES.get(name, ()))]
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    processor = names[0] if names else platform.processor() or platform.machine()
     instructions = torch.backends.cpu.get_cpu_capability()
-    return "; ".join([_processor(), f"{os.cpu_count()} cores", instructions, name, *packages, f"threads {threads}"])
+    return "; ".join([processor, f"{os.cpu_count()} cores", instructions, name, *packages, f"threads {threads}"])
 
 
 _Runs = tuple[Callable[[], object], Callable[[], list[Tensor]]]
 
 
 def _torch(model: nn.Module, inputs: Inputs, *, runtime: RuntimeName) -> _Runs:
+    def bfloat16(tensor: Tensor) -> Tensor:
+        return tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor
+
+    def channels_last(tensor: Tensor) -> Tensor:
+        return tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
+
     if runtime != "torch":
         model = _copied(model)
     if runtime == "torch-bf16":
-        model, inputs = model.to(torch.bfloat16), with_tensors(inputs, _halved)
+        model, inputs = model.to(torch.bfloat16), with_tensors(inputs, bfloat16)
     if runtime != "torch":
-        model, inputs = model.to(memory_format=torch.channels_last), with_tensors(inputs, _laid_out)
+        model, inputs = model.to(memory_format=torch.channels_last), with_tensors(inputs, channels_last)
     call(model, inputs)
-    function: Callable[..., Any] = model
-    if runtime == "compile":
-        function = _compiled(model, inputs)
+    function = _compiled(model, inputs) if runtime == "compile" else model
     args, kwargs = inputs.args, dict(inputs.kwargs)
 
     def run() -> Any:
@@ -254,8 +254,9 @@ def _compiled(model: nn.Module, inputs: Inputs) -> Callable[..., Any]:
     torch keeps what it compiles with the code of the function, and gives up after a few versions of one: so this one
     has code of its own, which goes when the function does, and no other compiled network is disturbed.
     """
-    if device_of(model).type == "cpu":
-        _require_compiler()
+    compilers = filter(None, (os.environ.get("CXX"), "g++", "clang++", "c++", "cl"))
+    if device_of(model).type == "cpu" and not any(map(shutil.which, compilers)):
+        raise EngineError("torch.compile needs a C++ compiler, and there is none; install one, or set CXX to its name")
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         return model(*args, **kwargs)
@@ -269,11 +270,6 @@ def _compiled(model: nn.Module, inputs: Inputs) -> Callable[..., Any]:
     except Exception as error:
         raise EngineError(f"torch.compile cannot compile {type(model).__name__}: {first_line(error)}") from error
     return compiled
-
-
-def _require_compiler() -> None:
-    if not any(map(shutil.which, filter(None, (os.environ.get("CXX"), "g++", "clang++", "c++", "cl")))):
-        raise EngineError("torch.compile needs a C++ compiler, and there is none; install one, or set CXX to its name")
 
 
 def _engine(proto: "onnx.ModelProto", arrays: Arrays, *, runtime: RuntimeName, threads: int) -> _Runs:
@@ -304,9 +300,10 @@ def _onnxruntime(proto: "onnx.ModelProto", arrays: Arrays, *, runtime: str, thre
 
 
 def _openvino(proto: "onnx.ModelProto", arrays: Arrays, *, runtime: str, threads: int) -> _Runs:
+    tensor_type = optional("openvino", extra="openvino").Tensor
     compiled = openvino_model(proto, runtime=runtime, threads=threads)
-    request, names = compiled.create_infer_request(), openvino_inputs(compiled)
-    shared = {name: require_openvino().Tensor(arrays[name], shared_memory=True) for name in arrays.keys() & names}
+    request, names = compiled.create_infer_request(), {name for port in compiled.inputs for name in port.names}
+    shared = {name: tensor_type(arrays[name], shared_memory=True) for name in arrays.keys() & names}
     for name, tensor in shared.items():
         request.set_tensor(name, tensor)
 
@@ -318,14 +315,6 @@ def _openvino(proto: "onnx.ModelProto", arrays: Arrays, *, runtime: str, threads
         return [_widened(torch.from_numpy(results[port]).clone()) for port in compiled.outputs]
 
     return run, outputs
-
-
-def _arrays(model: nn.Module, inputs: Inputs, proto: "onnx.ModelProto") -> Arrays:
-    """The inputs by their names in the graph, which has them in the order of the model's own arguments."""
-    flat = graph_inputs(model, inputs)
-    if any(tensor.dtype == torch.bfloat16 for tensor in flat):
-        raise EngineError("an input is bfloat16, which cannot be given to this runtime; give float32")
-    return _by_name(proto, [array_of(tensor) for tensor in flat])
 
 
 def _by_name(proto: "onnx.ModelProto", arrays: Arrays | Sequence[NDArray[Any]]) -> Arrays:
@@ -341,37 +330,10 @@ def _by_name(proto: "onnx.ModelProto", arrays: Arrays | Sequence[NDArray[Any]]) 
     return named
 
 
-def _halved(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor
-
-
-def _laid_out(tensor: Tensor) -> Tensor:
-    return tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
-
-
 def _widened(tensor: Tensor) -> Tensor:
     """A copy on the CPU, in float32 at least."""
     short = tensor.is_floating_point() and tensor.itemsize < 4
     return tensor.detach().to("cpu", torch.float32 if short else tensor.dtype, copy=True)
-
-
-def _require_package(name: str, *, runtime: str) -> None:
-    try:
-        importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError as error:
-        extras = "onnx" if runtime == "onnxruntime" else "onnx,openvino"
-        raise DependencyError(
-            f'{runtime} needs {name}, which is not installed; pip install "spectrim[{extras}]"'
-        ) from error
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _closed() -> Any:

@@ -22,6 +22,8 @@ _WIDE = 0.15
 
 _ISOLATED = 8
 """Passes of one timing, where something has to be done between them."""
+_LEAST, _FEWEST = 2e-3, 5
+"""Seconds that a timing lasts at least, and rounds that are done in any case."""
 
 Verdict = Literal["faster", "slower", "no difference", "too noisy to tell"]
 
@@ -101,20 +103,15 @@ def pass_timer(
     *,
     finish: Callable[[], object] | None = None,
     cpu: bool = False,
-    least: float = 2e-3,
     between: Callable[[], object] | None = None,
 ) -> Callable[[], Timing]:
-    """Warm up, and give a function that times enough passes to outlast the clock's grain.
+    """Warm up, and give a function that times enough passes to outlast the clock's grain: mean seconds of a pass.
 
     Args:
         run: One pass.
         finish: Waits until the device is done, after the last pass.
         cpu: The pass computes in one thread of this process, so that its processor time can be measured as well.
-        least: Seconds to outlast.
         between: Called before every pass and not timed; there are then at most 8 passes.
-
-    Returns:
-        A function that gives the mean seconds of a pass, over as many passes as it takes.
     """
     wait = finish or (lambda: None)
     cpu = cpu and time.get_clock_info("process_time").resolution <= _FINE
@@ -142,23 +139,15 @@ def pass_timer(
     if warm < 0.05:  # a first pass may be slow for once
         passes(2)
         warm = passes(3).wall
-    number = max(1, math.ceil(least / max(warm, 1e-7)))
+    number = max(1, math.ceil(_LEAST / max(warm, 1e-7)))
     return lambda: passes(number)
 
 
-def interleaved(
-    runs: Sequence[Callable[[], _T]], *, rounds: int, patience: float = 30.0, fewest: int = 5
-) -> list[list[_T]]:
+def interleaved(runs: Sequence[Callable[[], _T]], *, rounds: int, patience: float = 30.0) -> list[list[_T]]:
     """Call every run once in each round, in an order that alternates, so that drift of the machine cancels.
 
-    Args:
-        runs: What to call.
-        rounds: How often.
-        patience: Seconds after which no further round is begun.
-        fewest: Rounds that are done in any case.
-
-    Returns:
-        What each run returned, by round.
+    After 5 rounds, no further one is begun once `patience` seconds have passed. Returns the results of each run, by
+    round.
     """
     results: list[list[_T]] = [[] for _ in runs]
     start = time.perf_counter()
@@ -166,7 +155,7 @@ def interleaved(
         order = range(len(runs)) if number % 2 == 0 else reversed(range(len(runs)))
         for position in order:
             results[position].append(runs[position]())
-        if number + 1 >= fewest and time.perf_counter() - start > patience:
+        if number + 1 >= _FEWEST and time.perf_counter() - start > patience:
             break
     return results
 
