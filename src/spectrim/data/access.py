@@ -157,7 +157,7 @@ def _fetch(
             splits = read_any(entry.layouts, source.fetch(into, report=report))
             check(entry, splits)
         except (SourceError, DataError, OSError) as error:
-            # a damaged file in the folder that the user named is news, not a reason to go elsewhere
+            # a damaged file in the folder that the user named is an error, not a reason to try the next source
             if source in named and not isinstance(error, MissingFilesError):
                 raise DataError(f"{source.label} cannot be used for {entry.info.name!r}: {error}") from error
             reasons.append(f"{source.label}: {error}")

@@ -70,7 +70,7 @@ def checksum(images: torch.Tensor, labels: torch.Tensor) -> str:
 
 @contextlib.contextmanager
 def workspace(folder: Path) -> Iterator[Path]:
-    """A temporary folder inside `folder`, gone at the end whatever happens; FileError where nothing can be written."""
+    """A temporary folder inside `folder`, removed at the end in any case; FileError where nothing can be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for old in folder.glob(f"{_TEMPORARY}*"):  # of killed processes; a younger one may still be at work

@@ -1,6 +1,6 @@
 """The data sets that Spectrim knows: what each is, where it comes from, how its files are read, what they hash to.
 
-They stand in `catalogue.toml`, a table each with the fields of `Entry`; `digits` is embedded.
+`catalogue.toml` has a table for each, with the fields of `Entry`; the images of `digits` come from scikit-learn.
 """
 
 import difflib

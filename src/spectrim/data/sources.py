@@ -21,7 +21,7 @@ from spectrim.core.errors import DataError
 from spectrim.data.formats import require_md5
 
 _TIMEOUT_SECONDS = 10  # one silent address must not hold up the next source
-_STALL_SECONDS = 60  # no byte for so long means that nothing more will come
+_STALL_SECONDS = 60  # without a byte for so long, a download has failed
 _POLL_SECONDS = 0.1
 _CHUNK = 1 << 18
 _EXACT = ConfigDict(extra="forbid")
@@ -104,7 +104,7 @@ class Npm:
 
     __pydantic_config__ = _EXACT
     package: str
-    needs: str | None = None  # a module without which its files cannot be read: better known before the download
+    needs: str | None = None  # a module that reads its files; without it nothing is downloaded
 
     @property
     def label(self) -> str:
@@ -175,11 +175,11 @@ def _download(url: str, target: Path, *, received: int, progress: Callable[[int]
 def _run(command: list[str], folder: Path, *, progress: Callable[[int], None]) -> None:
     """Runs a command in `folder` and reports how the folder grows; SourceError when it fails or stalls.
 
-    Whatever happens here, Ctrl-C included, no process is left behind.
+    No process is left behind, also after Ctrl-C.
     """
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         try:
-            # a session of its own: the whole family can be ended at once, and Ctrl-C comes to us first
+            # its own session: all its processes can be ended at once, and Ctrl-C reaches only this process
             process = subprocess.Popen(
                 command, cwd=folder, stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True
             )

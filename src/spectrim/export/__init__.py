@@ -151,7 +151,7 @@ def export_program(
         example_inputs: As for `export_onnx`, like the other arguments; they are not written to the file.
         dynamic_batch: Leave the batch size open.
         pad: Zero-pad the ranks of factored layers to a multiple.
-        check: Compare the very program that is then written.
+        check: Compare the program that is then written.
         tolerance: Largest difference allowed.
         runtime: Where `pad="auto"` takes its times, with so many `threads`.
         threads: See `runtime`.

@@ -57,7 +57,7 @@ def sign(proto: "onnx.ModelProto", metadata: Mapping[str, str]) -> None:
 
 
 def without_traces(program: ExportedProgram) -> ExportedProgram:
-    """Without the example inputs, and without the source lines and paths of this machine beside each operator."""
+    """Without the example inputs, and without the source lines and paths of this machine in each operator."""
     program.example_inputs = None
     for module in program.graph_module.modules():
         if isinstance(module, GraphModule):

@@ -1,4 +1,4 @@
-"""torchvision's own weights of a network, fetched by torchvision where they can be had."""
+"""torchvision's own weights of a network, fetched by torchvision."""
 
 import importlib
 from typing import Any
@@ -11,7 +11,7 @@ from spectrim.core.errors import DependencyError, ModelError
 def fill_(model: nn.Module, reference: str, *, head: str) -> None:
     """Load torchvision's default ImageNet weights into `model`, all but those of the layer `head`.
 
-    torchvision fetches and checks the file, and keeps it in torch's cache; the network has to be one of its own.
+    torchvision fetches and checks the file, and keeps it in torch's cache; the network has to be torchvision's.
 
     Args:
         model: Made by torchvision, with any number of outputs; changed only when everything fits.

@@ -62,7 +62,7 @@ def fill_(model: nn.Module, state: Mapping[str, Tensor], *, origin: Path) -> Non
 
 
 def _misfits(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, list[str]]:
-    """What torch would refuse with a page of text, or cast silently."""
+    """Mismatches that torch would report at length, or cast silently."""
     shapes, types = [], []
     for name, tensor in expected.items():
         if name not in state or is_lazy(tensor):
@@ -95,7 +95,7 @@ def _require_none(faults: Mapping[str, list[str]], *, origin: Path) -> None:
 
 
 def _how_to_convert(path: Path) -> str:
-    """One line; the copies untie tensors that share memory, which safetensors refuses."""
+    """One line; the copies untie tensors that share memory, which safetensors does not save."""
     target = path.with_suffix(".safetensors")
     code = (
         "import torch; from safetensors.torch import save_file; "

@@ -1,4 +1,4 @@
-"""Work on ONNX graphs in memory: weights stored in fewer bits, and nothing kept that a runtime does not need."""
+"""Changes of ONNX graphs in memory: weights stored in fewer bits, and everything left out that runtimes do not need."""
 
 import copy
 import itertools
@@ -160,7 +160,7 @@ def compact(proto: "onnx.ModelProto") -> "onnx.ModelProto":
 
 
 def _shorten(graph: "onnx.GraphProto") -> None:
-    """Short names for everything but inputs and outputs; equal constants become one, and unused ones go."""
+    """Short names for everything but inputs and outputs; equal constants become one, and unused ones are removed."""
     from onnx import numpy_helper
 
     ends = [value.name for value in (*graph.input, *graph.output)]

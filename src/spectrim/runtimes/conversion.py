@@ -118,7 +118,7 @@ def _with_batch_named(proto: "onnx.ModelProto") -> "onnx.ModelProto":
 
 
 def _plain(proto: "onnx.ModelProto") -> "onnx.ModelProto":
-    """Without what the exporter notes beside each operator: the user's source lines, and paths of this machine."""
+    """Without the exporter's notes on each operator: the user's source lines, and paths of this machine."""
     graph = proto.graph
     functions = [node for function in proto.functions for node in function.node]
     for part in (proto, graph, *graph.node, *graph.input, *graph.output, *graph.value_info, *functions):
@@ -170,7 +170,7 @@ def _example(model: nn.Module, example_inputs: Any, *, dynamic_batch: bool) -> _
     if not dynamic_batch:
         return _Example(inputs, None)
     batch, hint = batch_size(inputs), ""
-    if batch == 1:  # a dimension of 1 would be taken to be 1 for ever
+    if batch == 1:  # the exporter would fix a dimension of 1
         batch = 2
         inputs = with_tensors(inputs, lambda tensor: torch.cat([tensor, tensor]) if has_batch(tensor, 1) else tensor)
         hint = f" The example was doubled, so that the batch size can stay open; {_FIXED_BATCH}."

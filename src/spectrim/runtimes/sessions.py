@@ -1,6 +1,6 @@
 """The runtimes that a network can be timed in, each behind the same two calls: run once, and return the outputs.
 
-A runtime is prepared with a fixed number of threads and its precision stated, so that like is compared with like.
+The number of threads and the precision are fixed, so that times can be compared.
 """
 
 import copy
@@ -251,8 +251,8 @@ def _copied(model: nn.Module) -> nn.Module:
 def _compiled(model: nn.Module, inputs: Inputs) -> Callable[..., Any]:
     """The model, compiled with its weights as constants.
 
-    torch keeps what it compiles with the code of the function, and gives up after a few versions of one: so this one
-    has code of its own, which goes when the function does, and no other compiled network is disturbed.
+    torch stores compiled code with the code object of the function, and stops compiling after a few versions of one. So
+    this function gets its own code object, and other compiled networks are not affected.
     """
     compilers = filter(None, (os.environ.get("CXX"), "g++", "clang++", "c++", "cl"))
     if device_of(model).type == "cpu" and not any(map(shutil.which, compilers)):

@@ -1,7 +1,7 @@
-"""Comparing by the clock on a machine that does other things too: interleaved rounds, paired ratios, and a verdict.
+"""Comparing times on a machine that does other things too: interleaved rounds, paired ratios, and a verdict.
 
-Wall time is what a user waits for, and what is reported in milliseconds. Ratios of runs that compute in one thread are
-taken from processor time instead, where there is one: it does not count the moments that the machine gave to others.
+Milliseconds are wall time. Ratios of runs that compute in one thread are of processor time where it can be measured,
+since that does not count the time of other processes.
 """
 
 import math
@@ -40,8 +40,8 @@ class Timing(NamedTuple):
     """Seconds that one pass took.
 
     Attributes:
-        wall: By the clock on the wall.
-        cpu: Of the processors, all threads of this process together; None where it says nothing about the pass.
+        wall: Wall time.
+        cpu: Processor time of all threads of this process together; None where other threads compute as well.
     """
 
     wall: float
@@ -54,7 +54,7 @@ class Comparison(Frozen):
     Attributes:
         ratio: Time of the reference over time of the other: median of the paired rounds and its 95 % interval.
         drift: The reference against itself: its median in the first half of the rounds over that in the second. It is
-            1 on a machine that does the same thing all the while.
+            1 on a machine whose speed does not change.
     """
 
     ratio: Interval
@@ -62,10 +62,10 @@ class Comparison(Frozen):
 
     @property
     def verdict(self) -> Verdict:
-        """What can be said.
+        """What the rounds show.
 
-        Too noisy is an interval that is wide, unless 1 lies farther from it than it is wide, and a machine that changed
-        by more than the difference.
+        They are too noisy to tell where the interval is wide and lies no farther from 1 than it is wide, and where the
+        machine changed by more than the difference.
         """
         ratio, width = self.ratio, self.ratio.high - self.ratio.low
         near = ratio.low - width <= 1 <= ratio.high + width
