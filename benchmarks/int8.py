@@ -1,14 +1,14 @@
-"""ResNet-20 on CIFAR-10: dense, dense + int8, low rank, low rank + int8, as files, held against the bar.
+"""ResNet-20 on CIFAR-10: dense, dense + int8, low rank, low rank + int8, as files, compared with the bar.
 
     python benchmarks/int8.py --weights cifar_resnet20.safetensors                            # three seeds, test images
     python benchmarks/int8.py --weights cifar_resnet20.safetensors --seeds 0 --held-out       # to choose share and rate
     python benchmarks/int8.py --weights cifar_resnet20.safetensors --epochs 0                 # without fine-tuning
 
 The bar: low rank + int8 at least 1.8x smaller on disk than dense + int8, and at most 1.2 points below the dense float32
-network. It is held if one int8 scheme holds both, on average over the seeds (which 1024 training images, without
-labels). Afterwards the network is fine-tuned for a few epochs with the dense network's answers, no labels either.
-The rate was chosen on training images that neither calibration nor fine-tuning saw (`--held-out`), where it hardly
-matters; the share for the size of the files alone.
+network. It is met if one int8 scheme meets both, on average over the seeds. A seed chooses the 1024 training images,
+without labels, of the calibration. Afterwards the network is distilled for a few epochs from the dense network, without
+labels too. The rate was chosen on training images that neither calibration nor fine-tuning saw (`--held-out`), where it
+hardly matters; the share was chosen for the size of the files alone.
 """
 
 import argparse
@@ -48,28 +48,28 @@ def main() -> None:
     parser.add_argument("--latency", action="store_true", help="time the files as well, one image, one thread")
     parser.add_argument("--runtime", default="onnxruntime", help="onnxruntime or openvino")
     parser.add_argument("--json", type=Path, help="write every figure to this file")
-    given = parser.parse_args()
-    given.network = "resnet20"
-    console, dense = Console(), network(given)
-    tables = {int(seed): compared(given, dense, int(seed), console) for seed in given.seeds.split(",")}
-    held = report(console, tables)
-    if given.json:
-        found = {seed: one.model_dump(mode="json") for seed, one in tables.items()}
-        given.json.write_text(json.dumps(found, indent=1), encoding="utf-8")
-    sys.exit(not held)
+    options = parser.parse_args()
+    options.network = "resnet20"
+    console, dense = Console(), network(options)
+    tables = {int(seed): compared(options, dense, int(seed), console) for seed in options.seeds.split(",")}
+    met = report(console, tables)
+    if options.json:
+        figures = {seed: table.model_dump(mode="json") for seed, table in tables.items()}
+        options.json.write_text(json.dumps(figures, indent=1), encoding="utf-8")
+    sys.exit(not met)
 
 
-def compared(given: argparse.Namespace, dense: nn.Module, seed: int, console: Console) -> QuantizedTable:
+def compared(options: argparse.Namespace, dense: nn.Module, seed: int, console: Console) -> QuantizedTable:
     """Everything for one seed."""
     data = calibration(seed)
-    made = st.compress(
+    compressed = st.compress(
         dense,
-        st.Budget(params=given.share),
+        st.Budget(params=options.share),
         example_inputs=data[0][:1],
         data=data,
         analysis=analysed(dense, data),
     )
-    small = finetuned(given, made.model, dense, seed) if given.epochs else made.model
+    small = finetuned(options, compressed.model, dense, seed) if options.epochs else compressed.model
     with tempfile.TemporaryDirectory() as folder:
         table = compare_quantized(
             dense,
@@ -77,10 +77,10 @@ def compared(given: argparse.Namespace, dense: nn.Module, seed: int, console: Co
             data[0][:1],
             folder=folder,
             data=torch.cat(data)[:INT8_IMAGES].split(64),
-            test=scored(given, seed),
+            test=test_batches(options, seed),
             schemes=SCHEMES,
-            runtime=given.runtime,
-            latency=given.latency,
+            runtime=options.runtime,
+            latency=options.latency,
         )
     for row in table.rows:
         assert row.accuracy is not None
@@ -89,56 +89,57 @@ def compared(given: argparse.Namespace, dense: nn.Module, seed: int, console: Co
     return table
 
 
-def finetuned(given: argparse.Namespace, small: nn.Module, teacher: nn.Module, seed: int) -> nn.Module:
-    """A few epochs with the dense network's answers; the images are none of those for calibration or choice."""
+def finetuned(options: argparse.Namespace, small: nn.Module, teacher: nn.Module, seed: int) -> nn.Module:
+    """A few epochs of distillation from the dense network, on images that calibration and choice do not use."""
     order = torch.randperm(50_000, generator=torch.Generator().manual_seed(seed))
-    chosen = order[10_000 : 10_000 + given.images]
+    chosen = order[10_000 : 10_000 + options.images]
     images = padded(cifar_inputs(load("cifar10", split="train").images[chosen]))
 
     def epoch(number: int) -> Augmented:
         return Augmented(images, draw=1000 * seed + number)
 
-    return st.finetune(small, epoch, teacher=teacher, epochs=given.epochs, lr=given.lr, seed=seed).model
+    return st.finetune(small, epoch, teacher=teacher, epochs=options.epochs, lr=options.lr, seed=seed).model
 
 
-def scored(given: argparse.Namespace, seed: int) -> list[tuple[Tensor, Tensor]]:
-    """The images that accuracy is taken on."""
-    images = load("cifar10", split="train" if given.held_out else "test")
-    chosen = split(seed)[1] if given.held_out else torch.arange(len(images))
+def test_batches(options: argparse.Namespace, seed: int) -> list[tuple[Tensor, Tensor]]:
+    """The images and labels for the accuracy."""
+    images = load("cifar10", split="train" if options.held_out else "test")
+    chosen = split(seed)[1] if options.held_out else torch.arange(len(images))
     return [(cifar_inputs(images.images[part]), images.labels[part]) for part in chosen.split(500)]
 
 
 def report(console: Console, tables: Mapping[int, QuantizedTable]) -> bool:
-    """The table, means over seeds, and whether a scheme holds the bar."""
+    """Print means over seeds. Returns whether a scheme meets the bar."""
     heads = ("network", "bytes", "smaller", "on int8", "correct", "sd", "points", "bar")
-    shown = Table(*heads, box=None, pad_edge=False)
-    rows = {one.name: one for one in next(iter(tables.values())).rows}
+    printed = Table(*heads, box=None, pad_edge=False)
+    first = next(iter(tables.values()))
+    rows = {row.name: row for row in first.rows}
     size = {
-        name: statistics.mean(one.row(row.network, row.scheme).bytes for one in tables.values())
+        name: statistics.mean(table.row(row.network, row.scheme).bytes for table in tables.values())
         for name, row in rows.items()
     }
-    scores = {name: [percent(one, name) for one in tables.values()] for name in rows}
-    dense, held = statistics.mean(scores["dense"]), False
+    scores = {name: [percent(table, name) for table in tables.values()] for name in rows}
+    dense, met = statistics.mean(scores["dense"]), False
     for name, row in rows.items():
         mean = statistics.mean(scores[name])
         spread = f"{statistics.stdev(scores[name]):.2f}" if len(scores[name]) > 1 else ""
-        smaller = said = ""
+        on_int8 = mark = ""
         if row.network == "low rank" and row.scheme is not None:
             ratio = size[f"dense + {row.scheme}"] / size[name]
             passed = ratio >= SMALLER and mean >= dense - POINTS
-            smaller, said, held = f"{ratio:.2f}x", "PASS" if passed else "MISS", held or passed
-        first = f"{size['dense'] / size[name]:.2f}x"
-        shown.add_row(name, f"{size[name]:,.0f}", first, smaller, f"{mean:.2f}", spread, f"{mean - dense:+.2f}", said)
-    console.print(shown)
+            on_int8, mark, met = f"{ratio:.2f}x", "PASS" if passed else "MISS", met or passed
+        smaller, points = f"{size['dense'] / size[name]:.2f}x", f"{mean - dense:+.2f}"
+        printed.add_row(name, f"{size[name]:,.0f}", smaller, on_int8, f"{mean:.2f}", spread, points, mark)
+    console.print(printed)
     console.print(f"bar: {SMALLER}x smaller than dense + int8, at most {POINTS} points below dense; seeds {[*tables]}")
-    for one in next(iter(tables.values())).verdicts:
-        console.print(one)
-    return held
+    for verdict in first.verdicts:
+        console.print(verdict)
+    return met
 
 
 def percent(table: QuantizedTable, name: str) -> float:
     """Accuracy of one row."""
-    (row,) = [one for one in table.rows if one.name == name]
+    (row,) = [row for row in table.rows if row.name == name]
     assert row.accuracy is not None
     return 100 * row.accuracy.value
 

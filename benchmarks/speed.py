@@ -1,12 +1,12 @@
-"""How much of the speed that the MACs promise is there by the clock, over runtimes and batch sizes, against the bars.
+"""Efficiency over runtimes and batch sizes, compared with the bars: measured speed-up over that of the MACs.
 
     python benchmarks/speed.py                                                             # everything; half an hour
     python benchmarks/speed.py --only resnet18 --runtimes onnxruntime,openvino --batches 1
     python benchmarks/speed.py --only total --json total.json                              # against dense torch eager
 
-Efficiency is the measured speed-up over dense in the same runtime, over the speed-up of the MACs: medians of
-interleaved pairs in one thread, each cell in a process of its own. Ranks are multiples of the step that is probed
-first. Where they are not (rank 20), a copy padded to the step is timed as well, and the faster one counts.
+The speed-up is over dense in the same runtime: medians of interleaved pairs in one thread, each cell in its own
+process. Ranks are multiples of the step that is probed first. Where they are not (rank 20), a copy padded to the step
+is timed as well, and the faster one counts.
 `total` is ResNet-18 at 0.35 of its MACs in each runtime against its dense self in torch eager.
 The networks are untrained: time does not depend on the weights' values.
 """
@@ -102,8 +102,8 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a cell gave; `value` is the efficiency, or the whole gain over dense torch eager."""
+class CellResult:
+    """The figures of a cell; `value` is the efficiency, or the whole gain over dense torch eager."""
 
     cell: Cell
     dense_ms: float
@@ -142,14 +142,14 @@ def compressed(name: str, size: str, forms: Sequence[str], step: int, folder: Pa
         rule = NETWORKS[name].rules[size]
         whole, x = dense(name), example(name)
         if isinstance(rule, st.Rank):
-            made = st.compress(whole, rule, example_inputs=x, exclude=("head",))
+            small = st.compress(whole, rule, example_inputs=x, exclude=("head",))
         else:
-            made = st.compress(whole, rule, example_inputs=x, forms=forms, rank_multiple=step, analysis=analysed(name))
-        st.save(made.model, path)
+            small = st.compress(whole, rule, example_inputs=x, forms=forms, rank_multiple=step, analysis=analysed(name))
+        st.save(small.model, path)
     return path
 
 
-def measured(cell: Cell) -> Found:
+def measured(cell: Cell) -> CellResult:
     """Efficiency in a runtime. Runs in a process of its own."""
     start, whole, x = time.perf_counter(), dense(cell.network), example(cell.network)
     small = st.load(cell.folder, whole).eval()
@@ -159,26 +159,26 @@ def measured(cell: Cell) -> Found:
     macs = st.measure(small, x, reference=whole, latency=False).macs_speedup or 1.0
     best: tuple[st.Measurement, str] | None = None
     for note, model in variants.items():
-        one = st.measure(model, x, reference=whole, runtime=cell.runtime, batch=cell.batch, rounds=cell.rounds)
-        if best is None or one.speedup.value > best[0].speedup.value:
-            best = one, note
-    one, note = best
-    return Found(
+        timed = st.measure(model, x, reference=whole, runtime=cell.runtime, batch=cell.batch, rounds=cell.rounds)
+        if best is None or timed.speedup.value > best[0].speedup.value:
+            best = timed, note
+    fastest, note = best
+    return CellResult(
         cell=cell,
-        dense_ms=one.reference_ms,
-        small_ms=one.latency_ms,
-        speedup=one.speedup.value,
+        dense_ms=fastest.reference_ms,
+        small_ms=fastest.latency_ms,
+        speedup=fastest.speedup.value,
         macs_speedup=macs,
-        value=one.speedup.value / macs,
-        low=one.speedup.low / macs,
-        high=one.speedup.high / macs,
-        verdict=one.verdict,
+        value=fastest.speedup.value / macs,
+        low=fastest.speedup.low / macs,
+        high=fastest.speedup.high / macs,
+        verdict=fastest.verdict,
         note=note,
         seconds=time.perf_counter() - start,
     )
 
 
-def total(cell: Cell) -> Found:
+def total(cell: Cell) -> CellResult:
     """The compressed network in a runtime against the dense one in torch eager. Runs in a process of its own."""
     start, whole, x = time.perf_counter(), dense(cell.network), example(cell.network)
     small = st.load(cell.folder, whole).eval()
@@ -186,7 +186,7 @@ def total(cell: Cell) -> Found:
     gain = runtime_gain(small, x, reference=whole, runtime=cell.runtime, batch=cell.batch, rounds=cell.rounds)
     small_ms = st.measure(small, x, runtime=cell.runtime, batch=cell.batch, rounds=5).latency_ms
     ratio = gain.ratio
-    return Found(
+    return CellResult(
         cell=cell,
         dense_ms=small_ms * ratio.value,
         small_ms=small_ms,
@@ -201,7 +201,7 @@ def total(cell: Cell) -> Found:
     )
 
 
-def apart(work: Callable[[Cell], Found], cells: Sequence[Cell]) -> Iterator[Found]:
+def isolated(work: Callable[[Cell], CellResult], cells: Sequence[Cell]) -> Iterator[CellResult]:
     """Each cell in a process of its own."""
     spawn = multiprocessing.get_context("spawn")
     for cell in cells:
@@ -209,57 +209,58 @@ def apart(work: Callable[[Cell], Found], cells: Sequence[Cell]) -> Iterator[Foun
             yield worker.submit(work, cell).result()
 
 
-def efficiencies(given: argparse.Namespace, step: int, folder: Path, console: Console) -> list[Found]:
+def efficiencies(options: argparse.Namespace, step: int, folder: Path, console: Console) -> list[CellResult]:
     """The table of efficiencies."""
     cells = [
-        Cell(name, size, runtime, batch, str(compressed(name, size, given.forms, step, folder)), step)
+        Cell(name, size, runtime, batch, str(compressed(name, size, options.forms, step, folder)), step)
         for name in NETWORKS
-        if name in given.only
+        if name in options.only
         for size in NETWORKS[name].rules
         if size != "0.35"
-        for runtime in given.runtimes
-        for batch in given.batches
+        for runtime in options.runtimes
+        for batch in options.batches
     ]
     table = Table("network", "size", "runtime", "batch", "dense ms", "ms", "speed-up", "MACs", "efficiency", "bar", "")
-    found = []
-    for one in apart(measured, cells):
-        found.append(one)
-        cell, bar = one.cell, one.cell.bar
-        held = "" if bar is None else "PASS" if one.value >= bar else "MISS"
-        efficiency = f"{one.value:.3f} [{one.low:.3f}, {one.high:.3f}]"
-        noisy = one.verdict if one.verdict == "too noisy to tell" else ""
-        console.print(f"{cell.network} {cell.size} {cell.runtime} {cell.batch}: {efficiency} ({one.seconds:.0f} s)")
+    results = []
+    for result in isolated(measured, cells):
+        results.append(result)
+        cell, bar = result.cell, result.cell.bar
+        mark = "" if bar is None else "PASS" if result.value >= bar else "MISS"
+        efficiency = f"{result.value:.3f} [{result.low:.3f}, {result.high:.3f}]"
+        noisy = result.verdict if result.verdict == "too noisy to tell" else ""
+        console.print(f"{cell.network} {cell.size} {cell.runtime} {cell.batch}: {efficiency} ({result.seconds:.0f} s)")
+        times = (f"{result.dense_ms:.4g}", f"{result.small_ms:.4g}")
         table.add_row(
-            *(cell.network, cell.size, cell.runtime, str(cell.batch), f"{one.dense_ms:.4g}", f"{one.small_ms:.4g}"),
-            *(f"{one.speedup:.3f}", f"{one.macs_speedup:.3f}", efficiency, "" if bar is None else f"{bar:.2f}"),
-            " ".join(filter(None, (held, one.note, noisy))),
+            *(cell.network, cell.size, cell.runtime, str(cell.batch), *times),
+            *(f"{result.speedup:.3f}", f"{result.macs_speedup:.3f}", efficiency, "" if bar is None else f"{bar:.2f}"),
+            " ".join(filter(None, (mark, result.note, noisy))),
         )
-    if found:
+    if results:
         console.print(table)
-    return found
+    return results
 
 
-def totals(given: argparse.Namespace, step: int, folder: Path, console: Console) -> list[Found]:
+def totals(options: argparse.Namespace, step: int, folder: Path, console: Console) -> list[CellResult]:
     """The best runtime in each precision against dense torch eager."""
-    if "total" not in given.only:
+    if "total" not in options.only:
         return []
-    path = str(compressed("resnet18", "0.35", given.forms, step, folder))
-    cells = [Cell("resnet18", "0.35", runtime, 1, path, step) for runtime in given.runtimes]
-    found, table = list(apart(total, cells)), Table("precision", "runtime", "over dense torch eager", "bar", "")
-    for one in found:
-        cell = one.cell
-        console.print(f"resnet18 0.35 {cell.runtime} over dense torch eager: {one.value:.2f} ({one.seconds:.0f} s)")
+    path = str(compressed("resnet18", "0.35", options.forms, step, folder))
+    cells = [Cell("resnet18", "0.35", runtime, 1, path, step) for runtime in options.runtimes]
+    results, table = list(isolated(total, cells)), Table("precision", "runtime", "over dense torch eager", "bar", "")
+    for result in results:
+        gain = f"{result.value:.2f} ({result.seconds:.0f} s)"
+        console.print(f"resnet18 0.35 {result.cell.runtime} over dense torch eager: {gain}")
     for precision, bar in TOTAL_BARS.items():
-        same = [one for one in found if precision_of(one.cell.runtime) == precision]
+        same = [result for result in results if precision_of(result.cell.runtime) == precision]
         if same:
-            best = max(same, key=lambda one: one.value)
+            best = max(same, key=lambda result: result.value)
             noisy = best.verdict if best.verdict == "too noisy to tell" else ""
             table.add_row(
                 *(precision, best.cell.runtime, f"{best.value:.2f} [{best.low:.2f}, {best.high:.2f}]", f"{bar:.0f}"),
                 f"{'PASS' if best.value >= bar else 'MISS'} {noisy}",
             )
     console.print(table)
-    return found
+    return results
 
 
 def precision_of(runtime: str) -> str:
@@ -267,12 +268,15 @@ def precision_of(runtime: str) -> str:
     return "bfloat16" if runtime.endswith("bf16") else "float32"
 
 
-def missed(efficient: Sequence[Found], whole: Sequence[Found]) -> bool:
+def missed(efficient: Sequence[CellResult], whole: Sequence[CellResult]) -> bool:
     """Whether a bar was missed."""
-    if any(one.cell.bar is not None and one.value < one.cell.bar for one in efficient):
+    if any(result.cell.bar is not None and result.value < result.cell.bar for result in efficient):
         return True
-    best = {bar: [one.value for one in whole if precision_of(one.cell.runtime) == p] for p, bar in TOTAL_BARS.items()}
-    return any(values and max(values) < bar for bar, values in best.items())
+    for precision, bar in TOTAL_BARS.items():
+        values = [result.value for result in whole if precision_of(result.cell.runtime) == precision]
+        if values and max(values) < bar:
+            return True
+    return False
 
 
 def listed(text: str) -> tuple[str, ...]:
@@ -281,7 +285,7 @@ def listed(text: str) -> tuple[str, ...]:
 
 
 def main() -> None:
-    """Compress each network once, time it in each runtime, and hold the efficiencies against the bars."""
+    """Compress each network once, time it in each runtime, and compare the efficiencies with the bars."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = (*NETWORKS, "total")
     parser.add_argument("--only", type=listed, default=names, help=f"of {', '.join(names)}, with commas")
@@ -291,24 +295,24 @@ def main() -> None:
     parser.add_argument("--step", type=int, help="ranks are multiples of it; probed in the first runtime by default")
     parser.add_argument("--work", type=Path, help="folder that keeps the compressed networks for the next time")
     parser.add_argument("--json", type=Path, help="write every number there")
-    given = parser.parse_args()
-    if unknown := [*set(given.only) - set(names), *set(given.forms) - set(FORMS)]:
+    options = parser.parse_args()
+    if unknown := [*set(options.only) - set(names), *set(options.forms) - set(FORMS)]:
         parser.error(f"unknown: {', '.join(unknown)}")
-    for runtime in given.runtimes:
+    for runtime in options.runtimes:
         require_runtime(runtime)
     torch.set_num_threads(1)
     console = Console(width=160, highlight=False)
-    favourite = "onnxruntime" if "onnxruntime" in given.runtimes else given.runtimes[0]
-    step = given.step or probe(runtime=favourite).multiple
-    console.print(f"ranks are multiples of {step}, forms {', '.join(given.forms)}, one thread")
+    favourite = "onnxruntime" if "onnxruntime" in options.runtimes else options.runtimes[0]
+    step = options.step or probe(runtime=favourite).multiple
+    console.print(f"ranks are multiples of {step}, forms {', '.join(options.forms)}, one thread")
     with tempfile.TemporaryDirectory() as temporary:
-        folder = given.work or Path(temporary)
+        folder = options.work or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        efficient = efficiencies(given, step, folder, console)
-        whole = totals(given, step, folder, console)
-    if given.json:
-        shown = {"step": step, "efficiency": [*map(asdict, efficient)], "total": [*map(asdict, whole)]}
-        given.json.write_text(json.dumps(shown, indent=1) + "\n")
+        efficient = efficiencies(options, step, folder, console)
+        whole = totals(options, step, folder, console)
+    if options.json:
+        figures = {"step": step, "efficiency": [*map(asdict, efficient)], "total": [*map(asdict, whole)]}
+        options.json.write_text(json.dumps(figures, indent=1) + "\n")
     sys.exit(1 if missed(efficient, whole) else 0)
 
 

@@ -1,5 +1,6 @@
 """Put the shared cases on the path, and keep every test away from the user's own files."""
 
+import functools
 import signal
 import sys
 from pathlib import Path
@@ -18,6 +19,14 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 def _one_thread() -> None:
     """The networks of the tests are small: threads would only get in each other's way."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _one_table_of_onnx_operators() -> None:
+    """torch builds the same table for every export, which takes longer than the export of a small network."""
+    registry = getattr(sys.modules.get("torch.onnx._internal.exporter._registration"), "ONNXRegistry", None)
+    if registry is not None and not hasattr(registry.from_torchlib, "cache_info"):
+        registry.from_torchlib = staticmethod(functools.cache(registry.from_torchlib))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -19,8 +19,8 @@ def small_mnist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with 3 + 2 images in MNIST's format, and a catalogue whose mnist is that large."""
     monkeypatch.setenv("SPECTRIM_DATA", str(tmp_path / "cache"))
     monkeypatch.setenv("COLUMNS", "200")
-    info = replace(catalogue.MNIST.info, sizes=(3, 2))
-    entries = (catalogue.DIGITS, replace(catalogue.MNIST, info=info, sources=(), checksums=None))
+    digits, mnist = catalogue.ENTRIES[:2]
+    entries = (digits, replace(mnist, info=replace(mnist.info, sizes=(3, 2)), sources=(), checksums=None))
     for module in (catalogue, access):
         monkeypatch.setattr(module, "ENTRIES", entries)
     folder = tmp_path / "raw"

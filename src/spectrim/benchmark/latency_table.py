@@ -22,7 +22,7 @@ from spectrim.core.errors import PlanError
 from spectrim.core.execution import Inputs, ProgressCallback, as_inputs, device_of, require_repeatable
 from spectrim.layers.forms import form_named, selected_forms
 from spectrim.runtimes.rank_grid import Grid, multiple_of, probe
-from spectrim.runtimes.sessions import Prepared, fingerprint, prepare, require_runtime
+from spectrim.runtimes.sessions import Session, fingerprint, prepare, require_runtime
 from spectrim.runtimes.timing import interleaved, steady
 
 _ROUNDS = 9
@@ -149,7 +149,7 @@ class _Bench:
         return times
 
     def aligned(
-        self, network: Prepared, times: Mapping[_Key, tuple[float, ...]]
+        self, network: Session, times: Mapping[_Key, tuple[float, ...]]
     ) -> tuple[float, dict[_Key, tuple[float, ...]]]:
         """Milliseconds of the whole network, and the times as if all had been taken at the same moment as that.
 

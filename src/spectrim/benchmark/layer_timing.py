@@ -16,8 +16,8 @@ from spectrim.benchmark.layer_calls import LayerSignature, Variant
 from spectrim.benchmark.layer_graphs import layer_graph
 from spectrim.layers.forms import form_named
 from spectrim.layers.types import layer_type_of
-from spectrim.runtimes.sessions import Prepared, from_onnx, prepare
-from spectrim.runtimes.timing import Lap, interleaved, steady
+from spectrim.runtimes.sessions import Session, from_onnx, prepare
+from spectrim.runtimes.timing import Timing, interleaved, steady
 
 _ROUNDS = 5
 _READS_ONNX = ("onnxruntime", "openvino", "openvino-bf16")
@@ -68,7 +68,7 @@ def timed(
 @contextmanager
 def timer(
     layer: nn.Module, signature: LayerSignature, *, runtime: str, threads: int, rest: Tensor
-) -> Iterator[Callable[[], Lap]]:
+) -> Iterator[Callable[[], Timing]]:
     """A function that times passes of a layer over random numbers of this signature; see `timed`.
 
     Raises:
@@ -87,7 +87,7 @@ def timer(
         yield session.timer(between=between if len(others) else None)
 
 
-def _session(layer: nn.Module, x: Tensor, *, runtime: str, threads: int) -> Prepared:
+def _session(layer: nn.Module, x: Tensor, *, runtime: str, threads: int) -> Session:
     if runtime not in _READS_ONNX:
         return prepare(layer, x, runtime=runtime, threads=threads, checked=True)
     return from_onnx(layer_graph(layer, x.shape), [x.numpy()], runtime=runtime, threads=threads)

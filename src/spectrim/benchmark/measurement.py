@@ -15,8 +15,8 @@ from spectrim.core.execution import Inputs, as_inputs, call, evaluating, require
 from spectrim.core.files import Frozen
 from spectrim.layers.cost import NetworkCost
 from spectrim.layers.cost import count as count_cost
-from spectrim.runtimes.sessions import Prepared, RuntimeName, prepare, require_runtime
-from spectrim.runtimes.timing import Z95, Comparison, Interval, Lap, Verdict, compare, interleaved
+from spectrim.runtimes.sessions import RuntimeName, Session, prepare, require_runtime
+from spectrim.runtimes.timing import Z95, Comparison, Interval, Timing, Verdict, compare, interleaved
 
 
 class Accuracy(Frozen):
@@ -325,7 +325,7 @@ def _timed(
     timed = []
     with ExitStack() as stack:
 
-        def ready(model: nn.Module) -> Prepared:
+        def ready(model: nn.Module) -> Session:
             return prepare(model, inputs, runtime=runtime, threads=threads, checked=True)
 
         others = [stack.enter_context(ready(model)) for model in beside]
@@ -337,7 +337,7 @@ def _timed(
     return timed
 
 
-def _figures(timings: Sequence[Sequence[Lap]]) -> dict[str, Any]:
+def _figures(timings: Sequence[Sequence[Timing]]) -> dict[str, Any]:
     own = timings[0]
     cpu = [timing.cpu for timing in own if timing.cpu is not None]
     figures: dict[str, Any] = {

@@ -1,6 +1,6 @@
 """Obtaining and loading: the cache first, then each source in its order, and one message when all of them fail."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -8,22 +8,13 @@ from typing import Literal
 import torch
 
 from spectrim.core.errors import DataError
-from spectrim.data.cache import (
-    DamagedCacheError,
-    Manifest,
-    cache_root,
-    checksum,
-    read_manifest,
-    read_split,
-    store,
-    workspace,
-)
+from spectrim.data.cache import DamagedCacheError, cache_root, checksum, read_manifest, read_split, store, workspace
 from spectrim.data.catalogue import ENTRIES, DatasetInfo, Entry, check, find
-from spectrim.data.formats import Layout, MissingFilesError, Splits, read_any
+from spectrim.data.formats import MissingFilesError, Splits, read_any
 from spectrim.data.sources import Event, Folder, Official, Report, SourceError
 
 Split = Literal["train", "test"]
-_EMBEDDED_SOURCE = "scikit-learn"
+_SPLITS: tuple[Split, ...] = ("train", "test")
 
 
 @dataclass(frozen=True, eq=False)  # tensors have no truth value to compare by; `checksum` has
@@ -76,7 +67,7 @@ def locate(name: str, *, cache: Path | str | None = None) -> Path | None:
 
 
 def obtain(
-    name: str,
+    name: str | Entry,
     *,
     folder: Path | str | None = None,
     cache: Path | str | None = None,
@@ -84,15 +75,20 @@ def obtain(
 ) -> Obtained:
     """Makes sure that a data set is in the cache.
 
-    Takes it from the cache, else from `folder`, else from the data set's own sources in their order. `cache` replaces
-    the cache folder, `on_event` is told what is being tried. Raises DataError for an unknown name, for a damaged file
-    in `folder`, and when every source fails (with each reason); FileError when the cache cannot be written.
+    Takes it from the cache, else from `folder`, else from the data set's own sources in their order. `name` is one of
+    `available()`, or an entry that is not in the catalogue. `cache` replaces the cache folder, `on_event` gets what is
+    being tried. Raises DataError for an unknown name, for a damaged file in `folder`, and when every source fails (with
+    each reason); FileError when the cache cannot be written.
     """
-    return obtain_entry(find(name), folder=folder, cache=cache, on_event=on_event)
+    entry = find(name)
+    stored = _ensure(entry, _SPLITS, folder=folder, cache=cache, report=on_event or (lambda event: None))
+    train, test = (len(stored.splits[split][1]) for split in _SPLITS)
+    checksums = (stored.checksums["train"], stored.checksums["test"])
+    return Obtained(entry.info.name, stored.path, stored.source, stored.fresh, (train, test), checksums)
 
 
 def load(
-    name: str,
+    name: str | Entry,
     *,
     split: Split = "train",
     folder: Path | str | None = None,
@@ -102,73 +98,51 @@ def load(
 
     Raises what `obtain` raises, and DataError for an unknown split.
     """
-    return load_entry(find(name), split=split, folder=folder, cache=cache)
-
-
-def obtain_entry(
-    entry: Entry,
-    *,
-    folder: Path | str | None = None,
-    cache: Path | str | None = None,
-    on_event: Report | None = None,
-) -> Obtained:
-    """`obtain` for a catalogue entry."""
-    name = entry.info.name
-    if entry.embedded is not None:
-        sums = {split: checksum(*tensors) for split, tensors in entry.embedded().items()}
-        return Obtained(name, None, _EMBEDDED_SOURCE, False, entry.info.sizes, (sums["train"], sums["test"]))
-    place = cache_root(cache) / name
-    manifest, _, fresh = _ensure(entry, place, wanted=("train", "test"), folder=folder, report=on_event or _ignore)
-    train, test = manifest.splits["train"], manifest.splits["test"]
-    return Obtained(name, place, manifest.source, fresh, (train.count, test.count), (train.checksum, test.checksum))
-
-
-def load_entry(
-    entry: Entry,
-    *,
-    split: Split = "train",
-    folder: Path | str | None = None,
-    cache: Path | str | None = None,
-) -> Dataset:
-    """`load` for a catalogue entry."""
+    entry = find(name)
     info = entry.info
-    if split not in ("train", "test"):
+    if split not in _SPLITS:
         raise DataError(f"there is no split {split!r} in {info.name!r}; use 'train' or 'test'")
-    if entry.embedded is not None:
-        images, labels = entry.embedded()[split]
-        return Dataset(info.name, split, images, labels, info.classes, _EMBEDDED_SOURCE, checksum(images, labels))
-    place = cache_root(cache) / info.name
-    manifest, splits, _ = _ensure(entry, place, wanted=(split,), folder=folder, report=_ignore)
-    images, labels = splits[split]
-    digest = manifest.splits[split].checksum
-    return Dataset(info.name, split, images, labels, info.classes, manifest.source, digest)
+    stored = _ensure(entry, (split,), folder=folder, cache=cache, report=lambda event: None)
+    images, labels = stored.splits[split]
+    return Dataset(info.name, split, images, labels, info.classes, stored.source, stored.checksums[split])
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """At least the splits that were asked for, with their checksums, and where they lie and came from."""
+
+    splits: Splits
+    checksums: Mapping[str, str]
+    source: str
+    path: Path | None = None
+    fresh: bool = False
 
 
 def _ensure(
-    entry: Entry, place: Path, *, wanted: tuple[Split, ...], folder: Path | str | None, report: Report
-) -> tuple[Manifest, Splits, bool]:
-    """The manifest, at least the wanted splits, and whether they had to be fetched."""
+    entry: Entry, splits: tuple[Split, ...], *, folder: Path | str | None, cache: Path | str | None, report: Report
+) -> _Stored:
+    if entry.embedded is not None:
+        embedded = entry.embedded()
+        return _Stored(embedded, {split: checksum(*embedded[split]) for split in splits}, "scikit-learn")
+    path = cache_root(cache) / entry.info.name
     reasons = []
     try:
-        manifest = read_manifest(place)
-        if manifest is not None:
-            cached: Splits = {split: _read_cached(entry, place, manifest=manifest, split=split) for split in wanted}
-            return manifest, cached, False
+        if (manifest := read_manifest(path)) is not None:
+            for split in splits:
+                expected = (entry.checksums or manifest.checksums).get(split)
+                if expected is None or manifest.checksums.get(split) != expected:
+                    raise DamagedCacheError(f"{path} holds another edition of {entry.info.name}")
+            cached: Splits = {split: read_split(path, manifest.splits[split]) for split in splits}
+            return _Stored(cached, manifest.checksums, manifest.source, path)
     except DamagedCacheError as error:
         reasons.append(f"cache: {error}")
         report(Event("cache", f"passed over: {error}"))
     named = (Folder(Path(folder).expanduser()),) if folder is not None else ()
-    with workspace(place.parent) as temporary:
+    with workspace(path.parent) as temporary:
         fetched, source = _fetch(entry, temporary, named=named, report=report, reasons=reasons)
     report(Event(source, "writing to the cache"))
-    return store(place, fetched, source=source), fetched, True
-
-
-def _read_cached(entry: Entry, place: Path, *, manifest: Manifest, split: Split) -> tuple[torch.Tensor, torch.Tensor]:
-    stored = manifest.splits.get(split)
-    if stored is None or (entry.checksums is not None and stored.checksum != entry.checksums[split]):
-        raise DamagedCacheError(f"{place} holds another edition of {entry.info.name}")
-    return read_split(place, stored)
+    manifest = store(path, fetched, source=source)
+    return _Stored(fetched, manifest.checksums, source, path, fresh=True)
 
 
 def _fetch(
@@ -183,7 +157,7 @@ def _fetch(
             splits = read_any(entry.layouts, source.fetch(into, report=report))
             check(entry, splits)
         except (SourceError, DataError, OSError) as error:
-            # a damaged file in the folder that the user named is news, not a reason to go elsewhere
+            # a damaged file in the folder that the user named is an error, not a reason to try the next source
             if source in named and not isinstance(error, MissingFilesError):
                 raise DataError(f"{source.label} cannot be used for {entry.info.name!r}: {error}") from error
             reasons.append(f"{source.label}: {error}")
@@ -196,19 +170,12 @@ def _fetch(
 def _all_failed(entry: Entry, reasons: list[str]) -> str:
     name = entry.info.name
     tried = "".join(f"\n  - {reason}" for reason in reasons)
-    files = "\n  or ".join(_by_hand(layout) for layout in entry.layouts)
-    sites = " ".join(source.label for source in entry.sources if isinstance(source, Official))
+    files = "\n  or ".join(
+        ", or ".join([f"{', '.join(layout.files)} (each may be a .gz)", *layout.archives]) for layout in entry.layouts
+    )
+    official = " ".join(source.label for source in entry.sources if isinstance(source, Official))
     return (
         f"data set {name!r} could not be obtained. Tried, in this order:{tried}\n"
         f"To provide the files by hand, put into a folder DIR\n  {files}\n"
-        f"({sites}) and run: spectrim data get {name} --folder DIR"
+        f"({official}) and run: spectrim data get {name} --folder DIR"
     )
-
-
-def _by_hand(layout: Layout) -> str:
-    archives = "".join(f", or {archive.name}" for archive in layout.archives if archive.offered)
-    return f"{', '.join(layout.files)} (each may be a .gz){archives}"
-
-
-def _ignore(event: Event) -> None:
-    pass

@@ -10,17 +10,18 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
 import platformdirs
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from spectrim.core.errors import FileError
+from spectrim.core.files import Frozen
 from spectrim.data.formats import Splits
 
 _MANIFEST = "manifest.json"
@@ -32,32 +33,32 @@ class DamagedCacheError(Exception):
     """A cached file that is not what its manifest says; never leaves `spectrim.data`."""
 
 
-class StoredSplit(BaseModel):
+class StoredSplit(Frozen):
     """One split in the manifest."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     file: str
     checksum: str
     count: int
 
 
-class Manifest(BaseModel):
+class Manifest(Frozen):
     """What the cache holds of one data set, and where it came from."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     version: Literal[1] = 1
     name: str
     source: str
     splits: dict[Literal["train", "test"], StoredSplit]
 
+    @property
+    def checksums(self) -> Mapping[str, str]:
+        """Of every split in it."""
+        return {split: stored.checksum for split, stored in self.splits.items()}
+
 
 def cache_root(cache: Path | str | None = None) -> Path:
     """The folder that holds all data sets: `cache`, else $SPECTRIM_DATA, else the platform's user cache."""
-    if cache is not None:
-        return Path(cache).expanduser()
-    if named := os.environ.get("SPECTRIM_DATA"):
-        return Path(named).expanduser()
-    return platformdirs.user_cache_path("spectrim") / "data"
+    named = cache if cache is not None else os.environ.get("SPECTRIM_DATA") or None
+    return platformdirs.user_cache_path("spectrim") / "data" if named is None else Path(named).expanduser()
 
 
 def checksum(images: torch.Tensor, labels: torch.Tensor) -> str:
@@ -69,10 +70,13 @@ def checksum(images: torch.Tensor, labels: torch.Tensor) -> str:
 
 @contextlib.contextmanager
 def workspace(folder: Path) -> Iterator[Path]:
-    """A temporary folder inside `folder`, gone at the end whatever happens; FileError where nothing can be written."""
+    """A temporary folder inside `folder`, removed at the end in any case; FileError where nothing can be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _sweep(folder)
+        for old in folder.glob(f"{_TEMPORARY}*"):  # of killed processes; a younger one may still be at work
+            with contextlib.suppress(OSError):
+                if time.time() - old.stat().st_mtime > _STALE_SECONDS:
+                    shutil.rmtree(old, ignore_errors=True)
         path = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=folder))
     except OSError as error:
         advice = "name another folder with SPECTRIM_DATA, cache= or --cache"
@@ -84,7 +88,7 @@ def workspace(folder: Path) -> Iterator[Path]:
 
 
 def store(folder: Path, splits: Splits, *, source: str) -> Manifest:
-    """Writes both splits, then the manifest that makes them count. FileError when the disk does not take them."""
+    """Writes both splits, then the manifest that makes them valid. FileError when they cannot be written."""
     with workspace(folder.parent) as temporary:
         try:
             folder.mkdir(exist_ok=True)
@@ -104,7 +108,7 @@ def store(folder: Path, splits: Splits, *, source: str) -> Manifest:
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """What `folder` holds, None when it holds nothing yet; DamagedCacheError when the manifest is not whole."""
+    """What `folder` holds, None when it holds nothing yet; DamagedCacheError for a damaged manifest."""
     path = folder / _MANIFEST
     try:
         return Manifest.model_validate_json(path.read_bytes())
@@ -137,11 +141,3 @@ def _write(target: Path, data: bytes, *, temporary: Path) -> None:
         file.flush()
         os.fsync(file.fileno())
     draft.replace(target)
-
-
-def _sweep(folder: Path) -> None:
-    """Removes what a killed process left behind long ago; a younger one may still be at work."""
-    for path in folder.glob(f"{_TEMPORARY}*"):
-        with contextlib.suppress(OSError):
-            if time.time() - path.stat().st_mtime > _STALE_SECONDS:
-                shutil.rmtree(path, ignore_errors=True)

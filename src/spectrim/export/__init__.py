@@ -1,6 +1,5 @@
 """A network as a file that other programs run: ONNX, a torch program, OpenVINO; compared with torch before it stays."""
 
-import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -11,11 +10,11 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from spectrim.core.errors import FileError, ModelError, RuleError
+from spectrim.core.errors import FileError, RuleError
 from spectrim.core.execution import Inputs, as_inputs
 from spectrim.core.files import Frozen, write_atomically
-from spectrim.export.check import Check, Run, checked, in_onnxruntime, in_openvino, in_torch, require_onnxruntime
-from spectrim.export.written import (
+from spectrim.export.checks import Check, Reference
+from spectrim.export.files import (
     MARK,
     Port,
     is_exported,
@@ -30,12 +29,11 @@ from spectrim.layers.factored import low_rank_layers
 from spectrim.layers.padding import padded
 from spectrim.runtimes.conversion import (
     OPSET,
-    batch_size,
-    openvino_of,
+    optional,
     quiet,
     require_onnx,
-    require_openvino,
     to_onnx,
+    to_openvino,
     to_program,
 )
 from spectrim.runtimes.rank_grid import probe
@@ -108,26 +106,26 @@ def export_onnx(
             an operator that cannot be exported; the message names the module.
         EngineError: ONNX Runtime cannot run the file, or gives other outputs; nothing is written.
         DependencyError: onnx, onnxscript or, for the check, onnxruntime is not installed.
-        RuleError: a multiple or tolerance that cannot be meant.
+        RuleError: a multiple or a tolerance that is not a positive number.
         FileError: the file cannot be written.
     """
     require_onnx()
     if check:
-        require_onnxruntime()
-    asked = _Asked(model, as_inputs(example_inputs), dynamic_batch, tolerance)
-    ready = _ready(asked, pad, runtime=runtime, threads=threads)
-    proto = to_onnx(ready.model, asked.inputs, dynamic_batch=dynamic_batch)
+        optional("onnxruntime", extra="onnx")
+    reference = Reference(model, as_inputs(example_inputs), dynamic_batch, tolerance)
+    export = _padded(reference, pad, runtime=runtime, threads=threads)
+    proto = to_onnx(export.model, reference.inputs, dynamic_batch=dynamic_batch)
     sign(proto, metadata or {})
-    found: list[Check] = []
+    inputs, outputs = ports_of_onnx(proto)
+    checks: list[Check] = []
 
     def write(part: Path) -> None:
         part.write_bytes(proto.SerializeToString())
         if check:
-            found.append(asked.checked(in_onnxruntime(part, model), runtime=f"ONNX Runtime {version('onnxruntime')}"))
+            checks.append(reference.check_file(part, inputs, runtime="onnxruntime"))
 
     written = write_atomically(target_of(path, "model.onnx"), write)
-    inputs, outputs = ports_of_onnx(proto)
-    return ready.exported((written,), opset=OPSET, inputs=inputs, outputs=outputs, found=found)
+    return export.result((written,), opset=OPSET, inputs=inputs, outputs=outputs, checks=checks)
 
 
 def export_program(
@@ -150,21 +148,21 @@ def export_program(
     Args:
         model: The model; it stays as it is.
         path: The file; an existing folder stands for `model.pt2` in it. An older file is replaced.
-        example_inputs: As for `export_onnx`; they are not written to the file.
-        dynamic_batch: As for `export_onnx`.
-        pad: As for `export_onnx`.
-        check: As for `export_onnx`, with the very program that is then written.
-        tolerance: As for `export_onnx`.
+        example_inputs: As for `export_onnx`, like the other arguments; they are not written to the file.
+        dynamic_batch: Leave the batch size open.
+        pad: Zero-pad the ranks of factored layers to a multiple.
+        check: Compare the program that is then written.
+        tolerance: Largest difference allowed.
         runtime: Where `pad="auto"` takes its times, with so many `threads`.
         threads: See `runtime`.
 
     Raises:
         ModelError, EngineError, RuleError, FileError: as `export_onnx`.
     """
-    asked = _Asked(model, as_inputs(example_inputs), dynamic_batch, tolerance)
-    ready = _ready(asked, pad, runtime=runtime, threads=threads)
-    program = without_traces(to_program(ready.model, asked.inputs, dynamic_batch=dynamic_batch))
-    found = [asked.checked(in_torch(program), runtime=f"torch {torch.__version__}")] if check else []
+    reference = Reference(model, as_inputs(example_inputs), dynamic_batch, tolerance)
+    export = _padded(reference, pad, runtime=runtime, threads=threads)
+    program = without_traces(to_program(export.model, reference.inputs, dynamic_batch=dynamic_batch))
+    checks = [reference.check_program(program)] if check else []
 
     def write(part: Path) -> None:
         with quiet(), part.open("wb") as opened:
@@ -172,7 +170,7 @@ def export_program(
 
     written = write_atomically(target_of(path, "model.pt2"), write)
     inputs, outputs = ports_of_program(program)
-    return ready.exported((written,), inputs=inputs, outputs=outputs, found=found)
+    return export.result((written,), inputs=inputs, outputs=outputs, checks=checks)
 
 
 def export_openvino(
@@ -193,11 +191,11 @@ def export_openvino(
         model: The model; it stays as it is.
         path: The file, which ends in .xml; an existing folder stands for `model.xml` in it. An older pair is replaced,
             once the new one has passed the check.
-        example_inputs: As for `export_onnx`.
-        dynamic_batch: As for `export_onnx`.
-        pad: As for `export_onnx`.
-        check: As for `export_onnx`, in OpenVINO on the CPU in float32.
-        tolerance: As for `export_onnx`.
+        example_inputs: As for `export_onnx`, like the other arguments.
+        dynamic_batch: Leave the batch size open.
+        pad: Zero-pad the ranks of factored layers to a multiple.
+        check: Compare in OpenVINO on the CPU in float32.
+        tolerance: Largest difference allowed.
         runtime: Where `pad="auto"` takes its times, with so many `threads`.
         threads: See `runtime`.
 
@@ -205,72 +203,50 @@ def export_openvino(
         ModelError, EngineError, RuleError, FileError: as `export_onnx`, and for a path that does not end in .xml.
         DependencyError: openvino, onnx or onnxscript is not installed.
     """
-    openvino = require_openvino()
+    openvino = optional("openvino", extra="openvino")
     require_onnx()
     target = target_of(path, "model.xml")
     if target.suffix != ".xml":
         raise FileError(f"{target} must end in .xml; the weights go beside it, into {target.with_suffix('.bin').name}")
-    asked = _Asked(model, as_inputs(example_inputs), dynamic_batch, tolerance)
-    ready = _ready(asked, pad, runtime=runtime, threads=threads)
-    proto = to_onnx(ready.model, asked.inputs, dynamic_batch=dynamic_batch)
-    whole = openvino_of(proto, openvino)
-    whole.set_rt_info(version("spectrim"), [MARK, "version"])
-    given, outputs = ports_of_onnx(proto)
-    found: list[Check] = []
+    reference = Reference(model, as_inputs(example_inputs), dynamic_batch, tolerance)
+    export = _padded(reference, pad, runtime=runtime, threads=threads)
+    proto = to_onnx(export.model, reference.inputs, dynamic_batch=dynamic_batch)
+    converted = to_openvino(proto)
+    converted.set_rt_info(version("spectrim"), [MARK, "version"])
+    inputs, outputs = ports_of_onnx(proto)
+    checks: list[Check] = []
 
     def write(folder: Path) -> None:
         part = folder / target.name
         with quiet():
-            openvino.save_model(whole, part, compress_to_fp16=False)
+            openvino.save_model(converted, part, compress_to_fp16=False)
         if check:
-            run = in_openvino(part, model, openvino, names=[port.name for port in given])
-            found.append(asked.checked(run, runtime=f"OpenVINO {version('openvino')}"))
+            checks.append(reference.check_file(part, inputs, runtime="openvino"))
 
     written = write_together((target.with_suffix(".bin"), target), write)
-    used = {name for port in whole.inputs for name in port.names}  # it drops those that nothing depends on
-    inputs = tuple(port for port in given if port.name in used)
-    return ready.exported(written[::-1], inputs=inputs, outputs=outputs, found=found)
+    used = {name for port in converted.inputs for name in port.names}  # it drops those that nothing depends on
+    taken = tuple(port for port in inputs if port.name in used)
+    return export.result(written[::-1], inputs=taken, outputs=outputs, checks=checks)
 
 
 @dataclass(frozen=True)
-class _Asked:
-    """What is asked of any export."""
-
-    model: nn.Module
-    inputs: Inputs
-    dynamic_batch: bool
-    tolerance: float
-
-    def checked(self, run: Run, *, runtime: str) -> Check:
-        """What comes of comparing with the model as it was given."""
-        return checked(
-            self.model,
-            self.inputs,
-            run,
-            runtime=runtime,
-            dynamic_batch=self.dynamic_batch,
-            tolerance=self.tolerance,
-        )
-
-
-@dataclass(frozen=True)
-class _Ready:
-    """The model as it is exported, and what padding did."""
+class _Export:
+    """The model as it is written, and what padding did."""
 
     model: nn.Module
     padded: int | None = None
     speedup: Interval | None = None
 
-    def exported(
+    def result(
         self,
         files: Sequence[Path],
         *,
         inputs: tuple[Port, ...],
         outputs: tuple[Port, ...],
-        found: Sequence[Check],
+        checks: Sequence[Check],
         opset: int | None = None,
     ) -> Exported:
-        """What the caller is told."""
+        """For the caller."""
         return Exported(
             path=files[0],
             bytes=sum(file.stat().st_size for file in files),
@@ -279,46 +255,32 @@ class _Ready:
             outputs=outputs,
             padded=self.padded,
             padding_speedup=self.speedup,
-            check=found[0] if found else None,
+            check=checks[0] if checks else None,
         )
 
 
-def _ready(asked: _Asked, pad: Pad, *, runtime: str, threads: int) -> _Ready:
+def _padded(reference: Reference, pad: Pad, *, runtime: str, threads: int) -> _Export:
     """The model, padded as asked; with `auto` only where the times show a gain."""
-    if not 0 < asked.tolerance < math.inf:
-        raise RuleError(f"tolerance={asked.tolerance}: give a share above 0, such as 1e-4")
+    model, inputs = reference.model, reference.inputs
     if isinstance(pad, str) and pad != "auto":
         raise RuleError(f"pad={pad!r}: give a number, 'auto' or None")
-    if asked.dynamic_batch:
-        batch_size(asked.inputs)
     if pad is None:
-        return _Ready(asked.model)
+        return _Export(model)
     if pad != "auto":
-        return _Ready(padded(asked.model, pad), padded=pad)
+        return _Export(padded(model, pad), padded=pad)
     name = require_runtime(runtime, threads=threads)
-    ranks = _ranks(asked.model)
-    multiple = probe(runtime=name, threads=threads, batch=_batch(asked.inputs)).multiple if ranks else 1
-    wide = padded(asked.model, multiple)
-    if _ranks(wide) == ranks:
-        return _Ready(asked.model)
-    speedup = _gain(asked.model, wide, asked.inputs, runtime=name, threads=threads)
-    return _Ready(wide, multiple, speedup) if speedup.low > 1 else _Ready(asked.model, speedup=speedup)
-
-
-def _ranks(model: nn.Module) -> list[tuple[int, ...]]:
-    return [layer.ranks for layer in low_rank_layers(model).values()]
-
-
-def _batch(inputs: Inputs) -> int:
-    try:
-        return batch_size(inputs)
-    except ModelError:  # inputs without a first dimension
-        return 1
+    ranks = [rank for layer in low_rank_layers(model).values() for rank in layer.ranks]
+    multiple = probe(runtime=name, threads=threads, batch=reference.batch).multiple if ranks else 1
+    if all(rank % multiple == 0 for rank in ranks):
+        return _Export(model)
+    wide = padded(model, multiple)
+    speedup = _gain(model, wide, inputs, runtime=name, threads=threads)
+    return _Export(wide, multiple, speedup) if speedup.low > 1 else _Export(model, speedup=speedup)
 
 
 def _gain(model: nn.Module, wide: nn.Module, inputs: Inputs, *, runtime: RuntimeName, threads: int) -> Interval:
     """Time of the model over time of the padded one."""
     with ExitStack() as stack:
-        both = [stack.enter_context(prepare(one, inputs, runtime=runtime, threads=threads)) for one in (wide, model)]
-        own, reference = interleaved([one.timer() for one in both], rounds=_ROUNDS)
+        sessions = [stack.enter_context(prepare(m, inputs, runtime=runtime, threads=threads)) for m in (wide, model)]
+        own, reference = interleaved([session.timer() for session in sessions], rounds=_ROUNDS)
     return compare(own, reference).ratio

@@ -1,4 +1,4 @@
-"""torchvision's own weights of a network, fetched by torchvision where they can be had."""
+"""torchvision's own weights of a network, fetched by torchvision."""
 
 import importlib
 from typing import Any
@@ -11,7 +11,7 @@ from spectrim.core.errors import DependencyError, ModelError
 def fill_(model: nn.Module, reference: str, *, head: str) -> None:
     """Load torchvision's default ImageNet weights into `model`, all but those of the layer `head`.
 
-    torchvision fetches and checks the file, and keeps it in torch's cache; the network has to be one of its own.
+    torchvision fetches and checks the file, and keeps it in torch's cache; the network has to be torchvision's.
 
     Args:
         model: Made by torchvision, with any number of outputs; changed only when everything fits.
@@ -20,25 +20,24 @@ def fill_(model: nn.Module, reference: str, *, head: str) -> None:
 
     Raises:
         DependencyError: torchvision is not installed.
-        ModelError: a network of somebody else, or weights that cannot be fetched or do not fit.
+        ModelError: a network that is not torchvision's, or weights that cannot be fetched or do not fit.
     """
     source, _, name = reference.partition(":")
     if source != "torchvision":
         raise ModelError(
-            f"{reference}: ImageNet weights are had for networks of torchvision, such as torchvision:resnet18"
+            f"{reference}: only networks of torchvision have ImageNet weights here, such as torchvision:resnet18"
         )
-    state = {key: value for key, value in _fetched(name).items() if not key.startswith(f"{head}.")}
-    own = model.state_dict()
-    odd = sorted(
-        {key for key in own if not key.startswith(f"{head}.")} ^ set(state)
-        | {key for key in state.keys() & own.keys() if own[key].shape != state[key].shape}
-    )
-    if odd:
-        raise ModelError(f"torchvision's weights of {name} do not fit this network: {', '.join(odd[:3])} differ")
-    model.load_state_dict(state, strict=False)
+    fetched = {key: value for key, value in _fetch(name).items() if not key.startswith(f"{head}.")}
+    expected = {key: value for key, value in model.state_dict().items() if not key.startswith(f"{head}.")}
+    differing = expected.keys() ^ fetched.keys()
+    differing |= {key for key in expected.keys() & fetched.keys() if expected[key].shape != fetched[key].shape}
+    if differing:
+        names = ", ".join(sorted(differing)[:3])
+        raise ModelError(f"torchvision's weights of {name} do not fit this network: {names} differ")
+    model.load_state_dict(fetched, strict=False)
 
 
-def _fetched(name: str) -> dict[str, Any]:
+def _fetch(name: str) -> dict[str, Any]:
     try:
         models = importlib.import_module("torchvision.models")
     except ImportError as error:

@@ -17,8 +17,8 @@ def read_state(path: Path) -> dict[str, Tensor]:
     """The tensors of a `.safetensors` file by name.
 
     Raises:
-        FileError: the file is missing, damaged or of another kind. A pickle, which can run code when it is opened, is
-            refused by its name, with the command that converts it.
+        FileError: the file is missing, damaged or of another kind. A pickle can run code when it is opened, so it is
+            never opened; the message holds the command that converts it.
     """
     path = Path(path)
     suffix = path.suffix.lower()
@@ -50,55 +50,52 @@ def fill_(model: nn.Module, state: Mapping[str, Tensor], *, origin: Path) -> Non
     expected = {name: value for name, value in model.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
     if any(tensor.is_meta for tensor in expected.values()):
         raise ModelError(f"the network is on the meta device and cannot take the weights of {origin}; make it on a CPU")
-    _refuse(_misfits(state, expected), origin=origin)
+    _require_none(_misfits(state, expected), origin=origin)
+    # a safetensors file holds a tied weight under one of its names
+    stored = {id(expected[name]): tensor for name, tensor in state.items() if name in expected}
+    tied = {name: stored[id(tensor)] for name, tensor in expected.items() if id(tensor) in stored}
     try:
-        odd = model.load_state_dict(_under_all_names(state, expected), strict=False)
+        keys = model.load_state_dict({**tied, **state}, strict=False)
     except RuntimeError as error:
         raise FileError(f"{origin} is for another network: {error}") from error
-    _refuse({"missing": odd.missing_keys, "not in the network": odd.unexpected_keys}, origin=origin)
+    _require_none({"missing": keys.missing_keys, "not in the network": keys.unexpected_keys}, origin=origin)
 
 
 def _misfits(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, list[str]]:
-    """What torch would refuse with a page of text, or cast without a word."""
+    """Mismatches that torch would report at length, or cast silently."""
     shapes, types = [], []
-    for name, wanted in expected.items():
-        if name not in state or is_lazy(wanted):
+    for name, tensor in expected.items():
+        if name not in state or is_lazy(tensor):
             continue
-        got = state[name]
-        if got.shape != wanted.shape:
-            shapes.append(f"{name} {list(got.shape)}, the network's is {list(wanted.shape)}")
-        elif got.is_floating_point() != wanted.is_floating_point():
-            types.append(f"{name} {got.dtype}, the network's is {wanted.dtype}")
+        stored = state[name]
+        if stored.shape != tensor.shape:
+            shapes.append(f"{name} {list(stored.shape)}, the network's is {list(tensor.shape)}")
+        elif stored.is_floating_point() != tensor.is_floating_point():
+            types.append(f"{name} {stored.dtype}, the network's is {tensor.dtype}")
     return {"of another shape": shapes, "of another type": types}
 
 
-def _under_all_names(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Add the names of tied weights: a safetensors file holds a tensor once."""
-    stored = {id(expected[name]): tensor for name, tensor in state.items() if name in expected}
-    tied = {name: stored[id(tensor)] for name, tensor in expected.items() if id(tensor) in stored}
-    return {**tied, **state}
-
-
-def _refuse(faults: Mapping[str, list[str]], *, origin: Path) -> None:
+def _require_none(faults: Mapping[str, list[str]], *, origin: Path) -> None:
+    """FileError that lists at most three names of each fault, if there is one."""
     if not any(faults.values()):
         return
-    said = "; ".join(f"{len(names)} {fault}: {_first(names)}" for fault, names in faults.items() if names)
-    raise FileError(f"{origin} is for another network: {said}. {_advice(origin)}")
-
-
-def _first(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-
-
-def _advice(origin: Path) -> str:
+    texts = [
+        f"{len(names)} {fault}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+        for fault, names in faults.items()
+        if names
+    ]
     with safe_open(origin, framework="pt") as opened:
-        if "spectrim" in (opened.metadata() or {}):
-            return "spectrim.save wrote it: make the network without weights, then spectrim.load(file, network)"
-    return "Names and shapes must be those of the network's state_dict(); do its options, such as outputs, fit?"
+        factored = "spectrim" in (opened.metadata() or {})
+    advice = (
+        "spectrim.save wrote it: make the network without weights, then spectrim.load(file, network)"
+        if factored
+        else "Names and shapes must be those of the network's state_dict(); do its options, such as outputs, fit?"
+    )
+    raise FileError(f"{origin} is for another network: {'; '.join(texts)}. {advice}")
 
 
 def _how_to_convert(path: Path) -> str:
-    """One line; the copies untie tensors that share memory, which safetensors refuses."""
+    """One line; the copies untie tensors that share memory, which safetensors does not save."""
     target = path.with_suffix(".safetensors")
     code = (
         "import torch; from safetensors.torch import save_file; "

@@ -19,7 +19,7 @@ from spectrim.linalg import Factors
 from spectrim.planning.budgets import Candidates, out_of_reach, solve
 from spectrim.planning.decisions import PlanOptions
 from spectrim.planning.rules import candidates_of
-from spectrim.runtimes.sessions import Prepared, prepare
+from spectrim.runtimes.sessions import Session, prepare
 from spectrim.runtimes.timing import Interval, compare, interleaved
 
 _ROUNDS = 31
@@ -100,7 +100,7 @@ class _Verification:
     analysis: Analysis
     inputs: Inputs
     rule: Budget
-    dense: Prepared
+    dense: Session
     on_progress: ProgressCallback | None
     tried: int = 0
 

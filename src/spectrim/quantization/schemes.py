@@ -3,10 +3,12 @@
 import difflib
 import platform
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from pydantic import Field
@@ -14,21 +16,22 @@ from torch import nn
 
 from spectrim.benchmark.measurement import Accuracy
 from spectrim.core.errors import DataError, FileError, ModelError, RuleError
-from spectrim.core.execution import Inputs, as_inputs
-from spectrim.core.files import Frozen
+from spectrim.core.execution import as_inputs
+from spectrim.core.files import Frozen, write_atomically
 from spectrim.core.plans import Budget
-from spectrim.quantization.engine import (
-    Feeder,
-    Feeds,
-    batched,
+from spectrim.quantization.evaluation import (
+    Feed,
+    accuracy_of,
     difference,
     engine,
+    feed_of,
     require_quantizer,
-    scored,
-    write,
+    without_labels,
 )
-from spectrim.quantization.graph import compact, large, store_bf16, store_int8, weights
-from spectrim.runtimes.conversion import first_line, quiet, to_onnx
+from spectrim.quantization.graphs import compact, large, store_bf16, store_int8, weights
+from spectrim.runtimes.conversion import graph_inputs, quiet, to_onnx
+from spectrim.runtimes.engines import Arrays
+from spectrim.runtimes.faults import first_line
 
 if TYPE_CHECKING:
     import onnx
@@ -114,40 +117,21 @@ def quantize(
         FileError: the file cannot be written.
         DependencyError: onnx, onnxscript or onnxruntime is not installed.
     """
-    target, chosen = require_path(path), require_scheme(scheme)
+    target, chosen = Path(path), require_scheme(scheme)
+    if target.suffix.lower() != ".onnx" or target.is_dir():
+        raise FileError(f"{target} is no name of an ONNX file; give a path that ends in .onnx")
     if chosen == "int8-static" and data is None:
         raise DataError(
             "int8-static takes the ranges of activations from data; pass data= with some hundred inputs, or use "
             "scheme='int8-weights', which needs none"
         )
     require_quantizer()
-    source = exported(model, example_inputs, data=data, max_batches=max_batches, dynamic_batch=dynamic_batch)
-    made = convert(source, chosen, weight_range=weight_range)
-    return finished(made, source, target, test=test)
-
-
-@dataclass(frozen=True, eq=False)
-class Source:
-    """A float32 network as a graph, and the batches that its quantised self is made and judged on."""
-
-    proto: "onnx.ModelProto"
-    feeder: Feeder
-    example: Feeds
-    batches: tuple[Feeds, ...]
-
-
-@dataclass(frozen=True, eq=False)
-class Converted:
-    """A quantised graph, not yet written."""
-
-    proto: "onnx.ModelProto"
-    scheme: Scheme
-    quantised: tuple[str, ...]
-    left: tuple[str, ...]
+    source = Source.of(model, example_inputs, data=data, max_batches=max_batches, dynamic_batch=dynamic_batch)
+    return quantized_file(source, chosen, path=target, test=test, weight_range=weight_range)
 
 
 def require_scheme(scheme: str) -> Scheme:
-    """Raises `RuleError` for a scheme that there is not."""
+    """Raises `RuleError` for an unknown scheme."""
     for known in SCHEMES:
         if known == scheme:
             return known
@@ -156,131 +140,132 @@ def require_scheme(scheme: str) -> Scheme:
     raise RuleError(f"scheme {scheme!r} is unknown; {hint} {', '.join(SCHEMES)}")
 
 
-def require_path(path: str | Path) -> Path:
-    """Raises `FileError` for a path that is not one of an ONNX file."""
-    target = Path(path)
-    if target.suffix.lower() != ".onnx" or target.is_dir():
-        raise FileError(f"{target} is no name of an ONNX file; give a path that ends in .onnx")
-    return target
+@dataclass(frozen=True, eq=False)
+class Source:
+    """A float32 network as a graph, and the batches that its quantised graph is made from and compared on."""
+
+    proto: "onnx.ModelProto"
+    feed: Feed
+    example: Arrays
+    batches: tuple[Arrays, ...]
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        example_inputs: Any,
+        *,
+        data: Iterable[Any] | None,
+        max_batches: int | None = None,
+        dynamic_batch: bool = True,
+    ) -> "Source":
+        """The network's graph with its example and its batches.
+
+        Raises `DataError` for no batches or batches that do not fit the network, `ModelError` as `to_onnx`.
+        """
+        example = as_inputs(example_inputs)
+        inputs = None if data is None else tuple(islice(without_labels(example, data), max_batches))
+        if inputs is not None and not inputs:
+            raise DataError("the calibration data is empty; give at least one batch")
+        proto = to_onnx(model, example, dynamic_batch=dynamic_batch)
+        feed = feed_of(proto, partial(graph_inputs, model))
+        batches = tuple(feed(batch, f"batch {position}") for position, batch in enumerate(inputs or (example,)))
+        return cls(proto, feed, feed(example, "the inputs"), batches)
+
+    def converted(self, scheme: Scheme | None, *, weight_range: Range = "auto") -> "Graph":
+        """The graph in a scheme; None is float32. Raises `ModelError` where there is nothing to quantise."""
+        if scheme is None:
+            return Graph(self, compact(self.proto))
+        names = set(weights(self.proto))
+        if not names:
+            raise ModelError("the network has no float32 weights of linear layers or convolutions to quantise")
+        if scheme == "bf16":
+            proto = store_bf16(self.proto)
+        elif scheme == "int8-weights":
+            proto = store_int8(self.proto)
+        else:
+            proto = store_int8(_by_onnxruntime(self, scheme, reduced=_reduced(weight_range)))
+        float32 = set(large(proto))
+        return Graph(self, compact(proto), scheme, tuple(sorted(names - float32)), tuple(sorted(float32)))
 
 
-def exported(
-    model: nn.Module,
-    example_inputs: Any,
-    *,
-    data: Iterable[Any] | None,
-    max_batches: int | None = None,
-    dynamic_batch: bool = True,
-) -> Source:
-    """The network's float32 graph with its example and its batches.
+@dataclass(frozen=True, eq=False)
+class Graph:
+    """A graph that is not written yet, with the names of its quantised weights and of its large float32 constants."""
 
-    Raises:
-        DataError: no batches, or batches that do not fit the network.
-        ModelError: it cannot be exported.
-    """
-    example = as_inputs(example_inputs)
-    inputs = None if data is None else tuple(islice(batched(example, data), max_batches))
-    if inputs is not None and not inputs:
-        raise DataError("the calibration data is empty; give at least one batch")
-    proto = to_onnx(model, example, dynamic_batch=dynamic_batch)
-    feeder = Feeder(model, proto)
-    return Source(proto, feeder, feeder(example), _fed(feeder, inputs or (example,)))
+    source: Source
+    proto: "onnx.ModelProto"
+    scheme: Scheme | None = None
+    quantised: tuple[str, ...] = ()
+    float32: tuple[str, ...] = ()
 
+    def evaluated(
+        self, test: Iterable[Any] | None, *, runtime: str, exact_runtime: str, threads: int | None = None
+    ) -> tuple[float, Accuracy | None]:
+        """The difference to the float32 graph, and the accuracy on test data, if there are some.
 
-def _fed(feeder: Feeder, inputs: Sequence[Inputs]) -> tuple[Feeds, ...]:
-    return tuple(feeder(one, what=f"batch {position}") for position, one in enumerate(inputs))
+        Raises `DataError`, `ModelError` or `EngineError` for a graph that cannot be run, or gives NaN.
+        """
+        run = engine(self.proto, runtime=runtime, threads=threads)
+        exact = engine(self.source.proto, runtime=exact_runtime, threads=threads)
+        distance = difference(run, exact, self.source.batches) if self.scheme else 0.0
+        return distance, None if test is None else accuracy_of(run, self.source.feed, test)
 
-
-def convert(source: Source, scheme: Scheme, *, weight_range: Range = "auto") -> Converted:
-    """The graph in a scheme. Raises `ModelError` where there is nothing to quantise."""
-    before = set(weights(source.proto))
-    if not before:
-        raise ModelError("the network has no float32 weights of linear layers or convolutions to quantise")
-    if scheme == "bf16":
-        made = store_bf16(source.proto)
-    elif scheme == "int8-weights":
-        made = store_int8(source.proto)
-    else:
-        made = store_int8(_computing(source, scheme, reduced=_reduced(weight_range)))
-    left = set(large(made))
-    quantised = tuple(sorted(before - left))
-    return Converted(compact(made), scheme, quantised, tuple(sorted(left)))
+    def write(self, path: Path) -> Path:
+        """Write the file, wholly or not at all. Raises `FileError` where that fails."""
+        return write_atomically(path, lambda part: part.write_bytes(self.proto.SerializeToString()))
 
 
-def finished(made: Converted, source: Source, path: Path, *, test: Iterable[Any] | None) -> Quantized:
-    """Run the quantised graph beside the float32 one, and write it.
-
-    Raises:
-        DataError, ModelError, EngineError: it cannot be run, or gives NaN.
-        FileError: the file cannot be written.
-    """
-    run = engine(made.proto)
-    apart = difference(run, engine(source.proto), source.batches)
-    accuracy = None if test is None else scored(run, source.feeder.names, test, feeder=source.feeder)
-    written = write(made.proto, path)
+def quantized_file(
+    source: Source, scheme: Scheme, *, path: Path, test: Iterable[Any] | None = None, weight_range: Range = "auto"
+) -> Quantized:
+    """Quantise, run and write one graph; raises as `Source.converted`, `Graph.evaluated` and `Graph.write`."""
+    graph = source.converted(scheme, weight_range=weight_range)
+    distance, accuracy = graph.evaluated(test, runtime="onnxruntime", exact_runtime="onnxruntime")
     return Quantized(
-        path=written,
-        bytes=written.stat().st_size,
-        scheme=made.scheme,
-        difference=apart,
+        path=graph.write(path),
+        bytes=path.stat().st_size,
+        scheme=scheme,
+        difference=distance,
         accuracy=accuracy,
-        quantised=made.quantised,
-        left=made.left,
+        quantised=graph.quantised,
+        left=graph.float32,
     )
 
 
-def _computing(source: Source, scheme: Scheme, *, reduced: bool) -> "onnx.ModelProto":
-    """By ONNX Runtime's quantiser."""
+def _by_onnxruntime(source: Source, scheme: Scheme, *, reduced: bool) -> "onnx.ModelProto":
+    """The graph by ONNX Runtime's own quantiser."""
     import onnx
     from onnxruntime.quantization import QuantType, quant_pre_process, quantize_dynamic, quantize_static
 
-    shared = {"per_channel": True, "reduce_range": reduced, "weight_type": QuantType.QInt8}
+    # biases of int32 would take 12 bytes each, of float32 4
+    options = {"MatMulConstBOnly": True} | ({} if scheme == "int8-dynamic" else {"QuantizeBias": False})
+    shared = {"per_channel": True, "reduce_range": reduced, "weight_type": QuantType.QInt8, "extra_options": options}
+    # without what lies between the layers in networks of norms, whose sums have a wide range
+    norms = _NORMS & {node.op_type for node in source.proto.graph.node}
+    batches = iter(source.batches)
     with tempfile.TemporaryDirectory(prefix="spectrim-") as folder, quiet():
-        given, ready, done = (Path(folder) / f"{name}.onnx" for name in ("given", "ready", "done"))
-        onnx.save(source.proto, given)
+        original, folded, quantised = (Path(folder, name) for name in ("float.onnx", "folded.onnx", "int8.onnx"))
+        onnx.save(source.proto, original)
         try:
-            quant_pre_process(given, ready, skip_symbolic_shape=True)
+            quant_pre_process(original, folded, skip_symbolic_shape=True)
             if scheme == "int8-dynamic":
-                options = {"MatMulConstBOnly": True}
-                ops = ["MatMul", "Gemm"]
-                quantize_dynamic(ready, done, op_types_to_quantize=ops, extra_options=options, **shared)
+                quantize_dynamic(folded, quantised, op_types_to_quantize=["MatMul", "Gemm"], **shared)
             else:
-                options = {"MatMulConstBOnly": True, "QuantizeBias": False}  # int32 biases take 12 bytes, float32 4
-                ops = _static_ops(source.proto)
                 quantize_static(
-                    ready,
-                    done,
-                    _reader(source.batches),
+                    folded,
+                    quantised,
+                    SimpleNamespace(get_next=lambda: next(batches, None)),
                     activation_type=QuantType.QUInt8,  # x86 multiplies unsigned by signed
-                    op_types_to_quantize=ops,
-                    extra_options=options,
+                    op_types_to_quantize=[*_STATIC, *(() if norms else _BETWEEN)],
                     **shared,
                 )
         except Exception as error:
             raise DataError(
                 f"ONNX Runtime cannot quantise this network ({scheme}): {first_line(error)}; do the data fit it? "
-                "scheme='int8-weights' asks least of a network"
+                "scheme='int8-weights' works for most networks"
             ) from error
-        return onnx.load(done)
-
-
-def _static_ops(proto: "onnx.ModelProto") -> list[str]:
-    """Layers, and what lies between them; without the latter in networks of norms, whose sums have a wide range."""
-    kinds = {node.op_type for node in proto.graph.node}
-    return list(_STATIC if kinds & _NORMS else (*_STATIC, *_BETWEEN))
-
-
-def _reader(batches: Iterable[Feeds]) -> Any:
-    from onnxruntime.quantization import CalibrationDataReader
-
-    class Reader(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime has no types
-        def __init__(self) -> None:
-            self.rest = iter(batches)
-
-        def get_next(self) -> Feeds | None:
-            return next(self.rest, None)
-
-    return Reader()
+        return onnx.load(quantised)
 
 
 def _reduced(weight_range: Range) -> bool:

@@ -1,4 +1,4 @@
-"""The hardware's grid: by which steps of the rank a factored layer takes longer, found out by a second of timing.
+"""The hardware's grid: by which steps of the rank a factored layer takes longer, measured in about a second.
 
 Vector units work on 8 or 16 numbers at a time, and a runtime pads channels to blocks of them: latency against rank is a
 staircase. Ranks just below a step give the most for their time.
@@ -8,7 +8,6 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,16 +17,20 @@ from torch import nn
 from spectrim.core.errors import EngineError, RuleError
 from spectrim.core.files import Frozen
 from spectrim.runtimes.conversion import OPSET
-from spectrim.runtimes.sessions import Prepared, RuntimeName, fingerprint, from_onnx, prepare, require_runtime
+from spectrim.runtimes.sessions import (
+    ONNX_RUNTIMES,
+    RuntimeName,
+    Session,
+    fingerprint,
+    from_onnx,
+    prepare,
+    require_runtime,
+)
 from spectrim.runtimes.timing import interleaved, steady
 
-if TYPE_CHECKING:
-    import onnx
-
 STEPS = (32, 16, 8)
-"""The steps that are looked for."""
+"""The steps that can be found."""
 _CHANNELS, _SIDE = 64, 28
-_OF_ONNX = ("onnxruntime", "openvino", "openvino-bf16")
 _ROUNDS, _PATIENCE = 15, 1.0
 
 
@@ -70,9 +73,9 @@ def probe(*, runtime: str = "torch", threads: int = 1, batch: int = 1) -> Grid:
     if batch < 1:
         raise EngineError(f"batch={batch}: give at least 1")
     with ExitStack() as opened:
-        ready = [opened.enter_context(_pair(rank, runtime=name, threads=threads, batch=batch)) for rank in RANKS]
-        laps = interleaved([one.timer() for one in ready], rounds=_ROUNDS, patience=_PATIENCE)
-    times = dict(zip(RANKS, (statistics.median(one) * 1e3 for one in steady(*laps)), strict=True))
+        pairs = [opened.enter_context(_pair(rank, runtime=name, threads=threads, batch=batch)) for rank in RANKS]
+        timings = interleaved([pair.timer() for pair in pairs], rounds=_ROUNDS, patience=_PATIENCE)
+    times = dict(zip(RANKS, (statistics.median(seconds) * 1e3 for seconds in steady(*timings)), strict=True))
     return Grid(
         multiple=step_of(times),
         times=times,
@@ -105,13 +108,8 @@ def step_of(times: Mapping[int, float]) -> int:
     What a rank costs is the slope between ranks that every grid holds. On a grid of step s, going from any rank up to
     the next multiple of s takes no time; without one, it takes the slope times the ranks in between, and on a finer
     grid it takes that at least from half way. So a step counts when both climbs, from just above a multiple and from
-    half way, take less than half of it on average.
-
-    Args:
-        times: By rank, in any unit; all of `RANKS`.
-
-    Returns:
-        32, 16 or 8, or 1 where rounding up is never free or time does not grow with rank.
+    half way, take less than half of it on average. `times` are those of all `RANKS`, in any unit; the result is 32, 16
+    or 8, or 1 where rounding up is never free or time does not grow with rank.
     """
     low, high = _ENDS[0], _ENDS[-1]
     slope = (times[high] - times[low]) / (high - low)
@@ -124,40 +122,33 @@ def step_of(times: Mapping[int, float]) -> int:
     return next((step for step in STEPS if all(share(climbs) < 0.5 for climbs in _climbs(step))), 1)
 
 
-def _pair(rank: int, *, runtime: RuntimeName, threads: int, batch: int) -> Prepared:
-    """A 3x3 convolution to `rank` channels and one back, on images that are the smaller the more there are."""
+def _pair(rank: int, *, runtime: RuntimeName, threads: int, batch: int) -> Session:
+    """A 3x3 convolution to `rank` channels and a 1x1 back; the more images there are, the smaller they are."""
     side = max(7, round(_SIDE / batch**0.5))
     draw = np.random.default_rng(0)
 
     def normal(*shape: int) -> NDArray[np.float32]:
-        made: NDArray[np.float64] = draw.standard_normal(shape) / math.sqrt(math.prod(shape[1:]))
-        return made.astype(np.float32)
+        return draw.standard_normal(shape, dtype=np.float32) / np.float32(math.sqrt(math.prod(shape[1:])))
 
     image = normal(batch, _CHANNELS, side, side)
     down, up = normal(rank, _CHANNELS, 3, 3), normal(_CHANNELS, rank, 1, 1)
-    if runtime in _OF_ONNX:
-        return from_onnx(_graph(image, down, up), [image], runtime=runtime, threads=threads)
+    if runtime in ONNX_RUNTIMES:
+        from onnx import numpy_helper, parser
+
+        shape = list(image.shape)
+        graph = parser.parse_model(
+            f'<ir_version: 10, opset_import: ["": {OPSET}]> pair (float{shape} x) => (float{shape} y) '
+            "{ inner = Conv<pads = [1, 1, 1, 1]>(x, down)  y = Conv(inner, up) }"
+        )
+        graph.graph.initializer.extend([numpy_helper.from_array(down, "down"), numpy_helper.from_array(up, "up")])
+        return from_onnx(graph, [image], runtime=runtime, threads=threads)
     first = nn.utils.skip_init(nn.Conv2d, _CHANNELS, rank, 3, padding=1, bias=False)
     last = nn.utils.skip_init(nn.Conv2d, rank, _CHANNELS, 1, bias=False)
     for layer, weight in ((first, down), (last, up)):
         layer.weight.data = torch.from_numpy(weight)
-    shown = "channels_last" if runtime == "compile" else runtime
-    return prepare(nn.Sequential(first, last), torch.from_numpy(image), runtime=shown, threads=threads, checked=True)
-
-
-def _graph(image: NDArray[np.float32], down: NDArray[np.float32], up: NDArray[np.float32]) -> "onnx.ModelProto":
-    from onnx import TensorProto, helper, numpy_helper
-
-    def value(name: str) -> "onnx.ValueInfoProto":
-        return helper.make_tensor_value_info(name, TensorProto.FLOAT, image.shape)
-
-    nodes = [
-        helper.make_node("Conv", ["x", "down"], ["inner"], pads=[1, 1, 1, 1]),
-        helper.make_node("Conv", ["inner", "up"], ["y"]),
-    ]
-    weights = [numpy_helper.from_array(down, "down"), numpy_helper.from_array(up, "up")]
-    graph = helper.make_graph(nodes, "pair", [value("x")], [value("y")], weights)
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=10)
+    same_kernels = "channels_last" if runtime == "compile" else runtime
+    pair = nn.Sequential(first, last)
+    return prepare(pair, torch.from_numpy(image), runtime=same_kernels, threads=threads, checked=True)
 
 
 def multiple_of(rank_multiple: int | Grid | str | None) -> int | None:

@@ -1,7 +1,7 @@
-"""Comparing by the clock on a machine that does other things too: interleaved rounds, paired ratios, and a verdict.
+"""Comparing times on a machine that does other things too: interleaved rounds, paired ratios, and a verdict.
 
-Wall time is what a user waits for, and what is reported in milliseconds. Ratios of runs that compute in one thread are
-taken from processor time instead, where there is one: it does not count the moments that the machine gave to others.
+Milliseconds are wall time. Ratios of runs that compute in one thread are of processor time where it can be measured,
+since that does not count the time of other processes.
 """
 
 import math
@@ -20,8 +20,10 @@ _FINE = 1e-5
 _WIDE = 0.15
 """An interval near 1 that is wider than this share of its value says too little."""
 
-_APART = 8
-"""Passes of one lap, where something has to be done between them."""
+_ISOLATED = 8
+"""Passes of one timing, where something has to be done between them."""
+_LEAST, _FEWEST = 2e-3, 5
+"""Seconds that a timing lasts at least, and rounds that are done in any case."""
 
 Verdict = Literal["faster", "slower", "no difference", "too noisy to tell"]
 
@@ -34,12 +36,12 @@ class Interval(Frozen):
     high: float
 
 
-class Lap(NamedTuple):
+class Timing(NamedTuple):
     """Seconds that one pass took.
 
     Attributes:
-        wall: By the clock on the wall.
-        cpu: Of the processors, all threads of this process together; None where it says nothing about the pass.
+        wall: Wall time.
+        cpu: Processor time of all threads of this process together; None where other threads compute as well.
     """
 
     wall: float
@@ -52,7 +54,7 @@ class Comparison(Frozen):
     Attributes:
         ratio: Time of the reference over time of the other: median of the paired rounds and its 95 % interval.
         drift: The reference against itself: its median in the first half of the rounds over that in the second. It is
-            1 on a machine that does the same thing all the while.
+            1 on a machine whose speed does not change.
     """
 
     ratio: Interval
@@ -60,10 +62,10 @@ class Comparison(Frozen):
 
     @property
     def verdict(self) -> Verdict:
-        """What can be said.
+        """What the rounds show.
 
-        Too noisy is an interval that is wide, unless 1 lies farther from it than it is wide, and a machine that changed
-        by more than the difference.
+        They are too noisy to tell where the interval is wide and lies no farther from 1 than it is wide, and where the
+        machine changed by more than the difference.
         """
         ratio, width = self.ratio, self.ratio.high - self.ratio.low
         near = ratio.low - width <= 1 <= ratio.high + width
@@ -76,23 +78,24 @@ class Comparison(Frozen):
         return "faster" if ratio.value > 1 else "slower"
 
 
-def compare(own: Sequence[Lap], reference: Sequence[Lap]) -> Comparison:
-    """How much faster `own` is than `reference`, from the laps of the same interleaved rounds, at least two."""
+def compare(own: Sequence[Timing], reference: Sequence[Timing]) -> Comparison:
+    """How much faster `own` is than `reference`, from timings in the same interleaved rounds, at least two."""
     times, others = steady(own, reference)
     ratio = median_interval([other / time for time, other in zip(times, others, strict=True)])
     half = len(others) // 2
     return Comparison(ratio=ratio, drift=statistics.median(others[:half]) / statistics.median(others[-half:]))
 
 
-def steady(*series: Sequence[Lap]) -> list[list[float]]:
+def steady(*series: Sequence[Timing]) -> list[list[float]]:
     """The seconds of each series to compare by: all of them of the processor, or all of the wall.
 
-    Processor time is taken where every lap has it, and no series used more of it than one thread can: then somebody
-    else in this process was at work.
+    Processor time is taken where every timing has it and no series used more of it than one thread can; more means that
+    other threads of this process were at work.
     """
-    by_cpu = all(lap.cpu for laps in series for lap in laps)
-    by_cpu = by_cpu and all(sum(lap.cpu or 0 for lap in laps) <= 1.1 * sum(lap.wall for lap in laps) for laps in series)
-    return [[lap.cpu if by_cpu and lap.cpu else lap.wall for lap in laps] for laps in series]
+    by_cpu = all(timing.cpu for timings in series for timing in timings) and all(
+        sum(timing.cpu or 0 for timing in timings) <= 1.1 * sum(timing.wall for timing in timings) for timings in series
+    )
+    return [[timing.cpu if by_cpu and timing.cpu else timing.wall for timing in timings] for timings in series]
 
 
 def pass_timer(
@@ -100,80 +103,61 @@ def pass_timer(
     *,
     finish: Callable[[], object] | None = None,
     cpu: bool = False,
-    least: float = 2e-3,
     between: Callable[[], object] | None = None,
-) -> Callable[[], Lap]:
-    """Warm up, and give a function that times enough passes to outlast the clock's grain.
+) -> Callable[[], Timing]:
+    """Warm up, and give a function that times enough passes to outlast the clock's grain: mean seconds of a pass.
 
     Args:
         run: One pass.
         finish: Waits until the device is done, after the last pass.
-        cpu: The pass computes in one thread of this process, so that processor time can be told as well.
-        least: Seconds to outlast.
+        cpu: The pass computes in one thread of this process, so that its processor time can be measured as well.
         between: Called before every pass and not timed; there are then at most 8 passes.
-
-    Returns:
-        A function that gives the mean seconds of a pass, over as many passes as it takes.
     """
-    done = finish or _nothing
+    wait = finish or (lambda: None)
     cpu = cpu and time.get_clock_info("process_time").resolution <= _FINE
 
-    def passes(number: int) -> Lap:
-        if between is not None:
-            laps = [apart() for _ in range(min(number, _APART))]
-            return Lap(statistics.fmean(lap.wall for lap in laps), statistics.fmean(cpu_of(laps)) if cpu else None)
-        done()
+    def block(number: int) -> Timing:
+        wait()
         start, used = time.perf_counter(), time.process_time()
         for _ in range(number):
             run()
-        done()
+        wait()
         spent = time.process_time() - used
-        return Lap((time.perf_counter() - start) / number, spent / number if cpu else None)
+        return Timing((time.perf_counter() - start) / number, spent / number if cpu else None)
 
-    def apart() -> Lap:
-        assert between is not None
-        between()
-        done()
-        start, used = time.perf_counter(), time.process_time()
-        run()
-        done()
-        spent = time.process_time() - used
-        return Lap(time.perf_counter() - start, spent)
-
-    def cpu_of(laps: Sequence[Lap]) -> list[float]:
-        return [lap.cpu or 0.0 for lap in laps]
+    def passes(number: int) -> Timing:
+        if between is None:
+            return block(number)
+        timings = []
+        for _ in range(min(number, _ISOLATED)):
+            between()
+            timings.append(block(1))
+        wall = statistics.fmean(timing.wall for timing in timings)
+        return Timing(wall, statistics.fmean(timing.cpu or 0.0 for timing in timings) if cpu else None)
 
     warm = passes(1).wall
     if warm < 0.05:  # a first pass may be slow for once
         passes(2)
         warm = passes(3).wall
-    number = max(1, math.ceil(least / max(warm, 1e-7)))
+    number = max(1, math.ceil(_LEAST / max(warm, 1e-7)))
     return lambda: passes(number)
 
 
-def interleaved(
-    runs: Sequence[Callable[[], _T]], *, rounds: int, patience: float = 30.0, fewest: int = 5
-) -> list[list[_T]]:
+def interleaved(runs: Sequence[Callable[[], _T]], *, rounds: int, patience: float = 30.0) -> list[list[_T]]:
     """Call every run once in each round, in an order that alternates, so that drift of the machine cancels.
 
-    Args:
-        runs: What to call.
-        rounds: How often.
-        patience: Seconds after which no further round is begun.
-        fewest: Rounds that are done in any case.
-
-    Returns:
-        What each run gave, by round.
+    After 5 rounds, no further one is begun once `patience` seconds have passed. Returns the results of each run, by
+    round.
     """
-    found: list[list[_T]] = [[] for _ in runs]
+    results: list[list[_T]] = [[] for _ in runs]
     start = time.perf_counter()
     for number in range(rounds):
         order = range(len(runs)) if number % 2 == 0 else reversed(range(len(runs)))
-        for which in order:
-            found[which].append(runs[which]())
-        if number + 1 >= fewest and time.perf_counter() - start > patience:
+        for position in order:
+            results[position].append(runs[position]())
+        if number + 1 >= _FEWEST and time.perf_counter() - start > patience:
             break
-    return found
+    return results
 
 
 def median_interval(values: Sequence[float]) -> Interval:
@@ -182,6 +166,3 @@ def median_interval(values: Sequence[float]) -> Interval:
     reach = Z95 * math.sqrt(n) / 2
     low, high = math.floor(n / 2 - reach), math.ceil(n / 2 + reach)
     return Interval(value=statistics.median(ordered), low=ordered[max(0, low)], high=ordered[min(n - 1, high)])
-
-
-def _nothing() -> None: ...

@@ -1,8 +1,8 @@
-"""Files of exported networks: their marks, what they take and give, and how several are written together."""
+"""Files of exported networks: their marks, their inputs and outputs, and how several are written together."""
 
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import onnx
 
 MARK = "spectrim"
-"""Stands in every file that is written, so that it can be known again."""
+"""Stands in every file that is written, so that it can be recognised."""
 
 
 class Port(Frozen):
@@ -57,7 +57,7 @@ def sign(proto: "onnx.ModelProto", metadata: Mapping[str, str]) -> None:
 
 
 def without_traces(program: ExportedProgram) -> ExportedProgram:
-    """Without the example inputs, and without the source lines and paths of this machine beside each operator."""
+    """Without the example inputs, and without the source lines and paths of this machine in each operator."""
     program.example_inputs = None
     for module in program.graph_module.modules():
         if isinstance(module, GraphModule):
@@ -80,27 +80,24 @@ def ports_of_program(program: ExportedProgram) -> tuple[tuple[Port, ...], tuple[
     """Inputs and outputs of a torch program; outputs are numbered, since it has no names for them."""
     values = {node.name: node.meta.get("val") for node in program.graph.nodes}
     signature = program.graph_signature
-    open_sizes: list[str] = []
 
-    def shape(tensor: Tensor) -> tuple[int | str, ...]:
-        names = [None if isinstance(size, int) else str(size) for size in tensor.shape]
-        open_sizes.extend(filter(None, names))
-        pairs = zip(tensor.shape, names, strict=True)
-        return tuple(int(size) if name is None else name.replace(open_sizes[0], "batch") for size, name in pairs)
+    def tensors(names: Iterable[Any]) -> list[tuple[str, Tensor]]:
+        return [(name, values[name]) for name in names if isinstance(values.get(name), Tensor)]
 
-    def ports(names: Sequence[Any]) -> Iterator[tuple[str, tuple[int | str, ...]]]:
-        for name in names:
-            value = values.get(name) if isinstance(name, str) else None
-            if isinstance(value, Tensor):
-                yield name, shape(value)
+    inputs, outputs = tensors(signature.user_inputs), tensors(signature.user_outputs)
+    sizes = (size for _, tensor in (*inputs, *outputs) for size in tensor.shape)
+    symbol = next((str(size) for size in sizes if not isinstance(size, int)), "")
 
-    inputs = tuple(Port(name=name, shape=sizes) for name, sizes in ports(signature.user_inputs))
-    outputs = enumerate(ports(signature.user_outputs))
-    return inputs, tuple(Port(name=f"output_{place}", shape=sizes) for place, (_, sizes) in outputs)
+    def port(name: str, tensor: Tensor) -> Port:
+        shape = (size if isinstance(size, int) else str(size).replace(symbol, "batch") for size in tensor.shape)
+        return Port(name=name, shape=tuple(shape))
+
+    numbered = ((f"output_{position}", tensor) for position, (_, tensor) in enumerate(outputs))
+    return tuple(port(*named) for named in inputs), tuple(port(*named) for named in numbered)
 
 
 def target_of(path: str | Path, name: str) -> Path:
-    """The file that is meant: in an existing folder, the one of this name."""
+    """The path itself, or in an existing folder the file of this name."""
     path = Path(path)
     return path / name if path.is_dir() else path
 
@@ -115,23 +112,19 @@ def write_together(targets: Sequence[Path], write: Callable[[Path], None]) -> tu
             new.mkdir()
             old.mkdir()
             write(new)
-            _exchange(targets, new, old)
+            try:
+                for target in targets:
+                    if target.exists():
+                        target.replace(old / target.name)
+                    (new / target.name).replace(target)
+            except OSError:
+                for target in targets:
+                    if (old / target.name).exists():
+                        (old / target.name).replace(target)
+                    elif not (new / target.name).exists():
+                        target.unlink(missing_ok=True)
+                raise
     except OSError as error:
-        said = error.strerror or error
-        raise FileError(f"cannot write {targets[-1]}: {said}; choose a folder you may write to") from error
+        reason = error.strerror or error
+        raise FileError(f"cannot write {targets[-1]}: {reason}; choose a folder you may write to") from error
     return tuple(targets)
-
-
-def _exchange(targets: Sequence[Path], new: Path, old: Path) -> None:
-    try:
-        for target in targets:
-            if target.exists():
-                target.replace(old / target.name)
-            (new / target.name).replace(target)
-    except OSError:
-        for target in targets:
-            if (old / target.name).exists():
-                (old / target.name).replace(target)
-            elif not (new / target.name).exists():
-                target.unlink(missing_ok=True)
-        raise

@@ -55,22 +55,21 @@ def resolve(reference: str, *, weights: Path | None = None, options: _Options | 
         )
     # before the network, which may take long to make or may run code
     state = read_state(Path(weights)) if weights is not None else None
-    model = _SOURCES.get(source, _from_module)(reference, options or {})
+    model = _LOADERS.get(source, _from_module)(reference, name, options or {})
     if state is not None and weights is not None:
         fill_(model, state, origin=Path(weights))
     return model
 
 
-def _own(reference: str, options: _Options) -> nn.Module:
-    name = _name(reference)
+def _from_spectrim(reference: str, name: str, options: _Options) -> nn.Module:
     if name not in NETWORKS:
         raise ModelError(f"spectrim has no network {name!r}; {_near(name, NETWORKS)}it has {', '.join(NETWORKS)}")
-    return _made(reference, NETWORKS[name], options)
+    return _call(reference, NETWORKS[name], options)
 
 
-def _from_torchvision(reference: str, options: _Options) -> nn.Module:
+def _from_torchvision(reference: str, name: str, options: _Options) -> nn.Module:
     models = _optional("torchvision.models", install='"spectrim[vision]"')
-    name, names = _name(reference), models.list_models()
+    names = models.list_models()
     if name not in names:
         near = _near(name, names)
         raise ModelError(f"torchvision has no network {name!r}; {near}torchvision.models.list_models() names all")
@@ -78,109 +77,97 @@ def _from_torchvision(reference: str, options: _Options) -> nn.Module:
     # the backbones of detection and segmentation networks would be downloaded even for weights=None
     parameters = inspect.signature(models.get_model_builder(name)).parameters
     none = {parameter: None for parameter in parameters if parameter.startswith("weights")}
-    return _made(reference, functools.partial(models.get_model, name, **none), options)
+    return _call(reference, functools.partial(models.get_model, name, **none), options)
 
 
-def _from_timm(reference: str, options: _Options) -> nn.Module:
+def _from_timm(reference: str, name: str, options: _Options) -> nn.Module:
     timm = _optional("timm", install="timm")
-    name = _name(reference)
     if ":" in name or "/" in name:
         raise ModelError(f"{reference}: timm would read a hub or a folder for it; name one of timm.list_models()")
     if not timm.is_model(name):
         near = _near(name, timm.list_models())
         raise ModelError(f"timm has no network {name!r}; {near}timm.list_models() names all")
     _refuse_weights(reference, options)
-    return _made(reference, functools.partial(timm.create_model, name, pretrained=False), options)
+    return _call(reference, functools.partial(timm.create_model, name, pretrained=False), options)
 
 
-def _from_module(reference: str, options: _Options) -> nn.Module:
-    module, _, path = reference.partition(":")
+def _from_module(reference: str, name: str, options: _Options) -> nn.Module:
+    module = reference.partition(":")[0]
     if module.endswith(".py") or not all(part.isidentifier() for part in module.split(".")):
         raise ModelError(_malformed(reference))
     with _current_folder_importable():
-        factory = _attribute(reference, _imported(module), path)
+        factory = _attribute(reference, _imported(module), name)
         if isinstance(factory, nn.Module) or not callable(factory):
             kind = type(factory).__name__
             raise ModelError(f"{reference} is a {kind}, not a function; name a function that makes the network")
-        return _made(reference, factory, options)
+        return _call(reference, factory, options)
 
 
-_SOURCES: Mapping[str, Callable[[str, _Options], nn.Module]] = {
-    "spectrim": _own,
+_LOADERS: Mapping[str, Callable[[str, str, _Options], nn.Module]] = {
+    "spectrim": _from_spectrim,
     "torchvision": _from_torchvision,
     "timm": _from_timm,
 }
 
 
-def _made(reference: str, factory: Callable[..., object], options: _Options) -> nn.Module:
+def _call(reference: str, factory: Callable[..., object], options: _Options) -> nn.Module:
     """What the factory returns, once it is known to take the options and to have returned a module."""
-    signature = _signature(factory)
+    signature: inspect.Signature | None = None
+    with contextlib.suppress(TypeError, ValueError):  # of the few callables written in C that have none
+        signature = inspect.signature(factory)
     if signature is not None:
         try:
             signature.bind(**options)
         except TypeError as error:
-            given = ", ".join(map(str, options)) or "no options"
-            raise ModelError(f"{reference} cannot be called with {given}: {error}; it takes {signature}") from error
+            names = ", ".join(map(str, options)) or "no options"
+            raise ModelError(f"{reference} cannot be called with {names}: {error}; it takes {signature}") from error
     try:
-        made = factory(**options)
+        model = factory(**options)
     except ModelError:
         raise
     except (Exception, SystemExit) as error:
-        raise ModelError(f"{reference} failed to make a network: {_said(error)}") from error
-    if not isinstance(made, nn.Module):
-        kind = type(made).__name__
+        raise ModelError(f"{reference} failed to make a network: {_text(error)}") from error
+    if not isinstance(model, nn.Module):
+        kind = type(model).__name__
         raise ModelError(f"{reference} returned a {kind}, not a torch.nn.Module; return the network itself")
-    return made
-
-
-def _signature(factory: Callable[..., object]) -> inspect.Signature | None:
-    """None for the few callables written in C that do not tell; calling them will."""
-    try:
-        return inspect.signature(factory)
-    except (TypeError, ValueError):
-        return None
+    return model
 
 
 def _attribute(reference: str, module: ModuleType, path: str) -> object:
-    found: object = module
-    for part in path.split("."):
-        names = [name for name in dir(found) if not name.startswith("_")]
+    value: object = module
+    for name in path.split("."):
         try:
-            found = getattr(found, part)
+            value = getattr(value, name)
         except AttributeError as error:
-            near = _near(part, names)
-            raise ModelError(
-                f"{reference}: there is no {part!r}; {near}name a function of {module.__name__}"
-            ) from error
+            near = _near(name, (known for known in dir(value) if not known.startswith("_")))
+            advice = f"{near}name a function of {module.__name__}"
+            raise ModelError(f"{reference}: there is no {name!r}; {advice}") from error
         except Exception as error:  # modules may compute their names
-            raise ModelError(f"{reference} cannot be imported: {_said(error)}") from error
-    return found
+            raise ModelError(f"{reference} cannot be imported: {_text(error)}") from error
+    return value
 
 
 def _imported(name: str) -> ModuleType:
-    # the module may have been written a moment ago
-    importlib.invalidate_caches()
+    importlib.invalidate_caches()  # the module may have been written a moment ago
     try:
         return importlib.import_module(name)
     except (Exception, SystemExit) as error:
-        raise ModelError(_import_failure(name, error)) from error
-
-
-def _import_failure(name: str, error: BaseException) -> str:
-    missing = error.name if isinstance(error, ModuleNotFoundError) else None
-    if missing is None:
-        return f"{name} cannot be imported: {_said(error)}"
-    if missing == name or name.startswith(f"{missing}."):
-        near = _near(missing, _siblings(missing))
-        return f"there is no module {missing!r}; {near}install it, or run this in the folder that holds it"
-    return f"{name} needs the module {missing!r}, which is not installed; install it"
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        if missing is None:
+            message = f"{name} cannot be imported: {_text(error)}"
+        elif missing == name or name.startswith(f"{missing}."):
+            near = _near(missing, _siblings(missing))
+            message = f"there is no module {missing!r}; {near}install it, or run this in the folder that holds it"
+        else:
+            message = f"{name} needs the module {missing!r}, which is not installed; install it"
+        raise ModelError(message) from error
 
 
 def _siblings(name: str) -> list[str]:
     """Modules beside `name`: in its package, or in the current folder."""
     parent = name.rpartition(".")[0]
     folders = getattr(sys.modules.get(parent), "__path__", []) if parent else [str(Path.cwd())]
-    return [f"{parent}.{found.name}".lstrip(".") for found in pkgutil.iter_modules(folders)]
+    return [f"{parent}.{module.name}".lstrip(".") for module in pkgutil.iter_modules(folders)]
 
 
 @contextlib.contextmanager
@@ -201,7 +188,7 @@ def _optional(name: str, *, install: str) -> ModuleType:
         return importlib.import_module(name)
     except Exception as error:
         absent = isinstance(error, ModuleNotFoundError) and error.name in (name, package)
-        why = "is not installed" if absent else f"is installed, but cannot be imported ({_said(error)})"
+        why = "is not installed" if absent else f"is installed, but cannot be imported ({_text(error)})"
         raise ModelError(f"{package} {why}; run: pip install {install}") from error
 
 
@@ -222,15 +209,11 @@ def _malformed(reference: str) -> str:
     return f"{reference!r} does not name a network{example}. Supported are {_KINDS}"
 
 
-def _name(reference: str) -> str:
-    return reference.partition(":")[2]
-
-
 def _near(name: str, names: Iterable[str]) -> str:
     """`did you mean ..?; ` with up to three of `names`, or nothing."""
     near = difflib.get_close_matches(name, list(names), n=3, cutoff=0.6)
     return f"did you mean {' or '.join(near)}? " if near else ""
 
 
-def _said(error: BaseException) -> str:
+def _text(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"

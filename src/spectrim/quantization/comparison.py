@@ -1,10 +1,10 @@
 """Dense, dense + quantised, low rank, low rank + quantised, side by side."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field
 from torch import nn
@@ -12,14 +12,10 @@ from torch import nn
 from spectrim.benchmark.measurement import Accuracy
 from spectrim.core.errors import DataError
 from spectrim.core.files import Frozen
-from spectrim.quantization.engine import difference, engine, require_engine, require_quantizer, scored, write
-from spectrim.quantization.graph import compact
-from spectrim.quantization.schemes import Converted, Scheme, Source, convert, exported, require_scheme
-from spectrim.runtimes.sessions import from_onnx
-from spectrim.runtimes.timing import Comparison, Interval, Lap, compare, interleaved
-
-if TYPE_CHECKING:
-    import onnx
+from spectrim.quantization.evaluation import require_quantizer
+from spectrim.quantization.schemes import Graph, Scheme, Source, require_scheme
+from spectrim.runtimes.sessions import from_onnx, require_runtime
+from spectrim.runtimes.timing import Comparison, Interval, Timing, compare, interleaved
 
 Network = Literal["dense", "low rank"]
 _ALIKE = 0.02
@@ -79,22 +75,21 @@ class QuantizedTable(Frozen):
 
     def row(self, network: Network, scheme: Scheme | None = None) -> QuantizedRow:
         """One of them. Raises `DataError` if it is not there."""
-        for one in self.rows:
-            if (one.network, one.scheme) == (network, scheme):
-                return one
-        raise DataError(
-            f"there is no row {network!r}, {scheme!r}; there are {', '.join(one.name for one in self.rows)}"
-        )
+        for row in self.rows:
+            if (row.network, row.scheme) == (network, scheme):
+                return row
+        names = ", ".join(row.name for row in self.rows)
+        raise DataError(f"there is no row {network!r}, {scheme!r}; there are {names}")
 
     @property
     def schemes(self) -> tuple[Scheme, ...]:
         """In the order of the rows."""
-        return tuple(dict.fromkeys(one.scheme for one in self.rows if one.scheme is not None))
+        return tuple(dict.fromkeys(row.scheme for row in self.rows if row.scheme is not None))
 
     @property
     def verdicts(self) -> tuple[str, ...]:
         """For each scheme one sentence: whether low rank gains anything on top of it."""
-        return tuple(_verdict(self.row("dense", one), self.row("low rank", one)) for one in self.schemes)
+        return tuple(_verdict(self.row("dense", scheme), self.row("low rank", scheme)) for scheme in self.schemes)
 
 
 def compare_quantized(
@@ -136,59 +131,31 @@ def compare_quantized(
             rounds. Then no file is written.
     """
     require_quantizer()
-    require_engine(runtime, threads=threads)
+    require_runtime(runtime, threads=threads, reads_onnx=True)
     if rounds < 5:
         raise DataError(f"rounds={rounds}: give at least 5")
     if test is not None and iter(test) is test:
         raise DataError("test is an iterator, which can be gone through only once; give a list or a loader")
     batches = None if data is None else list(data)
     chosen = _schemes(schemes, has_data=data is not None)
-    made = [
-        one
-        for name, model in (("dense", dense), ("low rank", small))
-        for one in _versions(name, exported(model, example_inputs, data=batches), chosen)  # type: ignore[arg-type]
+    sources: dict[Network, Source] = {
+        "dense": Source.of(dense, example_inputs, data=batches),
+        "low rank": Source.of(small, example_inputs, data=batches),
+    }
+    graphs = [(name, source.converted(scheme)) for name, source in sources.items() for scheme in (None, *chosen)]
+    rows = [
+        _row(network, graph, test, folder=Path(folder), runtime=runtime, threads=threads) for network, graph in graphs
     ]
-    rows = [one.judged(test, folder=Path(folder), runtime=runtime, threads=threads) for one in made]
     if latency:
-        rows = _timed(rows, made, threads=threads, rounds=rounds)
-    for row, one in zip(rows, made, strict=True):
-        write(one.proto, row.path)
+        rows = _timed(rows, [graph for _, graph in graphs], threads=threads, rounds=rounds)
+    for row, (_, graph) in zip(rows, graphs, strict=True):
+        graph.write(row.path)
     return QuantizedTable(rows=tuple(rows), runtime=runtime, threads=threads)
 
 
-class _Version:
-    """One row before it is measured."""
-
-    def __init__(self, network: Network, source: Source, made: Converted | None) -> None:
-        self.network, self.source, self.made = network, source, made
-        self.proto: onnx.ModelProto = made.proto if made else compact(source.proto)
-
-    def judged(self, test: Iterable[Any] | None, *, folder: Path, runtime: str, threads: int) -> QuantizedRow:
-        """Everything but its time."""
-        scheme = self.made.scheme if self.made else None
-        own = "openvino-bf16" if scheme == "bf16" and runtime == "openvino" else runtime
-        run = engine(self.proto, runtime=own, threads=threads)
-        exact = engine(self.source.proto, runtime=runtime, threads=threads)
-        name = re.sub(r"\W+", "-", f"{self.network} {scheme or 'float32'}")
-        return QuantizedRow(
-            network=self.network,
-            scheme=scheme,
-            path=folder / f"{name}.onnx",
-            bytes=len(self.proto.SerializeToString()),
-            difference=difference(run, exact, self.source.batches) if scheme else 0.0,
-            accuracy=None if test is None else scored(run, self.source.feeder.names, test, feeder=self.source.feeder),
-            runtime=own,
-        )
-
-
-def _versions(network: Network, source: Source, schemes: Iterable[Scheme]) -> list[_Version]:
-    quantised = [_Version(network, source, convert(source, one)) for one in schemes]
-    return [_Version(network, source, None), *quantised]
-
-
-def _schemes(given: Sequence[Scheme] | None, *, has_data: bool) -> tuple[Scheme, ...]:
+def _schemes(schemes: Sequence[Scheme] | None, *, has_data: bool) -> tuple[Scheme, ...]:
     usual: tuple[Scheme, ...] = ("int8-weights", "int8-static" if has_data else "int8-dynamic")
-    chosen = tuple(dict.fromkeys(require_scheme(one) for one in (usual if given is None else given)))
+    chosen = tuple(dict.fromkeys(map(require_scheme, usual if schemes is None else schemes)))
     if not chosen:
         raise DataError("schemes is empty; name at least one, such as int8-weights")
     if "int8-static" in chosen and not has_data:
@@ -196,28 +163,45 @@ def _schemes(given: Sequence[Scheme] | None, *, has_data: bool) -> tuple[Scheme,
     return chosen
 
 
-def _timed(
-    rows: Sequence[QuantizedRow], versions: Sequence[_Version], *, threads: int, rounds: int
-) -> list[QuantizedRow]:
+def _row(
+    network: Network, graph: Graph, test: Iterable[Any] | None, *, folder: Path, runtime: str, threads: int
+) -> QuantizedRow:
+    """All but its times; in OpenVINO a bf16 graph is run in bfloat16."""
+    own = "openvino-bf16" if graph.scheme == "bf16" and runtime == "openvino" else runtime
+    distance, accuracy = graph.evaluated(test, runtime=own, exact_runtime=runtime, threads=threads)
+    name = re.sub(r"\W+", "-", f"{network} {graph.scheme or 'float32'}")
+    return QuantizedRow(
+        network=network,
+        scheme=graph.scheme,
+        path=folder / f"{name}.onnx",
+        bytes=len(graph.proto.SerializeToString()),
+        difference=distance,
+        accuracy=accuracy,
+        runtime=own,
+    )
+
+
+def _timed(rows: Sequence[QuantizedRow], graphs: Sequence[Graph], *, threads: int, rounds: int) -> list[QuantizedRow]:
     """The rows with their times."""
     with ExitStack() as stack:
-        ready = [
-            stack.enter_context(from_onnx(one.proto, one.source.example, runtime=row.runtime, threads=threads))
-            for row, one in zip(rows, versions, strict=True)
+        sessions = [
+            stack.enter_context(from_onnx(graph.proto, graph.source.example, runtime=row.runtime, threads=threads))
+            for row, graph in zip(rows, graphs, strict=True)
         ]
-        laps = interleaved([one.timer() for one in ready], rounds=rounds, patience=60.0)
-    of = {(row.network, row.scheme): own for row, own in zip(rows, laps, strict=True)}
-    return [row.model_copy(update=_times(row, own, of)) for row, own in zip(rows, laps, strict=True)]
+        series = interleaved([session.timer() for session in sessions], rounds=rounds, patience=60.0)
+    timings = {(row.network, row.scheme): own for row, own in zip(rows, series, strict=True)}
+    return [row.model_copy(update=_times(row, timings)) for row in rows]
 
 
-def _times(row: QuantizedRow, own: Sequence[Lap], of: Any) -> dict[str, object]:
-    walls = sorted(lap.wall for lap in own)
-    found: dict[str, object] = {"latency_ms": 1e3 * walls[len(walls) // 2]}
+def _times(row: QuantizedRow, timings: Mapping[tuple[Network, Scheme | None], Sequence[Timing]]) -> dict[str, object]:
+    own = timings[row.network, row.scheme]
+    walls = sorted(timing.wall for timing in own)
+    times: dict[str, object] = {"latency_ms": 1e3 * walls[len(walls) // 2]}
     if (row.network, row.scheme) != ("dense", None):
-        found["against_dense"] = compare(own, of["dense", None])
+        times["against_dense"] = compare(own, timings["dense", None])
     if row.network == "low rank" and row.scheme is not None:
-        found["against_quantised"] = compare(own, of["dense", row.scheme])
-    return found
+        times["against_quantised"] = compare(own, timings["dense", row.scheme])
+    return times
 
 
 def _verdict(alone: QuantizedRow, both: QuantizedRow) -> str:
@@ -227,17 +211,17 @@ def _verdict(alone: QuantizedRow, both: QuantizedRow) -> str:
     size = "of the same size" if abs(smaller - 1) <= _ALIKE else size
     speed = _speed(both.against_quantised)
     gains = smaller > 1 + _ALIKE or (both.against_quantised is not None and both.against_quantised.verdict == "faster")
-    said = ", ".join([size, *([speed] if speed else []), *_points(alone, both)])
+    effect = ", ".join(filter(None, (size, speed, _points(alone, both))))
     if gains:
-        return f"{both.scheme}: low rank gains on top of quantisation; against dense + {both.scheme} it is {said}."
-    return f"{both.scheme}: quantisation alone would do; against it, low rank + {both.scheme} is {said}."
+        return f"{both.scheme}: low rank gains on top of quantisation; against dense + {both.scheme} it is {effect}."
+    return f"{both.scheme}: quantisation alone would do; against it, low rank + {both.scheme} is {effect}."
 
 
-def _speed(found: Comparison | None) -> str:
-    if found is None:
+def _speed(comparison: Comparison | None) -> str:
+    if comparison is None:
         return ""
-    ratio = found.ratio.value
-    match found.verdict:
+    ratio = comparison.ratio.value
+    match comparison.verdict:
         case "faster":
             return f"{ratio:.2f}x faster"
         case "slower":
@@ -247,8 +231,8 @@ def _speed(found: Comparison | None) -> str:
     return "of a speed that this machine is too noisy to compare"
 
 
-def _points(alone: QuantizedRow, both: QuantizedRow) -> list[str]:
+def _points(alone: QuantizedRow, both: QuantizedRow) -> str:
     if alone.accuracy is None or both.accuracy is None:
-        return []
+        return ""
     points = 100 * (both.accuracy.value - alone.accuracy.value)
-    return [f"{abs(points):.2f} points {'more' if points > 0 else 'less'} accurate" if points else "as accurate"]
+    return f"{abs(points):.2f} points {'more' if points > 0 else 'less'} accurate" if points else "as accurate"

@@ -1,0 +1,153 @@
+"""ONNX models on batch after batch: inputs by name, the difference to the exact outputs, accuracy."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from spectrim.benchmark.measurement import Accuracy
+from spectrim.core.errors import DataError, EngineError, FileError, ModelError
+from spectrim.core.execution import Inputs, as_inputs, split_labels
+from spectrim.runtimes.conversion import optional, require_onnx
+from spectrim.runtimes.engines import Arrays, Engine, array_of, input_names, load_engine
+from spectrim.runtimes.faults import first_line
+from spectrim.runtimes.sessions import require_runtime
+
+if TYPE_CHECKING:
+    import onnx
+
+Feed = Callable[[Inputs, str], Arrays]
+"""From one call's inputs, and how a message names them, to the arrays that the graph takes."""
+
+
+def require_quantizer() -> None:
+    """Raises `DependencyError` where onnx, onnxscript or onnxruntime is not installed."""
+    require_onnx()
+    for package in ("onnxruntime", "onnxruntime.quantization"):
+        optional(package, extra="onnx")
+
+
+def feed_of(proto: "onnx.ModelProto", flatten: Callable[[Inputs], Iterable[Tensor]]) -> Feed:
+    """The tensors of one call's inputs for an ONNX graph, which takes them in this order.
+
+    The function raises `DataError` for inputs that are not those of the graph.
+    """
+    names = input_names(proto)
+
+    def feed(inputs: Inputs, what: str) -> Arrays:
+        try:
+            flat = list(flatten(inputs))
+        except ModelError as error:
+            raise DataError(f"{what} ({inputs.describe()}) do not fit the model: {error}") from error
+        if len(flat) != len(names):
+            raise DataError(f"{what}: {len(flat)} tensors, and the network takes {', '.join(names) or 'none'}")
+        return {name: array_of(tensor) for name, tensor in zip(names, flat, strict=True)}
+
+    return feed
+
+
+def engine(proto: "onnx.ModelProto", *, runtime: str = "onnxruntime", threads: int | None = None) -> Engine:
+    """A function that runs the model in a runtime that reads ONNX, by default with as many threads as torch.
+
+    Raises as `require_runtime`, and `EngineError` where the runtime cannot load the model.
+    """
+    number = threads or torch.get_num_threads()
+    name = require_runtime(runtime, threads=number, reads_onnx=True)
+    try:
+        return load_engine(proto, runtime=name, threads=number)
+    except EngineError:
+        raise
+    except Exception as error:
+        raise EngineError(f"{name} cannot load the model: {first_line(error)}") from error
+
+
+def outputs_of(run: Engine, arrays: Arrays, *, what: str) -> list[NDArray[Any]]:
+    """The outputs for one batch. Raises `DataError` where the runtime cannot run the batch."""
+    try:
+        return run(arrays)
+    except Exception as error:
+        shapes = ", ".join(f"{name} {array.dtype} {list(array.shape)}" for name, array in arrays.items())
+        raise DataError(f"{what} ({shapes}) cannot be run by the quantised network: {first_line(error)}") from error
+
+
+def difference(quantised: Engine, exact: Engine, batches: Iterable[Arrays]) -> float:
+    """Largest difference of any output to the exact one, as a share of that output's largest entry.
+
+    Raises `ModelError` for NaN or infinity where the exact one has none, `DataError` for a batch that cannot be run.
+    """
+    differences: dict[int, float] = {}
+    largest: dict[int, float] = {}
+    for position, arrays in enumerate(batches):
+        what = f"batch {position}"
+        pairs = zip(outputs_of(quantised, arrays, what=what), outputs_of(exact, arrays, what=what), strict=True)
+        for place, (output, reference) in enumerate(pairs):
+            if not np.isfinite(output).all() and np.isfinite(reference).all():
+                raise ModelError(f"the quantised network gives NaN or infinity on batch {position}; use other data")
+            if output.size:
+                distance = np.abs(output.astype(np.float64) - reference.astype(np.float64)).max()
+                differences[place] = max(differences.get(place, 0.0), float(distance))
+                largest[place] = max(largest.get(place, 0.0), float(np.abs(reference).max()))
+    return max((differences[place] / (largest[place] or 1.0) for place in differences), default=0.0)
+
+
+def accuracy_of(run: Engine, feed: Feed, data: Iterable[Any]) -> Accuracy:
+    """Top-1 accuracy over batches (inputs.., labels); the first output is (batch, classes).
+
+    Raises `DataError` for no batches, and for outputs and labels that do not fit together.
+    """
+    correct = total = 0
+    for position, batch in enumerate(data):
+        what = f"batch {position}"
+        inputs, targets = split_labels(batch, position=position)
+        scores, labels = outputs_of(run, feed(inputs, what), what=what)[0], torch.as_tensor(targets).cpu().numpy()
+        if scores.ndim != 2 or scores.shape[:1] != labels.shape:
+            raise DataError(
+                f"{what}: outputs {list(scores.shape)} and labels {list(labels.shape)} do not give an accuracy; it "
+                "needs outputs (batch, classes) and labels (batch,)"
+            )
+        correct += int((scores.argmax(axis=1) == labels).sum())
+        total += len(labels)
+    if not total:
+        raise DataError("the data for the accuracy is empty; give at least one batch")
+    return Accuracy(correct=correct, total=total)
+
+
+def onnx_accuracy(
+    path: str | Path, data: Iterable[Any], *, runtime: str = "onnxruntime", threads: int | None = None
+) -> Accuracy:
+    """Top-1 accuracy of an ONNX file over batches (inputs.., labels).
+
+    Args:
+        path: The file; its first output is (batch, classes).
+        data: Batches whose inputs stand in the order of the file's inputs; labels are (batch,) class indices.
+        runtime: `onnxruntime`, `openvino` or `openvino-bf16`.
+        threads: As many as torch uses by default.
+
+    Raises:
+        FileError: the file is missing or not an ONNX model.
+        DataError: no batches, or outputs and labels that do not fit together.
+        DependencyError, EngineError: the runtime is not installed, or cannot run the model.
+    """
+    require_quantizer()
+    import onnx
+
+    try:
+        proto = onnx.load(path)
+    except OSError as error:
+        raise FileError(f"cannot read {path}: {error.strerror or error}") from error
+    except Exception as error:
+        raise FileError(f"{path} is not an ONNX model: {first_line(error)}") from error
+    feed = feed_of(proto, Inputs.tensors)
+    return accuracy_of(engine(proto, runtime=runtime, threads=threads), feed, data)
+
+
+def without_labels(example: Inputs, data: Iterable[Any]) -> Iterator[Inputs]:
+    """Calibration batches without what they have beyond the example's inputs."""
+    number = len(example.args) or 1
+    for batch in data:
+        labelled = isinstance(batch, Sequence) and not isinstance(batch, str) and len(batch) == number + 1
+        yield as_inputs((batch[0] if number == 1 else batch[:-1]) if labelled else batch)

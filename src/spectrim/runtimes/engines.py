@@ -1,0 +1,77 @@
+"""ONNX Runtime and OpenVINO on the CPU, with a fixed number of threads and a stated precision."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from numpy.typing import NDArray
+from torch import Tensor
+
+from spectrim.core.errors import EngineError
+from spectrim.runtimes.conversion import optional, to_openvino
+
+if TYPE_CHECKING:
+    import onnx
+
+Arrays = Mapping[str, NDArray[Any]]
+Engine = Callable[[Arrays], list[NDArray[Any]]]
+"""One pass over inputs by name: every output, in the order of the model."""
+
+_PRECISIONS = {"openvino": "f32", "openvino-bf16": "bf16"}
+
+
+def input_names(proto: "onnx.ModelProto") -> list[str]:
+    """What must be given to the graph, in its order."""
+    constants = {initializer.name for initializer in proto.graph.initializer}
+    return [value.name for value in proto.graph.input if value.name not in constants]
+
+
+def array_of(tensor: Tensor) -> NDArray[Any]:
+    """The values of a tensor on any device."""
+    return tensor.detach().cpu().contiguous().numpy()
+
+
+def load_engine(model: "onnx.ModelProto | Path", *, runtime: str, threads: int) -> Engine:
+    """The model, or the file, in `onnxruntime`, `openvino` or `openvino-bf16`; raises what the runtime raises."""
+    if runtime == "onnxruntime":
+        session = onnxruntime_session(model, threads=threads)
+        return lambda arrays: list(session.run(None, dict(arrays)))
+    compiled = openvino_model(model, runtime=runtime, threads=threads)
+    names = {name for port in compiled.inputs for name in port.names}  # without those that nothing depends on
+
+    def run(arrays: Arrays) -> list[NDArray[Any]]:
+        outputs = compiled({name: array for name, array in arrays.items() if name in names})
+        return [outputs[port].copy() for port in compiled.outputs]
+
+    return run
+
+
+def onnxruntime_session(model: "onnx.ModelProto | Path", *, threads: int) -> Any:
+    """An `InferenceSession` with all optimisations."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    # threads that wait busily between two passes would take the core from what is timed next
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    options.log_severity_level = 4  # what it logs is raised as well
+    source = str(model) if isinstance(model, Path) else model.SerializeToString()
+    return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+
+
+def openvino_model(model: "onnx.ModelProto | Path", *, runtime: str, threads: int) -> Any:
+    """A `CompiledModel` for one pass after the other. Raises `EngineError` where the processor lacks the precision."""
+    precision = _PRECISIONS[runtime]  # by default it takes bf16 where the CPU has it
+    settings = {
+        "INFERENCE_PRECISION_HINT": precision,
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": threads,
+        "NUM_STREAMS": 1,
+    }
+    source = model if isinstance(model, Path) else to_openvino(model)
+    compiled = optional("openvino", extra="openvino").Core().compile_model(source, "CPU", settings)
+    actual = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+    if actual != precision:
+        raise EngineError(f"OpenVINO computes in {actual} on this processor, not in {precision}")
+    return compiled

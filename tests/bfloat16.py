@@ -1,0 +1,20 @@
+"""Tests in bfloat16 on processors with it and without it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from spectrim.core.errors import EngineError
+
+
+@contextmanager
+def refused_without_bfloat16(runtime: str) -> Iterator[None]:
+    """The block runs, unless OpenVINO is to compute in a bfloat16 that the processor lacks: that must be its error."""
+    if runtime == "openvino-bf16":
+        openvino = pytest.importorskip("openvino")
+        if "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+            with pytest.raises(EngineError, match=r"^OpenVINO computes in f32 on this processor, not in bf16$"):
+                yield
+            return
+    yield
