@@ -4,7 +4,7 @@ import tempfile
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from spectrim.core.files import sha256_of
 from spectrim.quantization import SCHEMES, Quantized, QuantizedRow, QuantizedTable, Scheme, compare_quantized, quantize
 from spectrim.reporting import words
 from spectrim.reporting.listings import Column, Listing
-from spectrim.runtimes.sessions import OnnxRuntimeName, require_runtime
+from spectrim.runtimes.sessions import require_runtime
 
 _SOURCE = Group(without=("cache",), required=("weights",), defaults={"images": 512, "batch": 64})
 _how = partial(typer.Option, rich_help_panel="How it is quantised")
@@ -57,7 +57,8 @@ class Quantization:
         ),
     ] = "int8-weights"
     runtime: Annotated[
-        OnnxRuntimeName, _how(metavar="onnxruntime|openvino|openvino-bf16", help="In which the table is measured.")
+        Literal["onnxruntime", "openvino", "openvino-bf16"],
+        _how(metavar="onnxruntime|openvino|openvino-bf16", help="In which the table is measured."),
     ] = "onnxruntime"
     threads: Annotated[int, _how(metavar="N", min=1, help="Threads of that runtime.")] = 1
     no_latency: Annotated[bool, _how("--no-latency", help="Do not time the rows of the table.")] = False
