@@ -14,12 +14,11 @@ from spectrim.benchmark.latencies import LatencyTable
 from spectrim.benchmark.measurement import Measurement, count
 from spectrim.core.errors import DataError, PlanError
 from spectrim.core.execution import Inputs, ProgressCallback, as_inputs, require_repeatable
-from spectrim.core.plans import Budget, LayerPlan, Metric, Plan, Rule
+from spectrim.core.plans import Budget, Metric, Plan, Rule
 from spectrim.fitting.reconstruction import reconstruct as fit
 from spectrim.layers.replacement import duplicate, factorize
 from spectrim.layers.replacement import replace as replace_layers
 from spectrim.layers.selection import LayerSelection, Patterns, TreatAs
-from spectrim.linalg import Factors
 from spectrim.planning.decisions import PlanOptions
 from spectrim.planning.latency_budget import plan_latency, refused
 from spectrim.planning.rules import plan_with, refresh, require_possible
@@ -133,15 +132,16 @@ def compress(
     """
     if reconstruct is True and (data is None or metric == "plain"):
         raise DataError("reconstruction is done on calibration data in a data metric; pass data= and no metric='plain'")
+    selection = LayerSelection(include, exclude, keep_last, treat_as or {})
+    if analysis is not None and not selection.is_default:
+        raise PlanError("an analysis already has its layers; give include, exclude, keep_last to st.analyze instead")
     decision = decide(
         model,
         rule_or_plan,
         example_inputs=example_inputs,
-        data=data,
-        max_batches=max_batches,
-        selection=LayerSelection(include, exclude, keep_last, treat_as or {}),
+        data=data if max_batches is None or data is None else islice(data, max_batches),
         options=PlanOptions(metric, forms, rank_multiple, allow_growth, latencies),
-        analysis=analysis,
+        layers=selection if analysis is None else analysis,
         cache=cache,
         on_progress=on_progress,
     )
@@ -156,35 +156,32 @@ def decide(
     *,
     example_inputs: Any,
     data: Iterable[Any] | None = None,
-    max_batches: int | None = None,
-    selection: LayerSelection | None = None,
-    options: PlanOptions | None = None,
-    analysis: Analysis | None = None,
+    layers: LayerSelection | Analysis = LayerSelection(),  # noqa: B008  # frozen
+    options: PlanOptions = PlanOptions(),  # noqa: B008  # frozen
     cache: int | None = None,
     on_progress: ProgressCallback | None = None,
 ) -> Decision:
     """The first half of `compress`: calibrate, analyse and plan; the model stays as it is.
 
-    Arguments and errors are those of `compress`. `on_progress` is called for `calibrate`, `analyse`, `weigh LAYER`,
-    `plan`, `time LAYER` and `verify in RUNTIME`.
+    Arguments and errors are those of `compress`; an analysis has its layers already. `on_progress` is called for
+    `calibrate`, `analyse`, `weigh LAYER`, `plan`, `time LAYER` and `verify in RUNTIME`.
     """
-    selection, options = selection or LayerSelection(), options or PlanOptions()
     require_cache_bytes(cache)
-    if isinstance(rule_or_plan, Plan) and not (selection.is_default and options.is_default):
+    selected = isinstance(layers, LayerSelection) and not layers.is_default
+    if isinstance(rule_or_plan, Plan) and (selected or not options.is_default):
         raise PlanError("a plan already says which layers, forms and metric; give these options to st.plan instead")
-    if analysis is not None and not selection.is_default:
-        raise PlanError("an analysis already has its layers; give include, exclude, keep_last to st.analyze instead")
     if isinstance(rule_or_plan, Budget) and rule_or_plan.runtime and rule_or_plan.threads:
         require_runtime(rule_or_plan.runtime, threads=rule_or_plan.threads)
-    stages = _Stages(model, as_inputs(example_inputs), rule_or_plan, selection, options, cache, on_progress)
-    known = stages.analysed() if analysis is None else analysis
-    if analysis is None and not isinstance(rule_or_plan, Plan):
+    stages = _Stages(model, as_inputs(example_inputs), rule_or_plan, options, cache, on_progress)
+    if isinstance(layers, Analysis):
+        return Decision(layers, stages.planned(layers), stages.batches(data))
+    analysis = stages.analysed(layers)
+    if not isinstance(rule_or_plan, Plan):
         usual: Metric = "plain" if data is None else "activation"
-        require_possible(known, rule_or_plan, options, metric=options.metric or usual)
-    batches = stages.batches(data, max_batches)
-    if analysis is None and batches:
-        known = stages.informed(known, batches)
-    return Decision(known, stages.planned(known), batches)
+        require_possible(analysis, rule_or_plan, options, metric=options.metric or usual)
+    if batches := stages.batches(data):
+        analysis = stages.informed(analysis, layers, batches)
+    return Decision(analysis, stages.planned(analysis), batches)
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,29 +191,28 @@ class _Stages:
     model: nn.Module
     example: Inputs
     rule_or_plan: Rule | Plan
-    selection: LayerSelection
     options: PlanOptions
     cache: int | None
     on_progress: ProgressCallback | None
 
-    def analysed(self, calibration: Calibration | None = None) -> Analysis:
+    def analysed(self, selection: LayerSelection, calibration: Calibration | None = None) -> Analysis:
         """The analysis, with statistics if there are any."""
         self._begin("analyse")
-        return analyze_selected(self.model, self.example, selection=self.selection, calibration=calibration)
+        return analyze_selected(self.model, self.example, selection=selection, calibration=calibration)
 
-    def batches(self, data: Iterable[Any] | None, max_batches: int | None) -> list[Inputs]:
+    def batches(self, data: Iterable[Any] | None) -> list[Inputs]:
         """The calibration batches, none where no data are needed; raises as `compress` does."""
         plan = self.rule_or_plan
         needed = not isinstance(plan, Plan) or any(layer.metric != "plain" for layer in plan.factored)
         if data is None or self.options.metric == "plain" or not needed:
             return []
         require_repeatable(self.model, self.example)
-        batches = [as_inputs(batch) for batch in islice(_unlabelled(data, self.example), max_batches)]
+        batches = [as_inputs(batch) for batch in _unlabelled(data, self.example)]
         if not batches:
             raise DataError("the calibration data is empty; give at least one batch")
         return batches
 
-    def informed(self, bare: Analysis, batches: Sequence[Inputs]) -> Analysis:
+    def informed(self, bare: Analysis, selection: LayerSelection, batches: Sequence[Inputs]) -> Analysis:
         """The analysis with statistics of the layers that need them, and under a budget with their sensitivities."""
         rule, model, metric = self.rule_or_plan, self.model, self.options.metric
         budgeted = isinstance(rule, Budget)
@@ -225,7 +221,7 @@ class _Stages:
         statistics = calibrate(model, self._reported(batches), layers=layers)
         if "loss" in metrics or (budgeted and metric is None):
             statistics = with_output_grads(model, statistics, batches, layers=layers, required="loss" in metrics)
-        analysis = self.analysed(statistics)
+        analysis = self.analysed(selection, statistics)
         if not budgeted:
             return analysis
         return sensitivity(
@@ -266,23 +262,14 @@ def _built(
 ) -> nn.Module:
     """A copy of the model with the plan carried out, and its layers fitted to the batches, if there are any."""
     analysis, plan = decision.analysis, decision.plan
-
-    def factors(layer: LayerPlan) -> Factors:
-        assert layer.metric is not None
-        return analysis[layer.name].decomposition(layer.form, layer.metric).factors(layer.ranks)
-
-    means = analysis.calibration.means if analysis.calibration else {}
     if not (fitted and decision.batches):
-        return factorize(duplicate(model), plan, factors=factors, means=means)
-    metrics = {layer.name: layer.problems["loss"].output for layer in analysis if "loss" in layer.problems}
+        return factorize(duplicate(model), plan, factors=analysis.factors, means=analysis.means)
     return fit(
         model,
         duplicate(model),
         plan,
+        analysis=analysis,
         batches=decision.batches,
-        factors=factors,
-        means=means,
-        output_metrics={name: metric for name, metric in metrics.items() if metric is not None},
         cache_bytes=cache_bytes_of(analysis, cache),
         on_progress=_progress_of("fit", on_progress),
     )

@@ -54,9 +54,8 @@ def sensitivity(
     used = subset([as_inputs(batch) for batch in batches], samples=_MOST)
     if not used:
         raise DataError("there is no data to measure sensitivities on; give at least one batch")
-    means = analysis.calibration.means if analysis.calibration else {}
     layers = [layer for layer in analysis if metric in layer.problems]
-    trial = _Trial(ActivationCache(model, cache_bytes_of(analysis, cache)), used, metric, means)
+    trial = _Trial(ActivationCache(model, cache_bytes_of(analysis, cache)), used, metric, analysis.means)
     sensitivities: dict[str, float] = {}
     for done, layer in enumerate(layers):
         if on_progress is not None:

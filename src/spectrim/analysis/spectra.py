@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from spectrim.analysis.calibration import Calibration, pooled
 from spectrim.core.errors import ModelError
 from spectrim.core.execution import as_inputs
-from spectrim.core.plans import Cost, CostName, Metric
+from spectrim.core.plans import Cost, CostName, LayerPlan, Metric
 from spectrim.layers.cost import NetworkCost, count
 from spectrim.layers.forms import RankCosts, form_named, forms_of
 from spectrim.layers.selection import LayerSelection, Patterns, TreatAs
 from spectrim.layers.tracing import trace
 from spectrim.layers.types import Geometry, Positions, layer_type_of
 from spectrim.layers.units import SingleWeight, Unit, Weight, find_units
-from spectrim.linalg import Decomposition, FloatArray, Problem, Ranks, Spectrum, is_finite, spectrum
+from spectrim.linalg import Decomposition, Factors, FloatArray, Problem, Ranks, Spectrum, is_finite, spectrum
 
 
 @dataclass(frozen=True, eq=False)
@@ -224,6 +224,16 @@ class Analysis:
     def call_sites(self) -> set[str]:
         """The names of the layers that can be factored, one for each distinct layer: those that need statistics."""
         return {site for layer in self.layers if layer.problems for site in layer.call_sites}
+
+    def factors(self, planned: LayerPlan) -> Factors:
+        """The factors of a planned layer, from its input to its output, before they are fitted to anything else."""
+        assert planned.metric is not None
+        return self[planned.name].decomposition(planned.form, planned.metric).factors(planned.ranks)
+
+    @property
+    def means(self) -> dict[str, Tensor]:
+        """Mean inputs of the layers by name; none without a calibration."""
+        return self.calibration.means if self.calibration else {}
 
     def outside(self, cost: CostName) -> int:
         """What the model costs besides the layers of this analysis."""

@@ -171,7 +171,7 @@ def _decide(
         goal.rule if edited is None else edited,
         example_inputs=network.example,
         data=network.calibration,
-        selection=layers.selection,
+        layers=layers.selection,
         options=PlanOptions(metric=goal.metric, forms=goal.forms, rank_multiple=_rank_multiple(goal, progress)),
         cache=source.cache_bytes,
         on_progress=progress.follow,

@@ -1,6 +1,6 @@
 """Sequential reconstruction: every layer is fitted anew to what it receives in the compressed network."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from spectrim.analysis.activation_cache import DEFAULT_BYTES, ActivationCache
 from spectrim.analysis.calibration import RunningCovariance, pooled
+from spectrim.analysis.spectra import Analysis
 from spectrim.core.execution import Inputs, ProgressCallback, call, evaluating
 from spectrim.core.plans import LayerPlan, Plan
 from spectrim.fitting.successors import Successor, find_successors, following
@@ -55,10 +56,8 @@ def reconstruct(
     small: nn.Module,
     plan: Plan,
     *,
+    analysis: Analysis,
     batches: Sequence[Inputs],
-    factors: Callable[[LayerPlan], Factors],
-    means: Mapping[str, Tensor],
-    output_metrics: Mapping[str, Tensor] | None = None,
     positions: int | None = 64,
     cache_bytes: int = DEFAULT_BYTES,
     on_progress: ProgressCallback | None = None,
@@ -79,12 +78,10 @@ def reconstruct(
         model: The dense network.
         small: An exact copy of it, which is changed.
         plan: Forms and ranks, layers in order of execution; those in the plain metric are exchanged as they are.
+        analysis: Of the dense network. Its factors are used where fitting does not bring them nearer, and for layers
+            that are not fitted: those in the plain metric, those that the data do not reach, and those that choose by
+            value what they look at.
         batches: What the networks are run on.
-        factors: Gives the planned factors of layers; used where fitting does not bring them nearer, and for layers that
-            are not fitted: those in the plain metric, those that the data do not reach, and those that choose what they
-            look at by value.
-        means: Mean inputs of these, by layer name.
-        output_metrics: By layer name, the output-side metric G (groups, out, out) of layers planned in the loss metric.
         positions: Places looked at in each sample, None for all.
         cache_bytes: Bytes that may be kept to save time: two fifths for sampled outputs of the dense network, which is
             run again each time they are full, and three fifths for outputs of blocks that are finished.
@@ -94,7 +91,7 @@ def reconstruct(
     successors = find_successors(model, batches[0], {layer.name for layer in chosen})
     places = [_place(small, layer, successors) for layer in chosen]
     as_planned = [layer for layer in plan.factored if layer.metric == "plain"]
-    factorize(small, plan.model_copy(update={"layers": tuple(as_planned)}), factors=factors)
+    factorize(small, plan.model_copy(update={"layers": tuple(as_planned)}), factors=analysis.factors)
     cache = ActivationCache(small, 3 * cache_bytes // 5)
     start = 0
     while start < len(places):
@@ -104,11 +101,11 @@ def reconstruct(
                 on_progress(place.plan.name, start, len(places))
             now = _collect(cache, place, dense, batches, positions)
             then = {site: dense.pop(site) for site in place.call_sites}
-            G = (output_metrics or {}).get(place.plan.name) if place.plan.metric == "loss" else None
             if _comparable(now, then):
-                replace(small, _fitted(small, place, now, then, G=G, planned=factors))
+                replace(small, _fitted(small, place, now, then, analysis=analysis))
             else:
-                factorize(small, plan.model_copy(update={"layers": (place.plan,)}), factors=factors, means=means)
+                alone = plan.model_copy(update={"layers": (place.plan,)})
+                factorize(small, alone, factors=analysis.factors, means=analysis.means)
             start += 1
     if on_progress is not None:
         on_progress("", len(places), len(places))
@@ -227,12 +224,12 @@ def _fitted(
     now: Mapping[str, _Seen],
     dense: Mapping[str, _Seen],
     *,
-    G: Tensor | None,
-    planned: Callable[[LayerPlan], Factors],
+    analysis: Analysis,
 ) -> dict[str, nn.Module]:
-    """The replacement for a place, fitted to its rows in the output metric G, or as planned if that is no worse."""
+    """The replacement for a place, fitted to its rows in its metric, or as planned if that is no worse."""
     layer, plan = small.get_submodule(place.plan.name), place.plan
     shape = layer_type_of(layer).geometry(layer).shape
+    G = analysis[plan.name].problems["loss"].output if plan.metric == "loss" else None
     # a layer that stays dense stays as it is built: without a bias, moments are taken around zero
     biased = plan.is_factored or layer._parameters.get("bias") is not None
     fit = _Fit.of(layer, {site: seen.inputs for site, seen in now.items()}, biased=biased)
@@ -248,7 +245,7 @@ def _fitted(
             best = product(layer, form=plan.form, factors=factors)
         if turn:
             targets = goal.revised(targets, best, fit)
-    before = planned(plan) if plan.is_factored else ()
+    before = analysis.factors(plan) if plan.is_factored else ()
     unfitted = product(layer, form=plan.form, factors=before) if before else fit.dense
     if fit.error(unfitted, cross, G) < fit.error(best, cross, G):
         best, factors = unfitted, before
