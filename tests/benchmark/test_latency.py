@@ -29,11 +29,11 @@ from torch import Tensor, nn
 
 import spectrim as st
 from spectrim import errors
-from spectrim.benchmark import latency_table as table_module
 from spectrim.benchmark.latencies import FormTimes, LatencyTable, LayerTimes
 from spectrim.benchmark.latency_table import latency_table
 from spectrim.benchmark.layer_calls import axes_of, layer_calls
 from spectrim.benchmark.layer_graphs import layer_graph
+from spectrim.benchmark.layer_timing import LayerBench
 from spectrim.benchmark.timing_cache import cache_folder
 from spectrim.core.execution import as_inputs
 from spectrim.core.plans import LatencyNote
@@ -528,14 +528,14 @@ class TestTable:
 
     def test_what_was_timed_is_not_timed_again(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         model, x = wide(64), torch.randn(4, 64)
-        known, timed = st.analyze(model, x), table_module.timed
+        known, measure = st.analyze(model, x), LayerBench.measure
         calls: list[str] = []
 
-        def counted(layer: nn.Module, *args: Any, **options: Any) -> tuple[float, ...]:
-            calls.append(str(layer))
-            return timed(layer, *args, **options)
+        def counted(bench: LayerBench, *args: Any) -> tuple[float, ...]:
+            calls.append(str(args))
+            return measure(bench, *args)
 
-        monkeypatch.setattr(table_module, "timed", counted)
+        monkeypatch.setattr(LayerBench, "measure", counted)
 
         def table(**options: Any) -> LatencyTable:
             return latency_table(model, x, analysis=known, rank_multiple=16, **{"folder": tmp_path, **options})

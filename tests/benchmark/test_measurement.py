@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 import spectrim as st
 from spectrim import errors, models
-from spectrim.benchmark.measurement import batched, measure_each, runtime_gain
+from spectrim.benchmark.measurement import measure_each, resized, runtime_gain
 from spectrim.core.execution import as_inputs
 
 X = inputs(6, 12)
@@ -130,12 +130,12 @@ def test_a_batch_of_another_size() -> None:
 
 def test_samples_are_repeated_in_turn_in_every_tensor_that_has_them() -> None:
     x, mask, scale = torch.arange(3), torch.arange(6).view(3, 2), torch.arange(5)
-    made = batched(as_inputs({"x": x, "more": [mask, scale, True]}), 4).kwargs
+    made = resized(as_inputs({"x": x, "more": [mask, scale, True]}), 4).kwargs
     assert made["x"].tolist() == [0, 1, 2, 0]
     assert made["more"][0].tolist() == [[0, 1], [2, 3], [4, 5], [0, 1]]
     assert made["more"][1] is scale
     assert made["more"][2] is True
-    assert batched(as_inputs(x), 2).args[0].tolist() == [0, 1]
+    assert resized(as_inputs(x), 2).args[0].tolist() == [0, 1]
 
 
 @pytest.mark.parametrize(("given", "batch"), [(X, 0), (torch.tensor(1.0), 2), (torch.zeros(0, 12), 2)])

@@ -152,7 +152,7 @@ def test_a_quantised_network_answers_nearly_as_before(network: str, scheme: Sche
     assert np.abs(run(found.path, x) - expected).max() < 2 * LIMIT[scheme] * np.abs(expected).max()
     layers = sum(isinstance(one, nn.Linear | nn.Conv2d | nn.ConvTranspose2d) for one in model.modules())
     assert len(found.quantised) == layers
-    assert found.left == ()
+    assert found.float32 == ()
     stored = Counter(one.data_type for one in onnx.load(found.path).graph.initializer if len(one.dims) > 1)
     assert stored[onnx.TensorProto.BFLOAT16 if scheme == "bf16" else onnx.TensorProto.INT8] == layers
 
@@ -233,7 +233,7 @@ def test_an_embedding_is_quantised_by_row(tmp_path: Path) -> None:
     found = quantize(model, tokens, path=tmp_path / "net.onnx")
     shapes = {tuple(one.dims) for one in onnx.load(found.path).graph.initializer}
     assert {(11, 8), (11, 1)} <= shapes
-    assert found.left == ()
+    assert found.float32 == ()
     with torch.no_grad():
         expected = model(tokens).numpy()
     assert np.abs(run(found.path, tokens) - expected).max() < 0.03 * np.abs(expected).max()

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -84,8 +84,7 @@ def layer_calls(
     return calls, {signature: layer for signature, layer in examples.items() if signature in needed}
 
 
-@dataclass(frozen=True)
-class Variant:
+class Variant(NamedTuple):
     """A form at some ranks."""
 
     form: str
@@ -111,7 +110,8 @@ def axes_of(layer: LayerAnalysis, form: str, *, multiple: int, points: int, belo
     least = [grid[0] for grid in grids]
     axes = []
     for place, grid in enumerate(grids):
-        fits = [rank for rank in grid if _shrinks(layer, form, (*least[:place], rank, *least[place + 1 :]))]
+        costs = (layer.cost(form, (*least[:place], rank, *least[place + 1 :]), "plain") for rank in grid)
+        fits = [rank for rank, cost in zip(grid, costs, strict=True) if layer.shrinks(cost)]
         if not fits:
             return None
         axes.append(_spread(fits, points=points, multiple=multiple))
@@ -120,10 +120,6 @@ def axes_of(layer: LayerAnalysis, form: str, *, multiple: int, points: int, belo
 
 _SMALL = 4
 """Multiples that the full rank of a small layer holds."""
-
-
-def _shrinks(layer: LayerAnalysis, form: str, ranks: Ranks) -> bool:
-    return layer.shrinks(layer.cost(form, ranks, "plain"))
 
 
 def _spread(grid: Sequence[int], *, points: int, multiple: int) -> tuple[int, ...]:

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -150,22 +151,14 @@ class Candidates:
     @property
     def outside(self) -> int:
         """What it costs besides the layers of the analysis; below 0 where the times of single layers add up to more."""
-        if self.cost == "latency":
-            return self.whole - sum(self._dense(layer) for layer in self.analysis)
-        return self.analysis.outside(self.cost)
+        return self.whole - sum(self._dense(layer) for layer in self.analysis)
 
     def rule(self, share: float) -> Budget:
         """The budget of this share."""
-        match self.cost:
-            case "macs":
-                return Budget(macs=share)
-            case "params":
-                return Budget(params=share)
-            case "bytes":
-                return Budget(bytes=share)
-        table = self.latencies
-        assert table is not None
-        return Budget(latency=share, runtime=table.runtime, batch=table.batch, threads=table.threads)
+        limits: dict[str, Any] = {self.cost: share}
+        if self.latencies is not None:
+            limits |= self.latencies.model_dump(include={"runtime", "batch", "threads"})
+        return Budget(**limits)
 
     @cached_property
     def cheapest(self) -> dict[str, int]:
@@ -283,17 +276,10 @@ class Candidates:
         return Plan(rule=rule, metric=self.metric, layers=tuple(layers), rank_multiple=multiple, latency=note)
 
     def _note(self, cost: int) -> LatencyNote | None:
-        table = self.latencies
-        if table is None:
+        if self.latencies is None:
             return None
-        return LatencyNote(
-            runtime=table.runtime,
-            threads=table.threads,
-            batch=table.batch,
-            fingerprint=table.fingerprint,
-            dense_ms=table.network_ms,
-            predicted=cost / self.whole,
-        )
+        setting = self.latencies.model_dump(include={"runtime", "threads", "batch", "fingerprint"})
+        return LatencyNote(**setting, dense_ms=self.latencies.network_ms, predicted=cost / self.whole)
 
     def _share(self, item: KnapsackItem, option: int) -> str:
         share = item.costs[option] / max(1, item.costs[0])

@@ -101,13 +101,10 @@ def require_possible(analysis: Analysis, rule: Rule, options: PlanOptions, *, me
 
 def candidates_of(analysis: Analysis, rule: Budget, options: PlanOptions) -> Candidates:
     """Every candidate of every layer under a budget; raises as `plan` does."""
-    latencies = options.latencies
-    timed_in = None if latencies is None else (latencies.runtime, latencies.batch, latencies.threads)
-    if rule.limits == "latency" and timed_in not in (None, (rule.runtime, rule.batch, rule.threads)):
-        assert latencies is not None
-        other = Budget(latency=rule.share, runtime=latencies.runtime, batch=latencies.batch, threads=latencies.threads)
-        raise RuleError(f"the latency table is for {other}, and the rule is {rule}; make a table for that")
-    return Candidates.of(analysis, rule.limits, options)
+    candidates = Candidates.of(analysis, rule.limits, options)
+    if (timed := candidates.rule(rule.share)) != rule:
+        raise RuleError(f"the latency table is for {timed}, and the rule is {rule}; make a table for that")
+    return candidates
 
 
 def refresh(edited: Plan, analysis: Analysis) -> Plan:
