@@ -157,16 +157,12 @@ def _aligned(bench: LayerBench, network: Session, times: _Times) -> tuple[float,
 
 def _axes(layer: LayerAnalysis, allowed: Sequence[str], step: int, below: Sequence[int], runtime: Runtime) -> FormAxes:
     """By form of a layer, the ranks to time; a layer of one form only is not asked for it."""
-    points = _FEW.get(runtime.name, _POINTS)
-    axes = []
+    axes = {}
     for form in layer.forms if len(layer.forms) == 1 else [form for form in layer.forms if form in allowed]:
-        ranks = form_named(form).rank_count  # of two ranks there are many pairs
-        its_axes = axes_of(
-            layer, form, multiple=step, points=points[ranks - 1], below=below[-1:] if ranks > 1 else below
-        )
-        if its_axes is not None:
-            axes.append((form, its_axes))
-    return tuple(axes)
+        points = _FEW.get(runtime.name, _POINTS)[form_named(form).rank_count - 1]
+        lower = below if form_named(form).rank_count == 1 else below[-1:]  # of two ranks there are many pairs
+        axes[form] = axes_of(layer, form, multiple=step, points=points, below=lower)
+    return tuple((form, its_axes) for form, its_axes in axes.items() if its_axes)
 
 
 def _probed(model: nn.Module, inputs: Inputs, runtime: Runtime) -> int:

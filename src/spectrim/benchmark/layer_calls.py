@@ -79,9 +79,7 @@ def layer_calls(
     with evaluating(model), watching(model, count):
         call(model, inputs)
     candidates = [layer for layer in analysis if layer.problems and layer.forms and layer.name in called]
-    calls = [LayerCalls(layer, called[layer.name]) for layer in candidates]
-    needed = {signature for each in calls for signature in each.signatures}
-    return calls, {signature: layer for signature, layer in examples.items() if signature in needed}
+    return [LayerCalls(layer, called[layer.name]) for layer in candidates], examples
 
 
 class Variant(NamedTuple):

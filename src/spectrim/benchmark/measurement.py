@@ -151,13 +151,7 @@ def measure(
     scored = {} if data is None else {"accuracy": accuracy(model, data)}
     if latency:
         (own,) = measure_each(
-            [model],
-            example_inputs,
-            reference=reference,
-            runtime=runtime,
-            threads=threads,
-            batch=batch,
-            rounds=rounds,
+            [model], example_inputs, reference=reference, runtime=runtime, threads=threads, batch=batch, rounds=rounds
         )
     else:
         (own,) = _counted([model], resized(as_inputs(example_inputs), batch), reference)
@@ -211,17 +205,13 @@ def runtime_gain(
 ) -> Comparison:
     """What a runtime gains by itself: time of a model in torch eager over its time in the runtime.
 
-    Times as `measure` does, with the same arguments.
+    Times as `measure` does; arguments that are not listed are those of it.
 
     Args:
-        model: The dense model, so that the runtime's part in a gain is told apart from that of low rank.
-        example_inputs: One call's inputs.
+        model: The dense model, so that the runtime's part in a gain is separated from that of low rank.
         runtime: The runtime to judge.
         reference: What to run in torch eager instead of the model itself. With a compressed model and its dense self,
-            the two gains are told together.
-        threads: Threads of one pass.
-        batch: As for `measure`.
-        rounds: Paired rounds, at least 5.
+            the result is the gain of both together.
 
     Raises:
         SpectrimError: one of its kinds, as `measure`.
@@ -305,14 +295,13 @@ def _counted(models: Sequence[nn.Module], inputs: Inputs, reference: nn.Module |
 
 
 def _figures(timings: Sequence[Sequence[Timing]]) -> dict[str, Any]:
-    own = timings[0]
+    own, *references = timings
     cpu = [timing.cpu for timing in own if timing.cpu is not None]
     figures: dict[str, Any] = {
         "latency_ms": statistics.median(timing.wall for timing in own) * 1e3,
         "cpu_ms": statistics.median(cpu) * 1e3 if len(cpu) == len(own) else None,
     }
-    if len(timings) > 1:
-        comparison = compare(own, timings[1])
-        figures["reference_ms"] = statistics.median(timing.wall for timing in timings[1]) * 1e3
-        figures |= {"speedup": comparison.ratio, "drift": comparison.drift}
+    for reference in references:
+        comparison, reference_ms = compare(own, reference), statistics.median(timing.wall for timing in reference) * 1e3
+        figures |= {"reference_ms": reference_ms, "speedup": comparison.ratio, "drift": comparison.drift}
     return figures

@@ -1,7 +1,7 @@
 """A network as a file that other programs run: ONNX, a torch program, OpenVINO; compared with torch before it stays."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -104,19 +104,20 @@ def export_onnx(
     if check:
         optional("onnxruntime", extra="onnx")
     reference = Reference(model, as_inputs(example_inputs), dynamic_batch, tolerance)
-    export = _padded(reference, pad, runtime=runtime, threads=threads)
-    proto = to_onnx(export.network, reference.inputs, dynamic_batch=dynamic_batch)
+    network, exported = _padded(reference, pad, runtime=runtime, threads=threads)
+    proto = to_onnx(network, reference.inputs, dynamic_batch=dynamic_batch)
     sign(proto, metadata or {})
-    ports = ports_of_onnx(proto)
+    inputs, outputs = ports_of_onnx(proto)
     checks: list[Check] = []
 
     def write(part: Path) -> None:
         part.write_bytes(proto.SerializeToString())
         if check:
-            checks.append(reference.check_file(part, ports[0], runtime="onnxruntime"))
+            checks.append(reference.check_file(part, inputs, runtime="onnxruntime"))
 
     written = write_atomically(target_of(path, "model.onnx"), write)
-    return export.result(written, opset=OPSET, ports=ports, checks=checks)
+    size, result = written.stat().st_size, next(iter(checks), None)
+    return exported(path=written, bytes=size, opset=OPSET, inputs=inputs, outputs=outputs, check=result)
 
 
 def export_program(
@@ -139,16 +140,17 @@ def export_program(
     written to it, and `pad="auto"` takes its times in torch.
     """
     reference = Reference(model, as_inputs(example_inputs), dynamic_batch, tolerance)
-    export = _padded(reference, pad, runtime="torch", threads=threads)
-    program = without_traces(to_program(export.network, reference.inputs, dynamic_batch=dynamic_batch))
-    checks = [reference.check_program(program)] if check else []
+    network, exported = _padded(reference, pad, runtime="torch", threads=threads)
+    program = without_traces(to_program(network, reference.inputs, dynamic_batch=dynamic_batch))
+    result = reference.check_program(program) if check else None
 
     def write(part: Path) -> None:
         with quiet(), part.open("wb") as opened:
             torch.export.save(program, opened, extra_files={MARK: version("spectrim")})
 
     written = write_atomically(target_of(path, "model.pt2"), write)
-    return export.result(written, ports=ports_of_program(program), checks=checks)
+    inputs, outputs = ports_of_program(program)
+    return exported(path=written, bytes=written.stat().st_size, inputs=inputs, outputs=outputs, check=result)
 
 
 def export_openvino(
@@ -178,8 +180,8 @@ def export_openvino(
     if target.suffix != ".xml":
         raise FileError(f"{target} must end in .xml; the weights go beside it, into {target.with_suffix('.bin').name}")
     reference = Reference(model, as_inputs(example_inputs), dynamic_batch, tolerance)
-    export = _padded(reference, pad, runtime=runtime, threads=threads)
-    proto = to_onnx(export.network, reference.inputs, dynamic_batch=dynamic_batch)
+    network, exported = _padded(reference, pad, runtime=runtime, threads=threads)
+    proto = to_onnx(network, reference.inputs, dynamic_batch=dynamic_batch)
     converted = to_openvino(proto)
     converted.set_rt_info(version("spectrim"), [MARK, "version"])
     inputs, outputs = ports_of_onnx(proto)
@@ -195,53 +197,27 @@ def export_openvino(
     weights, written = write_together((target.with_suffix(".bin"), target), write)
     used = {name for port in converted.inputs for name in port.names}  # it drops those that nothing depends on
     taken = tuple(port for port in inputs if port.name in used)
-    return export.result(written, weights, ports=(taken, outputs), checks=checks)
+    size, result = written.stat().st_size + weights.stat().st_size, next(iter(checks), None)
+    return exported(path=written, bytes=size, inputs=taken, outputs=outputs, check=result)
 
 
-@dataclass(frozen=True)
-class _Export:
-    """The network as it is written, and what padding did."""
-
-    network: nn.Module
-    padded: int | None = None
-    speedup: Interval | None = None
-
-    def result(
-        self,
-        *files: Path,
-        ports: tuple[tuple[Port, ...], tuple[Port, ...]],
-        checks: Sequence[Check],
-        opset: int | None = None,
-    ) -> Exported:
-        """For the caller; the first file is the one that was asked for."""
-        inputs, outputs = ports
-        return Exported(
-            path=files[0],
-            bytes=sum(file.stat().st_size for file in files),
-            opset=opset,
-            inputs=inputs,
-            outputs=outputs,
-            padded=self.padded,
-            padding_speedup=self.speedup,
-            check=checks[0] if checks else None,
-        )
-
-
-def _padded(reference: Reference, pad: Pad, *, runtime: str, threads: int) -> _Export:
-    """The model, padded as asked; with `auto` only where the times show a gain."""
-    model, inputs = reference.model, reference.inputs
+def _padded(reference: Reference, pad: Pad, *, runtime: str, threads: int) -> tuple[nn.Module, partial[Exported]]:
+    """The model, padded as asked, with `auto` only where the times show a gain; and the result, which says so."""
+    model = reference.model
     if isinstance(pad, str) and pad != "auto":
         raise RuleError(f"pad={pad!r}: give a number, 'auto' or None")
     if pad is None:
-        return _Export(model)
+        return model, partial(Exported)
     if pad != "auto":
-        return _Export(padded(model, pad), padded=pad)
+        return padded(model, pad), partial(Exported, padded=pad)
     chosen = require_runtime(runtime, threads=threads)
     ranks = [rank for layer in low_rank_layers(model).values() for rank in layer.ranks]
     multiple = probe(runtime=runtime, threads=threads, batch=reference.batch).multiple if ranks else 1
     if all(rank % multiple == 0 for rank in ranks):
-        return _Export(model)
+        return model, partial(Exported)
     wide = padded(model, multiple)
-    sessions = (chosen.prepare(network, inputs) for network in (wide, model))
+    sessions = (chosen.prepare(network, reference.inputs) for network in (wide, model))
     speedup = compare(*timed_together(sessions, rounds=_ROUNDS)).ratio
-    return _Export(wide, multiple, speedup) if speedup.low > 1 else _Export(model, speedup=speedup)
+    if speedup.low > 1:
+        return wide, partial(Exported, padded=multiple, padding_speedup=speedup)
+    return model, partial(Exported, padding_speedup=speedup)

@@ -32,13 +32,7 @@ Verify = Callable[[Plan], Interval]
 
 @dataclass(frozen=True, eq=False)
 class _Candidate:
-    """A plan that was tried.
-
-    Attributes:
-        plan: The plan, with its prediction.
-        lost: What its layers lose together.
-        measured: Its share of the dense network's time.
-    """
+    """A plan with its prediction, what its layers lose together, and its measured share of the dense network's time."""
 
     plan: Plan
     lost: float

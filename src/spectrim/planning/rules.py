@@ -81,11 +81,8 @@ def _full_ranks(analysis: Analysis, forms: Sequence[str], metric: Metric) -> dic
 def require_possible(analysis: Analysis, rule: Rule, options: PlanOptions, *, metric: Metric) -> None:
     """Check a rule against the shapes of the layers, before they are decomposed, and before any data are run.
 
-    Args:
-        analysis: From `st.analyze`, with or without a calibration.
-        rule: As for `plan`. Nothing is known of a budget of latency.
-        options: Those of the plan.
-        metric: The one that the plan is to be made in; all but `plain` give every layer a bias.
+    The plan is to be made in `metric`: all but `plain` give every layer a bias. A budget of latency is not checked,
+    since nothing has been timed yet.
 
     Raises:
         RuleError: not a rule, a rank above the full rank of a layer, or a budget below what is reachable; says what is.

@@ -14,7 +14,7 @@ from spectrim.core.errors import DataError, EngineError, FileError, ModelError
 from spectrim.core.execution import Inputs, as_inputs
 from spectrim.runtimes.conversion import optional, require_onnx
 from spectrim.runtimes.engines import Arrays, Engine, array_of, input_names, load_engine
-from spectrim.runtimes.faults import first_line, raised_as
+from spectrim.runtimes.faults import raised_as, root_reason
 from spectrim.runtimes.sessions import require_runtime
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ def onnx_accuracy(
     except OSError as error:
         raise FileError(f"cannot read {path}: {error.strerror or error}") from error
     except Exception as error:
-        raise FileError(f"{path} is not an ONNX model: {first_line(error)}") from error
+        raise FileError(f"{path} is not an ONNX model: {root_reason(error)}") from error
     feed = feed_of(proto, Inputs.tensors)
     return accuracy_of(engine(proto, runtime=runtime, threads=threads), feed, data)
 

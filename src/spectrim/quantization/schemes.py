@@ -122,7 +122,8 @@ def quantize(
     if target.suffix.lower() != ".onnx" or target.is_dir():
         raise FileError(f"{target} is no name of an ONNX file; give a path that ends in .onnx")
     require_quantizer()
-    source = Source.of(model, example_inputs, data=data, max_batches=max_batches, dynamic_batch=dynamic_batch)
+    batches = None if data is None else islice(data, max_batches)
+    source = Source.of(model, example_inputs, data=batches, dynamic_batch=dynamic_batch)
     return quantized_file(source, chosen, path=target, test=test, weight_range=weight_range)
 
 
@@ -150,20 +151,14 @@ class Source:
 
     @classmethod
     def of(
-        cls,
-        model: nn.Module,
-        example_inputs: Any,
-        *,
-        data: Iterable[Any] | None,
-        max_batches: int | None = None,
-        dynamic_batch: bool = True,
+        cls, model: nn.Module, example_inputs: Any, *, data: Iterable[Any] | None, dynamic_batch: bool = True
     ) -> "Source":
         """The network's graph with its example and its batches.
 
         Raises `DataError` for no batches or batches that do not fit the network, `ModelError` as `to_onnx`.
         """
         example = as_inputs(example_inputs)
-        inputs = None if data is None else tuple(islice(without_labels(example, data), max_batches))
+        inputs = None if data is None else tuple(without_labels(example, data))
         if inputs is not None and not inputs:
             raise DataError("the calibration data is empty; give at least one batch")
         proto = to_onnx(model, example, dynamic_batch=dynamic_batch)

@@ -49,21 +49,15 @@ def root_reason(error: BaseException) -> str:
     return reason.split(". If you're using")[0].rstrip(".")
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, without its full stop; its class if there is no message."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0].rstrip(".") if lines else type(error).__name__
-
-
 @contextmanager
 def raised_as(kind: type[SpectrimError], what: str, *, advice: str = "") -> Iterator[None]:
-    """Raise another package's error as one of this `kind`: what failed, the first line of why, and what to do."""
+    """Raise another package's error as one of this `kind`: what failed, the reason in one line, and what to do."""
     try:
         yield
     except SpectrimError:
         raise
     except Exception as error:
-        raise kind(f"{what}: {first_line(error)}{advice}") from error
+        raise kind(f"{what}: {root_reason(error)}{advice}") from error
 
 
 def unknown(what: str, name: object, known: Sequence[str]) -> str:

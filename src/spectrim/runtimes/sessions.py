@@ -9,12 +9,13 @@ import os
 import platform
 import shutil
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal, Self, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from numpy.typing import NDArray
@@ -45,13 +46,14 @@ _PACKAGES: Mapping[str, tuple[str, ...]] = MappingProxyType(
 
 
 @dataclass
-class Session:
-    """A network in a runtime, ready to run on the inputs it was prepared with, until it is closed.
+class Session(AbstractContextManager["Session"]):
+    """A network in a runtime, ready to run on the inputs it was prepared with, within its `with` block.
 
-    A context manager. Several may be open at once; they are closed in the opposite order, as `with` and `ExitStack` do.
+    Leaving the block frees it, and puts back the number of threads and the model's flags. Several may be open at once;
+    they are closed in the opposite order, as `with` and `ExitStack` do.
 
     Attributes:
-        run: One forward pass; on a GPU it may still be under way, see `finish`.
+        run: One forward pass; on a GPU it may still be under way afterwards.
         outputs: One forward pass, and every tensor that it gives, on the CPU; shorter floats as float32.
         resources: Closed with it.
         device: Of the network.
@@ -66,26 +68,15 @@ class Session:
     threads: int
     between: Callable[[], object] | None = None
 
-    def finish(self) -> None:
-        """Wait until the passes that were begun are done."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
     def timer(self) -> Callable[[], Timing]:
         """Warm up, and give a function that times a pass; processor time too where one thread does the work."""
+        finish = partial(torch.cuda.synchronize, self.device) if self.device.type == "cuda" else None
         cpu = self.threads == 1 and self.device.type == "cpu"
-        return pass_timer(self.run, finish=self.finish, cpu=cpu, between=self.between)
-
-    def close(self) -> None:
-        """Free the session, and put back the number of threads and the model's flags."""
-        self.run = self.outputs = _closed
-        self.resources.close()
-
-    def __enter__(self) -> Self:
-        return self
+        return pass_timer(self.run, finish=finish, cpu=cpu, between=self.between)
 
     def __exit__(self, *error: object) -> None:
-        self.close()
+        self.run = self.outputs = _closed
+        self.resources.close()
 
 
 def timed_together(sessions: Iterable[Session], *, rounds: int, patience: float = 30.0) -> list[list[Timing]]:
@@ -114,12 +105,8 @@ class Runtime:
         """Bring a model into the runtime.
 
         While it is open, the model is in evaluation mode and gradients are off; closing puts back everything. torch
-        runs the model itself, every other runtime a copy of it.
-
-        Args:
-            model: The model; `onnxruntime` and `openvino` take one on the CPU only.
-            example_inputs: One call's inputs, as for `st.measure`; the batch size is fixed by them.
-            checked: The model is known to be repeatable; saves two passes.
+        runs the model itself, every other runtime a copy of it. The batch size is that of `example_inputs`. A model
+        that is known to be repeatable is `checked`, which saves two passes.
 
         Raises:
             EngineError: a model on a GPU in a runtime for CPUs; a failure of the runtime.
@@ -131,7 +118,8 @@ class Runtime:
         if self.reads_onnx and device.type != "cpu":
             raise EngineError(f"{self} is for the CPU, and the model is on {device}; give it a copy that is on the CPU")
         with ExitStack() as resources:
-            resources.enter_context(_threads(self.threads))
+            resources.callback(torch.set_num_threads, torch.get_num_threads())
+            torch.set_num_threads(self.threads)
             resources.enter_context(evaluating(model))
             if not checked:
                 require_repeatable(model, inputs)
@@ -204,12 +192,11 @@ def fingerprint(runtime: str, *, threads: int = 1) -> str:
     """
     name = require_runtime(runtime, threads=threads).name
     packages = [f"{package} {importlib.metadata.version(package)}" for package in ("torch", *_PACKAGES.get(name, ()))]
-    try:
+    processor = platform.processor() or platform.machine()
+    with suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    processor = names[0] if names else platform.processor() or platform.machine()
+        names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+        processor = next(names, processor)
     instructions = torch.backends.cpu.get_cpu_capability()
     return "; ".join([processor, f"{os.cpu_count()} cores", instructions, name, *packages, f"threads {threads}"])
 
@@ -242,10 +229,8 @@ def _torch(model: nn.Module, inputs: Inputs, *, runtime: RuntimeName) -> _Runs:
 
 
 def _copied(model: nn.Module) -> nn.Module:
-    try:
+    with raised_as(ModelError, f"{type(model).__name__} cannot be copied", advice="; time it with runtime='torch'"):
         return copy.deepcopy(model)
-    except (RuntimeError, TypeError) as error:
-        raise ModelError(f"{type(model).__name__} cannot be copied ({error}); time it with runtime='torch'") from error
 
 
 def _compiled(model: nn.Module, inputs: Inputs) -> Callable[..., Any]:
@@ -309,14 +294,10 @@ def _openvino(proto: "onnx.ModelProto", arrays: Arrays, *, runtime: Runtime) -> 
 
 def _by_name(proto: "onnx.ModelProto", arrays: Arrays | Sequence[NDArray[Any]]) -> Arrays:
     names = input_names(proto)
-    if isinstance(arrays, Mapping):
-        named, description = arrays, ", ".join(arrays)
-    else:
-        named, description = dict(zip(names, arrays, strict=False)), f"{len(arrays)} arrays"
+    named = arrays if isinstance(arrays, Mapping) else dict(zip(names, arrays, strict=False))
     if set(named) != set(names) or len(named) != len(arrays):
-        raise EngineError(
-            f"the ONNX model takes {', '.join(names) or 'no inputs'}; it was given {description or 'none'}"
-        )
+        what = ", ".join(arrays) if isinstance(arrays, Mapping) else f"{len(arrays)} arrays"
+        raise EngineError(f"the ONNX model takes {', '.join(names) or 'no inputs'}; it was given {what or 'none'}")
     return named
 
 
@@ -328,13 +309,3 @@ def _widened(tensor: Tensor) -> Tensor:
 
 def _closed() -> Any:
     raise EngineError("this network was closed; use it within its with block")
-
-
-@contextmanager
-def _threads(number: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
