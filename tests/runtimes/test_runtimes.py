@@ -141,15 +141,15 @@ def test_compiled_outputs_are_those_of_torch_and_weights_are_frozen(monkeypatch:
 @pytest.mark.parametrize("runtime", ["torch", "channels_last", "torch-bf16", "onnxruntime"])
 def test_nothing_is_left_behind(runtime: str) -> None:
     model, x = small_net().train(), inputs(2, 3, 9, 9, dtype=torch.float32)
-    before, kept = state(model), x.clone()
+    before, before_x = state(model), x.clone()
     outside = torch.get_rng_state(), torch.get_num_threads(), torch.is_grad_enabled()
     with require_runtime(runtime).prepare(model, x) as session:
         assert not model.training
         session.run()
     assert same_state(model, before)
-    assert torch.equal(x, kept)
+    assert torch.equal(x, before_x)
     assert all(module.training for module in model.modules())
-    assert all(one.is_contiguous() for one in model.parameters())
+    assert all(parameter.is_contiguous() for parameter in model.parameters())
     assert torch.equal(torch.get_rng_state(), outside[0])
     assert (torch.get_num_threads(), torch.is_grad_enabled()) == outside[1:]
     with pytest.raises(errors.EngineError, match="was closed"):
@@ -282,14 +282,14 @@ def test_compiling_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_fingerprint_tells_what_times_depend_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    one = fingerprint("onnxruntime", threads=1)
-    assert one == fingerprint("onnxruntime", threads=1)
-    assert f"onnxruntime {importlib.metadata.version('onnxruntime')}" in one
-    assert "threads 1" in one
+    first = fingerprint("onnxruntime", threads=1)
+    assert first == fingerprint("onnxruntime", threads=1)
+    assert f"onnxruntime {importlib.metadata.version('onnxruntime')}" in first
+    assert "threads 1" in first
     assert len({fingerprint(name, threads=1) for name in RUNTIMES}) == len(RUNTIMES)
     known = importlib.metadata.version
     monkeypatch.setattr(importlib.metadata, "version", lambda name: f"{known(name)}.next")
-    assert fingerprint("onnxruntime", threads=1) != one
+    assert fingerprint("onnxruntime", threads=1) != first
 
 
 @pytest.mark.gpu

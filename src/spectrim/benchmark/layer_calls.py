@@ -42,7 +42,7 @@ _OPTIONS = ("stride", "padding", "padding_mode", "dilation", "groups", "output_p
 
 
 def signature_of(layer: nn.Module, x: Tensor) -> LayerSignature:
-    """The signature of a layer that is given this input."""
+    """The signature of a layer with this input."""
     weight = layer.get_parameter("weight")
     return LayerSignature(
         kind=type(layer).__name__,

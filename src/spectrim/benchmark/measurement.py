@@ -209,7 +209,7 @@ def runtime_gain(
 
     Args:
         model: The dense model, so that the runtime's part in a gain is separated from that of low rank.
-        runtime: The runtime to judge.
+        runtime: The runtime to compare with torch eager.
         reference: What to run in torch eager instead of the model itself. With a compressed model and its dense self,
             the result is the gain of both together.
 

@@ -202,7 +202,7 @@ def export_openvino(
 
 
 def _padded(reference: Reference, pad: Pad, *, runtime: str, threads: int) -> tuple[nn.Module, partial[Exported]]:
-    """The model, padded as asked, with `auto` only where the times show a gain; and the result, which says so."""
+    """The model, padded as asked (with `auto` only where that is faster), and the start of the result."""
     model = reference.model
     if isinstance(pad, str) and pad != "auto":
         raise RuleError(f"pad={pad!r}: give a number, 'auto' or None")

@@ -103,7 +103,7 @@ class Candidates:
         metric: In what the losses count.
         forms: Those that may be taken.
         multiple: What divides the ranks, but full ones and what a table holds below it.
-        latencies: The times of the layers, if the latency is limited. What is slower than the dense layer is none.
+        latencies: The times of the layers, if the latency is limited. Factors slower than the dense layer are left out.
     """
 
     analysis: Analysis
@@ -162,7 +162,7 @@ class Candidates:
 
     @cached_property
     def cheapest(self) -> dict[str, int]:
-        """What the smallest factors of each layer cost, by name; told by shapes and times, nothing is decomposed."""
+        """What the smallest factors of each layer cost, by name, from shapes and times; nothing is decomposed."""
         cheapest = {}
         for layer in self.analysis:
             each = (self._usable(layer, layer.rank_costs(form, self.metric))[1] for form in self._possible(layer))

@@ -29,7 +29,7 @@ class PlanOptions:
 
     @property
     def step(self) -> int:
-        """The number that ranks must be multiples of; raises `RuleError` for what is none."""
+        """The number that ranks must be multiples of; raises `RuleError` for anything else."""
         if self.rank_multiple == "auto":
             raise RuleError(
                 "rank_multiple='auto' has to probe the hardware, which a plan does not: "

@@ -139,7 +139,7 @@ def refined(candidates: Candidates, rule: Budget, *, verify: Verify) -> Plan:
     Raises:
         RuleError: no layer would be faster in factors, or the fastest network misses the budget; says what it takes.
     """
-    # rounded up, so that the table itself holds it
+    # rounded up, so that the table itself can meet it
     target, least = rule.share, candidates.least / candidates.whole + 1e-9
     if not candidates.cheapest:
         raise RuleError(out_of_reach(candidates, rule, least))
@@ -163,7 +163,7 @@ def _verified(candidates: Candidates, solution: Sequence[int], rule: Budget, ver
 
 
 def _rescaled(first: _Candidate, target: float) -> float:
-    """The share to ask the table for, so that what is really saved is what is wanted; 0 where nothing was saved."""
+    """The share to ask the table for, so that the target is really met; 0 where nothing was saved."""
     gain = (1 - first.measured.value) / (1 - first.predicted)
     return 1 - (1 - target) / gain if gain > 0 else 0.0
 
