@@ -164,7 +164,7 @@ class TestSolving:
             assert all(rank % multiple == 0 or rank == most for rank, most in zip(layer.ranks, full, strict=True))
             assert layer.kept.params < layer.dense.params
 
-    def test_options_that_take_longer_than_the_layer_are_none(self, known: st.Analysis) -> None:
+    def test_options_slower_than_the_layer_are_left_out(self, known: st.Analysis) -> None:
         def slow(layer: st.LayerAnalysis, form: str, ranks: tuple[int, ...]) -> float:
             return (50.0 + ranks[-1] if layer.name == "2" else 0.0) + by_macs(layer, form, ranks)
 
@@ -252,7 +252,7 @@ class TestDecision:
         assert note.missed is note.refused is None
 
     @pytest.mark.parametrize("saved", [0.6, 0.85])
-    def test_savings_that_are_smaller_in_truth_are_asked_for_once_more(self, options: Candidates, saved: float) -> None:
+    def test_smaller_real_savings_are_corrected_once(self, options: Candidates, saved: float) -> None:
         clock = Clock(lambda share: 1 - saved * (1 - share))
         plan, note = self.decide(options, clock)
         assert len(clock.asked) == 2
@@ -261,7 +261,7 @@ class TestDecision:
         assert (note.solved, note.missed, note.predicted) == (2, None, clock.asked[1])
         assert plan.factored
 
-    def test_savings_that_are_larger_in_truth_are_given_back(self, options: Candidates) -> None:
+    def test_larger_real_savings_allow_a_better_plan(self, options: Candidates) -> None:
         clock = Clock(lambda share: 1 - 1.4 * (1 - share))
         plan, note = self.decide(options, clock)
         assert clock.asked[0] < clock.asked[1]
@@ -300,7 +300,7 @@ class TestDecision:
         assert note.refused in {layer.reason for layer in plan}
         assert st.Plan.model_validate_json(plan.model_dump_json(exclude_none=True)) == plan
 
-    def test_what_the_table_takes_to_be_out_of_reach_is_left_to_the_clock(self, known: st.Analysis) -> None:
+    def test_a_budget_below_the_table_is_decided_by_measurement(self, known: st.Analysis) -> None:
         table = table_by(known, by_macs)
         with pytest.raises(errors.RuleError) as caught:
             st.plan(known, st.Budget(latency=1e-3), latencies=table)
@@ -330,7 +330,7 @@ class TestDecision:
 
     @laws
     @given(shares=draw.lists(draw.floats(0.05, 3), min_size=2, max_size=2), spread=draw.floats(0, 0.3))
-    def test_whatever_the_clock_says(self, shares: list[float], spread: float) -> None:
+    def test_every_pair_of_measurements(self, shares: list[float], spread: float) -> None:
         known = KNOWN[0]
         rule = st.Budget(latency=self.TARGET)
         options = candidates_of(known, rule, PlanOptions(latencies=table_by(known, by_macs)))
@@ -584,7 +584,7 @@ class TestTable:
         assert cache_folder() == file / "inside"
         assert latency_table(model, x, analysis=known, rank_multiple=8).layers
 
-    def test_where_times_are_kept(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_the_folder_of_the_cache(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv("SPECTRIM_LATENCY", raising=False)
         assert cache_folder().name == "latency"
         assert cache_folder("~/here") == Path.home() / "here"

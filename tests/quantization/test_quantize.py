@@ -311,7 +311,7 @@ def test_accuracy_counts_the_right_answers(chooser: Path) -> None:
         ([(torch.zeros(3, 2, 2), torch.zeros(3, 2, 2), torch.zeros(3))], "2 tensors"),
     ],
 )
-def test_an_accuracy_that_cannot_be(data: list[object], message: str, chooser: Path) -> None:
+def test_bad_data_for_an_accuracy(data: list[object], message: str, chooser: Path) -> None:
     with pytest.raises(DataError, match=message):
         onnx_accuracy(chooser, data)
 
@@ -482,7 +482,7 @@ def test_the_verdict(bytes_: int, ratio: float, drift: float, correct: int, mess
         ({"threads": 4096}, EngineError, "4096"),
     ],
 )
-def test_a_comparison_that_cannot_be_leaves_no_files(
+def test_a_failed_comparison_leaves_no_files(
     options: dict[str, object], error: type[Exception], message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(error, match=message):

@@ -106,7 +106,7 @@ def test_an_example_of_one_leaves_the_batch_open_and_batch_norms_are_folded() ->
     torch.testing.assert_close(run(proto, [x])[0], model.eval()(x).detach(), rtol=0, atol=1e-5)
 
 
-def test_everything_is_as_it_was_and_nothing_is_said(capfd: pytest.CaptureFixture[str]) -> None:
+def test_settings_stay_and_nothing_is_printed(capfd: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("openvino")
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.5))
     model[0].eval()

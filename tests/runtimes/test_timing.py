@@ -28,7 +28,7 @@ def test_rounds_alternate_their_order() -> None:
     assert "".join(order) == "abbaab"
 
 
-def test_a_hopeless_wait_ends_after_the_fewest_rounds() -> None:
+def test_without_patience_the_fewest_rounds_are_done() -> None:
     assert len(interleaved([lambda: 1.0], rounds=100, patience=0.0)[0]) == 5
     assert len(interleaved([lambda: 1.0], rounds=2, patience=0.0)[0]) == 2
 
