@@ -37,9 +37,9 @@ def require_runtimes(names: Sequence[RuntimeName]) -> tuple[RuntimeName, ...]:
         EngineError, DependencyError: one that was asked for cannot be had.
     """
     if names:
-        return tuple(require_runtime(name) for name in names)
+        return tuple(require_runtime(name).name for name in names)
     try:
-        return "torch", require_runtime("onnxruntime")
+        return "torch", require_runtime("onnxruntime").name
     except DependencyError:
         return ("torch",)
 
