@@ -26,6 +26,7 @@ from cases import (
 from hypothesis import given, settings
 from hypothesis import strategies as draw
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 import spectrim as st
 from spectrim import errors
@@ -444,6 +445,8 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "linear on sequences": (lambda: nn.Linear(6, 5), (2, 3, 6)),
     "conv1d": (lambda: nn.Conv1d(4, 6, 3, stride=2, padding=1, bias=False), (2, 4, 9)),
     "conv2d": (lambda: nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=(1, 0), dilation=(1, 2)), (2, 4, 9, 8)),
+    "conv3d": (lambda: nn.Conv3d(4, 6, (3, 2, 1), stride=(1, 2, 1), padding=(1, 0, 0)), (2, 4, 5, 6, 3)),
+    "transposed linear": (lambda: Conv1D(5, 6), (2, 3, 6)),
     "grouped": (lambda: nn.Conv2d(4, 8, 3, groups=2), (1, 4, 7, 7)),
     "same": (lambda: nn.Conv2d(4, 6, (4, 3), padding="same", dilation=(1, 2)), (1, 4, 9, 8)),
     "valid": (lambda: nn.Conv2d(4, 6, 3, padding="valid"), (1, 4, 9, 8)),
