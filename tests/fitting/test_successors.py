@@ -86,7 +86,7 @@ def test_a_successor_says_what_comes_out(inplace: bool) -> None:
         model,
         {"conv2"},
         on_call=lambda _, __, ___, output: seen.update(z=output.clone()),
-        on_residual=lambda _, branch: seen.update(s=branch.clone()),
+        on_residual=lambda _, __, branch: seen.update(s=branch.clone()),
     ):
         answer = model(x.clone())
     before = seen["z"] * one.scale[:, None, None] + one.shift[:, None, None] + seen["s"]

@@ -12,12 +12,11 @@ from torch import Tensor, nn
 from spectrim.analysis.activation_cache import DEFAULT_BYTES, ActivationCache
 from spectrim.analysis.calibration import RunningCovariance, pooled
 from spectrim.analysis.spectra import Analysis
-from spectrim.core.execution import Inputs, ProgressCallback, call, evaluating
+from spectrim.core.execution import Inputs, ProgressCallback, call
 from spectrim.core.plans import LayerPlan, Plan
 from spectrim.fitting.successors import Successor, find_successors, following
 from spectrim.layers.forms import form_named
 from spectrim.layers.replacement import factored_at, factorize, product, refitted_at, replace
-from spectrim.layers.tracing import watching
 from spectrim.layers.types import layer_type_of
 from spectrim.linalg import Factors, Problem, to_float64
 
@@ -131,17 +130,15 @@ def _record(
     order = {site: number for number, place in enumerate(places) for site in place.call_sites if number >= start}
     adding = {place.plan.name for place in places if place.has_residual}
     seen = {site: _Seen() for site in order}
-    layers: dict[str, nn.Module] = {}
     end = len(places)
 
     def on_call(name: str, layer: nn.Module, _: Tensor, output: Tensor) -> None:
-        layers[name] = layer
         if order[name] < end:
             seen[name].outputs.append(_output_rows(layer, output, positions))
 
-    def on_residual(name: str, residual: Tensor) -> None:
+    def on_residual(name: str, layer: nn.Module, residual: Tensor) -> None:
         if order[name] < end and name in adding:
-            seen[name].residuals.append(_output_rows(layers[name], residual, positions))
+            seen[name].residuals.append(_output_rows(layer, residual, positions))
 
     for position, batch in enumerate(batches):
         with following(model, order, on_call=on_call, on_residual=on_residual):
@@ -175,35 +172,26 @@ def _collect(
 ) -> dict[str, _Seen]:
     """Inputs and residual branches that the place sees in the network as it is now."""
     seen = {site: _Seen() for site in place.call_sites}
-    layers: dict[str, nn.Module] = {}
     calls = {site: len(dense[site].outputs) // len(batches) for site in place.call_sites}
     pending: dict[str, int] = {}
 
     def on_call(name: str, layer: nn.Module, x: Tensor, output: Tensor) -> None:
-        if name not in seen:
-            return
         reached()
-        layers[name] = layer
         rows = layer_type_of(layer).input_rows(layer, x, output=output, positions=positions)
         seen[name].inputs.append(rows.clone() if rows.data_ptr() == x.data_ptr() else rows)
         pending[name] -= 1
         if not place.has_residual and not any(pending.values()):
             raise _PassEnded
 
-    def on_residual(name: str, residual: Tensor) -> None:
-        seen[name].residuals.append(_output_rows(layers[name], residual, positions))
+    def on_residual(name: str, layer: nn.Module, residual: Tensor) -> None:
+        seen[name].residuals.append(_output_rows(layer, residual, positions))
         raise _PassEnded
 
-    small = cache.model
     for position, batch in enumerate(batches):
         pending = dict(calls)
-        with suppress(_PassEnded), cache.recalling(position) as reached:
-            if place.has_residual:
-                with following(small, place.call_sites, on_call=on_call, on_residual=on_residual):
-                    call(small, batch, what=f"batch {position}")
-            else:
-                with evaluating(small), watching(small, on_call):
-                    call(small, batch, what=f"batch {position}")
+        watched = following(cache.model, seen, on_call=on_call, on_residual=on_residual if place.has_residual else None)
+        with suppress(_PassEnded), cache.recalling(position) as reached, watched:
+            call(cache.model, batch, what=f"batch {position}")
     return seen
 
 
@@ -285,10 +273,10 @@ class _Fit:
     def of(cls, layer: nn.Module, inputs: _Rows, *, biased: bool) -> "_Fit":
         moments = {}
         for site, batches in inputs.items():
-            running = RunningCovariance()
+            summed = RunningCovariance()
             for rows in batches:
-                running.add(rows)
-            moments[site] = running.finish(site)
+                summed.add(rows)
+            moments[site] = summed.finish(site)
         W = to_float64(layer_type_of(layer).kernels(layer)).flatten(2)
         C, _ = pooled(list(moments.values()), name=next(iter(inputs)), width=W.shape[2])
         C = C.to(W.device)

@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -99,5 +98,4 @@ def over_groups(values: Tensor) -> Spectrum:
 
 def is_finite(tensor: Tensor) -> bool:
     """Whether no entry is NaN or infinite."""
-    finite: Any = torch.isfinite(tensor).all().item()
-    return bool(finite)
+    return bool(torch.isfinite(tensor).all())

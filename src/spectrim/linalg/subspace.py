@@ -145,9 +145,9 @@ def _times_transposed(A: Tensor, B: Tensor) -> Tensor:
 
 
 def _outside(values: Tensor, rank: int) -> Tensor:
-    """Where the spectrum outside the subspace ends, about: a Ritz value half way into the oversampling.
+    """About where the spectrum outside the subspace ends: a Ritz value half way into the oversampling.
 
-    The last one is found late in a cluster of values, and would promise too much.
+    The last Ritz value would be too optimistic: in a cluster of values it converges late.
     """
     return values[(rank + len(values)) // 2]
 
