@@ -1,9 +1,11 @@
 """Running a user's model without leaving a trace in it."""
 
 import random
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -129,44 +131,28 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     """
     flags = {module: module.training for module in model.modules()}
     fast = torch.backends.mha.get_fastpath_enabled()
-    try:
-        torch.backends.mha.set_fastpath_enabled(False)
-        model.eval()
-        with torch.no_grad(), _random_states_kept(model), _buffers_kept(model):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-        for module, flag in flags.items():
-            module.training = flag
-
-
-@contextmanager
-def _random_states_kept(model: nn.Module) -> Iterator[None]:
     gpus = sorted({tensor.device.index or 0 for tensor in model.parameters() if tensor.device.type == "cuda"})
     python, arrays = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=gpus):
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers() if _can_be_written(buffer)]
+    with torch.no_grad(), torch.random.fork_rng(devices=gpus):
+        try:
+            torch.backends.mha.set_fastpath_enabled(False)
+            model.eval()
             yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(arrays)
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast)
+            for module, flag in flags.items():
+                module.training = flag
+            random.setstate(python)
+            np.random.set_state(arrays)
+            for buffer, value in buffers:
+                if buffer.shape == value.shape and not torch.equal(buffer, value):
+                    buffer.copy_(value)
 
 
-@contextmanager
-def _buffers_kept(model: nn.Module) -> Iterator[None]:
-    before = [(buffer, buffer.detach().clone()) for buffer in model.buffers() if _is_plain(buffer)]
-    try:
-        yield
-    finally:
-        for buffer, value in before:
-            if buffer.shape == value.shape and not torch.equal(buffer, value):
-                buffer.copy_(value)
-
-
-def _is_plain(buffer: Tensor) -> bool:
-    if isinstance(buffer, UninitializedBuffer):
-        return False
-    return buffer.layout == torch.strided and not (buffer.is_meta or buffer.is_inference())
+def _can_be_written(buffer: Tensor) -> bool:
+    plain = not isinstance(buffer, UninitializedBuffer) and buffer.layout == torch.strided
+    return plain and not (buffer.is_meta or buffer.is_inference())
 
 
 def call(model: nn.Module, inputs: Inputs, *, what: str = "example_inputs", hint: str = "") -> Any:
@@ -211,10 +197,7 @@ def require_repeatable(model: nn.Module, inputs: Inputs) -> None:
 
 def _first_difference(model: nn.Module, inputs: Inputs) -> str:
     """`, first in 'name' (Type)` for the innermost, earliest module that differs by itself; empty if none does."""
-    with _recording(model) as first:
-        call(model, inputs)
-    with _recording(model) as second:
-        call(model, inputs)
+    first, second = _recorded(model, inputs), _recorded(model, inputs)
     for key, (received, returned) in first.items():
         if key in second and _alike(received, second[key][0]) and not _alike(returned, second[key][1]):
             module = model.get_submodule(key[0])
@@ -226,30 +209,27 @@ _Record = dict[tuple[str, int], tuple[list[Tensor], list[Tensor]]]
 """By a module's name and the number of the call: copies of the tensors that it received and returned."""
 
 
-@contextmanager
-def _recording(model: nn.Module) -> Iterator[_Record]:
-    """Record every call of every module, in the order in which the calls end: an inner one before the one around it."""
+def _recorded(model: nn.Module, inputs: Inputs) -> _Record:
+    """Every call of every module, in the order in which the calls end: an inner one before the one around it."""
     record: _Record = {}
-    calls: dict[str, int] = {}
+    calls: Counter[str] = Counter()
     received: list[list[Tensor]] = []
 
     def begin(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         received.append(_copies((args, kwargs)))
 
-    def end(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(_: nn.Module, __: Any, output: Any) -> None:
-            calls[name] = calls.get(name, 0) + 1
-            record[name, calls[name]] = (received.pop(), _copies(output))
-
-        return hook
+    def end(name: str, _: nn.Module, __: Any, output: Any) -> None:
+        calls[name] += 1
+        record[name, calls[name]] = (received.pop(), _copies(output))
 
     handles = []
     for name, module in model.named_modules():
         if not isinstance(module, torch.jit.ScriptModule):
             handles.append(module.register_forward_pre_hook(begin, prepend=True, with_kwargs=True))
-            handles.append(module.register_forward_hook(end(name)))
+            handles.append(module.register_forward_hook(partial(end, name)))
     with temporary(handles):
-        yield record
+        call(model, inputs)
+    return record
 
 
 def _copies(value: Any) -> list[Tensor]:

@@ -135,14 +135,6 @@ def _affine(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor, Ten
     return scale.detach(), (shift if bias is None else shift + bias).detach()
 
 
-def _path(start: _Node) -> Iterator[_Node]:
-    """What follows a node, as long as each tensor has a single use."""
-    node = start
-    while len(node.uses) == 1:
-        (node,) = node.uses
-        yield node
-
-
 @contextmanager
 def following(
     model: nn.Module,
@@ -183,8 +175,9 @@ def _successor(layer: nn.Module, start: _Node) -> Successor:
     dimension = layer_type_of(layer).feature_dim(layer)
     out = start.tensor.shape[dimension]
     scale, shift = start.tensor.new_ones(out), start.tensor.new_zeros(out)
-    residual = False
-    for step in _path(start):
+    residual, step = False, start
+    while len(step.uses) == 1:
+        (step,) = step.uses
         if step.kind == "relu":
             return Successor(scale, shift, residual, relu=True)
         # BatchNorm scales the second dimension: of a linear layer's outputs over time, the steps, not the features
