@@ -3,6 +3,7 @@
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from spectrim.core.execution import Inputs, as_inputs, call, evaluating, on_devi
 from spectrim.core.nested import tensors
 from spectrim.layers.tracing import typed_layers, watching
 from spectrim.layers.types import layer_type_of
-from spectrim.linalg import is_finite, to_float64
+from spectrim.linalg import to_float64
 
 _PROBES = 2
 
@@ -112,10 +113,8 @@ def calibrate(
     hint = "" if labels else " If the batches are pairs of inputs and labels, pass labels=True."
     seen = 0
     with evaluating(model), watching(model, add_rows):
-        for position, batch, is_own in shard(batches, accelerator):
-            if max_batches is not None and position >= max_batches:
-                break
-            seen += 1
+        for position, batch, is_own in shard(islice(batches, max_batches), accelerator):
+            seen = position + 1
             if not is_own:
                 continue
             inputs = split_labels(batch, position=position)[0] if labels else as_inputs(batch)
@@ -130,7 +129,7 @@ def calibrate(
         raise DataError("the calibration data is empty; give at least one batch")
     names = list(typed_layers(model))
     sums = _reduced(sums, names, accelerator)
-    moments = {name: summed.finish(name) for name, summed in sums.items() if summed.count}
+    moments = {name: statistics.finish(name) for name, statistics in sums.items() if statistics.count}
     gradient_sums = all_reduce(gradient_sums, names=names, accelerator=accelerator)
     return Calibration(moments, seen).with_output_grads(gradient_sums)
 
@@ -195,7 +194,8 @@ def add_gradients(
                 ) from error
             for (name, layer, output), gradient in zip(outputs, gradients, strict=True):
                 if gradient is not None:
-                    rows = _summable(layer_type_of(layer).output_rows(layer, gradient, positions=None))
+                    rows = layer_type_of(layer).output_rows(layer, gradient, positions=None)
+                    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
                     moment = to_float64(rows.mT @ rows) / (_PROBES * len(output))
                     sums[name] = sums[name] + moment if name in sums else moment
 
@@ -227,10 +227,6 @@ def _signs(like: Tensor, generator: torch.Generator) -> Tensor:
     return signs - signs.mean(dim=-1, keepdim=True) if like.ndim > 1 and like.shape[-1] > 1 else signs
 
 
-def _summable(rows: Tensor) -> Tensor:
-    return rows.to(torch.promote_types(rows.dtype, torch.float32))
-
-
 @dataclass(eq=False)
 class RunningCovariance:
     """Mean and centred second moment, merged batch by batch (Chan, Golub & LeVeque 1979), never cancelling."""
@@ -245,7 +241,7 @@ class RunningCovariance:
         number = rows.shape[1]
         if not number:
             return
-        rows = _summable(rows.detach())
+        rows = rows.detach().to(torch.promote_types(rows.dtype, torch.float32))
         mean = rows.mean(dim=1)
         centred = rows - mean.unsqueeze(1)
         scatter, mean = centred.mT @ centred, to_float64(mean)
@@ -268,6 +264,6 @@ class RunningCovariance:
 
     def finish(self, name: str) -> Moments:
         """The moments; `name` is for the message when they are not finite."""
-        if not is_finite(self.scatter):
+        if not torch.isfinite(self.scatter).all():
             raise DataError(f"the inputs of layer {name!r} are NaN or infinite on the calibration data; check the data")
         return Moments(self.count, self.mean, self.scatter / self.count, self.rounding_tolerance)

@@ -107,17 +107,12 @@ def subset(batches: Sequence[Inputs], *, samples: int) -> list[Inputs]:
     """Whole batches with at least so many samples, the same ones in whatever order they come."""
     used: list[Inputs] = []
     taken = 0
-    for batch in sorted(batches, key=_digest):
+    for batch in sorted(batches, key=lambda batch: sum(float(tensor.double().sum()) for tensor in batch.tensors())):
         if taken >= samples:
             break
         used.append(batch)
         taken += max((len(tensor) for tensor in batch.tensors() if tensor.ndim), default=1)
     return used
-
-
-def _digest(batch: Inputs) -> float:
-    """A number to sort batches by, whatever their order."""
-    return sum(float(tensor.double().sum()) for tensor in batch.tensors())
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from spectrim.layers.selection import LayerSelection, Patterns, TreatAs
 from spectrim.layers.tracing import trace
 from spectrim.layers.types import layer_type_of
 from spectrim.layers.units import SingleWeight, Unit, find_units
-from spectrim.linalg import Decomposition, Factors, FloatArray, Problem, Ranks, Spectrum, is_finite, spectrum
+from spectrim.linalg import Decomposition, Factors, FloatArray, Problem, Ranks, Spectrum, spectrum
 
 _T = TypeVar("_T")
 
@@ -68,6 +68,7 @@ class LayerAnalysis:
         positions: Vectors handled in one forward pass of the example inputs, all uses together.
         skip_reason: Why it stays dense, or None.
         dense: Its cost as it is.
+        full_rank: The largest number of singular values the weight's matrix can have, in each group; 0 for no matrix.
     """
 
     unit: Unit
@@ -88,16 +89,12 @@ class LayerAnalysis:
     positions = _OfUnit(lambda unit: unit.weights[0].positions)
     skip_reason = _OfUnit(lambda unit: unit.skip_reason)
     dense = _OfUnit(lambda unit: unit.dense_cost)
+    full_rank = _OfUnit(lambda unit: unit.weights[0].geometry.full_rank if unit.weights[0].geometry else 0)
 
     @property
     def form(self) -> str | None:
         """The form of the per-layer rules (linear or channel), or None."""
         return self.forms[0] if self.forms else None
-
-    @property
-    def full_rank(self) -> int:
-        """The largest number of singular values the weight's matrix can have, in each group; 0 for no matrix."""
-        return self.geometry.full_rank if self.geometry else 0
 
     def full_ranks(self, form: str) -> Ranks:
         """The largest ranks that change anything in a form."""
@@ -253,31 +250,21 @@ def analyze_selected(
     """As `analyze`."""
     seen = trace(model, as_inputs(example_inputs), treat_as=selection.treat_as)
     units = find_units(model, seen, selection)
-    _require_finite(model, units)
     layers = tuple(_layer(model, unit, calibration) for unit in units)
-    metrics: tuple[Metric, ...] = ("plain",)
-    if calibration is not None:
-        with_loss = any("loss" in layer.problems for layer in layers)
-        metrics = ("plain", "activation", "loss") if with_loss else ("plain", "activation")
-    return Analysis(layers, metrics, count(model, example_inputs), calibration)
-
-
-def _require_finite(model: nn.Module, units: tuple[Unit, ...]) -> None:
-    for unit in units:
-        for name, parameter in model.get_submodule(unit.name).named_parameters(recurse=False):
-            if not parameter.is_meta and parameter.is_floating_point() and not is_finite(parameter):
-                raise ModelError(
-                    f"{unit.name}.{name} holds NaN or infinite values, which have no singular values; "
-                    "repair the checkpoint"
-                )
+    metrics = 1 if calibration is None else 2 + any("loss" in layer.problems for layer in layers)
+    return Analysis(layers, get_args(Metric)[:metrics], count(model, example_inputs), calibration)
 
 
 def _layer(model: nn.Module, unit: Unit, calibration: Calibration | None) -> LayerAnalysis:
     assert isinstance(unit, SingleWeight)
-    forms = tuple(form.name for form in forms_of(unit))
+    layer, forms = model.get_submodule(unit.name), tuple(form.name for form in forms_of(unit))
+    for name, parameter in layer.named_parameters(recurse=False):
+        if not parameter.is_meta and parameter.is_floating_point() and not torch.isfinite(parameter).all():
+            raise ModelError(
+                f"{unit.name}.{name} holds NaN or infinite values, which have no singular values; repair the checkpoint"
+            )
     if unit.weight.geometry is None:
         return LayerAnalysis(unit, forms, {})
-    layer = model.get_submodule(unit.name)
     # a copy, since factors may be asked for after the model has been trained on
     kernels = layer_type_of(layer).kernels(layer).detach().clone()
     if unit.skip_reason is not None:

@@ -22,11 +22,7 @@ class Accelerator(Protocol):
 
     @property
     def process_index(self) -> int:
-        """Which of them this is."""
-
-    @property
-    def is_main_process(self) -> bool:
-        """Whether this one writes files and shows progress."""
+        """Which of them this is; the first one, 0, writes files and shows progress."""
 
     @property
     def device(self) -> torch.device:

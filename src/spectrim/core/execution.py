@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -74,9 +75,7 @@ def split_labels(batch: Any, *, position: int) -> tuple[Inputs, Any]:
 
 def device_of(model: nn.Module) -> torch.device:
     """Where the model's first parameter or buffer lives; the CPU for a model without either."""
-    for tensor in (*model.parameters(), *model.buffers()):
-        return tensor.device
-    return torch.device("cpu")
+    return next((tensor.device for tensor in chain(model.parameters(), model.buffers())), torch.device("cpu"))
 
 
 def on_device_of(model: nn.Module, inputs: Inputs) -> Inputs:
@@ -114,11 +113,11 @@ def unique_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]
                 f"the model's state {name!r} is a {type(value).__name__}, not a tensor, and cannot be saved; "
                 "if the layer is quantised, compress the model first and quantise it afterwards"
             )
-        if id(value) in names:
-            aliases[name] = names[id(value)]
-        else:
-            names[id(value)] = name
+        first = names.setdefault(id(value), name)
+        if first == name:
             unique[name] = value.detach()
+        else:
+            aliases[name] = first
     return unique, aliases
 
 
@@ -249,9 +248,8 @@ def _close(first: Tensor, second: Tensor) -> bool:
     first, second = _plain(first), _plain(second)
     if not (first.is_floating_point() or first.is_complex()):
         return torch.equal(first, second)
-    scale = first.abs().nan_to_num(0.0, 0.0, 0.0).max() if first.numel() else 0.0
-    same = (first == second) | (first.isnan() & second.isnan())
-    return bool((same | ((first - second).abs() <= tolerance * scale)).all())
+    scale = float(first.abs().nan_to_num(0.0, 0.0, 0.0).max()) if first.numel() else 0.0
+    return torch.allclose(first, second, rtol=0, atol=tolerance * scale, equal_nan=True)
 
 
 def _plain(tensor: Tensor) -> Tensor:

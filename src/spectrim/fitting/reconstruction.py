@@ -19,19 +19,16 @@ from spectrim.layers.types import layer_type_of
 from spectrim.linalg import Factors, Problem, to_float64
 
 _RIDGE = 1e-2
+_POSITIONS = 64
+"""Places looked at in each sample."""
 
 
 class _PassEnded(BaseException):
     """Ends a forward pass early, once all rows are collected. Not an Exception, so that no model catches it."""
 
 
-@dataclass(frozen=True)
-class _Place:
-    """One weight of the plan, the distinct layers that use it, and what follows it if it is used only once."""
-
-    plan: LayerPlan
-    call_sites: tuple[str, ...]
-    successor: Successor
+_Rows = dict[str, list[Tensor]]
+"""By call site and batch: (groups, n, ..)."""
 
 
 @dataclass(eq=False)
@@ -57,8 +54,50 @@ class _Seen:
         return (
             sum(rows) > 0
             and rows == [outputs.shape[1] for outputs in self.outputs]
-            and [rows.shape for rows in self.residuals] == [rows.shape for rows in self.dense_residuals]
+            and [branch.shape for branch in self.residuals] == [branch.shape for branch in self.dense_residuals]
         )
+
+
+@dataclass(frozen=True)
+class _Place:
+    """One weight of the plan, the distinct layers that use it, and what follows it if it is used only once.
+
+    What it should give is what leaves the network, after what follows it, as it was.
+    """
+
+    plan: LayerPlan
+    call_sites: tuple[str, ...]
+    successor: Successor
+
+    def targets(self, seen: Mapping[str, _Seen]) -> _Rows:
+        """The dense outputs, and what the residual branch lacks against the dense network."""
+        if not self.successor.residual:
+            return {site: rows.outputs for site, rows in seen.items()}
+        ((site, rows),) = seen.items()
+        scale, _ = self._affine(rows.outputs[0])
+        each = zip(rows.outputs, rows.dense_residuals, rows.residuals, strict=True)
+        return {site: [y + (s - t) / scale for y, s, t in each]}
+
+    def revised(self, seen: Mapping[str, _Seen], targets: _Rows, *, whole: Tensor, fit: "_Fit") -> _Rows:
+        """The same, but as it comes out for `whole` where the ReLU gives zero both then and now (Zhang 2016)."""
+        ((site, rows),) = seen.items()
+        scale, shift = self._affine(rows.outputs[0])
+        bias = fit.bias(site, whole, targets[site]).reshape(len(whole), 1, -1)
+        revised = []
+        for position, (y, x) in enumerate(zip(rows.outputs, rows.inputs, strict=True)):
+            got = x.to(y.dtype) @ whole.mT.to(y.dtype) + bias.to(y.dtype)
+            before = scale * y + shift + (rows.dense_residuals[position] if rows.dense_residuals else 0)
+            offset = shift + (rows.residuals[position] if rows.residuals else 0)
+            hidden = torch.minimum(scale * got + offset, torch.zeros_like(got))
+            revised.append((torch.where(before > 0, before, hidden) - offset) / scale)
+        return {site: revised}
+
+    def _affine(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and shift as (groups, 1, out) of a group; a scale of nearly nothing is kept away from zero."""
+        both = (self.successor.scale, self.successor.shift)
+        scale, shift = (affine.to(like).reshape(len(like), 1, -1) for affine in both)
+        least = 1e-3 * scale.abs().max().clamp(min=1e-30)
+        return torch.where(scale.abs() < least, torch.where(scale < 0, -least, least), scale), shift
 
 
 def reconstruct(
@@ -68,7 +107,6 @@ def reconstruct(
     *,
     analysis: Analysis,
     batches: Sequence[Inputs],
-    positions: int | None = 64,
     cache_bytes: int = DEFAULT_BYTES,
     on_progress: ProgressCallback | None = None,
 ) -> nn.Module:
@@ -92,25 +130,26 @@ def reconstruct(
             that are not fitted: those in the plain metric, those that the data do not reach, and those that choose by
             value what they look at.
         batches: What the networks are run on.
-        positions: Places looked at in each sample, None for all.
         cache_bytes: Bytes that may be kept to save time: two fifths for sampled outputs of the dense network, which is
             run again each time they are full, and three fifths for outputs of blocks that are finished.
         on_progress: Called with each layer's name before it is fitted, how many are done, and of how many.
     """
     chosen = [layer for layer in plan.layers if not layer.frozen and layer.metric != "plain"]
-    successors = find_successors(model, batches[0], {layer.name for layer in chosen})
-    places = [_place(small, layer, successors) for layer in chosen]
+    call_sites = {layer.name: analysis[layer.name].call_sites for layer in chosen}
+    successors = find_successors(model, batches[0], [name for name, own in call_sites.items() if len(own) == 1])
+    nothing = Successor(torch.ones(()), torch.zeros(()))
+    places = [_Place(layer, call_sites[layer.name], successors.get(layer.name, nothing)) for layer in chosen]
     as_planned = [layer for layer in plan.factored if layer.metric == "plain"]
     factorize(small, plan.model_copy(update={"layers": tuple(as_planned)}), factors=analysis.factors)
     cache = ActivationCache(small, 3 * cache_bytes // 5)
     start = 0
     while start < len(places):
-        seen, end = _record(model, places, start, batches, positions=positions, free_bytes=2 * cache_bytes // 5)
+        seen, end = _record(model, places, start, batches, free_bytes=2 * cache_bytes // 5)
         for place in places[start:end]:
             if on_progress is not None:
                 on_progress(place.plan.name, start, len(places))
             own = {site: seen.pop(site) for site in place.call_sites}
-            _collect(cache, place, own, batches, positions)
+            _collect(cache, place, own, batches)
             if all(site.is_paired for site in own.values()):
                 replace(small, _fitted(small, place, own, analysis=analysis))
             else:
@@ -122,21 +161,8 @@ def reconstruct(
     return small
 
 
-def _place(model: nn.Module, layer: LayerPlan, successors: Mapping[str, Successor]) -> _Place:
-    first = {id(model.get_submodule(name)): name for name in reversed(layer.names)}
-    call_sites = tuple(name for name in layer.names if name in first.values())
-    nothing = Successor(torch.ones(()), torch.zeros(()))
-    return _Place(layer, call_sites, successors.get(layer.name, nothing) if len(call_sites) == 1 else nothing)
-
-
 def _record(
-    model: nn.Module,
-    places: Sequence[_Place],
-    start: int,
-    batches: Sequence[Inputs],
-    *,
-    positions: int | None,
-    free_bytes: int,
+    model: nn.Module, places: Sequence[_Place], start: int, batches: Sequence[Inputs], *, free_bytes: int
 ) -> tuple[dict[str, _Seen], int]:
     """Outputs and residual branches of the dense network at as many places as memory allows, and where these end."""
     order = {site: number for number, place in enumerate(places) for site in place.call_sites if number >= start}
@@ -146,11 +172,11 @@ def _record(
 
     def on_call(name: str, layer: nn.Module, _: Tensor, output: Tensor) -> None:
         if order[name] < end:
-            seen[name].outputs.append(layer_type_of(layer).output_rows(layer, output, positions=positions))
+            seen[name].outputs.append(layer_type_of(layer).output_rows(layer, output, positions=_POSITIONS))
 
     def on_residual(name: str, layer: nn.Module, residual: Tensor) -> None:
         if order[name] < end and name in adding:
-            seen[name].dense_residuals.append(layer_type_of(layer).output_rows(layer, residual, positions=positions))
+            seen[name].dense_residuals.append(layer_type_of(layer).output_rows(layer, residual, positions=_POSITIONS))
 
     for position, batch in enumerate(batches):
         with following(model, order, on_call=on_call, on_residual=on_residual):
@@ -172,27 +198,21 @@ def _affordable(places: Sequence[_Place], start: int, first: Mapping[str, _Seen]
     return len(places)
 
 
-def _collect(
-    cache: ActivationCache,
-    place: _Place,
-    seen: Mapping[str, _Seen],
-    batches: Sequence[Inputs],
-    positions: int | None,
-) -> None:
+def _collect(cache: ActivationCache, place: _Place, seen: Mapping[str, _Seen], batches: Sequence[Inputs]) -> None:
     """Add the inputs and residual branches that the place sees in the network as it is now."""
     calls = {site: len(rows.outputs) // len(batches) for site, rows in seen.items()}
     pending: dict[str, int] = {}
 
     def on_call(name: str, layer: nn.Module, x: Tensor, output: Tensor) -> None:
         reached()
-        rows = layer_type_of(layer).input_rows(layer, x, output=output, positions=positions)
+        rows = layer_type_of(layer).input_rows(layer, x, output=output, positions=_POSITIONS)
         seen[name].inputs.append(rows.clone() if rows.data_ptr() == x.data_ptr() else rows)
         pending[name] -= 1
         if not place.successor.residual and not any(pending.values()):
             raise _PassEnded
 
     def on_residual(name: str, layer: nn.Module, residual: Tensor) -> None:
-        seen[name].residuals.append(layer_type_of(layer).output_rows(layer, residual, positions=positions))
+        seen[name].residuals.append(layer_type_of(layer).output_rows(layer, residual, positions=_POSITIONS))
         raise _PassEnded
 
     for position, batch in enumerate(batches):
@@ -212,8 +232,7 @@ def _fitted(small: nn.Module, place: _Place, seen: Mapping[str, _Seen], *, analy
     # a layer that stays dense stays as it is built: without a bias, moments are taken around zero
     biased = plan.is_factored or layer._parameters.get("bias") is not None
     fit = _Fit.of(layer, {site: rows.inputs for site, rows in seen.items()}, biased=biased)
-    goal = _Goal(place.successor, seen)
-    targets = goal.first()
+    targets = place.targets(seen)
     factors: Factors = ()
     for turn in reversed(range(1 + place.successor.relu)):
         cross = fit.cross(targets)
@@ -223,7 +242,7 @@ def _fitted(small: nn.Module, place: _Place, seen: Mapping[str, _Seen], *, analy
             factors = form_named(plan.form).decompose(problem, near=factors).factors(plan.ranks)
             best = product(layer, form=plan.form, factors=factors)
         if turn:
-            targets = goal.revised(targets, best, fit)
+            targets = place.revised(seen, targets, whole=best, fit=fit)
     before = analysis.factors(plan) if plan.is_factored else ()
     unfitted = product(layer, form=plan.form, factors=before) if before else fit.dense
     if fit.error(unfitted, cross, G) < fit.error(best, cross, G):
@@ -235,10 +254,6 @@ def _fitted(small: nn.Module, place: _Place, seen: Mapping[str, _Seen], *, analy
     if not plan.is_factored:
         return refitted_at(small, plan.names, weight=best.reshape(shape), bias=bias)
     return factored_at(small, plan.names, form=plan.form, factors=factors, bias=bias)
-
-
-_Rows = dict[str, list[Tensor]]
-"""By call site and batch: (groups, n, ..)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -267,10 +282,10 @@ class _Fit:
     def of(cls, layer: nn.Module, inputs: _Rows, *, biased: bool) -> "_Fit":
         moments = {}
         for site, batches in inputs.items():
-            summed = RunningCovariance()
+            statistics = RunningCovariance()
             for rows in batches:
-                summed.add(rows)
-            moments[site] = summed.finish(site)
+                statistics.add(rows)
+            moments[site] = statistics.finish(site)
         W = to_float64(layer_type_of(layer).kernels(layer)).flatten(2)
         C, _ = pooled(list(moments.values()), name=next(iter(inputs)), width=W.shape[2])
         C = C.to(W.device)
@@ -310,44 +325,6 @@ class _Fit:
         if not self.biased:
             return torch.zeros_like(whole[..., 0]).flatten()
         return (_mean(targets) - (whole @ self.means[site].unsqueeze(-1)).squeeze(-1)).flatten()
-
-
-@dataclass(frozen=True, eq=False)
-class _Goal:
-    """What a place should give so that, after what follows it, the network is as it was."""
-
-    successor: Successor
-    seen: Mapping[str, _Seen]
-
-    def first(self) -> _Rows:
-        """The dense outputs, and what the residual branch lacks against the dense network."""
-        if not self.successor.residual:
-            return {site: rows.outputs for site, rows in self.seen.items()}
-        ((site, rows),) = self.seen.items()
-        scale, _ = self._affine(rows.outputs[0])
-        each = zip(rows.outputs, rows.dense_residuals, rows.residuals, strict=True)
-        return {site: [y + (s - t) / scale for y, s, t in each]}
-
-    def revised(self, targets: _Rows, whole: Tensor, fit: _Fit) -> _Rows:
-        """The same, but as it comes out for `whole` where the ReLU gives zero both then and now (Zhang 2016)."""
-        ((site, rows),) = self.seen.items()
-        scale, shift = self._affine(rows.outputs[0])
-        bias = fit.bias(site, whole, targets[site]).reshape(len(whole), 1, -1)
-        revised = []
-        for position, (y, x) in enumerate(zip(rows.outputs, rows.inputs, strict=True)):
-            got = x.to(y.dtype) @ whole.mT.to(y.dtype) + bias.to(y.dtype)
-            before = scale * y + shift + (rows.dense_residuals[position] if rows.dense_residuals else 0)
-            offset = shift + (rows.residuals[position] if rows.residuals else 0)
-            hidden = torch.minimum(scale * got + offset, torch.zeros_like(got))
-            revised.append((torch.where(before > 0, before, hidden) - offset) / scale)
-        return {site: revised}
-
-    def _affine(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Scale and shift as (groups, 1, out) of a group; a scale of nearly nothing is kept away from zero."""
-        both = (self.successor.scale, self.successor.shift)
-        scale, shift = (affine.to(like).reshape(len(like), 1, -1) for affine in both)
-        least = 1e-3 * scale.abs().max().clamp(min=1e-30)
-        return torch.where(scale.abs() < least, torch.where(scale < 0, -least, least), scale), shift
 
 
 def _mean(batches: Sequence[Tensor]) -> Tensor:

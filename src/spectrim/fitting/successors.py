@@ -100,14 +100,10 @@ class _Follower(TorchFunctionMode):
                 node.uses.append(_Node(node.tensor if output is None else output, kind, other, affine))
                 if output is not None:
                     self.nodes.setdefault(id(output), {})[name] = node.uses[-1]
-                if other is not None:
-                    self._report(name, other)
+                if other is not None and self.on_residual is not None and name not in self.added:
+                    self.added.add(name)
+                    self.on_residual(name, self.layers[name], other)
         return result
-
-    def _report(self, name: str, residual: Tensor) -> None:
-        if self.on_residual is not None and name not in self.added:
-            self.added.add(name)
-            self.on_residual(name, self.layers[name], residual)
 
 
 def _kind(func: Any, key: int, operands: Sequence[Tensor], output: Tensor | None) -> tuple[str, Tensor | None]:

@@ -7,9 +7,10 @@ form. Everything is for one group, in float64.
 """
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Self, cast
+from math import prod
+from typing import ClassVar, Self, cast
 
 import torch
 from torch import Tensor
@@ -28,15 +29,12 @@ class SharedProjection(Decomposition):
     Attributes:
         problem: What is approximated; weight (groups, out, in, *kernel).
         basis: float64 (groups, k, P), orthonormal rows, best first; k = min(P, out * Q).
+        first_shared: The first dimension of the weight that belongs to Q, not to P.
     """
 
     problem: Problem
     basis: Tensor
-
-    @staticmethod
-    @abstractmethod
-    def places(shape: Sequence[int]) -> int:
-        """Q of a weight (groups, out, in, *kernel)."""
+    first_shared: ClassVar[int]
 
     @abstractmethod
     def fit(self, M: Tensor, A: Tensor | None, V: Tensor, rank: int) -> tuple[tuple[Tensor, ...], Tensor]:
@@ -59,8 +57,8 @@ class SharedProjection(Decomposition):
     @classmethod
     def groups(cls, problem: Problem) -> list[tuple[Tensor, Tensor | None]]:
         """The weight (out, P, Q) and the metric of each group."""
-        groups, out = problem.weight.shape[:2]
-        weights = problem.matrices.reshape(groups, out, -1, cls.places(problem.weight.shape))
+        shape = problem.weight.shape
+        weights = problem.matrices.reshape(*shape[:2], -1, prod(shape[cls.first_shared :]))
         return list(zip(weights, problem.metrics, strict=True))
 
     def fitted(self, ranks: Ranks, *, sweeps: int | None) -> list[Tensor]:
@@ -173,18 +171,14 @@ def better_projection(M: Tensor, A: Tensor, H: Tensor, V: Tensor, *, steps: int 
         rest, A, H, V = (matrix.float() for matrix in (rest, A, H, V))
     H = H.reshape(out, r, Q)
     K = torch.einsum("orq,osp->rqsp", H, H).reshape(r, -1)
-
-    def normal(X: Tensor) -> Tensor:
-        spread = (X @ A.reshape(P, -1)).reshape(r * Q, P, Q)
-        return K @ spread.permute(2, 0, 1).reshape(-1, P)
-
     residual = torch.einsum("orq,opq->rp", H, (rest @ A).reshape(out, P, Q))
     solve_rows = solver(torch.einsum("rqsq->rs", K.reshape(r, Q, r, Q)))
     solve_columns = solver(A.reshape(P, Q, P, Q).diagonal(dim1=1, dim2=3).sum(dim=-1))
     step, direction = torch.zeros_like(V), solve_columns(solve_rows(residual).T).T
     power = float((residual * direction).sum())
     for _ in range(steps):
-        image = normal(direction)
+        spread = (direction @ A.reshape(P, -1)).reshape(r * Q, P, Q)
+        image = K @ spread.permute(2, 0, 1).reshape(-1, P)
         curvature = float((direction * image).sum())
         if power <= 0 or curvature <= 0:
             break

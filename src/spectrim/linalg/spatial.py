@@ -14,10 +14,7 @@ from spectrim.linalg.spectra import FloatArray
 class SpatialDecomposition(SharedProjection):
     """V is a column of the kernel, (rank, in * height), and H a row, (out, rank, width)."""
 
-    @staticmethod
-    def places(shape: Sequence[int]) -> int:
-        """The kernel's width."""
-        return shape[-1]
+    first_shared = 4
 
     @staticmethod
     def full_ranks(shape: Sequence[int]) -> Ranks:

@@ -94,8 +94,3 @@ def spectrum(matrices: Tensor) -> Spectrum:
 def over_groups(values: Tensor) -> Spectrum:
     """One spectrum from the values (groups, k) of every group."""
     return Spectrum(values.square().sum(dim=0).sqrt().cpu().numpy())
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """Whether no entry is NaN or infinite."""
-    return bool(torch.isfinite(tensor).all())

@@ -28,10 +28,7 @@ _GRID = 64
 class Tucker2Decomposition(SharedProjection):
     """V takes the input channels, (rank_in, in); a core and a last factor follow."""
 
-    @staticmethod
-    def places(shape: Sequence[int]) -> int:
-        """All of the kernel."""
-        return prod(shape[3:])
+    first_shared = 3
 
     @staticmethod
     def full_ranks(shape: Sequence[int]) -> Ranks:
