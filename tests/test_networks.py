@@ -317,13 +317,14 @@ def test_reconstruction_does_no_harm(case: Case) -> None:
     assert error(True) < error(False) * 1.25
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
-def test_networks_of_torchvision(name: str) -> None:
+@pytest.mark.parametrize(("name", "exclude"), [("resnet18", "layer4.*"), ("mobilenet_v2", ())])
+def test_networks_of_torchvision(name: str, exclude: str | tuple[str, ...]) -> None:
+    """Without the widest stage of ResNet-18, whose decompositions take most of the time."""
     models = pytest.importorskip("torchvision.models")
     torch.manual_seed(0)
     model, x = models.get_model(name, weights=None, num_classes=10).train(), torch.randn(2, 3, 64, 64)
     before = state(model)
-    compressed = st.compress(model, st.Budget(macs=0.6), example_inputs=x, forms=["channel"])
+    compressed = st.compress(model, st.Budget(macs=0.6), example_inputs=x, forms=["channel"], exclude=exclude)
     require_plan(compressed, ["a depthwise convolution"] if name == "mobilenet_v2" else [])
     assert same_state(model, before)
     assert compressed.model.training

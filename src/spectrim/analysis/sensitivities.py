@@ -91,7 +91,7 @@ def with_output_grads(
 
 
 def require_cache_bytes(cache: int | None) -> None:
-    """Refuse a negative number of bytes, before any long work."""
+    """Raise `PlanError` for a negative number of bytes, before any long work."""
     if cache is not None and cache < 0:
         raise PlanError(f"cache={cache}: a number of bytes, 0 to keep nothing")
 
@@ -143,7 +143,7 @@ class _SingleLayerRuns:
                 self.dense_outputs.append(_outputs(model, batch, position))
             replace(model, after)
             try:
-                # what comes before the layer is remembered
+                # blocks before the layer are not run again
                 with self.cache.recalling(position) as stop:
                     hooks = (part.register_forward_pre_hook(lambda *_, stop=stop: stop()) for part in after.values())
                     with temporary(hooks):

@@ -1,4 +1,4 @@
-"""Running a user's model without leaving a trace in it."""
+"""Running a user's model without side effects."""
 
 import random
 from collections import Counter
@@ -260,7 +260,7 @@ def _plain(tensor: Tensor) -> Tensor:
 
 
 def require_values(model: nn.Module) -> None:
-    """Refuse a model with weights that were never loaded, before running it makes some up."""
+    """Raise `ModelError` for weights that were never loaded: running the model would initialise lazy ones."""
     known = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     lazy = [name for name, tensor in known.items() if isinstance(tensor, UninitializedParameter | UninitializedBuffer)]
     if lazy:

@@ -120,7 +120,7 @@ class Problem:
 
 
 def _lifted(metric: Tensor, floor: Tensor) -> Tensor:
-    """The metric itself, changed."""
+    """`metric` itself, with the floor added to its diagonals."""
     metric.diagonal(dim1=-2, dim2=-1).add_(floor.unsqueeze(-1))
     return metric
 

@@ -96,7 +96,7 @@ def _iterated(A: Tensor, V: Tensor, rank: int, *, energy: float) -> tuple[Tensor
     None when that does not find them.
     """
     size = V.shape[1]
-    # the last column tells of directions that the basis has no part of: a fixed vector without any structure
+    # the last column shows directions that are orthogonal to the basis: a fixed vector without any structure
     probe = torch.randn(len(V), 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     V = _orthonormal(torch.cat([V[:, :-1].double(), probe.to(V.device)], dim=1))
     B = _times(A, V)
