@@ -1,4 +1,4 @@
-"""The one-call path: what it keeps, what it refuses, and that it touches nothing it was given."""
+"""The one-call path: what it keeps, what it rejects, and that it leaves its arguments alone."""
 
 import copy
 import sys
@@ -32,26 +32,26 @@ X = inputs(24, 12)
 
 class TestSelection:
     def test_all_but_the_last_layer_is_one_argument(self) -> None:
-        made = st.compress(small_mlp(), st.Rank(3), example_inputs=X, keep_last=True)
-        assert [layer.form for layer in made.plan] == ["linear", "linear", "dense"]
-        assert made.plan["4"].reason == "the last layer, kept dense as asked"
+        compressed = st.compress(small_mlp(), st.Rank(3), example_inputs=X, keep_last=True)
+        assert [layer.form for layer in compressed.plan] == ["linear", "linear", "dense"]
+        assert compressed.plan["4"].reason == "the last layer, kept dense as asked"
 
     def test_patterns_choose_layers(self) -> None:
-        made = st.compress(small_mlp(), st.Rank(3), example_inputs=X, include=["0", "2"], exclude="2")
-        assert [layer.name for layer in made.plan.factored] == ["0"]
-        assert made.plan["2"].reason == "not selected by include and exclude"
+        compressed = st.compress(small_mlp(), st.Rank(3), example_inputs=X, include=["0", "2"], exclude="2")
+        assert [layer.name for layer in compressed.plan.factored] == ["0"]
+        assert compressed.plan["2"].reason == "not selected by include and exclude"
 
     def test_a_layer_that_would_grow_stays_dense_and_the_plan_names_the_break_even_rank(self) -> None:
-        made = st.compress(small_mlp(), st.Ratio(0.9), example_inputs=X, keep_last=True)
-        assert not made.plan.factored
-        assert made.plan["2"].break_even == 7  # 7 * 32 < 256 <= 8 * 32
-        assert "only up to rank 7 (break-even)" in made.plan["2"].reason
-        assert torch.equal(answer(made.model, X), answer(small_mlp(), X))
+        compressed = st.compress(small_mlp(), st.Ratio(0.9), example_inputs=X, keep_last=True)
+        assert not compressed.plan.factored
+        assert compressed.plan["2"].break_even == 7  # 7 * 32 < 256 <= 8 * 32
+        assert "only up to rank 7 (break-even)" in compressed.plan["2"].reason
+        assert torch.equal(answer(compressed.model, X), answer(small_mlp(), X))
 
     def test_at_the_break_even_rank_a_layer_shrinks_and_above_it_does_not(self) -> None:
         for rank, form in ((7, "linear"), (8, "dense")):
-            made = st.compress(small_mlp(), st.Rank(rank), example_inputs=X, include="2")
-            assert made.plan["2"].form == form
+            compressed = st.compress(small_mlp(), st.Rank(rank), example_inputs=X, include="2")
+            assert compressed.plan["2"].form == form
         assert st.compress(small_mlp(), st.Rank(7), example_inputs=X, include="2").measurement.params_ratio < 1
 
     def test_a_bias_that_the_mean_correction_adds_counts_against_the_layer(self) -> None:
@@ -66,19 +66,19 @@ class TestSelection:
 
     @pytest.mark.parametrize(("rule", "rank"), [(st.Rank(2), 2), (st.Ratio(0.29), 4), (st.Ratio(0.01), 1)])
     def test_rules_give_ranks(self, rule: Any, rank: int) -> None:
-        made = st.compress(small_mlp(), rule, example_inputs=X, include="2", allow_growth=True)
-        assert made.plan["2"].rank == rank
+        compressed = st.compress(small_mlp(), rule, example_inputs=X, include="2", allow_growth=True)
+        assert compressed.plan["2"].rank == rank
 
     def test_the_plan_counts_what_the_model_then_has(self) -> None:
         for data in (None, [X]):
             for model in (small_mlp(), small_mlp(bias=False), Double(), Tied().double(), SharedModule().double()):
                 model = model.double()
                 x = inputs(5, next(model.parameters()).shape[1])
-                made = st.compress(model, st.Rank(2), example_inputs=x, data=data and [x], keep_last=True)
-                assert made.plan.factored
-                assert made.plan.kept_cost.params == made.measurement.params
-                assert made.plan.kept_cost.macs == made.measurement.macs
-                assert made.plan.dense_cost.macs == st.measure(model, x, latency=False).macs
+                compressed = st.compress(model, st.Rank(2), example_inputs=x, data=data and [x], keep_last=True)
+                assert compressed.plan.factored
+                assert compressed.plan.kept_cost.params == compressed.measurement.params
+                assert compressed.plan.kept_cost.macs == compressed.measurement.macs
+                assert compressed.plan.dense_cost.macs == st.measure(model, x, latency=False).macs
 
 
 class TestSharing:
@@ -86,28 +86,28 @@ class TestSharing:
         model, x = Double().double(), inputs(10, 6)
         analysis = st.analyze(model, x)
         assert analysis["again"].positions.output == 20
-        made = st.compress(model, st.Ratio(1.0), example_inputs=x, data=[x], allow_growth=True)
-        torch.testing.assert_close(answer(made.model, x), answer(model, x))
+        compressed = st.compress(model, st.Ratio(1.0), example_inputs=x, data=[x], allow_growth=True)
+        torch.testing.assert_close(answer(compressed.model, x), answer(model, x))
 
     def test_tied_weights_stay_tied_and_each_place_keeps_its_own_mean(self) -> None:
         model, x = Tied().double(), inputs(40, 8)
-        made = st.compress(model, st.Rank(2), example_inputs=x, data=[x], keep_last=True)
-        one, two = made.model.first, made.model.second
-        assert one.down.weight is two.down.weight
-        assert one.up.weight is two.up.weight
-        assert one.up.bias is not two.up.bias
-        assert made.plan["second"] is made.plan["first"]
+        compressed = st.compress(model, st.Rank(2), example_inputs=x, data=[x], keep_last=True)
+        first, second = compressed.model.first, compressed.model.second
+        assert first.down.weight is second.down.weight
+        assert first.up.weight is second.up.weight
+        assert first.up.bias is not second.up.bias
+        assert compressed.plan["second"] is compressed.plan["first"]
         seen = {}
-        for name, net in (("dense", model), ("small", made.model)):
+        for name, net in (("dense", model), ("small", compressed.model)):
             net.first.register_forward_hook(lambda _m, _i, out, key=name: seen.update({key: out}))
             answer(net, x)
         torch.testing.assert_close(seen["small"].mean(dim=0), seen["dense"].mean(dim=0))
 
     def test_one_layer_under_two_names_becomes_one_layer_under_two_names(self) -> None:
-        made = st.compress(SharedModule().double(), st.Rank(2), example_inputs=inputs(5, 8), keep_last=True)
-        assert isinstance(made.model.one, st.LowRankLinear)
-        assert made.model.one is made.model.other
-        merged = st.merge(made.model)
+        compressed = st.compress(SharedModule().double(), st.Rank(2), example_inputs=inputs(5, 8), keep_last=True)
+        assert isinstance(compressed.model.one, st.LowRankLinear)
+        assert compressed.model.one is compressed.model.other
+        merged = st.merge(compressed.model)
         assert merged.one is merged.other
 
     def test_merging_keeps_ties(self) -> None:
@@ -115,35 +115,35 @@ class TestSharing:
         assert merged.first.weight is merged.second.weight
 
     def test_a_weight_shared_with_an_embedding_stays_dense(self) -> None:
-        made = st.compress(WordModel(), st.Rank(2), example_inputs=torch.arange(5))
-        assert made.plan["hidden"].form == "linear"
-        assert made.plan["out"].form == "dense"
-        assert "embed (Embedding)" in made.plan["out"].reason
-        assert made.model.out.weight is made.model.embed.weight
+        compressed = st.compress(WordModel(), st.Rank(2), example_inputs=torch.arange(5))
+        assert compressed.plan["hidden"].form == "linear"
+        assert compressed.plan["out"].form == "dense"
+        assert "embed (Embedding)" in compressed.plan["out"].reason
+        assert compressed.model.out.weight is compressed.model.embed.weight
 
     def test_a_tie_to_a_layer_that_is_left_out_keeps_both_dense(self) -> None:
-        made = st.compress(Tied().double(), st.Rank(2), example_inputs=inputs(5, 8), exclude="second")
-        assert made.plan["first"].form == "dense"
-        assert "shares its weight with second" in made.plan["first"].reason
+        compressed = st.compress(Tied().double(), st.Rank(2), example_inputs=inputs(5, 8), exclude="second")
+        assert compressed.plan["first"].form == "dense"
+        assert "shares its weight with second" in compressed.plan["first"].reason
 
 
-class TestKeptDense:
+class TestLayersThatStayDense:
     def test_attention_reads_its_weights_itself_and_the_feed_forward_layers_are_factored(self) -> None:
         torch.manual_seed(0)
         layer = nn.TransformerEncoderLayer(16, 4, 64, batch_first=True, dtype=torch.float64)
         model, x = nn.TransformerEncoder(layer, 2).eval(), inputs(3, 5, 16)
-        made = st.compress(model, st.Ratio(1.0), example_inputs=x, data=[x], allow_growth=True)
-        assert [one.name for one in made.plan.factored] == [
+        compressed = st.compress(model, st.Ratio(1.0), example_inputs=x, data=[x], allow_growth=True)
+        assert [layer.name for layer in compressed.plan.factored] == [
             f"layers.{number}.linear{half}" for number in (0, 1) for half in (1, 2)
         ]
-        assert "nn.MultiheadAttention" in made.plan["layers.0.self_attn.out_proj"].reason
+        assert "nn.MultiheadAttention" in compressed.plan["layers.0.self_attn.out_proj"].reason
         with torch.inference_mode():  # the fused kernel of torch must not go around the factors
-            torch.testing.assert_close(made.model(x), model(x))
-            made.model.layers[0].linear1.up.bias.fill_(torch.inf)
-            assert not made.model(x).isfinite().all()
-        assert st.merge(made.model).layers[0].activation_relu_or_gelu == 1
+            torch.testing.assert_close(compressed.model(x), model(x))
+            compressed.model.layers[0].linear1.up.bias.fill_(torch.inf)
+            assert not compressed.model(x).isfinite().all()
+        assert st.merge(compressed.model).layers[0].activation_relu_or_gelu == 1
 
-    def test_reasons(self) -> None:
+    def test_the_plan_gives_the_reason(self) -> None:
         class Own(nn.Linear):
             def forward(self, x: Tensor) -> Tensor:
                 return super().forward(x)
@@ -159,8 +159,8 @@ class TestKeptDense:
         model[4].register_forward_hook(lambda *_: None)
         model.unused = nn.Linear(3, 3)
         model.forward = lambda x: nn.Sequential(*list(model)[:-1])(x)  # type: ignore[method-assign]
-        made = st.compress(model, st.Rank(2), example_inputs=inputs(2, 1, 4, 4))
-        reasons = [made.plan[name].reason for name in ("0", "2", "3", "4", "unused")]
+        compressed = st.compress(model, st.Rank(2), example_inputs=inputs(2, 1, 4, 4))
+        reasons = [compressed.plan[name].reason for name in ("0", "2", "3", "4", "unused")]
         for reason, part in zip(
             reasons, ("would not be smaller", "subclass", "parametrised", "hooks", "not called"), strict=True
         ):
@@ -179,34 +179,34 @@ class TestNothingIsTouched:
         model[1].eval()
         before, flags = state(model), [module.training for module in model.modules()]
         random = torch.get_rng_state()
-        made = st.compress(model, st.Rank(2), example_inputs=X, data=[X])
-        st.measure(made.model, X, reference=model, rounds=5)
+        compressed = st.compress(model, st.Rank(2), example_inputs=X, data=[X])
+        st.measure(compressed.model, X, reference=model, rounds=5)
         assert same_state(model, before)
         assert [module.training for module in model.modules()] == flags
         assert torch.equal(torch.get_rng_state(), random)
         assert torch.is_grad_enabled()
-        assert made.model.training
-        assert made.model[0].training
-        assert made.model[0].down.training
+        assert compressed.model.training
+        assert compressed.model[0].training
+        assert compressed.model[0].down.training
 
     def test_the_copy_shares_no_memory_with_the_input(self) -> None:
         model = small_mlp()
-        made = st.compress(model, st.Rank(2), example_inputs=X, include="0")
+        compressed = st.compress(model, st.Rank(2), example_inputs=X, include="0")
         mine = {tensor.data_ptr() for tensor in model.state_dict().values()}
-        assert not mine & {tensor.data_ptr() for tensor in made.model.state_dict().values()}
+        assert not mine & {tensor.data_ptr() for tensor in compressed.model.state_dict().values()}
 
     def test_inplace_changes_and_returns_the_model_itself(self) -> None:
         model = small_mlp()
-        made = st.compress(model, st.Rank(2), example_inputs=X, inplace=True)
-        assert made.model is model
+        compressed = st.compress(model, st.Rank(2), example_inputs=X, inplace=True)
+        assert compressed.model is model
         assert isinstance(model[0], st.LowRankLinear)
 
     def test_a_frozen_weight_gives_frozen_factors(self) -> None:
         model = small_mlp()
         model[0].weight.requires_grad_(False)
-        made = st.compress(model, st.Rank(2), example_inputs=X)
-        assert not made.model[0].down.weight.requires_grad
-        assert made.model[2].down.weight.requires_grad
+        compressed = st.compress(model, st.Rank(2), example_inputs=X)
+        assert not compressed.model[0].down.weight.requires_grad
+        assert compressed.model[2].down.weight.requires_grad
 
 
 def broken(value: float) -> nn.Sequential:
@@ -304,8 +304,8 @@ def test_factors_that_overflow_half_precision_are_refused_before_anything_change
     with torch.no_grad():
         model[0].weight.fill_(60000.0)
     before = state(model)
-    made = st.compress(model, st.Rank(1), example_inputs=torch.zeros(1, 64).half())
-    assert all(tensor.isfinite().all() for tensor in made.model.state_dict().values())
+    compressed = st.compress(model, st.Rank(1), example_inputs=torch.zeros(1, 64).half())
+    assert all(tensor.isfinite().all() for tensor in compressed.model.state_dict().values())
     assert same_state(model, before)
 
 
@@ -325,13 +325,13 @@ class TestDegenerate:
         ids=lambda case: case[0],
     )
     @pytest.mark.parametrize("rule", [st.Rank(3), st.Energy(0.9), st.Ratio(0.3)], ids=str)
-    def test_inputs(self, x: tuple[str, Tensor], rule: Any) -> None:
+    def test_degenerate_inputs(self, x: tuple[str, Tensor], rule: Any) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             model = small_mlp()
-            made = st.compress(model, rule, example_inputs=x[1], data=[x[1]], keep_last=True, allow_growth=True)
-            assert answer(made.model, x[1]).isfinite().all()
-            assert answer(made.model, X).isfinite().all()
+            compressed = st.compress(model, rule, example_inputs=x[1], data=[x[1]], keep_last=True, allow_growth=True)
+            assert answer(compressed.model, x[1]).isfinite().all()
+            assert answer(compressed.model, X).isfinite().all()
 
     def test_one_sample_falls_back_to_the_plain_metric_and_still_meets_the_sample(self) -> None:
         model, x = nn.Sequential(small_mlp()[0], nn.Identity()), inputs(1, 12)
@@ -347,20 +347,20 @@ class TestDegenerate:
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.zero_()
-        made = st.compress(model, rule, example_inputs=X, data=data, keep_last=True)
-        assert torch.equal(answer(made.model, X), answer(model, X))
-        assert made.plan["0"].predicted_error == 0
+        compressed = st.compress(model, rule, example_inputs=X, data=data, keep_last=True)
+        assert torch.equal(answer(compressed.model, X), answer(model, X))
+        assert compressed.plan["0"].predicted_error == 0
 
 
 class TestPlanAndData:
     def test_a_plan_goes_through_a_file_and_gives_the_same_model(self, tmp_path: Path) -> None:
         model = small_mlp()
-        one = st.compress(model, st.Energy(0.8), example_inputs=X, data=[X], keep_last=True)
-        plan = st.Plan.load(one.plan.save(tmp_path / "plan.json"))
-        assert plan == one.plan
-        two = st.compress(model, plan, example_inputs=X, data=[X])
-        assert same_state(two.model, state(one.model))
-        assert two.plan == one.plan
+        first = st.compress(model, st.Energy(0.8), example_inputs=X, data=[X], keep_last=True)
+        plan = st.Plan.load(first.plan.save(tmp_path / "plan.json"))
+        assert plan == first.plan
+        again = st.compress(model, plan, example_inputs=X, data=[X])
+        assert same_state(again.model, state(first.model))
+        assert again.plan == first.plan
 
     def test_an_edited_rank_is_taken_and_its_numbers_are_made_anew(self, tmp_path: Path) -> None:
         model = small_mlp()
@@ -368,11 +368,11 @@ class TestPlanAndData:
         path.write_text(
             path.read_text().replace('"rank": 3,\n      "full_rank": 12', '"rank": 5,\n      "full_rank": 12')
         )
-        made = st.compress(model, st.Plan.load(path), example_inputs=X)
-        assert made.model[0].rank == 5
-        assert made.plan["0"].kept.params == 5 * 28 + 16
-        assert made.plan["0"].reason == "rank 5 set by hand in the plan"
-        assert made.plan["2"].rank == 3
+        compressed = st.compress(model, st.Plan.load(path), example_inputs=X)
+        assert compressed.model[0].rank == 5
+        assert compressed.plan["0"].kept.params == 5 * 28 + 16
+        assert compressed.plan["0"].reason == "rank 5 set by hand in the plan"
+        assert compressed.plan["2"].rank == 3
 
     def test_a_plan_for_another_model_is_refused(self) -> None:
         plan = st.plan(st.analyze(small_mlp(), X), st.Rank(2))
@@ -390,13 +390,10 @@ class TestPlanAndData:
 
     def test_labels_in_the_batches_are_set_aside(self) -> None:
         model, labels = small_mlp(), torch.zeros(24)
-        one = st.compress(model, st.Rank(2), example_inputs=X, data=[X])
-        two = st.compress(model, st.Rank(2), example_inputs=X, data=[(X, labels)])
-        three = st.compress(model, st.Rank(2), example_inputs=(X,), data=[[X, labels]])
-        four = st.compress(model, st.Rank(2), example_inputs={"input": X}, data=[({"input": X}, labels)])
-        assert same_state(one.model, state(two.model))
-        assert same_state(one.model, state(three.model))
-        assert same_state(one.model, state(four.model))
+        unlabelled = st.compress(model, st.Rank(2), example_inputs=X, data=[X])
+        for example, batch in ((X, (X, labels)), ((X,), [X, labels]), ({"input": X}, ({"input": X}, labels))):
+            labelled = st.compress(model, st.Rank(2), example_inputs=example, data=[batch])
+            assert same_state(labelled.model, state(unlabelled.model))
 
     @pytest.mark.parametrize(
         "wrong", [{"rule_or_plan": st.Rank(13)}, {"rule_or_plan": st.Rank(2), "exclude": "x"}], ids=["rank", "pattern"]
@@ -407,7 +404,7 @@ class TestPlanAndData:
             st.compress(small_mlp(), **wrong, example_inputs=X, data=data)
         assert next(data) is X
 
-    def test_an_analysis_cannot_be_overruled_silently(self) -> None:
+    def test_an_analysis_and_a_selection_together_raise(self) -> None:
         model = small_mlp()
         analysis = st.analyze(model, X)
         for more in ({"keep_last": True}, {"exclude": "4"}, {"include": "2"}):
@@ -436,7 +433,7 @@ class TestPlanAndData:
             reused = st.compress(model, st.plan(analysis, st.Rank(rank)), example_inputs=X, analysis=analysis)
             assert same_state(direct.model, state(reused.model))
 
-    def test_data_with_labels_needs_to_be_said_to_calibrate(self) -> None:
+    def test_calibrate_needs_to_know_of_labels(self) -> None:
         with pytest.raises(errors.DataError, match="labels=True"):
             st.calibrate(small_mlp(), [(X, torch.zeros(24))])
         assert st.calibrate(small_mlp(), [(X, torch.zeros(24))], labels=True).batches == 1
@@ -450,14 +447,14 @@ class TestPlanAndData:
 @pytest.mark.gpu
 def test_a_model_on_a_gpu_stays_there() -> None:
     model = copy.deepcopy(small_mlp(dtype=torch.float32)).cuda()
-    made = st.compress(model, st.Rank(2), example_inputs=X.float(), data=[X.float()], keep_last=True)
-    assert all(parameter.is_cuda for parameter in made.model.parameters())
-    assert st.measure(made.model, X.float(), reference=model, rounds=5).speedup is not None
+    compressed = st.compress(model, st.Rank(2), example_inputs=X.float(), data=[X.float()], keep_last=True)
+    assert all(parameter.is_cuda for parameter in compressed.model.parameters())
+    assert st.measure(compressed.model, X.float(), reference=model, rounds=5).speedup is not None
     again = st.compress(
         small_mlp(dtype=torch.float32), st.Rank(2), example_inputs=X.float(), data=[X.float()], keep_last=True
     )
     torch.testing.assert_close(
-        answer(made.model, X.float().cuda()).cpu(), answer(again.model, X.float()), rtol=1e-3, atol=1e-3
+        answer(compressed.model, X.float().cuda()).cpu(), answer(again.model, X.float()), rtol=1e-3, atol=1e-3
     )
 
 
@@ -467,7 +464,7 @@ def feed_forward() -> nn.Sequential:
     return nn.Sequential(nn.Linear(64, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10))
 
 
-def hopeful(model: nn.Module, x: Tensor) -> tuple[st.Analysis, LatencyTable]:
+def optimistic_table(model: nn.Module, x: Tensor) -> tuple[st.Analysis, LatencyTable]:
     """A table that takes factors for no work at all, and the analysis for it."""
     known = st.analyze(model, x)
     layers = []
@@ -492,39 +489,39 @@ class TestLatency:
         monkeypatch.setenv("SPECTRIM_LATENCY", str(tmp_path))
         model, x = feed_forward(), torch.randn(32, 64)
         before, random = state(model), torch.get_rng_state()
-        told: list[str] = []
-        made = st.compress(
+        stages: list[str] = []
+        compressed = st.compress(
             model,
             st.Budget(latency=0.8, runtime=runtime, batch=64),
             example_inputs=x,
             data=[x],
             rank_multiple=multiple,
-            on_progress=lambda what, *_: told.append(what),
+            on_progress=lambda what, *_: stages.append(what),
         )
-        note = made.plan.latency
+        note = compressed.plan.latency
         assert note is not None
         assert note.verified
         assert (note.runtime, note.threads, note.batch) == (runtime, 1, 64)
         assert note.low <= note.measured <= note.high  # type: ignore[operator]
         assert same_state(model, before)
         assert torch.equal(random, torch.get_rng_state())
-        assert {"time 0", f"verify in {runtime}"} < set(told)
-        if made.refused is None:  # what the clock says is not for a test to say: either way something must hold
+        assert {"time 0", f"verify in {runtime}"} < set(stages)
+        if compressed.refused is None:  # what the clock says is not for a test to say: either way something must hold
             assert note.high < 1  # type: ignore[operator]
-            assert made.plan.factored
-            assert 0 < (made.measurement.params_ratio or 0) < 1
-            assert "fit 2" in told
+            assert compressed.plan.factored
+            assert 0 < (compressed.measurement.params_ratio or 0) < 1
+            assert "fit 2" in stages
             assert (note.measured <= 0.8 * 1.02) == (note.missed is None)  # type: ignore[operator]
         else:
-            assert torch.equal(made.model(x), model(x))
-            assert not made.plan.factored
+            assert torch.equal(compressed.model(x), model(x))
+            assert not compressed.plan.factored
 
     @pytest.mark.parametrize("inplace", [False, True])
     def test_where_nothing_is_faster_the_model_comes_back_as_it_was(self, inplace: bool) -> None:
         model, x = small_mlp(), X[:1]  # so small that a second call takes longer than all the arithmetic
-        known, table = hopeful(model, x)
+        known, table = optimistic_table(model, x)
         before, modules = state(model), list(model)
-        made = st.compress(
+        compressed = st.compress(
             model,
             st.Budget(latency=0.6),
             example_inputs=x,
@@ -533,16 +530,17 @@ class TestLatency:
             latencies=table,
             inplace=inplace,
         )
-        assert made.refused is not None
-        assert made.refused.startswith("not surely faster: measured")
-        assert not made.plan.factored
-        assert any(layer.reason == made.refused for layer in made.plan)
-        assert (made.model is model) == inplace
-        assert same_state(made.model, before)
+        assert compressed.refused is not None
+        assert compressed.refused.startswith("not surely faster: measured")
+        assert not compressed.plan.factored
+        assert any(layer.reason == compressed.refused for layer in compressed.plan)
+        assert (compressed.model is model) == inplace
+        assert same_state(compressed.model, before)
         assert list(model) == modules
-        assert made.measurement.params_ratio == made.measurement.bytes_ratio == made.measurement.macs_ratio == 1
-        again = st.compress(model, made.plan, example_inputs=x, data=[X])
-        assert again.refused == made.refused
+        measured = compressed.measurement
+        assert measured.params_ratio == measured.bytes_ratio == measured.macs_ratio == 1
+        again = st.compress(model, compressed.plan, example_inputs=x, data=[X])
+        assert again.refused == compressed.refused
         assert same_state(again.model, before)
 
     def test_a_network_whose_file_would_grow_is_left_as_it_was(self) -> None:
@@ -555,18 +553,18 @@ class TestLatency:
         assert plan.factored
         assert (plain.measurement.bytes_ratio or 0) > 1
         assert (plain.measurement.params_ratio or 1) < 1
-        made = st.compress(model, plan.model_copy(update={"latency": note}), example_inputs=x, analysis=known)
-        assert made.refused is not None
-        assert "the file would grow from" in made.refused
-        assert same_state(made.model, state(model))
+        compressed = st.compress(model, plan.model_copy(update={"latency": note}), example_inputs=x, analysis=known)
+        assert compressed.refused is not None
+        assert "the file would grow from" in compressed.refused
+        assert same_state(compressed.model, state(model))
 
     def test_a_budget_out_of_reach_is_refused(self) -> None:
         model = small_mlp()
-        known, table = hopeful(model, X)
+        known, table = optimistic_table(model, X)
         with pytest.raises(errors.RuleError, match=r"cannot be reached: (the fastest this|with all its layers)"):
             st.compress(model, st.Budget(latency=1e-6), example_inputs=X, analysis=known, latencies=table)
 
-    def test_bad_input_is_found_before_long_work(self) -> None:
+    def test_bad_input_raises_before_long_work(self) -> None:
         def data() -> Any:
             raise AssertionError("the data were read")
             yield
@@ -578,15 +576,15 @@ class TestLatency:
         with pytest.raises(errors.EngineError, match="threads=100000"):
             st.compress(model, st.Budget(latency=0.5, threads=100_000), example_inputs=X, data=data())
         with pytest.raises(errors.PlanError, match="already says which layers"):
-            st.compress(model, plan, example_inputs=X, latencies=hopeful(model, X)[1])
+            st.compress(model, plan, example_inputs=X, latencies=optimistic_table(model, X)[1])
         with pytest.raises(errors.RuleError, match=r"st\.probe"):
             st.plan(st.analyze(model, X), st.Rank(2), rank_multiple="auto")  # type: ignore[arg-type]
 
-    def test_the_step_of_the_hardware_is_probed_and_noted(self) -> None:
+    def test_the_step_of_the_hardware_is_probed_and_stands_in_the_plan(self) -> None:
         model, x = small_cnn(), inputs(2, 3, 12, 12)
-        made = st.compress(model, st.Ratio(0.3), example_inputs=x, rank_multiple="auto", allow_growth=True)
-        step = made.plan.rank_multiple or 1
+        compressed = st.compress(model, st.Ratio(0.3), example_inputs=x, rank_multiple="auto", allow_growth=True)
+        step = compressed.plan.rank_multiple or 1
         assert step in (1, 8, 16, 32)
-        for layer in made.plan.factored:
+        for layer in compressed.plan.factored:
             full = full_ranks(model.get_submodule(layer.name), layer.form)
             assert all(rank % step == 0 or rank == most for rank, most in zip(layer.ranks, full, strict=True))

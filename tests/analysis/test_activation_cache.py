@@ -1,4 +1,4 @@
-"""What is kept of a pass stands in for running it again, and changes nothing else."""
+"""Outputs that the cache keeps replace running the blocks again, and change nothing else."""
 
 import copy
 
@@ -48,16 +48,16 @@ def net() -> Net:
     return Net().eval()
 
 
-def test_a_second_pass_gives_the_same_without_running_what_is_kept() -> None:
+def test_a_second_pass_gives_the_same_without_running_the_kept_blocks() -> None:
     model, x = net(), torch.randn(4, 2, 8, 8)
     cache = ActivationCache(model, free_bytes=10**7)
-    answers = []
+    outputs = []
     for _ in range(3):
         with cache.recalling(0), torch.no_grad():
-            answers.append(model(x))
+            outputs.append(model(x))
     assert model.first.runs == model.last.runs == 1
     assert model.again.runs == 2
-    assert all(torch.equal(one, answers[0]) for one in answers)
+    assert all(torch.equal(output, outputs[0]) for output in outputs)
     assert not any("forward" in module.__dict__ for module in model.modules())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
@@ -73,7 +73,7 @@ def test_what_comes_after_the_stop_runs_anew() -> None:
     assert (model.first.runs, model.again.runs, model.last.runs) == (1, 4, 2)
 
 
-def test_batches_are_kept_apart_and_the_bytes_are_respected() -> None:
+def test_each_batch_has_its_own_outputs_and_the_bytes_suffice() -> None:
     model = net()
     batches = torch.randn(8, 2, 8, 8).split(4)
     size = 4 * 6 * 8 * 8 * 4
@@ -81,8 +81,8 @@ def test_batches_are_kept_apart_and_the_bytes_are_respected() -> None:
     for _ in range(2):
         for number, x in enumerate(batches):
             with cache.recalling(number), torch.no_grad():
-                kept = model(x)
-            torch.testing.assert_close(kept, net()(x), rtol=0, atol=0)
+                output = model(x)
+            torch.testing.assert_close(output, net()(x), rtol=0, atol=0)
     # the bytes are for one output: the first batch's first block is not run again, the second's is
     assert cache.free_bytes >= 0
     assert model.first.runs == 3
@@ -94,29 +94,29 @@ def test_an_own_forward_of_a_module_is_put_back() -> None:
     model.first.forward = lambda y: original(y) + 1
     patched = model.first.forward
     cache = ActivationCache(model, free_bytes=10**7)
-    answers = []
+    outputs = []
     for _ in range(2):
         with cache.recalling(0), torch.no_grad():
-            answers.append(model(x))
-    assert torch.equal(*answers)
+            outputs.append(model(x))
+    assert torch.equal(*outputs)
     assert model.first.forward is patched
 
 
 @pytest.mark.parametrize("share", [0.4, 0.7])
 def test_reconstruction_is_the_same_with_and_without(share: float) -> None:
     model, x = net(), torch.randn(48, 2, 8, 8, generator=torch.Generator().manual_seed(0))
-    made = []
+    states = []
     for cache_bytes in (0, 10**7):
-        kept = copy.deepcopy(model)
-        small = st.compress(kept, st.Budget(macs=share), example_inputs=x[:1], data=x.split(16), cache=cache_bytes)
+        dense = copy.deepcopy(model)
+        small = st.compress(dense, st.Budget(macs=share), example_inputs=x[:1], data=x.split(16), cache=cache_bytes)
         # its steps in place forbid gradients, so the loss metric cannot be had
         assert small.plan.metric == "activation"
-        made.append(small.model.state_dict())
-    assert made[0].keys() == made[1].keys()
-    assert all(torch.equal(one, made[1][name]) for name, one in made[0].items())
+        states.append(small.model.state_dict())
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
 
 
-def test_a_network_without_gradients_says_so_when_they_are_asked_for() -> None:
+def test_the_loss_metric_of_a_network_without_gradients_raises() -> None:
     x = torch.randn(8, 2, 8, 8)
     with pytest.raises(st.errors.SpectrimError, match=r"Net cannot be differentiated: .*activation metric"):
         st.compress(net(), st.Budget(macs=0.5), example_inputs=x[:1], data=[x], metric="loss")

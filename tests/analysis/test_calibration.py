@@ -47,9 +47,9 @@ def test_a_large_mean_does_not_swamp_a_small_variance() -> None:
 def test_leading_dimensions_are_positions() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Identity()).double()
     x = inputs(3, 5, 4)
-    one, flat = st.calibrate(model, [x]).moments["0"], st.calibrate(model, [x.flatten(0, 1)]).moments["0"]
-    assert one.count == 15
-    torch.testing.assert_close(one.covariance, flat.covariance)
+    deep, flat = st.calibrate(model, [x]).moments["0"], st.calibrate(model, [x.flatten(0, 1)]).moments["0"]
+    assert deep.count == 15
+    torch.testing.assert_close(deep.covariance, flat.covariance)
 
 
 def test_calibrating_leaves_no_trace() -> None:

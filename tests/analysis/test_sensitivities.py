@@ -1,4 +1,4 @@
-"""What the network's answer feels: sensitivities of layers, and the gradients' moments behind the loss metric."""
+"""Sensitivities of layers, and the gradients' moments behind the loss metric."""
 
 import pytest
 import torch
@@ -15,12 +15,12 @@ class Weighted(nn.Module):
     def __init__(self, *, frozen: bool = False) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.one, self.ten, self.none = (nn.Linear(12, 8) for _ in range(3))
-        self.ten.load_state_dict(self.one.state_dict())
+        self.single, self.ten, self.none = (nn.Linear(12, 8) for _ in range(3))
+        self.ten.load_state_dict(self.single.state_dict())
         self.requires_grad_(not frozen)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.one(x) + 10 * self.ten(x) + 0 * self.none(x)
+        return self.single(x) + 10 * self.ten(x) + 0 * self.none(x)
 
 
 @pytest.fixture(scope="module")
@@ -28,36 +28,36 @@ def batches() -> list[Tensor]:
     return list(torch.randn(96, 12, generator=torch.Generator().manual_seed(1)).split(16))
 
 
-def test_a_layer_that_counts_ten_times_as_much_is_felt_a_hundred_times(batches: list[Tensor]) -> None:
+def test_the_sensitivity_is_quadratic_in_a_layers_weight_in_the_sum(batches: list[Tensor]) -> None:
     model = Weighted()
     before = state(model)
     analysis = st.analyze(model, batches[0], calibration=st.calibrate(model, batches))
-    felt = st.sensitivity(model, analysis, [as_inputs(one) for one in batches]).sensitivity
-    assert felt["ten"] == pytest.approx(100 * felt["one"], rel=1e-3)
-    assert felt["none"] == 0
+    sensitivities = st.sensitivity(model, analysis, [as_inputs(batch) for batch in batches]).sensitivity
+    assert sensitivities["ten"] == pytest.approx(100 * sensitivities["single"], rel=1e-3)
+    assert sensitivities["none"] == 0
     same_state(model, before)
 
 
 def test_the_order_of_the_batches_does_not_matter(batches: list[Tensor]) -> None:
     model = Weighted()
     analysis = st.analyze(model, batches[0], calibration=st.calibrate(model, batches))
-    given = [as_inputs(one) for one in batches * 4]
-    one, other = (st.sensitivity(model, analysis, order).sensitivity for order in (given, given[::-1]))
-    assert one == pytest.approx(other, rel=1e-5)
+    data = [as_inputs(batch) for batch in batches * 4]
+    forward, backward = (st.sensitivity(model, analysis, order).sensitivity for order in (data, data[::-1]))
+    assert forward == pytest.approx(backward, rel=1e-5)
 
 
-def test_no_data_is_said(batches: list[Tensor]) -> None:
+def test_no_data_raises(batches: list[Tensor]) -> None:
     model = Weighted()
     analysis = st.analyze(model, batches[0], calibration=st.calibrate(model, batches))
     with pytest.raises(st.errors.DataError, match="no data to measure sensitivities on"):
         st.sensitivity(model, analysis, [])
 
 
-def test_room_is_not_negative(batches: list[Tensor]) -> None:
+def test_a_negative_cache_raises(batches: list[Tensor]) -> None:
     model = Weighted()
     analysis = st.analyze(model, batches[0], calibration=st.calibrate(model, batches))
     with pytest.raises(st.errors.PlanError, match="cache=-1: a number of bytes"):
-        st.sensitivity(model, analysis, [as_inputs(one) for one in batches], cache=-1)
+        st.sensitivity(model, analysis, [as_inputs(batch) for batch in batches], cache=-1)
 
 
 def test_no_more_samples_are_run_than_it_takes() -> None:
@@ -67,8 +67,8 @@ def test_no_more_samples_are_run_than_it_takes() -> None:
     analysis = st.analyze(model, x, calibration=st.calibrate(model, [x]))
     passes: list[int] = []
     model[1].register_forward_hook(lambda *_: passes.append(1))
-    st.sensitivity(model, analysis, [as_inputs(one) for one in x.split(8)])
-    # 32 samples at least: four batches for the dense answers, and four for the other layer; all would be 32 of each
+    st.sensitivity(model, analysis, [as_inputs(batch) for batch in x.split(8)])
+    # 32 samples at least: four batches for the dense outputs, and four for the other layer; all would be 32 of each
     assert 2 * 4 <= len(passes) <= 2 * 12
 
 
@@ -76,35 +76,36 @@ def test_no_more_samples_are_run_than_it_takes() -> None:
 def test_gradient_moments_scale_with_what_follows(frozen: bool, batches: list[Tensor]) -> None:
     model = Weighted(frozen=frozen)
     moments = st.calibrate(model, batches, gradients=True).moments
-    one, ten, none = (moments[name].output_grad_covariance for name in ("one", "ten", "none"))
-    assert one is not None
+    single, ten, none = (moments[name].output_grad_covariance for name in ("single", "ten", "none"))
+    assert single is not None
     assert ten is not None
     assert none is not None
-    torch.testing.assert_close(ten, 100 * one)
+    torch.testing.assert_close(ten, 100 * single)
     assert float(none.abs().max()) == 0
-    # logits are only known up to a constant, so a change of all alike is not felt
-    assert float(one.sum(dim=2).abs().max()) <= 1e-5
+    # logits are only known up to a constant, so a change of all alike has no effect
+    assert float(single.sum(dim=2).abs().max()) <= 1e-5
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_without_being_asked_no_gradients_are_taken(batches: list[Tensor]) -> None:
-    assert all(one.output_grad_covariance is None for one in st.calibrate(Weighted(), batches).moments.values())
+    moments = st.calibrate(Weighted(), batches).moments.values()
+    assert all(layer.output_grad_covariance is None for layer in moments)
 
 
-def test_the_loss_metric_prefers_what_is_felt(batches: list[Tensor]) -> None:
+def test_the_loss_metric_prefers_outputs_with_an_effect(batches: list[Tensor]) -> None:
     """Half of the outputs are thrown away: in the loss metric, a rank of half the outputs loses nothing of the rest."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(12, 8), nn.Linear(8, 6, bias=False))
     with torch.no_grad():
         model[1].weight[:, 4:] = 0
-    dense = torch.cat([model(one) for one in batches])
+    dense = torch.cat([model(batch) for batch in batches])
     error = {}
     for metric in ("activation", "loss"):
         small = st.compress(
             model, st.Rank(4), example_inputs=batches[0], data=batches, metric=metric, include="0", allow_growth=True
         )
         assert small.plan["0"].metric == metric
-        error[metric] = float((torch.cat([small.model(one) for one in batches]) - dense).square().mean().detach())
+        error[metric] = float((torch.cat([small.model(batch) for batch in batches]) - dense).square().mean().detach())
     assert error["loss"] < 0.05 * error["activation"]
 
 
@@ -117,7 +118,7 @@ def test_an_inplace_relu_after_the_layer_does_not_spoil_its_gradient(batches: li
     torch.testing.assert_close(moments[0], moments[1])
 
 
-def test_compress_refuses_negative_room_before_it_runs_the_model(batches: list[Tensor]) -> None:
+def test_a_negative_cache_raises_before_the_model_runs(batches: list[Tensor]) -> None:
     model = Weighted()
     calls: list[int] = []
     model.register_forward_hook(lambda *_: calls.append(1))

@@ -101,8 +101,8 @@ def test_weights_that_cannot_be_exchanged_have_a_spectrum_all_the_same() -> None
         np.testing.assert_allclose(analysis[name].spectra["plain"].values, expected.numpy(), atol=1e-12)
         assert reason in str(analysis[name].skip_reason)
     attention = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True))
-    found = st.analyze(attention, torch.zeros(1, 3, 8))["0.self_attn.out_proj"]
-    assert len(found.spectra["plain"]) == 8
+    projection = st.analyze(attention, torch.zeros(1, 3, 8))["0.self_attn.out_proj"]
+    assert len(projection.spectra["plain"]) == 8
 
 
 def test_a_low_precision_weight_is_analysed_in_double() -> None:

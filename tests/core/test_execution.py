@@ -1,4 +1,4 @@
-"""Running a user's model: what it may do, what is refused and by which name, and that nothing is left behind."""
+"""Running a user's model: what it may do, which errors name what, and that nothing is left behind."""
 
 import random
 from collections import namedtuple
@@ -25,7 +25,7 @@ DATA = [inputs(32, 12, seed=seed) for seed in (2, 3)]
 CPU = torch.device("cpu")
 
 
-class Noise(nn.Module):
+class RandomNoise(nn.Module):
     """Adds noise in every mode."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -89,7 +89,7 @@ def with_module(module: nn.Module) -> nn.Sequential:
 
 
 UNREPEATABLE: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "noise": (lambda: with_module(Noise()), r"first in '1\.odd' \(Noise\); turn dropout and noise off"),
+    "noise": (lambda: with_module(RandomNoise()), r"first in '1\.odd' \(RandomNoise\); turn dropout and noise off"),
     "functional dropout": (lambda: with_module(Dropping()), r"first in '1\.odd' \(Dropping\)"),
     "torch's numbers": (lambda: with_module(Drawing(lambda: float(torch.rand(())))), r"'1\.odd' \(Drawing\)"),
     "Python's numbers": (lambda: with_module(Drawing(random.random)), r"'1\.odd' \(Drawing\)"),
@@ -176,25 +176,25 @@ def writing(*, own: bool) -> Writing:
 
 class TestWritingToInputs:
     @pytest.mark.parametrize("reconstruct", [False, True])
-    def test_the_data_stay_as_they_are_and_the_result_is_that_of_a_model_that_copies(self, reconstruct: bool) -> None:
+    def test_the_data_stay_as_they_are_and_the_result_is_the_same(self, reconstruct: bool) -> None:
         example, batches = X.clone(), [batch.clone() for batch in DATA]
-        made = [
+        writes, copies = (
             st.compress(
                 writing(own=own), st.Ratio(0.4), example_inputs=example, data=batches, reconstruct=reconstruct
             ).model
             for own in (False, True)
-        ]
+        )
         assert torch.equal(example, X)
         assert all(map(torch.equal, batches, DATA))
-        assert same_state(made[0], state(made[1]))
+        assert same_state(writes, state(copies))
 
-    def test_statistics_and_accuracy(self) -> None:
+    def test_statistics_and_accuracy_are_the_same(self) -> None:
         batches = [batch.clone() for batch in DATA]
         labelled = [(batch, torch.arange(len(batch)) % 4) for batch in batches]
-        one, two = (st.calibrate(writing(own=own), batches).moments for own in (False, True))
-        for name, moments in one.items():
-            assert torch.equal(moments.covariance, two[name].covariance)
-            assert torch.equal(moments.mean, two[name].mean)
+        writes, copies = (st.calibrate(writing(own=own), batches).moments for own in (False, True))
+        for name, moments in writes.items():
+            assert torch.equal(moments.covariance, copies[name].covariance)
+            assert torch.equal(moments.mean, copies[name].mean)
         assert st.accuracy(writing(own=False), labelled) == st.accuracy(writing(own=True), labelled)
         assert all(map(torch.equal, batches, DATA))
 
@@ -297,18 +297,18 @@ def odd_layers() -> dict[str, tuple[nn.Module, str]]:
 class TestLayersThatStay:
     @pytest.mark.parametrize("name", odd_layers().keys())
     @pytest.mark.parametrize("reconstruct", [False, True])
-    def test_with_the_reason_and_as_they_are(self, name: str, reconstruct: bool) -> None:
+    def test_the_plan_gives_the_reason_and_they_stay_as_they_are(self, name: str, reconstruct: bool) -> None:
         torch.manual_seed(0)
         layer, reason = odd_layers()[name]
         model = with_module(layer.double()).eval()
         with untouched(model):
-            made = st.compress(model, st.Rank(2), example_inputs=X, data=DATA, reconstruct=reconstruct)
-        assert made.plan["1.odd"].form == "dense"
-        assert reason in made.plan["1.odd"].reason
-        assert {layer.name for layer in made.plan.factored} == {"0", "2", "4"}
-        kept = made.model.get_submodule("1.odd")
-        assert type(kept) is type(layer)
-        assert same_state(kept, state(layer))
+            compressed = st.compress(model, st.Rank(2), example_inputs=X, data=DATA, reconstruct=reconstruct)
+        assert compressed.plan["1.odd"].form == "dense"
+        assert reason in compressed.plan["1.odd"].reason
+        assert {layer.name for layer in compressed.plan.factored} == {"0", "2", "4"}
+        copied = compressed.model.get_submodule("1.odd")
+        assert type(copied) is type(layer)
+        assert same_state(copied, state(layer))
 
     def test_in_place_they_are_the_very_same_modules(self) -> None:
         for layer, _ in odd_layers().values():
@@ -322,9 +322,9 @@ class TestLayersThatStay:
         model, fired = small_mlp(), []
         model[2].register_forward_hook(lambda *_: fired.append("layer"))
         model.register_forward_hook(lambda *_: fired.append("model"))
-        made = st.compress(model, st.Rank(2), example_inputs=X, data=DATA, reconstruct=reconstruct)
-        assert "hooks" in made.plan["2"].reason
-        for network in (model, made.model):
+        compressed = st.compress(model, st.Rank(2), example_inputs=X, data=DATA, reconstruct=reconstruct)
+        assert "hooks" in compressed.plan["2"].reason
+        for network in (model, compressed.model):
             fired.clear()
             network(X)
             assert fired == ["layer", "model"]
@@ -349,12 +349,11 @@ class TestLayersThatStay:
                 return self.body(x)
 
         model = Body()
-        made = st.compress(model, st.Rank(2), example_inputs=X, data=DATA)
-        assert made.plan["body.1.odd"].reason == "Whole layers are not factored"
-        assert (
-            "weight is not an ordinary floating-point parameter (Parameter int8 on cpu)" in made.plan["unused"].reason
-        )
-        assert made.model.body[1].odd.weight.dtype == torch.int8
+        compressed = st.compress(model, st.Rank(2), example_inputs=X, data=DATA)
+        assert compressed.plan["body.1.odd"].reason == "Whole layers are not factored"
+        reason = compressed.plan["unused"].reason
+        assert "weight is not an ordinary floating-point parameter (Parameter int8 on cpu)" in reason
+        assert compressed.model.body[1].odd.weight.dtype == torch.int8
 
     def test_a_tensor_of_another_kind(self) -> None:
         class Marked(Tensor):
@@ -407,8 +406,8 @@ class TestWithoutValues:
             st.compress(model, st.Rank(2), example_inputs=X)
 
     def test_costs_can_be_counted_all_the_same(self) -> None:
-        found = st.measure(small_mlp().to("meta"), X, latency=False)
-        assert found.macs == st.measure(small_mlp(), X, latency=False).macs
+        measured = st.measure(small_mlp().to("meta"), X, latency=False)
+        assert measured.macs == st.measure(small_mlp(), X, latency=False).macs
 
     def test_a_lazy_model_stays_lazy(self) -> None:
         model = nn.Sequential(nn.LazyLinear(16), nn.ReLU(), nn.LazyLinear(4)).double()
@@ -454,9 +453,9 @@ class TestData:
                 return self.small(y) if len(x) < 30 else y
 
         model = Forked()
-        made = st.compress(model, st.Rank(1), example_inputs=X, data=DATA, reconstruct=reconstruct)
-        assert made.plan["small"].reason == "the calibration data did not reach it"
-        assert same_state(made.model.small, state(model.small))
+        compressed = st.compress(model, st.Rank(1), example_inputs=X, data=DATA, reconstruct=reconstruct)
+        assert compressed.plan["small"].reason == "the calibration data did not reach it"
+        assert same_state(compressed.model.small, state(model.small))
 
     @pytest.mark.parametrize("reconstruct", [False, True])
     def test_layers_that_see_rows_chosen_by_value(self, reconstruct: bool) -> None:
@@ -473,9 +472,9 @@ class TestData:
                 y[chosen] = self.expert(y[chosen])
                 return y
 
-        made = st.compress(Expert(), st.Rank(1), example_inputs=X, data=DATA, reconstruct=reconstruct)
-        assert made.plan["expert"].form == "linear"
-        assert made.model(X).isfinite().all()
+        compressed = st.compress(Expert(), st.Rank(1), example_inputs=X, data=DATA, reconstruct=reconstruct)
+        assert compressed.plan["expert"].form == "linear"
+        assert compressed.model(X).isfinite().all()
 
 
 class Odd(nn.Module):
@@ -505,10 +504,10 @@ def test_unusual_ways_to_call_layers(reconstruct: bool) -> None:
     torch.manual_seed(0)
     model = Odd()
     with untouched(model):
-        made = st.compress(model, st.Rank(2), example_inputs=X, data=DATA, reconstruct=reconstruct)
-    assert made.plan["unused"].reason == "unused is not called by the model"
-    assert {layer.name for layer in made.plan.factored} >= {"first", "second", "last", "up"}
-    assert made.model(X).shape == (24, 12)
+        compressed = st.compress(model, st.Rank(2), example_inputs=X, data=DATA, reconstruct=reconstruct)
+    assert compressed.plan["unused"].reason == "unused is not called by the model"
+    assert {layer.name for layer in compressed.plan.factored} >= {"first", "second", "last", "up"}
+    assert compressed.model(X).shape == (24, 12)
     assert trace(model, as_inputs(X)).calls == dict.fromkeys(("first", "second", "conv", "up", "last"), 1)
 
 
@@ -523,9 +522,9 @@ def test_a_forward_pass_in_inference_mode(reconstruct: bool) -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.body(x)
 
-    made = st.compress(Served(), st.Rank(2), example_inputs=X, data=DATA, reconstruct=reconstruct)
-    assert made.model(X).isfinite().all()
-    assert not any(parameter.is_inference() for parameter in made.model.parameters())
+    compressed = st.compress(Served(), st.Rank(2), example_inputs=X, data=DATA, reconstruct=reconstruct)
+    assert compressed.model(X).isfinite().all()
+    assert not any(parameter.is_inference() for parameter in compressed.model.parameters())
 
 
 def test_an_error_inside_the_model_is_one_line_that_names_the_inputs() -> None:

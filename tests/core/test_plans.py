@@ -19,8 +19,8 @@ def plan() -> st.Plan:
 
 @pytest.mark.parametrize("rule", [st.Rank(2), st.Ratio(0.5), st.Energy(0.75)], ids=str)
 def test_a_plan_survives_its_file(tmp_path: Path, rule: st.Rank | st.Ratio | st.Energy) -> None:
-    made = st.plan(st.analyze(small_mlp(), X, exclude="4"), rule)
-    assert st.Plan.load(made.save(tmp_path / "folders" / "plan.json")) == made
+    saved = st.plan(st.analyze(small_mlp(), X, exclude="4"), rule)
+    assert st.Plan.load(saved.save(tmp_path / "folders" / "plan.json")) == saved
 
 
 NOTE = LatencyNote(
@@ -37,21 +37,21 @@ NOTE = LatencyNote(
 
 def test_a_plan_of_latency_survives_its_file(tmp_path: Path) -> None:
     rule = st.Budget(latency=0.6, runtime="onnxruntime")
-    made = plan().model_copy(update={"rule": rule, "latency": NOTE, "rank_multiple": 16})
-    again = st.Plan.load(made.save(tmp_path / "plan.json"))
-    assert again == made
+    saved = plan().model_copy(update={"rule": rule, "latency": NOTE, "rank_multiple": 16})
+    again = st.Plan.load(saved.save(tmp_path / "plan.json"))
+    assert again == saved
     assert again.latency is not None
     assert again.latency.verified
     assert not NOTE.model_copy(update={"measured": None}).verified
 
 
 def test_plans_of_earlier_versions_are_read(tmp_path: Path) -> None:
-    made = st.plan(st.analyze(small_mlp(), X), st.Budget(params=0.7))
-    path = made.save(tmp_path / "plan.json")
+    saved = st.plan(st.analyze(small_mlp(), X), st.Budget(params=0.7))
+    path = saved.save(tmp_path / "plan.json")
     written = json.loads(path.read_text())
     assert written["rule"] == {"params": 0.7, "rule": "budget"}
     assert set(written) == {"version", "rule", "metric", "layers"}
-    assert st.Plan.load(path) == made
+    assert st.Plan.load(path) == saved
 
 
 @pytest.mark.parametrize(
@@ -73,13 +73,13 @@ def test_a_budget_edited_into_nonsense_is_one_clear_error(
 
 
 def test_a_plan_reads_like_a_list_of_layers() -> None:
-    made = plan()
-    assert [layer.name for layer in made] == ["0", "2", "4"]
-    assert len(made) == 3
-    assert made["2"].rank == 3
-    assert made.kept_cost.params < made.dense_cost.params
+    saved = plan()
+    assert [layer.name for layer in saved] == ["0", "2", "4"]
+    assert len(saved) == 3
+    assert saved["2"].rank == 3
+    assert saved.kept_cost.params < saved.dense_cost.params
     with pytest.raises(KeyError, match="it has 0, 2, 4"):
-        made["5"]
+        saved["5"]
 
 
 EDITS = {
@@ -87,7 +87,6 @@ EDITS = {
     "empty": (lambda text: "", "Invalid JSON"),
     "rank 0": (lambda text: text.replace('"rank": 3', '"rank": 0'), "greater than or equal to 1"),
     "rank above full": (lambda text: text.replace('"rank": 3', '"rank": 99'), "above its full rank"),
-    "unknown form": (lambda text: text.replace('"form": "linear"', '"form": "conical"'), "form"),
     "misspelt field": (lambda text: text.replace('"reason"', '"raeson"'), "raeson"),
     "dense with a rank": (lambda text: text.replace('"form": "linear"', '"form": "dense"'), "neither rank nor metric"),
     "a rank without a metric": (lambda text: text.replace('      "metric": "plain",\n', ""), "needs a rank"),
@@ -109,6 +108,13 @@ def test_a_damaged_plan_is_one_clear_error(tmp_path: Path, edit: object, message
         st.Plan.load(path)
     assert "plan.json" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_form_that_does_not_exist_is_an_error_once_the_plan_is_applied(tmp_path: Path) -> None:
+    path = plan().save(tmp_path / "plan.json")
+    path.write_text(path.read_text().replace('"form": "linear"', '"form": "conical"', 1))
+    with pytest.raises(errors.PlanError, match=r"in the conical form; a Linear .* has linear"):
+        st.compress(small_mlp(), st.Plan.load(path), example_inputs=X)
 
 
 def test_missing_binary_and_unwritable(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Run by `torchrun` in each of two processes; the main one writes what came out, as safetensors."""
+"""Run by `torchrun` in each of two processes; the main one writes the results, as safetensors."""
 
 import sys
 
@@ -36,20 +36,21 @@ def network() -> nn.Module:
 
 def batches(sizes: tuple[int, ...] = (7, 4, 6, 5, 8)) -> list[Tensor]:
     """Only the second batch reaches the middle layer, so only one process sees it."""
-    made = [torch.randn(size, 2, 5, 5, generator=torch.Generator().manual_seed(size)) + 0.5 for size in sizes]
-    for number, batch in enumerate(made):
+    drawn = [torch.randn(size, 2, 5, 5, generator=torch.Generator().manual_seed(size)) + 0.5 for size in sizes]
+    for number, batch in enumerate(drawn):
         batch[0, 0, 0, 0] = 1.0 if number == 1 else -1.0
-    return made
+    return drawn
 
 
 def statistics(calibration: st.Calibration) -> dict[str, Tensor]:
-    found = {"batches": torch.tensor(calibration.batches)}
-    for name, one in calibration.moments.items():
-        found |= {f"{name}.count": torch.tensor(one.count), f"{name}.mean": one.mean, f"{name}.cov": one.covariance}
-        found |= {f"{name}.rounding_tolerance": torch.tensor(one.rounding_tolerance)} | (
-            {} if one.output_grad_covariance is None else {f"{name}.output_grad_covariance": one.output_grad_covariance}
-        )
-    return {name: tensor.contiguous() for name, tensor in found.items()}
+    tensors = {"batches": torch.tensor(calibration.batches)}
+    for name, moments in calibration.moments.items():
+        tensors |= {f"{name}.count": torch.tensor(moments.count), f"{name}.mean": moments.mean}
+        tensors |= {f"{name}.cov": moments.covariance}
+        tensors |= {f"{name}.rounding_tolerance": torch.tensor(moments.rounding_tolerance)}
+        if moments.output_grad_covariance is not None:
+            tensors[f"{name}.output_grad_covariance"] = moments.output_grad_covariance
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
 def student() -> nn.Module:
@@ -107,7 +108,7 @@ def stopped(path: str, accelerator: Accelerator) -> None:
     raise AssertionError("it was not interrupted")
 
 
-def refused(accelerator: Accelerator) -> str:
+def error_of_a_small_batch(accelerator: Accelerator) -> str:
     """What is said of a batch with fewer samples than processes."""
     try:
         st.finetune(student(), [(torch.randn(1, 2, 5, 5), torch.tensor([0]))], epochs=1, accelerator=accelerator)
@@ -121,17 +122,17 @@ def main() -> None:
     accelerator = Accelerator(cpu=True)
     assert accelerator.num_processes == 2
     out = sys.argv[1]
-    found = statistics(st.calibrate(network(), batches(), gradients=True, accelerator=accelerator))
+    results = statistics(st.calibrate(network(), batches(), gradients=True, accelerator=accelerator))
     trained = tuned(accelerator=accelerator)
-    found |= {f"tuned.{name}": tensor.contiguous() for name, tensor in trained.model.state_dict().items()}
-    found["curve"] = torch.tensor([[one.loss, one.held_out or 0.0] for one in trained.history]).double()
+    results |= {f"tuned.{name}": tensor.contiguous() for name, tensor in trained.model.state_dict().items()}
+    results["curve"] = torch.tensor([[epoch.loss, epoch.held_out or 0.0] for epoch in trained.history]).double()
     checkpoint = f"{out}.unfinished"
     stopped(checkpoint, accelerator)
     again = tuned(checkpoint, accelerator=accelerator)
-    found |= {f"resumed.{name}": tensor.contiguous() for name, tensor in again.model.state_dict().items()}
-    message = refused(accelerator)
+    results |= {f"resumed.{name}": tensor.contiguous() for name, tensor in again.model.state_dict().items()}
+    message = error_of_a_small_batch(accelerator)
     if accelerator.is_main_process:
-        save_file(found, out, metadata={"refused": message})
+        save_file(results, out, metadata={"refused": message})
     accelerator.end_training()
 
 

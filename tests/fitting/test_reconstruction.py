@@ -1,4 +1,4 @@
-"""Sequential reconstruction: what the network answers gets better, what was left out stays, order does not matter."""
+"""Sequential reconstruction: outputs get better, layers that are left out stay, order does not matter."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -19,14 +19,14 @@ class TwoInputs(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.left, self.right = nn.Linear(10, 16), nn.Linear(6, 16)
+        self.main, self.side = nn.Linear(10, 16), nn.Linear(6, 16)
         self.deep, self.last = nn.Linear(16, 16), nn.Linear(16, 4)
         self.double()
 
     def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
-        y = torch.relu(self.left(x))
+        y = torch.relu(self.main(x))
         if z is not None:
-            y = y + torch.relu(self.right(z))
+            y = y + torch.relu(self.side(z))
         return self.last(torch.relu(self.deep(y)) + y)
 
 
@@ -36,7 +36,7 @@ def seeded(build: Callable[[], nn.Module]) -> nn.Module:
 
 
 def singles(x: Tensor) -> list[Batch]:
-    return [(one,) for one in x.split(16)]
+    return [(part,) for part in x.split(16)]
 
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], list[Batch]]] = {
@@ -53,17 +53,17 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], list[Batch]]] = {
 EVERY = pytest.mark.parametrize(("build", "data"), NETWORKS.values(), ids=NETWORKS.keys())
 
 
-def answer(model: nn.Module, *args: Tensor) -> Tensor:
+def output_of(model: nn.Module, *args: Tensor) -> Tensor:
     with torch.no_grad():
         y: Tensor = model(*args)
     return y
 
 
-def answers(model: nn.Module, data: list[Batch]) -> Tensor:
-    return torch.cat([answer(model, *batch) for batch in data])
+def outputs_on(model: nn.Module, data: list[Batch]) -> Tensor:
+    return torch.cat([output_of(model, *batch) for batch in data])
 
 
-def compressed(
+def compress(
     model: nn.Module, data: list[Batch], *, again: bool = True, share: float = 0.35, cache: int | None = None
 ) -> st.Compressed:
     forms = ("spatial", "channel")
@@ -72,33 +72,33 @@ def compressed(
 
 
 @EVERY
-def test_the_answers_are_nearer_to_the_dense_ones(build: Callable[[], nn.Module], data: list[Batch]) -> None:
+def test_the_outputs_are_nearer_to_the_dense_ones(build: Callable[[], nn.Module], data: list[Batch]) -> None:
     model = build()
     before, flags = state(model), [module.training for module in model.modules()]
     random = torch.get_rng_state()
-    wanted = answers(model, data)
+    expected = outputs_on(model, data)
     errors = {}
     for again in (False, True):
-        made = compressed(model, data, again=again)
-        assert made.plan.factored
-        got = answers(made.model, data)
+        small = compress(model, data, again=again)
+        assert small.plan.factored
+        got = outputs_on(small.model, data)
         assert got.isfinite().all()
-        errors[again] = float((got - wanted).square().mean())
+        errors[again] = float((got - expected).square().mean())
     assert errors[True] < errors[False]
     assert same_state(model, before)
     assert [module.training for module in model.modules()] == flags
     assert torch.equal(torch.get_rng_state(), random)
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in made.model.modules())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in small.model.modules())
 
 
 @EVERY
 def test_at_full_rank_nothing_changes(build: Callable[[], nn.Module], data: list[Batch]) -> None:
     model = build()
-    made = st.compress(
+    small = st.compress(
         model, st.Ratio(1.0), example_inputs=data[0], data=data, reconstruct=True, allow_growth=True
     ).model
-    wanted = answers(model, data)
-    assert float((answers(made, data) - wanted).abs().max()) <= 1e-6 * float(wanted.abs().max())
+    expected = outputs_on(model, data)
+    assert float((outputs_on(small, data) - expected).abs().max()) <= 1e-6 * float(expected.abs().max())
 
 
 @pytest.mark.parametrize("form", ["channel", "spatial", "tucker2"])
@@ -106,14 +106,14 @@ def test_at_full_rank_nothing_changes(build: Callable[[], nn.Module], data: list
 def test_a_single_layer_is_as_good_as_its_own_fit(form: str, rank: int) -> None:
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Conv2d(5, 8, 3, stride=2, padding=1), nn.Identity()).double(), inputs(40, 5, 9, 9)
-    wanted = answer(model, x)
+    expected = output_of(model, x)
     errors = []
     for again in (False, True):
-        made = st.compress(
+        small = st.compress(
             model, st.Rank(rank), example_inputs=x, data=x.split(8), forms=(form,), reconstruct=again, allow_growth=True
         )
-        assert made.plan["0"].form == form
-        errors.append(float((answer(made.model, x) - wanted).square().mean()))
+        assert small.plan["0"].form == form
+        errors.append(float((output_of(small.model, x) - expected).square().mean()))
     assert errors[1] <= (1 + 1e-6) * errors[0]
 
 
@@ -121,59 +121,61 @@ def test_a_single_layer_is_as_good_as_its_own_fit(form: str, rank: int) -> None:
 def test_the_order_of_the_batches_changes_nothing_beyond_rounding(name: str) -> None:
     build, data = NETWORKS[name]
     model = build()
-    one, other = (compressed(model, each).model for each in (data, data[::-1]))
-    wanted = answers(one, data)
-    torch.testing.assert_close(answers(other, data), wanted, rtol=0, atol=1e-4 * float(wanted.abs().max()))
+    forward, backward = (compress(model, order).model for order in (data, data[::-1]))
+    expected = outputs_on(forward, data)
+    torch.testing.assert_close(outputs_on(backward, data), expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("name", ["cnn", "residual", "called twice", "tied", "two inputs"])
 def test_little_memory_gives_the_same_model(name: str) -> None:
     build, data = NETWORKS[name]
     model = build()
-    wanted = compressed(model, data).model
-    found = state(compressed(model, data, cache=0).model)
-    for key, tensor in state(wanted).items():
-        torch.testing.assert_close(found[key], tensor, rtol=1e-9, atol=1e-12)
+    expected = compress(model, data).model
+    uncached = state(compress(model, data, cache=0).model)
+    for key, tensor in state(expected).items():
+        torch.testing.assert_close(uncached[key], tensor, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("rule", [st.Ratio(0.3), st.Budget(macs=0.8)], ids=str)
 def test_layers_that_are_left_out_stay_bit_identical(rule: st.Ratio | st.Budget) -> None:
     model, x = small_cnn(), inputs(32, 3, 12, 12)
-    made = st.compress(
+    small = st.compress(
         model, rule, example_inputs=x, data=x.split(8), exclude=["2", "8"], keep_last=True, reconstruct=True
     )
     for name in ("2", "8", "12"):
-        assert same_state(made.model.get_submodule(name), state(model.get_submodule(name)))
-    assert made.plan.factored
+        assert same_state(small.model.get_submodule(name), state(model.get_submodule(name)))
+    assert small.plan.factored
 
 
 def test_a_plan_keeps_what_was_left_out(tmp_path: Path) -> None:
     model, x = small_cnn(), inputs(32, 3, 12, 12)
-    one = st.compress(model, st.Budget(macs=0.8), example_inputs=x, data=x.split(8), exclude=["2", "8"], keep_last=True)
-    plan = st.Plan.load(one.plan.save(tmp_path / "plan.json"))
-    two = st.compress(model, plan, example_inputs=x, data=x.split(8))
+    first = st.compress(
+        model, st.Budget(macs=0.8), example_inputs=x, data=x.split(8), exclude=["2", "8"], keep_last=True
+    )
+    plan = st.Plan.load(first.plan.save(tmp_path / "plan.json"))
+    again = st.compress(model, plan, example_inputs=x, data=x.split(8))
     for name in ("2", "8", "12"):
-        assert same_state(two.model.get_submodule(name), state(model.get_submodule(name)))
-    assert same_state(two.model, state(one.model))
+        assert same_state(again.model.get_submodule(name), state(model.get_submodule(name)))
+    assert same_state(again.model, state(first.model))
 
 
-def test_a_layer_that_the_data_do_not_reach_is_no_trouble() -> None:
+def test_a_layer_that_the_data_do_not_reach_stays_as_it_is() -> None:
     model = TwoInputs()
     x, z = inputs(64, 10), inputs(64, 6, seed=2)
-    made = st.compress(
-        model, st.Ratio(0.3), example_inputs=(x, z), data=[{"x": one} for one in x.split(16)], reconstruct=True
+    small = st.compress(
+        model, st.Ratio(0.3), example_inputs=(x, z), data=[{"x": part} for part in x.split(16)], reconstruct=True
     )
-    assert "deep" in {layer.name for layer in made.plan.factored}
-    assert answer(made.model, x).isfinite().all()
-    assert answer(made.model, x, z).isfinite().all()
-    assert same_state(made.model.right, state(model.right))
+    assert "deep" in {layer.name for layer in small.plan.factored}
+    assert output_of(small.model, x).isfinite().all()
+    assert output_of(small.model, x, z).isfinite().all()
+    assert same_state(small.model.side, state(model.side))
 
 
 def test_in_place_is_the_same_model() -> None:
     build, data = NETWORKS["residual"]
-    wanted = compressed(build(), data).model
+    expected = compress(build(), data).model
     model = build()
-    made = st.compress(
+    small = st.compress(
         model,
         st.Ratio(0.35),
         example_inputs=data[0],
@@ -182,43 +184,43 @@ def test_in_place_is_the_same_model() -> None:
         forms=("spatial", "channel"),
         inplace=True,
     )
-    assert made.model is model
-    assert same_state(model, state(wanted))
+    assert small.model is model
+    assert same_state(model, state(expected))
 
 
 @EVERY
 def test_a_reconstructed_model_survives_its_file(
     build: Callable[[], nn.Module], data: list[Batch], tmp_path: Path
 ) -> None:
-    made = compressed(build(), data, share=0.3).model
-    loaded = st.load(st.save(made, tmp_path), build())
-    assert same_state(loaded, state(made))
-    assert torch.equal(answers(loaded, data), answers(made, data))
-    merged = st.merge(made)
-    torch.testing.assert_close(answers(merged, data), answers(made, data))
+    small = compress(build(), data, share=0.3).model
+    loaded = st.load(st.save(small, tmp_path), build())
+    assert same_state(loaded, state(small))
+    assert torch.equal(outputs_on(loaded, data), outputs_on(small, data))
+    merged = st.merge(small)
+    torch.testing.assert_close(outputs_on(merged, data), outputs_on(small, data))
 
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_dense_layers_are_fitted_anew_and_keep_their_build(bias: bool) -> None:
     model, x = small_cnn(bias=bias), inputs(32, 3, 12, 12)
     plan = st.plan(st.analyze(model, x, calibration=st.calibrate(model, [x]), include=["0", "2", "6"]), st.Ratio(0.3))
-    made = st.compress(model, plan, example_inputs=x, data=x.split(8), reconstruct=True)
-    kept = [layer.name for layer in made.plan if layer.form == "dense"]
-    assert kept
-    for name in kept:
-        old, new = model.get_submodule(name), made.model.get_submodule(name)
+    small = st.compress(model, plan, example_inputs=x, data=x.split(8), reconstruct=True)
+    dense = [layer.name for layer in small.plan if layer.form == "dense"]
+    assert dense
+    for name in dense:
+        old, new = model.get_submodule(name), small.model.get_submodule(name)
         assert (new.extra_repr(), new.state_dict().keys()) == (old.extra_repr(), old.state_dict().keys())
-    assert made.plan.kept_cost.params == made.measurement.params
+    assert small.plan.kept_cost.params == small.measurement.params
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_number_types_are_kept(dtype: torch.dtype) -> None:
+def test_number_types_stay(dtype: torch.dtype) -> None:
     x = inputs(48, 3, 12, 12, dtype=dtype) / 4
     model = small_cnn(dtype=dtype)
-    made = st.compress(model, st.Ratio(0.4), example_inputs=x[:2], data=x.split(12), reconstruct=True).model
-    assert {parameter.dtype for parameter in made.parameters()} == {dtype}
-    got, wanted = answer(made, x).float(), answer(model, x).float()
-    assert float((got - wanted).square().mean()) < 0.05 * float(wanted.square().mean())
+    small = st.compress(model, st.Ratio(0.4), example_inputs=x[:2], data=x.split(12), reconstruct=True).model
+    assert {parameter.dtype for parameter in small.parameters()} == {dtype}
+    got, expected = output_of(small, x).float(), output_of(model, x).float()
+    assert float((got - expected).square().mean()) < 0.05 * float(expected.square().mean())
 
 
 @pytest.mark.parametrize(
@@ -231,9 +233,9 @@ def test_number_types_are_kept(dtype: torch.dtype) -> None:
     }.items(),
     ids=lambda case: case[0],
 )
-def test_poor_data_give_finite_answers(x: tuple[str, Tensor]) -> None:
+def test_poor_data_give_finite_outputs(x: tuple[str, Tensor]) -> None:
     model = small_mlp()
-    made = st.compress(model, st.Rank(2), example_inputs=x[1], data=[x[1]], reconstruct=True).model
-    assert answer(made, x[1]).isfinite().all()
-    assert answer(made, inputs(9, 12)).isfinite().all()
-    torch.testing.assert_close(answer(made, x[1]).mean(dim=0), answer(model, x[1]).mean(dim=0))
+    small = st.compress(model, st.Rank(2), example_inputs=x[1], data=[x[1]], reconstruct=True).model
+    assert output_of(small, x[1]).isfinite().all()
+    assert output_of(small, inputs(9, 12)).isfinite().all()
+    torch.testing.assert_close(output_of(small, x[1]).mean(dim=0), output_of(model, x[1]).mean(dim=0))

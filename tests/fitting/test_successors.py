@@ -1,4 +1,4 @@
-"""What follows a layer's output is read off one pass, and claimed only where nothing else feels it."""
+"""What follows a layer's output is read off one pass, and claimed only where nothing else uses it."""
 
 import pytest
 import torch
@@ -47,7 +47,7 @@ class Uses(nn.Module):
         return self.last(b) + c[:, :2] + e[:, :2]
 
 
-def settled(model: nn.Module) -> nn.Module:
+def with_statistics(model: nn.Module) -> nn.Module:
     """With BatchNorm statistics that are not the first ones."""
     torch.manual_seed(0)
     for module in model.modules():
@@ -61,9 +61,9 @@ def settled(model: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize("inplace", [False, True])
 def test_a_residual_block_is_read(inplace: bool) -> None:
-    model = settled(nn.Sequential(Block(inplace=inplace), nn.Conv2d(8, 2, 1)))
-    found = find_successors(model, as_inputs(torch.randn(2, 3, 5, 5)), {"0.conv1", "0.conv2", "0.project", "1"})
-    kinds = {name: (one.residual, one.relu) for name, one in found.items()}
+    model = with_statistics(nn.Sequential(Block(inplace=inplace), nn.Conv2d(8, 2, 1)))
+    successors = find_successors(model, as_inputs(torch.randn(2, 3, 5, 5)), {"0.conv1", "0.conv2", "0.project", "1"})
+    kinds = {name: (successor.residual, successor.relu) for name, successor in successors.items()}
     assert kinds == {
         "0.conv1": (False, True),
         "0.conv2": (True, True),
@@ -71,45 +71,66 @@ def test_a_residual_block_is_read(inplace: bool) -> None:
         "1": (False, False),
     }
     scale = 1 / (model[0].bn2.running_var + model[0].bn2.eps).sqrt()
-    torch.testing.assert_close(found["0.conv2"].scale, scale)
-    torch.testing.assert_close(found["0.conv2"].shift, -scale * model[0].bn2.running_mean)
-    assert bool((found["0.project"].scale == 1).all())
+    torch.testing.assert_close(successors["0.conv2"].scale, scale)
+    torch.testing.assert_close(successors["0.conv2"].shift, -scale * model[0].bn2.running_mean)
+    assert bool((successors["0.project"].scale == 1).all())
 
 
 @pytest.mark.parametrize("inplace", [False, True])
 def test_a_successor_says_what_comes_out(inplace: bool) -> None:
-    model = settled(Block(inplace=inplace))
+    model = with_statistics(Block(inplace=inplace))
     x = torch.randn(2, 3, 5, 5)
-    one = find_successors(model, as_inputs(x), {"conv2"})["conv2"]
+    successor = find_successors(model, as_inputs(x), {"conv2"})["conv2"]
     seen: dict[str, Tensor] = {}
     with following(
         model,
         {"conv2"},
         on_call=lambda _, __, ___, output: seen.update(z=output.clone()),
-        on_residual=lambda _, branch: seen.update(s=branch.clone()),
+        on_residual=lambda _, __, branch: seen.update(s=branch.clone()),
     ):
-        answer = model(x.clone())
-    before = seen["z"] * one.scale[:, None, None] + one.shift[:, None, None] + seen["s"]
-    torch.testing.assert_close(functional.relu(before), answer)
+        output = model(x.clone())
+    before = seen["z"] * successor.scale[:, None, None] + successor.shift[:, None, None] + seen["s"]
+    torch.testing.assert_close(functional.relu(before), output)
 
 
 def test_uses_that_are_no_successor() -> None:
     names = {"twice", "joined", "doubled", "scaled", "broadcast", "called"}
-    found = find_successors(Uses().eval(), as_inputs(torch.randn(3, 4)), names)
-    assert "called" not in found
-    assert not any(one.residual or one.relu for one in found.values())
+    successors = find_successors(Uses().eval(), as_inputs(torch.randn(3, 4)), names)
+    assert "called" not in successors
+    assert not any(successor.residual or successor.relu for successor in successors.values())
 
 
 def test_a_whole_network_and_no_trace_left() -> None:
     model = resnet20().eval()
     hooks = [len(module._forward_hooks) for module in model.modules()]
-    found = find_successors(model, as_inputs(torch.randn(2, 3, 32, 32)), {name for name, _ in model.named_modules()})
-    assert sum(one.residual for one in found.values()) == 9
-    assert sum(one.relu for one in found.values()) == 19
+    successors = find_successors(
+        model, as_inputs(torch.randn(2, 3, 32, 32)), {name for name, _ in model.named_modules()}
+    )
+    assert sum(successor.residual for successor in successors.values()) == 9
+    assert sum(successor.relu for successor in successors.values()) == 19
     assert [len(module._forward_hooks) for module in model.modules()] == hooks
+
+
+def test_a_functional_batch_norm_is_followed_like_a_module() -> None:
+    class Functional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            norm = self.norm
+            y = functional.batch_norm(self.conv(x), norm.running_mean, norm.running_var, eps=1e-3)
+            return functional.relu(y)
+
+    model = with_statistics(Functional())
+    successor = find_successors(model, as_inputs(torch.randn(2, 3, 4, 4)), {"conv"})["conv"]
+    scale = 1 / (model.norm.running_var + 1e-3).sqrt()
+    torch.testing.assert_close(successor.scale, scale)
+    torch.testing.assert_close(successor.shift, -scale * model.norm.running_mean)
+    assert successor.relu
 
 
 def test_batch_norm_that_looks_at_the_batch_is_not_an_affine_map() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, track_running_stats=False), nn.ReLU()).eval()
-    found: Successor = find_successors(model, as_inputs(torch.randn(2, 3, 4, 4)), {"0"})["0"]
-    assert (found.residual, found.relu) == (False, False)
+    successor: Successor = find_successors(model, as_inputs(torch.randn(2, 3, 4, 4)), {"0"})["0"]
+    assert (successor.residual, successor.relu) == (False, False)

@@ -23,9 +23,9 @@ def metric_decomposition(weight: Tensor, covariance: Tensor, *, rounding_toleran
 
 def planted(values: list[float], out: int, into: int) -> Tensor:
     generator = torch.Generator().manual_seed(3)
-    left, _ = torch.linalg.qr(torch.randn(out, out, generator=generator, dtype=torch.float64))
-    right, _ = torch.linalg.qr(torch.randn(into, into, generator=generator, dtype=torch.float64))
-    return left[:, : len(values)] * torch.tensor(values, dtype=torch.float64) @ right[: len(values)]
+    U, _ = torch.linalg.qr(torch.randn(out, out, generator=generator, dtype=torch.float64))
+    V, _ = torch.linalg.qr(torch.randn(into, into, generator=generator, dtype=torch.float64))
+    return U[:, : len(values)] * torch.tensor(values, dtype=torch.float64) @ V[: len(values)]
 
 
 @pytest.mark.parametrize(("out", "into"), [(5, 9), (9, 5), (5, 5)])
@@ -38,13 +38,13 @@ def test_planted_singular_values_come_back(out: int, into: int) -> None:
 
 def test_the_error_of_groups_is_that_of_the_block_diagonal_matrix() -> None:
     blocks = torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    found = plain_decomposition(blocks)
-    np.testing.assert_allclose(linalg.spectrum(blocks).values, found.spectrum.values, atol=1e-12)
+    solved = plain_decomposition(blocks)
+    np.testing.assert_allclose(linalg.spectrum(blocks).values, solved.spectrum.values, atol=1e-12)
     whole = torch.block_diag(*blocks)
     for rank in (1, 2, 3, 4):
-        down, up = found.factors((rank,))
+        down, up = solved.factors((rank,))
         lost = torch.linalg.matrix_norm(whole - torch.block_diag(*(up @ down))) / torch.linalg.matrix_norm(whole)
-        assert float(lost) == pytest.approx(found.spectrum.error_at(rank), abs=1e-12)
+        assert float(lost) == pytest.approx(solved.spectrum.error_at(rank), abs=1e-12)
 
 
 def test_figures_of_a_known_spectrum() -> None:
@@ -69,9 +69,9 @@ def test_a_zero_spectrum_has_no_rank_and_no_error() -> None:
 
 
 def test_a_spectrum_cannot_be_changed() -> None:
-    given = np.array([2.0, 1.0])
-    spectrum = Spectrum(given)
-    given[0] = 9
+    values = np.array([2.0, 1.0])
+    spectrum = Spectrum(values)
+    values[0] = 9
     assert spectrum.values[0] == 2
     with pytest.raises(ValueError, match="read-only"):
         spectrum.values[0] = 1
@@ -99,23 +99,23 @@ def test_unseen_directions_follow_in_the_order_of_the_plain_metric() -> None:
 def test_bases_are_orthonormal_and_factors_have_equal_norms(out: int, into: int) -> None:
     weight = planted([4.0, 2.0, 1.0, 0.5, 0.25], out, into)[None]
     mix = torch.randn(1, into, into, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    for found in (
+    for solved in (
         plain_decomposition(weight),
         metric_decomposition(weight, mix @ mix.mT, rounding_tolerance=1e-12),
     ):
         identity = torch.eye(5, dtype=torch.float64)
-        torch.testing.assert_close((found.basis.mT @ found.basis)[0], identity, atol=1e-12, rtol=0)
-        down, up = balanced(found.factors((3,)))
+        torch.testing.assert_close((solved.basis.mT @ solved.basis)[0], identity, atol=1e-12, rtol=0)
+        down, up = balanced(solved.factors((3,)))
         torch.testing.assert_close(down.norm(dim=2), up.norm(dim=1))
-        torch.testing.assert_close(up @ down, found.basis[:, :, :3] @ found.basis[:, :, :3].mT @ weight)
+        torch.testing.assert_close(up @ down, solved.basis[:, :, :3] @ solved.basis[:, :, :3].mT @ weight)
 
 
 def test_balancing_keeps_the_product_and_evens_the_norms_of_a_chain() -> None:
     first, core, last = numbers(2, 3, 4, 1, 1, seed=1), numbers(2, 5, 3, 3, 2, seed=2), numbers(2, 6, 5, seed=3)
     first[0, 1], last[1, :, 4] = 0, 0  # a component that is not there stays so
-    given = (first * 1e4, core, last * 1e-3)
-    even = balanced(given)
-    torch.testing.assert_close(assembled("tucker2", even), assembled("tucker2", given))
+    uneven = (first * 1e4, core, last * 1e-3)
+    even = balanced(uneven)
+    torch.testing.assert_close(assembled("tucker2", even), assembled("tucker2", uneven))
     torch.testing.assert_close(even[1].flatten(2).norm(dim=2)[0], even[2][0].norm(dim=0))
     assert even[0].isfinite().all()
 
@@ -136,7 +136,7 @@ def spread(groups: int, n: int, *, seed: int = 5) -> Tensor:
     return basis * torch.logspace(0, -3, n, dtype=torch.float64) @ basis.mT
 
 
-def problem(shape: tuple[int, ...], metric: str, *, groups: int = 1, output: Tensor | None = None) -> Problem:
+def random_problem(shape: tuple[int, ...], metric: str, *, groups: int = 1, output: Tensor | None = None) -> Problem:
     weight = numbers(groups, *shape, seed=7)
     covariance = spread(groups, weight[0, 0].numel()) if metric == "activation" else None
     return Problem(weight, covariance, output)
@@ -152,25 +152,25 @@ def assembled(form: str, factors: Factors) -> Tensor:
     return torch.einsum(equation, *factors)
 
 
-def lost(given: Problem, form: str, factors: Factors, *, output: Tensor | None = None) -> float:
+def lost(problem: Problem, form: str, factors: Factors, *, output: Tensor | None = None) -> float:
     """The energy of what the factors miss, in the metric of the problem, by its definition."""
-    miss = (given.weight - assembled(form, factors)).flatten(2)
-    felt = miss if output is None else output @ miss
-    return float(((miss @ given.metric) * felt).sum())
+    miss = (problem.weight - assembled(form, factors)).flatten(2)
+    weighted = miss if output is None else output @ miss
+    return float(((miss @ problem.metric) * weighted).sum())
 
 
-def fitted(found: Decomposition, ranks: tuple[int, ...], *, sweeps: int = 2) -> Factors:
-    return found.factors(ranks) if isinstance(found, ChannelDecomposition) else found.factors(ranks, sweeps=sweeps)
+def fitted(solved: Decomposition, ranks: tuple[int, ...], *, sweeps: int = 2) -> Factors:
+    return solved.factors(ranks) if isinstance(solved, ChannelDecomposition) else solved.factors(ranks, sweeps=sweeps)
 
 
-def every_rank(found: Decomposition) -> list[tuple[tuple[int, ...], float]]:
+def every_rank(solved: Decomposition) -> list[tuple[tuple[int, ...], float]]:
     """Ranks and the energy that is said to be lost at them."""
-    grid = found.rank_grid(found.problem.weight.shape)
-    return [(tuple(int(rank) for rank in ranks), float(tail)) for ranks, tail in zip(grid, found.tails, strict=True)]
+    grid = solved.rank_grid(solved.problem.weight.shape)
+    return [(tuple(int(rank) for rank in ranks), float(tail)) for ranks, tail in zip(grid, solved.tails, strict=True)]
 
 
-def full(found: Decomposition) -> tuple[int, ...]:
-    return every_rank(found)[-1][0]
+def full(solved: Decomposition) -> tuple[int, ...]:
+    return every_rank(solved)[-1][0]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -180,40 +180,39 @@ def full(found: Decomposition) -> tuple[int, ...]:
 def test_the_tails_are_what_the_start_loses_and_no_sweep_loses_more(
     form: str, metric: str, groups: int, shape: tuple[int, ...]
 ) -> None:
-    given = problem(shape, metric, groups=groups)
-    found = form_named(form).decompose(given)
-    within = 1e-6 * given.total
-    for ranks, tail in every_rank(found):
-        assert lost(given, form, fitted(found, ranks, sweeps=0)) == pytest.approx(tail, abs=within)
+    problem = random_problem(shape, metric, groups=groups)
+    solved = form_named(form).decompose(problem)
+    within = 1e-6 * problem.total
+    for ranks, tail in every_rank(solved):
+        assert lost(problem, form, fitted(solved, ranks, sweeps=0)) == pytest.approx(tail, abs=within)
         before = tail
         for sweeps in (1, 2, 4) if form in ITERATED else ():
-            now = lost(given, form, fitted(found, ranks, sweeps=sweeps))
+            now = lost(problem, form, fitted(solved, ranks, sweeps=sweeps))
             assert now <= before + within
             before = now
 
 
 @pytest.mark.parametrize("form", ITERATED)
-def test_sweeps_are_worth_their_time(form: str) -> None:
-    given = problem((8, 6, 3, 3), "activation")
-    found = form_named(form).decompose(given)
+def test_two_sweeps_lower_the_error_by_a_hundredth(form: str) -> None:
+    problem = random_problem((8, 6, 3, 3), "activation")
+    solved = form_named(form).decompose(problem)
     ranks = (5,) if form == "spatial" else (3, 4)
-    start, better = (lost(given, form, fitted(found, ranks, sweeps=sweeps)) for sweeps in (0, 2))
+    start, better = (lost(problem, form, fitted(solved, ranks, sweeps=sweeps)) for sweeps in (0, 2))
     assert better < 0.99 * start
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("form", ITERATED)
-def test_the_plain_metric_is_the_identity_solved_without_it(form: str, shape: tuple[int, ...]) -> None:
-    plain = problem(shape, "plain", groups=2)
+def test_the_plain_metric_gives_what_the_identity_as_metric_gives(form: str, shape: tuple[int, ...]) -> None:
+    plain = random_problem(shape, "plain", groups=2)
     _, _, n = plain.weight.flatten(2).shape
-    given = Problem(plain.weight, torch.eye(n, dtype=torch.float64).expand(2, n, n))
-    for ranks, tail in every_rank(found := form_named(form).decompose(plain)):
-        ours, theirs = (
-            lost(plain, form, fitted(one, ranks, sweeps=4)) for one in (found, form_named(form).decompose(given))
-        )
-        assert ours <= theirs + 1e-4 * plain.total  # neither has quite come to its end after four sweeps
+    identity = Problem(plain.weight, torch.eye(n, dtype=torch.float64).expand(2, n, n))
+    closed, iterated = (form_named(form).decompose(problem) for problem in (plain, identity))
+    for ranks, tail in every_rank(closed):
+        without, within = (lost(plain, form, fitted(solved, ranks, sweeps=4)) for solved in (closed, iterated))
+        assert without <= within + 1e-4 * plain.total  # neither has quite come to its end after four sweeps
         if form == "spatial":  # the singular value decomposition of the rearranged weight, Jaderberg's second scheme
-            assert ours == pytest.approx(tail, abs=1e-9 * plain.total)
+            assert without == pytest.approx(tail, abs=1e-9 * plain.total)
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -221,25 +220,25 @@ def test_the_plain_metric_is_the_identity_solved_without_it(form: str, shape: tu
 def test_steps_in_float32_as_wide_layers_take_them_are_as_good(
     form: str, metric: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given = problem((7, 5, 3, 3), metric, groups=2)
-    found = form_named(form).decompose(given)
-    exact = {ranks: lost(given, form, fitted(found, ranks, sweeps=4)) for ranks, _ in every_rank(found)}
+    problem = random_problem((7, 5, 3, 3), metric, groups=2)
+    solved = form_named(form).decompose(problem)
+    exact = {ranks: lost(problem, form, fitted(solved, ranks, sweeps=4)) for ranks, _ in every_rank(solved)}
     monkeypatch.setattr(linalg.shared, "_WIDE", 0)
-    for ranks, tail in every_rank(found):
-        now = lost(given, form, fitted(found, ranks, sweeps=4))
-        assert now <= min(tail, 1.001 * exact[ranks]) + 1e-9 * given.total
+    for ranks, tail in every_rank(solved):
+        now = lost(problem, form, fitted(solved, ranks, sweeps=4))
+        assert now <= min(tail, 1.001 * exact[ranks]) + 1e-9 * problem.total
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_the_tails_fall_to_nothing_as_ranks_grow(form: str) -> None:
-    given = problem((7, 5, 3, 3), "activation")
-    lost = dict(every_rank(form_named(form).decompose(given)))
+    problem = random_problem((7, 5, 3, 3), "activation")
+    lost = dict(every_rank(form_named(form).decompose(problem)))
     for ranks, tail in lost.items():
         for axis in range(len(ranks)):
             smaller = tuple(rank - (place == axis) for place, rank in enumerate(ranks))
-            assert tail <= lost.get(smaller, tail) + 1e-9 * given.total
-    assert lost[max(lost)] <= 1e-9 * given.total
-    assert lost[min(lost)] > 0.1 * given.total
+            assert tail <= lost.get(smaller, tail) + 1e-9 * problem.total
+    assert lost[max(lost)] <= 1e-9 * problem.total
+    assert lost[min(lost)] > 0.1 * problem.total
 
 
 def test_a_coarse_grid_of_ranks_holds_both_ends() -> None:
@@ -268,11 +267,11 @@ def test_singular_covariances_give_finite_factors_that_are_exact_at_full_rank(fo
     weight = numbers(1, 5, 4, 3, 3)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = form_named(form).decompose(Problem(weight, covariance(36).double(), rounding_tolerance=1e-7))
-        assert np.isfinite(found.tails).all()
-        for ranks, _ in every_rank(found):
-            assert all(part.isfinite().all() for part in fitted(found, ranks))
-    torch.testing.assert_close(assembled(form, fitted(found, full(found))), weight, rtol=0, atol=1e-8)
+        solved = form_named(form).decompose(Problem(weight, covariance(36).double(), rounding_tolerance=1e-7))
+        assert np.isfinite(solved.tails).all()
+        for ranks, _ in every_rank(solved):
+            assert all(part.isfinite().all() for part in fitted(solved, ranks))
+    torch.testing.assert_close(assembled(form, fitted(solved, full(solved))), weight, rtol=0, atol=1e-8)
 
 
 @pytest.mark.parametrize("covariance", SINGULAR.values(), ids=SINGULAR.keys())
@@ -281,12 +280,12 @@ def test_steps_in_float32_survive_singular_covariances(
     form: str, covariance: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(linalg.shared, "_WIDE", 0)
-    given = Problem(numbers(1, 5, 4, 3, 3), covariance(36).double(), rounding_tolerance=1e-7)
-    found = form_named(form).decompose(given)
-    for ranks, tail in every_rank(found):
-        now = lost(given, form, fitted(found, ranks, sweeps=4))
+    problem = Problem(numbers(1, 5, 4, 3, 3), covariance(36).double(), rounding_tolerance=1e-7)
+    solved = form_named(form).decompose(problem)
+    for ranks, tail in every_rank(solved):
+        now = lost(problem, form, fitted(solved, ranks, sweeps=4))
         assert np.isfinite(now)
-        assert now <= tail + 1e-6 * given.total
+        assert now <= tail + 1e-6 * problem.total
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -295,10 +294,10 @@ def test_covariances_summed_in_single_precision_from_few_samples(form: str, seed
     rows = numbers(40, 90, seed=seed).float() @ torch.logspace(0, -3, 90).diag()
     rows = rows @ torch.linalg.qr(numbers(90, 90, seed=9))[0].float()
     covariance = (rows.T @ rows / 40).double()[None]
-    found = form_named(form).decompose(Problem(numbers(1, 12, 10, 3, 3), covariance, rounding_tolerance=5e-7))
-    assert np.isfinite(found.tails).all()
-    by_first = found.tails.reshape(len({ranks[0] for ranks, _ in every_rank(found)}), -1)
-    assert (np.diff(by_first, axis=0) <= 1e-5 * found.problem.total).all()
+    solved = form_named(form).decompose(Problem(numbers(1, 12, 10, 3, 3), covariance, rounding_tolerance=5e-7))
+    assert np.isfinite(solved.tails).all()
+    by_first = solved.tails.reshape(len({ranks[0] for ranks, _ in every_rank(solved)}), -1)
+    assert (np.diff(by_first, axis=0) <= 1e-5 * solved.problem.total).all()
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -306,11 +305,11 @@ def test_covariances_summed_in_single_precision_from_few_samples(form: str, seed
 def test_zero_weights_lose_nothing(form: str, metric: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        given = problem((4, 3, 3, 3), metric)
-        found = form_named(form).decompose(Problem(torch.zeros_like(given.weight), given.covariance))
-        assert not found.tails.any()
-        for ranks, _ in every_rank(found):
-            product = assembled(form, balanced(fitted(found, ranks)))
+        problem = random_problem((4, 3, 3, 3), metric)
+        solved = form_named(form).decompose(Problem(torch.zeros_like(problem.weight), problem.covariance))
+        assert not solved.tails.any()
+        for ranks, _ in every_rank(solved):
+            product = assembled(form, balanced(fitted(solved, ranks)))
             assert torch.equal(product, torch.zeros_like(product))
 
 
@@ -326,51 +325,51 @@ PLANTED: dict[str, tuple[tuple[int, ...], Factors]] = {
 
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("form", FORMS)
-def test_a_planted_product_is_found_at_its_rank(form: str, metric: str) -> None:
+def test_a_planted_product_comes_back_at_its_rank(form: str, metric: str) -> None:
     ranks, factors = PLANTED[form]
     weight = assembled(form, factors)
-    given = Problem(weight, spread(1, 45) if metric == "activation" else None)
-    found = form_named(form).decompose(given)
-    said = dict(every_rank(found))
-    assert said[ranks] <= 1e-9 * given.total
-    for smaller, tail in said.items():
-        if any(one < other for one, other in zip(smaller, ranks, strict=True)):
-            assert tail > 1e-3 * given.total
+    problem = Problem(weight, spread(1, 45) if metric == "activation" else None)
+    solved = form_named(form).decompose(problem)
+    tails = dict(every_rank(solved))
+    assert tails[ranks] <= 1e-9 * problem.total
+    for smaller, tail in tails.items():
+        if any(rank < planted for rank, planted in zip(smaller, ranks, strict=True)):
+            assert tail > 1e-3 * problem.total
     for sweeps in (0, 2):
         torch.testing.assert_close(
-            assembled(form, fitted(found, ranks, sweeps=sweeps)), weight, rtol=0, atol=1e-6 * float(weight.abs().max())
+            assembled(form, fitted(solved, ranks, sweeps=sweeps)), weight, rtol=0, atol=1e-6 * float(weight.abs().max())
         )
 
 
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("form", FORMS)
-def test_groups_are_fitted_each_for_itself(form: str, metric: str) -> None:
-    given = problem((4, 3, 3, 3), metric, groups=3, output=spread(3, 4))
-    found = form_named(form).decompose(given)
-    ranks = (2, 3)[-len(full(found)) :]
-    together, tails = assembled(form, fitted(found, ranks)), np.zeros_like(found.tails)
+def test_each_group_is_fitted_by_itself(form: str, metric: str) -> None:
+    problem = random_problem((4, 3, 3, 3), metric, groups=3, output=spread(3, 4))
+    solved = form_named(form).decompose(problem)
+    ranks = (2, 3)[-len(full(solved)) :]
+    together, tails = assembled(form, fitted(solved, ranks)), np.zeros_like(solved.tails)
     for group in range(3):
-        covariance = None if given.covariance is None else given.covariance[group : group + 1]
-        assert given.output is not None
+        covariance = None if problem.covariance is None else problem.covariance[group : group + 1]
+        assert problem.output is not None
         alone = form_named(form).decompose(
-            Problem(given.weight[group : group + 1], covariance, given.output[group : group + 1])
+            Problem(problem.weight[group : group + 1], covariance, problem.output[group : group + 1])
         )
         torch.testing.assert_close(together[group], assembled(form, fitted(alone, ranks))[0], rtol=1e-7, atol=1e-7)
         tails = tails + alone.tails
     # entry j of a spectrum of groups is that of the same rank in every group
-    np.testing.assert_allclose(found.tails, tails, atol=1e-8 * given.total)
+    np.testing.assert_allclose(solved.tails, tails, atol=1e-8 * problem.total)
 
 
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("form", FORMS)
 def test_a_multiple_of_the_identity_as_output_metric_changes_nothing(form: str, metric: str) -> None:
-    given = problem((5, 4, 3, 3), metric)
-    felt = Problem(given.weight, given.covariance, 7.0 * torch.eye(5, dtype=torch.float64)[None])
-    one, other = form_named(form).decompose(given), form_named(form).decompose(felt)
-    np.testing.assert_allclose(other.tails / felt.total, one.tails / given.total, atol=1e-9)
-    ranks = (2, 3)[-len(full(one)) :]
+    plain = random_problem((5, 4, 3, 3), metric)
+    scaled = Problem(plain.weight, plain.covariance, 7.0 * torch.eye(5, dtype=torch.float64)[None])
+    first, second = form_named(form).decompose(plain), form_named(form).decompose(scaled)
+    np.testing.assert_allclose(second.tails / scaled.total, first.tails / plain.total, atol=1e-9)
+    ranks = (2, 3)[-len(full(first)) :]
     torch.testing.assert_close(
-        assembled(form, fitted(other, ranks)), assembled(form, fitted(one, ranks)), rtol=1e-6, atol=1e-6
+        assembled(form, fitted(second, ranks)), assembled(form, fitted(first, ranks)), rtol=1e-6, atol=1e-6
     )
 
 
@@ -379,17 +378,17 @@ def test_a_multiple_of_the_identity_as_output_metric_changes_nothing(form: str, 
 @pytest.mark.parametrize("form", FORMS)
 def test_an_output_metric_lowers_the_error_that_it_measures(form: str, metric: str, seed: int) -> None:
     output = spread(1, 6, seed=20 + seed)
-    given = problem((6, 4, 3, 3), metric)
-    felt = Problem(given.weight, given.covariance, output)
-    one, other = form_named(form).decompose(given), form_named(form).decompose(felt)
-    # what is not felt at all counts a thousandth of what is felt most
+    plain = random_problem((6, 4, 3, 3), metric)
+    weighted = Problem(plain.weight, plain.covariance, output)
+    unaware, aware = form_named(form).decompose(plain), form_named(form).decompose(weighted)
+    # directions without any effect count a thousandth of the strongest
     floored = output / torch.linalg.eigvalsh(output).max() + 1e-3 * torch.eye(6, dtype=torch.float64)
     sums = np.zeros(2)
-    for ranks, tail in every_rank(other):
-        aware = lost(given, form, fitted(other, ranks, sweeps=0), output=floored)
-        assert aware == pytest.approx(tail, abs=1e-6 * felt.total)
-        each = [lost(given, form, fitted(found, ranks), output=floored) for found in (other, one)]
-        assert form in ITERATED or each[0] <= each[1] + 1e-6 * felt.total
+    for ranks, tail in every_rank(aware):
+        start = lost(plain, form, fitted(aware, ranks, sweeps=0), output=floored)
+        assert start == pytest.approx(tail, abs=1e-6 * weighted.total)
+        each = [lost(plain, form, fitted(solved, ranks), output=floored) for solved in (aware, unaware)]
+        assert form in ITERATED or each[0] <= each[1] + 1e-6 * weighted.total
         sums += each
     # alternating steps may end in different local minima at single ranks
     assert sums[0] < sums[1]

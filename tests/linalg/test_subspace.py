@@ -18,11 +18,11 @@ def planted(values: Tensor, *, out: int = 160, into: int = 128, seed: int = 0) -
     return (U * values) @ V.T
 
 
-def excess(W: Tensor, made: Truncated, rank: int) -> float:
+def excess(W: Tensor, truncated: Truncated, rank: int) -> float:
     """How far the error is above the least one, relative to that."""
     W = W.double()
     least = torch.linalg.svdvals(W)[rank:].square().sum().sqrt()
-    return float((W - made.left_factor.double() @ made.right_factor.double().T).norm() / least - 1)
+    return float((W - truncated.left_factor.double() @ truncated.right_factor.double().T).norm() / least - 1)
 
 
 def nudged(W: Tensor, *, size: float, seed: int = 1) -> Tensor:
@@ -48,9 +48,9 @@ def test_after_a_change_the_error_is_the_least_one(shape: tuple[int, int], spect
     assert basis.shape == (128, 20)
     for dtype in (torch.float64, torch.float32):
         W = nudged(before, size=size).to(dtype)
-        made = truncate(W, 10, basis=basis.to(dtype))
-        assert made.matrix.dtype == dtype
-        assert excess(W, made, 10) < 1e-4
+        truncated = truncate(W, 10, basis=basis.to(dtype))
+        assert truncated.matrix.dtype == dtype
+        assert excess(W, truncated, 10) < 1e-4
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -67,7 +67,7 @@ def test_a_cold_start_is_the_exact_truncation(shape: tuple[int, int], dtype: tor
     torch.testing.assert_close(exact.matrix, (U[:, :rank] * S[:rank]) @ Vh[:rank], atol=near, rtol=0)
 
 
-def test_a_basis_without_any_part_of_the_best_subspace_is_found_out() -> None:
+def test_a_basis_without_any_part_of_the_best_subspace_is_noticed() -> None:
     values = torch.linspace(3, 1, 20).double()
     old, new = torch.zeros(128, 128).double(), torch.zeros(128, 128).double()
     old[range(20), range(20)] = values
@@ -79,31 +79,31 @@ def test_a_basis_without_any_part_of_the_best_subspace_is_found_out() -> None:
 @pytest.mark.parametrize("rank", [3, 10])
 def test_a_matrix_of_lower_rank_than_asked_is_kept_whole(rank: int) -> None:
     W = planted(torch.tensor([3.0, 2.0]).double())
-    made = truncate(W, rank, basis=truncate(nudged(W, size=0.01), rank).basis)
-    torch.testing.assert_close(made.matrix, W, atol=1e-7, rtol=0)
-    zero = truncate(torch.zeros_like(W), rank, basis=made.basis)
+    truncated = truncate(W, rank, basis=truncate(nudged(W, size=0.01), rank).basis)
+    torch.testing.assert_close(truncated.matrix, W, atol=1e-7, rtol=0)
+    zero = truncate(torch.zeros_like(W), rank, basis=truncated.basis)
     assert torch.equal(zero.matrix, torch.zeros_like(W))
 
 
 def test_large_ranks_are_decomposed_each_time() -> None:
     W = inputs(40, 30)
-    made = truncate(W, 20, basis=truncate(W, 20).basis)
-    assert made.decomposed
-    assert made.basis.shape == (30, 0)
-    assert excess(W, made, 20) < 1e-4
+    truncated = truncate(W, 20, basis=truncate(W, 20).basis)
+    assert truncated.decomposed
+    assert truncated.basis.shape == (30, 0)
+    assert excess(W, truncated, 20) < 1e-4
 
 
 def test_the_same_start_gives_the_same_bits_and_draws_nothing() -> None:
     W = planted(SPECTRA["slow decay"])
     basis = truncate(W, 10).basis
     random = torch.get_rng_state()
-    one, two = (truncate(nudged(W, size=0.1), 10, basis=basis) for _ in range(2))
-    assert torch.equal(one.matrix, two.matrix)
+    first, second = (truncate(nudged(W, size=0.1), 10, basis=basis) for _ in range(2))
+    assert torch.equal(first.matrix, second.matrix)
     assert torch.equal(torch.get_rng_state(), random)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_broken_matrix_is_refused(value: float) -> None:
+def test_nan_and_infinity_raise(value: float) -> None:
     W = torch.ones(4, 4)
     W[1, 2] = value
     for make in (truncate, truncate_exactly):
@@ -111,24 +111,24 @@ def test_a_broken_matrix_is_refused(value: float) -> None:
             make(W, 2)
 
 
-@pytest.mark.parametrize(("shrink", "lr"), [(0.1, 1e-3), (0.0, 1e-3), (0.1, 1e-2)])
-def test_it_stays_at_the_least_error_through_500_steps_of_adam(shrink: float, lr: float) -> None:
+@pytest.mark.parametrize(("decay", "lr"), [(0.1, 1e-3), (0.0, 1e-3), (0.1, 1e-2)])
+def test_it_stays_at_the_least_error_through_500_steps_of_adam(decay: float, lr: float) -> None:
     torch.manual_seed(0)
     first, last = nn.Linear(40, 128), nn.Linear(128, 10)
     weight = nn.Parameter(torch.randn(128, 128) / 8)
     x = torch.randn(512, 40)
     y = (x @ torch.randn(40, 10)).argmax(dim=1)
     optimiser = torch.optim.Adam([*first.parameters(), *last.parameters(), weight], lr=lr)
-    made = truncate(weight.detach(), 10)
+    truncated = truncate(weight.detach(), 10)
     decomposed, worst = 0, 0.0
     for step in range(500):
-        made = truncate(weight.detach(), 10, basis=made.basis)
-        decomposed += made.decomposed
+        truncated = truncate(weight.detach(), 10, basis=truncated.basis)
+        decomposed += truncated.decomposed
         if step < 20 or step % 10 == 0:
-            worst = max(worst, excess(weight.detach(), made, 10))
+            worst = max(worst, excess(weight.detach(), truncated, 10))
         with torch.no_grad():
-            weight.lerp_(made.matrix, shrink)
-        through = weight + (made.matrix - weight).detach()
+            weight.lerp_(truncated.matrix, decay)
+        through = weight + (truncated.matrix - weight).detach()
         part = torch.arange(step * 64, step * 64 + 64) % 512
         loss = functional.cross_entropy(last(functional.linear(first(x[part]).relu(), through).relu()), y[part])
         optimiser.zero_grad()

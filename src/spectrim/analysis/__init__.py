@@ -1,1 +1,1 @@
-"""What is known of a trained network: its inputs' statistics, spectra, and how much each layer matters."""
+"""What is known of a trained network: statistics of its inputs, spectra, and the sensitivity of each layer."""

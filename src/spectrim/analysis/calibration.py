@@ -1,7 +1,9 @@
-"""Calibration: what the layers of a trained network see, as streamed means and covariances. No activation is kept."""
+"""Calibration: streamed means and covariances of the inputs of a trained network's layers; no activation is kept."""
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -13,14 +15,14 @@ from spectrim.core.execution import Inputs, as_inputs, call, evaluating, on_devi
 from spectrim.core.nested import tensors
 from spectrim.layers.tracing import typed_layers, watching
 from spectrim.layers.types import layer_type_of
-from spectrim.linalg import is_finite, to_float64
+from spectrim.linalg import to_float64
 
 _PROBES = 2
 
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """What one layer saw.
+    """Statistics of one layer's inputs.
 
     Attributes:
         count: Number of input vectors.
@@ -58,16 +60,14 @@ class Calibration:
     @property
     def bytes(self) -> int:
         """What the statistics take in memory."""
-        held = [(seen.mean, seen.covariance, seen.output_grad_covariance) for seen in self.moments.values()]
-        return sum(tensor.numel() * tensor.element_size() for each in held for tensor in each if tensor is not None)
+        tensors = (tensor for seen in self.moments.values() for tensor in vars(seen).values())
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors if isinstance(tensor, Tensor))
 
     def with_output_grads(self, covariances: Mapping[str, Tensor]) -> "Calibration":
         """These statistics with the gradients' moments of the same model, perhaps on less data."""
-        moments = self.moments.items()
-        return replace(
-            self,
-            moments={name: replace(seen, output_grad_covariance=covariances.get(name)) for name, seen in moments},
-        )
+        of_all = self.moments.items()
+        moments = {name: replace(seen, output_grad_covariance=covariances.get(name)) for name, seen in of_all}
+        return replace(self, moments=moments)
 
 
 def calibrate(
@@ -113,16 +113,14 @@ def calibrate(
     hint = "" if labels else " If the batches are pairs of inputs and labels, pass labels=True."
     seen = 0
     with evaluating(model), watching(model, add_rows):
-        for position, batch, is_own in shard(batches, accelerator):
-            if max_batches is not None and position >= max_batches:
-                break
-            seen += 1
+        for position, batch, is_own in shard(islice(batches, max_batches), accelerator):
+            seen = position + 1
             if not is_own:
                 continue
             inputs = split_labels(batch, position=position)[0] if labels else as_inputs(batch)
             try:
                 if gradients:
-                    _add_gradients(model, inputs, layers, gradient_sums, what=f"batch {position}", hint=hint)
+                    add_gradients(model, inputs, layers, gradient_sums, what=f"batch {position}", hint=hint)
                 else:
                     call(model, inputs, what=f"batch {position}", hint=hint)
             except ModelError as error:
@@ -131,24 +129,9 @@ def calibrate(
         raise DataError("the calibration data is empty; give at least one batch")
     names = list(typed_layers(model))
     sums = _reduced(sums, names, accelerator)
-    moments = {name: running.finish(name) for name, running in sums.items() if running.count}
+    moments = {name: statistics.finish(name) for name, statistics in sums.items() if statistics.count}
     gradient_sums = all_reduce(gradient_sums, names=names, accelerator=accelerator)
     return Calibration(moments, seen).with_output_grads(gradient_sums)
-
-
-def output_grad_covariances(
-    model: nn.Module, batches: Iterable[Inputs], *, layers: Collection[str] | None = None
-) -> dict[str, Tensor]:
-    """By layer name, what `Moments.output_grad_covariance` is, without any other statistics.
-
-    Raises:
-        ModelError: a batch the model cannot run, or a model that cannot be differentiated.
-    """
-    sums: dict[str, Tensor] = {}
-    with evaluating(model):
-        for position, batch in enumerate(batches):
-            _add_gradients(model, batch, layers, sums, what=f"batch {position}")
-    return sums
 
 
 def pooled(moments: Sequence[Moments], *, name: str, width: int) -> tuple[Tensor, float]:
@@ -166,7 +149,7 @@ def pooled(moments: Sequence[Moments], *, name: str, width: int) -> tuple[Tensor
     return weighted.sum(dim=0), max(seen.rounding_tolerance for seen in moments)
 
 
-def _add_gradients(
+def add_gradients(
     model: nn.Module,
     inputs: Inputs,
     layers: Collection[str] | None,
@@ -175,28 +158,28 @@ def _add_gradients(
     what: str,
     hint: str = "",
 ) -> None:
-    """Add the second moments, per sample, of the gradients of random signs times the network's outputs.
+    """Add to `sums`, by layer name, one batch's share of `Moments.output_grad_covariance`.
 
     The mean over random signs of such a gradient's second moment is that of all outputs together (Hutchinson 1990);
     signs have no mean over an output's last dimension, since logits are only known up to a constant.
+
+    Raises:
+        ModelError: a batch the model cannot run, or a model that cannot be differentiated.
     """
     outputs: list[tuple[str, nn.Module, Tensor]] = []
 
-    def tap(name: str, layer: nn.Module) -> Callable[..., Tensor | None]:
-        def hook(_: nn.Module, __: Any, output: Any) -> Tensor | None:
-            if not isinstance(output, Tensor) or not output.requires_grad:
-                return None
-            outputs.append((name, layer, output))
-            # what follows may work in place, and would take the tensor out from under us
-            return output.clone()
-
-        return hook
+    def tap(name: str, layer: nn.Module, _: Any, output: Any) -> Tensor | None:
+        if not isinstance(output, Tensor) or not output.requires_grad:
+            return None
+        outputs.append((name, layer, output))
+        return output.clone()  # what follows may work in place
 
     chosen = ((name, model.get_submodule(name)) for name in typed_layers(model) if layers is None or name in layers)
     signs = torch.Generator().manual_seed(0)
-    with temporary(layer.register_forward_hook(tap(name, layer)) for name, layer in chosen), torch.enable_grad():
-        result = call(model, _differentiable(on_device_of(model, inputs)), what=what, hint=hint)
-        values = [tensor for tensor in tensors(result) if tensor.is_floating_point()]
+    with temporary(layer.register_forward_hook(partial(tap, name)) for name, layer in chosen), torch.enable_grad():
+        # gradients flow from the inputs, so that layers with frozen weights are reached as well
+        own = on_device_of(model, inputs).map(lambda x: x.detach().requires_grad_() if x.is_floating_point() else x)
+        values = [tensor for tensor in tensors(call(model, own, what=what, hint=hint)) if tensor.is_floating_point()]
         for probe in range(_PROBES):
             total = sum(((_signs(value, signs) * value).sum() for value in values), torch.zeros(()))
             if not total.requires_grad:
@@ -211,7 +194,8 @@ def _add_gradients(
                 ) from error
             for (name, layer, output), gradient in zip(outputs, gradients, strict=True):
                 if gradient is not None:
-                    rows = _summable(layer_type_of(layer).output_rows(layer, gradient, positions=None))
+                    rows = layer_type_of(layer).output_rows(layer, gradient, positions=None)
+                    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
                     moment = to_float64(rows.mT @ rows) / (_PROBES * len(output))
                     sums[name] = sums[name] + moment if name in sums else moment
 
@@ -222,38 +206,25 @@ def _reduced(
     """The statistics of all processes together."""
     if if_distributed(accelerator) is None:
         return sums
-    own = {name: running for name, running in sums.items() if running.count}
-
-    def over_all(values: dict[str, Tensor]) -> dict[str, Tensor]:
-        return all_reduce(values, names=names, accelerator=accelerator)
-
+    own = {name: part for name, part in sums.items() if part.count}
+    over_all = partial(all_reduce, names=names, accelerator=accelerator)
     counts = over_all(
-        {name: torch.tensor([running.count, 1, running.rounding_tolerance]).double() for name, running in own.items()}
+        {name: torch.tensor([part.count, 1, part.rounding_tolerance]).double() for name, part in own.items()}
     )
-    means = over_all({name: running.mean * running.count for name, running in own.items()})
+    means = over_all({name: part.mean * part.count for name, part in own.items()})
     means = {name: whole / counts[name][0] for name, whole in means.items()}
-    scatters = over_all({name: running.around(means[name]) for name, running in own.items()})
+    scatters = over_all({name: part.around(means[name]) for name, part in own.items()})
     reduced = {}
-    for name, (count, processes, tolerance) in ((name, sizes.tolist()) for name, sizes in counts.items()):
+    for name, sizes in counts.items():
+        count, processes, tolerance = sizes.tolist()
         reduced[name] = RunningCovariance(round(count), tolerance / processes, means[name], scatters[name])
     return reduced
-
-
-def _differentiable(inputs: Inputs) -> Inputs:
-    """Inputs that gradients flow from, so that layers with frozen weights are reached as well."""
-    return inputs.map(
-        lambda tensor: tensor.detach().clone().requires_grad_().clone() if tensor.is_floating_point() else tensor
-    )
 
 
 def _signs(like: Tensor, generator: torch.Generator) -> Tensor:
     """Random 1 and -1, less their mean over the last dimension where it has several entries."""
     signs = torch.randint(0, 2, like.shape, generator=generator).to(like) * 2 - 1
     return signs - signs.mean(dim=-1, keepdim=True) if like.ndim > 1 and like.shape[-1] > 1 else signs
-
-
-def _summable(rows: Tensor) -> Tensor:
-    return rows.to(torch.promote_types(rows.dtype, torch.float32))
 
 
 @dataclass(eq=False)
@@ -270,7 +241,7 @@ class RunningCovariance:
         number = rows.shape[1]
         if not number:
             return
-        rows = _summable(rows.detach())
+        rows = rows.detach().to(torch.promote_types(rows.dtype, torch.float32))
         mean = rows.mean(dim=1)
         centred = rows - mean.unsqueeze(1)
         scatter, mean = centred.mT @ centred, to_float64(mean)
@@ -293,6 +264,6 @@ class RunningCovariance:
 
     def finish(self, name: str) -> Moments:
         """The moments; `name` is for the message when they are not finite."""
-        if not is_finite(self.scatter):
+        if not torch.isfinite(self.scatter).all():
             raise DataError(f"the inputs of layer {name!r} are NaN or infinite on the calibration data; check the data")
         return Moments(self.count, self.mean, self.scatter / self.count, self.rounding_tolerance)

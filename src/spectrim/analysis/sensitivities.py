@@ -1,6 +1,7 @@
-"""How much a network's outputs change with an error in each layer: measured, by making one."""
+"""How much a network's outputs change with an error in each layer, measured by factoring one layer at a time."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from dataclasses import replace as with_changes
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.analysis.activation_cache import DEFAULT_BYTES, ActivationCache
-from spectrim.analysis.calibration import Calibration, output_grad_covariances
+from spectrim.analysis.calibration import Calibration, add_gradients
 from spectrim.analysis.spectra import Analysis, LayerAnalysis
 from spectrim.core.errors import DataError, ModelError, PlanError
 from spectrim.core.execution import Inputs, ProgressCallback, as_inputs, call, evaluating, temporary
@@ -55,12 +56,12 @@ def sensitivity(
     if not used:
         raise DataError("there is no data to measure sensitivities on; give at least one batch")
     layers = [layer for layer in analysis if metric in layer.problems]
-    trial = _Trial(ActivationCache(model, cache_bytes_of(analysis, cache)), used, metric, analysis.means)
+    runs = _SingleLayerRuns(ActivationCache(model, cache_bytes_of(analysis, cache)), used, metric, analysis.means)
     sensitivities: dict[str, float] = {}
     for done, layer in enumerate(layers):
         if on_progress is not None:
             on_progress(layer.name, done, len(layers))
-        sensitivities[layer.name] = trial.measure(layer)
+        sensitivities[layer.name] = runs.measure(layer)
     return with_changes(analysis, sensitivity=sensitivities)
 
 
@@ -77,17 +78,20 @@ def with_output_grads(
     Raises:
         SpectrimError: the model cannot be differentiated; if not `required`, the statistics are given back as they are.
     """
-    used = subset([as_inputs(batch) for batch in batches], samples=_GRADIENTS)
+    sums: dict[str, Tensor] = {}
     try:
-        return statistics.with_output_grads(output_grad_covariances(model, used, layers=layers))
+        with evaluating(model):
+            for position, batch in enumerate(subset([as_inputs(batch) for batch in batches], samples=_GRADIENTS)):
+                add_gradients(model, batch, layers, sums, what=f"batch {position}")
     except (DataError, ModelError):
         if required:
             raise
         return statistics
+    return statistics.with_output_grads(sums)
 
 
 def require_cache_bytes(cache: int | None) -> None:
-    """Refuse a negative number of bytes, before any long work."""
+    """Raise `PlanError` for a negative number of bytes, before any long work."""
     if cache is not None and cache < 0:
         raise PlanError(f"cache={cache}: a number of bytes, 0 to keep nothing")
 
@@ -103,7 +107,7 @@ def subset(batches: Sequence[Inputs], *, samples: int) -> list[Inputs]:
     """Whole batches with at least so many samples, the same ones in whatever order they come."""
     used: list[Inputs] = []
     taken = 0
-    for batch in sorted(batches, key=_digest):
+    for batch in sorted(batches, key=lambda batch: sum(float(tensor.double().sum()) for tensor in batch.tensors())):
         if taken >= samples:
             break
         used.append(batch)
@@ -111,19 +115,15 @@ def subset(batches: Sequence[Inputs], *, samples: int) -> list[Inputs]:
     return used
 
 
-def _digest(batch: Inputs) -> float:
-    """A number that tells batches apart."""
-    return sum(float(tensor.double().sum()) for tensor in batch.tensors())
+@dataclass(frozen=True, eq=False)
+class _SingleLayerRuns:
+    """Runs a network with one layer factored, and compares its outputs with those of the dense network."""
 
-
-class _Trial:
-    """Runs a network with one layer factored, against itself."""
-
-    def __init__(
-        self, cache: ActivationCache, batches: Sequence[Inputs], metric: Metric, means: Mapping[str, Tensor]
-    ) -> None:
-        self.cache, self.batches, self.metric, self.means = cache, batches, metric, means
-        self.dense_outputs: list[list[Tensor]] = []
+    cache: ActivationCache
+    batches: Sequence[Inputs]
+    metric: Metric
+    means: Mapping[str, Tensor]
+    dense_outputs: list[list[Tensor]] = field(default_factory=list)
 
     def measure(self, layer: LayerAnalysis) -> float:
         """The sensitivity of one layer."""
@@ -143,7 +143,11 @@ class _Trial:
                 self.dense_outputs.append(_outputs(model, batch, position))
             replace(model, after)
             try:
-                changed = self._outputs_from(after, batch, position)
+                # blocks before the layer are not run again
+                with self.cache.recalling(position) as stop:
+                    hooks = (part.register_forward_pre_hook(lambda *_, stop=stop: stop()) for part in after.values())
+                    with temporary(hooks):
+                        changed = _outputs(model, batch, position)
             finally:
                 replace(model, before)
             squares = torch.cat([squares, _by_sample(self.dense_outputs[position], changed)])
@@ -151,13 +155,6 @@ class _Trial:
             if len(squares) >= _LEAST and 0 < mean >= float(squares.std()) / (_PRECISION * len(squares) ** 0.5):
                 break
         return float(squares.mean()) / lost
-
-    def _outputs_from(self, after: Mapping[str, nn.Module], batch: Inputs, position: int) -> list[Tensor]:
-        """The network's outputs with the layers `after` in it; what comes before them is remembered."""
-        with self.cache.recalling(position) as reached:
-            hooks = (layer.register_forward_pre_hook(lambda *_: reached()) for layer in after.values())
-            with temporary(hooks):
-                return _outputs(self.cache.model, batch, position)
 
 
 def _by_sample(first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:

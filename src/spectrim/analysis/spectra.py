@@ -1,9 +1,9 @@
 """Analysis: the spectrum of every unit in every metric, what it costs, and why a layer cannot be factored."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Generic, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -17,9 +17,11 @@ from spectrim.layers.cost import NetworkCost, count
 from spectrim.layers.forms import RankCosts, form_named, forms_of
 from spectrim.layers.selection import LayerSelection, Patterns, TreatAs
 from spectrim.layers.tracing import trace
-from spectrim.layers.types import Geometry, Positions, layer_type_of
-from spectrim.layers.units import SingleWeight, Unit, Weight, find_units
-from spectrim.linalg import Decomposition, Factors, FloatArray, Problem, Ranks, Spectrum, is_finite, spectrum
+from spectrim.layers.types import layer_type_of
+from spectrim.layers.units import SingleWeight, Unit, find_units
+from spectrim.linalg import Decomposition, Factors, FloatArray, Problem, Ranks, Spectrum, spectrum
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +39,16 @@ class RankErrors(RankCosts):
         assert len(self.lost) == len(self.ranks)
 
 
+class _OfUnit(Generic[_T]):
+    """An attribute of a layer's unit, readable from its analysis as well."""
+
+    def __init__(self, read: Callable[[Unit], _T]) -> None:
+        self.read = read
+
+    def __get__(self, layer: "LayerAnalysis", _: object) -> _T:
+        return self.read(layer.unit)
+
+
 @dataclass(frozen=True, eq=False)
 class LayerAnalysis:
     """What is known of one unit.
@@ -45,6 +57,18 @@ class LayerAnalysis:
         unit: Its weight, and the layers that use it.
         forms: Names of the forms that it can take, one with a closed solution first.
         problems: What its factors approximate, by metric; empty for layers that cannot be factored.
+        weight: The unit's first weight; its only one so far.
+        name: The layer's name.
+        names: `name` and `tied_names`.
+        tied_names: Other layers with the same weight.
+        call_sites: The first name of each distinct layer that uses the weight (each keeps a bias of its own).
+        kind: Its class, such as `Linear`.
+        shape: The weight's shape, as it is stored.
+        geometry: Its groups, inputs, outputs and kernel; None for layers that are not matrices.
+        positions: Vectors handled in one forward pass of the example inputs, all uses together.
+        skip_reason: Why it stays dense, or None.
+        dense: Its cost as it is.
+        full_rank: The largest number of singular values the weight's matrix can have, in each group; 0 for no matrix.
     """
 
     unit: Unit
@@ -52,73 +76,25 @@ class LayerAnalysis:
     problems: Mapping[Metric, Problem] = field(repr=False)
     _matrices: Tensor | None = field(repr=False, default=None)
     _decompositions: dict[tuple[str, Metric], Decomposition] = field(repr=False, default_factory=dict)
-    _rank_costs: dict[tuple[str, Metric], RankCosts] = field(repr=False, default_factory=dict)
     _rank_errors: dict[tuple[str, Metric], RankErrors] = field(repr=False, default_factory=dict)
 
-    @property
-    def weight(self) -> Weight:
-        """The unit's first weight; its only one so far."""
-        return self.unit.weights[0]
-
-    @property
-    def name(self) -> str:
-        """The layer's name."""
-        return self.unit.name
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """`name` and `tied_names`."""
-        return self.unit.names
-
-    @property
-    def tied_names(self) -> tuple[str, ...]:
-        """Other layers with the same weight."""
-        return self.weight.tied_names
-
-    @property
-    def call_sites(self) -> tuple[str, ...]:
-        """The first name of each distinct layer that uses the weight (each keeps a bias of its own)."""
-        return self.unit.call_sites
-
-    @property
-    def kind(self) -> str:
-        """Its class, such as `Linear`."""
-        return self.weight.kind
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The weight's shape, as it is stored."""
-        return self.weight.shape
-
-    @property
-    def geometry(self) -> Geometry | None:
-        """Its groups, inputs, outputs and kernel; None for layers that are not matrices."""
-        return self.weight.geometry
-
-    @property
-    def positions(self) -> Positions:
-        """Vectors handled in one forward pass of the example inputs, all uses together."""
-        return self.weight.positions
-
-    @property
-    def skip_reason(self) -> str | None:
-        """Why it stays dense, or None."""
-        return self.unit.skip_reason
-
-    @property
-    def dense(self) -> Cost:
-        """Its cost as it is."""
-        return self.unit.dense_cost
+    weight = _OfUnit(lambda unit: unit.weights[0])
+    name = _OfUnit(lambda unit: unit.name)
+    names = _OfUnit(lambda unit: unit.names)
+    tied_names = _OfUnit(lambda unit: unit.weights[0].tied_names)
+    call_sites = _OfUnit(lambda unit: unit.call_sites)
+    kind = _OfUnit(lambda unit: unit.weights[0].kind)
+    shape = _OfUnit(lambda unit: unit.weights[0].shape)
+    geometry = _OfUnit(lambda unit: unit.weights[0].geometry)
+    positions = _OfUnit(lambda unit: unit.weights[0].positions)
+    skip_reason = _OfUnit(lambda unit: unit.skip_reason)
+    dense = _OfUnit(lambda unit: unit.dense_cost)
+    full_rank = _OfUnit(lambda unit: unit.weights[0].geometry.full_rank if unit.weights[0].geometry else 0)
 
     @property
     def form(self) -> str | None:
         """The form of the per-layer rules (linear or channel), or None."""
         return self.forms[0] if self.forms else None
-
-    @property
-    def full_rank(self) -> int:
-        """The largest number of singular values the weight's matrix can have, in each group; 0 for no matrix."""
-        return self.geometry.full_rank if self.geometry else 0
 
     def full_ranks(self, form: str) -> Ranks:
         """The largest ranks that change anything in a form."""
@@ -129,8 +105,7 @@ class LayerAnalysis:
         """The singular values of the weight's matrix by metric; empty for layers that are not matrices."""
         if self.problems:
             solved = {metric: self.decomposition(self.forms[0], metric) for metric in self.problems}
-            spectra = {metric: getattr(decomposition, "spectrum", None) for metric, decomposition in solved.items()}
-            return {metric: values for metric, values in spectra.items() if values is not None}
+            return {metric: bases.spectrum for metric, bases in solved.items() if hasattr(bases, "spectrum")}
         return {} if self._matrices is None else {"plain": spectrum(self._matrices)}
 
     def decomposition(self, form: str, metric: Metric) -> Decomposition:
@@ -141,12 +116,8 @@ class LayerAnalysis:
 
     def rank_costs(self, form: str, metric: Metric) -> RankCosts:
         """Every rank of a form with its cost; nothing is decomposed for it."""
-        if (form, metric) not in self._rank_costs:
-            grid = form_named(form).rank_grid(self.unit)
-            costs = form_named(form).costs(self.unit, grid)
-            biases = self._biases(metric).params
-            self._rank_costs[form, metric] = RankCosts(form, grid, costs.params + biases, costs.macs)
-        return self._rank_costs[form, metric]
+        costs = form_named(form).costs(self.unit, form_named(form).rank_grid(self.unit))
+        return replace(costs, params=costs.params + self._biases(metric).params)
 
     def rank_errors(self, form: str, metric: Metric) -> RankErrors:
         """Every rank of a form with its cost and its error."""
@@ -279,31 +250,21 @@ def analyze_selected(
     """As `analyze`."""
     seen = trace(model, as_inputs(example_inputs), treat_as=selection.treat_as)
     units = find_units(model, seen, selection)
-    _require_finite(model, units)
     layers = tuple(_layer(model, unit, calibration) for unit in units)
-    metrics: tuple[Metric, ...] = ("plain",)
-    if calibration is not None:
-        with_loss = any("loss" in layer.problems for layer in layers)
-        metrics = ("plain", "activation", "loss") if with_loss else ("plain", "activation")
-    return Analysis(layers, metrics, count(model, example_inputs), calibration)
-
-
-def _require_finite(model: nn.Module, units: tuple[Unit, ...]) -> None:
-    for unit in units:
-        for name, parameter in model.get_submodule(unit.name).named_parameters(recurse=False):
-            if not parameter.is_meta and parameter.is_floating_point() and not is_finite(parameter):
-                raise ModelError(
-                    f"{unit.name}.{name} holds NaN or infinite values, which have no singular values; "
-                    "repair the checkpoint"
-                )
+    metrics = 1 if calibration is None else 2 + any("loss" in layer.problems for layer in layers)
+    return Analysis(layers, get_args(Metric)[:metrics], count(model, example_inputs), calibration)
 
 
 def _layer(model: nn.Module, unit: Unit, calibration: Calibration | None) -> LayerAnalysis:
     assert isinstance(unit, SingleWeight)
-    forms = tuple(form.name for form in forms_of(unit))
+    layer, forms = model.get_submodule(unit.name), tuple(form.name for form in forms_of(unit))
+    for name, parameter in layer.named_parameters(recurse=False):
+        if not parameter.is_meta and parameter.is_floating_point() and not torch.isfinite(parameter).all():
+            raise ModelError(
+                f"{unit.name}.{name} holds NaN or infinite values, which have no singular values; repair the checkpoint"
+            )
     if unit.weight.geometry is None:
         return LayerAnalysis(unit, forms, {})
-    layer = model.get_submodule(unit.name)
     # a copy, since factors may be asked for after the model has been trained on
     kernels = layer_type_of(layer).kernels(layer).detach().clone()
     if unit.skip_reason is not None:
@@ -320,5 +281,5 @@ def _problems(unit: SingleWeight, kernels: Tensor, calibration: Calibration | No
         problems["activation"] = Problem(kernels, covariance, rounding_tolerance=tolerance)
         outputs = [seen.output_grad_covariance for seen in moments if seen.output_grad_covariance is not None]
         if len(outputs) == len(moments):
-            problems["loss"] = problems["activation"].with_output_metric(torch.stack(outputs).sum(dim=0))
+            problems["loss"] = replace(problems["activation"], output=torch.stack(outputs).sum(dim=0))
     return problems

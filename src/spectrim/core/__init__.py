@@ -1,1 +1,1 @@
-"""What every room needs: errors, files that are whole or absent, plans as values, running a model without a trace."""
+"""The basis of every room: errors, atomic files, plans as values, running a model without side effects."""

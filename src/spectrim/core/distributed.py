@@ -22,11 +22,7 @@ class Accelerator(Protocol):
 
     @property
     def process_index(self) -> int:
-        """Which of them this is."""
-
-    @property
-    def is_main_process(self) -> bool:
-        """Whether this one writes files and shows progress."""
+        """Which of them this is; the first one, 0, writes files and shows progress."""
 
     @property
     def device(self) -> torch.device:
@@ -91,27 +87,15 @@ def all_reduce(
     """
     if if_distributed(accelerator) is None or accelerator is None:
         return dict(values)
-    own = [values.get(name) for name in names]
-    sums: dict[str, Tensor] = {}
-    for name, value, shape in zip(names, own, _shapes(own, accelerator), strict=True):
-        if shape is not None:
-            sums[name] = total(torch.zeros(shape, dtype=torch.float64) if value is None else value, accelerator)
-    return sums
+    by_process: list[dict[str, torch.Size]] = [{}] * accelerator.num_processes
+    torch.distributed.all_gather_object(by_process, {name: value.shape for name, value in values.items()})
+    shapes = {name: shape for known in by_process for name, shape in known.items()}
+    zeros = {name: torch.zeros(shapes[name], dtype=torch.float64) for name in shapes.keys() - values.keys()}
+    parts = {**zeros, **values}
+    return {name: total(parts[name], accelerator) for name in names if name in parts}
 
 
 def total(part: Tensor, accelerator: Accelerator) -> Tensor:
     """The sum over all processes of tensors with the same shape, where `part` is."""
     whole: Tensor = accelerator.reduce(part.to(accelerator.device).contiguous(), reduction="sum")
     return whole.to(part.device)
-
-
-def _shapes(own: list[Tensor | None], accelerator: Accelerator) -> list[tuple[int, ...] | None]:
-    """What shape each tensor has in the processes that have it; None where none has."""
-    table = torch.zeros(len(own), 6, dtype=torch.float64)
-    for row, value in enumerate(own):
-        if value is not None:
-            table[row, : 2 + value.ndim] = torch.tensor([1, value.ndim, *value.shape], dtype=torch.float64)
-    shapes: list[tuple[int, ...] | None] = []
-    for holders, ndim, *sizes in total(table, accelerator).tolist():
-        shapes.append(tuple(round(size / holders) for size in sizes[: round(ndim / holders)]) if holders else None)
-    return shapes

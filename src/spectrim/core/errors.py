@@ -6,11 +6,11 @@ class SpectrimError(Exception):
 
 
 class RuleError(SpectrimError, ValueError):
-    """A rank, ratio or energy that cannot be meant."""
+    """A rank, ratio, energy or budget that is impossible."""
 
 
 class ModelError(SpectrimError, ValueError):
-    """A model or a weight that cannot be worked on: NaN weights, inputs of the wrong shape, nothing to copy."""
+    """A model or a weight that cannot be processed: NaN weights, inputs of the wrong shape, no layer to factor."""
 
 
 class PatternError(SpectrimError, ValueError):

@@ -1,9 +1,12 @@
-"""Running a user's model without leaving a trace in it."""
+"""Running a user's model without side effects."""
 
 import random
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -72,9 +75,7 @@ def split_labels(batch: Any, *, position: int) -> tuple[Inputs, Any]:
 
 def device_of(model: nn.Module) -> torch.device:
     """Where the model's first parameter or buffer lives; the CPU for a model without either."""
-    for tensor in (*model.parameters(), *model.buffers()):
-        return tensor.device
-    return torch.device("cpu")
+    return next((tensor.device for tensor in chain(model.parameters(), model.buffers())), torch.device("cpu"))
 
 
 def on_device_of(model: nn.Module, inputs: Inputs) -> Inputs:
@@ -112,11 +113,11 @@ def unique_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]
                 f"the model's state {name!r} is a {type(value).__name__}, not a tensor, and cannot be saved; "
                 "if the layer is quantised, compress the model first and quantise it afterwards"
             )
-        if id(value) in names:
-            aliases[name] = names[id(value)]
-        else:
-            names[id(value)] = name
+        first = names.setdefault(id(value), name)
+        if first == name:
             unique[name] = value.detach()
+        else:
+            aliases[name] = first
     return unique, aliases
 
 
@@ -129,44 +130,28 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     """
     flags = {module: module.training for module in model.modules()}
     fast = torch.backends.mha.get_fastpath_enabled()
-    try:
-        torch.backends.mha.set_fastpath_enabled(False)
-        model.eval()
-        with torch.no_grad(), _random_states_kept(model), _buffers_kept(model):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-        for module, flag in flags.items():
-            module.training = flag
-
-
-@contextmanager
-def _random_states_kept(model: nn.Module) -> Iterator[None]:
     gpus = sorted({tensor.device.index or 0 for tensor in model.parameters() if tensor.device.type == "cuda"})
     python, arrays = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=gpus):
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers() if _can_be_written(buffer)]
+    with torch.no_grad(), torch.random.fork_rng(devices=gpus):
+        try:
+            torch.backends.mha.set_fastpath_enabled(False)
+            model.eval()
             yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(arrays)
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast)
+            for module, flag in flags.items():
+                module.training = flag
+            random.setstate(python)
+            np.random.set_state(arrays)
+            for buffer, value in buffers:
+                if buffer.shape == value.shape and not torch.equal(buffer, value):
+                    buffer.copy_(value)
 
 
-@contextmanager
-def _buffers_kept(model: nn.Module) -> Iterator[None]:
-    before = [(buffer, buffer.detach().clone()) for buffer in model.buffers() if _is_plain(buffer)]
-    try:
-        yield
-    finally:
-        for buffer, value in before:
-            if buffer.shape == value.shape and not torch.equal(buffer, value):
-                buffer.copy_(value)
-
-
-def _is_plain(buffer: Tensor) -> bool:
-    if isinstance(buffer, UninitializedBuffer):
-        return False
-    return buffer.layout == torch.strided and not (buffer.is_meta or buffer.is_inference())
+def _can_be_written(buffer: Tensor) -> bool:
+    plain = not isinstance(buffer, UninitializedBuffer) and buffer.layout == torch.strided
+    return plain and not (buffer.is_meta or buffer.is_inference())
 
 
 def call(model: nn.Module, inputs: Inputs, *, what: str = "example_inputs", hint: str = "") -> Any:
@@ -211,10 +196,7 @@ def require_repeatable(model: nn.Module, inputs: Inputs) -> None:
 
 def _first_difference(model: nn.Module, inputs: Inputs) -> str:
     """`, first in 'name' (Type)` for the innermost, earliest module that differs by itself; empty if none does."""
-    with _recording(model) as first:
-        call(model, inputs)
-    with _recording(model) as second:
-        call(model, inputs)
+    first, second = _recorded(model, inputs), _recorded(model, inputs)
     for key, (received, returned) in first.items():
         if key in second and _alike(received, second[key][0]) and not _alike(returned, second[key][1]):
             module = model.get_submodule(key[0])
@@ -226,30 +208,27 @@ _Record = dict[tuple[str, int], tuple[list[Tensor], list[Tensor]]]
 """By a module's name and the number of the call: copies of the tensors that it received and returned."""
 
 
-@contextmanager
-def _recording(model: nn.Module) -> Iterator[_Record]:
-    """Record every call of every module, in the order in which the calls end: an inner one before the one around it."""
+def _recorded(model: nn.Module, inputs: Inputs) -> _Record:
+    """Every call of every module, in the order in which the calls end: an inner one before the one around it."""
     record: _Record = {}
-    calls: dict[str, int] = {}
+    calls: Counter[str] = Counter()
     received: list[list[Tensor]] = []
 
     def begin(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         received.append(_copies((args, kwargs)))
 
-    def end(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(_: nn.Module, __: Any, output: Any) -> None:
-            calls[name] = calls.get(name, 0) + 1
-            record[name, calls[name]] = (received.pop(), _copies(output))
-
-        return hook
+    def end(name: str, _: nn.Module, __: Any, output: Any) -> None:
+        calls[name] += 1
+        record[name, calls[name]] = (received.pop(), _copies(output))
 
     handles = []
     for name, module in model.named_modules():
         if not isinstance(module, torch.jit.ScriptModule):
             handles.append(module.register_forward_pre_hook(begin, prepend=True, with_kwargs=True))
-            handles.append(module.register_forward_hook(end(name)))
+            handles.append(module.register_forward_hook(partial(end, name)))
     with temporary(handles):
-        yield record
+        call(model, inputs)
+    return record
 
 
 def _copies(value: Any) -> list[Tensor]:
@@ -269,9 +248,8 @@ def _close(first: Tensor, second: Tensor) -> bool:
     first, second = _plain(first), _plain(second)
     if not (first.is_floating_point() or first.is_complex()):
         return torch.equal(first, second)
-    scale = first.abs().nan_to_num(0.0, 0.0, 0.0).max() if first.numel() else 0.0
-    same = (first == second) | (first.isnan() & second.isnan())
-    return bool((same | ((first - second).abs() <= tolerance * scale)).all())
+    scale = float(first.abs().nan_to_num(0.0, 0.0, 0.0).max()) if first.numel() else 0.0
+    return torch.allclose(first, second, rtol=0, atol=tolerance * scale, equal_nan=True)
 
 
 def _plain(tensor: Tensor) -> Tensor:
@@ -282,7 +260,7 @@ def _plain(tensor: Tensor) -> Tensor:
 
 
 def require_values(model: nn.Module) -> None:
-    """Refuse a model with weights that were never loaded, before running it makes some up."""
+    """Raise `ModelError` for weights that were never loaded: running the model would initialise lazy ones."""
     known = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     lazy = [name for name, tensor in known.items() if isinstance(tensor, UninitializedParameter | UninitializedBuffer)]
     if lazy:

@@ -1,7 +1,7 @@
 """Files that are either whole or absent, and values read from them that are checked before use."""
 
 import hashlib
-import os
+import secrets
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -29,20 +29,17 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> Path:
         FileError: the folder or the file cannot be written.
     """
     path = Path(path)
-    temporary: Path | None = None
+    temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}.part"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-        temporary = Path(name)
-        os.close(handle)
-        write(temporary)
-        temporary.chmod(0o666 & ~_umask())
-        temporary.replace(path)
+        temporary.touch(exist_ok=False)
+        try:
+            write(temporary)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
     except OSError as error:
         raise FileError(f"cannot write {path}: {error.strerror or error}; choose a folder you may write to") from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
     return path
 
 
@@ -105,9 +102,3 @@ def require_writable_folder(path: Path) -> Path:
             return path
     except OSError as error:
         raise FileError(f"cannot write to the folder {path}: {error.strerror or error}; choose another") from error
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -1,10 +1,10 @@
 """What to do with every layer, as a frozen value that a person can read, edit and keep: rules and plans."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args
 
 from pydantic import AliasChoices, ConfigDict, Field, model_validator
 
@@ -18,20 +18,29 @@ those outputs weighted by their effect on the network's outputs (loss)."""
 DENSE = "dense"
 """The form of a layer that stays as it is; the names of the others are those of `spectrim.layers.forms`."""
 
+CostName = Literal["macs", "params", "bytes"]
+Limit = Literal["macs", "params", "bytes", "latency"]
+_LIMITS: tuple[Limit, ...] = get_args(Limit)
+_TIMING: Mapping[str, str | int | None] = MappingProxyType({"runtime": "torch", "batch": None, "threads": 1})
+"""What only a latency has, and the default of each."""
+_Name = TypeVar("_Name", bound=str)
 
-_STRICT = ConfigDict(extra="forbid")
+
+class _InFile:
+    """In a file, a field that the rule does not have is an error."""
+
+    __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
 
 
 @dataclass(frozen=True)
-class Rank:
+class Rank(_InFile):
     """Keep `rank` singular values in every layer, a whole number from 1 to the layer's full rank."""
 
     rank: int
-    __pydantic_config__: ClassVar = _STRICT
     rule: Literal["rank"] = field(default="rank", repr=False, kw_only=True)
 
     def __post_init__(self) -> None:
-        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
+        if not _is_whole(self.rank):
             raise RuleError(f"Rank({self.rank!r}): a rank is a whole number of at least 1, such as Rank(20)")
 
     def __str__(self) -> str:
@@ -39,11 +48,10 @@ class Rank:
 
 
 @dataclass(frozen=True)
-class Ratio:
+class Ratio(_InFile):
     """Keep this share of every layer's singular values, in (0, 1]; rounded down, at least one value stays."""
 
     ratio: float
-    __pydantic_config__: ClassVar = _STRICT
     rule: Literal["ratio"] = field(default="ratio", repr=False, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -59,11 +67,10 @@ class Ratio:
 
 
 @dataclass(frozen=True)
-class Energy:
+class Energy(_InFile):
     """Keep the smallest rank whose share of the energy (sum of squared singular values) is at least this, in (0, 1]."""
 
     energy: float
-    __pydantic_config__: ClassVar = _STRICT
     rule: Literal["energy"] = field(default="energy", repr=False, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -73,13 +80,8 @@ class Energy:
         return f"Energy({self.energy:g})"
 
 
-CostName = Literal["macs", "params", "bytes"]
-Limit = Literal["macs", "params", "bytes", "latency"]
-_LIMITS: tuple[Limit, ...] = ("macs", "params", "bytes", "latency")
-
-
 @dataclass(frozen=True, kw_only=True)
-class Budget:
+class Budget(_InFile):
     """What the whole network may cost, as a share of the dense network in (0, 1); exactly one of the four.
 
     Forms and ranks of all layers are then chosen together, so that the error is smallest.
@@ -101,43 +103,36 @@ class Budget:
     runtime: str | None = None
     batch: int | None = None
     threads: int | None = None
-    __pydantic_config__: ClassVar = _STRICT
     rule: Literal["budget"] = field(default="budget", repr=False, kw_only=True)
 
     def __post_init__(self) -> None:
-        limits = {name: value for name in _LIMITS if (value := getattr(self, name)) is not None}
+        limits, timing = self._set(_LIMITS), self._set(_TIMING)
         if len(limits) != 1:
             raise RuleError(f"a Budget limits exactly one of {', '.join(_LIMITS)}, not {len(limits)}: Budget(macs=0.5)")
         ((name, value),) = limits.items()
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
+        if not _is_share(value) or value == 1:
             raise RuleError(f"Budget({name}={value!r}): a budget is a share of the dense network, between 0 and 1")
-        self._require_circumstances()
-
-    def _require_circumstances(self) -> None:
-        """Fill in and check runtime, batch and threads, which only a latency has."""
-        named = {name: value for name in _CIRCUMSTANCES if (value := getattr(self, name)) is not None}
+        if self.latency is None and timing:
+            named = ", ".join(f"{name}={value!r}" for name, value in timing.items())
+            raise RuleError(f"{named} belongs to a latency; leave it out, or give Budget(latency=.., {named})")
         if self.latency is None:
-            if named:
-                raise RuleError(
-                    f"{', '.join(f'{name}={value!r}' for name, value in named.items())} belongs to a latency; "
-                    f"leave it out, or give Budget(latency=.., {next(iter(named))}=..)"
-                )
             return
-        for name, usual in _CIRCUMSTANCES.items():
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, usual)  # a frozen value sets itself up
+        for option, default in _TIMING.items():
+            object.__setattr__(self, option, timing.get(option, default))  # a frozen value sets itself up
         if not isinstance(self.runtime, str) or not self.runtime:
             raise RuleError(f"Budget(runtime={self.runtime!r}): name a runtime, such as 'onnxruntime'")
-        for name in ("batch", "threads"):
-            number = getattr(self, name)
-            whole = isinstance(number, int) and not isinstance(number, bool)
-            if number is not None and not (whole and number >= 1):
-                raise RuleError(f"Budget({name}={number!r}): give a whole number of at least 1")
+        for option in {"batch", "threads"} & timing.keys():
+            if not _is_whole(timing[option]):
+                raise RuleError(f"Budget({option}={timing[option]!r}): give a whole number of at least 1")
+
+    def _set(self, names: Iterable[_Name]) -> dict[_Name, Any]:
+        """Those of the fields that have a value."""
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
 
     @property
     def limits(self) -> Limit:
         """What is limited."""
-        return next(name for name in _LIMITS if getattr(self, name) is not None)
+        return next(iter(self._set(_LIMITS)))
 
     @property
     def share(self) -> float:
@@ -145,15 +140,20 @@ class Budget:
         return float(getattr(self, self.limits))
 
     def __str__(self) -> str:
-        more = [f"{name}={getattr(self, name)!r}" for name in _CIRCUMSTANCES if getattr(self, name) is not None]
-        return f"Budget({', '.join([f'{self.limits}={self.share:g}', *more])})"
+        timing = "".join(f", {name}={value!r}" for name, value in self._set(_TIMING).items())
+        return f"Budget({self.limits}={self.share:g}{timing})"
 
 
-_CIRCUMSTANCES: Mapping[str, str | int | None] = MappingProxyType({"runtime": "torch", "batch": None, "threads": 1})
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_share(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1
 
 
 def _require_share(value: float, message: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+    if not _is_share(value):
         raise RuleError(f"{message}, above 0 and at most 1")
 
 
@@ -282,8 +282,8 @@ class Plan(Frozen):
         rule: What was asked.
         metric: In what the errors count.
         layers: The decision for each weight.
-        rank_multiple: What divides the ranks, where that was asked for or probed; but full ranks and, under a budget of
-            latency, those of small layers that lie below it.
+        rank_multiple: Divides the ranks, if that was asked for or probed. Full ranks and, under a budget of latency,
+            smaller ranks of small layers are exempt.
         latency: Under a budget of latency: what was predicted, and measured.
     """
 

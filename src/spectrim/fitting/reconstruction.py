@@ -3,8 +3,6 @@
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -12,43 +10,94 @@ from torch import Tensor, nn
 from spectrim.analysis.activation_cache import DEFAULT_BYTES, ActivationCache
 from spectrim.analysis.calibration import RunningCovariance, pooled
 from spectrim.analysis.spectra import Analysis
-from spectrim.core.execution import Inputs, ProgressCallback, call, evaluating
+from spectrim.core.execution import Inputs, ProgressCallback, call
 from spectrim.core.plans import LayerPlan, Plan
 from spectrim.fitting.successors import Successor, find_successors, following
 from spectrim.layers.forms import form_named
 from spectrim.layers.replacement import factored_at, factorize, product, refitted_at, replace
-from spectrim.layers.tracing import watching
 from spectrim.layers.types import layer_type_of
 from spectrim.linalg import Factors, Problem, to_float64
 
 _RIDGE = 1e-2
+_POSITIONS = 64
+"""Places looked at in each sample."""
 
 
 class _PassEnded(BaseException):
-    """Ends a forward pass once it has shown what was wanted. Not an Exception, so that no model catches it."""
+    """Ends a forward pass early, once all rows are collected. Not an Exception, so that no model catches it."""
 
 
-@dataclass(frozen=True)
-class _Place:
-    """One weight of the plan, the distinct layers that use it, and what follows it if it is used only once."""
-
-    plan: LayerPlan
-    call_sites: tuple[str, ...]
-    successor: Successor | None
-
-    @property
-    def has_residual(self) -> bool:
-        """Whether a residual branch is added to what it gives."""
-        return self.successor is not None and self.successor.residual
+_Rows = dict[str, list[Tensor]]
+"""By call site and batch: (groups, n, ..)."""
 
 
 @dataclass(eq=False)
 class _Seen:
-    """What one call site saw, batch by batch: rows (groups, n, ..) of inputs, outputs and residual branches."""
+    """What one call site saw, batch by batch: rows (groups, n, ..).
+
+    Attributes:
+        inputs: Its inputs in the compressed network.
+        outputs: Its outputs in the dense network.
+        residuals: The residual branches that are added to its outputs in the compressed network.
+        dense_residuals: The same in the dense network.
+    """
 
     inputs: list[Tensor] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)
     residuals: list[Tensor] = field(default_factory=list)
+    dense_residuals: list[Tensor] = field(default_factory=list)
+
+    @property
+    def is_paired(self) -> bool:
+        """Whether the rows of both networks belong together, one to one."""
+        rows = [inputs.shape[1] for inputs in self.inputs]
+        return (
+            sum(rows) > 0
+            and rows == [outputs.shape[1] for outputs in self.outputs]
+            and [branch.shape for branch in self.residuals] == [branch.shape for branch in self.dense_residuals]
+        )
+
+
+@dataclass(frozen=True)
+class _Place:
+    """One weight of the plan, the distinct layers that use it, and what follows it if it is used only once.
+
+    What it should give is what leaves the network, after what follows it, as it was.
+    """
+
+    plan: LayerPlan
+    call_sites: tuple[str, ...]
+    successor: Successor
+
+    def targets(self, seen: Mapping[str, _Seen]) -> _Rows:
+        """The dense outputs, and what the residual branch lacks against the dense network."""
+        if not self.successor.residual:
+            return {site: rows.outputs for site, rows in seen.items()}
+        ((site, rows),) = seen.items()
+        scale, _ = self._affine(rows.outputs[0])
+        each = zip(rows.outputs, rows.dense_residuals, rows.residuals, strict=True)
+        return {site: [y + (s - t) / scale for y, s, t in each]}
+
+    def revised(self, seen: Mapping[str, _Seen], targets: _Rows, *, whole: Tensor, fit: "_Fit") -> _Rows:
+        """The same, but as it comes out for `whole` where the ReLU gives zero both then and now (Zhang 2016)."""
+        ((site, rows),) = seen.items()
+        scale, shift = self._affine(rows.outputs[0])
+        bias = fit.bias(site, whole, targets[site]).reshape(len(whole), 1, -1)
+        revised = []
+        for position, (y, x) in enumerate(zip(rows.outputs, rows.inputs, strict=True)):
+            got = x.to(y.dtype) @ whole.mT.to(y.dtype) + bias.to(y.dtype)
+            before = scale * y + shift + (rows.dense_residuals[position] if rows.dense_residuals else 0)
+            offset = shift + (rows.residuals[position] if rows.residuals else 0)
+            hidden = torch.minimum(scale * got + offset, torch.zeros_like(got))
+            revised.append((torch.where(before > 0, before, hidden) - offset) / scale)
+        return {site: revised}
+
+    def _affine(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and shift as (groups, 1, out) of a group; a scale of nearly nothing is kept away from zero."""
+        both = (self.successor.scale, self.successor.shift)
+        scale, shift = (affine.to(like).reshape(len(like), 1, -1) for affine in both)
+        least = 1e-3 * scale.abs().max().clamp(min=1e-30)
+        return torch.where(scale.abs() < least, torch.where(scale < 0, -least, least), scale), shift
 
 
 def reconstruct(
@@ -58,7 +107,6 @@ def reconstruct(
     *,
     analysis: Analysis,
     batches: Sequence[Inputs],
-    positions: int | None = 64,
     cache_bytes: int = DEFAULT_BYTES,
     on_progress: ProgressCallback | None = None,
 ) -> nn.Module:
@@ -82,27 +130,28 @@ def reconstruct(
             that are not fitted: those in the plain metric, those that the data do not reach, and those that choose by
             value what they look at.
         batches: What the networks are run on.
-        positions: Places looked at in each sample, None for all.
         cache_bytes: Bytes that may be kept to save time: two fifths for sampled outputs of the dense network, which is
             run again each time they are full, and three fifths for outputs of blocks that are finished.
         on_progress: Called with each layer's name before it is fitted, how many are done, and of how many.
     """
     chosen = [layer for layer in plan.layers if not layer.frozen and layer.metric != "plain"]
-    successors = find_successors(model, batches[0], {layer.name for layer in chosen})
-    places = [_place(small, layer, successors) for layer in chosen]
+    call_sites = {layer.name: analysis[layer.name].call_sites for layer in chosen}
+    successors = find_successors(model, batches[0], [name for name, own in call_sites.items() if len(own) == 1])
+    nothing = Successor(torch.ones(()), torch.zeros(()))
+    places = [_Place(layer, call_sites[layer.name], successors.get(layer.name, nothing)) for layer in chosen]
     as_planned = [layer for layer in plan.factored if layer.metric == "plain"]
     factorize(small, plan.model_copy(update={"layers": tuple(as_planned)}), factors=analysis.factors)
     cache = ActivationCache(small, 3 * cache_bytes // 5)
     start = 0
     while start < len(places):
-        dense, end = _record(model, places, start, batches, positions=positions, free_bytes=2 * cache_bytes // 5)
+        seen, end = _record(model, places, start, batches, free_bytes=2 * cache_bytes // 5)
         for place in places[start:end]:
             if on_progress is not None:
                 on_progress(place.plan.name, start, len(places))
-            now = _collect(cache, place, dense, batches, positions)
-            then = {site: dense.pop(site) for site in place.call_sites}
-            if _comparable(now, then):
-                replace(small, _fitted(small, place, now, then, analysis=analysis))
+            own = {site: seen.pop(site) for site in place.call_sites}
+            _collect(cache, place, own, batches)
+            if all(site.is_paired for site in own.values()):
+                replace(small, _fitted(small, place, own, analysis=analysis))
             else:
                 alone = plan.model_copy(update={"layers": (place.plan,)})
                 factorize(small, alone, factors=analysis.factors, means=analysis.means)
@@ -112,36 +161,22 @@ def reconstruct(
     return small
 
 
-def _place(model: nn.Module, layer: LayerPlan, successors: Mapping[str, Successor]) -> _Place:
-    first = {id(model.get_submodule(name)): name for name in reversed(layer.names)}
-    call_sites = tuple(name for name in layer.names if name in first.values())
-    return _Place(layer, call_sites, successors.get(layer.name) if len(call_sites) == 1 else None)
-
-
 def _record(
-    model: nn.Module,
-    places: Sequence[_Place],
-    start: int,
-    batches: Sequence[Inputs],
-    *,
-    positions: int | None,
-    free_bytes: int,
+    model: nn.Module, places: Sequence[_Place], start: int, batches: Sequence[Inputs], *, free_bytes: int
 ) -> tuple[dict[str, _Seen], int]:
     """Outputs and residual branches of the dense network at as many places as memory allows, and where these end."""
     order = {site: number for number, place in enumerate(places) for site in place.call_sites if number >= start}
-    adding = {place.plan.name for place in places if place.has_residual}
+    adding = {place.plan.name for place in places if place.successor.residual}
     seen = {site: _Seen() for site in order}
-    layers: dict[str, nn.Module] = {}
     end = len(places)
 
     def on_call(name: str, layer: nn.Module, _: Tensor, output: Tensor) -> None:
-        layers[name] = layer
         if order[name] < end:
-            seen[name].outputs.append(_output_rows(layer, output, positions))
+            seen[name].outputs.append(layer_type_of(layer).output_rows(layer, output, positions=_POSITIONS))
 
-    def on_residual(name: str, residual: Tensor) -> None:
+    def on_residual(name: str, layer: nn.Module, residual: Tensor) -> None:
         if order[name] < end and name in adding:
-            seen[name].residuals.append(_output_rows(layers[name], residual, positions))
+            seen[name].dense_residuals.append(layer_type_of(layer).output_rows(layer, residual, positions=_POSITIONS))
 
     for position, batch in enumerate(batches):
         with following(model, order, on_call=on_call, on_residual=on_residual):
@@ -152,91 +187,54 @@ def _record(
     return seen, end
 
 
-def _output_rows(layer: nn.Module, output: Tensor, positions: int | None) -> Tensor:
-    return layer_type_of(layer).output_rows(layer, output, positions=positions)
-
-
 def _affordable(places: Sequence[_Place], start: int, first: Mapping[str, _Seen], *, free_bytes: int) -> int:
     """Where the places end, one at least, whose rows of one batch fit into so many bytes."""
     for number in range(start, len(places)):
-        rows = [row for site in places[number].call_sites for row in (*first[site].outputs, *first[site].residuals)]
-        free_bytes -= sum(row.numel() * row.element_size() for row in rows)
+        for site in places[number].call_sites:
+            rows = (*first[site].outputs, *first[site].dense_residuals)
+            free_bytes -= sum(row.numel() * row.element_size() for row in rows)
         if free_bytes < 0:
             return max(start + 1, number)
     return len(places)
 
 
-def _collect(
-    cache: ActivationCache,
-    place: _Place,
-    dense: Mapping[str, _Seen],
-    batches: Sequence[Inputs],
-    positions: int | None,
-) -> dict[str, _Seen]:
-    """Inputs and residual branches that the place sees in the network as it is now."""
-    seen = {site: _Seen() for site in place.call_sites}
-    layers: dict[str, nn.Module] = {}
-    calls = {site: len(dense[site].outputs) // len(batches) for site in place.call_sites}
+def _collect(cache: ActivationCache, place: _Place, seen: Mapping[str, _Seen], batches: Sequence[Inputs]) -> None:
+    """Add the inputs and residual branches that the place sees in the network as it is now."""
+    calls = {site: len(rows.outputs) // len(batches) for site, rows in seen.items()}
     pending: dict[str, int] = {}
 
     def on_call(name: str, layer: nn.Module, x: Tensor, output: Tensor) -> None:
-        if name not in seen:
-            return
         reached()
-        layers[name] = layer
-        rows = layer_type_of(layer).input_rows(layer, x, output=output, positions=positions)
+        rows = layer_type_of(layer).input_rows(layer, x, output=output, positions=_POSITIONS)
         seen[name].inputs.append(rows.clone() if rows.data_ptr() == x.data_ptr() else rows)
         pending[name] -= 1
-        if not place.has_residual and not any(pending.values()):
+        if not place.successor.residual and not any(pending.values()):
             raise _PassEnded
 
-    def on_residual(name: str, residual: Tensor) -> None:
-        seen[name].residuals.append(_output_rows(layers[name], residual, positions))
+    def on_residual(name: str, layer: nn.Module, residual: Tensor) -> None:
+        seen[name].residuals.append(layer_type_of(layer).output_rows(layer, residual, positions=_POSITIONS))
         raise _PassEnded
 
-    small = cache.model
     for position, batch in enumerate(batches):
         pending = dict(calls)
-        with suppress(_PassEnded), cache.recalling(position) as reached:
-            if place.has_residual:
-                with following(small, place.call_sites, on_call=on_call, on_residual=on_residual):
-                    call(small, batch, what=f"batch {position}")
-            else:
-                with evaluating(small), watching(small, on_call):
-                    call(small, batch, what=f"batch {position}")
-    return seen
+        watched = following(
+            cache.model, seen, on_call=on_call, on_residual=on_residual if place.successor.residual else None
+        )
+        with suppress(_PassEnded), cache.recalling(position) as reached, watched:
+            call(cache.model, batch, what=f"batch {position}")
 
 
-def _comparable(now: Mapping[str, _Seen], then: Mapping[str, _Seen]) -> bool:
-    """Whether the rows of both networks belong together, one to one."""
-    return all(
-        bool(seen.inputs)
-        and sum(rows.shape[1] for rows in seen.inputs) > 0
-        and [rows.shape[1] for rows in seen.inputs] == [rows.shape[1] for rows in then[site].outputs]
-        and [rows.shape for rows in seen.residuals] == [rows.shape for rows in then[site].residuals]
-        for site, seen in now.items()
-    )
-
-
-def _fitted(
-    small: nn.Module,
-    place: _Place,
-    now: Mapping[str, _Seen],
-    dense: Mapping[str, _Seen],
-    *,
-    analysis: Analysis,
-) -> dict[str, nn.Module]:
+def _fitted(small: nn.Module, place: _Place, seen: Mapping[str, _Seen], *, analysis: Analysis) -> dict[str, nn.Module]:
     """The replacement for a place, fitted to its rows in its metric, or as planned if that is no worse."""
     layer, plan = small.get_submodule(place.plan.name), place.plan
     shape = layer_type_of(layer).geometry(layer).shape
     G = analysis[plan.name].problems["loss"].output if plan.metric == "loss" else None
     # a layer that stays dense stays as it is built: without a bias, moments are taken around zero
     biased = plan.is_factored or layer._parameters.get("bias") is not None
-    fit = _Fit.of(layer, {site: seen.inputs for site, seen in now.items()}, biased=biased)
-    goal = _Goal(place, now, dense)
-    targets = goal.first()
+    fit = _Fit.of(layer, {site: rows.inputs for site, rows in seen.items()}, biased=biased)
+    targets = place.targets(seen)
     factors: Factors = ()
-    for turn in reversed(range(1 + goal.is_rectified)):
+    for turn in reversed(range(1 + place.successor.relu)):
         cross = fit.cross(targets)
         best = fit.weight(cross)
         if plan.is_factored:
@@ -244,7 +242,7 @@ def _fitted(
             factors = form_named(plan.form).decompose(problem, near=factors).factors(plan.ranks)
             best = product(layer, form=plan.form, factors=factors)
         if turn:
-            targets = goal.revised(targets, best, fit)
+            targets = place.revised(seen, targets, whole=best, fit=fit)
     before = analysis.factors(plan) if plan.is_factored else ()
     unfitted = product(layer, form=plan.form, factors=before) if before else fit.dense
     if fit.error(unfitted, cross, G) < fit.error(best, cross, G):
@@ -258,10 +256,6 @@ def _fitted(
     return factored_at(small, plan.names, form=plan.form, factors=factors, bias=bias)
 
 
-_Rows = dict[str, list[Tensor]]
-"""By call site and batch: (groups, n, ..)."""
-
-
 @dataclass(frozen=True, eq=False)
 class _Fit:
     """Ridge regression from what a weight's call sites receive to what they should give, drawn towards the weight.
@@ -272,6 +266,8 @@ class _Fit:
         means: Their means by call site, (groups, n).
         covariance: Around each call site's own mean, since each has a bias of its own, (groups, n, n).
         metric: The covariance with the ridge.
+        root: Its Cholesky factor.
+        biased: Whether the call sites may have a bias; if not, moments are taken around zero.
     """
 
     dense: Tensor
@@ -279,16 +275,17 @@ class _Fit:
     means: dict[str, Tensor]
     covariance: Tensor
     metric: Tensor
+    root: Tensor
     biased: bool
 
     @classmethod
     def of(cls, layer: nn.Module, inputs: _Rows, *, biased: bool) -> "_Fit":
         moments = {}
         for site, batches in inputs.items():
-            running = RunningCovariance()
+            statistics = RunningCovariance()
             for rows in batches:
-                running.add(rows)
-            moments[site] = running.finish(site)
+                statistics.add(rows)
+            moments[site] = statistics.finish(site)
         W = to_float64(layer_type_of(layer).kernels(layer)).flatten(2)
         C, _ = pooled(list(moments.values()), name=next(iter(inputs)), width=W.shape[2])
         C = C.to(W.device)
@@ -300,8 +297,8 @@ class _Fit:
             means = {site: torch.zeros_like(mean) for site, mean in means.items()}
         mean = C.diagonal(dim1=1, dim2=2).mean(dim=1)
         ridge = _RIDGE * torch.where(mean > 0, mean, torch.ones_like(mean))[:, None, None]
-        eye = torch.eye(C.shape[1], dtype=C.dtype, device=C.device)
-        return cls(W, inputs, means, C, C + ridge * eye, biased)
+        metric = C + ridge * torch.eye(C.shape[1], dtype=C.dtype, device=C.device)
+        return cls(W, inputs, means, C, metric, torch.linalg.cholesky(metric), biased)
 
     def cross(self, targets: _Rows) -> Tensor:
         """cov(y, x), (groups, out, n)."""
@@ -315,7 +312,7 @@ class _Fit:
 
     def weight(self, cross: Tensor) -> Tensor:
         """(cov(y, x) + r W)(cov(x) + r I)^-1, written as a correction of W."""
-        change = torch.cholesky_solve((cross - self.dense @ self.covariance).mT, self._root)
+        change = torch.cholesky_solve((cross - self.dense @ self.covariance).mT, self.root)
         return self.dense + change.mT
 
     def error(self, whole: Tensor, cross: Tensor, G: Tensor | None) -> float:
@@ -323,65 +320,11 @@ class _Fit:
         product = (whole @ self.covariance - 2 * cross) @ whole.mT
         return float(product.diagonal(dim1=1, dim2=2).sum() if G is None else (product * G.to(product)).sum())
 
-    @cached_property
-    def _root(self) -> Tensor:
-        return cast(Tensor, torch.linalg.cholesky(self.metric))
-
     def bias(self, site: str, whole: Tensor, targets: Sequence[Tensor]) -> Tensor:
         """(out,): what makes the mean output exact for the weight `whole`, (groups, out, n); zero without a bias."""
         if not self.biased:
             return torch.zeros_like(whole[..., 0]).flatten()
         return (_mean(targets) - (whole @ self.means[site].unsqueeze(-1)).squeeze(-1)).flatten()
-
-
-@dataclass(frozen=True, eq=False)
-class _Goal:
-    """What a place should give so that, after what follows it, the network is as it was."""
-
-    place: _Place
-    now: Mapping[str, _Seen]
-    dense: Mapping[str, _Seen]
-
-    @property
-    def is_rectified(self) -> bool:
-        """Whether a ReLU hides a part of what the place gives."""
-        return self.place.successor is not None and self.place.successor.relu
-
-    def first(self) -> _Rows:
-        """The dense outputs, and what the residual branch lacks against the dense network."""
-        if not self.place.has_residual:
-            return {site: seen.outputs for site, seen in self.dense.items()}
-        (site,) = self.place.call_sites
-        dense, now = self.dense[site], self.now[site]
-        scale, _ = self._affine(dense.outputs[0])
-        each = zip(dense.outputs, dense.residuals, now.residuals, strict=True)
-        return {site: [y + (s - t) / scale for y, s, t in each]}
-
-    def revised(self, targets: _Rows, whole: Tensor, fit: _Fit) -> _Rows:
-        """The same, but as it comes out for `whole` where the ReLU gives zero both then and now (Zhang 2016)."""
-        (site,) = self.place.call_sites
-        dense, now = self.dense[site], self.now[site]
-        scale, shift = self._affine(dense.outputs[0])
-        bias = fit.bias(site, whole, targets[site]).reshape(len(whole), 1, -1)
-        revised = []
-        for position, (y, x) in enumerate(zip(dense.outputs, fit.inputs[site], strict=True)):
-            got = x.to(y.dtype) @ whole.mT.to(y.dtype) + bias.to(y.dtype)
-            before = scale * y + shift + (dense.residuals[position] if dense.residuals else 0)
-            offset = shift + (now.residuals[position] if now.residuals else 0)
-            hidden = torch.minimum(scale * got + offset, torch.zeros_like(got))
-            revised.append((torch.where(before > 0, before, hidden) - offset) / scale)
-        return {site: revised}
-
-    def _affine(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Scale and shift as (groups, 1, out) of a group; a scale of nearly nothing is kept away from zero."""
-        assert self.place.successor is not None
-        groups = like.shape[0]
-        scale, shift = (
-            affine.to(like).reshape(groups, 1, -1)
-            for affine in (self.place.successor.scale, self.place.successor.shift)
-        )
-        least = 1e-3 * scale.abs().max().clamp(min=1e-30)
-        return torch.where(scale.abs() < least, torch.where(scale < 0, -least, least), scale), shift
 
 
 def _mean(batches: Sequence[Tensor]) -> Tensor:

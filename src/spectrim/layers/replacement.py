@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -11,7 +12,7 @@ from spectrim.core.plans import LayerPlan, Plan
 from spectrim.layers.factored import geometry_of, low_rank_layers, shallow_copy
 from spectrim.layers.forms import form_named
 from spectrim.layers.types import layer_type_of
-from spectrim.linalg import Factors, Ranks, balanced, is_finite, to_float64
+from spectrim.linalg import Factors, Ranks, balanced, to_float64
 
 
 def replace(model: nn.Module, replacements: Mapping[str, nn.Module]) -> None:
@@ -97,7 +98,7 @@ def factored_at(
     ranks, reference = _ranks(factors), first.get_parameter("weight")
     blank = build(first, layer_type=layer_type_of(first), ranks=ranks, bias=False)
     shared = [_parameter_like(reference, tensor) for tensor in blank.stored(balanced(factors))]
-    if not all(is_finite(weight) for weight in shared):
+    if not all(torch.isfinite(weight).all() for weight in shared):
         raise ModelError(f"the factors of {names[0]} overflow {reference.dtype}; convert the model to float32 first")
     # of the factors as stored, so that in half precision the mean correction covers their rounding as well
     whole = blank.kernels([to_float64(weight) for weight in shared]).flatten(2)

@@ -5,17 +5,15 @@ from dataclasses import dataclass
 from math import prod
 from typing import Self
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from spectrim.linalg.problem import Factors, Problem, Ranks, every_rank
+from spectrim.linalg.problem import Decomposition, Factors, Problem, Ranks
 from spectrim.linalg.spectra import FloatArray, Spectrum, over_groups
 
 
 @dataclass(frozen=True, eq=False)
-class ChannelDecomposition:
+class ChannelDecomposition(Decomposition):
     """Orthonormal bases of a weight's output space, best direction first: every rank is a prefix of them.
 
     Attributes:
@@ -33,11 +31,6 @@ class ChannelDecomposition:
     def full_ranks(shape: Sequence[int]) -> Ranks:
         """(min(out, in * places),) of a weight (groups, out, in, *kernel)."""
         return (min(shape[1], prod(shape[2:])),)
-
-    @staticmethod
-    def rank_grid(shape: Sequence[int]) -> npt.NDArray[np.int64]:
-        """The ranks of `tails`, (n, 1): every one."""
-        return every_rank(ChannelDecomposition.full_ranks(shape))
 
     @classmethod
     def of(cls, problem: Problem, *, near: Factors = ()) -> Self:
@@ -73,22 +66,15 @@ class ChannelDecomposition:
 def _metric_basis(W: Tensor, C: Tensor, *, tolerance: float) -> tuple[Tensor, Tensor]:
     out_features, in_features = W.shape
     Q, R = torch.linalg.qr(W) if out_features > in_features else (None, W)
-    variances, vectors = torch.linalg.eigh(_symmetric(R @ C @ R.T))
+    RCR = R @ C @ R.T
+    variances, vectors = torch.linalg.eigh((RCR + RCR.T) / 2)
     variances, vectors = variances.flip(0).clamp(min=0), vectors.flip(1)
     seen = int((variances > tolerance * variances[0]).sum())
     if seen < len(variances):
-        vectors = _complete(vectors, R, seen)
+        # the unseen directions turn to the principal axes of what the weight has left in them
+        rest = vectors[:, seen:]
+        axes, _, _ = torch.linalg.svd(rest.T @ R, full_matrices=True)
+        vectors = torch.cat([vectors[:, :seen], rest @ axes], dim=1)
         # Rotating the unseen directions among themselves leaves their total variance: it is rounding, spread evenly.
         variances[seen:] = variances[seen:].mean()
     return vectors if Q is None else Q @ vectors, variances.sqrt()
-
-
-def _complete(vectors: Tensor, weight: Tensor, seen: int) -> Tensor:
-    """Keep the first `seen` vectors; turn the rest to the principal axes of what `weight` has left outside them."""
-    rest = vectors[:, seen:]
-    axes, _, _ = torch.linalg.svd(rest.T @ weight, full_matrices=True)
-    return torch.cat([vectors[:, :seen], rest @ axes], dim=1)
-
-
-def _symmetric(matrix: Tensor) -> Tensor:
-    return (matrix + matrix.T) / 2

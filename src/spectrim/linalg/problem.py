@@ -1,9 +1,10 @@
 """What is to be approximated, and in which metric."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Protocol, Self
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -21,35 +22,35 @@ Factors = tuple[Tensor, ...]
 _FLOOR = 1e-7
 
 
-class Decomposition(Protocol):
+class Decomposition(ABC):
     """What factors of any rank are made from, and what each rank loses.
 
     The class says of a weight's shape alone which ranks there are, so that costs and losses cannot come apart.
     """
 
     @staticmethod
+    @abstractmethod
     def full_ranks(shape: Sequence[int]) -> Ranks:
         """The largest ranks that change anything, of a weight (groups, out, in, *kernel)."""
 
-    @staticmethod
-    def rank_grid(shape: Sequence[int]) -> npt.NDArray[np.int64]:
-        """The ranks of `tails`, (n, number of ranks)."""
+    @classmethod
+    def rank_grid(cls, shape: Sequence[int]) -> npt.NDArray[np.int64]:
+        """The ranks of `tails`, (n, number of ranks): here every one up to the full rank."""
+        return np.arange(1, cls.full_ranks(shape)[0] + 1, dtype=np.int64)[:, None]
 
     @classmethod
+    @abstractmethod
     def of(cls, problem: "Problem", *, near: Factors = ()) -> Self:
         """Solve, or prepare to solve; where it is done by iteration, it starts from the factors `near`, if given."""
 
     @property
+    @abstractmethod
     def tails(self) -> FloatArray:
         """Energy lost at each of the ranks of `rank_grid`, (n,)."""
 
+    @abstractmethod
     def factors(self, ranks: Ranks) -> Factors:
         """The factors of these ranks."""
-
-
-def every_rank(full: Ranks) -> npt.NDArray[np.int64]:
-    """1 to the full rank, (n, 1)."""
-    return np.arange(1, full[0] + 1, dtype=np.int64)[:, None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +63,7 @@ class Problem:
             up to rounding; None for the identity, which is the plain metric.
         output: G, (groups, out, out), positive semi-definite; None for the identity.
         rounding_tolerance: Variance below this share of the largest is taken as rounding of the statistics.
+        _shared: What problems that differ in their output metric only have in common.
     """
 
     weight: Tensor
@@ -69,10 +71,6 @@ class Problem:
     output: Tensor | None = None
     rounding_tolerance: float = 0.0
     _shared: dict[str, Tensor] = field(repr=False, default_factory=dict)
-
-    def with_output_metric(self, output: Tensor) -> "Problem":
-        """The same problem in the output metric G."""
-        return replace(self, output=output)
 
     @cached_property
     def matrices(self) -> Tensor:
@@ -89,16 +87,13 @@ class Problem:
         return torch.eye(n, dtype=torch.float64, device=self.matrices.device).expand(groups, n, n)
 
     @property
-    def invertible(self) -> Tensor:
-        """The metric with a floor, (groups, n, n), so that it has an inverse. Made anew each time: it is large."""
+    def metrics(self) -> Sequence[Tensor | None]:
+        """By group the metric with a floor, so that it has an inverse; None for the identity. Large, so never kept."""
+        if self.covariance is None:
+            return [None] * len(self.weight)
         if "floor" not in self._shared:
             self._shared["floor"] = _needed_floor(self.metric)
-        return _lifted((self.metric + self.metric.mT).div_(2), self._shared["floor"])
-
-    @property
-    def metrics(self) -> Sequence[Tensor | None]:
-        """By group the metric that has an inverse, or None for the identity."""
-        return [None] * len(self.weight) if self.covariance is None else list(self.invertible)
+        return list(_lifted((self.metric + self.metric.mT).div_(2), self._shared["floor"]))
 
     @cached_property
     def total(self) -> float:
@@ -120,14 +115,12 @@ class Problem:
         top = values[:, -1:].clamp(min=torch.finfo(torch.float64).tiny)
         # directions without effect on the loss keep a small weight, so that the root has an inverse
         values = (values / top).clamp(min=0) + 1e-3
-        return (
-            (vectors * values.sqrt().unsqueeze(1)) @ vectors.mT,
-            (vectors / values.sqrt().unsqueeze(1)) @ vectors.mT,
-        )
+        roots = values.sqrt().unsqueeze(1)
+        return (vectors * roots) @ vectors.mT, (vectors / roots) @ vectors.mT
 
 
 def _lifted(metric: Tensor, floor: Tensor) -> Tensor:
-    """The metric itself, changed."""
+    """`metric` itself, with the floor added to its diagonals."""
     metric.diagonal(dim1=-2, dim2=-1).add_(floor.unsqueeze(-1))
     return metric
 

@@ -6,34 +6,82 @@ Tucker-2. The metric A (P Q, P Q) is the covariance of the inputs; None is the i
 form. Everything is for one group, in float64.
 """
 
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
+from math import prod
+from typing import ClassVar, Self, cast
 
 import torch
 from torch import Tensor
+
+from spectrim.linalg.problem import Decomposition, Factors, Problem, Ranks
 
 _SWEEPS = 4
 _SLOW = 1e-2
 _WIDE = 1024
 
 
-def most_sweeps(A: Tensor | None) -> int:
-    """How often alternating least squares goes around at most, by the size of the metric: half as often if wide."""
-    return _SWEEPS if A is None or len(A) <= _WIDE else _SWEEPS // 2
+@dataclass(frozen=True, eq=False)
+class SharedProjection(Decomposition):
+    """A nested start for every rank, from which the factors of given ranks are fitted.
 
+    Attributes:
+        problem: What is approximated; weight (groups, out, in, *kernel).
+        basis: float64 (groups, k, P), orthonormal rows, best first; k = min(P, out * Q).
+        first_shared: The first dimension of the weight that belongs to Q, not to P.
+    """
 
-@dataclass(eq=False)
-class Progress:
-    """Whether alternating least squares still gets anywhere: a sweep should lessen the error by a hundredth."""
+    problem: Problem
+    basis: Tensor
+    first_shared: ClassVar[int]
 
-    whole: Tensor
-    remaining: float = float("inf")
+    @abstractmethod
+    def fit(self, M: Tensor, A: Tensor | None, V: Tensor, rank: int) -> tuple[tuple[Tensor, ...], Tensor]:
+        """The best other factors for a given V, and the energy that they explain."""
 
-    def stalled(self, explained: Tensor) -> bool:
-        """After a sweep that explains this much of the whole energy."""
-        before, self.remaining = self.remaining, float(self.whole - explained)
-        return self.remaining > (1 - _SLOW) * before
+    @abstractmethod
+    def improve(self, M: Tensor, A: Tensor | None, V: Tensor, others: tuple[Tensor, ...]) -> Tensor:
+        """A V with a smaller error for given other factors."""
+
+    @classmethod
+    def of(cls, problem: Problem, *, near: Factors = ()) -> Self:
+        """The start: the best projection for inputs that are independent from place to place.
+
+        With factors of a problem that is nearly the same, the first of them is the start, up to its rank.
+        """
+        if near:
+            return cls(problem, near[0].flatten(2))
+        return cls(problem, torch.stack([nested_start(M, A) for M, A in cls.groups(problem)]))
+
+    @classmethod
+    def groups(cls, problem: Problem) -> list[tuple[Tensor, Tensor | None]]:
+        """The weight (out, P, Q) and the metric of each group."""
+        shape = problem.weight.shape
+        weights = problem.matrices.reshape(*shape[:2], -1, prod(shape[cls.first_shared :]))
+        return list(zip(weights, problem.metrics, strict=True))
+
+    def fitted(self, ranks: Ranks, *, sweeps: int | None) -> list[Tensor]:
+        """V and the other factors, each (groups, ..), after at most so many sweeps of alternating least squares.
+
+        A sweep improves V and fits the others anew. It ends earlier once a sweep lessens the error by less than a
+        hundredth. By default 4 sweeps, 2 where the metric is wide.
+        """
+        starts = zip(self.groups(self.problem), self.basis, strict=True)
+        each = [self._alternate(M, A, start[: ranks[0]], ranks[-1], sweeps) for (M, A), start in starts]
+        return [torch.stack(parts) for parts in zip(*each, strict=True)]
+
+    def _alternate(self, M: Tensor, A: Tensor | None, V: Tensor, rank: int, sweeps: int | None) -> tuple[Tensor, ...]:
+        others, explained = self.fit(M, A, V, rank)
+        whole, remaining = energy(M, A), float("inf")
+        usual = _SWEEPS if A is None or len(A) <= _WIDE else _SWEEPS // 2
+        for _ in range(usual if sweeps is None else sweeps):
+            before, remaining = remaining, float(whole - explained)
+            if remaining > (1 - _SLOW) * before:
+                break
+            V = self.improve(M, A, V, others)
+            others, explained = self.fit(M, A, V, rank)
+        return V, *others
 
 
 def top_rows(M: Tensor) -> Tensor:
@@ -123,18 +171,14 @@ def better_projection(M: Tensor, A: Tensor, H: Tensor, V: Tensor, *, steps: int 
         rest, A, H, V = (matrix.float() for matrix in (rest, A, H, V))
     H = H.reshape(out, r, Q)
     K = torch.einsum("orq,osp->rqsp", H, H).reshape(r, -1)
-
-    def normal(X: Tensor) -> Tensor:
-        spread = (X @ A.reshape(P, -1)).reshape(r * Q, P, Q)
-        return K @ spread.permute(2, 0, 1).reshape(-1, P)
-
     residual = torch.einsum("orq,opq->rp", H, (rest @ A).reshape(out, P, Q))
     solve_rows = solver(torch.einsum("rqsq->rs", K.reshape(r, Q, r, Q)))
     solve_columns = solver(A.reshape(P, Q, P, Q).diagonal(dim1=1, dim2=3).sum(dim=-1))
     step, direction = torch.zeros_like(V), solve_columns(solve_rows(residual).T).T
     power = float((residual * direction).sum())
     for _ in range(steps):
-        image = normal(direction)
+        spread = (direction @ A.reshape(P, -1)).reshape(r * Q, P, Q)
+        image = K @ spread.permute(2, 0, 1).reshape(-1, P)
         curvature = float((direction * image).sum())
         if power <= 0 or curvature <= 0:
             break

@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -95,9 +94,3 @@ def spectrum(matrices: Tensor) -> Spectrum:
 def over_groups(values: Tensor) -> Spectrum:
     """One spectrum from the values (groups, k) of every group."""
     return Spectrum(values.square().sum(dim=0).sqrt().cpu().numpy())
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """Whether no entry is NaN or infinite."""
-    finite: Any = torch.isfinite(tensor).all().item()
-    return bool(finite)

@@ -69,17 +69,17 @@ def truncate(W: Tensor, rank: int, *, basis: Tensor | None = None) -> Truncated:
     energy = _energy(W)
     # A is tall, so that the basis lives on the shorter side
     A = W if W.shape[0] >= W.shape[1] else W.mT
-    size = _basis_size(A.shape[1], rank)
+    # no basis where twice as many columns would be half of the space or more: a full decomposition is as fast
+    size = rank + _OVERSAMPLING if 4 * (rank + _OVERSAMPLING) <= A.shape[1] else 0
     warm = _iterated(A, basis, rank, energy=energy) if basis is not None and basis.shape[1] == size > 0 else None
-    V, B = _decomposed(A, max(size, rank)) if warm is None else warm
+    if warm is None:
+        wide = A.double()
+        V = torch.linalg.eigh(wide.mT @ wide)[1].flip(1)[:, : max(size, rank)].to(A.dtype)
+        B = A @ V
+    else:
+        V, B = warm
     factors = (B, V) if A is W else (V, B)
     return Truncated(factors[0][:, :rank], factors[1][:, :rank], V[:, :size].contiguous(), decomposed=warm is None)
-
-
-def _basis_size(side: int, rank: int) -> int:
-    """Columns of the basis; none where twice as many would be half of the space or more."""
-    size = rank + _OVERSAMPLING
-    return size if 4 * size <= side else 0
 
 
 def _energy(W: Tensor) -> float:
@@ -90,17 +90,13 @@ def _energy(W: Tensor) -> float:
     return energy
 
 
-def _decomposed(A: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """The `size` leading right singular vectors V (n, size) of A (m, n), and A V."""
-    wide = A.double()
-    V = torch.linalg.eigh(wide.mT @ wide)[1].flip(1)[:, :size].to(A.dtype)
-    return V, A @ V
-
-
 def _iterated(A: Tensor, V: Tensor, rank: int, *, energy: float) -> tuple[Tensor, Tensor] | None:
-    """As `_decomposed`, from the basis V (n, k) of a matrix near A; None when that does not find it."""
+    """The k leading right singular vectors V (n, k) of A (m, n), and A V, from the basis V of a matrix near A.
+
+    None when that does not find them.
+    """
     size = V.shape[1]
-    # the last column tells of directions that the basis has no part of: a fixed vector without any structure
+    # the last column shows directions that are orthogonal to the basis: a fixed vector without any structure
     probe = torch.randn(len(V), 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     V = _orthonormal(torch.cat([V[:, :-1].double(), probe.to(V.device)], dim=1))
     B = _times(A, V)
@@ -145,9 +141,9 @@ def _times_transposed(A: Tensor, B: Tensor) -> Tensor:
 
 
 def _outside(values: Tensor, rank: int) -> Tensor:
-    """Where the spectrum outside the subspace ends, about: a Ritz value half way into the oversampling.
+    """About where the spectrum outside the subspace ends: a Ritz value half way into the oversampling.
 
-    The last one is found late in a cluster of values, and would promise too much.
+    The last Ritz value would be too optimistic: in a cluster of values it converges late.
     """
     return values[(rank + len(values)) // 2]
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -15,7 +16,7 @@ from spectrim.layers.tracing import Trace
 from spectrim.layers.types import find_layer_type
 from spectrim.layers.units import SingleWeight
 from spectrim.layers.units.single_weight import find_single_weights
-from spectrim.linalg import Factors, Spectrum, is_finite, spectrum
+from spectrim.linalg import Factors, Spectrum, spectrum
 from spectrim.planning.rules import require_reachable
 
 LayerRule = Rank | Ratio | Energy | Mapping[str, int]
@@ -93,7 +94,7 @@ def require_ranks(ranks: Mapping[str, int], full: Mapping[str, int]) -> None:
 
 def require_finite(name: str, weight: Tensor) -> None:
     """Raise `TrainingError` for a weight that became NaN or infinite."""
-    if not is_finite(weight):
+    if not torch.isfinite(weight).all():
         raise TrainingError(f"the weight of {name} became NaN or infinite; lower the learning rate or check the data")
 
 

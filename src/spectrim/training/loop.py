@@ -320,7 +320,7 @@ class _Loop:
         self._save()
 
     def _save(self) -> None:
-        if self.run.checkpoint and (self.others is None or self.others.is_main_process):
+        if self.run.checkpoint and (self.others is None or self.others.process_index == 0):
             self.run.checkpoint.save(self.run.model, self.optimiser, self.saved)
 
     def _finished(self) -> History:
