@@ -362,7 +362,7 @@ INPUT = ("compress", *MLP, "--rank", "4", "--out", "new/small", "--input", "64")
         (("compress", *RESNET, *TRAINED[-4:], "--rank", "4", "--out", "new"), 1, "is for another network"),
         (("compress", *MLP, "--data", "digit", "--rank", "4", "--out", "new"), 1, "did you mean 'digits'"),
         (("compress", *MLP, "--data", "here", "--rank", "4", "--out", "new"), 1, "here is a folder; name the data set"),
-        (("analyze", "--model", "spectrim:resnet21", "--input", "3,32,32", "--out", "new"), 1, "did you mean resnet"),
+        (("analyze", "--model", "spectrim:resnet21", "--input", "3,32,32", "--out", "new"), 1, "did you mean 'resnet"),
         (("analyze", "--model", "resnet20", "--input", "3,32,32", "--out", "new"), 1, "write spectrim:resnet20"),
         (("analyze", "--model", "spectrim:resnet20", "--data", "digits", "--out", "new"), 1, "--flatten"),
         (("compress", *TRAINED, "--rank", "4", "--out", "mlp.safetensors"), 1, "cannot write to the folder"),

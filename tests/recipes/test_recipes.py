@@ -546,9 +546,9 @@ def test_studies_are_found_by_name() -> None:
 
 
 def test_the_studies_are_what_the_documentation_says() -> None:
-    mnist, model = recipes.MNIST_MLP, models.mlp()
+    mnist, model = recipes.find_study("mnist-mlp"), models.mlp()
     assert (mnist.width, mnist.hidden, mnist.dataset) == (1024, 5, "mnist")
-    factors, dynamic, projected = recipes.MNIST_FACTORS, recipes.MNIST_DYNAMIC, recipes.MNIST_PROJECTED
+    factors, dynamic, projected = (recipes.find_study(f"mnist-{name}") for name in ("factors", "dynamic", "projected"))
     for study in (factors, dynamic, projected):
         assert (study.width, study.hidden, study.dataset) == (1024, 5, "mnist")
         assert (study.dense, study.held_out) == (mnist.dense, mnist.held_out)

@@ -235,11 +235,12 @@ def _times(plan: Plan) -> Listing | None:
         Column("Kept /\ndense"),
         Column("", number=False, narrow=20),
     )
-    threads = f"{note.threads} thread{'s' if note.threads != 1 else ''}"
     batch = f", batch {note.batch}" if note.batch else ""
     below = note.refused and f"The network is as it was: {note.refused}."
     below = below or (note.missed and f"The target is missed: {note.missed}.")
-    return Listing(f"Latency in {note.runtime}, {threads}{batch}", columns, tuple(rows), note=below or "")
+    return Listing(
+        f"Latency in {note.runtime}, {words.threads(note.threads)}{batch}", columns, tuple(rows), note=below or ""
+    )
 
 
 def _accuracy(record: Measured, network: Loaded, *, untested: str | None) -> str:

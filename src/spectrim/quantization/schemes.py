@@ -1,6 +1,5 @@
 """One network in one scheme: exported, quantised, checked, and written as an ONNX file."""
 
-import difflib
 import platform
 import tempfile
 from collections.abc import Iterable
@@ -15,7 +14,7 @@ from pydantic import Field
 from torch import nn
 
 from spectrim.benchmark.measurement import Accuracy
-from spectrim.core.errors import DataError, FileError, ModelError, RuleError
+from spectrim.core.errors import DataError, FileError, ModelError, RuleError, did_you_mean
 from spectrim.core.execution import as_inputs
 from spectrim.core.files import Frozen, write_atomically
 from spectrim.core.plans import Budget
@@ -135,9 +134,7 @@ def require_scheme(scheme: str) -> Scheme:
     for known in SCHEMES:
         if known == scheme:
             return known
-    near = difflib.get_close_matches(str(scheme), SCHEMES, n=1)
-    hint = f"did you mean {near[0]!r}? There are" if near else "there are"
-    raise RuleError(f"scheme {scheme!r} is unknown; {hint} {', '.join(SCHEMES)}")
+    raise RuleError(f"scheme {scheme!r} is unknown; {did_you_mean(str(scheme), SCHEMES)}there are {', '.join(SCHEMES)}")
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,10 +5,6 @@ from spectrim.recipes.convolutional import MiniResNetStudy
 from spectrim.recipes.files import (
     DEMO,
     KINDS,
-    MNIST_DYNAMIC,
-    MNIST_FACTORS,
-    MNIST_MLP,
-    MNIST_PROJECTED,
     NAMES,
     STUDIES,
     find_study,
@@ -27,10 +23,6 @@ from spectrim.recipes.verification import Check, verify_run
 __all__ = [
     "DEMO",
     "KINDS",
-    "MNIST_DYNAMIC",
-    "MNIST_FACTORS",
-    "MNIST_MLP",
-    "MNIST_PROJECTED",
     "NAMES",
     "STUDIES",
     "Augment",

@@ -16,11 +16,10 @@ from spectrim.analysis.calibration import calibrate
 from spectrim.analysis.spectra import Analysis, analyze
 from spectrim.benchmark.measurement import count, measure
 from spectrim.compression import compress
-from spectrim.core.errors import ModelError
+from spectrim.core.errors import ModelError, near
 from spectrim.core.execution import evaluating
 from spectrim.core.files import sha256_of
 from spectrim.core.plans import Budget, Metric, Rank
-from spectrim.layers.selection import near
 from spectrim.layers.types import find_layer_type
 from spectrim.models import imagenet, resolve
 from spectrim.models.weights import fill_, read_state

@@ -1,22 +1,20 @@
 """Recipes as TOML files: those that come with Spectrim, and reading with one clear message for all mistakes."""
 
-import difflib
 import json
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, cast, get_args, get_origin
+from typing import Annotated, Any, get_args, get_origin
 
 import tomli_w
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from spectrim.core.errors import DataError, FileError
+from spectrim.core.errors import DataError, FileError, did_you_mean, near
 from spectrim.core.files import read_text
-from spectrim.layers.selection import near
 from spectrim.recipes.classifier import ClassifierStudy
 from spectrim.recipes.convolutional import MiniResNetStudy
 from spectrim.recipes.fully_connected import DynamicStudy, MlpStudy, ProjectedStudy
@@ -86,7 +84,7 @@ def parse_recipe(text: str, *, origin: str) -> Study:
         raise FileError(f'{origin} has no kind; begin it with kind = "mlp", or another of {", ".join(KINDS)}')
     kind = settings["kind"]
     if not isinstance(kind, str) or kind not in KINDS:
-        kinds = f"{_did_you_mean(str(kind), KINDS)}there are {', '.join(KINDS)}"
+        kinds = f"{did_you_mean(str(kind), KINDS)}there are {', '.join(KINDS)}"
         raise FileError(f"{origin}: kind = {json.dumps(kind, default=str)} is unknown; {kinds}")
     model = KINDS[kind]
     try:
@@ -108,7 +106,7 @@ def _fault(fault: ErrorDetails, model: type[BaseModel]) -> str:
     key = "".join(f"[{name}]" if isinstance(name, int) else f".{name}" for name in names).lstrip(".")
     fields = owner.model_fields if owner else {}
     if fault["type"] == "extra_forbidden":
-        return f"{key} is no key here; {_did_you_mean(str(names[-1]), fields)}allowed are {', '.join(fields)}"
+        return f"{key} is no key here; {did_you_mean(str(names[-1]), fields)}allowed are {', '.join(fields)}"
     if fault["type"] == "missing":
         required = [name for name, field in fields.items() if field.is_required()]
         return f"{key} is missing; needed here are {', '.join(required)}"
@@ -143,14 +141,5 @@ def _models(annotation: Any) -> Iterator[type[BaseModel]]:
             yield from _models(argument)
 
 
-def _did_you_mean(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
-    return f"did you mean {' or '.join(close)}? " if close else ""
-
-
-DEMO = cast(MlpStudy, find_study("demo"))
-MNIST_MLP = cast(MlpStudy, find_study("mnist-mlp"))
-MNIST_FACTORS = cast(MlpStudy, find_study("mnist-factors"))
-MNIST_DYNAMIC = cast(DynamicStudy, find_study("mnist-dynamic"))
-MNIST_PROJECTED = cast(ProjectedStudy, find_study("mnist-projected"))
 STUDIES: tuple[Study, ...] = tuple(map(find_study, NAMES))
+DEMO = STUDIES[0]

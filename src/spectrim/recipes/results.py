@@ -145,13 +145,13 @@ class Evaluation:
 
     def _provenance(self, seconds: float) -> dict[str, str]:
         """Versions, machine, data and settings, for the foot of the report."""
-        study, images, threads, batch = self.study, self.images, torch.get_num_threads(), self.study.latency_batch
+        study, images, batch = self.study, self.images, self.study.latency_batch
         at_once = "one image at a time" if batch == 1 else f"batches of {batch} images"
         how = "one thread, median of interleaved pairs with its 95 % interval"
         return {
             **versions(),
             "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, "
-            f"{torch.backends.cpu.get_cpu_capability()}, {threads} thread{'s' if threads != 1 else ''}",
+            f"{torch.backends.cpu.get_cpu_capability()}, {words.threads(torch.get_num_threads())}",
             "seeds": ", ".join(map(str, study.seeds)),
             "data": f"{study.dataset} from {images.source}; {len(images.train)} training, {len(images.held_out)} "
             f"held-out and {len(images.test)} test images",

@@ -8,9 +8,8 @@ import plotly.graph_objects as go
 
 from spectrim.analysis.spectra import Analysis
 from spectrim.benchmark.measurement import Epoch
-from spectrim.core.errors import DataError, PatternError
+from spectrim.core.errors import DataError, PatternError, near
 from spectrim.core.plans import Plan
-from spectrim.layers.selection import near
 from spectrim.linalg import Spectrum
 from spectrim.reporting import words
 from spectrim.reporting.results import LayerSpectrum, Results, spectra_of

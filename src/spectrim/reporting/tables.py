@@ -140,7 +140,7 @@ def _of_measurement(measurement: Measurement) -> Listing:
         for name, (value, ratio) in words.costs(measurement).items()
     ]
     if measurement.latency_ms is not None:
-        rows.append(("Latency", words.milliseconds(measurement.latency_ms), "", words.threads(measurement)))
+        rows.append(("Latency", words.milliseconds(measurement.latency_ms), "", words.threads(measurement.threads)))
     if (speedup := measurement.speedup) is not None:
         rows.append(("Speed-up", words.speedup(speedup), "", words.verdict(speedup)))
     if (accuracy := measurement.accuracy) is not None:

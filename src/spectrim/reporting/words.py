@@ -108,15 +108,15 @@ def timing_verdict(measurement: Measurement) -> str:
     return (measurement.verdict or NOTHING).replace("no difference", "no sure difference")
 
 
-def threads(measurement: Measurement) -> str:
-    """`1 thread`; nothing where that is not known."""
-    return f"{measurement.threads} thread{'s' if measurement.threads != 1 else ''}" if measurement.threads else ""
+def threads(number: int | None) -> str:
+    """`1 thread`; nothing where the number is not known."""
+    return f"{number} thread{'s' if number != 1 else ''}" if number else ""
 
 
 def circumstances(measurement: Measurement) -> str:
     """How it was timed: `1 thread, batches of 32`; nothing where that is not known."""
     batch = f"batches of {measurement.batch}" if measurement.batch and measurement.batch > 1 else ""
-    return ", ".join(filter(None, (threads(measurement), batch)))
+    return ", ".join(filter(None, (threads(measurement.threads), batch)))
 
 
 def costs(measurement: Measurement) -> dict[str, tuple[str, float | None]]:

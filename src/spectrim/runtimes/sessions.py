@@ -4,7 +4,6 @@ The number of threads and the precision are fixed, so that times can be compared
 """
 
 import copy
-import difflib
 import importlib.metadata
 import os
 import platform
@@ -21,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from spectrim.core.errors import DependencyError, EngineError, ModelError, SpectrimError
+from spectrim.core.errors import DependencyError, EngineError, ModelError, SpectrimError, did_you_mean
 from spectrim.core.execution import (
     Inputs,
     as_inputs,
@@ -114,9 +113,8 @@ def require_runtime(name: str, *, threads: int = 1, reads_onnx: bool = False) ->
     """
     known = next((runtime for runtime in RUNTIMES if runtime == name), None)
     if known is None:
-        near = difflib.get_close_matches(str(name), RUNTIMES, n=1)
-        hint = f"did you mean {near[0]!r}? There are" if near else "there are"
-        raise EngineError(f"runtime {name!r} is unknown; {hint} {', '.join(RUNTIMES)}")
+        near = did_you_mean(str(name), RUNTIMES)
+        raise EngineError(f"runtime {name!r} is unknown; {near}there are {', '.join(RUNTIMES)}")
     require_threads(threads)
     for package in _PACKAGES.get(known, ()):
         try:

@@ -12,11 +12,11 @@ from typing import Any, Literal
 from torch import nn
 
 from spectrim.core.distributed import Accelerator
-from spectrim.core.errors import PatternError, TrainingError
+from spectrim.core.errors import PatternError, TrainingError, near
 from spectrim.core.execution import device_of, evaluating
 from spectrim.layers.factored import is_low_rank, low_rank_layers
 from spectrim.layers.replacement import duplicate
-from spectrim.layers.selection import Patterns, near
+from spectrim.layers.selection import Patterns
 from spectrim.layers.types import find_layer_type
 from spectrim.training.checkpoint import Checkpoint, fingerprint
 from spectrim.training.history import History

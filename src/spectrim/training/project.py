@@ -12,7 +12,7 @@ from spectrim.core.plans import Energy
 from spectrim.layers.replacement import duplicate, replace
 from spectrim.layers.units import SingleWeight
 from spectrim.linalg import Factors, to_float64
-from spectrim.training.choice import LayerFilter, LayerRule, factored, require_finite
+from spectrim.training.choice import LayerFilter, LayerRule, factored, require_finite, weight_of
 
 # what torch's optimisers call the running mean of the gradient
 _MOMENTUM = ("exp_avg", "momentum_buffer")
@@ -68,7 +68,7 @@ class ProjectEachEpoch(LayerFilter):
         errors: dict[str, float] = {}
         with torch.no_grad():
             for projection in projections:
-                weight = projection.unit.layer(model).get_parameter("weight")
+                weight = weight_of(projection.unit, model)
                 weight.copy_(projection.weight)
                 errors[projection.unit.name] = projection.error
                 state = {} if optimizer is None else optimizer.state.get(weight, {})
@@ -121,7 +121,7 @@ class _Projection:
     @classmethod
     def of(cls, unit: SingleWeight, model: nn.Module, rank: int, *, at_most: int = 0) -> "_Projection":
         """The best approximation of a weight at a rank; at the weight's own rank, if that is below `at_most`."""
-        weight = unit.layer(model).get_parameter("weight")
+        weight = weight_of(unit, model)
         require_finite(unit.name, weight)
         U, S, Vh = torch.linalg.svd(unit.matrices(to_float64(weight)), full_matrices=False)
         tolerance = torch.finfo(weight.dtype).eps * max(unit.geometry.out, unit.geometry.width) * S[:, :1]

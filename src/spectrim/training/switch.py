@@ -12,7 +12,7 @@ from torch import nn
 from spectrim.core.errors import TrainingError
 from spectrim.core.files import Frozen
 from spectrim.core.plans import Ratio
-from spectrim.training.choice import LayerFilter, require_finite, shrinks, weight_spectrum
+from spectrim.training.choice import LayerFilter, shrinks, weight_of, weight_spectrum
 
 
 class StableRanks(Frozen):
@@ -95,10 +95,7 @@ class Switch(LayerFilter):
                 f"the layers are {', '.join(full)}, and were {', '.join(self._state.full)} at the first look; "
                 "make a new Switch for another model"
             )
-        stable = {}
-        for unit in layers:
-            require_finite(unit.name, unit.layer(model).get_parameter("weight"))
-            stable[unit.name] = weight_spectrum(unit, model).stable_rank
+        stable = {unit.name: weight_spectrum(unit, weight_of(unit, model)).stable_rank for unit in layers}
         first = self.history[0].stable if self.history else stable
         # a weight that starts from zero gives no scale
         scaled = {name: rank * (full[name] / first[name] if first[name] > 0 else 1.0) for name, rank in stable.items()}
