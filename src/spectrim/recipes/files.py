@@ -104,7 +104,7 @@ def recipe_text(study: Study) -> str:
 def _fault(fault: ErrorDetails, model: type[BaseModel]) -> str:
     names, owner = _place(fault["loc"], model)
     key = "".join(f"[{name}]" if isinstance(name, int) else f".{name}" for name in names).lstrip(".")
-    fields = owner.model_fields if owner else {}
+    fields = {field.alias or name: field for name, field in (owner.model_fields if owner else {}).items()}
     if fault["type"] == "extra_forbidden":
         return f"{key} is no key here; {did_you_mean(str(names[-1]), fields)}allowed are {', '.join(fields)}"
     if fault["type"] == "missing":

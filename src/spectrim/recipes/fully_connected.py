@@ -5,7 +5,7 @@ from abc import ABC
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import product
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 from torch import Tensor, nn
@@ -139,16 +139,21 @@ class Truncating(Frozen):
     Attributes:
         name: In tables; unique within a study.
         phase: From the dense network on.
-        shrink: The `residual_decay` of `truncated_`; 0 is the published method.
+        residual_decay: As for `truncated_`; 0 is the published method. In the file: `shrink`.
         keep: Weights of the last epoch, or of the one with the best accuracy on held-out training images.
         temperature: With the dense network as the teacher; None trains with the labels.
     """
 
     name: str
     phase: Phase
-    shrink: float = Field(ge=0, le=1)
+    residual_decay: float = Field(ge=0, le=1, alias="shrink")
     keep: Literal["last", "best"]
     temperature: float | None = Field(default=None, gt=0)
+
+    def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
+        # with the names of the file, since this text is part of the keys of finished parts
+        for name, value in super().__repr_args__():
+            yield (type(self).model_fields[name].alias or name) if name else name, value
 
 
 class Moving(Truncating):
@@ -157,18 +162,20 @@ class Moving(Truncating):
     Attributes:
         start: Share of every full rank to begin with.
         every: Optimiser steps from one move to the next.
-        settled: Share of all steps after which the ranks stay.
+        end: Share of all steps after which the ranks stay. In the file: `settled`.
     """
 
     start: float = Field(gt=0, le=1)
     every: int = Field(ge=1)
-    settled: float = Field(gt=0, le=1)
+    end: float = Field(gt=0, le=1, alias="settled")
 
 
 def _tag(training: object) -> str:
-    """Which of the two it is, by the settings that only one of them has."""
-    names = training.keys() if isinstance(training, dict) else vars(training).keys()
-    return "moving" if names & {"start", "every", "settled"} else "truncating"
+    """Which of the two it is, in a file by the settings that only one of them has."""
+    moves = (
+        training.keys() & {"start", "every", "settled"} if isinstance(training, dict) else isinstance(training, Moving)
+    )
+    return "moving" if moves else "truncating"
 
 
 Training = Annotated[Annotated[Moving, Tag("moving")] | Annotated[Truncating, Tag("truncating")], Discriminator(_tag)]
@@ -216,14 +223,14 @@ class DynamicStudy(FixedRank):
     def _truncated(self, run: SeedRun, training: Truncating) -> tuple[nn.Module, Truncation]:
         model = copy.deepcopy(run.dense)
         rule = Ratio(training.start) if isinstance(training, Moving) else Rank(self.rank)
-        return model, truncated_(model, rule, keep_last=True, residual_decay=training.shrink)
+        return model, truncated_(model, rule, keep_last=True, residual_decay=training.residual_decay)
 
     def _schedule(self, run: SeedRun, training: Moving) -> RankSchedule:
         """Down to the parameters of the study's rank, at most, by the time that the ranks are to stay."""
         reference = truncated_(copy.deepcopy(run.dense), Rank(self.rank), keep_last=True).finish()
         small, dense = (sum(p.numel() for p in model.parameters()) for model in (reference, run.dense))
         steps = training.phase.epochs * len(run.epochs(training.phase)(0))
-        end = max(1, round(training.settled * steps))
+        end = max(1, round(training.end * steps))
         return RankSchedule(Budget(params=small / dense), every=training.every, end=end)
 
 

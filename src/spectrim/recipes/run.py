@@ -200,9 +200,9 @@ def images_of(study: Study, data_folder: Path | None = None) -> Images:
             study.dataset, held_out=study.held_out, limit=study.limit, size=study.view()[1], folder=data_folder
         )
     except DataError as error:
-        if study.stand_in is None:
+        if study.substitute is None:
             raise
         raise DataError(
             f"{error}\nor with this recipe: --data-folder DIR. Without the data another recipe stands in for it: "
-            f"spectrim recipe {study.stand_in}"
+            f"spectrim recipe {study.substitute}"
         ) from error

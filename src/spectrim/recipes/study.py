@@ -106,7 +106,7 @@ class Study(Frozen, ABC):
         runtimes: What the networks are timed in, the first one for the table; none means torch, and ONNX Runtime where
             it is installed.
         latency_batch: Images of one timed pass.
-        stand_in: The recipe to take where the data cannot be had.
+        substitute: The recipe to take where the data cannot be had. In the file: `stand_in`.
         published: Figures to compare with.
         command: What repeats the study.
     """
@@ -122,7 +122,7 @@ class Study(Frozen, ABC):
     tolerance: float = Field(default=0.005, ge=0)
     runtimes: tuple[RuntimeName, ...] = ("torch",)
     latency_batch: int = Field(default=1, ge=1)
-    stand_in: str | None = None
+    substitute: str | None = Field(default=None, alias="stand_in")
     published: tuple[PublishedFigures, ...] = ()
     command: str = ""
 
@@ -150,7 +150,7 @@ class Study(Frozen, ABC):
     @property
     def identity(self) -> str:
         """A hash of all that decides what one seed gives; seeds, words and published figures do not."""
-        return key_of(**self.model_dump(mode="json", exclude={"seeds", "title", "published", "command", "stand_in"}))
+        return key_of(**self.model_dump(mode="json", exclude={"seeds", "title", "published", "command", "substitute"}))
 
     @abstractmethod
     def _shortened(self) -> Mapping[str, object]:

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from spectrim.benchmark.measurement import Measurement
 from spectrim.core.plans import Budget, Energy, Metric, Plan, Rank, Ratio, Rule
+from spectrim.layers.forms import selected_forms
 from spectrim.linalg import Spectrum
 from spectrim.reporting.results import Agreement, Changes, LayerSpectrum, Published, Results, Tally, Variant
 from spectrim.runtimes.timing import Interval
@@ -351,9 +352,9 @@ def explained(spectrum: LayerSpectrum) -> NDArray[np.float64]:
 
 def kept_ranks(plans: Iterable[Plan], *, layer: str, metric: Metric) -> tuple[int, ...]:
     """The ranks at which plans keep a layer's matrix in a metric, smallest first; other forms have other spectra."""
-    chosen = [one for plan in plans for one in plan if one.name == layer and one.metric == metric]
-    decisions = [one for one in chosen if one.form in ("linear", "channel")]
-    return tuple(sorted({one.rank for one in decisions if one.rank}))
+    forms = selected_forms(None, closed_form=True)
+    decisions = (decided for plan in plans for decided in plan if decided.name == layer and decided.metric == metric)
+    return tuple(sorted({decided.rank for decided in decisions if decided.rank and decided.form in forms}))
 
 
 def curves_finding(results: Results) -> str:
