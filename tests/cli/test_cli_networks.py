@@ -331,11 +331,7 @@ INPUT = ("compress", *MLP, "--rank", "4", "--out", "new/small", "--input", "64")
         ((*COMPRESS, "--rank", "60"), 1, "above what some layers can have"),
         ((*COMPRESS, "--rank", "4", "--include", "layer*"), 1, "'layer*'"),
         (("plan", *TRAINED, "--rank", "4", "--include", "layer*", "--out", "new/plan.json"), 1, "'layer*'"),
-        (
-            (*COMPRESS, "--rank", "4", "--form", "cubic"),
-            2,
-            "--form 'cubic': there are linear, channel, spatial, tucker2",
-        ),
+        ((*COMPRESS, "--rank", "4", "--form", "cubic"), 2, "'cubic': there are linear, channel, spatial, tucker2"),
         ((*COMPRESS, "--rank", "4", "--metric", "flat"), 2, "'flat' is not one of 'plain', 'activation', 'loss'"),
         ((*COMPRESS, "--latency", "0.5", "--macs", "0.5"), 2, "--macs and --latency are 2"),
         ((*COMPRESS, "--latency", "1.5"), 1, "a budget is a share of the dense network, between 0 and 1"),

@@ -170,12 +170,10 @@ class Moving(Truncating):
     end: float = Field(gt=0, le=1, alias="settled")
 
 
-def _tag(training: object) -> str:
-    """Which of the two it is, in a file by the settings that only one of them has."""
-    moves = (
-        training.keys() & {"start", "every", "settled"} if isinstance(training, dict) else isinstance(training, Moving)
-    )
-    return "moving" if moves else "truncating"
+def _tag(training: Any) -> str:
+    """Which of the two it is, by the settings that only one of them has."""
+    settings = training if isinstance(training, dict) else training.model_dump()
+    return "moving" if settings.keys() & {"start", "every", "settled"} else "truncating"
 
 
 Training = Annotated[Annotated[Moving, Tag("moving")] | Annotated[Truncating, Tag("truncating")], Discriminator(_tag)]
