@@ -1,14 +1,16 @@
-"""A plain state from a safetensors file into a network: all of it or none, and never a pickle."""
+"""A plain state into a network: from a safetensors file, never a pickle, or ImageNet's from torchvision."""
 
+import importlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from spectrim.core.errors import FileError, ModelError
+from spectrim.core.errors import DependencyError, FileError, ModelError
 
 _PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
 
@@ -61,6 +63,35 @@ def fill_(model: nn.Module, state: Mapping[str, Tensor], *, origin: Path) -> Non
     _require_none({"missing": keys.missing_keys, "not in the network": keys.unexpected_keys}, origin=origin)
 
 
+def fill_imagenet_(model: nn.Module, reference: str, *, head: str) -> None:
+    """Load torchvision's default ImageNet weights into `model`, all but those of the layer `head`.
+
+    torchvision fetches and checks the file, and keeps it in torch's cache; the network has to be torchvision's.
+
+    Args:
+        model: Made by torchvision, with any number of outputs; changed only when everything fits.
+        reference: Such as `torchvision:resnet18`.
+        head: The last layer, whose outputs are other classes.
+
+    Raises:
+        DependencyError: torchvision is not installed.
+        ModelError: a network that is not torchvision's, or weights that cannot be fetched or do not fit.
+    """
+    source, _, name = reference.partition(":")
+    if source != "torchvision":
+        raise ModelError(
+            f"{reference}: only networks of torchvision have ImageNet weights here, such as torchvision:resnet18"
+        )
+    fetched = {key: value for key, value in _fetch_imagenet(name).items() if not key.startswith(f"{head}.")}
+    expected = {key: value for key, value in model.state_dict().items() if not key.startswith(f"{head}.")}
+    differing = expected.keys() ^ fetched.keys()
+    differing |= {key for key in expected.keys() & fetched.keys() if expected[key].shape != fetched[key].shape}
+    if differing:
+        names = ", ".join(sorted(differing)[:3])
+        raise ModelError(f"torchvision's weights of {name} do not fit this network: {names} differ")
+    model.load_state_dict(fetched, strict=False)
+
+
 def _misfits(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, list[str]]:
     """Mismatches that torch would report at length, or cast silently."""
     shapes, types = [], []
@@ -106,3 +137,20 @@ def _how_to_convert(path: Path) -> str:
         f"{path} is a pickle, which can run code when it is opened; if it holds a state_dict, convert it once and "
         f'give {target}: python -c "{code}"'
     )
+
+
+def _fetch_imagenet(name: str) -> dict[str, Any]:
+    try:
+        models = importlib.import_module("torchvision.models")
+    except ImportError as error:
+        raise DependencyError(
+            f'ImageNet weights need torchvision ({error}); run: pip install "spectrim[vision]"'
+        ) from error
+    try:
+        weights = models.get_model_weights(name).DEFAULT
+        return dict(weights.get_state_dict(progress=False, check_hash=True))
+    except Exception as error:
+        raise ModelError(
+            f"torchvision could not fetch its ImageNet weights of {name} ({type(error).__name__}: {error}); give a "
+            "file with --weights FILE.safetensors, or leave the option out to train from scratch"
+        ) from error

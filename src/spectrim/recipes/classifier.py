@@ -21,8 +21,8 @@ from spectrim.core.execution import evaluating
 from spectrim.core.files import sha256_of
 from spectrim.core.plans import Budget, Metric, Rank
 from spectrim.layers.types import find_layer_type
-from spectrim.models import imagenet, resolve
-from spectrim.models.weights import fill_, read_state
+from spectrim.models import resolve
+from spectrim.models.weights import fill_, fill_imagenet_, read_state
 from spectrim.planning.decisions import PlanOptions
 from spectrim.planning.rules import require_possible
 from spectrim.recipes.convolutional import ConvolutionalStudy, ConvolutionForm
@@ -195,7 +195,7 @@ class ClassifierStudy(ConvolutionalStudy):
     def load_weights(self, model: nn.Module) -> bool:
         """Fill in the weights of a file, or those of ImageNet, which are then trained on."""
         if self.weights == IMAGENET:
-            imagenet.fill_(model, self.model, head=self.classifier)
+            fill_imagenet_(model, self.model, head=self.classifier)
         elif self.weights is not None:
             fill_(model, read_state(Path(self.weights)), origin=Path(self.weights))
         return self.weights not in (None, IMAGENET)
