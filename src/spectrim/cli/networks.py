@@ -21,7 +21,7 @@ from spectrim.core.plans import Budget, Plan
 from spectrim.layers.saving import save
 from spectrim.planning.decisions import PlanOptions
 from spectrim.reporting import Results, report, table, words
-from spectrim.reporting.listings import Column, Listing
+from spectrim.reporting.tables import Column, Listing
 from spectrim.runtimes.rank_grid import Grid, probe
 from spectrim.runtimes.sessions import require_runtime
 

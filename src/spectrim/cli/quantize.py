@@ -17,7 +17,7 @@ from spectrim.cli.stages import show, show_files, stages
 from spectrim.core.files import sha256_of
 from spectrim.quantization import SCHEMES, Quantized, QuantizedRow, QuantizedTable, Scheme, compare_quantized, quantize
 from spectrim.reporting import words
-from spectrim.reporting.listings import Column, Listing, listing
+from spectrim.reporting.tables import Column, Listing, listing
 from spectrim.runtimes.sessions import require_runtime
 
 _SOURCE = Group(without=("cache",), required=("weights",), defaults={"images": 512, "batch": 64})

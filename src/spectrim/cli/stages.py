@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from spectrim.cli.outputs import OutputFiles
-from spectrim.reporting.listings import Listing
+from spectrim.reporting.tables import Listing
 
 _Item = TypeVar("_Item")
 _TITLES = {

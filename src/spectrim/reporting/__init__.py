@@ -2,9 +2,8 @@
 
 from spectrim.benchmark.measurement import Epoch
 from spectrim.reporting.accuracy import plot_accuracy, plot_classes
-from spectrim.reporting.figures import plot_curves, plot_history, plot_ranks, plot_spectra
+from spectrim.reporting.figures import plot_curves, plot_history, plot_ranks, plot_spectra, save_figure
 from spectrim.reporting.html import report
-from spectrim.reporting.paper import save_figure
 from spectrim.reporting.results import (
     Changes,
     ClassChange,

@@ -15,9 +15,8 @@ from spectrim.core.files import write_text
 from spectrim.reporting import words
 from spectrim.reporting.accuracy import AXES, available, plot_accuracy, plot_classes
 from spectrim.reporting.figures import plot_curves, plot_spectra, relevant_plans
-from spectrim.reporting.listings import Listing
 from spectrim.reporting.results import Results, Variant
-from spectrim.reporting.tables import changes_table, published_table, runtimes_table, table
+from spectrim.reporting.tables import Listing, changes_table, published_table, runtimes_table, table
 
 
 def report(results: Results, path: str | Path) -> Path:
