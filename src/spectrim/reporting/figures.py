@@ -137,19 +137,11 @@ def _curve_traces(curve: Sequence[Epoch], *, seed: str = "") -> Iterator[Trace]:
 
 
 class Ranks(Protocol):
-    """Ranks at one moment of training, such as an entry of `RankSchedule.history`."""
+    """The ranks of all layers by name after a number of optimiser steps, and what the network costs, kept / dense."""
 
-    @property
-    def step(self) -> int:
-        """Optimiser steps taken."""
-
-    @property
-    def ranks(self) -> Mapping[str, int]:
-        """By the layers' names."""
-
-    @property
-    def kept(self) -> float:
-        """What the network costs, kept / dense."""
+    step: int
+    ranks: Mapping[str, int]
+    kept: float
 
 
 def plot_ranks(history: Sequence[Ranks]) -> go.Figure:

@@ -137,9 +137,9 @@ def _plans(results: Results) -> list[tuple[str, Listing]]:
 
 def _repeated_columns(listing: Listing) -> frozenset[int]:
     """The columns that mostly repeat what the names of the rows say; a phone has no room for them."""
-
-    def repeats(at: int) -> bool:
-        return all(row[at] in row[0] for row in listing.rows if row[at] != words.NOTHING)
-
-    heads = [column.head for column in listing.columns]
-    return frozenset(at for at, head in enumerate(heads) if at and (head in ("Metric", "Stage") or repeats(at)))
+    return frozenset(
+        at
+        for at, column in enumerate(listing.columns)
+        if column.head in ("Metric", "Stage")
+        or (at and all(row[at] in row[0] for row in listing.rows if row[at] != words.NOTHING))
+    )
