@@ -1,6 +1,5 @@
 """`spectrim finetune`: train a compressed network so that it regains what compression lost."""
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from spectrim.layers.saving import save
 from spectrim.reporting import plot_history, words
 from spectrim.reporting.tables import Column, Listing
 from spectrim.training import Checkpoint, Finetuned, History, Step, finetune
-from spectrim.training.checkpoint import fingerprint
+from spectrim.training.checkpoint import identity
 from spectrim.training.settings import Settings
 
 _HISTORY, _PAGE, _UNFINISHED = "history.json", "history.html", "unfinished.safetensors"
@@ -195,13 +194,9 @@ def _load(source: Source, tuning: Tuning, *, progress: Stages) -> _Task:
 def _checkpoint(task: _Task, path: Path, *, options: Mapping[str, object]) -> Checkpoint:
     """The state of a run with these networks, images and options, wherever the files are."""
     paths = {"weights", "teacher_weights", "data_folder", "save_every", "test", "out"}
-    identity = {
-        **fingerprint(task.network.model),
-        "teacher": None if task.teacher is None else fingerprint(task.teacher)["weights"],
-        "images": task.images.train.checksum,
-        **{name: value for name, value in options.items() if name not in paths},
-    }
-    return Checkpoint(path, run=json.dumps(identity, sort_keys=True), unfit="refuse")
+    settings = {name: value for name, value in options.items() if name not in paths}
+    run = identity(task.network.model, task.teacher, {"images": task.images.train.checksum, **settings})
+    return Checkpoint(path, run=run, unfit="refuse")
 
 
 def _finetune(

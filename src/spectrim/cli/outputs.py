@@ -4,10 +4,10 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal
 
 from spectrim.core.errors import FileError
-from spectrim.core.files import Frozen, parse, read_text, require_writable_folder, sha256_of, write_text
+from spectrim.core.files import FrozenFile, read_text, require_writable_folder, sha256_of
 
 MODEL, PLAN, MEASURED = "model.safetensors", "plan.json", "measurement.json"
 
@@ -18,20 +18,11 @@ OutputFiles = Mapping[str, tuple[OverwriteCheck, str]]
 """What a command writes: by name, whether a file that is there may be replaced, and what is in it."""
 
 
-class Record(Frozen):
+class Record(FrozenFile):
     """What a command writes of what it did: every number, and the command that does it again."""
 
     version: Literal[1] = 1
     command: str
-
-    @classmethod
-    def load(cls, path: Path) -> Self:
-        """Read one. Raises `FileError` for a missing, cut or invalid file."""
-        return parse(cls, read_text(path), origin=str(path))
-
-    def save(self, path: Path) -> None:
-        """Write it as JSON."""
-        write_text(path, self.model_dump_json(indent=1, exclude_none=True) + "\n")
 
 
 def has_checksum(checksum: Callable[[], str]) -> OverwriteCheck:

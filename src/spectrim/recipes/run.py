@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from spectrim.core.errors import DataError, FileError
-from spectrim.core.files import Frozen, parse, read_text, require_writable_folder, sha256_of, write_text
+from spectrim.core.files import FrozenFile, require_writable_folder, sha256_of, write_text
 from spectrim.layers.saving import save
 from spectrim.recipes.files import read_recipe, recipe_text
 from spectrim.recipes.images import Images, load_images
@@ -22,7 +22,7 @@ RECIPE, MANIFEST, RESULTS, REPORT = "recipe.toml", "run.json", "results.json", "
 MODEL, PLAN, PARTS = "model.safetensors", "plan.json", "parts"
 
 
-class Manifest(Frozen):
+class Manifest(FrozenFile):
     """What a finished run was made from, and what it wrote.
 
     Attributes:
@@ -94,7 +94,7 @@ class RunFolder:
             files.append(PLAN)
         results.save(self.path / RESULTS)
         report(results, self.path / REPORT)
-        manifest = Manifest(
+        Manifest(
             recipe=study.name,
             identity=study.identity,
             seeds=study.seeds,
@@ -104,8 +104,7 @@ class RunFolder:
             source=images.source,
             data=images.checksums,
             files={name: sha256_of(self.path / name) for name in sorted(files)},
-        )
-        write_text(self.path / MANIFEST, manifest.model_dump_json(indent=1) + "\n")
+        ).save(self.path / MANIFEST)
 
     def manifest(self) -> Manifest:
         """What the run wrote. Raises `FileError` where no finished run lies."""
@@ -114,7 +113,7 @@ class RunFolder:
                 f"{self.path} holds no finished run: there is no {MANIFEST} in it; "
                 "name the folder that a recipe was run into, or finish the run with the command that began it"
             )
-        return parse(Manifest, read_text(self.path / MANIFEST), origin=str(self.path / MANIFEST))
+        return Manifest.load(self.path / MANIFEST)
 
 
 def _require_same(path: Path, study: Study) -> None:

@@ -14,7 +14,7 @@ from spectrim.analysis.spectra import Analysis
 from spectrim.benchmark.measurement import Accuracy, Epoch, accuracy
 from spectrim.compression import Compressed, compress
 from spectrim.core.errors import FileError
-from spectrim.core.files import Frozen, parse, read_text, write_text
+from spectrim.core.files import FrozenFile
 from spectrim.core.plans import Metric, Plan, Rule
 from spectrim.layers.saving import load, save
 from spectrim.recipes.images import Batch, Images, Minibatches
@@ -34,7 +34,7 @@ class Part(NamedTuple):
     plan: Plan | None = None
 
 
-class _Note(Frozen):
+class _Note(FrozenFile):
     key: str
     curve: tuple[Epoch, ...] = ()
     plan: Plan | None = None
@@ -209,14 +209,13 @@ class SeedRun:
         """
         network, note_file = self.folder / f"{name}.safetensors", self.folder / f"{name}.json"
         with suppress(FileError):  # absent or damaged: it is made again
-            note = parse(_Note, read_text(note_file), origin=str(note_file))
+            note = _Note.load(note_file)
             if note.key == key:
                 return Part(load(network, blank), note.curve, note.plan)
         unfinished = Checkpoint(self.folder / f"{name}.unfinished.safetensors", run=key)
         part = make(unfinished)
         save(part.model, network)
-        note = _Note(key=key, curve=part.curve, plan=part.plan)
-        write_text(note_file, note.model_dump_json(indent=1, exclude_none=True))
+        _Note(key=key, curve=part.curve, plan=part.plan).save(note_file)
         unfinished.path.unlink(missing_ok=True)
         return part
 

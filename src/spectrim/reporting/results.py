@@ -2,14 +2,13 @@
 
 import math
 import statistics
-from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
 from spectrim.analysis.spectra import Analysis
 from spectrim.benchmark.measurement import Accuracy, Epoch, Measurement
-from spectrim.core.files import Frozen, parse, read_text, write_text
+from spectrim.core.files import Frozen, FrozenFile
 from spectrim.core.plans import Metric, Plan, Rule
 from spectrim.runtimes.timing import Z95, Interval
 
@@ -290,7 +289,7 @@ class Changes(Frozen):
         return Tally(**{name: sum(getattr(tally, name) for tally in self.classes) for name in Tally.model_fields})
 
 
-class Results(Frozen):
+class Results(FrozenFile):
     """A study, measured.
 
     Attributes:
@@ -370,15 +369,6 @@ class Results(Frozen):
         if name not in variants:
             raise KeyError(f"the results have no network {name!r}; they have {', '.join(variants)}")
         return variants[name]
-
-    def save(self, path: str | Path) -> Path:
-        """Write the results as JSON. Raises `FileError` when the file cannot be written."""
-        return write_text(Path(path), self.model_dump_json(indent=1, exclude_none=True, by_alias=True) + "\n")
-
-    @classmethod
-    def load(cls, path: str | Path) -> "Results":
-        """Read results. Raises `FileError` for a missing, cut or invalid file."""
-        return parse(cls, read_text(Path(path)), origin=str(path))
 
 
 def _network(name: str, measurement: Measurement, *, stage: Stage, plan: Plan | None = None) -> Variant:
