@@ -90,14 +90,6 @@ class Images:
         batches = Batches(self.train, self.order[: self.source.images], self.prepare, self.source.batch)
         return tuple(images for images, _ in batches)
 
-    def mismatch(self, output: object) -> str | None:
-        """Why a network that gives such an output for one image does not tell these classes apart, or None."""
-        shape = list(output.shape) if isinstance(output, Tensor) else None
-        if shape == [1, len(self.info.classes)]:
-            return None
-        gives = f"outputs {shape}" if shape else f"a {type(output).__name__}"
-        return f"{self.info.name} has {len(self.info.classes)} classes, and for one image the network gives {gives}"
-
     def tests(self) -> Batches:
         """The test split."""
         split = data.load(self.info.name, split="test", folder=self.source.data_folder)
@@ -122,7 +114,12 @@ class Loaded:
         """Why no accuracy is measured, or None if it is. Raises `BadParameter` if one is asked for all the same."""
         if asked is False:
             return "--no-test"
-        reason = self.images.mismatch(self.output) if self.images else "there is no --data"
+        reason: str | None = "there is no --data"
+        if self.images:
+            info, shape = self.images.info, list(getattr(self.output, "shape", ()))
+            gives = f"outputs {shape}" if shape else f"a {type(self.output).__name__}"
+            reason = f"{info.name} has {len(info.classes)} classes, and for one image the network gives {gives}"
+            reason = None if shape == [1, len(info.classes)] else reason
         if asked and reason is not None:
             raise typer.BadParameter(f"--test: {reason}")
         return reason

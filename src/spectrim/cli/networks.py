@@ -208,8 +208,7 @@ def _check(goal: Goal, source: Source) -> None:
 
 
 def _load_plan(path: Path, invocation: Invocation) -> Plan:
-    more = invocation.arguments(Layers, Goal)
-    if more:
+    if more := invocation.arguments(Layers, Goal):
         raise typer.BadParameter(
             f"a plan has its own rule and layers; leave out {' '.join(more)}, or give them to spectrim plan"
         )
@@ -229,12 +228,7 @@ def _times(plan: Plan) -> Listing | None:
     rows = [row("Dense", 1.0), row("Predicted", note.predicted), row("Measured", note.measured, low_high)]
     if isinstance(plan.rule, Budget):
         rows.insert(1, row("Target", plan.rule.share))
-    columns = (
-        Column("", number=False),
-        Column("One pass"),
-        Column("Kept /\ndense"),
-        Column("", number=False, narrow=20),
-    )
+    columns = (Column("", number=False), Column("One pass"), Column("Kept /\ndense"), Column(" ", 0, False, 20))
     batch = f", batch {note.batch}" if note.batch else ""
     below = note.refused and f"The network is as it was: {note.refused}."
     below = below or (note.missed and f"The target is missed: {note.missed}.")

@@ -235,17 +235,8 @@ class Layers:
         return LayerSelection(self.include or ("*",), self.exclude or (), self.keep_last)
 
 
-_RULES: Mapping[str, Callable[[Any], Rule]] = {
-    "macs": lambda goal: Budget(macs=goal.macs),
-    "params": lambda goal: Budget(params=goal.params),
-    "bytes": lambda goal: Budget(bytes=goal.bytes),
-    "latency": lambda goal: Budget(
-        latency=goal.latency, runtime=goal.runtime, threads=goal.threads, batch=goal.latency_batch
-    ),
-    "rank": lambda goal: Rank(goal.rank),
-    "ratio": lambda goal: Ratio(goal.ratio),
-    "energy": lambda goal: Energy(goal.energy),
-}
+_LAYER_RULES: Mapping[str, Callable[[Any], Rule]] = {"rank": Rank, "ratio": Ratio, "energy": Energy}
+_RULES = ("macs", "params", "bytes", "latency", *_LAYER_RULES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -312,7 +303,10 @@ class Goal:
             raise typer.BadParameter(
                 f"{' and '.join(map(_flag, timing))} say how --latency or --rank-multiple auto is timed; {flags} is not"
             )
-        return _RULES[names[0]](self)
+        value = getattr(self, names[0])
+        if self.latency is not None:
+            return Budget(latency=value, runtime=self.runtime, threads=self.threads, batch=self.latency_batch)
+        return _LAYER_RULES[names[0]](value) if names[0] in _LAYER_RULES else Budget(**{names[0]: value})
 
     @property
     def multiple(self) -> int | Literal["auto"] | None:

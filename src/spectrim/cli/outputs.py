@@ -1,7 +1,7 @@
 """Files that a command writes: all of them or none, and never over a file that Spectrim did not write."""
 
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
@@ -48,33 +48,25 @@ def outputs(folder: Path, files: OutputFiles) -> Iterator[Path]:
     """
     new = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     for name, (check, _) in files.items():
-        if (folder / name).exists() and not _is_overwritable(folder / name, check):
-            raise FileError(
-                f"{folder / name} is there already, and is not a file that this command wrote; it stays as it is: move "
-                "it away, or choose another --out"
-            )
+        with suppress(FileError):
+            if not (folder / name).exists() or check(folder / name) is not False:
+                continue
+        raise FileError(
+            f"{folder / name} is there already, and is not a file that this command wrote; it stays as it is: move it "
+            "away, or choose another --out"
+        )
     try:
         require_writable_folder(folder)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".spectrim-") as temporary:
             yield Path(temporary)
-            _move(Path(temporary), folder, names=files)
+            for name in files:
+                try:
+                    (Path(temporary) / name).replace(folder / name)
+                except OSError as error:
+                    reason = error.strerror or error
+                    raise FileError(f"cannot write {folder / name}: {reason}; choose another --out") from error
     except BaseException:
         for parent in new:
             with suppress(OSError):  # not made, or no longer empty
                 parent.rmdir()
         raise
-
-
-def _move(source: Path, target: Path, *, names: Iterable[str]) -> None:
-    for name in names:
-        try:
-            (source / name).replace(target / name)
-        except OSError as error:
-            raise FileError(f"cannot write {target / name}: {error.strerror or error}; choose another --out") from error
-
-
-def _is_overwritable(path: Path, check: OverwriteCheck) -> bool:
-    try:
-        return check(path) is not False
-    except FileError:
-        return False
