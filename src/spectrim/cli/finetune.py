@@ -51,11 +51,9 @@ _SETTINGS = Group(
 
 
 class Tuned(Record):
-    """What `spectrim finetune` writes as measurement.json: the network before and after.
+    """What `spectrim finetune` writes as measurement.json: the network before and after, and the teacher.
 
-    Attributes:
-        before: As it was given, with its accuracy on the test images, as `after` and `teacher`.
-        held_out: Accuracy on the held-out training images before and after.
+    Their accuracies are on the test images; those of `held_out`, before and after, on the held-out training images.
     """
 
     before: Measurement

@@ -138,8 +138,7 @@ class Loaded:
 def load_source(source: Source, progress: Stages) -> Loaded:
     """Make the network and obtain the images; mistakes that need neither are reported first.
 
-    Raises:
-        SpectrimError: the network or the images cannot be had, or do not fit together.
+    Raises a `SpectrimError` where they cannot be had or do not fit together.
     """
     info = _dataset(source)
     shape = _shape(source, info)

@@ -27,9 +27,8 @@ _how = partial(typer.Option, rich_help_panel="How it is quantised")
 class Bits(Record):
     """What `spectrim quantize` writes beside the network.
 
-    Attributes:
-        quantised: The file. Its path and those in the table are names only.
-        table: It beside the float32 network and both dense ones, where the dense weights were given.
+    Where the dense weights were given, the table has the file beside the float32 network and both dense ones. Paths are
+    names only.
     """
 
     quantised: Quantized

@@ -188,8 +188,7 @@ def resnet56(outputs: int = 10) -> CifarResNet:
 def cifar_inputs(images: Tensor) -> Tensor:
     """Pixels, uint8 (batch, 3, H, W), as the published weights expect them: float32 of the same shape.
 
-    Raises:
-        DataError: other images than uint8 (batch, 3, H, W); floats may be scaled or normalised already.
+    Raises `DataError` for any other tensor; floats may be scaled or normalised already.
     """
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
         raise DataError(f"images are {images.dtype} {list(images.shape)}; give uint8 pixels of shape (batch, 3, H, W)")

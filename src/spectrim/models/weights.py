@@ -18,9 +18,8 @@ _PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
 def read_state(path: Path) -> dict[str, Tensor]:
     """The tensors of a `.safetensors` file by name.
 
-    Raises:
-        FileError: the file is missing, damaged or of another kind. A pickle can run code when it is opened, so it is
-            never opened; the message holds the command that converts it.
+    Raises `FileError` for a file that is missing, damaged or of another kind. A pickle can run code when it is opened,
+    so it is never opened; the message holds the command that converts it.
     """
     path = Path(path)
     suffix = path.suffix.lower()

@@ -95,10 +95,8 @@ class Features:
 
 
 def received(model: nn.Module, layer: str, images: Tensor) -> Tensor:
-    """What the last layer receives (N, F) of images as the network sees them.
-
-    Raises:
-        ModelError: the network's answer is not what the layer gives.
+    """What the last layer receives (N, F) of images. Raises `ModelError` where the network does not end with that
+    layer.
     """
     calls: list[tuple[Tensor, Tensor]] = []
     hook = model.get_submodule(layer).register_forward_hook(lambda _, args, output: calls.append((args[0], output)))

@@ -42,22 +42,14 @@ _MOST_FAULTS = 3
 
 
 def find_study(name: str) -> Study:
-    """The study of this name.
-
-    Raises:
-        DataError: there is none; lists near names.
-    """
+    """The study of this name. Raises `DataError`, which lists near names, where there is none."""
     study = parse_recipe(recipe_file(name), origin=f"the recipe {name}")
     return study if study.command else study.model_copy(update={"command": f"spectrim recipe {name}"})
 
 
 @cache
 def recipe_file(name: str) -> str:
-    """The recipe of this name as it stands in its file, remarks included.
-
-    Raises:
-        DataError: there is none; lists near names.
-    """
+    """The recipe of this name as it stands in its file, remarks included. Raises `DataError` as `find_study`."""
     if name not in NAMES:
         raise DataError(f"there is no recipe {name!r}{near(name, NAMES)}")
     return (files("spectrim.recipes") / "library" / f"{name}.toml").read_text(encoding="utf-8")
@@ -66,9 +58,8 @@ def recipe_file(name: str) -> str:
 def read_recipe(path: Path) -> Study:
     """The study that a TOML file describes.
 
-    Raises:
-        FileError: the file is missing or no TOML, or has a kind, key or value that a recipe cannot have; the message
-            names the file, the key and what is allowed.
+    Raises `FileError`, which names the file, the key and what is allowed, for a file that is missing, no TOML or no
+    recipe.
     """
     study = parse_recipe(read_text(path), origin=str(path))
     return study if study.command else study.model_copy(update={"command": f"spectrim recipe run {path}"})

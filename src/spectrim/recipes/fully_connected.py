@@ -27,12 +27,7 @@ PositiveInt = Annotated[int, Field(ge=1)]
 
 
 class FullyConnected(Study, ABC):
-    """A study of the fully connected network.
-
-    Attributes:
-        width: Size of the hidden layers.
-        hidden: How many there are.
-    """
+    """A study of the fully connected network, with `hidden` layers of size `width`."""
 
     width: PositiveInt = 1024
     hidden: PositiveInt = 5
@@ -53,12 +48,9 @@ class FullyConnected(Study, ABC):
 
 
 class Tuning(Frozen):
-    """How the factors are made and fine-tuned.
+    """How the factors are made, in which metric, and fine-tuned.
 
-    Attributes:
-        metric: Of the factorisation.
-        phase: Of the fine-tuning.
-        temperature: With the dense network as the teacher; None trains with the labels.
+    With a `temperature` the dense network is the teacher; None trains with the labels.
     """
 
     metric: Metric
@@ -116,11 +108,7 @@ class MlpStudy(FullyConnected):
 
 
 class FixedRank(FullyConnected, ABC):
-    """A study of training at one rank.
-
-    Attributes:
-        rank: Of every layer but the last.
-    """
+    """A study of training at one `rank`, that of every layer but the last."""
 
     rank: PositiveInt
 
@@ -180,11 +168,7 @@ Training = Annotated[Annotated[Moving, Tag("moving")] | Annotated[Truncating, Ta
 
 
 class DynamicStudy(FixedRank):
-    """Every layer but the last truncated in every forward pass, then converted to a factored network.
-
-    Attributes:
-        ways: How it is trained.
-    """
+    """Every layer but the last truncated in every forward pass, as `ways` say, then converted to a factored network."""
 
     kind: Literal["dynamic"] = "dynamic"
     ways: tuple[Training, ...] = Field(min_length=1)
@@ -233,11 +217,7 @@ class DynamicStudy(FixedRank):
 
 
 class ProjectedStudy(FixedRank):
-    """Trained from the dense network's own start with the labels, projected after every epoch, then factored.
-
-    Attributes:
-        projected: The training; its last action is a projection.
-    """
+    """Trained from the dense network's own start with the labels, projected after every epoch, then factored."""
 
     kind: Literal["projected"] = "projected"
     projected: Phase

@@ -20,9 +20,8 @@ Batch = tuple[Tensor, Tensor]
 class Augment(Frozen):
     """How training images are varied, anew in every epoch.
 
-    Attributes:
-        flips: Whether half of them are mirrored, left to right.
-        shift: Each image is moved by up to so many pixels in both directions; its edge is repeated.
+    With `flips` half of them are mirrored, left to right. Each is moved by up to `shift` pixels in both directions; its
+    edge is repeated.
     """
 
     flips: bool = False

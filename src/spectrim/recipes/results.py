@@ -33,8 +33,7 @@ _AS_SMALL = 1.05
 def require_runtimes(names: Sequence[RuntimeName]) -> tuple[RuntimeName, ...]:
     """The runtimes asked for; for none, torch, and ONNX Runtime where it is installed.
 
-    Raises:
-        EngineError, DependencyError: one that was asked for cannot be had.
+    Raises `EngineError` or `DependencyError` for one that was asked for and cannot be had.
     """
     if names:
         return tuple(require_runtime(name) for name in names)

@@ -58,8 +58,7 @@ class RunFolder:
     def require_free(self, study: Study) -> None:
         """Check that a run of `study` may be written here, and leave everything as it is.
 
-        Raises:
-            FileError: it cannot be written to, or holds the run of another recipe.
+        Raises `FileError` for a folder that cannot be written to, or that holds the run of another recipe.
         """
         if self._is_begun:
             _require_same(self.path, study)
@@ -191,8 +190,7 @@ def run_study(
 def images_of(study: Study, data_folder: Path | None = None) -> Images:
     """The data set of a study, split and normalised.
 
-    Raises:
-        DataError: it cannot be obtained; names the recipe that stands in, if there is one.
+    Raises `DataError`, which names the recipe that stands in, if there is one, where it cannot be obtained.
     """
     try:
         return load_images(

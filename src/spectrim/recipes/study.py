@@ -162,10 +162,8 @@ class Study(Frozen, ABC):
 
     @abstractmethod
     def dense_network(self, images: Images) -> nn.Module:
-        """The dense network, untrained, for these images.
-
-        Raises:
-            ModelError, DependencyError: it cannot be made here.
+        """The dense network, untrained, for these images. Raises `ModelError` or `DependencyError` where it cannot be
+        made.
         """
 
     @abstractmethod
@@ -178,8 +176,7 @@ class Study(Frozen, ABC):
     def require_possible(self, model: nn.Module, example: Tensor) -> None:
         """Raise what an untrained network tells before hours of training: here, that it cannot take one image.
 
-        Raises:
-            ModelError, RuleError: what the settings ask cannot be done with this network.
+        That is a `ModelError` or a `RuleError`: what the settings ask cannot be done with this network.
         """
         trace(model, as_inputs(example))
 

@@ -35,13 +35,9 @@ _DIGITS = 1e-4
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at again.
+    """What the folder says of one thing, and what came out now; `not judged` for times, which no two runs share.
 
-    Attributes:
-        what: Such as `rank 20, plain, zero-shot: test accuracy, seed 0`.
-        stored: What the folder says.
-        found: What came out now.
-        verdict: `not judged` for times, which no two runs share.
+    `what` it is reads like `rank 20, plain, zero-shot: test accuracy, seed 0`.
     """
 
     what: str

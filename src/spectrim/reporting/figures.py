@@ -63,8 +63,7 @@ def plot_spectra(
 def plot_curves(results: Results) -> go.Figure:
     """Training loss, and accuracy on held-out data, by epoch: one line per seed, in the colour of its network.
 
-    Raises:
-        DataError: no network has a training curve.
+    Raises `DataError` where no network has a training curve.
     """
     trained = [variant for variant in (results.dense, *results.variants) if any(run.curve for run in variant.runs)]
     if not trained:
@@ -95,8 +94,7 @@ def plot_curves(results: Results) -> go.Figure:
 def plot_history(history: Sequence[Epoch]) -> go.Figure:
     """Training loss on a logarithmic axis, and accuracy on held-out data where it was taken, by epoch; the best marked.
 
-    Raises:
-        DataError: there is no epoch to show.
+    Raises `DataError` where there is no epoch to show.
     """
     if not history:
         raise DataError("there is no epoch to plot: the history is empty")
@@ -145,13 +143,9 @@ class Ranks(Protocol):
 
 
 def plot_ranks(history: Sequence[Ranks]) -> go.Figure:
-    """Each layer's rank, and the share of the cost that is kept, by optimiser step.
+    """Each layer's rank, and the share of the cost that is kept, by optimiser step, from `RankSchedule.history`.
 
-    Args:
-        history: `RankSchedule.history`.
-
-    Raises:
-        DataError: there is nothing to show.
+    Raises `DataError` where there is nothing to show.
     """
     if not history:
         raise DataError("there are no ranks to plot: the history is empty; call step() of the schedule while training")

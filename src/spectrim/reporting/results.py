@@ -65,11 +65,8 @@ def spectra_of(analysis: Analysis, *, cumulative: bool = False) -> tuple[LayerSp
 class Agreement(Frozen):
     """How closely a factored network answers as the one it was made from, on the test set.
 
-    Attributes:
-        largest_difference: Of any two logits.
-        largest_logit: For scale, the largest absolute value of a logit.
-        equal: Examples that both classify alike.
-        of: All examples.
+    The largest difference of any two logits; for scale, the largest absolute logit; how many examples both classify
+    alike, and of how many.
     """
 
     largest_difference: float

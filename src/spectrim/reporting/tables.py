@@ -137,9 +137,7 @@ def table(value: Showable) -> Listing:
     """A table of an `Analysis`, `Plan`, `Measurement` or `Results`, to be printed by a `rich.console.Console`.
 
     It fits itself to the console: columns that matter less are left out, and named below, before a number would break.
-
-    Raises:
-        DataError: any other value.
+    Raises `DataError` for any other value.
     """
     match value:
         case Analysis():
@@ -154,11 +152,7 @@ def table(value: Showable) -> Listing:
 
 
 def text(value: Showable, *, width: int = 100) -> str:
-    """The table as plain text of at most `width` columns, without colours: `print(text(plan))`.
-
-    Raises:
-        DataError: a value that has no table.
-    """
+    """The table as plain text of at most `width` columns, without colours: `print(text(plan))`; raises as `table`."""
     printed = io.StringIO()
     Console(file=printed, width=width, color_system=None, legacy_windows=False).print(table(value))
     return "\n".join(line.rstrip() for line in printed.getvalue().splitlines())

@@ -30,9 +30,8 @@ from spectrim.layers.replacement import duplicate
 class RngState:
     """The states of all global generators that training draws from, or of none.
 
-    Attributes:
-        tensors: Of torch, uint8: `cpu`, and `cuda` for the model's device if that is one.
-        others: Of Python and numpy, in types that JSON has.
+    `tensors` are torch's, uint8: `cpu`, and `cuda` for the model's device if that is one. `others` are those of Python
+    and numpy, in types that JSON has.
     """
 
     tensors: Mapping[str, Tensor] = field(default_factory=dict)

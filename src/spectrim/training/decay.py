@@ -58,12 +58,7 @@ def _half_square(layer: FactoredLayer) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Spectral:
-    """A network to be trained as factors from the start.
-
-    Attributes:
-        model: The factored copy.
-        decay: The strength of the Frobenius decay.
-    """
+    """A network to be trained as factors from the start: the factored copy, and the strength of the Frobenius decay."""
 
     model: nn.Module
     decay: float
