@@ -46,8 +46,7 @@ class Timing:
     batch: Annotated[str, _how(metavar="1,8,64", help="Inputs of one pass, with commas between them.")] = "1"
     threads: Annotated[int, _how(metavar="N", help="Threads of one pass.")] = 1
     rounds: Annotated[
-        int,
-        _how(metavar="N", min=5, help="How often both networks are timed; fewer where that takes half a minute."),
+        int, _how(metavar="N", min=5, help="How often both networks are timed; fewer where that takes half a minute.")
     ] = 31
 
     @property
@@ -62,13 +61,10 @@ class Timing:
 
 
 class Row(Frozen):
-    """One runtime and batch size.
+    """Both networks timed in one runtime, `batch` inputs a pass.
 
-    Attributes:
-        runtime: Where both networks were timed.
-        batch: Inputs of one pass.
-        measured: The compressed network, against the dense one in this runtime.
-        gain: The dense network in torch eager against itself in this runtime; None in torch eager.
+    `measured` is the compressed network against the dense one; `gain` the dense one in torch eager against itself in
+    this runtime, None in torch eager.
     """
 
     runtime: RuntimeName

@@ -41,8 +41,7 @@ def get_data(
     name: Annotated[str, typer.Argument(metavar="NAME", help="One of the names that `spectrim data list` shows.")],
     *,
     folder: Annotated[
-        Path | None,
-        typer.Option("--folder", metavar="DIR", help="Take the raw files from here, before any download."),
+        Path | None, typer.Option("--folder", metavar="DIR", help="Take the raw files from here, before any download.")
     ] = None,
     cache: _Cache = None,
 ) -> None:

@@ -20,7 +20,7 @@ from spectrim.core.errors import DataError
 from spectrim.core.files import sha256_of, write_text
 from spectrim.layers.saving import save
 from spectrim.reporting import plot_history, words
-from spectrim.reporting.tables import Column, Listing
+from spectrim.reporting.tables import Column, Listing, listing
 from spectrim.training import Checkpoint, Finetuned, History, Step, finetune
 from spectrim.training.checkpoint import identity
 from spectrim.training.settings import Settings
@@ -28,6 +28,7 @@ from spectrim.training.settings import Settings
 _HISTORY, _PAGE, _UNFINISHED = "history.json", "history.html", "unfinished.safetensors"
 _MARK = "<!-- Made by Spectrim. -->"
 _PARTS = ("all", "factors", "head")
+_Row = tuple[str, Measurement, Accuracy | None]
 _what, _how = (partial(typer.Option, rich_help_panel=panel) for panel in ("What is trained", "How it is trained"))
 
 _SOURCE = Group(without=("input", "images", "cache"), required=("weights", "data"), defaults={"batch": 128})
@@ -235,6 +236,12 @@ class _StepReport:
             self.progress.say(text)
 
 
+def _state(unfinished: Path) -> str:
+    if not unfinished.exists():
+        return "nothing was written"
+    return f"{unfinished} holds what is done, and the same command goes on from there"
+
+
 def _show(record: Tuned, history: History, *, images: Images) -> None:
     stopped = f"Stopped after {len(history)} epochs: the held-out accuracy no longer rose."
     best = history.kept if history.kept is not None and history.kept + 1 < len(history) else None
@@ -247,31 +254,18 @@ def _show(record: Tuned, history: History, *, images: Images) -> None:
 
 def _table(record: Tuned, images: Images) -> Listing:
     before, after = record.held_out
-    rows = [_row("before", record.before, held_out=before), _row("after", record.after, held_out=after)]
-    if record.teacher is not None:
-        rows.append(_row("teacher", record.teacher, held_out=None))
-    columns = (
-        Column("Network", number=False),
-        Column("Params", 1),
-        Column("MACs", 2),
-        Column("Held-out\naccuracy"),
-        Column("Test\naccuracy"),
-    )
+    rows: list[_Row] = [("before", record.before, before), ("after", record.after, after)]
+    columns: dict[Column, Callable[[_Row], str]] = {
+        Column("Network", number=False): lambda row: row[0],
+        Column("Params", 1): lambda row: words.count(row[1].params),
+        Column("MACs", 2): lambda row: words.count(row[1].macs),
+        Column("Held-out\naccuracy"): lambda row: words.percent(row[2].value if row[2] else None),
+        Column("Test\naccuracy"): lambda row: words.percent(row[1].accuracy.value if row[1].accuracy else None),
+    }
     tested = f"{record.after.accuracy.total:,} test images" if record.after.accuracy else "not tested (--no-test)"
     note = f"{before.total:,} held-out training images of {images.info.name}; {tested}."
-    return Listing("Fine-tuning", columns, tuple(rows), strong=frozenset({1}), note=note)
-
-
-def _row(name: str, network: Measurement, *, held_out: Accuracy | None) -> tuple[str, ...]:
-    shares = (held_out, network.accuracy)
-    accuracies = [words.NOTHING if share is None else words.percent(share.value) for share in shares]
-    return (name, words.count(network.params), words.count(network.macs), *accuracies)
-
-
-def _state(unfinished: Path) -> str:
-    if not unfinished.exists():
-        return "nothing was written"
-    return f"{unfinished} holds what is done, and the same command goes on from there"
+    rows += [("teacher", record.teacher, None)] if record.teacher else []
+    return listing("Fine-tuning", rows, columns, strong=lambda row: row[0] == "after", note=note)
 
 
 def _files(out: Path) -> OutputFiles:

@@ -68,14 +68,10 @@ class Batches:
 
 @dataclass(frozen=True, eq=False)
 class Images:
-    """A data set, obtained.
+    """A data set as the options ask for it, obtained.
 
-    Attributes:
-        info: What it is.
-        source: The options.
-        prepare: From its pixels to the network's inputs.
-        train: The training split.
-        order: Indices of all training images, drawn by the seed.
+    `prepare` turns its pixels into the network's inputs; `order` has the indices of all training images, drawn by the
+    seed.
     """
 
     info: data.DatasetInfo

@@ -54,10 +54,7 @@ def analyze_network(
         if folder is not None:
             title = f"Singular values of {source.model}"
             results = Results.of_network(
-                title,
-                dense=Measurement(**analysis.whole.model_dump()),
-                analysis=analysis,
-                command=str(invocation),
+                title, dense=Measurement(**analysis.whole.model_dump()), analysis=analysis, command=str(invocation)
             )
             report(results, folder / _PAGE)
     show(listing)
@@ -95,8 +92,7 @@ def compress_network(
     layers: Layers,
     goal: Goal,
     plan: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Apply this plan instead of a rule; `spectrim plan` writes one."),
+        Path | None, typer.Option(metavar="FILE", help="Apply this plan instead of a rule; `spectrim plan` writes one.")
     ] = None,
     reconstruct: Annotated[
         bool | None,

@@ -68,13 +68,7 @@ NO_DATA = ("data", "data_folder", "images", "batch", "seed", "cache", "mean", "s
 
 @dataclass(frozen=True)
 class Invocation:
-    """How a command was called, so that it can be called again.
-
-    Attributes:
-        command: Its name.
-        values: The value of every option.
-        defaults: The default of every option.
-    """
+    """How a command was called, so that it can be called again: its name, and the value and default of every option."""
 
     command: str
     values: Mapping[str, object]

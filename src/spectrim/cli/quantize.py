@@ -95,12 +95,7 @@ def quantize_network(
         tests = list(network.images.tests()) if untested is None and network.images else None
         progress.begin(f"quantise to {scheme}")
         quantised = quantize(
-            network.model,
-            network.example,
-            path=folder / out.name,
-            scheme=scheme,
-            data=network.calibration,
-            test=tests,
+            network.model, network.example, path=folder / out.name, scheme=scheme, data=network.calibration, test=tests
         )
         table = None
         if dense is not None:

@@ -80,12 +80,10 @@ def held_out_plan(
     """Every layer at the smallest rank whose harm stays below one threshold, chosen for `share` of the parameters.
 
     Each layer is factored alone at ranks 1, 2, 3, 4, 6, 8, .. up to its break-even; its harm is what that adds to the
-    cross-entropy on `images`. This is the sensitivity scan that Han et al. (2015) choose their pruning thresholds by,
-    with truncation in the place of pruning. The threshold is the smallest one at which the whole network has at most
-    `share` of its parameters; where none is small enough, every layer is at rank 1.
-
-    `analysis` is of the dense `model` in the plain metric, and `images` are held-out training images. `on_progress` is
-    called with the networks scored so far, and of how many.
+    cross-entropy on held-out training `images`. This is the sensitivity scan that Han et al. (2015) choose their
+    pruning thresholds by, with truncation in the place of pruning. The threshold is the smallest one at which the
+    network has at most `share` of its parameters; where none is small enough, every layer is at rank 1. `analysis` is
+    of the dense `model` in the plain metric; `on_progress` is called with the networks scored so far, and of how many.
     """
     tried = [(layer, rank) for layer in analysis if _can_shrink(layer) for rank in _candidate_ranks(layer)]
     dense_loss = _loss(model, images)

@@ -61,10 +61,7 @@ class Tuning(Frozen):
 class MlpStudy(FullyConnected):
     """Rank against accuracy: every layer but the last factored, zero-shot and with the factors fine-tuned.
 
-    Attributes:
-        ranks: Applied to every layer but the last.
-        calibration_images: Training images for the activation metric.
-        tunings: Each one at each rank.
+    Each of `tunings` at each of `ranks`; the activation metric is of so many `calibration_images`, without labels.
     """
 
     kind: Literal["mlp"] = "mlp"
@@ -147,10 +144,8 @@ class Truncating(Frozen):
 class Moving(Truncating):
     """The same with ranks that are chosen in training, for no more parameters than the study's rank gives.
 
-    Attributes:
-        start: Share of every full rank to begin with.
-        every: Optimiser steps from one move to the next.
-        end: Share of all steps after which the ranks stay. In the file: `settled`.
+    They `start` at this share of every full rank, move after `every` so many optimiser steps, and stay after the share
+    `end` of all steps, in the file `settled`.
     """
 
     start: float = Field(gt=0, le=1)

@@ -42,13 +42,10 @@ class _Note(FrozenFile):
 
 @dataclass(frozen=True, eq=False)
 class Network:
-    """One network of one seed; name, stage, rule, metric and plan are those of a `Variant`.
+    """One network of one seed, ready to be saved; what is not explained here is as in a `Variant`.
 
-    Attributes:
-        model: Ready to be saved.
-        held_out: Accuracy on held-out training images.
-        curve: Of its training, if any.
-        reference: The network as it was trained, if `model` has been made from it and should answer the same.
+    `held_out` is its accuracy on held-out training images, `reference` the network as it was trained, if `model` has
+    been made from it and should answer the same.
     """
 
     name: str

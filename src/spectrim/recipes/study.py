@@ -53,10 +53,8 @@ class Phase(Frozen):
 class Tuned(Frozen):
     """How a compressed network is fine-tuned.
 
-    Attributes:
-        phase: Epochs, learning rate, batch size, weight decay.
-        temperature: With the dense network as the teacher; none trains with the labels.
-        frozen_norms: BatchNorm leaves its running statistics as they are. After a plain truncation they no longer fit.
+    With a `temperature` the dense network is the teacher; None trains with the labels. `frozen_norms` leaves
+    BatchNorm's running statistics as they are; after a plain truncation they no longer fit.
     """
 
     phase: Phase
@@ -69,13 +67,10 @@ class Tuned(Frozen):
 
 
 class PublishedFigures(Frozen):
-    """Somebody else's figures for the same study; accuracy in [0, 1].
+    """Somebody else's figures for the same study; accuracies in [0, 1].
 
-    Attributes:
-        source: Whose.
-        dense: Accuracy of the dense network.
-        ranks: Accuracy by rank.
-        points: Compressed networks that no single rank describes.
+    `dense` is that of their dense network, `ranks` are those by rank, `points` are networks that no single rank
+    describes.
     """
 
     source: str

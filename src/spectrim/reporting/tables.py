@@ -45,12 +45,7 @@ class Column:
 class Listing:
     """A table as a value. `rich` prints it at any width; lines within a cell are separated by newlines.
 
-    Attributes:
-        title: What the table shows.
-        columns: The heads.
-        rows: One cell a column; the first one names the row.
-        strong: Positions of the rows that stand out.
-        note: A line below.
+    The first cell of a row names it; `strong` are the positions of rows that stand out; `note` is a line below.
     """
 
     title: str

@@ -130,11 +130,9 @@ class _Header(Frozen):
 class Saved:
     """What a checkpoint holds besides weights and optimiser.
 
-    Attributes:
-        progress: How far the run has come.
-        best: Weights and buffers of the best epoch so far; empty if none is kept.
-        rng: Random states after the last step; empty between epochs, each of which is seeded.
-        loaders: States that the generators of a `DataLoader` had when the present epoch began.
+    How far the run has come; weights and buffers of the best epoch so far, if it is kept; random states after the last
+    step, none between epochs, each of which is seeded; those that the generators of a `DataLoader` had when the present
+    epoch began.
     """
 
     progress: Progress = field(default_factory=Progress)

@@ -43,12 +43,10 @@ class NuclearNorm:
 
 
 class RankStep(Frozen):
-    """The ranks after a change.
+    """The ranks by layer name after a change, at optimiser step `step`; 0 for the ranks at the start.
 
-    Attributes:
-        step: Optimiser steps taken until then; 0 for the ranks at the start.
-        ranks: By the layers' names.
-        kept: Cost of the network if it were finished now, kept / dense: parameters, or MACs under a budget of MACs.
+    `kept` is what the network would cost if it were finished now, kept / dense: parameters, or MACs under a budget of
+    MACs.
     """
 
     step: int = Field(ge=0)

@@ -16,12 +16,10 @@ from spectrim.training.choice import LayerFilter, shrinks, weight_of, weight_spe
 
 
 class StableRanks(Frozen):
-    """The stable ranks after an epoch.
+    """The stable ranks by layer name after an `epoch`, 0 for the initial weights.
 
-    Attributes:
-        epoch: 0 for the initial weights.
-        stable: |W|_F^2 / |W|_2^2 by layer name (Rudelson & Vershynin 2007).
-        scaled: The same times full rank over initial stable rank, so that it starts from the full rank.
+    `stable` is |W|_F^2 / |W|_2^2 (Rudelson & Vershynin 2007); `scaled` is that times full rank over initial stable
+    rank, so that it starts from the full rank.
     """
 
     epoch: int = Field(ge=0)
