@@ -11,9 +11,9 @@ from pydantic import BaseModel
 from spectrim import errors, recipes
 from spectrim.recipes import MlpStudy, Phase, Study, parse_recipe, read_recipe, recipe_text
 from spectrim.recipes.files import _models
-from spectrim.recipes.progress import ProgressReporter
 from spectrim.recipes.run import RunFolder, images_of
 from spectrim.recipes.seed import SeedRun
+from spectrim.recipes.study import ProgressReporter
 
 SMALL = """
 kind = "mlp"

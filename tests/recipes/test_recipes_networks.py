@@ -21,10 +21,10 @@ from spectrim.recipes import Augment, ClassifierStudy, MiniResNetStudy, Phase, P
 from spectrim.recipes.classifier import Features
 from spectrim.recipes.convolutional import effective_rank, gap_rank, hard_rank, held_out_plan, spectral_plan
 from spectrim.recipes.images import Minibatches, Split, load_images
-from spectrim.recipes.progress import ProgressReporter
 from spectrim.recipes.results import Evaluation, choose, require_runtimes
 from spectrim.recipes.run import images_of
 from spectrim.recipes.seed import SeedRun
+from spectrim.recipes.study import ProgressReporter
 
 SHORT = Phase(epochs=1, lr=2e-3, batch=64)
 TUNED = Tuned(phase=SHORT, temperature=4.0)

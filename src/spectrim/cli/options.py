@@ -37,11 +37,9 @@ Test = Annotated[
 class Group:
     """How a command offers a group of options, where it is not as the group declares them.
 
-    Attributes:
-        without: Fields that are no options of this command; they keep their defaults.
-        required: Options that must be given.
-        defaults: Other defaults.
-        options: What typer is to know of each option, for a group that does not say so itself.
+    Fields in `without` are no options of this command and keep their defaults; those in `required` must be given;
+    others have `defaults` of their own. `options` are what typer is to know of each, for a group that does not say so
+    itself.
     """
 
     without: tuple[str, ...] = ()

@@ -39,12 +39,8 @@ def is_page(path: Path) -> bool:
 def outputs(folder: Path, files: OutputFiles) -> Iterator[Path]:
     """A temporary folder, whose files are moved to `folder` when the block has ended well; otherwise nothing is left.
 
-    Args:
-        folder: Is made if it is not there.
-        files: What will be written.
-
-    Raises:
-        FileError: the folder cannot be written to, or holds a file of such a name that must not be replaced.
+    Raises `FileError` for a folder that cannot be written to, or that holds one of the `files` which must not be
+    replaced.
     """
     new = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     for name, (check, _) in files.items():

@@ -34,19 +34,14 @@ def read_state(path: Path) -> dict[str, Tensor]:
 
 
 def fill_(model: nn.Module, state: Mapping[str, Tensor], *, origin: Path) -> None:
-    """Load `state` into `model`, strictly: every tensor of the network, and no other.
+    """Load `state`, from the file `origin`, into `model`, strictly: every tensor of the network, and no other.
 
-    As in `load_state_dict`, number types are those of the model, and the batch counters of normalisation layers may
-    be missing. A tensor that the model has under several names needs only one of them.
+    As in `load_state_dict`, number types are those of the model, and the batch counters of normalisation layers may be
+    missing. A tensor that the model has under several names needs only one of them. After an error the model is not to
+    be used.
 
-    Args:
-        model: Is changed; after an error it is not to be used.
-        state: From `read_state`.
-        origin: The file, for messages.
-
-    Raises:
-        FileError: the file is for another network. At most three names of each fault are listed.
-        ModelError: the network has no memory to load into.
+    Raises `FileError`, with at most three names of each fault, for a file of another network, and `ModelError` for a
+    network that has no memory to load into.
     """
     expected = {name: value for name, value in model.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
     if any(tensor.is_meta for tensor in expected.values()):
@@ -63,18 +58,13 @@ def fill_(model: nn.Module, state: Mapping[str, Tensor], *, origin: Path) -> Non
 
 
 def fill_imagenet_(model: nn.Module, reference: str, *, head: str) -> None:
-    """Load torchvision's default ImageNet weights into `model`, all but those of the layer `head`.
+    """Load torchvision's default ImageNet weights into `model`, all but those of its last layer, the `head`.
 
-    torchvision fetches and checks the file, and keeps it in torch's cache; the network has to be torchvision's.
+    torchvision fetches and checks the file, and keeps it in torch's cache; `reference` names the network, such as
+    `torchvision:resnet18`. The model is changed only when everything fits.
 
-    Args:
-        model: Made by torchvision, with any number of outputs; changed only when everything fits.
-        reference: Such as `torchvision:resnet18`.
-        head: The last layer, whose outputs are other classes.
-
-    Raises:
-        DependencyError: torchvision is not installed.
-        ModelError: a network that is not torchvision's, or weights that cannot be fetched or do not fit.
+    Raises `DependencyError` where torchvision is not installed, and `ModelError` for a network that is not
+    torchvision's, or weights that cannot be fetched or do not fit.
     """
     source, _, name = reference.partition(":")
     if source != "torchvision":

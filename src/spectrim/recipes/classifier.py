@@ -38,15 +38,11 @@ IMAGENET = "imagenet"
 
 @dataclass(frozen=True, eq=False)
 class Features:
-    """What the last layer receives of training images, and of held-out ones in batches.
+    """What the last layer receives of training images, and of held-out ones, never mirrored, in batches.
 
-    The backbone is frozen and images are at most mirrored, so training on these is training on the images.
-
-    Attributes:
-        train: All training images as they are, then all mirrored, if they are: (V * N, F) for V views.
-        labels: Of every row.
-        held_out: Not mirrored.
-        views: V, 1 or 2.
+    The backbone is frozen and images are at most mirrored, so training on these is training on the images. `train` has
+    all training images as they are, then all mirrored, if they are: (views * N, F), `views` 1 or 2; `labels` are of
+    every row.
     """
 
     train: Tensor

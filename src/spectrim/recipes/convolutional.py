@@ -167,12 +167,9 @@ ConvolutionForm = Literal["channel", "spatial", "tucker2"]
 
 
 class ConvolutionalStudy(Study, ABC):
-    """A study of a convolutional network.
+    """A study of a convolutional network; `augmentation` varies the training images, `tuning` trains the whole network.
 
-    Attributes:
-        augmentation: How training images are varied.
-        calibration_images: Training images for compression on data, without labels.
-        tuning: Fine-tuning of the whole network.
+    Compression on data takes so many `calibration_images` of the training images, without labels.
     """
 
     augmentation: Augment = Augment()

@@ -109,15 +109,10 @@ def load_images(
 ) -> Images:
     """Load a data set, set `held_out` training images aside, and normalise by the training images' mean and deviation.
 
-    Args:
-        name: As `spectrim.data` knows it.
-        held_out: How many training images never to train on; the same ones every time.
-        limit: Use at most so many of the rest, and of the test images, for a quick look.
-        size: Side in pixels that networks see the images at; None leaves them.
-        folder: Where the files lie, if the user has them.
+    The images held out are the same every time. At most `limit` of the others, and of the test images, are taken.
+    Networks see them at `size` pixels; None leaves them. In `folder` lie the files, if the user has them.
 
-    Raises:
-        DataError: unknown or unobtainable data, or too few images.
+    Raises `DataError` for unknown or unobtainable data, or too few images.
     """
     train, test = load(name, split="train", folder=folder), load(name, split="test", folder=folder)
     if held_out >= len(train):

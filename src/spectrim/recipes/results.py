@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from spectrim.benchmark.measurement import Measurement, accuracy, count, measure, measure_each
 from spectrim.core.errors import DependencyError
 from spectrim.recipes.images import Batch, Images, Split
-from spectrim.recipes.progress import ProgressReporter
 from spectrim.recipes.seed import Network, SeedResult, file_name
-from spectrim.recipes.study import Study
+from spectrim.recipes.study import ProgressReporter, Study
 from spectrim.reporting import Results, Run, Variant, words
 from spectrim.reporting.pixels import png_text
 from spectrim.reporting.results import Agreement, Changes, ClassChange, Flipped, Kind

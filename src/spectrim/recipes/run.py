@@ -11,10 +11,9 @@ from spectrim.core.files import FrozenFile, require_writable_folder, sha256_of, 
 from spectrim.layers.saving import save
 from spectrim.recipes.files import read_recipe, recipe_text
 from spectrim.recipes.images import Images, load_images
-from spectrim.recipes.progress import ProgressCallback, ProgressReporter
 from spectrim.recipes.results import Evaluation, model_file, require_runtimes, versions
 from spectrim.recipes.seed import SeedResult, SeedRun
-from spectrim.recipes.study import Study
+from spectrim.recipes.study import ProgressCallback, ProgressReporter, Study
 from spectrim.reporting import Results, report
 from spectrim.runtimes.sessions import fingerprint
 

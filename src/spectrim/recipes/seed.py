@@ -18,8 +18,7 @@ from spectrim.core.files import FrozenFile
 from spectrim.core.plans import Metric, Plan, Rule
 from spectrim.layers.saving import load, save
 from spectrim.recipes.images import Batch, Images, Minibatches
-from spectrim.recipes.progress import ProgressReporter
-from spectrim.recipes.study import Phase, Study, Tuned, key_of
+from spectrim.recipes.study import Phase, ProgressReporter, Study, Tuned, key_of
 from spectrim.reporting import LayerSpectrum
 from spectrim.reporting.results import Stage
 from spectrim.training import Settings, Step, TrainingRun, finetune, train_in_place

@@ -19,10 +19,9 @@ from spectrim.core.files import sha256_of
 from spectrim.layers.saving import load
 from spectrim.recipes.files import read_recipe
 from spectrim.recipes.images import Batch, Images
-from spectrim.recipes.progress import ProgressCallback, ProgressReporter
 from spectrim.recipes.results import changes_of
 from spectrim.recipes.run import RECIPE, RESULTS, RunFolder, images_of
-from spectrim.recipes.study import Study
+from spectrim.recipes.study import ProgressCallback, ProgressReporter, Study
 from spectrim.reporting import Changes, Results, Run, Variant, words
 from spectrim.runtimes.sessions import fingerprint
 

@@ -223,16 +223,10 @@ class ClassChange(Tally):
 
 
 class Flipped(Frozen):
-    """A test example that the two networks answer differently.
+    """The test example at `index`, which the two networks answer differently.
 
-    Attributes:
-        index: Its position in the test set.
-        truth: Its class, as a position among `Changes.classes`; the answers likewise.
-        before: What the dense network said.
-        after: What the other one said.
-        sure_before: The probability that the dense network gave its own answer.
-        sure_after: That the other one gave its own.
-        image: Its pixels, a PNG file in base64.
+    Its `truth` and both answers are classes as positions among `Changes.classes`; `sure_before` and `sure_after` are
+    the probabilities that each network gave its own answer. `image` are its pixels, a PNG file in base64.
     """
 
     index: int = Field(ge=0)

@@ -3,6 +3,7 @@
 import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import methodcaller
 from typing import Literal, NamedTuple, TypeVar
 
 from rich import box
@@ -165,7 +166,10 @@ def _of_analysis(analysis: Analysis) -> Listing:
         Column("Full\nrank", 1): lambda layer: str(layer.full_rank or words.NOTHING),
         Column("Effective\nrank", 4): _of_spectrum(lambda spectrum: f"{spectrum.effective_rank:.0f}"),
         Column("Stable\nrank", 9): _of_spectrum(lambda spectrum: f"{spectrum.stable_rank:.1f}"),
-        **{Column(f"Rank for\n{energy} %", level): _rank_for(energy / 100) for energy, level in levels.items()},
+        **{
+            Column(f"Rank for\n{energy} %", level): _of_spectrum(methodcaller("rank_for", energy / 100))
+            for energy, level in levels.items()
+        },
         Column("Params", 3): lambda layer: words.count(layer.dense.params),
         Column("Share of\nMACs", 3): lambda layer: _part(layer.dense.macs, macs),
         Column("Cannot be factored", number=False, narrow=24, optional=True): lambda layer: layer.skip_reason or "",
@@ -183,10 +187,6 @@ def _metric(layer: LayerAnalysis) -> Metric | None:
 
 def _of_spectrum(show: Callable[[Spectrum], object]) -> Callable[[LayerAnalysis], str]:
     return lambda layer: str(show(layer.spectra[metric])) if (metric := _metric(layer)) else words.NOTHING
-
-
-def _rank_for(energy: float) -> Callable[[LayerAnalysis], str]:
-    return _of_spectrum(lambda spectrum: spectrum.rank_for(energy))
 
 
 def _tied_names(layer: LayerAnalysis | LayerPlan) -> str:

@@ -22,23 +22,18 @@ TO = "\N{EN DASH}"
 NOTHING = TO
 
 
-def count(number: float) -> str:
+def count(number: float, *, unit: str = "") -> str:
     """Up to three significant digits with an SI prefix: 2570 is `2.57 k`."""
-    return " ".join(_scaled(number)).strip()
+    if number < 1000:
+        return f"{number:g} {unit}".strip()
+    rounded = float(f"{number:.3g}")
+    power = min(4, int(math.log10(rounded) // 3))
+    return f"{f'{rounded / 1000**power:#.3g}'.rstrip('.')} {['', 'k', 'M', 'G', 'T'][power]}{unit}"
 
 
 def size(number: float) -> str:
     """Bytes in decimal units: 340448 is `340 kB`."""
-    digits, unit = _scaled(number)
-    return f"{digits} {unit}B"
-
-
-def _scaled(number: float) -> tuple[str, str]:
-    if number < 1000:
-        return f"{number:g}", ""
-    rounded = float(f"{number:.3g}")
-    power = min(4, int(math.log10(rounded) // 3))
-    return f"{rounded / 1000**power:#.3g}".rstrip("."), ["", "k", "M", "G", "T"][power]
+    return count(number, unit="B")
 
 
 def percent(share: float | None, *, places: int = 2) -> str:

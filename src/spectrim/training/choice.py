@@ -24,12 +24,8 @@ LayerRule = Rank | Ratio | Energy | Mapping[str, int]
 
 @dataclass(kw_only=True)
 class LayerFilter:
-    """The layers to work on.
-
-    Attributes:
-        include: Name patterns of the layers.
-        exclude: Name patterns of layers to leave out.
-        keep_last: Leave out the layer registered last.
+    """The layers to work on: name patterns to `include` and to `exclude`; `keep_last` leaves the one registered last
+    out.
     """
 
     include: Patterns = ("*",)

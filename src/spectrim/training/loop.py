@@ -19,8 +19,7 @@ from spectrim.core.errors import DataError, TrainingError
 from spectrim.core.execution import unique_tensors
 from spectrim.training.checkpoint import Checkpoint, Progress, RngState, Saved, generators, restore, seeded, states
 from spectrim.training.history import History
-from spectrim.training.objective import StepResult, step_result
-from spectrim.training.settings import Settings
+from spectrim.training.settings import Settings, StepResult, step_result
 
 EpochData = Callable[[int], Iterable[Any]]
 """Batches (inputs.., targets) of an epoch, counted from 0."""

@@ -238,14 +238,11 @@ def _by_energy(state: _State, truncation: Truncation, energy: float) -> _State:
 
 @dataclass(frozen=True, eq=False)
 class _Costs:
-    """What the network costs, in parameters or MACs, at any ranks.
+    """What the network costs, in parameters or MACs, at any ranks: dense, and apart from its truncated weights the
+    `rest`.
 
-    Attributes:
-        truncation: Of the network.
-        dense: Of the whole dense network.
-        rest: Of everything but the truncated weights.
-        finished: By layer, of the layer once it is finished, by its rank.
-        options: By layer, the ranks for a budget: the full one, then all with fewer parameters and no more MACs.
+    `finished` are the costs of each layer once it is finished, by its rank; `options` are its ranks for a budget: the
+    full one, then all with fewer parameters and no more MACs.
     """
 
     truncation: Truncation
