@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 import typer
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from spectrim import data
@@ -19,6 +18,7 @@ from spectrim.core.errors import DataError
 from spectrim.core.execution import as_inputs, call, evaluating
 from spectrim.layers.saving import load
 from spectrim.models import CIFAR_MEAN, CIFAR_STD, resolve
+from spectrim.models.weights import is_saved
 
 
 @dataclass(frozen=True)
@@ -158,20 +158,9 @@ def load_source(source: Source, progress: Stages) -> Loaded:
 
 def load_network(source: Source, weights: Path | None) -> nn.Module:
     """The network with the weights of a file that `spectrim.save` wrote, or of a plain one; in evaluation mode."""
-    if weights is not None and (weights.is_dir() or _is_saved(weights)):
+    if weights is not None and (weights.is_dir() or is_saved(weights)):
         return load(weights, resolve(source.model, options=source.options)).eval()
     return resolve(source.model, weights=weights, options=source.options).eval()
-
-
-def _is_saved(path: Path) -> bool:
-    """Whether `spectrim.save` wrote the file."""
-    if path.suffix.lower() != ".safetensors":
-        return False
-    try:
-        with safe_open(path, framework="pt") as opened:
-            return "spectrim" in (opened.metadata() or {})
-    except (SafetensorError, OSError):
-        return False  # reading it will say why
 
 
 def _dataset(source: Source) -> data.DatasetInfo | None:

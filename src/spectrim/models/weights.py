@@ -33,6 +33,15 @@ def read_state(path: Path) -> dict[str, Tensor]:
         raise FileError(f"cannot read {path}: {error}; it is missing, cut short, or not a safetensors file") from error
 
 
+def is_saved(path: Path) -> bool:
+    """Whether `spectrim.save` wrote a file; not if it cannot be read, which says itself why."""
+    try:
+        with safe_open(path, framework="pt") as opened:
+            return "spectrim" in (opened.metadata() or {})
+    except (SafetensorError, OSError):
+        return False
+
+
 def fill_(model: nn.Module, state: Mapping[str, Tensor], *, origin: Path) -> None:
     """Load `state`, from the file `origin`, into `model`, strictly: every tensor of the network, and no other.
 
@@ -104,11 +113,9 @@ def _require_none(faults: Mapping[str, list[str]], *, origin: Path) -> None:
         for fault, names in faults.items()
         if names
     ]
-    with safe_open(origin, framework="pt") as opened:
-        factored = "spectrim" in (opened.metadata() or {})
     advice = (
         "spectrim.save wrote it: make the network without weights, then spectrim.load(file, network)"
-        if factored
+        if is_saved(origin)
         else "Names and shapes must be those of the network's state_dict(); do its options, such as outputs, fit?"
     )
     raise FileError(f"{origin} is for another network: {'; '.join(texts)}. {advice}")

@@ -261,19 +261,14 @@ class _Predictions:
         """Of every class, int64 (len(_COUNTS), classes)."""
         return torch.stack([torch.bincount(self.labels[self.masks[name]], minlength=classes) for name in _COUNTS])
 
-    def most_moved(self, kind: Kind) -> list[int]:
-        """The images of a kind to show: the largest changes of probability first, of equal ones the first image."""
+    def flipped(self, images: Images) -> Iterator[Flipped]:
+        """The images to show: of each kind the largest changes of probability first, of equal ones the first image."""
         change = self.small - self.dense
         # how much more the second network believes in the new class, and how much less in the old one
         moved = (change.gather(1, self.after[:, None]) - change.gather(1, self.before[:, None]))[:, 0]
-        index = self.masks[kind].nonzero()[:, 0]
-        order = moved[index].argsort(descending=True, stable=True)
-        return [int(position) for position in index[order[: _MOST_SHOWN[kind]]]]
-
-    def flipped(self, images: Images) -> Iterator[Flipped]:
-        """The images to show."""
-        for kind in _MOST_SHOWN:
-            for index in self.most_moved(kind):
+        for kind, most in _MOST_SHOWN.items():
+            indices = self.masks[kind].nonzero()[:, 0]
+            for index in indices[moved[indices].argsort(descending=True, stable=True)][:most].tolist():
                 pixels = images.test.images[index] * images.deviation + images.mean
                 yield Flipped(
                     index=index,

@@ -24,16 +24,9 @@ MODEL, PLAN, PARTS = "model.safetensors", "plan.json", "parts"
 class Manifest(FrozenFile):
     """What a finished run was made from, and what it wrote.
 
-    Attributes:
-        recipe: Name of the recipe.
-        identity: Hash of its settings; see `Study.identity`.
-        seeds: Of the run.
-        versions: Of Spectrim, torch, numpy and Python.
-        machine: Processor, instructions and versions: where these are the same, accuracies repeat exactly.
-        dataset: Its name.
-        source: Where its files came from.
-        data: SHA-256 of the training and the test split.
-        files: SHA-256 of every file of the run, by its path in the folder.
+    `identity` is a hash of the recipe's settings, see `Study.identity`. `machine` names the processor, its instructions
+    and versions: where these are the same, accuracies repeat exactly. `data` has the SHA-256 of the training and the
+    test split, whose files came from `source`; `files` has that of every file of the run, by its path in the folder.
     """
 
     version: Literal[1] = 1

@@ -59,18 +59,11 @@ def verify_run(
     test set and the held-out training images: exactly as noted on the same kind of machine with the same versions of
     torch, elsewhere up to `ELSEWHERE` of the images (at least 2) may differ; so for what the chosen network predicts
     differently from the dense one. Parameters, bytes and MACs must be exactly as noted, singular values of the dense
-    network's weights within 0.01 % of the largest. Latency is measured and shown, not judged. Training curves cannot be
-    measured again.
+    network's weights within 0.01 % of the largest. Latency is measured and shown, not judged, unless it is turned off.
+    Training curves cannot be measured again. The data set's files lie in `data_folder`, if not in the cache.
 
-    Args:
-        folder: Of the run.
-        data_folder: Where the data set's files lie, if not in the cache.
-        latency: Time the networks as well.
-        on_progress: Called after every network.
-
-    Raises:
-        FileError: the folder holds no finished run, or its recipe or results cannot be read.
-        DataError: the data set cannot be obtained.
+    Raises `FileError` for a folder that holds no finished run, or whose recipe or results cannot be read, and
+    `DataError` where the data set cannot be obtained.
     """
     run_folder = RunFolder(Path(folder))
     manifest = run_folder.manifest()

@@ -172,12 +172,9 @@ class Published(Frozen):
 class Tally(Frozen):
     """How the answers of two networks to the same examples compare, as counts.
 
-    Attributes:
-        total: Examples.
-        before: That the first network (the dense one) gets right.
-        broken: Right before, wrong now.
-        corrected: Wrong before, right now; the keyword, and the key in JSON, is `mended`.
-        confused: Wrong before, and wrong now with another answer.
+    Of `total` examples the first network, the dense one, gets `before` right. `broken` were right before and are wrong
+    now; `corrected`, whose keyword and key in JSON is `mended`, the reverse; `confused` were wrong, and are in another
+    way.
     """
 
     model_config = ConfigDict(populate_by_name=True, serialize_by_alias=True)
