@@ -151,5 +151,5 @@ def _padding_result(exported: Exported) -> str:
     timed = exported.padding_speedup
     if timed is None:
         return "Padding would change nothing: no rank lies between the steps of this processor."
-    state = "kept" if exported.padded else "not kept"
-    return f"Padding is {state}: with it the network is {words.speedup(timed)} as fast ({words.verdict(timed)})."
+    negation = "" if exported.padded else "not "
+    return f"Padding is {negation}kept: with it the network is {words.speedup(timed)} as fast ({words.verdict(timed)})."

@@ -34,7 +34,7 @@ _what, _how = (partial(typer.Option, rich_help_panel=panel) for panel in ("What 
 _SOURCE = Group(without=("input", "images", "cache"), required=("weights", "data"), defaults={"batch": 128})
 _SETTINGS = Group(
     without=("clip", "seed"),
-    defaults={"epochs": 3, "lr": 1e-3, "keep": "best"},
+    defaults={"keep": "best"},
     options={
         "epochs": _how(metavar="N", help="Passes over the images."),
         "lr": _how(metavar="RATE", help="Peak learning rate; it decays to 0."),

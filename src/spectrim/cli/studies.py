@@ -28,7 +28,7 @@ def list_recipes() -> None:
     rows = Table("name", "kind", "what it does", "data", box=box.SIMPLE_HEAD)
     for study in recipes.STUDIES:
         rows.add_row(study.name, study.kind, study.title, study.dataset)
-    Console(highlight=False).print(rows)
+    show(rows)
 
 
 @recipe.command("show")

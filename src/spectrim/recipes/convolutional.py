@@ -133,12 +133,9 @@ def _suggested_rank(layer: LayerAnalysis, threshold: Threshold) -> int:
 
 def _plan(analysis: Analysis, ranks: Mapping[str, int], *, rule: Budget | None, because: str) -> Plan:
     layers = tuple(_decided(layer, ranks.get(layer.name), because=because) for layer in analysis)
-    energies = [
-        float(analysis[layer.name].spectra["plain"].cumulative_energy[layer.rank - 1])
-        for layer in layers
-        if layer.rank is not None
-    ]
-    return Plan(rule=rule or Energy(max(1e-9, min([1.0, *energies]))), metric="plain", layers=layers)
+    spectra = [(analysis[layer.name].spectra["plain"], layer.rank) for layer in layers if layer.rank is not None]
+    least = min((float(spectrum.cumulative_energy[rank - 1]) for spectrum, rank in spectra), default=1.0)
+    return Plan(rule=rule or Energy(min(1.0, max(1e-9, least))), metric="plain", layers=layers)
 
 
 def _decided(layer: LayerAnalysis, rank: int | None, *, because: str) -> LayerPlan:

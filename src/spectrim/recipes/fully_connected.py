@@ -119,14 +119,11 @@ class FixedRank(FullyConnected, ABC):
 
 
 class Truncating(Frozen):
-    """One way of training with the truncation inside.
+    """One way of training with the truncation inside, from the dense network on; the `name` is unique within a study.
 
-    Attributes:
-        name: In tables; unique within a study.
-        phase: From the dense network on.
-        residual_decay: As for `truncated_`; 0 is the published method. In the file: `shrink`.
-        keep: Weights of the last epoch, or of the one with the best accuracy on held-out training images.
-        temperature: With the dense network as the teacher; None trains with the labels.
+    `residual_decay`, in the file `shrink`, is as for `truncated_`; 0 is the published method. `keep` takes the weights
+    of the last epoch, or of the one with the best accuracy on held-out training images. With a `temperature` the dense
+    network is the teacher; None trains with the labels.
     """
 
     name: str

@@ -78,15 +78,9 @@ class Split:
 class Images:
     """A data set as a study uses it: choices are made on `held_out` (from the training set), reports on `test`.
 
-    Attributes:
-        train: What networks are trained on.
-        held_out: Training images set aside.
-        test: Looked at once, at the end.
-        names: Of the classes.
-        source: Where the data came from.
-        checksums: Of the training and the test split.
-        mean: That images were normalised by, in [0, 255]; a scalar, or (C, 1, 1).
-        deviation: Likewise.
+    `held_out` are training images set aside; `test` is looked at once, at the end. `names` are those of the classes,
+    `source` is where the data came from, `checksums` are those of the training and the test split. Images were
+    normalised by `mean` and `deviation`, in [0, 255]; a scalar, or (C, 1, 1).
     """
 
     train: Split
@@ -119,7 +113,11 @@ def load_images(
         raise DataError(f"{name} has {len(train)} training images; {held_out} cannot be held out of them")
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
     training = order[held_out:][:limit]
-    mean, deviation = _scale(train.images[training].float())
+    pixels = train.images[training].float()
+    if pixels.shape[1] == 1:
+        mean, deviation = pixels.mean(), pixels.std()
+    else:  # of each colour
+        mean, deviation = (moment(dim=(0, 2, 3))[:, None, None] for moment in (pixels.mean, pixels.std))
 
     def normalised(dataset: Dataset, index: Tensor) -> Split:
         return Split((dataset.images[index].float() - mean) / deviation, dataset.labels[index], size)
@@ -134,14 +132,6 @@ def load_images(
         mean=mean,
         deviation=deviation,
     )
-
-
-def _scale(pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation; of each colour, where there are several."""
-    if pixels.shape[1] == 1:
-        return pixels.mean(), pixels.std()
-    sides = (0, 2, 3)
-    return pixels.mean(dim=sides)[:, None, None], pixels.std(dim=sides)[:, None, None]
 
 
 def resized(images: Tensor, size: int | None) -> Tensor:

@@ -237,8 +237,6 @@ def versions() -> dict[str, str]:
 _MOST_SHOWN: Mapping[Kind, int] = {"broken": 24, "mended": 12, "confused": 12}
 """Images of each kind that a report holds, broken ones first. In colour, 32 pixels wide, they come to 150 kB."""
 
-_COUNTS = ("total", "before", *_MOST_SHOWN)
-
 
 class _Predictions:
     """Of two networks for the test images: the probabilities (N, classes) and classes (N,) of both."""
@@ -248,7 +246,7 @@ class _Predictions:
         self.dense, self.small = (images.test.logits(model).softmax(dim=1) for model in (dense, small))
         self.before, self.after = self.dense.argmax(dim=1), self.small.argmax(dim=1)
         right, right_after = self.before == self.labels, self.after == self.labels
-        # which images count where, bool (N,) by the names in _COUNTS
+        # which images count where, bool (N,) by the fields of a `Tally`
         self.masks = {
             "total": self.labels >= 0,
             "before": right,
@@ -258,8 +256,8 @@ class _Predictions:
         }
 
     def counts(self, classes: int) -> Tensor:
-        """Of every class, int64 (len(_COUNTS), classes)."""
-        return torch.stack([torch.bincount(self.labels[self.masks[name]], minlength=classes) for name in _COUNTS])
+        """Of every class, int64 (masks, classes)."""
+        return torch.stack([torch.bincount(self.labels[mask], minlength=classes) for mask in self.masks.values()])
 
     def flipped(self, images: Images) -> Iterator[Flipped]:
         """The images to show: of each kind the largest changes of probability first, of equal ones the first image."""
@@ -289,7 +287,7 @@ def changes_of(variant: str, pairs: Mapping[int, tuple[nn.Module, nn.Module]], i
     predictions = [_Predictions(dense, small, images) for dense, small in pairs.values()]
     columns = torch.stack([each.counts(len(images.names)) for each in predictions]).sum(dim=0).T.tolist()
     classes = tuple(
-        ClassChange(name=name, **dict(zip(_COUNTS, column, strict=True)))
+        ClassChange(name=name, **dict(zip(predictions[0].masks, column, strict=True)))
         for name, column in zip(images.names, columns, strict=True)
     )
     flipped = tuple(predictions[0].flipped(images))

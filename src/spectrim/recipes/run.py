@@ -141,23 +141,13 @@ def run_study(
     `out` then holds the recipe as it was run (`recipe.toml`), `results.json`, `report.html`, every network of every
     seed (`models`), and the chosen one of the first seed (`model.safetensors`) with its `plan.json` if a plan made it.
     `run.json` says what all of it was made from, with the checksum of every file. The same call resumes an interrupted
-    run from the trained parts, which lie there too.
+    run from the trained parts, which lie in `parts`, by default `out / "parts"`; studies that share it train the dense
+    network once. The data set's files lie in `data_folder`, if not in the cache. `on_progress` is called at every step.
 
-    Args:
-        study: What to do.
-        out: A folder; made if need be.
-        parts: Where the trained parts lie, `out / "parts"` by default; studies that share it train the dense network
-            once.
-        data_folder: Where the data set's files lie, if not in the cache.
-        on_progress: Called at every step.
-
-    Raises:
-        FileError: `out` or `parts` cannot be written to, or `out` holds the run of another recipe; nothing has been
-            done then.
-        DataError: the data set cannot be obtained; names the recipe that stands in, if there is one.
-        EngineError, DependencyError: a runtime or a package that the recipe needs cannot be had.
-        ModelError, RuleError: the network cannot take the images, or cannot do what the recipe asks; raised before
-            anything is trained or written.
+    Raises, before anything is trained or written, `FileError` where `out` or `parts` cannot be written to or `out`
+    holds the run of another recipe, `DataError` where the data set cannot be obtained (it names the recipe that stands
+    in, if there is one), `EngineError` or `DependencyError` for a runtime or a package that cannot be had, and
+    `ModelError` or `RuleError` where the network cannot take the images or cannot do what the recipe asks.
     """
     start = time.perf_counter()
     study.require_available()

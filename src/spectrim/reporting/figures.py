@@ -18,6 +18,7 @@ from spectrim.reporting import words
 from spectrim.reporting.results import LayerSpectrum, Results, spectra_of
 from spectrim.reporting.style import COLOURS, GREY, METRIC_STYLE, RIGHT, Style, Trace, build, safe
 
+FORMATS = ("png", "svg", "pdf")
 _POINTS = 200
 
 
@@ -202,9 +203,6 @@ def _spectrum_traces(layer: LayerSpectrum, plans: Sequence[Plan], *, position: i
             marks = {"name": f"{name}: kept rank", "mode": "markers", "marker": marker}
             y = [float(curve[rank - 1]) for rank in marked]
             yield common | marks | {"x": marked, "y": y, "hovertemplate": f"kept rank %{{x}}: {hover}"}
-
-
-FORMATS = ("png", "svg", "pdf")
 
 
 def save_figure(

@@ -20,12 +20,10 @@ from spectrim.linalg import Spectrum
 from spectrim.planning.decisions import listed
 from spectrim.reporting import words
 from spectrim.reporting.results import Changes, ClassChange, Published, PublishedPoint, Results, Tally, Variant
-from spectrim.reporting.words import NOTHING
 
 _Item = TypeVar("_Item")
 
-_GAP = 2
-_FOLD = 20
+_GAP, _FOLD = 2, 20
 
 
 @dataclass(frozen=True)
@@ -111,7 +109,8 @@ def listing(
 ) -> Listing:
     """One row per item, its cells made by the functions of the columns; `strong` says which ones stand out."""
     cells = {column: [cell(item) for item in items] for column, cell in columns.items()}
-    used = {column: texts for column, texts in cells.items() if not (column.optional and {*texts} <= {"", NOTHING})}
+    silent = {"", words.NOTHING}
+    used = {column: texts for column, texts in cells.items() if not (column.optional and silent.issuperset(texts))}
     positions = frozenset(at for at, item in enumerate(items) if strong(item))
     return Listing(title, tuple(used), tuple(zip(*used.values(), strict=True)), strong=positions, note=note)
 

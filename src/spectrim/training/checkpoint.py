@@ -207,15 +207,12 @@ class Checkpoint:
 
 
 def resumed(path: str | Path, model: nn.Module, *, which: Literal["best", "last"] = "best") -> nn.Module:
-    """A copy of `model` with the weights in the checkpoint of a run that was stopped, such as by a NaN loss.
+    """A copy of `model`, the network as it was given to `finetune`, with the weights in the checkpoint of a stopped
+    run.
 
-    Args:
-        path: The file.
-        model: The network as it was given to `finetune`.
-        which: The weights of the best epoch so far, if the run keeps it, or the last ones that were saved.
-
-    Raises:
-        FileError: the file is missing, damaged, of another network, or without a best epoch.
+    Such as one stopped by a NaN loss. `which` takes the weights of the best epoch so far, if the run keeps it, or the
+    last ones that were saved. Raises `FileError` for a file that is missing, damaged, of another network, or without a
+    best epoch.
     """
     path = Path(path)
     weights = _read(path)[1]["best" if which == "best" else "model"]

@@ -7,7 +7,7 @@ from fractions import Fraction
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import Field, ValidationError
+from pydantic import Field
 from torch.optim import Optimizer
 
 from spectrim.core.errors import RuleError, TrainingError
@@ -171,7 +171,7 @@ class RankSchedule:
         """
         try:
             state = _State.model_validate(dict(state_dict))
-        except (ValidationError, TypeError, ValueError) as error:
+        except (TypeError, ValueError) as error:
             raise TrainingError(f"this is not the state of a RankSchedule: {error}") from error
         if state.schedule != self._name:
             raise TrainingError(f"this is the state of RankSchedule({state.schedule}), not of {self!r}; make that one")
