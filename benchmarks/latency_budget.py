@@ -59,51 +59,51 @@ class Findings:
         return all(held for *_, held in self.bars)
 
 
-def share_of(small: nn.Module, dense: nn.Module, x: Tensor, given: argparse.Namespace) -> float:
+def share_of(small: nn.Module, dense: nn.Module, x: Tensor, options: argparse.Namespace) -> float:
     """Time of the small network over that of the dense one."""
-    speedup = st.measure(small, x, reference=dense, runtime=given.runtime, threads=given.threads).speedup
+    speedup = st.measure(small, x, reference=dense, runtime=options.runtime, threads=options.threads).speedup
     assert speedup is not None
     return 1 / speedup.value
 
 
-def predicted(name: str, given: argparse.Namespace, found: Findings) -> None:
+def predicted(name: str, options: argparse.Namespace, findings: Findings) -> None:
     """One network: seconds of its table, and predicted against measured over several budgets."""
     reference, side = NETWORKS[name]
     torch.manual_seed(0)
-    model, x = resolve(reference).eval(), torch.randn(given.batch, 3, side, side)
+    model, x = resolve(reference).eval(), torch.randn(options.batch, 3, side, side)
     known = st.analyze(model, x)
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
         table = latency_table(
-            model, x, analysis=known, runtime=given.runtime, threads=given.threads, folder=Path(folder)
+            model, x, analysis=known, runtime=options.runtime, threads=options.threads, folder=Path(folder)
         )
         seconds = time.perf_counter() - start
-    console, shown = found.console, Table("budget", "MACs kept", "predicted", "measured", "off")
+    console, budgets = findings.console, Table("budget", "MACs kept", "predicted", "measured", "off")
     rows = []
-    for rule in (*(st.Budget(macs=share) for share in MACS), *(budget(share, given) for share in LATENCY)):
+    for rule in (*(st.Budget(macs=share) for share in MACS), *(budget(share, options) for share in LATENCY)):
         try:
             plan = planned(known, rule, table)
         except st.errors.RuleError as error:
             console.print(f"{name}: {error}", soft_wrap=True)
             continue
         small = st.compress(model, plan, example_inputs=x, analysis=known)
-        guess, seen = table.predict(plan) / table.network_ms, share_of(small.model, model, x, given)
+        guess, seen = table.predict(plan) / table.network_ms, share_of(small.model, model, x, options)
         rows.append({"rule": str(rule), "predicted": guess, "measured": seen, "macs": small.measurement.macs_ratio})
-        kept = f"{small.measurement.macs_ratio:.3f}"
-        shown.add_row(f"{rule.limits} {rule.share:g}", kept, f"{guess:.3f}", f"{seen:.3f}", f"{guess / seen - 1:+.1%}")
+        figures = (f"{small.measurement.macs_ratio:.3f}", f"{guess:.3f}", f"{seen:.3f}", f"{guess / seen - 1:+.1%}")
+        budgets.add_row(f"{rule.limits} {rule.share:g}", *figures)
     off = statistics.mean(abs(row["predicted"] / row["measured"] - 1) for row in rows)
-    console.print(f"{name} in {given.runtime}: dense {table.network_ms:.2f} ms, ranks on {table.rank_multiple}")
-    console.print(shown)
-    found.figures[name] = {"seconds": seconds, "off": off, "budgets": rows, "table": table.model_dump()}
-    found.bar(
+    console.print(f"{name} in {options.runtime}: dense {table.network_ms:.2f} ms, ranks on {table.rank_multiple}")
+    console.print(budgets)
+    findings.figures[name] = {"seconds": seconds, "off": off, "budgets": rows, "table": table.model_dump()}
+    findings.bar(
         f"{name}: prediction, mean absolute", got=f"{off:.1%}", bar=f"<= {PREDICTION:.0%}", held=off <= PREDICTION
     )
-    found.bar(f"{name}: table", got=f"{seconds:.1f} s", bar=f"< {SECONDS:g} s", held=seconds < SECONDS)
+    findings.bar(f"{name}: table", got=f"{seconds:.1f} s", bar=f"< {SECONDS:g} s", held=seconds < SECONDS)
 
 
-def budget(share: float, given: argparse.Namespace) -> st.Budget:
+def budget(share: float, options: argparse.Namespace) -> st.Budget:
     """A budget of latency in the runtime asked for."""
-    return st.Budget(latency=share, runtime=given.runtime, threads=given.threads)
+    return st.Budget(latency=share, runtime=options.runtime, threads=options.threads)
 
 
 def planned(known: st.Analysis, rule: st.Budget, table: LatencyTable) -> st.Plan:
@@ -113,55 +113,58 @@ def planned(known: st.Analysis, rule: st.Budget, table: LatencyTable) -> st.Plan
     return st.plan(known, rule, rank_multiple=table.rank_multiple)
 
 
-def halved(given: argparse.Namespace, found: Findings) -> None:
+def halved(options: argparse.Namespace, findings: Findings) -> None:
     """ResNet-20 in half of its time, and the budgets of MACs that take as long."""
-    model, data, console = resolve("spectrim:resnet20", weights=given.weights).eval(), calibration(0), found.console
+    model, data = resolve("spectrim:resnet20", weights=options.weights).eval(), calibration(0)
+    console = findings.console
     x, known = data[0][:1], analysed(model, data)
-    rule = budget(HALF, given)
+    rule = budget(HALF, options)
     start = time.perf_counter()
     small = st.compress(model, rule, example_inputs=x, data=data, analysis=known)
     seconds = time.perf_counter() - start
     note = small.plan.latency
     assert note is not None
-    networks, kept = {f"latency {HALF:g}": small.model}, {f"latency {HALF:g}": small.measurement.macs_ratio}
-    shares = {f"latency {HALF:g}": share_of(small.model, model, x, given)}
+    networks, macs_kept = {f"latency {HALF:g}": small.model}, {f"latency {HALF:g}": small.measurement.macs_ratio}
+    shares = {f"latency {HALF:g}": share_of(small.model, model, x, options)}
     console.print(f"resnet20, {rule}: predicted {note.predicted:.3f}, verified {note.measured}, {seconds:.0f} s in all")
     for multiple in (None, small.plan.rank_multiple):
-        fast = as_long(model, known, x, given, wanted=shares[f"latency {HALF:g}"], multiple=multiple)
+        fast = as_long(model, known, x, options, share_of_time=shares[f"latency {HALF:g}"], multiple=multiple)
         if fast is None:
             console.print(f"no budget of MACs is as fast with ranks on {multiple or 1}")
             continue
         share, seen = fast
         name = f"MACs {share:.3f}" + (f", ranks on {multiple}" if multiple else "")
-        made = st.compress(
+        compressed = st.compress(
             model, st.Budget(macs=share), example_inputs=x, data=data, analysis=known, rank_multiple=multiple
         )
-        networks[name], kept[name], shares[name] = made.model, made.measurement.macs_ratio, seen
+        networks[name], macs_kept[name], shares[name] = compressed.model, compressed.measurement.macs_ratio, seen
     test = load("cifar10", split="test")
-    scores = {name: accuracy(one, test.images, test.labels) for name, one in networks.items()}
-    shown = Table("budget", "MACs kept", "time kept", "accuracy")
+    scores = {name: accuracy(network, test.images, test.labels) for name, network in networks.items()}
+    table = Table("budget", "MACs kept", "time kept", "accuracy")
     for name, score in scores.items():
-        shown.add_row(name, f"{kept[name]:.3f}", f"{shares[name]:.3f}", f"{score:.2f}")
-    console.print(shown)
-    rows = {name: {"accuracy": scores[name], "latency": shares[name], "macs": kept[name]} for name in scores}
-    found.figures["half of the time"] = rows | {"note": note.model_dump()}
-    (_, ours), *others = scores.items()
+        table.add_row(name, f"{macs_kept[name]:.3f}", f"{shares[name]:.3f}", f"{score:.2f}")
+    console.print(table)
+    rows = {name: {"accuracy": scores[name], "latency": shares[name], "macs": macs_kept[name]} for name in scores}
+    findings.figures["half of the time"] = rows | {"note": note.model_dump()}
+    (_, own_score), *others = scores.items()
     taken = shares[f"latency {HALF:g}"]
-    found.bar(f"resnet20: Budget(latency={HALF:g})", got=f"{taken:.3f}", bar=f"<= {MET:g}", held=taken <= MET)
+    findings.bar(f"resnet20: Budget(latency={HALF:g})", got=f"{taken:.3f}", bar=f"<= {MET:g}", held=taken <= MET)
     for name, score in others[:1]:  # the first one has all ranks to choose from, as budgets of MACs have by default
-        found.bar(f"its accuracy, beside {name}", got=f"{ours:.2f}", bar=f">= {score:.2f}", held=ours >= score)
+        findings.bar(
+            f"its accuracy, beside {name}", got=f"{own_score:.2f}", bar=f">= {score:.2f}", held=own_score >= score
+        )
 
 
 def as_long(
     model: nn.Module,
     known: st.Analysis,
     x: Tensor,
-    given: argparse.Namespace,
+    options: argparse.Namespace,
     *,
-    wanted: float,
+    share_of_time: float,
     multiple: int | None,
 ) -> tuple[float, float] | None:
-    """The largest share of the MACs whose network takes no more than `wanted` of the time, and the time it takes."""
+    """The largest share of the MACs whose network takes no more than `share_of_time`, and the time it takes."""
     low, high, best = 0.1, 1.0, (0.0, 0.0)
     for _ in range(7):
         share = (low + high) / 2
@@ -171,8 +174,8 @@ def as_long(
             low = share
             continue
         small = st.compress(model, plan, example_inputs=x, analysis=known, reconstruct=False).model
-        seen = share_of(small, model, x, given)
-        if seen <= 1.005 * wanted:
+        seen = share_of(small, model, x, options)
+        if seen <= 1.005 * share_of_time:
             low, best = share, max(best, (share, seen))
         else:
             high = share
@@ -188,16 +191,16 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--batch", type=int, default=1, help="inputs of a pass in the predictions")
     parser.add_argument("--json", type=Path, help="write every figure to this file")
-    given = parser.parse_args()
-    torch.set_num_threads(given.threads)
-    found = Findings(Console())
-    for name in filter(None, given.networks.split(",")):
-        predicted(name, given, found)
-    if given.weights:
-        halved(given, found)
-    held = found.show()
-    if given.json:
-        given.json.write_text(json.dumps(found.figures, indent=1))
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    findings = Findings(Console())
+    for name in filter(None, options.networks.split(",")):
+        predicted(name, options, findings)
+    if options.weights:
+        halved(options, findings)
+    held = findings.show()
+    if options.json:
+        options.json.write_text(json.dumps(findings.figures, indent=1))
     sys.exit(not held)
 
 

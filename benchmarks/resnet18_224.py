@@ -2,7 +2,7 @@
 
     python benchmarks/resnet18_224.py                 # 256 CIFAR-10 training images, enlarged; needs torchvision
 
-The network is untrained: the time does not depend on the weights' values, and the accuracy is not looked at.
+The network is untrained: the time does not depend on the weights' values, and the accuracy is not measured.
 """
 
 import argparse
@@ -24,24 +24,24 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--share", type=float, default=0.5)
-    given = parser.parse_args()
-    small = cifar_inputs(load("cifar10", split="train").images[: given.images])
+    options = parser.parse_args()
+    small = cifar_inputs(load("cifar10", split="train").images[: options.images])
     images = functional.interpolate(small, size=224, mode="bilinear", align_corners=False)
     torch.manual_seed(0)
     model, console = resolve("torchvision:resnet18").eval(), Console()
     start = time.perf_counter()
 
-    def told(what: str, done: int, of: int) -> None:
+    def progress(what: str, done: int, of: int) -> None:
         console.print(f"{time.perf_counter() - start:6.1f} s  {done:3}/{of} {what}")
 
-    made = st.compress(
+    compressed = st.compress(
         model,
-        st.Budget(macs=given.share),
+        st.Budget(macs=options.share),
         example_inputs=images[:1],
-        data=images.split(given.batch),
-        on_progress=told,
+        data=images.split(options.batch),
+        on_progress=progress,
     )
-    console.print(f"{made.measurement.macs_ratio:.4f} of the MACs, {torch.get_num_threads()} threads")
+    console.print(f"{compressed.measurement.macs_ratio:.4f} of the MACs, {torch.get_num_threads()} threads")
     console.print(f"{time.perf_counter() - start:.0f} s (bar 300 s)")
     console.print(f"peak memory {peak_gb():.2f} GB")
 

@@ -144,7 +144,7 @@ def layer_checks(source: list[Module]) -> list[str]:
         if isinstance(node, ast.Call)
         and isinstance(node.func, ast.Name)
         and node.func.id in ("isinstance", "issubclass")
-        if any(isinstance(part, ast.Attribute) and part.attr in LAYER_TYPES for part in ast.walk(node))
+        if any(getattr(part, "attr", getattr(part, "id", None)) in LAYER_TYPES for part in ast.walk(node))
     ]
 
 

@@ -3,6 +3,7 @@
 import ast
 import importlib
 import pkgutil
+import re
 import subprocess
 import sys
 import tomllib
@@ -62,6 +63,19 @@ def test_the_rooms_in_contributing_are_those_that_are_checked() -> None:
         {name.strip().strip("`").rstrip("/").removesuffix(".py") for name in row[2].split(",")} for row in rows[1:]
     ]
     assert table == [set(rooms) for rooms in reversed(layers_of_rooms())]
+
+
+def test_what_the_table_in_extending_names_exists() -> None:
+    rows = [line.split("|")[2:-1] for line in (ROOT / "docs/extending.md").read_text().splitlines() if line[:2] == "| "]
+    seen = 0
+    for row in rows[1:]:
+        registry, *_, file = re.findall(r"`(\S+)`", row[1])
+        assert re.search(rf"^{registry}\b", (structure.SOURCE / file).read_text(), re.MULTILINE), registry
+        for cell in row:
+            for path in re.findall(r"`([\w/]+(?:/|\.py))`", cell):
+                seen += 1
+                assert (structure.SOURCE / path).exists() or (ROOT / path).exists(), path
+    assert seen > 2 * len(rows)
 
 
 @pytest.mark.parametrize("module", SOURCE, ids=lambda module: module.name)

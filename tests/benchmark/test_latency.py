@@ -26,14 +26,15 @@ from cases import (
 from hypothesis import given, settings
 from hypothesis import strategies as draw
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 import spectrim as st
 from spectrim import errors
-from spectrim.benchmark import latency_table as table_module
 from spectrim.benchmark.latencies import FormTimes, LatencyTable, LayerTimes
 from spectrim.benchmark.latency_table import latency_table
 from spectrim.benchmark.layer_calls import axes_of, layer_calls
 from spectrim.benchmark.layer_graphs import layer_graph
+from spectrim.benchmark.layer_timing import LayerBench
 from spectrim.benchmark.timing_cache import cache_folder
 from spectrim.core.execution import as_inputs
 from spectrim.core.plans import LatencyNote
@@ -74,7 +75,7 @@ def by_macs(layer: st.LayerAnalysis, form: str, ranks: tuple[int, ...]) -> float
     return form_named(form).cost(layer.unit, ranks).macs / 1e6
 
 
-def choices(plan: st.Plan) -> list[tuple[str, str, tuple[int, ...]]]:
+def decisions(plan: st.Plan) -> list[tuple[str, str, tuple[int, ...]]]:
     return [(layer.name, layer.form, layer.ranks) for layer in plan]
 
 
@@ -97,13 +98,13 @@ class TestTimes:
         def bilinear(at: tuple[int, ...]) -> float:
             first, second = (*at, 0)[:2]
             terms = (1, first, second, first * second) if len(at) == 2 else (1, first)
-            return float(sum(one * term for one, term in zip(whole, terms, strict=True)))
+            return float(sum(coefficient * term for coefficient, term in zip(whole, terms, strict=True)))
 
         form: str = "tucker2" if len(axes) == 2 else "spatial"
         times = FormTimes(form=form, axes=axes, ms=tuple(map(bilinear, product(*axes))))
-        wanted = [tuple(data.draw(draw.integers(axis[0], axis[-1])) for axis in axes) for _ in range(4)]
-        exact = np.array(list(map(bilinear, wanted)))
-        np.testing.assert_allclose(times.at(np.array(wanted)), exact, rtol=1e-9, atol=1e-7)
+        ranks_between = [tuple(data.draw(draw.integers(axis[0], axis[-1])) for axis in axes) for _ in range(4)]
+        exact = np.array(list(map(bilinear, ranks_between)))
+        np.testing.assert_allclose(times.at(np.array(ranks_between)), exact, rtol=1e-9, atol=1e-7)
 
     @pytest.mark.parametrize(
         ("axes", "ms"), [(((8, 16),), (1.0,)), (((16, 8),), (1.0, 2.0)), (((8, 8),), (1.0, 2.0)), ((), ())], ids=str
@@ -143,39 +144,39 @@ class TestTimes:
 class TestSolving:
     @pytest.mark.parametrize("share", [0.45, 0.7, 0.95])
     def test_where_time_is_arithmetic_the_plans_are_those_of_the_macs(self, known: st.Analysis, share: float) -> None:
-        made = st.plan(known, st.Budget(latency=share), latencies=table_by(known, by_macs))
-        assert choices(made) == choices(st.plan(known, st.Budget(macs=share)))
-        assert made.latency is not None
-        assert not made.latency.verified
-        assert made.rank_multiple is None
+        plan = st.plan(known, st.Budget(latency=share), latencies=table_by(known, by_macs))
+        assert decisions(plan) == decisions(st.plan(known, st.Budget(macs=share)))
+        assert plan.latency is not None
+        assert not plan.latency.verified
+        assert plan.rank_multiple is None
 
     @pytest.mark.parametrize("multiple", [1, 4])
     @pytest.mark.parametrize("share", [0.6, 0.9])
     def test_the_prediction_keeps_the_budget(self, known: st.Analysis, share: float, multiple: int) -> None:
-        chance = np.random.default_rng(0)
-        table = table_by(known, lambda *at: by_macs(*at) * chance.uniform(0.7, 1.2), rank_multiple=multiple)
-        made = st.plan(known, st.Budget(latency=share), latencies=table)
-        assert made.latency is not None
-        assert made.factored
-        assert made.latency.predicted <= share
-        assert table.predict(made) / table.network_ms == pytest.approx(made.latency.predicted, abs=1e-6)
-        for layer in made.factored:
+        numbers = np.random.default_rng(0)
+        table = table_by(known, lambda *at: by_macs(*at) * numbers.uniform(0.7, 1.2), rank_multiple=multiple)
+        plan = st.plan(known, st.Budget(latency=share), latencies=table)
+        assert plan.latency is not None
+        assert plan.factored
+        assert plan.latency.predicted <= share
+        assert table.predict(plan) / table.network_ms == pytest.approx(plan.latency.predicted, abs=1e-6)
+        for layer in plan.factored:
             full = known[layer.name].full_ranks(layer.form)
             assert all(rank % multiple == 0 or rank == most for rank, most in zip(layer.ranks, full, strict=True))
             assert layer.kept.params < layer.dense.params
 
-    def test_options_that_take_longer_than_the_layer_are_none(self, known: st.Analysis) -> None:
+    def test_options_slower_than_the_layer_are_left_out(self, known: st.Analysis) -> None:
         def slow(layer: st.LayerAnalysis, form: str, ranks: tuple[int, ...]) -> float:
             return (50.0 + ranks[-1] if layer.name == "2" else 0.0) + by_macs(layer, form, ranks)
 
-        made = st.plan(known, st.Budget(latency=0.9), latencies=table_by(known, slow))
-        assert made["2"].form == "dense"
-        assert "do not pay" in made["2"].reason
-        assert "take 51" in made["2"].reason
+        plan = st.plan(known, st.Budget(latency=0.9), latencies=table_by(known, slow))
+        assert plan["2"].form == "dense"
+        assert "do not pay" in plan["2"].reason
+        assert "take 51" in plan["2"].reason
         dense = known["2"].dense.macs / 1e6
-        assert made["2"].reason.endswith(f"the layer itself {dense:.3g} ms")
-        assert made.factored
-        assert all(" ms) loses least" in layer.reason for layer in made.factored)
+        assert plan["2"].reason.endswith(f"the layer itself {dense:.3g} ms")
+        assert plan.factored
+        assert all(" ms) loses least" in layer.reason for layer in plan.factored)
 
     def test_a_budget_out_of_reach_names_the_fastest_and_that_one_works(self, known: st.Analysis) -> None:
         table = table_by(known, by_macs)
@@ -186,7 +187,7 @@ class TestSolving:
         with pytest.raises(errors.RuleError, match="cannot be reached"):
             st.plan(known, st.Budget(latency=least - 2e-4), latencies=table)
 
-    def test_where_no_layer_is_faster_the_refusal_says_so(self, known: st.Analysis) -> None:
+    def test_a_network_without_a_faster_layer_is_an_error(self, known: st.Analysis) -> None:
         table = table_by(known, lambda *_: 1e3)
         with pytest.raises(errors.RuleError, match="no layer would be faster in factors with the torch runtime"):
             st.plan(known, st.Budget(latency=0.9), latencies=table)
@@ -194,8 +195,8 @@ class TestSolving:
     def test_the_curve_of_times(self, known: st.Analysis) -> None:
         table = table_by(known, by_macs)
         curve, other = st.pareto(known, cost="latency", latencies=table, points=5), st.pareto(known, points=5)
-        assert [choices(one.plan) for one in curve] == [choices(one.plan) for one in other]
-        assert all(one.plan.rule == st.Budget(latency=one.plan.rule.share) for one in curve)  # type: ignore[union-attr]
+        assert [decisions(point.plan) for point in curve] == [decisions(point.plan) for point in other]
+        assert all(point.plan.rule == st.Budget(latency=point.plan.rule.share) for point in curve)  # type: ignore[union-attr]
 
     def test_tables_and_rules_that_do_not_go_together(self, known: st.Analysis) -> None:
         table, rule = table_by(known, by_macs, rank_multiple=4), st.Budget(latency=0.7)
@@ -252,7 +253,7 @@ class TestDecision:
         assert note.missed is note.refused is None
 
     @pytest.mark.parametrize("saved", [0.6, 0.85])
-    def test_savings_that_are_smaller_in_truth_are_asked_for_once_more(self, options: Candidates, saved: float) -> None:
+    def test_smaller_real_savings_are_corrected_once(self, options: Candidates, saved: float) -> None:
         clock = Clock(lambda share: 1 - saved * (1 - share))
         plan, note = self.decide(options, clock)
         assert len(clock.asked) == 2
@@ -261,14 +262,14 @@ class TestDecision:
         assert (note.solved, note.missed, note.predicted) == (2, None, clock.asked[1])
         assert plan.factored
 
-    def test_savings_that_are_larger_in_truth_are_given_back(self, options: Candidates) -> None:
+    def test_larger_real_savings_allow_a_better_plan(self, options: Candidates) -> None:
         clock = Clock(lambda share: 1 - 1.4 * (1 - share))
         plan, note = self.decide(options, clock)
         assert clock.asked[0] < clock.asked[1]
         assert note.measured == pytest.approx(self.TARGET, rel=0.02)
         hasty = refined(options, st.Budget(latency=self.TARGET), verify=Clock(lambda share: share))
-        assert sum((one.predicted_error or 0) ** 2 for one in plan) < sum(
-            (one.predicted_error or 0) ** 2 for one in hasty
+        assert sum((layer.predicted_error or 0) ** 2 for layer in plan) < sum(
+            (layer.predicted_error or 0) ** 2 for layer in hasty
         )
 
     def test_the_gentler_plan_is_taken_only_if_it_meets_the_target(self, options: Candidates) -> None:
@@ -300,7 +301,7 @@ class TestDecision:
         assert note.refused in {layer.reason for layer in plan}
         assert st.Plan.model_validate_json(plan.model_dump_json(exclude_none=True)) == plan
 
-    def test_what_the_table_takes_to_be_out_of_reach_is_left_to_the_clock(self, known: st.Analysis) -> None:
+    def test_a_budget_below_the_table_is_decided_by_measurement(self, known: st.Analysis) -> None:
         table = table_by(known, by_macs)
         with pytest.raises(errors.RuleError) as caught:
             st.plan(known, st.Budget(latency=1e-3), latencies=table)
@@ -308,8 +309,8 @@ class TestDecision:
 
         def decide(target: float, clock: Clock) -> st.Plan:
             rule = st.Budget(latency=target)
-            given = candidates_of(known, rule, PlanOptions(latencies=table))
-            return refined(given, rule, verify=clock)
+            candidates = candidates_of(known, rule, PlanOptions(latencies=table))
+            return refined(candidates, rule, verify=clock)
 
         plan = decide(0.9 * least, Clock(lambda share: 0.89 * share))
         assert plan.latency is not None
@@ -330,7 +331,7 @@ class TestDecision:
 
     @laws
     @given(shares=draw.lists(draw.floats(0.05, 3), min_size=2, max_size=2), spread=draw.floats(0, 0.3))
-    def test_whatever_the_clock_says(self, shares: list[float], spread: float) -> None:
+    def test_every_pair_of_measurements(self, shares: list[float], spread: float) -> None:
         known = KNOWN[0]
         rule = st.Budget(latency=self.TARGET)
         options = candidates_of(known, rule, PlanOptions(latencies=table_by(known, by_macs)))
@@ -340,7 +341,7 @@ class TestDecision:
         assert note.solved == len(clock.asked) <= 2
         seen = shares[: len(clock.asked)]
         assert note.measured in seen
-        meeting = [one for one in seen if one <= 1.02 * self.TARGET]
+        meeting = [share for share in seen if share <= 1.02 * self.TARGET]
         assert note.measured in (meeting or [min(seen)])
         assert (note.missed is None) or not meeting
         assert bool(plan.factored) == (note.refused is None) == (note.measured * (1 + spread) < 1)
@@ -349,7 +350,7 @@ class TestDecision:
 KNOWN = [st.analyze(small_mlp(), inputs(4, 12))]
 
 
-class Sites(nn.Module):
+class TwoShapes(nn.Module):
     """Five layers of two shapes."""
 
     def __init__(self) -> None:
@@ -366,7 +367,7 @@ class Sites(nn.Module):
 
 class TestShapes:
     def test_layers_of_one_shape_are_one(self) -> None:
-        model, x = Sites(), torch.randn(2, 8, 6, 6)
+        model, x = TwoShapes(), torch.randn(2, 8, 6, 6)
         calls, examples = layer_calls(model, as_inputs(x), st.analyze(model, x))
         assert len(calls) == 5
         assert sorted(Counter(signature for each in calls for signature in each.signatures.elements()).values()) == [
@@ -392,10 +393,12 @@ class TestShapes:
 
     def test_small_layers_are_timed_below_the_first_step_too(self) -> None:
         wide, narrow = st.analyze(nn.Sequential(nn.Linear(256, 256), nn.Linear(256, 24)), torch.randn(2, 256))
-        one, other = (axes_of(layer, "linear", multiple=16, points=4, below=(4, 8)) for layer in (wide, narrow))
-        assert one is not None
-        assert one[0][0] == 16
-        assert other == ((4, 8, 16),)
+        wide_axes, narrow_axes = (
+            axes_of(layer, "linear", multiple=16, points=4, below=(4, 8)) for layer in (wide, narrow)
+        )
+        assert wide_axes is not None
+        assert wide_axes[0][0] == 16
+        assert narrow_axes == ((4, 8, 16),)
         assert axes_of(narrow, "linear", multiple=16, points=4) == ((16,),)
 
     def test_ranks_below_the_first_step_are_options_only_where_they_were_timed(self) -> None:
@@ -442,6 +445,8 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "linear on sequences": (lambda: nn.Linear(6, 5), (2, 3, 6)),
     "conv1d": (lambda: nn.Conv1d(4, 6, 3, stride=2, padding=1, bias=False), (2, 4, 9)),
     "conv2d": (lambda: nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=(1, 0), dilation=(1, 2)), (2, 4, 9, 8)),
+    "conv3d": (lambda: nn.Conv3d(4, 6, (3, 2, 1), stride=(1, 2, 1), padding=(1, 0, 0)), (2, 4, 5, 6, 3)),
+    "transposed linear": (lambda: Conv1D(5, 6), (2, 3, 6)),
     "grouped": (lambda: nn.Conv2d(4, 8, 3, groups=2), (1, 4, 7, 7)),
     "same": (lambda: nn.Conv2d(4, 6, (4, 3), padding="same", dilation=(1, 2)), (1, 4, 9, 8)),
     "valid": (lambda: nn.Conv2d(4, 6, 3, padding="valid"), (1, 4, 9, 8)),
@@ -463,13 +468,13 @@ def test_a_graph_of_a_layer_does_what_the_layer_does(make: Callable[[], nn.Modul
         build(layer, form=form, ranks=tuple(min(3, most) for most in full_ranks(layer, form)), bias=True)
         for form in form_names(layer)
     ]
-    for one in factored:
-        for parameter in one.parameters():
+    for part in factored:
+        for parameter in part.parameters():
             nn.init.normal_(parameter)
-    for one in (layer, *factored):
-        session = onnxruntime.InferenceSession(layer_graph(one, shape).SerializeToString())
+    for part in (layer, *factored):
+        session = onnxruntime.InferenceSession(layer_graph(part, shape).SerializeToString())
         (got,) = session.run(None, {"input": x.numpy()})
-        torch.testing.assert_close(torch.from_numpy(got), one(x).detach(), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(torch.from_numpy(got), part(x).detach(), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("form", ["linear", "channel", "spatial", "tucker2"])
@@ -477,10 +482,10 @@ def test_factors_to_time_have_the_shapes_of_real_ones(form: str) -> None:
     for layer in st.analyze(small_cnn(), X):
         if form in layer.forms:
             ranks = tuple(min(2, most) for most in layer.full_ranks(form))
-            made = form_named(form).random_factors(layer.unit, ranks, generator=torch.Generator().manual_seed(0))
+            factors = form_named(form).random_factors(layer.unit, ranks, generator=torch.Generator().manual_seed(0))
             real = layer.decomposition(form, "plain").factors(ranks)
-            assert [one.numel() for one in made] == [one.numel() for one in real]
-            assert [one.shape[:2] for one in made] == [one.shape[:2] for one in real]
+            assert [factor.numel() for factor in factors] == [factor.numel() for factor in real]
+            assert [factor.shape[:2] for factor in factors] == [factor.shape[:2] for factor in real]
 
 
 def wide(width: int = 256) -> nn.Sequential:
@@ -495,7 +500,7 @@ class TestTable:
             pytest.importorskip("onnxruntime")
         model, x = small_cnn(dtype=torch.float32), X.float()
         known, before, random = st.analyze(model, x), state(model), torch.get_rng_state()
-        told: list[tuple[str, int, int]] = []
+        progress: list[tuple[str, int, int]] = []
         table = latency_table(
             model,
             x,
@@ -504,7 +509,7 @@ class TestTable:
             batch=2,
             rank_multiple=4,
             folder=tmp_path,
-            on_progress=lambda *what: told.append(what),
+            on_progress=lambda *what: progress.append(what),
         )
         assert (table.runtime, table.threads, table.batch, table.rank_multiple) == (runtime, 1, 2, 4)
         assert [layer.name for layer in table.layers] == [layer.name for layer in known]
@@ -514,8 +519,8 @@ class TestTable:
             ]
             assert all(ms > 0 for form in layer.forms for ms in (*form.ms, layer.dense_ms))
         assert table.network_ms > 0
-        assert [(done, of) for _, done, of in told] == [(at, len(told)) for at in range(len(known))]
-        assert len(list(tmp_path.iterdir())) == len(told)
+        assert [(done, of) for _, done, of in progress] == [(at, len(progress)) for at in range(len(known))]
+        assert len(list(tmp_path.iterdir())) == len(progress)
         assert same_state(model, before)
         assert torch.equal(random, torch.get_rng_state())
 
@@ -528,28 +533,28 @@ class TestTable:
 
     def test_what_was_timed_is_not_timed_again(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         model, x = wide(64), torch.randn(4, 64)
-        known, timed = st.analyze(model, x), table_module.timed
+        known, measure = st.analyze(model, x), LayerBench.measure
         calls: list[str] = []
 
-        def counted(layer: nn.Module, *args: Any, **options: Any) -> tuple[float, ...]:
-            calls.append(str(layer))
-            return timed(layer, *args, **options)
+        def counted(bench: LayerBench, *args: Any) -> tuple[float, ...]:
+            calls.append(str(args))
+            return measure(bench, *args)
 
-        monkeypatch.setattr(table_module, "timed", counted)
+        monkeypatch.setattr(LayerBench, "measure", counted)
 
         def table(**options: Any) -> LatencyTable:
             return latency_table(model, x, analysis=known, rank_multiple=16, **{"folder": tmp_path, **options})
 
-        def proportions(made: LatencyTable) -> list[float]:
-            """Of every form to its layer: what is kept; how fast the machine is just now is seen anew each time."""
-            return [ms / one.dense_ms for one in made.layers for form in one.forms for ms in form.ms]
+        def proportions(latencies: LatencyTable) -> list[float]:
+            """Each time over the dense layer's, as on disk; the times themselves are scaled to the present."""
+            return [ms / layer.dense_ms for layer in latencies.layers for form in layer.forms for ms in form.ms]
 
         first = table()
         assert len(calls) == 2  # of three layers two have one shape
         assert proportions(table()) == pytest.approx(proportions(first))
         assert len(calls) == 2
-        kept = sorted(tmp_path.iterdir(), key=lambda path: len(json.loads(path.read_text())["ms"]), reverse=True)
-        written = [path.read_text() for path in kept]
+        files = sorted(tmp_path.iterdir(), key=lambda path: len(json.loads(path.read_text())["ms"]), reverse=True)
+        written = [path.read_text() for path in files]
         damages = {
             "cut": lambda text: text[: len(text) // 2],
             "empty": lambda text: "",
@@ -560,12 +565,12 @@ class TestTable:
         }
         for name, damage in damages.items():
             calls.clear()
-            kept[0].write_text(damage(written[0]), errors="surrogateescape")
+            files[0].write_text(damage(written[0]), errors="surrogateescape")
             again = table()
             assert len(calls) == 1, name
             assert proportions(table()) == pytest.approx(proportions(again))
             assert len(calls) == 1, name
-            assert set(tmp_path.iterdir()) == set(kept)
+            assert set(tmp_path.iterdir()) == set(files)
         table(batch=8)
         assert len(calls) == 3
         table(folder=tmp_path / "other")
@@ -582,7 +587,7 @@ class TestTable:
         assert cache_folder() == file / "inside"
         assert latency_table(model, x, analysis=known, rank_multiple=8).layers
 
-    def test_where_times_are_kept(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_the_folder_of_the_cache(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv("SPECTRIM_LATENCY", raising=False)
         assert cache_folder().name == "latency"
         assert cache_folder("~/here") == Path.home() / "here"
@@ -612,6 +617,6 @@ class TestTable:
 
 def test_a_grid_is_a_multiple(known: st.Analysis) -> None:
     grid = Grid(multiple=4, times={}, runtime="torch", threads=1, batch=1, fingerprint="made up")
-    made = st.plan(known, st.Ratio(0.3), rank_multiple=grid)
-    assert made == st.plan(known, st.Ratio(0.3), rank_multiple=4)
-    assert made.rank_multiple == 4
+    plan = st.plan(known, st.Ratio(0.3), rank_multiple=grid)
+    assert plan == st.plan(known, st.Ratio(0.3), rank_multiple=4)
+    assert plan.rank_multiple == 4

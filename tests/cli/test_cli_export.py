@@ -156,6 +156,8 @@ def test_mistakes_are_told_before_anything_is_loaded(here: Path) -> None:
     auto = (*SMALL, "--out", "a.onnx", "--pad", "auto")
     assert "'tensorrt' is not one of 'torch'" in usage_error(*auto, "--runtime", "tensorrt")
     assert isinstance(failure(*auto, "--runtime", "torch", "--threads", "4096"), EngineError)
+    program = (*SMALL, "--out", "a.pt2", "--pad", "auto")
+    assert "a torch program is timed in torch" in usage_error(*program, "--runtime", "channels_last")
     assert sorted(here.rglob("*")) == before
 
 
@@ -191,7 +193,7 @@ def test_what_padding_brought_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         exported_file = Exported(path=path, bytes=2048, inputs=(port,), outputs=(port,), **brought[-1])
         return exported_file.model_copy(update={"check": Check(runtime="torch", batches=(1,), difference=1e-7)})
 
-    monkeypatch.setitem(export._FORMATS, "program", (".pt2", exported, "torch"))
+    monkeypatch.setitem(export._FORMATS, "onnx", (".onnx", exported, "onnxruntime"))
     faster, slower = (Interval(value=value, low=value - 0.05, high=value + 0.05) for value in (1.2, 0.8))
     for padding, message in (
         (
@@ -205,9 +207,9 @@ def test_what_padding_brought_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         ({}, "Padding would change nothing"),
     ):
         brought.append(padding)
-        result = run(*SMALL, "--out", "a.pt2", "--pad", "auto", "--runtime", "channels_last")
+        result = run(*SMALL, "--out", "a.onnx", "--pad", "auto", "--runtime", "channels_last")
         assert result.exit_code == 0, result.output
         assert message in result.output.replace("\N{MULTIPLICATION SIGN}", "x")
         assert "2.05 kB" in result.output
-        Path("a.pt2").unlink()
+        Path("a.onnx").unlink()
     assert asked == [("auto", "channels_last", 1)] * 3

@@ -1,6 +1,5 @@
 """A new layer type and a new form are one file and one entry in a registry: here both are made and used at once."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -99,11 +98,10 @@ class WithMiddle(TwoFactorForm.decomposition):  # type: ignore[misc]
 
 
 @pytest.fixture
-def extended(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def extended(monkeypatch: pytest.MonkeyPatch) -> None:
     """The one line of each: an entry in the registry."""
     monkeypatch.setattr(types, "LAYER_TYPES", (*types.LAYER_TYPES, ConvTranspose1d()))
     monkeypatch.setattr(forms, "FORMS", (*forms.FORMS, ThreeFactors()))
-    yield
 
 
 @pytest.mark.usefixtures("extended")

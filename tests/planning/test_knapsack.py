@@ -15,109 +15,109 @@ options = draw.lists(draw.tuples(draw.integers(0, 60), draw.integers(0, 1000)), 
 problems = draw.lists(options, min_size=1, max_size=4)
 
 
-def menus(problem: list[list[tuple[int, int]]]) -> list[KnapsackItem]:
+def items_of(problem: list[list[tuple[int, int]]]) -> list[KnapsackItem]:
     return [
-        KnapsackItem(np.array([cost for cost, _ in menu]), np.array([loss / 7 for _, loss in menu], dtype=np.float64))
-        for menu in problem
+        KnapsackItem(np.array([cost for cost, _ in item]), np.array([loss / 7 for _, loss in item], dtype=np.float64))
+        for item in problem
     ]
 
 
-def spent(given: list[KnapsackItem], picked: list[int]) -> int:
-    return sum(int(menu.costs[one]) for menu, one in zip(given, picked, strict=True))
+def spent(items: list[KnapsackItem], solution: list[int]) -> int:
+    return sum(int(item.costs[option]) for item, option in zip(items, solution, strict=True))
 
 
-def lost(given: list[KnapsackItem], picked: list[int]) -> float:
-    return sum(float(menu.losses[one]) for menu, one in zip(given, picked, strict=True))
+def lost(items: list[KnapsackItem], solution: list[int]) -> float:
+    return sum(float(item.losses[option]) for item, option in zip(items, solution, strict=True))
 
 
-def by_trying(given: list[KnapsackItem], budget: int) -> float | None:
+def by_trying(items: list[KnapsackItem], budget: int) -> float | None:
     """The smallest loss of all choices that fit, None where none does."""
-    every = (list(picked) for picked in product(*(range(len(menu.costs)) for menu in given)))
-    return min((lost(given, picked) for picked in every if spent(given, picked) <= budget), default=None)
+    every = (list(solution) for solution in product(*(range(len(item.costs)) for item in items)))
+    return min((lost(items, solution) for solution in every if spent(items, solution) <= budget), default=None)
 
 
 @laws
 @given(problem=problems, budget=draw.integers(0, 250), limit=draw.integers(0, 250))
 def test_it_is_as_good_as_trying_every_choice(problem: list[list[tuple[int, int]]], budget: int, limit: int) -> None:
-    choices = menus(problem)
-    solved, best = Allocation.of(choices, limit=max(budget, limit)), by_trying(choices, budget)
+    items = items_of(problem)
+    solved, best = Allocation.of(items, limit=max(budget, limit)), by_trying(items, budget)
     if best is None:
         assert budget < solved.cheapest
         with pytest.raises(errors.RuleError, match=f"below the cheapest choice, {solved.cheapest}"):
             solved.solve(budget)
     else:
-        picked = solved.solve(budget)
-        assert spent(choices, picked) <= budget
-        assert lost(choices, picked) == pytest.approx(best, abs=1e-9)
+        solution = solved.solve(budget)
+        assert spent(items, solution) <= budget
+        assert lost(items, solution) == pytest.approx(best, abs=1e-9)
 
 
 @laws
 @given(problem=problems)
 def test_more_budget_never_loses_more(problem: list[list[tuple[int, int]]]) -> None:
-    choices = menus(problem)
-    solved = Allocation.of(choices, limit=300)
-    losses = [lost(choices, solved.solve(budget)) for budget in range(solved.cheapest, 301)]
+    items = items_of(problem)
+    solved = Allocation.of(items, limit=300)
+    losses = [lost(items, solved.solve(budget)) for budget in range(solved.cheapest, 301)]
     assert (np.diff(losses) <= 1e-9).all()
-    assert losses[-1] == pytest.approx(sum(menu.losses.min() for menu in choices))
+    assert losses[-1] == pytest.approx(sum(item.losses.min() for item in items))
 
 
 @laws
 @given(problem=problems)
 def test_the_efficient_options_are_those_that_no_other_beats(problem: list[list[tuple[int, int]]]) -> None:
-    for menu in menus(problem):
-        kept = menu.efficient()
-        assert (np.diff(menu.costs[kept]) > 0).all()
-        assert (np.diff(menu.losses[kept]) < 0).all()
-        for cost, loss in zip(menu.costs, menu.losses, strict=True):
-            assert ((menu.costs[kept] <= cost) & (menu.losses[kept] <= loss)).any()
+    for item in items_of(problem):
+        efficient = item.efficient()
+        assert (np.diff(item.costs[efficient]) > 0).all()
+        assert (np.diff(item.losses[efficient]) < 0).all()
+        for cost, loss in zip(item.costs, item.losses, strict=True):
+            assert ((item.costs[efficient] <= cost) & (item.losses[efficient] <= loss)).any()
 
 
 def large(seed: int, *, layers: int = 30, ranks: int = 60) -> list[KnapsackItem]:
-    """Menus like those of a network: costs in the millions, losses that fall off with the rank."""
+    """Options like those of a network: costs in the millions, losses that fall off with the rank."""
     numbers = np.random.default_rng(seed)
-    found = []
+    items = []
     for _ in range(layers):
         costs = np.arange(1, ranks + 1) * int(numbers.integers(10_000, 900_000)) + int(numbers.integers(0, 5000))
         decay = numbers.uniform(0.02, 0.2)
-        found.append(KnapsackItem(costs, numbers.uniform(0.1, 1) * np.exp(-decay * np.arange(1, ranks + 1))))
-    return found
+        items.append(KnapsackItem(costs, numbers.uniform(0.1, 1) * np.exp(-decay * np.arange(1, ranks + 1))))
+    return items
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_large_costs_are_rounded_and_the_budget_is_used_to_the_last_half_percent(seed: int) -> None:
-    choices = large(seed)
-    whole = sum(int(menu.costs.max()) for menu in choices)
-    solved = Allocation.of(choices, limit=whole)
+    items = large(seed)
+    whole = sum(int(item.costs.max()) for item in items)
+    solved = Allocation.of(items, limit=whole)
     assert solved.unit > 1
     losses = []
     for share in (0.05, 0.1, 0.3, 0.5, 0.8, 0.99):
         budget = int(share * whole)
-        picked = solved.solve(budget)
-        assert 0.995 * budget <= spent(choices, picked) <= budget
-        losses.append(lost(choices, picked))
+        solution = solved.solve(budget)
+        assert 0.995 * budget <= spent(items, solution) <= budget
+        losses.append(lost(items, solution))
     assert losses == sorted(losses, reverse=True)
-    assert solved.solve(whole) == [len(menu.costs) - 1 for menu in choices]
-    assert solved.solve(solved.cheapest) == [0] * len(choices)
+    assert solved.solve(whole) == [len(item.costs) - 1 for item in items]
+    assert solved.solve(solved.cheapest) == [0] * len(items)
 
 
 def test_rounded_costs_lose_next_to_nothing_against_the_relaxed_bound() -> None:
-    choices = large(7)
-    budget = sum(int(menu.costs.max()) for menu in choices) // 3
-    reached = lost(choices, Allocation.of(choices, limit=budget).solve(budget))
+    items = large(7)
+    budget = sum(int(item.costs.max()) for item in items) // 3
+    reached = lost(items, Allocation.of(items, limit=budget).solve(budget))
     # Lagrange: for every price, the cheapest sum of loss and priced cost, less the priced budget, bounds every choice
     bounds = [
-        sum(float((menu.losses + price * menu.costs).min()) for menu in choices) - price * budget
+        sum(float((item.losses + price * item.costs).min()) for item in items) - price * budget
         for price in np.logspace(-12, -6, 200)
     ]
     assert max(bounds) <= reached <= 1.01 * max(bounds)
 
 
 def test_equal_options_and_free_ones_are_no_trouble() -> None:
-    choices = [
+    items = [
         KnapsackItem(np.array([0, 0, 5, 5]), np.array([3.0, 2.0, 1.0, 1.0])),
         KnapsackItem(np.array([4]), np.array([9.0])),
     ]
-    solved = Allocation.of(choices, limit=9)
-    assert [lost(choices, solved.solve(budget)) for budget in (4, 8, 9, 1000)] == [11, 11, 10, 10]
+    solved = Allocation.of(items, limit=9)
+    assert [lost(items, solved.solve(budget)) for budget in (4, 8, 9, 1000)] == [11, 11, 10, 10]
     with pytest.raises(errors.RuleError, match="below the cheapest choice, 4"):
         solved.solve(3)

@@ -25,8 +25,8 @@ def budget(cost: CostName, share: float) -> st.Budget:
     return st.Budget(**{cost: share})
 
 
-def ratio(made: st.Compressed | st.Measurement, cost: CostName) -> float:
-    measurement = made.measurement if isinstance(made, st.Compressed) else made
+def ratio(compressed: st.Compressed | st.Measurement, cost: CostName) -> float:
+    measurement = compressed.measurement if isinstance(compressed, st.Compressed) else compressed
     return float(getattr(measurement, f"{cost}_ratio"))
 
 
@@ -58,14 +58,14 @@ def test_what_is_measured_is_never_above_the_budget(cost: CostName, fit: str, bu
     tied = build is NETWORKS["tied"][0] and cost == "bytes"  # its file is mostly its header
     for share in (0.9, 0.95) if tied else (0.6, 0.8, 0.95) if known else (0.6, 0.9):
         data = None if known else [x]
-        made = st.compress(model, budget(cost, share), example_inputs=x, analysis=known, data=data)
-        assert ratio(made, cost) <= share
-        assert made.measurement == st.measure(made.model, x, reference=model, latency=False)
-        assert made.plan.kept_cost.macs == made.measurement.macs
-        assert all(layer.reason for layer in made.plan)
+        compressed = st.compress(model, budget(cost, share), example_inputs=x, analysis=known, data=data)
+        assert ratio(compressed, cost) <= share
+        assert compressed.measurement == st.measure(compressed.model, x, reference=model, latency=False)
+        assert compressed.plan.kept_cost.macs == compressed.measurement.macs
+        assert all(layer.reason for layer in compressed.plan)
         kinds = nn.Linear | nn.Conv2d | nn.ConvTranspose2d
         every = {name for name, module in model.named_modules() if isinstance(module, kinds)}
-        assert {name for layer in made.plan for name in layer.names} == every
+        assert {name for layer in compressed.plan for name in layer.names} == every
 
 
 @pytest.fixture(scope="module")
@@ -83,8 +83,8 @@ def test_a_network_with_many_options_uses_its_budget_to_the_last_half_percent(
     residual: tuple[nn.Module, st.Analysis], cost: CostName, share: float
 ) -> None:
     model, known = residual
-    made = st.compress(model, budget(cost, share), example_inputs=torch.zeros(1, 3, 32, 32), analysis=known)
-    assert 0.995 * share <= ratio(made, cost) <= share
+    compressed = st.compress(model, budget(cost, share), example_inputs=torch.zeros(1, 3, 32, 32), analysis=known)
+    assert 0.995 * share <= ratio(compressed, cost) <= share
 
 
 @pytest.mark.parametrize("cost", COSTS)
@@ -112,13 +112,13 @@ def test_a_budget_out_of_reach_names_the_smallest_and_that_one_works(cost: CostN
     known = analysis(model, X)
     with pytest.raises(errors.RuleError, match="cannot be reached") as caught:
         st.plan(known, budget(cost, 0.001), rank_multiple=multiple)
-    found = re.search(rf"Budget\({cost}=([0-9.]+)\)", str(caught.value).partition("smallest")[2])
-    assert found is not None
-    least = float(found.group(1))
-    made = st.compress(
+    match = re.search(rf"Budget\({cost}=([0-9.]+)\)", str(caught.value).partition("smallest")[2])
+    assert match is not None
+    least = float(match.group(1))
+    compressed = st.compress(
         model, st.plan(known, budget(cost, least), rank_multiple=multiple), example_inputs=X, analysis=known
     )
-    assert ratio(made, cost) <= least
+    assert ratio(compressed, cost) <= least
     with pytest.raises(errors.RuleError, match="cannot be reached"):
         st.plan(known, budget(cost, least - 2e-4), rank_multiple=multiple)
 
@@ -132,10 +132,10 @@ def test_what_ranks_cost_is_known_from_shapes(metric: Metric, build_and_x: tuple
     assert bare.call_sites == known.call_sites
     for layer, full in zip(bare, known, strict=True):
         for form in layer.forms if layer.problems else ():
-            offers, choices = layer.rank_costs(form, metric), full.rank_errors(form, metric)
+            costs, losses = layer.rank_costs(form, metric), full.rank_errors(form, metric)
             for name in ("ranks", "params", "macs"):
-                np.testing.assert_array_equal(getattr(offers, name), getattr(choices, name))
-            assert choices.lost.shape == choices.params.shape
+                np.testing.assert_array_equal(getattr(costs, name), getattr(losses, name))
+            assert losses.lost.shape == losses.params.shape
 
 
 @pytest.mark.parametrize("cost", COSTS)
@@ -163,11 +163,11 @@ def test_a_rule_that_no_data_can_make_possible_is_refused_before_they_are_run(
 def test_a_layer_that_the_data_did_not_reach_has_no_rank_to_be_above() -> None:
     model, x = small_mlp(), inputs(8, 12)
     known = st.analyze(model, x, calibration=st.calibrate(model, [x], layers={"0", "2"}))
-    made = st.compress(model, st.Rank(5), example_inputs=x, analysis=known)
-    assert made.plan["4"].form == "dense"
-    assert made.plan["4"].full_rank is not None
-    assert made.plan["4"].full_rank < 5
-    assert made.plan.layers == st.plan(known, st.Rank(5)).layers
+    compressed = st.compress(model, st.Rank(5), example_inputs=x, analysis=known)
+    assert compressed.plan["4"].form == "dense"
+    assert compressed.plan["4"].full_rank is not None
+    assert compressed.plan["4"].full_rank < 5
+    assert compressed.plan.layers == st.plan(known, st.Rank(5)).layers
 
 
 def test_a_budget_out_of_reach_says_what_lies_outside_the_layers() -> None:
@@ -183,9 +183,9 @@ def test_ranks_are_multiples(rule: Any) -> None:
     model = small_cnn()
     known = analysis(model, X)
     for multiple in (1, 2, 4):
-        made = st.plan(known, rule, rank_multiple=multiple)
-        assert made.factored
-        for layer in made.factored:
+        plan = st.plan(known, rule, rank_multiple=multiple)
+        assert plan.factored
+        for layer in plan.factored:
             full = full_ranks(model.get_submodule(layer.name), layer.form)
             assert all(rank % multiple == 0 or rank == most for rank, most in zip(layer.ranks, full, strict=True))
 
@@ -204,11 +204,11 @@ def test_only_the_allowed_forms_are_taken(forms: tuple[str, ...]) -> None:
     model = small_cnn()
     known = analysis(model, X)
     for rule in (st.Budget(macs=0.8), st.Ratio(0.3)):
-        made = st.plan(known, rule, forms=forms)
-        assert made.factored
+        plan = st.plan(known, rule, forms=forms)
+        assert plan.factored
         # a layer of one form only (linear, 1x1, transposed) is not asked
         single = {layer.name for layer in known if len(layer.forms) == 1}
-        assert {layer.form for layer in made.factored if layer.name not in single} <= set(forms)
+        assert {layer.form for layer in plan.factored if layer.name not in single} <= set(forms)
     named = st.plan(known, st.Ratio(0.3), forms=forms)["2"]
     assert named.form == forms[0]
 
@@ -225,16 +225,19 @@ def test_a_sensitive_layer_keeps_more() -> None:
     rule = st.Budget(macs=0.6)
     even = st.plan(known, rule)
     for name in ("2", "6"):
-        felt = {layer.name: 100.0 if layer.name == name else 1.0 for layer in known}
-        careful = st.plan(replace(known, sensitivity=felt), rule)
+        sensitivity = {layer.name: 100.0 if layer.name == name else 1.0 for layer in known}
+        careful = st.plan(replace(known, sensitivity=sensitivity), rule)
         assert careful[name].kept.macs > even[name].kept.macs
         assert (careful[name].predicted_error or 0.0) < (even[name].predicted_error or 0.0)
 
 
 def test_a_layer_that_may_not_be_changed_stays_dense_under_a_budget() -> None:
-    made = st.compress(small_cnn(), st.Budget(macs=0.8), example_inputs=X, exclude=["0", "12"])
-    assert {layer.name for layer in made.plan if layer.reason == "not selected by include and exclude"} == {"0", "12"}
-    assert ratio(made, "macs") <= 0.8
+    compressed = st.compress(small_cnn(), st.Budget(macs=0.8), example_inputs=X, exclude=["0", "12"])
+    assert {layer.name for layer in compressed.plan if layer.reason == "not selected by include and exclude"} == {
+        "0",
+        "12",
+    }
+    assert ratio(compressed, "macs") <= 0.8
 
 
 @pytest.mark.parametrize(
@@ -304,14 +307,14 @@ def test_a_plan_notes_what_divides_its_ranks_until_they_are_edited(rule: Any) ->
 def test_a_plan_of_every_form_survives_its_file(tmp_path: Path, rule: Any, forms: tuple[str, ...]) -> None:
     model, x = Residual(), inputs(8, 3, 10, 10)
     known = analysis(model, x)
-    made = st.plan(known, rule, forms=forms)
-    again = st.Plan.load(made.save(tmp_path / "plan.json"))
-    assert again == made
+    plan = st.plan(known, rule, forms=forms)
+    again = st.Plan.load(plan.save(tmp_path / "plan.json"))
+    assert again == plan
     assert all((layer.rank_in is not None) == (layer.form == "tucker2") for layer in again)
-    one, two = (st.compress(model, each, example_inputs=x, analysis=known) for each in (made, again))
-    assert one.plan == two.plan == made
+    first, second = (st.compress(model, each, example_inputs=x, analysis=known) for each in (plan, again))
+    assert first.plan == second.plan == plan
     assert all(
-        torch.equal(left, right) for left, right in zip(one.model.parameters(), two.model.parameters(), strict=True)
+        torch.equal(own, other) for own, other in zip(first.model.parameters(), second.model.parameters(), strict=True)
     )
 
 
@@ -334,14 +337,14 @@ def test_a_plan_edited_by_hand_is_followed_and_its_numbers_are_made_anew(change:
     model = small_cnn()
     known = analysis(model, X)
     plan = edited(st.plan(known, st.Rank(4)), "2", change)
-    made = st.compress(model, plan, example_inputs=X, analysis=known)
-    layer = made.plan["2"]
+    compressed = st.compress(model, plan, example_inputs=X, analysis=known)
+    layer = compressed.plan["2"]
     assert (layer.form, layer.rank, layer.rank_in) == (change["form"], change["rank"], change["rank_in"])
-    assert made.plan.kept_cost.macs == made.measurement.macs
-    assert made.plan.kept_cost.params == made.measurement.params
+    assert compressed.plan.kept_cost.macs == compressed.measurement.macs
+    assert compressed.plan.kept_cost.params == compressed.measurement.params
     if layer.form != "dense":
         assert layer.reason.endswith("set by hand in the plan")
-        assert (model[2].weight.shape, made.model[2].form) == (made.model[2].weight.shape, layer.form)
+        assert (model[2].weight.shape, compressed.model[2].form) == (compressed.model[2].weight.shape, layer.form)
 
 
 WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -371,17 +374,17 @@ def test_the_curve_goes_from_the_smallest_network_to_nearly_the_dense_one(cost: 
     known = analysis(model, X)
     curve = st.pareto(known, cost=cost, points=12)
     assert (curve.cost, len(curve)) == (cost, 12)
-    kept, lost = ([getattr(point, name) for point in curve] for name in ("kept", "lost"))
-    assert kept == sorted(kept)
+    shares, lost = ([getattr(point, name) for point in curve] for name in ("kept", "lost"))
+    assert shares == sorted(shares)
     assert lost == sorted(lost, reverse=True)
-    assert kept[0] < 0.5 * kept[-1]
-    assert kept[-1] <= 1
+    assert shares[0] < 0.5 * shares[-1]
+    assert shares[-1] <= 1
     for point in list(curve)[::3]:
-        made = st.compress(model, point.plan, example_inputs=X, analysis=known)
+        compressed = st.compress(model, point.plan, example_inputs=X, analysis=known)
         if cost == "bytes":  # of a file's header only a bound is known
-            assert 0.95 * point.kept <= ratio(made, cost) <= point.kept
+            assert 0.95 * point.kept <= ratio(compressed, cost) <= point.kept
         else:
-            assert ratio(made, cost) == pytest.approx(point.kept, rel=1e-12)
+            assert ratio(compressed, cost) == pytest.approx(point.kept, rel=1e-12)
         assert point.lost == pytest.approx(squares(point.plan), abs=1e-9)
         assert point.plan.rule.limits == cost  # type: ignore[union-attr]
 

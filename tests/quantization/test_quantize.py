@@ -86,10 +86,10 @@ def computed(path: Path, folder: Path) -> Counter[str]:
 
 def test_scales_of_a_weight_worked_out_by_hand() -> None:
     weight = np.array([[1.27, -0.64, 0.0], [-2.54, 0.02, 1.0], [0.0, 0.0, 0.0]], dtype=np.float32)
-    found = scales(weight, axis=0)
-    assert found.shape == (3, 1)
-    assert found[:, 0] == pytest.approx([0.01, 0.02, 1.0])
-    assert rounded(weight, found).tolist() == [[127, -64, 0], [-127, 1, 50], [0, 0, 0]]
+    best = scales(weight, axis=0)
+    assert best.shape == (3, 1)
+    assert best[:, 0] == pytest.approx([0.01, 0.02, 1.0])
+    assert rounded(weight, best).tolist() == [[127, -64, 0], [-127, 1, 50], [0, 0, 0]]
 
 
 def test_channels_lie_along_the_axis_that_is_named() -> None:
@@ -113,7 +113,7 @@ def test_a_lone_large_entry_is_clipped_where_that_lowers_the_error() -> None:
 @pytest.mark.parametrize(("shape", "axis"), [((7, 5), 0), ((7, 5), 1), ((4, 3, 3, 3), 0), ((3, 6, 2, 2), 1)])
 def test_no_scale_of_the_search_is_better(shape: tuple[int, ...], axis: int) -> None:
     weight = np.random.default_rng(0).standard_t(3, size=shape).astype(np.float32)
-    others = tuple(one for one in range(len(shape)) if one != axis)
+    others = tuple(other for other in range(len(shape)) if other != axis)
 
     def errors(scale: np.ndarray) -> np.ndarray:
         return np.square(np.clip(np.rint(weight / scale), -127, 127) * scale - weight).sum(axis=others)
@@ -140,73 +140,71 @@ def quantised(network: str, scheme: Scheme, path: Path) -> Quantized:
 
 @pytest.mark.parametrize(("network", "scheme"), list(itertools.product(NETWORKS, LIMIT)))
 def test_a_quantised_network_answers_nearly_as_before(network: str, scheme: Scheme, tmp_path: Path) -> None:
-    model, given = source(network)
-    kept = given.proto.SerializeToString()
-    found = quantised(network, scheme, tmp_path / "net.onnx")
-    assert given.proto.SerializeToString() == kept
-    assert found.bytes == found.path.stat().st_size
-    assert 0 < found.difference < LIMIT[scheme]
+    model, exported = source(network)
+    before_proto = exported.proto.SerializeToString()
+    file = quantised(network, scheme, tmp_path / "net.onnx")
+    assert exported.proto.SerializeToString() == before_proto
+    assert file.bytes == file.path.stat().st_size
+    assert 0 < file.difference < LIMIT[scheme]
     x = images(5, *NETWORKS[network][1])
     with torch.no_grad():
         expected = model(x).numpy()
-    assert np.abs(run(found.path, x) - expected).max() < 2 * LIMIT[scheme] * np.abs(expected).max()
-    layers = sum(isinstance(one, nn.Linear | nn.Conv2d | nn.ConvTranspose2d) for one in model.modules())
-    assert len(found.quantised) == layers
-    assert found.left == ()
-    stored = Counter(one.data_type for one in onnx.load(found.path).graph.initializer if len(one.dims) > 1)
+    assert np.abs(run(file.path, x) - expected).max() < 2 * LIMIT[scheme] * np.abs(expected).max()
+    layers = sum(isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d) for module in model.modules())
+    assert len(file.quantised) == layers
+    assert file.float32 == ()
+    stored = Counter(weight.data_type for weight in onnx.load(file.path).graph.initializer if len(weight.dims) > 1)
     assert stored[onnx.TensorProto.BFLOAT16 if scheme == "bf16" else onnx.TensorProto.INT8] == layers
 
 
 def test_the_model_and_the_random_numbers_stay_as_they_are(tmp_path: Path) -> None:
     model = Residual().float().train()
-    kept, random = state(model), torch.get_rng_state()
+    before_state, random = state(model), torch.get_rng_state()
     data = images(64, 3, 10, 10).split(16)
-    found = quantize(model, data[0][:1], path=tmp_path / "net.onnx", scheme="int8-static", data=data, max_batches=2)
-    assert same_state(model, kept)
+    file = quantize(model, data[0][:1], path=tmp_path / "net.onnx", scheme="int8-static", data=data, max_batches=2)
+    assert same_state(model, before_state)
     assert model.training
     assert torch.equal(torch.get_rng_state(), random)
-    assert [one.name for one in tmp_path.iterdir()] == ["net.onnx"]
-    assert found.difference < LIMIT["int8-static"]
+    assert [path.name for path in tmp_path.iterdir()] == ["net.onnx"]
+    assert file.difference < LIMIT["int8-static"]
 
 
 def test_the_difference_is_the_largest_one_to_the_network_itself(tmp_path: Path) -> None:
     model, data = source("linear")[0], images(96, 12)
-    found = quantised("linear", "int8-weights", tmp_path / "net.onnx")
+    file = quantised("linear", "int8-weights", tmp_path / "net.onnx")
     with torch.no_grad():
         exact = model(data).numpy()
-    assert found.difference == pytest.approx(
-        np.abs(run(found.path, data) - exact).max() / np.abs(exact).max(), rel=1e-3
-    )
+    assert file.difference == pytest.approx(np.abs(run(file.path, data) - exact).max() / np.abs(exact).max(), rel=1e-3)
 
 
 def test_int8_weights_are_each_within_half_a_step(tmp_path: Path) -> None:
     layer = nn.Linear(40, 30)
-    made = quantize(layer, torch.zeros(2, 40), path=tmp_path / "net.onnx")
+    file = quantize(layer, torch.zeros(2, 40), path=tmp_path / "net.onnx")
     identity = torch.eye(40)
     with torch.no_grad():
-        found = run(made.path, identity) - layer.bias.numpy()
+        weights_in_file = run(file.path, identity) - layer.bias.numpy()
         weight = layer.weight.T.numpy()
     step = np.abs(weight).max(axis=0) / 127
     inside = np.abs(weight) < 0.69 * np.abs(weight).max(axis=0)  # beyond may be clipped
-    assert (np.abs(found - weight) <= 0.51 * step)[inside].all()
+    assert (np.abs(weights_in_file - weight) <= 0.51 * step)[inside].all()
 
 
 def test_int8_weights_are_float32_again_when_the_file_is_loaded(tmp_path: Path) -> None:
-    found = quantised("convolutional", "int8-weights", tmp_path / "net.onnx")
-    assert not computed(found.path, tmp_path).keys() & {"Cast", "Mul", "DequantizeLinear"}
+    file = quantised("convolutional", "int8-weights", tmp_path / "net.onnx")
+    assert not computed(file.path, tmp_path).keys() & {"Cast", "Mul", "DequantizeLinear"}
 
 
 def test_static_int8_computes_in_int8(tmp_path: Path) -> None:
-    found = computed(quantised("residual", "int8-static", tmp_path / "net.onnx").path, tmp_path)
-    assert found["QLinearConv"] == 4
-    assert found["QLinearAdd"] == 2
-    assert not found.keys() & {"Conv", "FusedConv"}
+    operators = computed(quantised("residual", "int8-static", tmp_path / "net.onnx").path, tmp_path)
+    assert operators["QLinearConv"] == 4
+    assert operators["QLinearAdd"] == 2
+    assert not operators.keys() & {"Conv", "FusedConv"}
 
 
 def test_dynamic_int8_computes_linear_layers_in_int8_and_convolutions_in_float32(tmp_path: Path) -> None:
-    found = computed(quantised("convolutional", "int8-dynamic", tmp_path / "net.onnx").path, tmp_path)
-    assert found["MatMulInteger"] + found["DynamicQuantizeMatMul"] + found["MatMulIntegerToFloat"] == 1
-    assert "ConvInteger" not in found
+    operators = computed(quantised("convolutional", "int8-dynamic", tmp_path / "net.onnx").path, tmp_path)
+    assert operators["MatMulInteger"] + operators["DynamicQuantizeMatMul"] + operators["MatMulIntegerToFloat"] == 1
+    assert "ConvInteger" not in operators
 
 
 def test_a_layer_is_as_large_as_its_bits(tmp_path: Path) -> None:
@@ -221,8 +219,10 @@ def test_a_layer_is_as_large_as_its_bits(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("weight_range", "most"), [("full", 127), ("reduced", 64)])
 def test_seven_bits_use_half_of_the_range(weight_range: Range, most: int) -> None:
     graph = source("linear")[1].converted("int8-static", weight_range=weight_range).proto.graph
-    stored = [one for one in graph.initializer if one.data_type == onnx.TensorProto.INT8 and len(one.dims) > 1]
-    largest = [np.abs(onnx.numpy_helper.to_array(one).astype(int)).max() for one in stored]
+    stored = [
+        tensor for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.INT8 and len(tensor.dims) > 1
+    ]
+    largest = [np.abs(onnx.numpy_helper.to_array(tensor).astype(int)).max() for tensor in stored]
     assert len(largest) == 3
     assert most - 1 <= max(largest) <= most
 
@@ -230,13 +230,15 @@ def test_seven_bits_use_half_of_the_range(weight_range: Range, most: int) -> Non
 def test_an_embedding_is_quantised_by_row(tmp_path: Path) -> None:
     tokens = torch.arange(22).view(2, 11) % 11
     model = WordModel().eval()
-    found = quantize(model, tokens, path=tmp_path / "net.onnx")
-    shapes = {tuple(one.dims) for one in onnx.load(found.path).graph.initializer}
+    file = quantize(model, tokens, path=tmp_path / "net.onnx")
+    shapes = {tuple(tensor.dims) for tensor in onnx.load(file.path).graph.initializer}
     assert {(11, 8), (11, 1)} <= shapes
-    assert found.left == ()
+    assert file.float32 == ()
+    assert '"left":[]' in file.model_dump_json()  # the name that files of former versions have
+    assert Quantized.model_validate_json(file.model_dump_json()) == file
     with torch.no_grad():
         expected = model(tokens).numpy()
-    assert np.abs(run(found.path, tokens) - expected).max() < 0.03 * np.abs(expected).max()
+    assert np.abs(run(file.path, tokens) - expected).max() < 0.03 * np.abs(expected).max()
 
 
 # what is left out of the files
@@ -244,22 +246,24 @@ def test_an_embedding_is_quantised_by_row(tmp_path: Path) -> None:
 
 def test_a_compact_graph_is_the_same_function_in_fewer_bytes() -> None:
     proto, x = source("convolutional")[1].proto, images(3, 3, 12, 12)
-    kept = proto.SerializeToString()
+    before_bytes = proto.SerializeToString()
     small = compact(proto)
-    assert proto.SerializeToString() == kept
+    assert proto.SerializeToString() == before_bytes
     onnx.checker.check_model(small, full_check=True)
-    assert len(small.SerializeToString()) < len(kept) - 500
+    assert len(small.SerializeToString()) < len(before_bytes) - 500
     for ends in ("input", "output"):
-        assert [one.name for one in getattr(small.graph, ends)] == [one.name for one in getattr(proto.graph, ends)]
-    found = [engine(one)({proto.graph.input[0].name: x.numpy()})[0] for one in (proto, small)]
-    assert np.array_equal(*found)
+        assert [value.name for value in getattr(small.graph, ends)] == [
+            value.name for value in getattr(proto.graph, ends)
+        ]
+    outputs = [engine(graph)({proto.graph.input[0].name: x.numpy()})[0] for graph in (proto, small)]
+    assert np.array_equal(*outputs)
 
 
 def test_equal_constants_are_kept_once_and_names_do_not_collide() -> None:
     helper, numpy_helper = onnx.helper, onnx.numpy_helper
-    one = np.ones((2, 2), dtype=np.float32)
-    constants = [numpy_helper.from_array(one, "long.name"), numpy_helper.from_array(one, "same")]
-    constants.append(numpy_helper.from_array(one, "unused"))
+    ones = np.ones((2, 2), dtype=np.float32)
+    constants = [numpy_helper.from_array(ones, "long.name"), numpy_helper.from_array(ones, "same")]
+    constants.append(numpy_helper.from_array(ones, "unused"))
     nodes = [
         helper.make_node("MatMul", ["0", "long.name"], ["middle"], name="node", doc_string="message"),
         helper.make_node("MatMul", ["middle", "same"], ["1"]),
@@ -285,8 +289,8 @@ def chooser(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with torch.no_grad():
         model[1].weight.copy_(torch.eye(4)[:3])
     path = tmp_path_factory.mktemp("chooser") / "net.onnx"
-    found = quantize(model, torch.zeros(1, 2, 2), path=path, test=RIGHT)
-    assert found.accuracy == Accuracy(correct=3, total=4)
+    file = quantize(model, torch.zeros(1, 2, 2), path=path, test=RIGHT)
+    assert file.accuracy == Accuracy(correct=3, total=4)
     return path
 
 
@@ -307,7 +311,7 @@ def test_accuracy_counts_the_right_answers(chooser: Path) -> None:
         ([(torch.zeros(3, 2, 2), torch.zeros(3, 2, 2), torch.zeros(3))], "2 tensors"),
     ],
 )
-def test_an_accuracy_that_cannot_be(data: list[object], message: str, chooser: Path) -> None:
+def test_bad_data_for_an_accuracy(data: list[object], message: str, chooser: Path) -> None:
     with pytest.raises(DataError, match=message):
         onnx_accuracy(chooser, data)
 
@@ -324,7 +328,7 @@ def test_a_file_that_is_no_network(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "error", "message"),
+    ("options", "error", "message"),
     [
         ({"scheme": "int8-static"}, DataError, "pass data="),
         ({"scheme": "int8-static", "data": []}, DataError, "empty"),
@@ -336,14 +340,14 @@ def test_a_file_that_is_no_network(tmp_path: Path) -> None:
     ],
 )
 def test_a_failure_leaves_the_former_file(
-    given: dict[str, object], error: type[Exception], message: str, tmp_path: Path
+    options: dict[str, object], error: type[Exception], message: str, tmp_path: Path
 ) -> None:
-    path = tmp_path / str(given.get("path", "net.onnx"))
+    path = tmp_path / str(options.get("path", "net.onnx"))
     path.write_text("former")
     with pytest.raises(error, match=message):
-        quantize(small_mlp(dtype=torch.float32), torch.zeros(2, 12), **{**given, "path": path})
+        quantize(small_mlp(dtype=torch.float32), torch.zeros(2, 12), **{**options, "path": path})
     assert path.read_text() == "former"
-    assert [one.name for one in tmp_path.iterdir()] == [path.name]
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
 
 def test_a_network_without_float32_weights(tmp_path: Path) -> None:
@@ -354,7 +358,7 @@ def test_a_network_without_float32_weights(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("package", ["onnx", "onnxruntime"])
 def test_a_missing_package_is_named(package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [one for one in sys.modules if one.split(".")[0] == package]:
+    for name in [module for module in sys.modules if module.split(".")[0] == package]:
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(DependencyError, match=rf"{package} .*spectrim\[onnx\]"):
         quantize(small_mlp(dtype=torch.float32), torch.zeros(2, 12), path=tmp_path / "net.onnx")
@@ -388,27 +392,27 @@ def test_the_table_has_both_networks_in_every_scheme(tmp_path: Path) -> None:
     small = compress(model, Rank(8), example_inputs=x[:1]).model
     with torch.no_grad():
         labels = model(x).argmax(1)
-    found = compare_quantized(
+    table = compare_quantized(
         model, small, x[:1], folder=tmp_path, data=x.split(16), test=[(x, labels)], schemes=("int8-weights",), rounds=5
     )
-    assert found.row("low rank", "int8-weights").bytes < found.row("dense", "int8-weights").bytes / 2
-    assert [one.name for one in found.rows] == ["dense", "dense + int8-weights", "low rank", "low rank + int8-weights"]
-    assert {one.path for one in found.rows} == set(tmp_path.iterdir())
-    assert all(one.bytes == one.path.stat().st_size for one in found.rows)
-    assert found.row("dense").accuracy == Accuracy(correct=64, total=64)
-    assert [one.speedup is None for one in found.rows] == [True, False, False, False]
-    assert all(one.latency_ms and one.latency_ms > 0 for one in found.rows)
-    assert found.row("dense", "int8-weights").bytes < 0.3 * found.row("dense").bytes
-    assert "low rank gains" in found.verdicts[0]
-    assert QuantizedTable.model_validate_json(found.model_dump_json()) == found
+    assert table.row("low rank", "int8-weights").bytes < table.row("dense", "int8-weights").bytes / 2
+    assert [row.name for row in table.rows] == ["dense", "dense + int8-weights", "low rank", "low rank + int8-weights"]
+    assert {row.path for row in table.rows} == set(tmp_path.iterdir())
+    assert all(row.bytes == row.path.stat().st_size for row in table.rows)
+    assert table.row("dense").accuracy == Accuracy(correct=64, total=64)
+    assert [row.speedup is None for row in table.rows] == [True, False, False, False]
+    assert all(row.latency_ms and row.latency_ms > 0 for row in table.rows)
+    assert table.row("dense", "int8-weights").bytes < 0.3 * table.row("dense").bytes
+    assert "low rank gains" in table.verdicts[0]
+    assert QuantizedTable.model_validate_json(table.model_dump_json()) == table
     with pytest.raises(DataError, match="low rank \\+ int8-weights"):
-        found.row("dense", "bf16")
+        table.row("dense", "bf16")
 
 
-def test_low_rank_that_gains_nothing_is_told(tmp_path: Path) -> None:
-    found = compare_quantized(wide(), wide(), images(2, 64), folder=tmp_path, latency=False)
-    assert found.schemes == ("int8-weights", "int8-dynamic")
-    assert all("quantisation alone would do" in one and "of the same size" in one for one in found.verdicts)
+def test_low_rank_that_gains_nothing_is_reported(tmp_path: Path) -> None:
+    table = compare_quantized(wide(), wide(), images(2, 64), folder=tmp_path, latency=False)
+    assert table.schemes == ("int8-weights", "int8-dynamic")
+    assert all("quantisation alone would do" in verdict and "of the same size" in verdict for verdict in table.verdicts)
 
 
 @pytest.mark.parametrize(
@@ -462,12 +466,12 @@ def test_the_verdict(bytes_: int, ratio: float, drift: float, correct: int, mess
         against_quantised=compared,
         **shared,
     )
-    (found,) = QuantizedTable(rows=(alone, both), runtime="onnxruntime", threads=1).verdicts
-    assert re.search(message, found), found
+    (verdict,) = QuantizedTable(rows=(alone, both), runtime="onnxruntime", threads=1).verdicts
+    assert re.search(message, verdict), verdict
 
 
 @pytest.mark.parametrize(
-    ("given", "error", "message"),
+    ("options", "error", "message"),
     [
         ({"schemes": ()}, DataError, "empty"),
         ({"schemes": ("int8-static",)}, DataError, "pass data="),
@@ -478,9 +482,9 @@ def test_the_verdict(bytes_: int, ratio: float, drift: float, correct: int, mess
         ({"threads": 4096}, EngineError, "4096"),
     ],
 )
-def test_a_comparison_that_cannot_be_leaves_no_files(
-    given: dict[str, object], error: type[Exception], message: str, tmp_path: Path
+def test_a_failed_comparison_leaves_no_files(
+    options: dict[str, object], error: type[Exception], message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(error, match=message):
-        compare_quantized(wide(), wide(), torch.zeros(2, 64), folder=tmp_path, **given)
+        compare_quantized(wide(), wide(), torch.zeros(2, 64), folder=tmp_path, **options)
     assert not list(tmp_path.iterdir())

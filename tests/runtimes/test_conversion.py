@@ -65,33 +65,35 @@ def around(function: Callable[[Tensor], Tensor]) -> nn.Sequential:
 
 def many(batch: int) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(batch)
-    one, other, a = (torch.randn(size, generator=generator) for size in ((batch, 3), (1, 4), (batch, 4)))
+    first, second, a = (torch.randn(size, generator=generator) for size in ((batch, 3), (1, 4), (batch, 4)))
     mask = (torch.arange(batch) % 2).float()
     # not in the order of the arguments
-    return {"unused": torch.zeros(batch), "mask": mask, "twice": True, "pair": (one, other), "a": a}
+    return {"unused": torch.zeros(batch), "mask": mask, "twice": True, "pair": (first, second), "a": a}
 
 
 def run(proto: Any, arrays: list[Tensor]) -> list[Tensor]:
     onnxruntime = pytest.importorskip("onnxruntime")
     session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
-    names = [one.name for one in session.get_inputs()]
-    given = {name: one.numpy() for name, one in zip(names, arrays, strict=True)}
-    return [torch.as_tensor(one) for one in session.run(None, given)]
+    names = [port.name for port in session.get_inputs()]
+    feed = {name: array.numpy() for name, array in zip(names, arrays, strict=True)}
+    return [torch.as_tensor(array) for array in session.run(None, feed)]
 
 
 def test_inputs_and_outputs_of_any_kind() -> None:
     model = Many()
     proto = to_onnx(model, many(2))
-    assert [one.name for one in proto.graph.input] == ["a", "pair_0", "pair_1", "mask", "unused"]
-    assert [one.name for one in proto.graph.output] == ["output_0", "output_1", "output_2", "output_3"]
-    sizes = [[size.dim_param or size.dim_value for size in one.type.tensor_type.shape.dim] for one in proto.graph.input]
+    assert [port.name for port in proto.graph.input] == ["a", "pair_0", "pair_1", "mask", "unused"]
+    assert [port.name for port in proto.graph.output] == ["output_0", "output_1", "output_2", "output_3"]
+    sizes = [
+        [size.dim_param or size.dim_value for size in port.type.tensor_type.shape.dim] for port in proto.graph.input
+    ]
     assert sizes == [["batch", 4], ["batch", 3], [1, 4], ["batch"], ["batch"]]
     for batch in (1, 2, 5):
         example = many(batch)
-        wanted = model(**example)
-        found = run(proto, graph_inputs(model, example))
-        for one, other in zip(found, (wanted["z"], wanted["a"][0], wanted["z"], example["a"]), strict=True):
-            torch.testing.assert_close(one, other.detach(), rtol=0, atol=1e-5)
+        expected = model(**example)
+        outputs = run(proto, graph_inputs(model, example))
+        for output, tensor in zip(outputs, (expected["z"], expected["a"][0], expected["z"], example["a"]), strict=True):
+            torch.testing.assert_close(output, tensor.detach(), rtol=0, atol=1e-5)
 
 
 def test_an_example_of_one_leaves_the_batch_open_and_batch_norms_are_folded() -> None:
@@ -104,15 +106,18 @@ def test_an_example_of_one_leaves_the_batch_open_and_batch_norms_are_folded() ->
     torch.testing.assert_close(run(proto, [x])[0], model.eval()(x).detach(), rtol=0, atol=1e-5)
 
 
-def test_everything_is_as_it_was_and_nothing_is_said(capfd: pytest.CaptureFixture[str]) -> None:
+def test_settings_stay_and_nothing_is_printed(capfd: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("openvino")
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.5))
     model[0].eval()
     model[1].weight.requires_grad_(False)
 
     def settings() -> tuple[Any, ...]:
-        hooks = [dict(vars(one).get("_forward_hooks", {})) for one in model.modules()]
-        flags = [one.training for one in model.modules()], [one.requires_grad for one in model.parameters()]
+        hooks = [dict(vars(module).get("_forward_hooks", {})) for module in model.modules()]
+        flags = (
+            [module.training for module in model.modules()],
+            [parameter.requires_grad for parameter in model.parameters()],
+        )
         return torch.get_rng_state().tolist(), torch.get_num_threads(), torch.is_grad_enabled(), flags, hooks
 
     refused = around(lambda x: x.view(8, -1))
@@ -135,8 +140,10 @@ def test_openvino_models_run_with_any_batch() -> None:
     other = many(3)
     names = [port.any_name for port in compiled.inputs]
     assert names == ["a", "pair_0", "pair_1", "mask"]  # what nothing depends on is dropped
-    found = compiled([one.numpy() for one in graph_inputs(model, other)[:4]])
-    torch.testing.assert_close(torch.from_numpy(found["output_1"]), model(**other)["a"][0].detach(), rtol=0, atol=1e-5)
+    outputs = compiled([tensor.numpy() for tensor in graph_inputs(model, other)[:4]])
+    torch.testing.assert_close(
+        torch.from_numpy(outputs["output_1"]), model(**other)["a"][0].detach(), rtol=0, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize(
@@ -146,16 +153,18 @@ def test_openvino_models_run_with_any_batch() -> None:
         (lambda x: x + 1 if x.shape[0] > 3 else x - 1, "range satisfy"),
     ],
 )
-def test_a_model_that_wants_one_batch_size_is_told_how(function: Callable[[Tensor], Tensor], why: str) -> None:
+def test_a_model_of_one_batch_size_names_the_module_and_the_option(
+    function: Callable[[Tensor], Tensor], why: str
+) -> None:
     model, x = around(function), torch.randn(8, 4)
     with pytest.raises(ModelError, match=rf"open batch size, because of '1\.0' \(Step\): .*{why}.*--fixed-batch"):
         to_program(model, x)
-    fixed = to_program(model, x, dynamic_batch=False)
+    with_fixed_batch = to_program(model, x, dynamic_batch=False)
     with torch.no_grad():
-        torch.testing.assert_close(fixed.module()(x), model(x))
+        torch.testing.assert_close(with_fixed_batch.module()(x), model(x))
 
 
-def test_an_example_that_cannot_be_doubled_is_told() -> None:
+def test_an_example_that_cannot_be_doubled_is_an_error() -> None:
     model = nn.Sequential(Step(lambda x: x.view(1, -1)), nn.Linear(4, 4))
     with pytest.raises(ModelError, match=r"The example was doubled.*dynamic_batch=False"):
         to_program(model, torch.randn(1, 4))
@@ -212,7 +221,7 @@ def test_bad_inputs() -> None:
         to_program(Alone(), torch.zeros(2, 4))
 
 
-def test_a_model_that_onnx_cannot_hold_is_told_at_once() -> None:
+def test_a_model_too_large_for_onnx_is_an_error_at_once() -> None:
     with pytest.raises(ModelError, match=r"4\.0 GiB of weights.*program instead"):
         to_onnx(nn.Linear(2**15, 2**15, bias=False, device="meta"), torch.zeros(2, 2**15))
 
@@ -237,6 +246,6 @@ def test_factored_layers_stay_two_products() -> None:
     model = nn.Sequential(nn.Linear(12, 16), nn.Linear(16, 12))
     small = st.compress(model, st.Rank(2), example_inputs=torch.zeros(1, 12)).model
     shapes = sorted(
-        tuple(one.dims) for one in to_onnx(small, torch.zeros(1, 12)).graph.initializer if len(one.dims) > 1
+        tuple(weight.dims) for weight in to_onnx(small, torch.zeros(1, 12)).graph.initializer if len(weight.dims) > 1
     )
     assert [set(shape) for shape in shapes] == [{2, 12}, {2, 16}, {12, 2}, {16, 2}]

@@ -52,7 +52,7 @@ def test_a_grid_goes_to_json_and_back() -> None:
     assert Grid.model_validate_json(grid.model_dump_json()) == grid
 
 
-def test_probing_this_machine_says_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+def test_probing_this_machine_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
     grid = probe(runtime="torch")
     assert capfd.readouterr() == ("", "")
     assert grid.multiple in (1, 8, 16, 32)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import spectrim as st
 from spectrim import errors
 from spectrim.runtimes import sessions
-from spectrim.runtimes.sessions import RUNTIMES, fingerprint, from_onnx, prepare, require_runtime
+from spectrim.runtimes.sessions import RUNTIMES, Runtime, fingerprint, require_runtime
 
 QUICK = tuple(name for name in RUNTIMES if name != "compile")
 EXPORTED = ("onnxruntime", "openvino", "openvino-bf16")
@@ -68,7 +68,7 @@ def test_outputs_are_those_of_torch(runtime: str) -> None:
     model, x = small_net().eval(), inputs(3, 3, 9, 9, dtype=torch.float32)
     with torch.no_grad():
         expected = model(x)
-    with refused_without_bfloat16(runtime), prepare(model, x, runtime=runtime) as session:
+    with refused_without_bfloat16(runtime), require_runtime(runtime).prepare(model, x) as session:
         session.run()
         (output,) = session.outputs()
         assert output.dtype == torch.float32
@@ -83,7 +83,7 @@ def test_several_inputs_and_outputs(runtime: str) -> None:
     with torch.no_grad():
         expected = model(tokens, scale)
     example = {"scale": scale, "tokens": tokens}  # not in the order of the signature
-    with prepare(model, example, runtime=runtime) as session:
+    with require_runtime(runtime).prepare(model, example) as session:
         outputs = session.outputs()
     assert [output.shape for output in outputs] == [tensor.shape for tensor in expected.values()]
     for output, tensor in zip(outputs, expected.values(), strict=True):
@@ -107,7 +107,7 @@ def test_an_input_that_nothing_depends_on(runtime: str) -> None:
     model, x = Unused().eval(), torch.rand(2, 4)
     with torch.no_grad():
         expected = model(x, x)
-    with refused_without_bfloat16(runtime), prepare(model, (x, torch.rand(2, 5)), runtime=runtime) as session:
+    with refused_without_bfloat16(runtime), require_runtime(runtime).prepare(model, (x, torch.rand(2, 5))) as session:
         (output,) = session.outputs()
         assert close(output, expected, runtime=runtime)
 
@@ -118,7 +118,7 @@ def test_inputs_live_as_long_as_the_session(runtime: str) -> None:
     x = torch.rand(64, 500).T  # the arrays of the session are a copy, since this is not contiguous
     with torch.no_grad():
         expected = model(x)
-    with refused_without_bfloat16(runtime), prepare(model, x, runtime=runtime) as session:
+    with refused_without_bfloat16(runtime), require_runtime(runtime).prepare(model, x) as session:
         others = [torch.full((500, 64), 7.0) for _ in range(50)]
         (output,) = session.outputs()
         assert close(output, expected, runtime=runtime)
@@ -130,7 +130,7 @@ def test_compiled_outputs_are_those_of_torch_and_weights_are_frozen(monkeypatch:
     with torch.no_grad():
         expected = model(x)
     monkeypatch.setattr(sessions, "_copied", lambda model: model)  # to get at the weights that are compiled
-    with prepare(model, x, runtime="compile") as session:
+    with require_runtime("compile").prepare(model, x) as session:
         assert close(session.outputs()[0], expected, runtime="compile")
         for parameter in model.parameters():
             parameter.data = torch.zeros_like(parameter)
@@ -141,15 +141,15 @@ def test_compiled_outputs_are_those_of_torch_and_weights_are_frozen(monkeypatch:
 @pytest.mark.parametrize("runtime", ["torch", "channels_last", "torch-bf16", "onnxruntime"])
 def test_nothing_is_left_behind(runtime: str) -> None:
     model, x = small_net().train(), inputs(2, 3, 9, 9, dtype=torch.float32)
-    before, kept = state(model), x.clone()
+    before, before_x = state(model), x.clone()
     outside = torch.get_rng_state(), torch.get_num_threads(), torch.is_grad_enabled()
-    with prepare(model, x, runtime=runtime) as session:
+    with require_runtime(runtime).prepare(model, x) as session:
         assert not model.training
         session.run()
     assert same_state(model, before)
-    assert torch.equal(x, kept)
+    assert torch.equal(x, before_x)
     assert all(module.training for module in model.modules())
-    assert all(one.is_contiguous() for one in model.parameters())
+    assert all(parameter.is_contiguous() for parameter in model.parameters())
     assert torch.equal(torch.get_rng_state(), outside[0])
     assert (torch.get_num_threads(), torch.is_grad_enabled()) == outside[1:]
     with pytest.raises(errors.EngineError, match="was closed"):
@@ -159,9 +159,9 @@ def test_nothing_is_left_behind(runtime: str) -> None:
 def test_threads_hold_within_the_block_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sessions.os, "sched_getaffinity", lambda _: {0, 1, 2}, raising=False)
     before = torch.get_num_threads()
-    with prepare(MLP, X, threads=3):
+    with Runtime("torch", threads=3).prepare(MLP, X):
         assert torch.get_num_threads() == 3
-        with prepare(MLP, X, threads=2):
+        with Runtime("torch", threads=2).prepare(MLP, X):
             assert torch.get_num_threads() == 2
         assert torch.get_num_threads() == 3
     assert torch.get_num_threads() == before
@@ -170,14 +170,14 @@ def test_threads_hold_within_the_block_only(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_failure_leaves_nothing_behind() -> None:
     model, threads = small_net().train(), torch.get_num_threads()
     with pytest.raises(errors.ModelError, match="cannot run example_inputs"):
-        prepare(model, X)
+        Runtime("torch").prepare(model, X)
     assert model.training
     assert torch.is_grad_enabled()
     assert torch.get_num_threads() == threads
 
 
 def test_a_timer_tells_processor_time_of_one_thread() -> None:
-    with prepare(MLP, X) as session:
+    with Runtime("torch").prepare(MLP, X) as session:
         timing = session.timer()()
     assert timing.wall > 0
     assert timing.cpu is not None
@@ -186,7 +186,7 @@ def test_a_timer_tells_processor_time_of_one_thread() -> None:
 @pytest.mark.parametrize("runtime", ["torch", "torch-bf16", "onnxruntime"])
 def test_a_model_that_changes_its_output_is_refused(runtime: str) -> None:
     with pytest.raises(errors.ModelError, match="not repeatable"):
-        prepare(Noisy(), X, runtime=runtime)
+        require_runtime(runtime).prepare(Noisy(), X)
 
 
 def graph(*kinds: str) -> Any:
@@ -206,7 +206,7 @@ def test_an_onnx_model_by_position_and_by_name(runtime: str) -> None:
     for arrays in ([x], {"x": x}):
         with (
             refused_without_bfloat16(runtime),
-            from_onnx(graph("Relu", "Neg"), arrays, runtime=runtime) as session,
+            require_runtime(runtime).from_onnx(graph("Relu", "Neg"), arrays) as session,
         ):
             assert torch.equal(session.outputs()[0], -torch.from_numpy(x).relu())
 
@@ -216,7 +216,7 @@ def test_two_networks_are_open_at_once() -> None:
     with ExitStack() as opened:
         kinds = (("Neg",), ("Neg", "Relu"))
         first, second = (
-            opened.enter_context(from_onnx(graph(*kind), [x], runtime=runtime))
+            opened.enter_context(require_runtime(runtime).from_onnx(graph(*kind), [x]))
             for kind, runtime in zip(kinds, EXPORTED, strict=False)
         )
         assert torch.equal(first.outputs()[0], -torch.ones(2, 3))
@@ -224,26 +224,26 @@ def test_two_networks_are_open_at_once() -> None:
 
 
 def test_onnx_models_that_cannot_be_timed() -> None:
-    x = np.zeros((2, 3), dtype=np.float32)
+    x, runtime = np.zeros((2, 3), dtype=np.float32), require_runtime("onnxruntime", reads_onnx=True)
     with pytest.raises(errors.EngineError, match="does not read ONNX; onnxruntime"):
-        from_onnx(graph("Relu"), [x], runtime="torch")
+        require_runtime("torch", reads_onnx=True)
     with pytest.raises(errors.EngineError, match="takes x; it was given 2 arrays"):
-        from_onnx(graph("Relu"), [x, x], runtime="onnxruntime")
+        runtime.from_onnx(graph("Relu"), [x, x])
     with pytest.raises(errors.EngineError, match="takes x; it was given z"):
-        from_onnx(graph("Relu"), {"z": x}, runtime="onnxruntime")
+        runtime.from_onnx(graph("Relu"), {"z": x})
     with pytest.raises(errors.EngineError, match="draws random numbers"):
-        from_onnx(graph("RandomNormalLike"), [x], runtime="onnxruntime")
+        runtime.from_onnx(graph("RandomNormalLike"), [x])
     with pytest.raises(errors.EngineError, match="onnxruntime cannot run the model"):
-        from_onnx(graph("NoSuchOperator"), [x], runtime="onnxruntime")
+        runtime.from_onnx(graph("NoSuchOperator"), [x])
     with pytest.raises(errors.ModelError, match="OpenVINO cannot read the model"):
-        from_onnx(graph("NoSuchOperator"), [x], runtime="openvino")
+        require_runtime("openvino").from_onnx(graph("NoSuchOperator"), [x])
 
 
 def test_an_unknown_runtime_is_refused() -> None:
     with pytest.raises(errors.EngineError, match="did you mean 'onnxruntime'"):
         require_runtime("onnx_runtime")
     with pytest.raises(errors.EngineError, match=r"'' is unknown; there are torch, channels_last"):
-        prepare(MLP, X, runtime="")
+        require_runtime("")
 
 
 @pytest.mark.parametrize("threads", [0, -1, 4096])
@@ -272,24 +272,24 @@ def test_a_missing_package_is_named_with_its_extra(
 
     monkeypatch.setattr(importlib.metadata, "version", version)
     with pytest.raises(errors.DependencyError, match=rf'needs {missing}, .* pip install "spectrim\[{extra}'):
-        prepare(MLP, X, runtime=runtime)
+        require_runtime(runtime)
 
 
 def test_compiling_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda _: None)
     with pytest.raises(errors.EngineError, match=r"needs a C\+\+ compiler"):
-        prepare(MLP, X, runtime="compile")
+        require_runtime("compile").prepare(MLP, X)
 
 
 def test_the_fingerprint_tells_what_times_depend_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    one = fingerprint("onnxruntime", threads=1)
-    assert one == fingerprint("onnxruntime", threads=1)
-    assert f"onnxruntime {importlib.metadata.version('onnxruntime')}" in one
-    assert "threads 1" in one
+    first = fingerprint("onnxruntime", threads=1)
+    assert first == fingerprint("onnxruntime", threads=1)
+    assert f"onnxruntime {importlib.metadata.version('onnxruntime')}" in first
+    assert "threads 1" in first
     assert len({fingerprint(name, threads=1) for name in RUNTIMES}) == len(RUNTIMES)
     known = importlib.metadata.version
     monkeypatch.setattr(importlib.metadata, "version", lambda name: f"{known(name)}.next")
-    assert fingerprint("onnxruntime", threads=1) != one
+    assert fingerprint("onnxruntime", threads=1) != first
 
 
 @pytest.mark.gpu
@@ -298,7 +298,7 @@ def test_a_model_on_a_gpu(runtime: str) -> None:
     model, x = small_net().cuda().eval(), inputs(2, 3, 9, 9, dtype=torch.float32)
     with torch.no_grad():
         expected = model(x.cuda()).cpu()
-    with prepare(model, x, runtime=runtime) as session:
+    with require_runtime(runtime).prepare(model, x) as session:
         assert close(session.outputs()[0], expected, runtime="torch-bf16")  # TF32 as well
         assert session.timer()().cpu is None
     assert st.measure(model, x, reference=model, rounds=5, runtime=runtime).speedup is not None
@@ -308,4 +308,4 @@ def test_a_model_on_a_gpu(runtime: str) -> None:
 @pytest.mark.parametrize("runtime", EXPORTED)
 def test_runtimes_for_the_cpu_refuse_a_model_on_a_gpu(runtime: str) -> None:
     with pytest.raises(errors.EngineError, match="for the CPU, and the model is on cuda"):
-        prepare(small_net().cuda(), inputs(2, 3, 9, 9), runtime=runtime)
+        require_runtime(runtime).prepare(small_net().cuda(), inputs(2, 3, 9, 9))

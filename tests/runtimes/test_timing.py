@@ -28,20 +28,20 @@ def test_rounds_alternate_their_order() -> None:
     assert "".join(order) == "abbaab"
 
 
-def test_a_hopeless_wait_ends_after_the_fewest_rounds() -> None:
+def test_without_patience_the_fewest_rounds_are_done() -> None:
     assert len(interleaved([lambda: 1.0], rounds=100, patience=0.0)[0]) == 5
     assert len(interleaved([lambda: 1.0], rounds=2, patience=0.0)[0]) == 2
 
 
 def test_the_interval_of_the_median_comes_from_order_statistics() -> None:
-    found = median_interval([float(number) for number in range(31, 0, -1)])
-    assert (found.value, found.low, found.high) == (16, 11, 22)  # binomial(31, 1/2): ranks 10..22 cover 95 %
+    interval = median_interval([float(number) for number in range(31, 0, -1)])
+    assert (interval.value, interval.low, interval.high) == (16, 11, 22)  # binomial(31, 1/2): ranks 10..22 cover 95 %
 
 
 def test_the_interval_covers_the_median_as_often_as_it_says() -> None:
     draw = random.Random(0)
     covered = sum(
-        (one := median_interval([draw.lognormvariate(0, 0.3) for _ in range(31)])).low <= 1 <= one.high
+        (interval := median_interval([draw.lognormvariate(0, 0.3) for _ in range(31)])).low <= 1 <= interval.high
         for _ in range(400)
     )
     assert 0.92 <= covered / 400 <= 1
@@ -74,15 +74,15 @@ def test_a_slow_pass_is_not_warmed_up_for_long() -> None:
 
 
 def test_ratios_are_paired_by_round() -> None:
-    """The machine becomes ten times slower half way: the pairs do not feel it, the drift tells it."""
+    """The machine becomes ten times slower half way: the paired ratios do not change, the drift shows it."""
     speed = [1.0] * 10 + [0.1] * 10
-    found = compare([Timing(2 / one) for one in speed], [Timing(3 / one) for one in speed])
-    assert found.ratio == Interval(value=1.5, low=1.5, high=1.5)
-    assert found.drift == pytest.approx(0.1)
-    assert found.verdict == "too noisy to tell"
+    comparison = compare([Timing(2 / factor) for factor in speed], [Timing(3 / factor) for factor in speed])
+    assert comparison.ratio == Interval(value=1.5, low=1.5, high=1.5)
+    assert comparison.drift == pytest.approx(0.1)
+    assert comparison.verdict == "too noisy to tell"
 
 
-def test_processor_time_is_taken_where_every_lap_has_it() -> None:
+def test_processor_time_is_used_where_every_timing_has_it() -> None:
     with_cpu, without = [Timing(3.0, 1.0), Timing(9.0, 1.0)], [Timing(2.0), Timing(2.0)]
     assert steady(with_cpu, with_cpu) == [[1.0, 1.0], [1.0, 1.0]]
     assert steady(with_cpu, without) == [[3.0, 9.0], [2.0, 2.0]]
@@ -111,7 +111,7 @@ def test_the_verdict(value: float, low: float, high: float, drift: float, verdic
     assert Comparison(ratio=Interval(value=value, low=low, high=high), drift=drift).verdict == verdict
 
 
-def test_noise_is_told_from_a_difference() -> None:
+def test_a_difference_is_distinguished_from_noise() -> None:
     """Lognormal noise of one size; only the truth differs."""
 
     def verdict(truth: float, spread: float) -> str:
@@ -132,10 +132,10 @@ def test_what_happens_between_passes_is_not_timed() -> None:
         order.append("between")
         time.sleep(2e-3)
 
-    timing = pass_timer(lambda: order.append("pass"), cpu=True, between=between)
+    timer = pass_timer(lambda: order.append("pass"), cpu=True, between=between)
     del order[:]
-    found = timing()
+    timing = timer()
     assert order[:4] == ["between", "pass", "between", "pass"]
     assert 2 <= len(order) <= 16
-    assert found.wall < 2e-3  # arithmetic: a sleep of that length would be in it
-    assert found.cpu is not None
+    assert timing.wall < 2e-3  # arithmetic: a sleep of that length would be in it
+    assert timing.cpu is not None

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from spectrim.core.errors import PlanError
 from spectrim.core.files import Frozen
 from spectrim.core.plans import Plan
-from spectrim.linalg import FloatArray, Ranks
+from spectrim.linalg import FloatArray
 
 
 class FormTimes(Frozen):
@@ -35,21 +35,10 @@ class FormTimes(Frozen):
         return self
 
     def covers(self, ranks: npt.NDArray[np.int64], *, step: int, below: int) -> npt.NDArray[np.bool_]:
-        """Which of the ranks (n, number of axes) are on the grid: multiples of `step`, last ones, and those `below`.
-
-        What lies between the timed ranks is known for multiples only: time climbs in steps.
-        """
-        on = [
-            (values <= axis[-1])
-            & ((values % step == 0) | np.isin(values, [axis[-1], *(rank for rank in axis if rank < below)]))
-            for axis, values in zip(self.axes, ranks.T, strict=True)
-        ]
+        """Which of the ranks (n, number of axes) have a known time; see `covered`."""
+        grids = (covered(axis, step=step, below=below) for axis in self.axes)
+        on = [np.isin(values, grid) for grid, values in zip(grids, ranks.T, strict=True)]
         return np.asarray(np.stack(on, axis=1).all(axis=1))
-
-    @property
-    def largest(self) -> Ranks:
-        """The largest ranks that are covered."""
-        return tuple(axis[-1] for axis in self.axes)
 
     def at(self, ranks: npt.NDArray[np.int64]) -> FloatArray:
         """Milliseconds at ranks (n, number of axes) that are covered, (n,); between timed ranks on straight lines."""
@@ -59,6 +48,14 @@ class FormTimes(Frozen):
             weights = np.stack([np.interp(values, axis, unit) for unit in np.eye(len(axis))], axis=1)
             times = (times * weights.reshape(*weights.shape, *[1] * (times.ndim - 2))).sum(axis=1)
         return times
+
+
+def covered(axis: Sequence[int], *, step: int, below: int) -> npt.NDArray[np.int64]:
+    """The ranks whose time follows from those of an axis, ascending: multiples of `step`, the last one, those `below`.
+
+    What lies between the timed ranks is known for multiples only: time climbs in steps.
+    """
+    return np.unique([*range(step, axis[-1] + 1, step), axis[-1], *(rank for rank in axis if rank < below)])
 
 
 class LayerTimes(Frozen):
@@ -120,17 +117,12 @@ class LatencyTable(Frozen):
         times = layer.of(form) if layer else None
         if layer is None or times is None:
             raise PlanError(f"the latency table has no {form} form of {name}; make one with st.latency_table")
-        if any(rank > most for rank, most in zip(ranks, times.largest, strict=True)):
-            largest, wanted = (" and ".join(map(str, each)) for each in (times.largest, ranks))
+        if any(rank > axis[-1] for rank, axis in zip(ranks, times.axes, strict=True)):
+            largest = " and ".join(str(axis[-1]) for axis in times.axes)
             raise PlanError(
                 f"the latency table holds the {form} form of {name} up to rank {largest}, above which it is not "
-                f"smaller than the layer; the plan wants {wanted}"
+                f"smaller than the layer; the plan wants {' and '.join(map(str, ranks))}"
             )
-        whole = [self._next(rank, axis) for rank, axis in zip(ranks, times.axes, strict=True)]
-        return float(times.at(np.array([whole], dtype=np.int64))[0]) - layer.dense_ms
-
-    def _next(self, rank: int, axis: Sequence[int]) -> int:
-        """The smallest rank that is covered and not below `rank`."""
-        step = self.rank_multiple
-        grid = min(-(-rank // step) * step, axis[-1])
-        return min([grid, *(timed for timed in axis if rank <= timed < step)])
+        grids = (covered(axis, step=self.rank_multiple, below=self.rank_multiple) for axis in times.axes)
+        whole = [grid[np.searchsorted(grid, rank)] for rank, grid in zip(ranks, grids, strict=True)]
+        return float(times.at(np.array([whole]))[0]) - layer.dense_ms

@@ -1,29 +1,28 @@
 """The latency table of a network: every distinct layer timed by itself, in every form, at some ranks."""
 
 import math
-import statistics
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import product
+from functools import partial
+from itertools import chain, islice, product
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import nn
 
 from spectrim.analysis.spectra import Analysis, LayerAnalysis
 from spectrim.benchmark.latencies import FormTimes, LatencyTable, LayerTimes
 from spectrim.benchmark.layer_calls import FormAxes, LayerCalls, LayerSignature, Variant, axes_of, layer_calls
-from spectrim.benchmark.layer_timing import rest_of, timed, timer
-from spectrim.benchmark.measurement import batched
+from spectrim.benchmark.layer_timing import LayerBench, rest_of
+from spectrim.benchmark.measurement import resized
 from spectrim.benchmark.timing_cache import TimingCache
 from spectrim.core.errors import PlanError
 from spectrim.core.execution import Inputs, ProgressCallback, as_inputs, device_of, require_repeatable
 from spectrim.layers.forms import form_named, selected_forms
 from spectrim.runtimes.rank_grid import Grid, multiple_of, probe
-from spectrim.runtimes.sessions import Session, fingerprint, prepare, require_runtime
-from spectrim.runtimes.timing import interleaved, steady
+from spectrim.runtimes.sessions import Runtime, Session, fingerprint, require_runtime, timed_together
+from spectrim.runtimes.timing import medians_ms
 
 _ROUNDS = 9
 _POINTS = (7, 4)
@@ -73,24 +72,24 @@ def latency_table(
         PlanError: an unknown form, or an analysis of another model.
         FileError: `folder` cannot be written.
     """
-    require_runtime(runtime, threads=threads)
+    chosen = require_runtime(runtime, threads=threads)
     allowed, step = selected_forms(forms), multiple_of(rank_multiple)
     example = as_inputs(example_inputs)
     require_repeatable(model, example)
-    inputs = example if batch is None else batched(example, batch)
-    calls, examples = layer_calls(model, inputs, analysis)
+    inputs = resized(example, batch)
+    calls, layers = layer_calls(model, inputs, analysis)
     if not calls:
         raise PlanError("the model calls no layer of the analysis that can be factored; is it an analysis of it?")
-    rest, machine = rest_of(model), fingerprint(runtime, threads=threads)
-    bench = _Bench(examples, runtime, threads, rest, TimingCache(folder, machine, len(rest)))
-    with prepare(model, inputs, runtime=runtime, threads=threads, checked=True) as network:
+    bench, machine = LayerBench(layers, chosen, rest_of(model)), fingerprint(runtime, threads=threads)
+    cache = TimingCache(folder, machine, len(bench.rest))
+    with chosen.prepare(model, inputs, checked=True) as network:
         below: tuple[int, ...] = ()
         if step is None:
-            step = _probed(model, inputs, runtime=runtime, threads=threads)
+            step = _probed(model, inputs, chosen)
             below = tuple(rank for rank in (step // 4, step // 2) if rank)
-        axes = [_axes(each.layer, allowed, step, below, runtime) for each in calls]
-        times = bench.times(calls, axes, on_progress)
-        network_ms, times = bench.aligned(network, times)
+        timed = [_TimedLayer(each, _axes(each.layer, allowed, step, below, chosen)) for each in calls]
+        times = _measured(bench, cache, timed, on_progress)
+        network_ms, times = _aligned(bench, network, times)
     return LatencyTable(
         runtime=runtime,
         threads=threads,
@@ -98,104 +97,76 @@ def latency_table(
         fingerprint=machine,
         rank_multiple=step,
         network_ms=network_ms,
-        layers=tuple(_layer_times(each, its_axes, times) for each, its_axes in zip(calls, axes, strict=True)),
+        layers=tuple(layer.times(times) for layer in timed),
     )
 
 
 _Key = tuple[LayerSignature, FormAxes]
+_Times = Mapping[_Key, tuple[float, ...]]
+"""Milliseconds for every signature: as it is, then at each combination of the axes, form by form."""
 
 
 @dataclass(frozen=True, eq=False)
-class _Bench:
-    """Where layers are timed.
+class _TimedLayer:
+    """A layer's calls, and the ranks to time."""
 
-    Attributes:
-        examples: A layer of each signature.
-        runtime: What runs them.
-        threads: With so many threads.
-        rest: What passes through the caches between two calls of a layer.
-        cache: Times that are known already.
-    """
+    calls: LayerCalls
+    axes: FormAxes
 
-    examples: Mapping[LayerSignature, nn.Module]
-    runtime: str
-    threads: int
-    rest: Tensor
-    cache: TimingCache
-
-    def times(
-        self, calls: Sequence[LayerCalls], axes: Sequence[FormAxes], on_progress: ProgressCallback | None
-    ) -> dict[_Key, tuple[float, ...]]:
-        """Milliseconds for every signature: as it is, then at each combination of the axes, form by form."""
-        first: dict[_Key, str] = {}
-        for each, its_axes in zip(calls, axes, strict=True):
-            for signature in each.signatures:
-                first.setdefault((signature, its_axes), each.layer.name)
-        times: dict[_Key, tuple[float, ...]] = {}
-        for done, ((signature, its_axes), name) in enumerate(first.items()):
-            if on_progress:
-                on_progress(name, done, len(first))
-            times[signature, its_axes] = self._time(signature, its_axes)
-        return times
-
-    def _time(self, signature: LayerSignature, axes: FormAxes) -> tuple[float, ...]:
-        variants = [Variant(form, ranks) for form, each in axes for ranks in product(*each)]
-        known = self.cache.find(signature, variants)
-        if known is not None:
-            return known
-        layer = self.examples[signature]
-        times = timed(layer, signature, variants, runtime=self.runtime, threads=self.threads, rest=self.rest)
-        self.cache.keep(signature, variants, times)
-        return times
-
-    def aligned(
-        self, network: Session, times: Mapping[_Key, tuple[float, ...]]
-    ) -> tuple[float, dict[_Key, tuple[float, ...]]]:
-        """Milliseconds of the whole network, and the times as if all had been taken at the same moment as that.
-
-        What was kept is of another day, and a busy machine is another one every second. So the network and its layers
-        are timed once more in the same rounds, and every layer's factors keep their proportion to the layer.
-        """
-        signatures = list(dict.fromkeys(signature for signature, _ in times))
-        options: dict[str, Any] = {"runtime": self.runtime, "threads": self.threads, "rest": self.rest}
-        with ExitStack() as stack:
-            layers = [
-                stack.enter_context(timer(self.examples[signature], signature, **options)) for signature in signatures
-            ]
-            timings = interleaved([network.timer(), *layers], rounds=_ROUNDS)
-        network_ms, *dense = (statistics.median(seconds) * 1e3 for seconds in steady(*timings))
-        now = dict(zip(signatures, dense, strict=True))
-        return network_ms, {key: tuple(time * now[key[0]] / ms[0] for time in ms) for key, ms in times.items()}
-
-
-def _layer_times(calls: LayerCalls, axes: FormAxes, times: Mapping[_Key, Sequence[float]]) -> LayerTimes:
-    """The times of a weight: those of all its calls."""
-    called = [(times[signature, axes], number) for signature, number in calls.signatures.items()]
-    dense, *rest = (math.fsum(number * ms[place] for ms, number in called) for place in range(len(called[0][0])))
-    forms = []
-    for form, each in axes:
-        size = math.prod(map(len, each))
-        forms.append(FormTimes(form=form, axes=each, ms=tuple(rest[:size])))
-        rest = rest[size:]
-    return LayerTimes(name=calls.layer.name, dense_ms=dense, forms=tuple(forms))
-
-
-def _axes(layer: LayerAnalysis, allowed: Sequence[str], step: int, below: Sequence[int], runtime: str) -> FormAxes:
-    """By form of a layer, the ranks to time; a layer of one form only is not asked for it."""
-    points = _FEW.get(runtime, _POINTS)
-    axes = []
-    for form in layer.forms if len(layer.forms) == 1 else [form for form in layer.forms if form in allowed]:
-        ranks = form_named(form).rank_count  # of two ranks there are many pairs
-        its_axes = axes_of(
-            layer, form, multiple=step, points=points[ranks - 1], below=below[-1:] if ranks > 1 else below
+    def times(self, times: _Times) -> LayerTimes:
+        """Those of all its calls together."""
+        called = [(times[signature, self.axes], number) for signature, number in self.calls.signatures.items()]
+        dense, *ms = (math.fsum(number * each[place] for each, number in called) for place in range(len(called[0][0])))
+        rest = iter(ms)
+        forms = (
+            FormTimes(form=form, axes=axes, ms=tuple(islice(rest, math.prod(map(len, axes)))))
+            for form, axes in self.axes
         )
-        if its_axes is not None:
-            axes.append((form, its_axes))
-    return tuple(axes)
+        return LayerTimes(name=self.calls.layer.name, dense_ms=dense, forms=tuple(forms))
 
 
-def _probed(model: nn.Module, inputs: Inputs, *, runtime: str, threads: int) -> int:
+def _measured(
+    bench: LayerBench, cache: TimingCache, timed: Sequence[_TimedLayer], on_progress: ProgressCallback | None
+) -> _Times:
+    """The times of every signature, from the cache where they are known."""
+    first: dict[_Key, str] = {}
+    for layer in timed:
+        for signature in layer.calls.signatures:
+            first.setdefault((signature, layer.axes), layer.calls.layer.name)
+    times = {}
+    for done, ((signature, axes), name) in enumerate(first.items()):
+        if on_progress:
+            on_progress(name, done, len(first))
+        variants = [Variant(form, ranks) for form, its_axes in axes for ranks in product(*its_axes)]
+        times[signature, axes] = cache.times(signature, variants, partial(bench.measure, signature, variants))
+    return times
+
+
+def _aligned(bench: LayerBench, network: Session, times: _Times) -> tuple[float, _Times]:
+    """Milliseconds of the whole network, and the times as if all had been taken at the same moment as that.
+
+    What is on disk is of another day, and a busy machine is another one every second. So the network and its layers are
+    timed once more in the same rounds, and every layer's factors keep their proportion to the layer.
+    """
+    signatures = list(dict.fromkeys(signature for signature, _ in times))
+    sessions = (bench.session(signature, bench.layers[signature]) for signature in signatures)
+    network_ms, *dense = medians_ms(*timed_together(chain([network], sessions), rounds=_ROUNDS))
+    now = dict(zip(signatures, dense, strict=True))
+    return network_ms, {key: tuple(time * now[key[0]] / ms[0] for time in ms) for key, ms in times.items()}
+
+
+def _axes(layer: LayerAnalysis, allowed: Sequence[str], step: int, below: Sequence[int], runtime: Runtime) -> FormAxes:
+    """By form of a layer, the ranks to time; a layer of one form only is not asked for it."""
+    axes = {}
+    for form in layer.forms if len(layer.forms) == 1 else [form for form in layer.forms if form in allowed]:
+        points = _FEW.get(runtime.name, _POINTS)[form_named(form).rank_count - 1]
+        lower = below if form_named(form).rank_count == 1 else below[-1:]  # of two ranks there are many pairs
+        axes[form] = axes_of(layer, form, multiple=step, points=points, below=lower)
+    return tuple((form, its_axes) for form, its_axes in axes.items() if its_axes)
+
+
+def _probed(model: nn.Module, inputs: Inputs, runtime: Runtime) -> int:
     """The step of this hardware; the probe knows no GPU."""
     if device_of(model).type != "cpu":
         return 1
-    return probe(runtime=runtime, threads=threads, batch=max(1, inputs.samples)).multiple
+    return probe(runtime=runtime.name, threads=runtime.threads, batch=max(1, inputs.samples)).multiple

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -42,7 +42,7 @@ _OPTIONS = ("stride", "padding", "padding_mode", "dilation", "groups", "output_p
 
 
 def signature_of(layer: nn.Module, x: Tensor) -> LayerSignature:
-    """The signature of a layer that is given this input."""
+    """The signature of a layer with this input."""
     weight = layer.get_parameter("weight")
     return LayerSignature(
         kind=type(layer).__name__,
@@ -79,13 +79,10 @@ def layer_calls(
     with evaluating(model), watching(model, count):
         call(model, inputs)
     candidates = [layer for layer in analysis if layer.problems and layer.forms and layer.name in called]
-    calls = [LayerCalls(layer, called[layer.name]) for layer in candidates]
-    needed = {signature for each in calls for signature in each.signatures}
-    return calls, {signature: layer for signature, layer in examples.items() if signature in needed}
+    return [LayerCalls(layer, called[layer.name]) for layer in candidates], examples
 
 
-@dataclass(frozen=True)
-class Variant:
+class Variant(NamedTuple):
     """A form at some ranks."""
 
     form: str
@@ -111,7 +108,8 @@ def axes_of(layer: LayerAnalysis, form: str, *, multiple: int, points: int, belo
     least = [grid[0] for grid in grids]
     axes = []
     for place, grid in enumerate(grids):
-        fits = [rank for rank in grid if _shrinks(layer, form, (*least[:place], rank, *least[place + 1 :]))]
+        costs = (layer.cost(form, (*least[:place], rank, *least[place + 1 :]), "plain") for rank in grid)
+        fits = [rank for rank, cost in zip(grid, costs, strict=True) if layer.shrinks(cost)]
         if not fits:
             return None
         axes.append(_spread(fits, points=points, multiple=multiple))
@@ -120,10 +118,6 @@ def axes_of(layer: LayerAnalysis, form: str, *, multiple: int, points: int, belo
 
 _SMALL = 4
 """Multiples that the full rank of a small layer holds."""
-
-
-def _shrinks(layer: LayerAnalysis, form: str, ranks: Ranks) -> bool:
-    return layer.shrinks(layer.cost(form, ranks, "plain"))
 
 
 def _spread(grid: Sequence[int], *, points: int, multiple: int) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from spectrim.layers.factored import FactoredLayer
 from spectrim.layers.types import layer_type_of
 from spectrim.runtimes.conversion import OPSET, optional
+from spectrim.runtimes.engines import array_of
 
 if TYPE_CHECKING:
     import onnx
@@ -26,7 +27,7 @@ def layer_graph(layer: nn.Module, shape: Sequence[int]) -> "onnx.ModelProto":
     name = "input"
     for part in chain:
         name = layer_type_of(part).add_to_graph(graph, part, name, dimensions=len(shape))
-    number = package.helper.np_dtype_to_tensor_dtype(_array(chain[0].get_parameter("weight")).dtype)
+    number = package.helper.np_dtype_to_tensor_dtype(array_of(chain[0].get_parameter("weight")).dtype)
     inputs = package.helper.make_tensor_value_info("input", number, list(shape))
     outputs = package.helper.make_tensor_value_info(name, number, [None] * len(shape))
     proto = package.helper.make_graph(graph.nodes, "layer", [inputs], [outputs], graph.constants)
@@ -50,10 +51,6 @@ class _Graph:
 
     def constant(self, value: Any) -> str:
         name = f"constant_{len(self.constants)}"
-        array = _array(value) if isinstance(value, Tensor) else value
+        array = array_of(value) if isinstance(value, Tensor) else value
         self.constants.append(self.onnx.numpy_helper.from_array(np.ascontiguousarray(array), name))
         return name
-
-
-def _array(value: Tensor) -> Any:
-    return value.detach().cpu().numpy()

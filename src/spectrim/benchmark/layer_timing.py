@@ -5,9 +5,8 @@ linear layer would find its weights there, and seem to take a fraction of its ti
 """
 
 import math
-import statistics
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +15,10 @@ from spectrim.benchmark.layer_calls import LayerSignature, Variant
 from spectrim.benchmark.layer_graphs import layer_graph
 from spectrim.layers.forms import form_named
 from spectrim.layers.types import layer_type_of
-from spectrim.runtimes.sessions import Session, from_onnx, prepare
-from spectrim.runtimes.timing import Timing, interleaved, steady
+from spectrim.runtimes.sessions import Runtime, Session, timed_together
+from spectrim.runtimes.timing import medians_ms
 
 _ROUNDS = 5
-_READS_ONNX = ("onnxruntime", "openvino", "openvino-bf16")
 _MOST = 2**26
 """Bytes: more than the last cache of most processors, where a network's weights are never found again."""
 
@@ -33,64 +31,47 @@ def rest_of(model: nn.Module) -> Tensor:
     return torch.ones(min(size, _MOST) // 4)
 
 
-def timed(
-    layer: nn.Module,
-    signature: LayerSignature,
-    variants: Sequence[Variant],
-    *,
-    runtime: str,
-    threads: int,
-    rest: Tensor,
-) -> tuple[float, ...]:
-    """Milliseconds of one pass of a layer, and of each variant of it, all of them in the same interleaved rounds.
+@dataclass(frozen=True, eq=False)
+class LayerBench:
+    """Times the layers of a network one by one.
 
-    Args:
-        layer: As it is.
-        signature: Of the layer, and its input.
-        variants: Forms and ranks.
+    Attributes:
+        layers: One of each signature.
         runtime: What runs them.
-        threads: With so many threads.
         rest: From `rest_of` the network.
-
-    Raises:
-        EngineError: the runtime refuses the layer.
     """
-    generator = torch.Generator().manual_seed(0)
-    layers = [layer, *(_factored(layer, variant, generator) for variant in variants)]
-    with ExitStack() as stack:
-        timers = [
-            stack.enter_context(timer(each, signature, runtime=runtime, threads=threads, rest=rest)) for each in layers
-        ]
-        timings = interleaved(timers, rounds=_ROUNDS)
-    return tuple(statistics.median(seconds) * 1e3 for seconds in steady(*timings))
 
+    layers: Mapping[LayerSignature, nn.Module]
+    runtime: Runtime
+    rest: Tensor
 
-@contextmanager
-def timer(
-    layer: nn.Module, signature: LayerSignature, *, runtime: str, threads: int, rest: Tensor
-) -> Iterator[Callable[[], Timing]]:
-    """A function that times passes of a layer over random numbers of this signature; see `timed`.
+    def measure(self, signature: LayerSignature, variants: Sequence[Variant]) -> tuple[float, ...]:
+        """Milliseconds of one pass of a layer, and of each variant of it, all of them in the same interleaved rounds.
 
-    Raises:
-        EngineError: the runtime refuses the layer.
-    """
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(signature.input, generator=generator).to(next(layer.parameters()).detach())
-    own = sum(weight.numel() for weight in layer.parameters())
-    others = rest[min(own, len(rest)) :]
+        Raises:
+            EngineError: the runtime refuses the layer.
+        """
+        layer, generator = self.layers[signature], torch.Generator().manual_seed(0)
+        networks = [layer, *(_factored(layer, variant, generator) for variant in variants)]
+        sessions = (self.session(signature, network) for network in networks)
+        return tuple(medians_ms(*timed_together(sessions, rounds=_ROUNDS)))
 
-    def between() -> None:
-        others.sum()
-        x.sum()  # the layer before has only just written it
+    def session(self, signature: LayerSignature, layer: nn.Module) -> Session:
+        """A layer, as it is or in factors, on random numbers of this signature; raises as `measure`."""
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(signature.input, generator=generator).to(next(layer.parameters()).detach())
+        own = sum(weight.numel() for weight in layer.parameters())
+        others = self.rest[min(own, len(self.rest)) :]
 
-    with _session(layer, x, runtime=runtime, threads=threads) as session:
-        yield session.timer(between=between if len(others) else None)
+        def between() -> None:
+            others.sum()
+            x.sum()  # the layer before has only just written it
 
-
-def _session(layer: nn.Module, x: Tensor, *, runtime: str, threads: int) -> Session:
-    if runtime not in _READS_ONNX:
-        return prepare(layer, x, runtime=runtime, threads=threads, checked=True)
-    return from_onnx(layer_graph(layer, x.shape), [x.numpy()], runtime=runtime, threads=threads)
+        if self.runtime.reads_onnx:
+            session = self.runtime.from_onnx(layer_graph(layer, x.shape), [x.numpy()])
+        else:
+            session = self.runtime.prepare(layer, x, checked=True)
+        return replace(session, between=between if len(others) else None)
 
 
 def _factored(layer: nn.Module, variant: Variant, generator: torch.Generator) -> nn.Module:

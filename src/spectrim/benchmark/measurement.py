@@ -15,7 +15,7 @@ from spectrim.core.execution import Inputs, as_inputs, call, evaluating, require
 from spectrim.core.files import Frozen
 from spectrim.layers.cost import NetworkCost
 from spectrim.layers.cost import count as count_cost
-from spectrim.runtimes.sessions import RuntimeName, Session, prepare, require_runtime
+from spectrim.runtimes.sessions import Runtime, RuntimeName, require_runtime, timed_together
 from spectrim.runtimes.timing import Z95, Comparison, Interval, Timing, Verdict, compare, interleaved
 
 
@@ -145,69 +145,52 @@ def measure(
         EngineError: an unknown runtime, more threads than cores, or a runtime that refuses the model.
         DependencyError: the runtime is not installed.
     """
-    _check(rounds, threads)
+    _require_enough(rounds, threads)
     if latency:
         require_runtime(runtime, threads=threads)
-    example = as_inputs(example_inputs)
-    inputs = example if batch is None else batched(example, batch)
-    own = count(model, inputs)
-    if data is not None:
-        own = own.model_copy(update={"accuracy": accuracy(model, data)})
-    if reference is not None:
-        own = own.against(count(reference, inputs))
-    if not latency:
-        return own
-    beside = () if reference is None else (reference,)
-    (timed,) = _timed([model], beside, example, inputs=inputs, runtime=runtime, threads=threads, rounds=rounds)
-    return own.model_copy(update=timed | {"batch": batch})
+    scored = {} if data is None else {"accuracy": accuracy(model, data)}
+    if latency:
+        (own,) = measure_each(
+            [model], example_inputs, reference=reference, runtime=runtime, threads=threads, batch=batch, rounds=rounds
+        )
+    else:
+        (own,) = _counted([model], resized(as_inputs(example_inputs), batch), reference)
+    return own.model_copy(update=scored)
 
 
 def measure_each(
     models: Sequence[nn.Module],
     example_inputs: Any,
     *,
-    reference: nn.Module,
+    reference: nn.Module | None,
     runtime: str = "torch",
     threads: int = 1,
     batch: int | None = None,
     rounds: int = 31,
     on_model: Callable[[int], object] = lambda _: None,
 ) -> list[Measurement]:
-    """Measure several models against one reference, each as `measure` does.
+    """Measure several models, each as `measure` does, whose arguments and errors these are.
 
     The reference is brought into the runtime once, not once a model: where that means an export, it takes longer than
-    the timing.
-
-    Args:
-        models: The models to measure.
-        example_inputs: One call's inputs.
-        reference: What to compare with.
-        runtime: As for `measure`.
-        threads: Threads of one pass.
-        batch: As for `measure`.
-        rounds: Paired rounds, at least 5.
-        on_model: Called with the position of a model before it is timed.
-
-    Raises:
-        SpectrimError: one of its kinds, as `measure`.
+    the timing. `on_model` is called with the position of a model before it is timed.
     """
-    _check(rounds, threads)
-    require_runtime(runtime, threads=threads)
-    example = as_inputs(example_inputs)
-    inputs = example if batch is None else batched(example, batch)
-    dense = count(reference, inputs)
-    counted = [count(model, inputs).against(dense) for model in models]
-    timed = _timed(
-        models,
-        (reference,),
-        example,
-        inputs=inputs,
-        runtime=runtime,
-        threads=threads,
-        rounds=rounds,
-        on_model=on_model,
-    )
-    return [own.model_copy(update=times | {"batch": batch}) for own, times in zip(counted, timed, strict=True)]
+    _require_enough(rounds, threads)
+    chosen, example = require_runtime(runtime, threads=threads), as_inputs(example_inputs)
+    inputs = resized(example, batch)
+    counted = _counted(models, inputs, reference)
+    others = () if reference is None else (reference,)
+    for model in (*models, *others):
+        require_repeatable(model, example)
+    setting = {"runtime": chosen.name, "threads": threads, "batch": batch}
+    measured = []
+    with ExitStack() as stack:
+        timers = [stack.enter_context(chosen.prepare(model, inputs, checked=True)).timer() for model in others]
+        for position, (model, own) in enumerate(zip(models, counted, strict=True)):
+            on_model(position)
+            with chosen.prepare(model, inputs, checked=True) as session:
+                timings = interleaved([session.timer(), *timers], rounds=rounds)
+            measured.append(own.model_copy(update=setting | _figures(timings)))
+    return measured
 
 
 def runtime_gain(
@@ -222,43 +205,37 @@ def runtime_gain(
 ) -> Comparison:
     """What a runtime gains by itself: time of a model in torch eager over its time in the runtime.
 
-    Times as `measure` does, with the same arguments.
+    Times as `measure` does; arguments that are not listed are those of it.
 
     Args:
-        model: The dense model, so that the runtime's part in a gain is told apart from that of low rank.
-        example_inputs: One call's inputs.
-        runtime: The runtime to judge.
+        model: The dense model, so that the runtime's part in a gain is separated from that of low rank.
+        runtime: The runtime to compare with torch eager.
         reference: What to run in torch eager instead of the model itself. With a compressed model and its dense self,
-            the two gains are told together.
-        threads: Threads of one pass.
-        batch: As for `measure`.
-        rounds: Paired rounds, at least 5.
+            the result is the gain of both together.
 
     Raises:
         SpectrimError: one of its kinds, as `measure`.
     """
-    _check(rounds, threads)
-    require_runtime(runtime, threads=threads)
-    example = as_inputs(example_inputs)
-    other = model if reference is None else reference
-    for network in (model, other):
+    _require_enough(rounds, threads)
+    chosen, example = require_runtime(runtime, threads=threads), as_inputs(example_inputs)
+    networks = (model, chosen), (model if reference is None else reference, Runtime("torch", threads))
+    for network, _ in networks:
         require_repeatable(network, example)
-    inputs = example if batch is None else batched(example, batch)
-    with (
-        prepare(model, inputs, runtime=runtime, threads=threads, checked=True) as there,
-        prepare(other, inputs, threads=threads, checked=True) as eager,
-    ):
-        return compare(*interleaved([there.timer(), eager.timer()], rounds=rounds))
+    inputs = resized(example, batch)
+    sessions = (its_runtime.prepare(network, inputs, checked=True) for network, its_runtime in networks)
+    return compare(*timed_together(sessions, rounds=rounds))
 
 
-def batched(inputs: Inputs, batch: int) -> Inputs:
-    """The inputs with so many samples: those there are, repeated in turn or cut off.
+def resized(inputs: Inputs, batch: int | None) -> Inputs:
+    """The inputs with so many samples: those there are, repeated in turn or cut off; None leaves them as they are.
 
     Samples lie along the first dimension of the first tensor, and of every other one of as many.
 
     Raises:
         DataError: there is no such dimension, or `batch` is below 1.
     """
+    if batch is None:
+        return inputs
     sizes = [len(tensor) for tensor in inputs.tensors() if tensor.ndim]
     if not sizes or not sizes[0] or batch < 1:
         raise DataError(f"batch={batch}: it must be at least 1, and {inputs.describe()} have samples to repeat")
@@ -282,70 +259,49 @@ def accuracy(model: nn.Module, data: Iterable[Any]) -> Accuracy:
     Raises:
         DataError: no batches, or outputs and labels that do not fit together.
     """
-    correct = total = 0
     with evaluating(model):
-        for position, batch in enumerate(data):
-            inputs, labels = split_labels(batch, position=position)
-            outputs = call(model, inputs, what=f"batch {position}")
-            labels = torch.as_tensor(labels)
-            if not isinstance(outputs, Tensor) or outputs.ndim != 2 or outputs.shape[:1] != labels.shape:
-                shape = list(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
-                raise DataError(
-                    f"batch {position}: outputs {shape} and labels {list(labels.shape)} do not give an accuracy; "
-                    "it needs outputs (batch, classes) and labels (batch,)"
-                )
-            labels = labels.to(outputs.device)
-            correct += int((outputs.argmax(dim=1) == labels).sum())
-            total += len(labels)
+        return top1(data, lambda inputs, what: call(model, inputs, what=what))
+
+
+def top1(data: Iterable[Any], scores_of: Callable[[Inputs, str], Any]) -> Accuracy:
+    """As `accuracy`, of any function from one call's inputs, and how a message names them, to the outputs."""
+    correct = total = 0
+    for position, batch in enumerate(data):
+        inputs, labels = split_labels(batch, position=position)
+        outputs, labels = scores_of(inputs, f"batch {position}"), torch.as_tensor(labels)
+        if not isinstance(outputs, Tensor) or outputs.ndim != 2 or outputs.shape[:1] != labels.shape:
+            shape = list(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+            raise DataError(
+                f"batch {position}: outputs {shape} and labels {list(labels.shape)} do not give an accuracy; "
+                "it needs outputs (batch, classes) and labels (batch,)"
+            )
+        correct += int((outputs.argmax(dim=1) == labels.to(outputs.device)).sum())
+        total += len(labels)
     if not total:
         raise DataError("the data for the accuracy is empty; give at least one batch")
     return Accuracy(correct=correct, total=total)
 
 
-def _check(rounds: int, threads: int) -> None:
+def _require_enough(rounds: int, threads: int) -> None:
     if rounds < 5 or threads < 1:
         raise DataError(f"rounds={rounds}, threads={threads}: give at least 5 rounds and 1 thread")
 
 
-def _timed(
-    models: Sequence[nn.Module],
-    beside: Sequence[nn.Module],
-    example: Inputs,
-    *,
-    inputs: Inputs,
-    runtime: str,
-    threads: int,
-    rounds: int,
-    on_model: Callable[[int], object] = lambda _: None,
-) -> list[dict[str, Any]]:
-    """Runtime and times of every model in turn, in rounds with what stands `beside` it, which is made ready once."""
-    known = {"runtime": require_runtime(runtime, threads=threads), "threads": threads}
-    for model in (*models, *beside):
-        require_repeatable(model, example)
-    timed = []
-    with ExitStack() as stack:
-
-        def ready(model: nn.Module) -> Session:
-            return prepare(model, inputs, runtime=runtime, threads=threads, checked=True)
-
-        others = [stack.enter_context(ready(model)) for model in beside]
-        for position, model in enumerate(models):
-            on_model(position)
-            with ready(model) as own:
-                timings = interleaved([session.timer() for session in (own, *others)], rounds=rounds)
-            timed.append(known | _figures(timings))
-    return timed
+def _counted(models: Sequence[nn.Module], inputs: Inputs, reference: nn.Module | None) -> list[Measurement]:
+    """The models without their times; with a reference also the ratios."""
+    dense = None if reference is None else count(reference, inputs)
+    counted = [count(model, inputs) for model in models]
+    return counted if dense is None else [own.against(dense) for own in counted]
 
 
 def _figures(timings: Sequence[Sequence[Timing]]) -> dict[str, Any]:
-    own = timings[0]
+    own, *references = timings
     cpu = [timing.cpu for timing in own if timing.cpu is not None]
     figures: dict[str, Any] = {
         "latency_ms": statistics.median(timing.wall for timing in own) * 1e3,
         "cpu_ms": statistics.median(cpu) * 1e3 if len(cpu) == len(own) else None,
     }
-    if len(timings) > 1:
-        comparison = compare(own, timings[1])
-        figures["reference_ms"] = statistics.median(timing.wall for timing in timings[1]) * 1e3
-        figures |= {"speedup": comparison.ratio, "drift": comparison.drift}
+    for reference in references:
+        comparison, reference_ms = compare(own, reference), statistics.median(timing.wall for timing in reference) * 1e3
+        figures |= {"reference_ms": reference_ms, "speedup": comparison.ratio, "drift": comparison.drift}
     return figures

@@ -2,7 +2,9 @@
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -28,55 +30,47 @@ class Entry(Frozen):
     fingerprint: str
     rest: int
     shape: LayerSignature
-    variants: tuple[tuple[str, tuple[int, ...]], ...]
-    ms: tuple[float, ...]
+    variants: tuple[Variant, ...]
+    ms: tuple[float, ...] = ()
 
 
+@dataclass(frozen=True)
 class TimingCache:
-    """A folder of entries. One that was named must be writable; without the default one times are only not kept."""
+    """A folder of entries, for one machine and runtime, and so many numbers read between two passes.
 
-    def __init__(self, folder: Path | str | None, fingerprint: str, rest: int) -> None:
-        self._named = folder is not None
-        self._folder = cache_folder(folder)
-        self._fingerprint, self._rest = fingerprint, rest
+    A folder that was named must be writable; without the default one times are only not kept.
+    """
 
-    def find(self, signature: LayerSignature, variants: Sequence[Variant]) -> tuple[float, ...] | None:
-        """The times that were kept; None where there are none, or the file is not what it should be."""
-        blank = self._entry(signature, variants, ())
-        try:
-            path = self._path(blank)
-            entry = parse(Entry, read_text(path), origin=str(path))
-        except FileError:
-            return None
-        whole = len(entry.ms) == len(variants) + 1 and min(entry.ms) > 0
-        return entry.ms if whole and entry.model_copy(update={"ms": ()}) == blank else None
+    folder: Path | str | None
+    fingerprint: str
+    rest: int
 
-    def keep(self, signature: LayerSignature, variants: Sequence[Variant], ms: tuple[float, ...]) -> None:
-        """Write an entry, wholly or not at all.
+    def times(
+        self, signature: LayerSignature, variants: Sequence[Variant], measure: Callable[[], tuple[float, ...]]
+    ) -> tuple[float, ...]:
+        """The times on disk; where there are none, or the file is not what it should be, they are measured and written.
 
         Raises:
             FileError: a folder that was named cannot be written.
         """
-        entry = self._entry(signature, variants, ms)
+        blank = Entry(fingerprint=self.fingerprint, rest=self.rest, shape=signature, variants=tuple(variants))
+        key = hashlib.sha256(blank.model_dump_json().encode()).hexdigest()[:32]
+        path = cache_folder(self.folder) / f"{key}.json"
+        with suppress(FileError):
+            entry = parse(Entry, read_text(path), origin=str(path))
+            whole = len(entry.ms) == len(variants) + 1 and min(entry.ms) > 0
+            if whole and entry.model_copy(update={"ms": ()}) == blank:
+                return entry.ms
+        ms = measure()
         try:
-            write_text(self._path(entry), entry.model_dump_json(indent=1) + "\n")
+            write_text(path, blank.model_copy(update={"ms": ms}).model_dump_json(indent=1) + "\n")
         except FileError:
-            if self._named:
+            if self.folder is not None:
                 raise
-
-    def _entry(self, signature: LayerSignature, variants: Sequence[Variant], ms: tuple[float, ...]) -> Entry:
-        named = tuple((variant.form, variant.ranks) for variant in variants)
-        return Entry(fingerprint=self._fingerprint, rest=self._rest, shape=signature, variants=named, ms=ms)
-
-    def _path(self, entry: Entry) -> Path:
-        key = entry.model_copy(update={"ms": ()}).model_dump_json()
-        return self._folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
+        return ms
 
 
 def cache_folder(folder: Path | str | None = None) -> Path:
     """Where the times of layers lie: `folder`, else $SPECTRIM_LATENCY, else the platform's user cache."""
-    if folder is not None:
-        return Path(folder).expanduser()
-    if named := os.environ.get("SPECTRIM_LATENCY"):
-        return Path(named).expanduser()
-    return platformdirs.user_cache_path("spectrim") / "latency"
+    named = folder or os.environ.get("SPECTRIM_LATENCY")
+    return Path(named).expanduser() if named else platformdirs.user_cache_path("spectrim") / "latency"

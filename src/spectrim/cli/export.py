@@ -18,12 +18,12 @@ from spectrim.reporting.tables import Column, Listing, listing
 from spectrim.runtimes.sessions import RUNTIMES, RuntimeName, require_runtime
 
 Format = Literal["onnx", "program", "openvino"]
-_FORMATS: Mapping[Format, tuple[str, Callable[..., Exported], RuntimeName]] = {
+_FORMATS: Mapping[Format, tuple[str, Callable[..., Exported], RuntimeName | None]] = {
     "onnx": (".onnx", export_onnx, "onnxruntime"),
-    "program": (".pt2", export_program, "torch"),
+    "program": (".pt2", export_program, None),
     "openvino": (".xml", export_openvino, "openvino"),
 }
-"""Ending, writer, and the runtime that is timed by default."""
+"""Ending, writer, and the runtime that is timed by default; a torch program is timed in torch only."""
 _file, _padding = (partial(typer.Option, rich_help_panel=panel) for panel in ("The file", "Padding"))
 
 
@@ -108,7 +108,10 @@ def export_network(
     weights = [target.file.with_suffix(".bin").name] if name == "openvino" else []
     files: OutputFiles = dict.fromkeys([target.file.name, *weights], (is_exported, ""))
     if padding.runtime:
-        runtime = require_runtime(padding.runtime, threads=threads)
+        require_runtime(padding.runtime, threads=threads)
+        if runtime is None and padding.runtime != "torch":
+            raise typer.BadParameter(f"--runtime {padding.runtime}: a torch program is timed in torch")
+        runtime = runtime and padding.runtime
     with stages() as progress, outputs(target.file.parent, files) as folder:
         network = load_source(source, progress)
         progress.begin(f"export to {name}" + (", and compare with torch" if target.check else ""))
@@ -120,8 +123,8 @@ def export_network(
             pad=pad,
             check=target.check,
             tolerance=target.tolerance,
-            runtime=runtime,
             threads=threads,
+            **({"runtime": runtime} if runtime else {}),
         )
     show(_table(exported), _padding_result(exported) if pad == "auto" else None)
     show_files(target.file.parent, files)

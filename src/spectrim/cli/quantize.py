@@ -135,7 +135,7 @@ def _compare(
 def _show(record: Bits, untested: str | None) -> None:
     show(
         _listing(record),
-        f"Still float32: {', '.join(record.quantised.left)}." if record.quantised.left else None,
+        f"Still float32: {', '.join(record.quantised.float32)}." if record.quantised.float32 else None,
         *(record.table.verdicts if record.table else ()),
         None if untested is None else f"Accuracy not measured: {untested}.",
     )

@@ -1,8 +1,7 @@
 """A network as a file that other programs run: ONNX, a torch program, OpenVINO; compared with torch before it stays."""
 
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Mapping
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +10,7 @@ import torch
 from torch import nn
 
 from spectrim.core.errors import FileError, RuleError
-from spectrim.core.execution import Inputs, as_inputs
+from spectrim.core.execution import as_inputs
 from spectrim.core.files import Frozen, write_atomically
 from spectrim.export.checks import Check, Reference
 from spectrim.export.files import (
@@ -27,18 +26,10 @@ from spectrim.export.files import (
 )
 from spectrim.layers.factored import low_rank_layers
 from spectrim.layers.padding import padded
-from spectrim.runtimes.conversion import (
-    OPSET,
-    optional,
-    quiet,
-    require_onnx,
-    to_onnx,
-    to_openvino,
-    to_program,
-)
+from spectrim.runtimes.conversion import OPSET, optional, quiet, require_onnx, to_onnx, to_openvino, to_program
 from spectrim.runtimes.rank_grid import probe
-from spectrim.runtimes.sessions import RuntimeName, prepare, require_runtime
-from spectrim.runtimes.timing import Interval, compare, interleaved
+from spectrim.runtimes.sessions import require_runtime, timed_together
+from spectrim.runtimes.timing import Interval, compare
 
 __all__ = ["Check", "Exported", "Pad", "Port", "export_onnx", "export_openvino", "export_program", "is_exported"]
 
@@ -113,8 +104,8 @@ def export_onnx(
     if check:
         optional("onnxruntime", extra="onnx")
     reference = Reference(model, as_inputs(example_inputs), dynamic_batch, tolerance)
-    export = _padded(reference, pad, runtime=runtime, threads=threads)
-    proto = to_onnx(export.model, reference.inputs, dynamic_batch=dynamic_batch)
+    network, exported = _padded(reference, pad, runtime=runtime, threads=threads)
+    proto = to_onnx(network, reference.inputs, dynamic_batch=dynamic_batch)
     sign(proto, metadata or {})
     inputs, outputs = ports_of_onnx(proto)
     checks: list[Check] = []
@@ -125,7 +116,8 @@ def export_onnx(
             checks.append(reference.check_file(part, inputs, runtime="onnxruntime"))
 
     written = write_atomically(target_of(path, "model.onnx"), write)
-    return export.result((written,), opset=OPSET, inputs=inputs, outputs=outputs, checks=checks)
+    size, result = written.stat().st_size, next(iter(checks), None)
+    return exported(path=written, bytes=size, opset=OPSET, inputs=inputs, outputs=outputs, check=result)
 
 
 def export_program(
@@ -137,7 +129,6 @@ def export_program(
     pad: Pad = None,
     check: bool = True,
     tolerance: float = 1e-4,
-    runtime: str = "torch",
     threads: int = 1,
 ) -> Exported:
     """Write the model in evaluation mode as a torch program (`torch.export.save`, a .pt2 file), compared before that.
@@ -145,24 +136,13 @@ def export_program(
     `torch.export.load(path).module()` runs it. Spectrim never loads such a file itself: parts of it may be pickled, and
     can then run code when they are loaded. Load only files that you trust.
 
-    Args:
-        model: The model; it stays as it is.
-        path: The file; an existing folder stands for `model.pt2` in it. An older file is replaced.
-        example_inputs: As for `export_onnx`, like the other arguments; they are not written to the file.
-        dynamic_batch: Leave the batch size open.
-        pad: Zero-pad the ranks of factored layers to a multiple.
-        check: Compare the program that is then written.
-        tolerance: Largest difference allowed.
-        runtime: Where `pad="auto"` takes its times, with so many `threads`.
-        threads: See `runtime`.
-
-    Raises:
-        ModelError, EngineError, RuleError, FileError: as `export_onnx`.
+    Arguments and errors are those of `export_onnx`. In an existing folder the file is `model.pt2`, the example is not
+    written to it, and `pad="auto"` takes its times in torch.
     """
     reference = Reference(model, as_inputs(example_inputs), dynamic_batch, tolerance)
-    export = _padded(reference, pad, runtime=runtime, threads=threads)
-    program = without_traces(to_program(export.model, reference.inputs, dynamic_batch=dynamic_batch))
-    checks = [reference.check_program(program)] if check else []
+    network, exported = _padded(reference, pad, runtime="torch", threads=threads)
+    program = without_traces(to_program(network, reference.inputs, dynamic_batch=dynamic_batch))
+    result = reference.check_program(program) if check else None
 
     def write(part: Path) -> None:
         with quiet(), part.open("wb") as opened:
@@ -170,7 +150,7 @@ def export_program(
 
     written = write_atomically(target_of(path, "model.pt2"), write)
     inputs, outputs = ports_of_program(program)
-    return export.result((written,), inputs=inputs, outputs=outputs, checks=checks)
+    return exported(path=written, bytes=written.stat().st_size, inputs=inputs, outputs=outputs, check=result)
 
 
 def export_openvino(
@@ -187,17 +167,8 @@ def export_openvino(
 ) -> Exported:
     """Write the model in evaluation mode as OpenVINO IR: `path`, and its weights, uncompressed, beside it in a .bin.
 
-    Args:
-        model: The model; it stays as it is.
-        path: The file, which ends in .xml; an existing folder stands for `model.xml` in it. An older pair is replaced,
-            once the new one has passed the check.
-        example_inputs: As for `export_onnx`, like the other arguments.
-        dynamic_batch: Leave the batch size open.
-        pad: Zero-pad the ranks of factored layers to a multiple.
-        check: Compare in OpenVINO on the CPU in float32.
-        tolerance: Largest difference allowed.
-        runtime: Where `pad="auto"` takes its times, with so many `threads`.
-        threads: See `runtime`.
+    Arguments are those of `export_onnx`. In an existing folder the file is `model.xml`; it is checked in OpenVINO on
+    the CPU in float32, and an older pair is replaced once the new one has passed.
 
     Raises:
         ModelError, EngineError, RuleError, FileError: as `export_onnx`, and for a path that does not end in .xml.
@@ -209,8 +180,8 @@ def export_openvino(
     if target.suffix != ".xml":
         raise FileError(f"{target} must end in .xml; the weights go beside it, into {target.with_suffix('.bin').name}")
     reference = Reference(model, as_inputs(example_inputs), dynamic_batch, tolerance)
-    export = _padded(reference, pad, runtime=runtime, threads=threads)
-    proto = to_onnx(export.model, reference.inputs, dynamic_batch=dynamic_batch)
+    network, exported = _padded(reference, pad, runtime=runtime, threads=threads)
+    proto = to_onnx(network, reference.inputs, dynamic_batch=dynamic_batch)
     converted = to_openvino(proto)
     converted.set_rt_info(version("spectrim"), [MARK, "version"])
     inputs, outputs = ports_of_onnx(proto)
@@ -223,64 +194,30 @@ def export_openvino(
         if check:
             checks.append(reference.check_file(part, inputs, runtime="openvino"))
 
-    written = write_together((target.with_suffix(".bin"), target), write)
+    weights, written = write_together((target.with_suffix(".bin"), target), write)
     used = {name for port in converted.inputs for name in port.names}  # it drops those that nothing depends on
     taken = tuple(port for port in inputs if port.name in used)
-    return export.result(written[::-1], inputs=taken, outputs=outputs, checks=checks)
+    size, result = written.stat().st_size + weights.stat().st_size, next(iter(checks), None)
+    return exported(path=written, bytes=size, inputs=taken, outputs=outputs, check=result)
 
 
-@dataclass(frozen=True)
-class _Export:
-    """The model as it is written, and what padding did."""
-
-    model: nn.Module
-    padded: int | None = None
-    speedup: Interval | None = None
-
-    def result(
-        self,
-        files: Sequence[Path],
-        *,
-        inputs: tuple[Port, ...],
-        outputs: tuple[Port, ...],
-        checks: Sequence[Check],
-        opset: int | None = None,
-    ) -> Exported:
-        """For the caller."""
-        return Exported(
-            path=files[0],
-            bytes=sum(file.stat().st_size for file in files),
-            opset=opset,
-            inputs=inputs,
-            outputs=outputs,
-            padded=self.padded,
-            padding_speedup=self.speedup,
-            check=checks[0] if checks else None,
-        )
-
-
-def _padded(reference: Reference, pad: Pad, *, runtime: str, threads: int) -> _Export:
-    """The model, padded as asked; with `auto` only where the times show a gain."""
-    model, inputs = reference.model, reference.inputs
+def _padded(reference: Reference, pad: Pad, *, runtime: str, threads: int) -> tuple[nn.Module, partial[Exported]]:
+    """The model, padded as asked (with `auto` only where that is faster), and the start of the result."""
+    model = reference.model
     if isinstance(pad, str) and pad != "auto":
         raise RuleError(f"pad={pad!r}: give a number, 'auto' or None")
     if pad is None:
-        return _Export(model)
+        return model, partial(Exported)
     if pad != "auto":
-        return _Export(padded(model, pad), padded=pad)
-    name = require_runtime(runtime, threads=threads)
+        return padded(model, pad), partial(Exported, padded=pad)
+    chosen = require_runtime(runtime, threads=threads)
     ranks = [rank for layer in low_rank_layers(model).values() for rank in layer.ranks]
-    multiple = probe(runtime=name, threads=threads, batch=reference.batch).multiple if ranks else 1
+    multiple = probe(runtime=runtime, threads=threads, batch=reference.batch).multiple if ranks else 1
     if all(rank % multiple == 0 for rank in ranks):
-        return _Export(model)
+        return model, partial(Exported)
     wide = padded(model, multiple)
-    speedup = _gain(model, wide, inputs, runtime=name, threads=threads)
-    return _Export(wide, multiple, speedup) if speedup.low > 1 else _Export(model, speedup=speedup)
-
-
-def _gain(model: nn.Module, wide: nn.Module, inputs: Inputs, *, runtime: RuntimeName, threads: int) -> Interval:
-    """Time of the model over time of the padded one."""
-    with ExitStack() as stack:
-        sessions = [stack.enter_context(prepare(m, inputs, runtime=runtime, threads=threads)) for m in (wide, model)]
-        own, reference = interleaved([session.timer() for session in sessions], rounds=_ROUNDS)
-    return compare(own, reference).ratio
+    sessions = (chosen.prepare(network, reference.inputs) for network in (wide, model))
+    speedup = compare(*timed_together(sessions, rounds=_ROUNDS)).ratio
+    if speedup.low > 1:
+        return wide, partial(Exported, padded=multiple, padding_speedup=speedup)
+    return model, partial(Exported, padding_speedup=speedup)

@@ -1,8 +1,7 @@
 """Comparing an exported network with torch, on the example and on random inputs."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -13,14 +12,16 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from spectrim.core.errors import EngineError, ModelError, RuleError, SpectrimError
+from spectrim.core.errors import EngineError, RuleError
 from spectrim.core.execution import Inputs, call, evaluating, require_repeatable
 from spectrim.core.files import Frozen
 from spectrim.core.nested import tensors
 from spectrim.export.files import Port
 from spectrim.runtimes.conversion import batch_size, graph_inputs, has_batch, quiet
 from spectrim.runtimes.engines import array_of, load_engine
-from spectrim.runtimes.faults import first_line
+from spectrim.runtimes.faults import raised_as
+
+_failing = partial(raised_as, EngineError, advice="; check=False writes it nevertheless")
 
 _RANDOM = 2
 """Random inputs of the example's batch size that a check takes, beside the example itself."""
@@ -63,10 +64,7 @@ class Reference:
     @property
     def batch(self) -> int:
         """The batch size of the example; 1 for inputs without a first dimension."""
-        try:
-            return batch_size(self.inputs)
-        except ModelError:
-            return 1
+        return self.inputs.samples or 1
 
     def check_file(self, path: Path, ports: Sequence[Port], *, runtime: str) -> Check:
         """Run a file in ONNX Runtime or OpenVINO in float32; `ports` are all its inputs, also unused ones.
@@ -76,7 +74,7 @@ class Reference:
             EngineError: the exported network cannot be run, or differs by more than the tolerance.
         """
         name = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}[runtime]
-        with _failing_as(name):
+        with _failing(f"{name} cannot run the exported network"), quiet():
             engine = load_engine(path, runtime=runtime, threads=torch.get_num_threads())
 
         def run(inputs: Inputs) -> list[Tensor]:
@@ -103,7 +101,7 @@ class Reference:
         for size, case in cases:
             with evaluating(self.model):
                 expected = list(tensors(call(self.model, case, what="random inputs", hint=" Use check=False?")))
-            with _failing_as(runtime):
+            with _failing(f"{runtime} cannot run the exported network"), quiet():
                 outputs = run(case)
             difference = _difference(expected, outputs)
             if difference > self.tolerance:
@@ -173,17 +171,3 @@ def _relative_difference(expected: Tensor, output: Tensor) -> float:
     distance = torch.where(same, 0.0, (expected - output).abs()).nan_to_num(math.inf, math.inf).max()
     scale = expected.abs().nan_to_num(0.0, 0.0).max()
     return float(distance / scale) if scale > 0 else math.inf if distance > 0 else 0.0
-
-
-@contextmanager
-def _failing_as(runtime: str) -> Iterator[None]:
-    try:
-        with quiet():
-            yield
-    except SpectrimError:
-        raise
-    except Exception as error:
-        reason = first_line(error)
-        raise EngineError(
-            f"{runtime} cannot run the exported network: {reason}; check=False writes it nevertheless"
-        ) from error

@@ -18,8 +18,8 @@ CallHook = Callable[[str, nn.Module, Tensor, Tensor], None]
 
 def typed_layers(model: nn.Module) -> dict[str, LayerType]:
     """The layers that hold a matrix, by their first name."""
-    found = ((name, find_layer_type(module)) for name, module in model.named_modules())
-    return {name: kind for name, kind in found if kind is not None}
+    types = ((name, find_layer_type(module)) for name, module in model.named_modules())
+    return {name: kind for name, kind in types if kind is not None}
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -102,7 +103,7 @@ class Candidates:
         metric: In what the losses count.
         forms: Those that may be taken.
         multiple: What divides the ranks, but full ones and what a table holds below it.
-        latencies: The times of the layers, if the latency is limited. What is slower than the dense layer is none.
+        latencies: The times of the layers, if the latency is limited. Factors slower than the dense layer are left out.
     """
 
     analysis: Analysis
@@ -150,26 +151,18 @@ class Candidates:
     @property
     def outside(self) -> int:
         """What it costs besides the layers of the analysis; below 0 where the times of single layers add up to more."""
-        if self.cost == "latency":
-            return self.whole - sum(self._dense(layer) for layer in self.analysis)
-        return self.analysis.outside(self.cost)
+        return self.whole - sum(self._dense(layer) for layer in self.analysis)
 
     def rule(self, share: float) -> Budget:
         """The budget of this share."""
-        match self.cost:
-            case "macs":
-                return Budget(macs=share)
-            case "params":
-                return Budget(params=share)
-            case "bytes":
-                return Budget(bytes=share)
-        table = self.latencies
-        assert table is not None
-        return Budget(latency=share, runtime=table.runtime, batch=table.batch, threads=table.threads)
+        limits: dict[str, Any] = {self.cost: share}
+        if self.latencies is not None:
+            limits |= self.latencies.model_dump(include={"runtime", "batch", "threads"})
+        return Budget(**limits)
 
     @cached_property
     def cheapest(self) -> dict[str, int]:
-        """What the smallest factors of each layer cost, by name; told by shapes and times, nothing is decomposed."""
+        """What the smallest factors of each layer cost, by name, from shapes and times; nothing is decomposed."""
         cheapest = {}
         for layer in self.analysis:
             each = (self._usable(layer, layer.rank_costs(form, self.metric))[1] for form in self._possible(layer))
@@ -283,17 +276,10 @@ class Candidates:
         return Plan(rule=rule, metric=self.metric, layers=tuple(layers), rank_multiple=multiple, latency=note)
 
     def _note(self, cost: int) -> LatencyNote | None:
-        table = self.latencies
-        if table is None:
+        if self.latencies is None:
             return None
-        return LatencyNote(
-            runtime=table.runtime,
-            threads=table.threads,
-            batch=table.batch,
-            fingerprint=table.fingerprint,
-            dense_ms=table.network_ms,
-            predicted=cost / self.whole,
-        )
+        setting = self.latencies.model_dump(include={"runtime", "threads", "batch", "fingerprint"})
+        return LatencyNote(**setting, dense_ms=self.latencies.network_ms, predicted=cost / self.whole)
 
     def _share(self, item: KnapsackItem, option: int) -> str:
         share = item.costs[option] / max(1, item.costs[0])

@@ -14,15 +14,7 @@ from spectrim.runtimes.rank_grid import Grid, multiple_of
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """What a caller may say of a plan besides the rule; see `st.plan` for each.
-
-    Attributes:
-        metric: In what errors count.
-        forms: Names of the forms that may be used.
-        rank_multiple: What divides the ranks.
-        allow_growth: Whether layers may grow.
-        latencies: Of a budget of latency: the times of the layers.
-    """
+    """What a caller may say of a plan besides the rule: the arguments of `st.plan`."""
 
     metric: Metric | None = None
     forms: Sequence[str] | str | None = None
@@ -37,7 +29,7 @@ class PlanOptions:
 
     @property
     def step(self) -> int:
-        """The number that ranks must be multiples of; raises `RuleError` for what is none."""
+        """The number that ranks must be multiples of; raises `RuleError` for anything else."""
         if self.rank_multiple == "auto":
             raise RuleError(
                 "rank_multiple='auto' has to probe the hardware, which a plan does not: "

@@ -81,11 +81,8 @@ def _full_ranks(analysis: Analysis, forms: Sequence[str], metric: Metric) -> dic
 def require_possible(analysis: Analysis, rule: Rule, options: PlanOptions, *, metric: Metric) -> None:
     """Check a rule against the shapes of the layers, before they are decomposed, and before any data are run.
 
-    Args:
-        analysis: From `st.analyze`, with or without a calibration.
-        rule: As for `plan`. Nothing is known of a budget of latency.
-        options: Those of the plan.
-        metric: The one that the plan is to be made in; all but `plain` give every layer a bias.
+    The plan is to be made in `metric`: all but `plain` give every layer a bias. A budget of latency is not checked,
+    since nothing has been timed yet.
 
     Raises:
         RuleError: not a rule, a rank above the full rank of a layer, or a budget below what is reachable; says what is.
@@ -101,13 +98,10 @@ def require_possible(analysis: Analysis, rule: Rule, options: PlanOptions, *, me
 
 def candidates_of(analysis: Analysis, rule: Budget, options: PlanOptions) -> Candidates:
     """Every candidate of every layer under a budget; raises as `plan` does."""
-    latencies = options.latencies
-    timed_in = None if latencies is None else (latencies.runtime, latencies.batch, latencies.threads)
-    if rule.limits == "latency" and timed_in not in (None, (rule.runtime, rule.batch, rule.threads)):
-        assert latencies is not None
-        other = Budget(latency=rule.share, runtime=latencies.runtime, batch=latencies.batch, threads=latencies.threads)
-        raise RuleError(f"the latency table is for {other}, and the rule is {rule}; make a table for that")
-    return Candidates.of(analysis, rule.limits, options)
+    candidates = Candidates.of(analysis, rule.limits, options)
+    if (timed := candidates.rule(rule.share)) != rule:
+        raise RuleError(f"the latency table is for {timed}, and the rule is {rule}; make a table for that")
+    return candidates
 
 
 def refresh(edited: Plan, analysis: Analysis) -> Plan:

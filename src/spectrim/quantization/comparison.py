@@ -1,8 +1,8 @@
 """Dense, dense + quantised, low rank, low rank + quantised, side by side."""
 
 import re
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,8 +14,8 @@ from spectrim.core.errors import DataError
 from spectrim.core.files import Frozen
 from spectrim.quantization.evaluation import require_quantizer
 from spectrim.quantization.schemes import Graph, Scheme, Source, require_scheme
-from spectrim.runtimes.sessions import from_onnx, require_runtime
-from spectrim.runtimes.timing import Comparison, Interval, Timing, compare, interleaved
+from spectrim.runtimes.sessions import require_runtime, timed_together
+from spectrim.runtimes.timing import Comparison, Interval, Timing, compare
 
 Network = Literal["dense", "low rank"]
 _ALIKE = 0.02
@@ -155,12 +155,10 @@ def compare_quantized(
 
 def _schemes(schemes: Sequence[Scheme] | None, *, has_data: bool) -> tuple[Scheme, ...]:
     usual: tuple[Scheme, ...] = ("int8-weights", "int8-static" if has_data else "int8-dynamic")
-    chosen = tuple(dict.fromkeys(map(require_scheme, usual if schemes is None else schemes)))
-    if not chosen:
+    asked = usual if schemes is None else schemes
+    if not asked:
         raise DataError("schemes is empty; name at least one, such as int8-weights")
-    if "int8-static" in chosen and not has_data:
-        raise DataError("int8-static takes the ranges of activations from data; pass data=, or leave this scheme out")
-    return chosen
+    return tuple(dict.fromkeys(require_scheme(scheme, has_data=has_data) for scheme in asked))
 
 
 def _row(
@@ -183,20 +181,18 @@ def _row(
 
 def _timed(rows: Sequence[QuantizedRow], graphs: Sequence[Graph], *, threads: int, rounds: int) -> list[QuantizedRow]:
     """The rows with their times."""
-    with ExitStack() as stack:
-        sessions = [
-            stack.enter_context(from_onnx(graph.proto, graph.source.example, runtime=row.runtime, threads=threads))
-            for row, graph in zip(rows, graphs, strict=True)
-        ]
-        series = interleaved([session.timer() for session in sessions], rounds=rounds, patience=60.0)
+    sessions = (
+        require_runtime(row.runtime, threads=threads).from_onnx(graph.proto, graph.source.example)
+        for row, graph in zip(rows, graphs, strict=True)
+    )
+    series = timed_together(sessions, rounds=rounds, patience=60.0)
     timings = {(row.network, row.scheme): own for row, own in zip(rows, series, strict=True)}
     return [row.model_copy(update=_times(row, timings)) for row in rows]
 
 
 def _times(row: QuantizedRow, timings: Mapping[tuple[Network, Scheme | None], Sequence[Timing]]) -> dict[str, object]:
     own = timings[row.network, row.scheme]
-    walls = sorted(timing.wall for timing in own)
-    times: dict[str, object] = {"latency_ms": 1e3 * walls[len(walls) // 2]}
+    times: dict[str, object] = {"latency_ms": 1e3 * statistics.median(timing.wall for timing in own)}
     if (row.network, row.scheme) != ("dense", None):
         times["against_dense"] = compare(own, timings["dense", None])
     if row.network == "low rank" and row.scheme is not None:

@@ -9,12 +9,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from spectrim.benchmark.measurement import Accuracy
+from spectrim.benchmark.measurement import Accuracy, top1
 from spectrim.core.errors import DataError, EngineError, FileError, ModelError
-from spectrim.core.execution import Inputs, as_inputs, split_labels
+from spectrim.core.execution import Inputs, as_inputs
 from spectrim.runtimes.conversion import optional, require_onnx
 from spectrim.runtimes.engines import Arrays, Engine, array_of, input_names, load_engine
-from spectrim.runtimes.faults import first_line
+from spectrim.runtimes.faults import raised_as, root_reason
 from spectrim.runtimes.sessions import require_runtime
 
 if TYPE_CHECKING:
@@ -53,25 +53,19 @@ def feed_of(proto: "onnx.ModelProto", flatten: Callable[[Inputs], Iterable[Tenso
 def engine(proto: "onnx.ModelProto", *, runtime: str = "onnxruntime", threads: int | None = None) -> Engine:
     """A function that runs the model in a runtime that reads ONNX, by default with as many threads as torch.
 
-    Raises as `require_runtime`, and `EngineError` where the runtime cannot load the model.
+    Raises as `require_runtime`, and `EngineError` or `ModelError` where the runtime cannot load the model.
     """
     number = threads or torch.get_num_threads()
-    name = require_runtime(runtime, threads=number, reads_onnx=True)
-    try:
-        return load_engine(proto, runtime=name, threads=number)
-    except EngineError:
-        raise
-    except Exception as error:
-        raise EngineError(f"{name} cannot load the model: {first_line(error)}") from error
+    require_runtime(runtime, threads=number, reads_onnx=True)
+    with raised_as(EngineError, f"{runtime} cannot load the model"):
+        return load_engine(proto, runtime=runtime, threads=number)
 
 
 def outputs_of(run: Engine, arrays: Arrays, *, what: str) -> list[NDArray[Any]]:
     """The outputs for one batch. Raises `DataError` where the runtime cannot run the batch."""
-    try:
+    shapes = ", ".join(f"{name} {array.dtype} {list(array.shape)}" for name, array in arrays.items())
+    with raised_as(DataError, f"{what} ({shapes}) cannot be run by the quantised network"):
         return run(arrays)
-    except Exception as error:
-        shapes = ", ".join(f"{name} {array.dtype} {list(array.shape)}" for name, array in arrays.items())
-        raise DataError(f"{what} ({shapes}) cannot be run by the quantised network: {first_line(error)}") from error
 
 
 def difference(quantised: Engine, exact: Engine, batches: Iterable[Arrays]) -> float:
@@ -99,21 +93,11 @@ def accuracy_of(run: Engine, feed: Feed, data: Iterable[Any]) -> Accuracy:
 
     Raises `DataError` for no batches, and for outputs and labels that do not fit together.
     """
-    correct = total = 0
-    for position, batch in enumerate(data):
-        what = f"batch {position}"
-        inputs, targets = split_labels(batch, position=position)
-        scores, labels = outputs_of(run, feed(inputs, what), what=what)[0], torch.as_tensor(targets).cpu().numpy()
-        if scores.ndim != 2 or scores.shape[:1] != labels.shape:
-            raise DataError(
-                f"{what}: outputs {list(scores.shape)} and labels {list(labels.shape)} do not give an accuracy; it "
-                "needs outputs (batch, classes) and labels (batch,)"
-            )
-        correct += int((scores.argmax(axis=1) == labels).sum())
-        total += len(labels)
-    if not total:
-        raise DataError("the data for the accuracy is empty; give at least one batch")
-    return Accuracy(correct=correct, total=total)
+
+    def scores_of(inputs: Inputs, what: str) -> Tensor:
+        return torch.from_numpy(outputs_of(run, feed(inputs, what), what=what)[0])
+
+    return top1(data, scores_of)
 
 
 def onnx_accuracy(
@@ -140,7 +124,7 @@ def onnx_accuracy(
     except OSError as error:
         raise FileError(f"cannot read {path}: {error.strerror or error}") from error
     except Exception as error:
-        raise FileError(f"{path} is not an ONNX model: {first_line(error)}") from error
+        raise FileError(f"{path} is not an ONNX model: {root_reason(error)}") from error
     feed = feed_of(proto, Inputs.tensors)
     return accuracy_of(engine(proto, runtime=runtime, threads=threads), feed, data)
 

@@ -10,11 +10,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from pydantic import Field
+from pydantic import AliasChoices, Field
 from torch import nn
 
 from spectrim.benchmark.measurement import Accuracy
-from spectrim.core.errors import DataError, FileError, ModelError, RuleError, did_you_mean
+from spectrim.core.errors import DataError, FileError, ModelError, RuleError
 from spectrim.core.execution import as_inputs
 from spectrim.core.files import Frozen, write_atomically
 from spectrim.core.plans import Budget
@@ -30,7 +30,7 @@ from spectrim.quantization.evaluation import (
 from spectrim.quantization.graphs import compact, large, store_bf16, store_int8, weights
 from spectrim.runtimes.conversion import graph_inputs, quiet, to_onnx
 from spectrim.runtimes.engines import Arrays
-from spectrim.runtimes.faults import first_line
+from spectrim.runtimes.faults import raised_as, unknown
 
 if TYPE_CHECKING:
     import onnx
@@ -62,7 +62,7 @@ class Quantized(Frozen):
             on the calibration data, or on the example inputs where there are none.
         accuracy: Top-1 on the test data, if they were given.
         quantised: Names of the weights that are stored in fewer bits.
-        left: Names of the constants that are more than a vector and stay float32.
+        float32: Names of the constants that are more than a vector and stay float32. In the file: `left`.
     """
 
     path: Path
@@ -71,7 +71,9 @@ class Quantized(Frozen):
     difference: float
     accuracy: Accuracy | None = None
     quantised: tuple[str, ...]
-    left: tuple[str, ...] = ()
+    float32: tuple[str, ...] = Field(
+        default=(), validation_alias=AliasChoices("float32", "left"), serialization_alias="left"
+    )
 
 
 def quantize(
@@ -116,25 +118,26 @@ def quantize(
         FileError: the file cannot be written.
         DependencyError: onnx, onnxscript or onnxruntime is not installed.
     """
-    target, chosen = Path(path), require_scheme(scheme)
+    target, chosen = Path(path), require_scheme(scheme, has_data=data is not None)
     if target.suffix.lower() != ".onnx" or target.is_dir():
         raise FileError(f"{target} is no name of an ONNX file; give a path that ends in .onnx")
-    if chosen == "int8-static" and data is None:
-        raise DataError(
-            "int8-static takes the ranges of activations from data; pass data= with some hundred inputs, or use "
-            "scheme='int8-weights', which needs none"
-        )
     require_quantizer()
-    source = Source.of(model, example_inputs, data=data, max_batches=max_batches, dynamic_batch=dynamic_batch)
+    batches = None if data is None else islice(data, max_batches)
+    source = Source.of(model, example_inputs, data=batches, dynamic_batch=dynamic_batch)
     return quantized_file(source, chosen, path=target, test=test, weight_range=weight_range)
 
 
-def require_scheme(scheme: str) -> Scheme:
-    """Raises `RuleError` for an unknown scheme."""
-    for known in SCHEMES:
-        if known == scheme:
-            return known
-    raise RuleError(f"scheme {scheme!r} is unknown; {did_you_mean(str(scheme), SCHEMES)}there are {', '.join(SCHEMES)}")
+def require_scheme(scheme: str, *, has_data: bool) -> Scheme:
+    """Raises `RuleError` for an unknown scheme, `DataError` for one that needs data where there are none."""
+    known = next((known for known in SCHEMES if known == scheme), None)
+    if known is None:
+        raise RuleError(unknown("scheme", scheme, SCHEMES))
+    if known == "int8-static" and not has_data:
+        raise DataError(
+            "int8-static takes the ranges of activations from data; pass data= with some hundred inputs, or use "
+            "int8-weights, which needs none"
+        )
+    return known
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,20 +151,14 @@ class Source:
 
     @classmethod
     def of(
-        cls,
-        model: nn.Module,
-        example_inputs: Any,
-        *,
-        data: Iterable[Any] | None,
-        max_batches: int | None = None,
-        dynamic_batch: bool = True,
+        cls, model: nn.Module, example_inputs: Any, *, data: Iterable[Any] | None, dynamic_batch: bool = True
     ) -> "Source":
         """The network's graph with its example and its batches.
 
         Raises `DataError` for no batches or batches that do not fit the network, `ModelError` as `to_onnx`.
         """
         example = as_inputs(example_inputs)
-        inputs = None if data is None else tuple(islice(without_labels(example, data), max_batches))
+        inputs = None if data is None else tuple(without_labels(example, data))
         if inputs is not None and not inputs:
             raise DataError("the calibration data is empty; give at least one batch")
         proto = to_onnx(model, example, dynamic_batch=dynamic_batch)
@@ -226,7 +223,7 @@ def quantized_file(
         difference=distance,
         accuracy=accuracy,
         quantised=graph.quantised,
-        left=graph.float32,
+        float32=graph.float32,
     )
 
 
@@ -241,27 +238,25 @@ def _by_onnxruntime(source: Source, scheme: Scheme, *, reduced: bool) -> "onnx.M
     # without what lies between the layers in networks of norms, whose sums have a wide range
     norms = _NORMS & {node.op_type for node in source.proto.graph.node}
     batches = iter(source.batches)
-    with tempfile.TemporaryDirectory(prefix="spectrim-") as folder, quiet():
+    what, advice = (
+        f"ONNX Runtime cannot quantise this network ({scheme})",
+        "; do the data fit it? scheme='int8-weights' works for most networks",
+    )
+    with tempfile.TemporaryDirectory(prefix="spectrim-") as folder, raised_as(DataError, what, advice=advice), quiet():
         original, folded, quantised = (Path(folder, name) for name in ("float.onnx", "folded.onnx", "int8.onnx"))
         onnx.save(source.proto, original)
-        try:
-            quant_pre_process(original, folded, skip_symbolic_shape=True)
-            if scheme == "int8-dynamic":
-                quantize_dynamic(folded, quantised, op_types_to_quantize=["MatMul", "Gemm"], **shared)
-            else:
-                quantize_static(
-                    folded,
-                    quantised,
-                    SimpleNamespace(get_next=lambda: next(batches, None)),
-                    activation_type=QuantType.QUInt8,  # x86 multiplies unsigned by signed
-                    op_types_to_quantize=[*_STATIC, *(() if norms else _BETWEEN)],
-                    **shared,
-                )
-        except Exception as error:
-            raise DataError(
-                f"ONNX Runtime cannot quantise this network ({scheme}): {first_line(error)}; do the data fit it? "
-                "scheme='int8-weights' works for most networks"
-            ) from error
+        quant_pre_process(original, folded, skip_symbolic_shape=True)
+        if scheme == "int8-dynamic":
+            quantize_dynamic(folded, quantised, op_types_to_quantize=["MatMul", "Gemm"], **shared)
+        else:
+            quantize_static(
+                folded,
+                quantised,
+                SimpleNamespace(get_next=lambda: next(batches, None)),
+                activation_type=QuantType.QUInt8,  # x86 multiplies unsigned by signed
+                op_types_to_quantize=[*_STATIC, *(() if norms else _BETWEEN)],
+                **shared,
+            )
         return onnx.load(quantised)
 
 

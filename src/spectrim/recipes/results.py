@@ -35,9 +35,9 @@ def require_runtimes(names: Sequence[RuntimeName]) -> tuple[RuntimeName, ...]:
     Raises `EngineError` or `DependencyError` for one that was asked for and cannot be had.
     """
     if names:
-        return tuple(require_runtime(name) for name in names)
+        return tuple(require_runtime(name).name for name in names)
     try:
-        return "torch", require_runtime("onnxruntime")
+        return "torch", require_runtime("onnxruntime").name
     except DependencyError:
         return ("torch",)
 

@@ -8,7 +8,6 @@ import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
-from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +16,9 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from spectrim.core.errors import DependencyError, ModelError
-from spectrim.core.execution import Inputs, as_inputs, call, evaluating, on_device_of
+from spectrim.core.execution import Inputs, as_inputs, call, evaluating, on_device_of, temporary
 from spectrim.core.nested import map_tensors, tensors
-from spectrim.runtimes.faults import described, module_at, root_reason
+from spectrim.runtimes.faults import described, module_at, raised_as, root_reason
 
 if TYPE_CHECKING:
     import onnx
@@ -46,10 +45,10 @@ def to_program(model: nn.Module, example_inputs: Any, *, dynamic_batch: bool = T
         ModelError: the model cannot run the inputs, depends on the batch size of the example, or does something that
             cannot be captured; the message names the module.
     """
-    example = _example(model, example_inputs, dynamic_batch=dynamic_batch)
+    inputs, shapes, hint = _example(model, example_inputs, dynamic_batch=dynamic_batch)
     with evaluating(model):
-        call(model, example.inputs, hint=example.hint)
-        return _captured(model, example)
+        call(model, inputs, hint=hint)
+        return _captured(model, inputs, shapes)
 
 
 def to_onnx(model: nn.Module, example_inputs: Any, *, dynamic_batch: bool = True) -> "onnx.ModelProto":
@@ -88,8 +87,7 @@ def to_onnx(model: nn.Module, example_inputs: Any, *, dynamic_batch: bool = True
 
 def graph_inputs(model: nn.Module, example_inputs: Any) -> list[Tensor]:
     """The tensors of one call's inputs, in the order in which the program and the ONNX graph of the model take them."""
-    inputs = _ordered(model, as_inputs(example_inputs))
-    return inputs.tensors()
+    return _ordered(model, as_inputs(example_inputs)).tensors()
 
 
 def _name_ends(graph: Any, program: ExportedProgram) -> None:
@@ -132,11 +130,8 @@ def to_openvino(proto: "onnx.ModelProto") -> "openvino.Model":
     Raises `ModelError` for an operator that OpenVINO does not know, `DependencyError` where it is not installed.
     """
     core = optional("openvino", extra="openvino").Core()
-    try:
-        with quiet():
-            return core.read_model(proto.SerializeToString(), b"")
-    except Exception as error:
-        raise ModelError(f"OpenVINO cannot read the model: {root_reason(error)}; use ONNX Runtime") from error
+    with raised_as(ModelError, "OpenVINO cannot read the model", advice="; use ONNX Runtime"), quiet():
+        return core.read_model(proto.SerializeToString(), b"")
 
 
 def require_onnx() -> None:
@@ -155,19 +150,15 @@ def optional(package: str, *, extra: str) -> ModuleType:
         ) from error
 
 
-@dataclass(frozen=True)
-class _Example:
-    """The inputs as they are captured, their dynamic dimensions by argument, and a hint for the error about them."""
-
-    inputs: Inputs
-    shapes: dict[str, Any] | None
-    hint: str = ""
+_Shapes = dict[str, Any] | None
+"""The open dimensions of every tensor, by argument."""
 
 
-def _example(model: nn.Module, example_inputs: Any, *, dynamic_batch: bool) -> _Example:
+def _example(model: nn.Module, example_inputs: Any, *, dynamic_batch: bool) -> tuple[Inputs, _Shapes, str]:
+    """The inputs as they are captured, their open dimensions, and a hint for the error about them."""
     inputs = on_device_of(model, _ordered(model, as_inputs(example_inputs)))
     if not dynamic_batch:
-        return _Example(inputs, None)
+        return inputs, None, ""
     batch, hint = batch_size(inputs), ""
     if batch == 1:  # the exporter would fix a dimension of 1
         batch = 2
@@ -178,7 +169,7 @@ def _example(model: nn.Module, example_inputs: Any, *, dynamic_batch: bool) -> _
     shapes = map_tensors(
         bound, lambda tensor: {0: dimension} if has_batch(tensor, batch) else None, other=lambda _: None
     )
-    return _Example(inputs, shapes, hint)
+    return inputs, shapes, hint
 
 
 def _bound(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
@@ -213,25 +204,25 @@ def has_batch(tensor: Tensor, batch: int) -> bool:
     return tensor.ndim > 0 and tensor.shape[0] == batch
 
 
-def _captured(model: nn.Module, example: _Example) -> ExportedProgram:
+def _captured(model: nn.Module, inputs: Inputs, shapes: _Shapes) -> ExportedProgram:
     try:
-        return _export(model, example.inputs, example.shapes)
+        return _export(model, inputs, shapes)
     except Exception as error:
         why = f"cannot be exported because of {module_at(model, error)}: {root_reason(error)}"
-        if example.shapes is not None:
+        if shapes is not None:
             with suppress(Exception):  # what cannot be captured with a fixed batch size either has another reason
-                _export(model, example.inputs, None)
-                where = described(model, _first_fixed(model, example))
+                _export(model, inputs, None)
+                where = described(model, _first_fixed(model, inputs, shapes))
                 why = f"does not allow an open batch size, because of {where}: {root_reason(error)}; {_FIXED_BATCH}"
         raise ModelError(f"{type(model).__name__} {why}") from error
 
 
-def _export(model: nn.Module, inputs: Inputs, shapes: dict[str, Any] | None) -> ExportedProgram:
+def _export(model: nn.Module, inputs: Inputs, shapes: _Shapes) -> ExportedProgram:
     with quiet():
         return torch.export.export(model, inputs.args, dict(inputs.kwargs), dynamic_shapes=shapes, strict=False)
 
 
-def _first_fixed(model: nn.Module, example: _Example) -> str | None:
+def _first_fixed(model: nn.Module, inputs: Inputs, shapes: _Shapes) -> str | None:
     """The innermost, earliest module during which the open batch size gets a condition; none if none is found."""
     opened: list[tuple[torch.SymInt, int]] = []
     modules: list[str] = []
@@ -249,14 +240,9 @@ def _first_fixed(model: nn.Module, example: _Example) -> str | None:
 
     handles = [model.register_forward_pre_hook(begin, prepend=True, with_kwargs=True)]
     handles += [module.register_forward_hook(end(name)) for name, module in model.named_modules()]
-    try:
-        _export(model, example.inputs, example.shapes)
-    except Exception:
-        return modules[0] if modules else None
-    finally:
-        for handle in handles:
-            handle.remove()
-    return None
+    with temporary(handles), suppress(Exception):
+        _export(model, inputs, shapes)
+    return next(iter(modules), None)
 
 
 def _conditions(size: torch.SymInt) -> int:
@@ -270,9 +256,8 @@ def quiet() -> Iterator[None]:
     """Without the exporters' warnings, log lines and prints; errors are still raised."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        try:
             yield
-    finally:
-        logging.disable(before)
+        finally:
+            logging.disable(before)

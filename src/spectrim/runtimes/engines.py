@@ -21,7 +21,7 @@ _PRECISIONS = {"openvino": "f32", "openvino-bf16": "bf16"}
 
 
 def input_names(proto: "onnx.ModelProto") -> list[str]:
-    """What must be given to the graph, in its order."""
+    """The inputs that a graph takes, in its order, without its constants."""
     constants = {initializer.name for initializer in proto.graph.initializer}
     return [value.name for value in proto.graph.input if value.name not in constants]
 

@@ -1,9 +1,12 @@
 """What to say of an error of another package: which module was at work, and its reason in one line."""
 
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from torch import fx, nn
+
+from spectrim.core.errors import SpectrimError, did_you_mean
 
 
 def module_at(model: nn.Module, error: BaseException) -> str:
@@ -45,7 +48,17 @@ def root_reason(error: BaseException) -> str:
     return reason.split(". If you're using")[0].rstrip(".")
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, without its full stop; its class if there is no message."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0].rstrip(".") if lines else type(error).__name__
+@contextmanager
+def raised_as(kind: type[SpectrimError], what: str, *, advice: str = "") -> Iterator[None]:
+    """Raise another package's error as one of this `kind`: what failed, the reason in one line, and what to do."""
+    try:
+        yield
+    except SpectrimError:
+        raise
+    except Exception as error:
+        raise kind(f"{what}: {root_reason(error)}{advice}") from error
+
+
+def unknown(what: str, name: object, known: Sequence[str]) -> str:
+    """The message for a name that is not among the known ones, with the nearest of these."""
+    return f"{what} {name!r} is unknown; {did_you_mean(str(name), known)}there are {', '.join(known)}"

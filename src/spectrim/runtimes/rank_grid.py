@@ -7,26 +7,16 @@ staircase. Ranks just below a step give the most for their time.
 import math
 import statistics
 from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from dataclasses import replace
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from spectrim.core.errors import EngineError, RuleError
 from spectrim.core.files import Frozen
 from spectrim.runtimes.conversion import OPSET
-from spectrim.runtimes.sessions import (
-    ONNX_RUNTIMES,
-    RuntimeName,
-    Session,
-    fingerprint,
-    from_onnx,
-    prepare,
-    require_runtime,
-)
-from spectrim.runtimes.timing import interleaved, steady
+from spectrim.runtimes.sessions import Runtime, RuntimeName, Session, fingerprint, require_runtime, timed_together
+from spectrim.runtimes.timing import medians_ms
 
 STEPS = (32, 16, 8)
 """The steps that can be found."""
@@ -69,20 +59,18 @@ def probe(*, runtime: str = "torch", threads: int = 1, batch: int = 1) -> Grid:
         EngineError: an unknown runtime, more threads than cores, or a batch below 1.
         DependencyError: the runtime is not installed.
     """
-    name = require_runtime(runtime, threads=threads)
+    chosen = require_runtime(runtime, threads=threads)
     if batch < 1:
         raise EngineError(f"batch={batch}: give at least 1")
-    with ExitStack() as opened:
-        pairs = [opened.enter_context(_pair(rank, runtime=name, threads=threads, batch=batch)) for rank in RANKS]
-        timings = interleaved([pair.timer() for pair in pairs], rounds=_ROUNDS, patience=_PATIENCE)
-    times = dict(zip(RANKS, (statistics.median(seconds) * 1e3 for seconds in steady(*timings)), strict=True))
+    pairs = (_pair(rank, runtime=chosen, batch=batch) for rank in RANKS)
+    times = dict(zip(RANKS, medians_ms(*timed_together(pairs, rounds=_ROUNDS, patience=_PATIENCE)), strict=True))
     return Grid(
         multiple=step_of(times),
         times=times,
-        runtime=name,
+        runtime=chosen.name,
         threads=threads,
         batch=batch,
-        fingerprint=fingerprint(name, threads=threads),
+        fingerprint=fingerprint(runtime, threads=threads),
     )
 
 
@@ -122,17 +110,17 @@ def step_of(times: Mapping[int, float]) -> int:
     return next((step for step in STEPS if all(share(climbs) < 0.5 for climbs in _climbs(step))), 1)
 
 
-def _pair(rank: int, *, runtime: RuntimeName, threads: int, batch: int) -> Session:
+def _pair(rank: int, *, runtime: Runtime, batch: int) -> Session:
     """A 3x3 convolution to `rank` channels and a 1x1 back; the more images there are, the smaller they are."""
     side = max(7, round(_SIDE / batch**0.5))
-    draw = np.random.default_rng(0)
+    generator = torch.Generator().manual_seed(0)
 
-    def normal(*shape: int) -> NDArray[np.float32]:
-        return draw.standard_normal(shape, dtype=np.float32) / np.float32(math.sqrt(math.prod(shape[1:])))
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator) / math.sqrt(math.prod(shape[1:]))
 
     image = normal(batch, _CHANNELS, side, side)
     down, up = normal(rank, _CHANNELS, 3, 3), normal(_CHANNELS, rank, 1, 1)
-    if runtime in ONNX_RUNTIMES:
+    if runtime.reads_onnx:  # written directly, since an export takes a second
         from onnx import numpy_helper, parser
 
         shape = list(image.shape)
@@ -140,15 +128,14 @@ def _pair(rank: int, *, runtime: RuntimeName, threads: int, batch: int) -> Sessi
             f'<ir_version: 10, opset_import: ["": {OPSET}]> pair (float{shape} x) => (float{shape} y) '
             "{ inner = Conv<pads = [1, 1, 1, 1]>(x, down)  y = Conv(inner, up) }"
         )
-        graph.graph.initializer.extend([numpy_helper.from_array(down, "down"), numpy_helper.from_array(up, "up")])
-        return from_onnx(graph, [image], runtime=runtime, threads=threads)
+        weights = {"down": down, "up": up}.items()
+        graph.graph.initializer.extend(numpy_helper.from_array(weight.numpy(), name) for name, weight in weights)
+        return runtime.from_onnx(graph, [image.numpy()])
     first = nn.utils.skip_init(nn.Conv2d, _CHANNELS, rank, 3, padding=1, bias=False)
     last = nn.utils.skip_init(nn.Conv2d, rank, _CHANNELS, 1, bias=False)
-    for layer, weight in ((first, down), (last, up)):
-        layer.weight.data = torch.from_numpy(weight)
-    same_kernels = "channels_last" if runtime == "compile" else runtime
-    pair = nn.Sequential(first, last)
-    return prepare(pair, torch.from_numpy(image), runtime=same_kernels, threads=threads, checked=True)
+    first.weight.data, last.weight.data = down, up
+    same_kernels = replace(runtime, name="channels_last") if runtime.name == "compile" else runtime
+    return same_kernels.prepare(nn.Sequential(first, last), image, checked=True)
 
 
 def multiple_of(rank_multiple: int | Grid | str | None) -> int | None:

@@ -9,38 +9,25 @@ import os
 import platform
 import shutil
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal, Self, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from spectrim.core.errors import DependencyError, EngineError, ModelError, SpectrimError, did_you_mean
-from spectrim.core.execution import (
-    Inputs,
-    as_inputs,
-    call,
-    device_of,
-    evaluating,
-    on_device_of,
-    require_repeatable,
-)
+from spectrim.core.errors import DependencyError, EngineError, ModelError
+from spectrim.core.execution import Inputs, as_inputs, call, device_of, evaluating, on_device_of, require_repeatable
 from spectrim.core.nested import tensors
 from spectrim.runtimes.conversion import graph_inputs, optional, to_onnx
-from spectrim.runtimes.engines import (
-    Arrays,
-    array_of,
-    input_names,
-    onnxruntime_session,
-    openvino_model,
-)
-from spectrim.runtimes.faults import first_line
-from spectrim.runtimes.timing import Timing, pass_timer
+from spectrim.runtimes.engines import Arrays, array_of, input_names, onnxruntime_session, openvino_model
+from spectrim.runtimes.faults import raised_as, unknown
+from spectrim.runtimes.timing import Timing, interleaved, pass_timer
 
 if TYPE_CHECKING:
     import onnx
@@ -59,17 +46,19 @@ _PACKAGES: Mapping[str, tuple[str, ...]] = MappingProxyType(
 
 
 @dataclass
-class Session:
-    """A network in a runtime, ready to run on the inputs it was prepared with, until it is closed.
+class Session(AbstractContextManager["Session"]):
+    """A network in a runtime, ready to run on the inputs it was prepared with, within its `with` block.
 
-    A context manager. Several may be open at once; they are closed in the opposite order, as `with` and `ExitStack` do.
+    Leaving the block frees it, and puts back the number of threads and the model's flags. Several may be open at once;
+    they are closed in the opposite order, as `with` and `ExitStack` do.
 
     Attributes:
-        run: One forward pass; on a GPU it may still be under way, see `finish`.
+        run: One forward pass; on a GPU it may still be under way afterwards.
         outputs: One forward pass, and every tensor that it gives, on the CPU; shorter floats as float32.
         resources: Closed with it.
         device: Of the network.
         threads: That a pass may use.
+        between: Called before every pass that is timed, and not timed itself.
     """
 
     run: Callable[[], object]
@@ -77,33 +66,93 @@ class Session:
     resources: ExitStack
     device: torch.device
     threads: int
+    between: Callable[[], object] | None = None
 
-    def finish(self) -> None:
-        """Wait until the passes that were begun are done."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-    def timer(self, *, between: Callable[[], object] | None = None) -> Callable[[], Timing]:
-        """Warm up, and give a function that times a pass; processor time too where one thread does the work.
-
-        `between` is called before every pass and not timed.
-        """
+    def timer(self) -> Callable[[], Timing]:
+        """Warm up, and give a function that times a pass; processor time too where one thread does the work."""
+        finish = partial(torch.cuda.synchronize, self.device) if self.device.type == "cuda" else None
         cpu = self.threads == 1 and self.device.type == "cpu"
-        return pass_timer(self.run, finish=self.finish, cpu=cpu, between=between)
+        return pass_timer(self.run, finish=finish, cpu=cpu, between=self.between)
 
-    def close(self) -> None:
-        """Free the session, and put back the number of threads and the model's flags."""
+    def __exit__(self, *error: object) -> None:
         self.run = self.outputs = _closed
         self.resources.close()
 
-    def __enter__(self) -> Self:
-        return self
 
-    def __exit__(self, *error: object) -> None:
-        self.close()
+def timed_together(sessions: Iterable[Session], *, rounds: int, patience: float = 30.0) -> list[list[Timing]]:
+    """Open sessions one after the other, time them in interleaved rounds (see `interleaved`), and close them."""
+    with ExitStack() as stack:
+        timers = [stack.enter_context(session).timer() for session in sessions]
+        return interleaved(timers, rounds=rounds, patience=patience)
 
 
-def require_runtime(name: str, *, threads: int = 1, reads_onnx: bool = False) -> RuntimeName:
+@dataclass(frozen=True)
+class Runtime:
+    """A runtime that can run here, and the threads that one pass may use; see `require_runtime`."""
+
+    name: RuntimeName
+    threads: int = 1
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def reads_onnx(self) -> bool:
+        """Whether it runs ONNX models, and no other."""
+        return self.name in ONNX_RUNTIMES
+
+    def prepare(self, model: nn.Module, example_inputs: Any, *, checked: bool = False) -> Session:
+        """Bring a model into the runtime.
+
+        While it is open, the model is in evaluation mode and gradients are off; closing puts back everything. torch
+        runs the model itself, every other runtime a copy of it. The batch size is that of `example_inputs`. A model
+        that is known to be repeatable is `checked`, which saves two passes.
+
+        Raises:
+            EngineError: a model on a GPU in a runtime for CPUs; a failure of the runtime.
+            DependencyError: a package that the runtime needs is not installed.
+            ModelError: the model cannot run the inputs, changes its output between runs, or cannot be copied or
+                exported.
+        """
+        inputs, device = as_inputs(example_inputs), device_of(model)
+        if self.reads_onnx and device.type != "cpu":
+            raise EngineError(f"{self} is for the CPU, and the model is on {device}; give it a copy that is on the CPU")
+        with ExitStack() as resources:
+            resources.callback(torch.set_num_threads, torch.get_num_threads())
+            torch.set_num_threads(self.threads)
+            resources.enter_context(evaluating(model))
+            if not checked:
+                require_repeatable(model, inputs)
+            if self.reads_onnx:
+                proto, flat = to_onnx(model, inputs, dynamic_batch=False), graph_inputs(model, inputs)
+                if any(tensor.dtype == torch.bfloat16 for tensor in flat):
+                    raise EngineError("an input is bfloat16, which cannot be given to this runtime; give float32")
+                run, outputs = self._engine(proto, [array_of(tensor) for tensor in flat])
+            else:
+                run, outputs = _torch(model, on_device_of(model, inputs), runtime=self.name)
+            return Session(run, outputs, resources.pop_all(), device, self.threads)
+
+    def from_onnx(self, proto: "onnx.ModelProto", arrays: Arrays | Sequence[NDArray[Any]]) -> Session:
+        """Bring an ONNX model into a runtime that reads ONNX, with its inputs in order or by name.
+
+        Raises:
+            EngineError: a model that the runtime cannot run, or that changes its output between runs.
+            ModelError: OpenVINO does not know an operator.
+        """
+        run, outputs = self._engine(proto, arrays)
+        if not all(map(torch.equal, outputs(), outputs())):
+            raise EngineError("two passes of the ONNX model over the same inputs differ; it draws random numbers")
+        return Session(run, outputs, ExitStack(), torch.device("cpu"), self.threads)
+
+    def _engine(self, proto: "onnx.ModelProto", arrays: Arrays | Sequence[NDArray[Any]]) -> "_Runs":
+        named, bind = _by_name(proto, arrays), _onnxruntime if self.name == "onnxruntime" else _openvino
+        with raised_as(EngineError, f"{self} cannot run the model"):
+            run, outputs = bind(proto, named, runtime=self)
+            run()
+        return run, outputs
+
+
+def require_runtime(name: str, *, threads: int = 1, reads_onnx: bool = False) -> Runtime:
     """The runtime of that name, if it can run here with so many threads.
 
     Raises:
@@ -113,8 +162,7 @@ def require_runtime(name: str, *, threads: int = 1, reads_onnx: bool = False) ->
     """
     known = next((runtime for runtime in RUNTIMES if runtime == name), None)
     if known is None:
-        near = did_you_mean(str(name), RUNTIMES)
-        raise EngineError(f"runtime {name!r} is unknown; {near}there are {', '.join(RUNTIMES)}")
+        raise EngineError(unknown("runtime", name, RUNTIMES))
     require_threads(threads)
     for package in _PACKAGES.get(known, ()):
         try:
@@ -126,7 +174,7 @@ def require_runtime(name: str, *, threads: int = 1, reads_onnx: bool = False) ->
             ) from error
     if reads_onnx and known not in ONNX_RUNTIMES:
         raise EngineError(f"{known} does not read ONNX; {', '.join(ONNX_RUNTIMES)} do")
-    return known
+    return Runtime(known, threads)
 
 
 def require_threads(threads: int) -> None:
@@ -137,77 +185,18 @@ def require_threads(threads: int) -> None:
         raise EngineError(f"threads={threads}: this process may use {cores} processor {advice}")
 
 
-def prepare(
-    model: nn.Module, example_inputs: Any, *, runtime: str = "torch", threads: int = 1, checked: bool = False
-) -> Session:
-    """Bring a model into a runtime.
-
-    While it is open, the model is in evaluation mode and gradients are off; closing puts back everything. torch runs
-    the model itself, every other runtime a copy of it.
-
-    Args:
-        model: The model; `onnxruntime` and `openvino` take one on the CPU only.
-        example_inputs: One call's inputs, as for `st.measure`; the batch size is fixed by them.
-        runtime: One of `RUNTIMES`.
-        threads: How many one pass may use.
-        checked: The model is known to be repeatable; saves two passes.
-
-    Raises:
-        EngineError: as `require_runtime`; a model on a GPU in a runtime for CPUs; a failure of the runtime.
-        DependencyError: a package that the runtime needs is not installed.
-        ModelError: the model cannot run the inputs, changes its output between runs, or cannot be copied or exported.
-    """
-    name, inputs, device = require_runtime(runtime, threads=threads), as_inputs(example_inputs), device_of(model)
-    exported = name in ONNX_RUNTIMES
-    if exported and device.type != "cpu":
-        raise EngineError(f"{name} is for the CPU, and the model is on {device}; give it a copy that is on the CPU")
-    with ExitStack() as resources:
-        resources.enter_context(_threads(threads))
-        resources.enter_context(evaluating(model))
-        if not checked:
-            require_repeatable(model, inputs)
-        if exported:
-            proto, flat = to_onnx(model, inputs, dynamic_batch=False), graph_inputs(model, inputs)
-            if any(tensor.dtype == torch.bfloat16 for tensor in flat):
-                raise EngineError("an input is bfloat16, which cannot be given to this runtime; give float32")
-            arrays = _by_name(proto, [array_of(tensor) for tensor in flat])
-            run, outputs = _engine(proto, arrays, runtime=name, threads=threads)
-        else:
-            run, outputs = _torch(model, on_device_of(model, inputs), runtime=name)
-        return Session(run, outputs, resources.pop_all(), device, threads)
-
-
-def from_onnx(
-    proto: "onnx.ModelProto", arrays: Arrays | Sequence[NDArray[Any]], *, runtime: str, threads: int = 1
-) -> Session:
-    """Bring an ONNX model into `onnxruntime`, `openvino` or `openvino-bf16`, with its inputs in order or by name.
-
-    Raises:
-        EngineError: as `require_runtime`; a runtime that does not read ONNX; a model that the runtime cannot run, or
-            that changes its output between runs.
-        ModelError: OpenVINO does not know an operator.
-        DependencyError: a package that the runtime needs is not installed.
-    """
-    name = require_runtime(runtime, threads=threads, reads_onnx=True)
-    run, outputs = _engine(proto, _by_name(proto, arrays), runtime=name, threads=threads)
-    if not all(map(torch.equal, outputs(), outputs())):
-        raise EngineError("two passes of the ONNX model over the same inputs differ; it draws random numbers")
-    return Session(run, outputs, ExitStack(), torch.device("cpu"), threads)
-
-
 def fingerprint(runtime: str, *, threads: int = 1) -> str:
     """What times depend on besides the network: processor, instructions, packages, runtime, threads; keys of caches.
 
     Raises as `require_runtime`.
     """
-    name = require_runtime(runtime, threads=threads)
+    name = require_runtime(runtime, threads=threads).name
     packages = [f"{package} {importlib.metadata.version(package)}" for package in ("torch", *_PACKAGES.get(name, ()))]
-    try:
+    processor = platform.processor() or platform.machine()
+    with suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    processor = names[0] if names else platform.processor() or platform.machine()
+        names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+        processor = next(names, processor)
     instructions = torch.backends.cpu.get_cpu_capability()
     return "; ".join([processor, f"{os.cpu_count()} cores", instructions, name, *packages, f"threads {threads}"])
 
@@ -240,10 +229,8 @@ def _torch(model: nn.Module, inputs: Inputs, *, runtime: RuntimeName) -> _Runs:
 
 
 def _copied(model: nn.Module) -> nn.Module:
-    try:
+    with raised_as(ModelError, f"{type(model).__name__} cannot be copied", advice="; time it with runtime='torch'"):
         return copy.deepcopy(model)
-    except (RuntimeError, TypeError) as error:
-        raise ModelError(f"{type(model).__name__} cannot be copied ({error}); time it with runtime='torch'") from error
 
 
 def _compiled(model: nn.Module, inputs: Inputs) -> Callable[..., Any]:
@@ -261,29 +248,19 @@ def _compiled(model: nn.Module, inputs: Inputs) -> Callable[..., Any]:
 
     own = types.FunctionType(forward.__code__.replace(), globals(), closure=forward.__closure__)
     compiled: Callable[..., Any] = torch.compile(own, dynamic=False)
-    try:
-        # not as options of torch.compile: what captures the graph does not see those, and freezes nothing
-        with torch.inference_mode(), torch._inductor.config.patch(freezing=True, compile_threads=1):
-            compiled(*inputs.args, **inputs.kwargs)
-    except Exception as error:
-        raise EngineError(f"torch.compile cannot compile {type(model).__name__}: {first_line(error)}") from error
+    # not as options of torch.compile: what captures the graph does not see those, and freezes nothing
+    freezing = torch._inductor.config.patch(freezing=True, compile_threads=1)
+    with (
+        raised_as(EngineError, f"torch.compile cannot compile {type(model).__name__}"),
+        torch.inference_mode(),
+        freezing,
+    ):
+        compiled(*inputs.args, **inputs.kwargs)
     return compiled
 
 
-def _engine(proto: "onnx.ModelProto", arrays: Arrays, *, runtime: RuntimeName, threads: int) -> _Runs:
-    bind = _onnxruntime if runtime == "onnxruntime" else _openvino
-    try:
-        run, outputs = bind(proto, arrays, runtime=runtime, threads=threads)
-        run()
-    except SpectrimError:
-        raise
-    except Exception as error:
-        raise EngineError(f"{runtime} cannot run the model: {first_line(error)}") from error
-    return run, outputs
-
-
-def _onnxruntime(proto: "onnx.ModelProto", arrays: Arrays, *, runtime: str, threads: int) -> _Runs:
-    session = onnxruntime_session(proto, threads=threads)
+def _onnxruntime(proto: "onnx.ModelProto", arrays: Arrays, *, runtime: Runtime) -> _Runs:
+    session = onnxruntime_session(proto, threads=runtime.threads)
     binding = session.io_binding()
     for name, array in arrays.items():
         binding.bind_cpu_input(name, array)  # once, so that no pass copies it
@@ -297,9 +274,9 @@ def _onnxruntime(proto: "onnx.ModelProto", arrays: Arrays, *, runtime: str, thre
     return lambda: session.run_with_iobinding(binding), outputs
 
 
-def _openvino(proto: "onnx.ModelProto", arrays: Arrays, *, runtime: str, threads: int) -> _Runs:
+def _openvino(proto: "onnx.ModelProto", arrays: Arrays, *, runtime: Runtime) -> _Runs:
     tensor_type = optional("openvino", extra="openvino").Tensor
-    compiled = openvino_model(proto, runtime=runtime, threads=threads)
+    compiled = openvino_model(proto, runtime=runtime.name, threads=runtime.threads)
     request, names = compiled.create_infer_request(), {name for port in compiled.inputs for name in port.names}
     shared = {name: tensor_type(arrays[name], shared_memory=True) for name in arrays.keys() & names}
     for name, tensor in shared.items():
@@ -317,14 +294,10 @@ def _openvino(proto: "onnx.ModelProto", arrays: Arrays, *, runtime: str, threads
 
 def _by_name(proto: "onnx.ModelProto", arrays: Arrays | Sequence[NDArray[Any]]) -> Arrays:
     names = input_names(proto)
-    if isinstance(arrays, Mapping):
-        named, description = arrays, ", ".join(arrays)
-    else:
-        named, description = dict(zip(names, arrays, strict=False)), f"{len(arrays)} arrays"
+    named = arrays if isinstance(arrays, Mapping) else dict(zip(names, arrays, strict=False))
     if set(named) != set(names) or len(named) != len(arrays):
-        raise EngineError(
-            f"the ONNX model takes {', '.join(names) or 'no inputs'}; it was given {description or 'none'}"
-        )
+        what = ", ".join(arrays) if isinstance(arrays, Mapping) else f"{len(arrays)} arrays"
+        raise EngineError(f"the ONNX model takes {', '.join(names) or 'no inputs'}; it was given {what or 'none'}")
     return named
 
 
@@ -336,13 +309,3 @@ def _widened(tensor: Tensor) -> Tensor:
 
 def _closed() -> Any:
     raise EngineError("this network was closed; use it within its with block")
-
-
-@contextmanager
-def _threads(number: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

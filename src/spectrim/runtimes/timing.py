@@ -98,6 +98,11 @@ def steady(*series: Sequence[Timing]) -> list[list[float]]:
     return [[timing.cpu if by_cpu and timing.cpu else timing.wall for timing in timings] for timings in series]
 
 
+def medians_ms(*series: Sequence[Timing]) -> list[float]:
+    """The median of each series in milliseconds; see `steady`."""
+    return [statistics.median(seconds) * 1e3 for seconds in steady(*series)]
+
+
 def pass_timer(
     run: Callable[[], object],
     *,

@@ -21,7 +21,7 @@ from spectrim.linalg import Decomposition, Factors, Problem, Ranks
 
 @dataclass(frozen=True, eq=False)
 class RankCosts:
-    """What every rank of a unit in one form costs, biases aside: known from its shape alone.
+    """What every rank of a unit in one form costs: known from its shape alone.
 
     Attributes:
         form: The form's name.
@@ -68,12 +68,12 @@ class Form(ABC):
         """Every rank that is looked at, (n, rank_count): that of each entry in a decomposition's `tails`."""
 
     @abstractmethod
-    def costs(self, unit: Unit, ranks: npt.NDArray[np.int64]) -> RankCosts:
-        """The cost at each of some ranks (n, rank_count), biases aside."""
+    def costs(self, unit: Unit, ranks: npt.NDArray[np.int64], *, bias: bool = False) -> RankCosts:
+        """The cost at each of some ranks (n, rank_count), with or without biases."""
 
-    def cost(self, unit: Unit, ranks: Ranks) -> Cost:
-        """The cost at `ranks`, biases aside."""
-        costs = self.costs(unit, np.array([ranks], dtype=np.int64))
+    def cost(self, unit: Unit, ranks: Ranks, *, bias: bool = False) -> Cost:
+        """The cost at `ranks`."""
+        costs = self.costs(unit, np.array([ranks], dtype=np.int64), bias=bias)
         return Cost(params=int(costs.params[0]), macs=int(costs.macs[0]))
 
     @abstractmethod
@@ -130,13 +130,13 @@ class SingleWeightForm(Form):
     def rank_grid(self, unit: Unit) -> npt.NDArray[np.int64]:
         return self.decomposition.rank_grid(_geometry(unit).shape)
 
-    def costs(self, unit: Unit, ranks: npt.NDArray[np.int64]) -> RankCosts:
-        geometry = _geometry(unit)
-        shapes = self.factor_shapes(geometry, list(ranks.T))
-        params = [geometry.groups * prod(shape) for shape in shapes]
-        positions = self.factor_positions(unit.weights[0].positions)
+    def costs(self, unit: Unit, ranks: npt.NDArray[np.int64], *, bias: bool = False) -> RankCosts:
+        geometry, (weight,) = _geometry(unit), unit.weights
+        params = [geometry.groups * prod(shape) for shape in self.factor_shapes(geometry, list(ranks.T))]
+        positions = self.factor_positions(weight.positions)
         macs = sum(number * places for number, places in zip(params, positions, strict=True))
-        return RankCosts(self.name, ranks, np.asarray(sum(params)), np.asarray(macs))
+        biases = weight.bias_cost.params if bias else 0
+        return RankCosts(self.name, ranks, np.asarray(sum(params, start=biases)), np.asarray(macs))
 
     def decompose(self, problem: Problem, *, near: Factors = ()) -> Decomposition:
         return self.decomposition.of(problem, near=near)

@@ -1,6 +1,6 @@
 """The linear form: a matrix as the product of two thin ones, y = up(down(x)); of 1x1 convolutions too."""
 
-from typing import final
+from typing import cast, final
 
 from torch import Tensor, nn
 
@@ -54,6 +54,4 @@ class LinearForm(TwoFactorForm):
             return conv_chain(layer, layer_type, ranks, bias=bias)
         down = layer_type.resized(layer, out=ranks[0], bias=False)
         up = layer_type.pointwise(layer, into=ranks[0], bias=bias)
-        assert isinstance(down, nn.Linear)
-        assert isinstance(up, nn.Linear)
-        return LowRankLinear(down, up, dense=layer)
+        return LowRankLinear(cast(nn.Linear, down), cast(nn.Linear, up), dense=layer)

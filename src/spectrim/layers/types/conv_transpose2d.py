@@ -46,7 +46,8 @@ class TransposedConvolution(Convolution):
         wide = x.new_zeros(
             *x.shape[:2], *((n - 1) * step + 1 for n, step in zip(x.shape[2:], layer.stride, strict=True))
         )
-        wide[(..., *(slice(None, None, step) for step in layer.stride))] = x
+        places = (slice(None, None, step) for step in layer.stride)
+        wide[(slice(None), slice(None), *places)] = x
         pads: list[int] = []
         for axis in reversed(range(self.dims)):
             reach = layer.dilation[axis] * (layer.kernel_size[axis] - 1)
