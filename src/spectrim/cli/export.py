@@ -49,9 +49,7 @@ class Target:
         bool,
         _file("--check/--no-check", help="Compare with torch on random inputs, and write nothing where they differ."),
     ] = True
-    tolerance: Annotated[float, _file(metavar="SHARE", help="Largest difference allowed, of the largest output.")] = (
-        1e-4
-    )
+    tolerance: Annotated[float, _file(metavar="SHARE", help="Allowed difference, of the largest output.")] = 1e-4
 
     @property
     def format(self) -> Format:
@@ -131,6 +129,7 @@ def export_network(
 
 
 def _table(exported: Exported) -> Listing:
+    check, compared = exported.check, "Not compared with torch (--no-check)."
     columns: dict[Column, Callable[[Exported], str]] = {
         Column("File", number=False): lambda exported: exported.path.name,
         Column("Size"): lambda exported: words.size(exported.bytes),
@@ -139,7 +138,6 @@ def _table(exported: Exported) -> Listing:
         Column("Largest\ndifference", 1): lambda exported: f"{check.difference:.1e}" if check else words.NOTHING,
     }
     takes = "; ".join(f"{port.name} ({', '.join(map(str, port.shape))})" for port in exported.inputs)
-    compared, check = "Not compared with torch (--no-check).", exported.check
     if check is not None:
         sizes = ", ".join(map(str, sorted(set(check.batches))))
         compared = (

@@ -273,9 +273,7 @@ class Goal:
             help=f"What --latency, or --rank-multiple auto, is timed in: {', '.join(RUNTIMES)}; by default torch.",
         ),
     ] = None
-    threads: Annotated[int | None, _rule(metavar="N", min=1, help="Threads of a pass that is timed; 1 by default.")] = (
-        None
-    )
+    threads: Annotated[int | None, _rule(metavar="N", min=1, help="Threads of a timed pass; 1 by default.")] = None
     latency_batch: Annotated[
         int | None, _rule(metavar="N", min=1, help="Inputs of a pass that is timed; 1 by default.")
     ] = None
