@@ -15,9 +15,9 @@ from rich.console import Console
 from rich.table import Table
 
 import spectrim as st
-from spectrim.recipes import MNIST_DYNAMIC, MNIST_FACTORS, MNIST_PROJECTED, Progress, Study, run_study
+from spectrim.recipes import Progress, Study, find_study, run_study
 
-STUDIES = (MNIST_FACTORS, MNIST_DYNAMIC, MNIST_PROJECTED)
+STUDIES = tuple(map(find_study, ("mnist-factors", "mnist-dynamic", "mnist-projected")))
 BARS: dict[str, float | str | None] = {
     "rank 20, plain, zero-shot": None,
     "rank 20, plain, fine-tuned": 98.1,
@@ -86,7 +86,7 @@ def main() -> None:
             row = line(variant.name, variant, bar)
             held &= row[-1] != "NO"
             table.add_row(*row)
-        if args.figure and study is MNIST_DYNAMIC:
+        if args.figure and study.name == "mnist-dynamic":
             draw(results, args.figure)
     Console(width=140).print(table)
     sys.exit(0 if held else 1)

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 import spectrim as st
-from spectrim.recipes import MNIST_MLP, run_study
+from spectrim.recipes import find_study, run_study
 
 PUBLISHED = {None: 97.0, 200: 96.8, 100: 95.5, 50: 94.1, 20: 91.1, 10: 87.5}
 ZERO_SHOT = {None: 98.3, 200: 98.2, 100: 98.2, 50: 98.1, 20: 96.3, 10: 86.0}
@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("spectrim-mnist-mlp"))
     parser.add_argument("--seeds", default="0,1,2")
     options = parser.parse_args()
-    study = MNIST_MLP.model_copy(update={"seeds": tuple(int(seed) for seed in options.seeds.split(","))})
+    study = find_study("mnist-mlp").model_copy(update={"seeds": tuple(int(seed) for seed in options.seeds.split(","))})
     results = run_study(study, options.out)
     table = Table("network", "figure", "measured", "bar", "published", "met")
     all_met = True

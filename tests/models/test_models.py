@@ -280,7 +280,7 @@ class TestOwn:
 
     def test_an_unknown_name_lists_all_and_the_near_ones(self) -> None:
         message = error_of(lambda: resolve("spectrim:resnet-20"))
-        assert "did you mean resnet20" in message
+        assert "did you mean 'resnet20'" in message
         assert message.endswith(f"it has {', '.join(NETWORKS)}")
         assert "did you mean" not in error_of(lambda: resolve("spectrim:xyz"))
 
@@ -367,9 +367,9 @@ class TestModule:
     @pytest.mark.parametrize(
         ("reference", "expected"),
         [
-            ("models_test_net:make", "there is no module 'models_test_net'; did you mean models_test_nets"),
-            ("models_test_pkg.zo:make", "there is no module 'models_test_pkg.zo'; did you mean models_test_pkg.zoo?"),
-            ("models_test_pkgs.zoo:make", "there is no module 'models_test_pkgs'; did you mean models_test_pkg"),
+            ("models_test_net:make", "there is no module 'models_test_net'; did you mean 'models_test_nets'"),
+            ("models_test_pkg.zo:make", "there is no module 'models_test_pkg.zo'; did you mean 'models_test_pkg.zoo'?"),
+            ("models_test_pkgs.zoo:make", "there is no module 'models_test_pkgs'; did you mean 'models_test_pkg'"),
             ("models_test_nets.a.b:make", "there is no module 'models_test_nets.a'; install it"),
             ("qqqqqq:make", "there is no module 'qqqqqq'; install it, or run this in the folder that holds it"),
             ("models_test_needy:make", "models_test_needy needs the module 'no_such_library_at_all'"),
@@ -377,9 +377,9 @@ class TestModule:
             ("models_test_typo:make", "models_test_typo cannot be imported: SyntaxError: "),
             ("models_test_exits:make", "models_test_exits cannot be imported: SystemExit: usage: train FILE"),
             ("models_test_moody:make", "models_test_moody:make cannot be imported: RuntimeError: half installed"),
-            ("models_test_nets:mak", "there is no 'mak'; did you mean make"),
-            ("models_test_nets:make()", "there is no 'make()'; did you mean make"),
-            ("models_test_nets:Net.wider", "there is no 'wider'; did you mean wide"),
+            ("models_test_nets:mak", "there is no 'mak'; did you mean 'make'"),
+            ("models_test_nets:make()", "there is no 'make()'; did you mean 'make'"),
+            ("models_test_nets:Net.wider", "there is no 'wider'; did you mean 'wide'"),
             ("models_test_nets:ready", "is a Linear, not a function"),
             ("models_test_nets:number", "is a int, not a function"),
             ("models_test_nets:needs", "cannot be called with no options: missing a required argument: 'width'"),
@@ -435,7 +435,7 @@ class TestTorchvision:
         assert f"the option {option!r} would fetch weights" in message
 
     def test_unknown_names(self, torchvision_models: ModuleType) -> None:
-        assert "did you mean resnet1" in error_of(lambda: resolve("torchvision:resnet19"))
+        assert "did you mean 'resnet1" in error_of(lambda: resolve("torchvision:resnet19"))
         message = error_of(lambda: resolve("torchvision:qqqq"))
         assert message == "torchvision has no network 'qqqq'; torchvision.models.list_models() names all"
 
@@ -463,7 +463,7 @@ class TestTimm:
         pytest.importorskip("timm", reason="the networks are timm's")
         model = resolve("timm:resnet18", options={"num_classes": 5})
         assert model.fc.out_features == 5
-        assert "did you mean resnet1" in error_of(lambda: resolve("timm:resnet19"))
+        assert "did you mean 'resnet1" in error_of(lambda: resolve("timm:resnet19"))
         assert error_of(lambda: resolve("timm:qqqq")) == "timm has no network 'qqqq'; timm.list_models() names all"
 
     @pytest.mark.parametrize("name", ["hf-hub:timm/resnet18", "local-dir:/tmp", "timm/resnet18"])

@@ -546,14 +546,14 @@ def test_studies_are_found_by_name() -> None:
 
 
 def test_the_studies_are_what_the_documentation_says() -> None:
-    mnist, model = recipes.MNIST_MLP, models.mlp()
+    mnist, model = recipes.find_study("mnist-mlp"), models.mlp()
     assert (mnist.width, mnist.hidden, mnist.dataset) == (1024, 5, "mnist")
-    factors, dynamic, projected = recipes.MNIST_FACTORS, recipes.MNIST_DYNAMIC, recipes.MNIST_PROJECTED
+    factors, dynamic, projected = (recipes.find_study(f"mnist-{name}") for name in ("factors", "dynamic", "projected"))
     for study in (factors, dynamic, projected):
         assert (study.width, study.hidden, study.dataset) == (1024, 5, "mnist")
         assert (study.dense, study.held_out) == (mnist.dense, mnist.held_out)
     assert (factors.ranks, dynamic.rank, projected.rank) == ((20,), 20, 20)
-    assert {(training.name, training.shrink, training.keep) for training in dynamic.ways} == {
+    assert {(training.name, training.residual_decay, training.keep) for training in dynamic.ways} == {
         ("as published", 0.0, "best"),
         ("stabilised", 0.1, "last"),
         ("ranks chosen in training", 0.1, "last"),
@@ -561,7 +561,7 @@ def test_the_studies_are_what_the_documentation_says() -> None:
     }
     _, stabilised, moving, unshrunk = dynamic.ways
     assert (moving.phase, moving.temperature) == (stabilised.phase, stabilised.temperature)
-    assert unshrunk == stabilised.model_copy(update={"name": "not shrunk", "shrink": 0.0})
+    assert unshrunk == stabilised.model_copy(update={"name": "not shrunk", "residual_decay": 0.0})
     assert all(tuning.phase.epochs <= 5 for tuning in factors.tunings)
     assert all(training.phase.epochs <= 6 for training in dynamic.ways)
     assert projected.projected.epochs <= 12

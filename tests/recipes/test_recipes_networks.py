@@ -16,15 +16,15 @@ from torch import nn
 
 import spectrim as st
 from spectrim import errors, models, recipes
-from spectrim.models import imagenet
+from spectrim.models.weights import fill_imagenet_
 from spectrim.recipes import Augment, ClassifierStudy, MiniResNetStudy, Phase, Progress, Tuned, run_study, verify_run
 from spectrim.recipes.classifier import Features
+from spectrim.recipes.convolutional import effective_rank, gap_rank, hard_rank, held_out_plan, spectral_plan
 from spectrim.recipes.images import Minibatches, Split, load_images
-from spectrim.recipes.progress import ProgressReporter
 from spectrim.recipes.results import Evaluation, choose, require_runtimes
 from spectrim.recipes.run import images_of
 from spectrim.recipes.seed import SeedRun
-from spectrim.recipes.thresholds import effective_rank, gap_rank, hard_rank, held_out_plan, spectral_plan
+from spectrim.recipes.study import ProgressReporter
 
 SHORT = Phase(epochs=1, lr=2e-3, batch=64)
 TUNED = Tuned(phase=SHORT, temperature=4.0)
@@ -391,7 +391,7 @@ def test_resnet18_is_torchvisions_own_and_imagenet_is_an_honest_option(monkeypat
     with pytest.raises(errors.ModelError, match=r"could not fetch .* resnet18 .*no route.*--weights FILE"):
         study.model_copy(update={"weights": "imagenet"}).load_weights(model)
     with pytest.raises(errors.ModelError, match="networks of torchvision"):
-        imagenet.fill_(model, "timm:resnet18", head="fc")
+        fill_imagenet_(model, "timm:resnet18", head="fc")
     with pytest.raises(errors.FileError, match="missing"):
         study.model_copy(update={"weights": "nowhere.safetensors"}).load_weights(model)
 

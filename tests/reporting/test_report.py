@@ -24,7 +24,7 @@ from spectrim.reporting import (
     Flipped,
     PublishedPoint,
     changes_table,
-    paper,
+    figures,
     plot_classes,
     published_table,
     runtimes_table,
@@ -970,7 +970,7 @@ def test_a_figure_that_cannot_be_saved_says_why(results: Results, tmp_path: Path
         save_figure(figure, tmp_path / "figure.docx")
     with pytest.raises(errors.DataError, match="is a str"):
         save_figure("figure", tmp_path / "figure.png")  # type: ignore[arg-type]
-    monkeypatch.setattr(paper, "find_spec", lambda name: None)
+    monkeypatch.setattr(figures, "find_spec", lambda name: None)
     with pytest.raises(errors.DependencyError, match=r'pip install "spectrim\[figures\]"'):
         save_figure(figure, tmp_path / "figure.png")
     assert not list(tmp_path.iterdir())

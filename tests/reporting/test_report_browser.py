@@ -15,9 +15,9 @@ from torch import nn
 
 import spectrim as st
 from spectrim.models import mini_resnet, mlp
-from spectrim.recipes.changes import changes_of
+from spectrim.recipes.convolutional import MEANING, spectral_plan
 from spectrim.recipes.images import Images, load_images
-from spectrim.recipes.thresholds import MEANING, spectral_plan
+from spectrim.recipes.results import changes_of
 from spectrim.reporting.results import PublishedPoint, Results, Variant, spectra_of
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: no browser to drive")

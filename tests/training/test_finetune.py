@@ -208,7 +208,7 @@ def test_a_history_is_plotted() -> None:
     assert list(figure.data[0].y) == [epoch.loss for epoch in history]
     assert list(figure.data[1].y) == [100 * epoch.held_out for epoch in history]
     assert list(figure.data[2].x) == [history.best.epoch + 1]
-    assert (figure.layout.yaxis.type, figure.layout.yaxis2.type) == ("log", "linear")
+    assert (figure.layout.yaxis.type, figure.layout.yaxis2.type) == ("log", None)  # linear where none is named
     alone = st.plot_history(st.finetune(network(), task(), epochs=2).history)
     assert ([trace.name for trace in alone.data], alone.layout.yaxis.type) == (["training loss"], "log")
     with pytest.raises(errors.DataError, match="no epoch"):

@@ -360,12 +360,12 @@ def test_at_full_rank_nothing_changes_and_finish_gives_the_plain_layers_back() -
     model, x = small_cnn(), inputs(2, 3, 12, 12)
     plain = copy.deepcopy(model)
     truncation = truncated_(model, st.Ratio(1.0), trainable_rank=True)
-    assert dict(truncation.ranks) == {name: sizes.full_rank for name, sizes in truncation.sizes.items()}
+    assert dict(truncation.ranks) == truncation.full_ranks
     ranks = dict.fromkeys(truncation.ranks, 2)
     truncation.set_ranks(ranks)
     assert dict(truncation.ranks) == ranks
     assert not torch.allclose(model.eval()(x), plain(x))
-    truncation.set_ranks({name: sizes.full_rank for name, sizes in truncation.sizes.items()})
+    truncation.set_ranks(truncation.full_ranks)
     assert torch.equal(model(x), plain(x))
     model(x).square().sum().backward()
     plain(x).square().sum().backward()

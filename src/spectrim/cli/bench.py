@@ -2,7 +2,7 @@
 
 import multiprocessing
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, nullcontext
@@ -24,7 +24,7 @@ from spectrim.cli.stages import Stages, show, show_files, stages
 from spectrim.core.errors import DependencyError, EngineError, ModelError
 from spectrim.core.files import Frozen
 from spectrim.reporting import words
-from spectrim.reporting.listings import Column, Listing
+from spectrim.reporting.tables import Column, Listing, listing
 from spectrim.runtimes.sessions import RUNTIMES, RuntimeName, require_runtime, require_threads
 from spectrim.runtimes.timing import Comparison
 
@@ -46,8 +46,7 @@ class Timing:
     batch: Annotated[str, _how(metavar="1,8,64", help="Inputs of one pass, with commas between them.")] = "1"
     threads: Annotated[int, _how(metavar="N", help="Threads of one pass.")] = 1
     rounds: Annotated[
-        int,
-        _how(metavar="N", min=5, help="How often both networks are timed; fewer where that takes half a minute."),
+        int, _how(metavar="N", min=5, help="How often both networks are timed; fewer where that takes half a minute.")
     ] = 31
 
     @property
@@ -62,13 +61,10 @@ class Timing:
 
 
 class Row(Frozen):
-    """One runtime and batch size.
+    """Both networks timed in one runtime, `batch` inputs a pass.
 
-    Attributes:
-        runtime: Where both networks were timed.
-        batch: Inputs of one pass.
-        measured: The compressed network, against the dense one in this runtime.
-        gain: The dense network in torch eager against itself in this runtime; None in torch eager.
+    `measured` is the compressed network against the dense one; `gain` the dense one in torch eager against itself in
+    this runtime, None in torch eager.
     """
 
     runtime: RuntimeName
@@ -184,38 +180,27 @@ def _show(record: Benched) -> None:
 
 
 def _table(record: Benched) -> Listing:
-    columns = (
-        Column("Runtime", number=False),
-        Column("Batch"),
-        Column("Dense", 2),
-        Column("Compressed", 2),
-        Column("Speed-up\n[95 %]"),
-        Column("MACs\nspeed-up", 1),
-        Column("Efficiency"),
-        Column("Runtime's\nown gain", 1),
-        Column("Verdict", 1, number=False),
-    )
-    threads = "1 thread" if record.threads == 1 else f"{record.threads} threads"
+    columns: dict[Column, Callable[[Row], str]] = {
+        Column("Runtime", number=False): lambda row: row.runtime,
+        Column("Batch"): lambda row: str(row.batch),
+        Column("Dense", 2): lambda row: words.milliseconds(row.measured.reference_ms),
+        Column("Compressed", 2): lambda row: words.milliseconds(row.measured.latency_ms),
+        Column("Speed-up\n[95 %]"): _speedup,
+        Column("MACs\nspeed-up", 1): lambda row: words.factor(row.measured.macs_speedup),
+        Column("Efficiency"): lambda row: (
+            f"{row.measured.efficiency.value:.2f}" if row.measured.efficiency else words.NOTHING
+        ),
+        Column("Runtime's\nown gain", 1): lambda row: words.factor(row.gain.ratio.value if row.gain else None),
+        Column("Verdict", 1, number=False): lambda row: str(row.measured.verdict),
+    }
     note = (
-        f"{threads}. Speed-up: over dense in the same runtime. Efficiency: that over the speed-up of the MACs. The "
-        "runtime's own gain: dense there over dense in torch. Medians of interleaved rounds"
+        f"{words.threads(record.threads)}. Speed-up: over dense in the same runtime. Efficiency: that over the "
+        "speed-up of the MACs. The runtime's own gain: dense there over dense in torch. Medians of interleaved rounds"
     )
     note += "; ratios are of processor time." if record.threads == 1 else "."
-    return Listing("Speed", columns, tuple(map(_cells, record.rows)), note=note)
+    return listing("Speed", record.rows, columns, note=note)
 
 
-def _cells(row: Row) -> tuple[str, ...]:
-    measured = row.measured
-    assert measured.speedup is not None
-    efficiency, promised, gain = measured.efficiency, measured.macs_speedup, row.gain
-    return (
-        row.runtime,
-        str(row.batch),
-        words.milliseconds(measured.reference_ms),
-        words.milliseconds(measured.latency_ms),
-        f"{words.factor(measured.speedup.value)} [{words.bounds(measured.speedup)}]",
-        words.NOTHING if promised is None else words.factor(promised),
-        words.NOTHING if efficiency is None else f"{efficiency.value:.2f}",
-        words.NOTHING if gain is None else words.factor(gain.ratio.value),
-        str(measured.verdict),
-    )
+def _speedup(row: Row) -> str:
+    speedup = row.measured.speedup
+    return words.NOTHING if speedup is None else f"{words.factor(speedup.value)} [{words.bounds(speedup)}]"

@@ -32,8 +32,7 @@ def list_data(*, cache: _Cache = None) -> None:
         train, test = info.sizes
         size = "x".join(map(str, info.shape))
         table.add_row(info.name, info.title, f"{train:,} + {test:,}", size, str(len(info.classes)), where)
-    Console(highlight=False).print(table)
-    show(f"cache: {data.cache_root(cache)}")
+    show(table, f"cache: {data.cache_root(cache)}")
 
 
 @app.command("get")
@@ -41,8 +40,7 @@ def get_data(
     name: Annotated[str, typer.Argument(metavar="NAME", help="One of the names that `spectrim data list` shows.")],
     *,
     folder: Annotated[
-        Path | None,
-        typer.Option("--folder", metavar="DIR", help="Take the raw files from here, before any download."),
+        Path | None, typer.Option("--folder", metavar="DIR", help="Take the raw files from here, before any download.")
     ] = None,
     cache: _Cache = None,
 ) -> None:

@@ -14,7 +14,7 @@ from spectrim.cli.outputs import OutputFiles, outputs
 from spectrim.cli.stages import show, show_files, stages
 from spectrim.export import Exported, export_onnx, export_openvino, export_program, is_exported
 from spectrim.reporting import words
-from spectrim.reporting.listings import Column, Listing
+from spectrim.reporting.tables import Column, Listing, listing
 from spectrim.runtimes.sessions import RUNTIMES, RuntimeName, require_runtime
 
 Format = Literal["onnx", "program", "openvino"]
@@ -49,9 +49,7 @@ class Target:
         bool,
         _file("--check/--no-check", help="Compare with torch on random inputs, and write nothing where they differ."),
     ] = True
-    tolerance: Annotated[float, _file(metavar="SHARE", help="Largest difference allowed, of the largest output.")] = (
-        1e-4
-    )
+    tolerance: Annotated[float, _file(metavar="SHARE", help="Allowed difference, of the largest output.")] = 1e-4
 
     @property
     def format(self) -> Format:
@@ -103,9 +101,10 @@ def export_network(
     *, source: Annotated[Source, Group(without=NO_DATA, required=("input",))], target: Target, padding: Padding
 ) -> None:
     """Write a network, dense or compressed, as a file for ONNX Runtime, OpenVINO or torch, and check it."""
-    name, pad = target.format, padding.multiple
+    name, pad, threads = target.format, padding.multiple, padding.threads or 1
     _, write, runtime = _FORMATS[name]
-    threads, files = padding.threads or 1, _files(target)
+    weights = [target.file.with_suffix(".bin").name] if name == "openvino" else []
+    files: OutputFiles = dict.fromkeys([target.file.name, *weights], (is_exported, ""))
     if padding.runtime:
         require_runtime(padding.runtime, threads=threads)
         if runtime is None and padding.runtime != "torch":
@@ -125,44 +124,27 @@ def export_network(
             threads=threads,
             **({"runtime": runtime} if runtime else {}),
         )
-    show(_table(exported, target), _padding_result(exported) if pad == "auto" else None)
+    show(_table(exported), _padding_result(exported) if pad == "auto" else None)
     show_files(target.file.parent, files)
 
 
-def _files(target: Target) -> OutputFiles:
-    names = [target.file.name]
-    if target.format == "openvino":
-        names.append(target.file.with_suffix(".bin").name)
-    return dict.fromkeys(names, (is_exported, ""))
-
-
-def _table(exported: Exported, target: Target) -> Listing:
-    check = exported.check
-    columns = (
-        Column("File", number=False),
-        Column("Size"),
-        Column("Opset", 3),
-        Column("Ranks\npadded to", 2),
-        Column("Largest\ndifference", 1),
-    )
-    cells = (
-        target.file.name,
-        words.size(exported.bytes),
-        str(exported.opset or words.NOTHING),
-        str(exported.padded or words.NOTHING),
-        words.NOTHING if check is None else f"{check.difference:.1e}",
-    )
+def _table(exported: Exported) -> Listing:
+    check, compared = exported.check, "Not compared with torch (--no-check)."
+    columns: dict[Column, Callable[[Exported], str]] = {
+        Column("File", number=False): lambda exported: exported.path.name,
+        Column("Size"): lambda exported: words.size(exported.bytes),
+        Column("Opset", 3): lambda exported: str(exported.opset or words.NOTHING),
+        Column("Ranks\npadded to", 2): lambda exported: str(exported.padded or words.NOTHING),
+        Column("Largest\ndifference", 1): lambda exported: f"{check.difference:.1e}" if check else words.NOTHING,
+    }
     takes = "; ".join(f"{port.name} ({', '.join(map(str, port.shape))})" for port in exported.inputs)
-    note = f"It takes {takes}. "
-    if check is None:
-        note += "Not compared with torch (--no-check)."
-    else:
+    if check is not None:
         sizes = ", ".join(map(str, sorted(set(check.batches))))
-        note += (
+        compared = (
             f"Compared in {check.runtime} with torch in {len(check.batches)} passes of batch size {sizes}; the "
             "difference is a share of the largest output."
         )
-    return Listing("Export", columns, (cells,), note=note)
+    return listing("Export", [exported], columns, note=f"It takes {takes}. {compared}")
 
 
 def _padding_result(exported: Exported) -> str:
@@ -170,5 +152,5 @@ def _padding_result(exported: Exported) -> str:
     timed = exported.padding_speedup
     if timed is None:
         return "Padding would change nothing: no rank lies between the steps of this processor."
-    state = "kept" if exported.padded else "not kept"
-    return f"Padding is {state}: with it the network is {words.speedup(timed)} as fast ({words.verdict(timed)})."
+    negation = "" if exported.padded else "not "
+    return f"Padding is {negation}kept: with it the network is {words.speedup(timed)} as fast ({words.verdict(timed)})."

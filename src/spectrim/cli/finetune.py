@@ -1,6 +1,5 @@
 """`spectrim finetune`: train a compressed network so that it regains what compression lost."""
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,20 +20,21 @@ from spectrim.core.errors import DataError
 from spectrim.core.files import sha256_of, write_text
 from spectrim.layers.saving import save
 from spectrim.reporting import plot_history, words
-from spectrim.reporting.listings import Column, Listing
+from spectrim.reporting.tables import Column, Listing, listing
 from spectrim.training import Checkpoint, Finetuned, History, Step, finetune
-from spectrim.training.checkpoint import fingerprint
+from spectrim.training.checkpoint import identity
 from spectrim.training.settings import Settings
 
 _HISTORY, _PAGE, _UNFINISHED = "history.json", "history.html", "unfinished.safetensors"
 _MARK = "<!-- Made by Spectrim. -->"
 _PARTS = ("all", "factors", "head")
+_Row = tuple[str, Measurement, Accuracy | None]
 _what, _how = (partial(typer.Option, rich_help_panel=panel) for panel in ("What is trained", "How it is trained"))
 
 _SOURCE = Group(without=("input", "images", "cache"), required=("weights", "data"), defaults={"batch": 128})
 _SETTINGS = Group(
     without=("clip", "seed"),
-    defaults={"epochs": 3, "lr": 1e-3, "keep": "best"},
+    defaults={"keep": "best"},
     options={
         "epochs": _how(metavar="N", help="Passes over the images."),
         "lr": _how(metavar="RATE", help="Peak learning rate; it decays to 0."),
@@ -52,11 +52,9 @@ _SETTINGS = Group(
 
 
 class Tuned(Record):
-    """What `spectrim finetune` writes as measurement.json: the network before and after.
+    """What `spectrim finetune` writes as measurement.json: the network before and after, and the teacher.
 
-    Attributes:
-        before: As it was given, with its accuracy on the test images, as `after` and `teacher`.
-        held_out: Accuracy on the held-out training images before and after.
+    Their accuracies are on the test images; those of `held_out`, before and after, on the held-out training images.
     """
 
     before: Measurement
@@ -195,13 +193,9 @@ def _load(source: Source, tuning: Tuning, *, progress: Stages) -> _Task:
 def _checkpoint(task: _Task, path: Path, *, options: Mapping[str, object]) -> Checkpoint:
     """The state of a run with these networks, images and options, wherever the files are."""
     paths = {"weights", "teacher_weights", "data_folder", "save_every", "test", "out"}
-    identity = {
-        **fingerprint(task.network.model),
-        "teacher": None if task.teacher is None else fingerprint(task.teacher)["weights"],
-        "images": task.images.train.checksum,
-        **{name: value for name, value in options.items() if name not in paths},
-    }
-    return Checkpoint(path, run=json.dumps(identity, sort_keys=True), unfit="refuse")
+    settings = {name: value for name, value in options.items() if name not in paths}
+    run = identity(task.network.model, task.teacher, {"images": task.images.train.checksum, **settings})
+    return Checkpoint(path, run=run, unfit="refuse")
 
 
 def _finetune(
@@ -242,6 +236,12 @@ class _StepReport:
             self.progress.say(text)
 
 
+def _state(unfinished: Path) -> str:
+    if not unfinished.exists():
+        return "nothing was written"
+    return f"{unfinished} holds what is done, and the same command goes on from there"
+
+
 def _show(record: Tuned, history: History, *, images: Images) -> None:
     stopped = f"Stopped after {len(history)} epochs: the held-out accuracy no longer rose."
     best = history.kept if history.kept is not None and history.kept + 1 < len(history) else None
@@ -254,31 +254,18 @@ def _show(record: Tuned, history: History, *, images: Images) -> None:
 
 def _table(record: Tuned, images: Images) -> Listing:
     before, after = record.held_out
-    rows = [_row("before", record.before, held_out=before), _row("after", record.after, held_out=after)]
-    if record.teacher is not None:
-        rows.append(_row("teacher", record.teacher, held_out=None))
-    columns = (
-        Column("Network", number=False),
-        Column("Params", 1),
-        Column("MACs", 2),
-        Column("Held-out\naccuracy"),
-        Column("Test\naccuracy"),
-    )
+    rows: list[_Row] = [("before", record.before, before), ("after", record.after, after)]
+    columns: dict[Column, Callable[[_Row], str]] = {
+        Column("Network", number=False): lambda row: row[0],
+        Column("Params", 1): lambda row: words.count(row[1].params),
+        Column("MACs", 2): lambda row: words.count(row[1].macs),
+        Column("Held-out\naccuracy"): lambda row: words.percent(row[2].value if row[2] else None),
+        Column("Test\naccuracy"): lambda row: words.percent(row[1].accuracy.value if row[1].accuracy else None),
+    }
     tested = f"{record.after.accuracy.total:,} test images" if record.after.accuracy else "not tested (--no-test)"
     note = f"{before.total:,} held-out training images of {images.info.name}; {tested}."
-    return Listing("Fine-tuning", columns, tuple(rows), strong=frozenset({1}), note=note)
-
-
-def _row(name: str, network: Measurement, *, held_out: Accuracy | None) -> tuple[str, ...]:
-    shares = (held_out, network.accuracy)
-    accuracies = [words.NOTHING if share is None else words.percent(share.value) for share in shares]
-    return (name, words.count(network.params), words.count(network.macs), *accuracies)
-
-
-def _state(unfinished: Path) -> str:
-    if not unfinished.exists():
-        return "nothing was written"
-    return f"{unfinished} holds what is done, and the same command goes on from there"
+    rows += [("teacher", record.teacher, None)] if record.teacher else []
+    return listing("Fine-tuning", rows, columns, strong=lambda row: row[0] == "after", note=note)
 
 
 def _files(out: Path) -> OutputFiles:

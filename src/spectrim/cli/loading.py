@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 import typer
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from spectrim import data
@@ -19,6 +18,7 @@ from spectrim.core.errors import DataError
 from spectrim.core.execution import as_inputs, call, evaluating
 from spectrim.layers.saving import load
 from spectrim.models import CIFAR_MEAN, CIFAR_STD, resolve
+from spectrim.models.weights import is_saved
 
 
 @dataclass(frozen=True)
@@ -68,14 +68,10 @@ class Batches:
 
 @dataclass(frozen=True, eq=False)
 class Images:
-    """A data set, obtained.
+    """A data set as the options ask for it, obtained.
 
-    Attributes:
-        info: What it is.
-        source: The options.
-        prepare: From its pixels to the network's inputs.
-        train: The training split.
-        order: Indices of all training images, drawn by the seed.
+    `prepare` turns its pixels into the network's inputs; `order` has the indices of all training images, drawn by the
+    seed.
     """
 
     info: data.DatasetInfo
@@ -89,14 +85,6 @@ class Images:
         """The calibration batches: the first images of the order."""
         batches = Batches(self.train, self.order[: self.source.images], self.prepare, self.source.batch)
         return tuple(images for images, _ in batches)
-
-    def mismatch(self, output: object) -> str | None:
-        """Why a network that gives such an output for one image does not tell these classes apart, or None."""
-        shape = list(output.shape) if isinstance(output, Tensor) else None
-        if shape == [1, len(self.info.classes)]:
-            return None
-        gives = f"outputs {shape}" if shape else f"a {type(output).__name__}"
-        return f"{self.info.name} has {len(self.info.classes)} classes, and for one image the network gives {gives}"
 
     def tests(self) -> Batches:
         """The test split."""
@@ -122,7 +110,12 @@ class Loaded:
         """Why no accuracy is measured, or None if it is. Raises `BadParameter` if one is asked for all the same."""
         if asked is False:
             return "--no-test"
-        reason = self.images.mismatch(self.output) if self.images else "there is no --data"
+        reason: str | None = "there is no --data"
+        if self.images:
+            info, shape = self.images.info, list(getattr(self.output, "shape", ()))
+            gives = f"outputs {shape}" if shape else f"a {type(self.output).__name__}"
+            reason = f"{info.name} has {len(info.classes)} classes, and for one image the network gives {gives}"
+            reason = None if shape == [1, len(info.classes)] else reason
         if asked and reason is not None:
             raise typer.BadParameter(f"--test: {reason}")
         return reason
@@ -141,8 +134,7 @@ class Loaded:
 def load_source(source: Source, progress: Stages) -> Loaded:
     """Make the network and obtain the images; mistakes that need neither are reported first.
 
-    Raises:
-        SpectrimError: the network or the images cannot be had, or do not fit together.
+    Raises a `SpectrimError` where they cannot be had or do not fit together.
     """
     info = _dataset(source)
     shape = _shape(source, info)
@@ -166,20 +158,9 @@ def load_source(source: Source, progress: Stages) -> Loaded:
 
 def load_network(source: Source, weights: Path | None) -> nn.Module:
     """The network with the weights of a file that `spectrim.save` wrote, or of a plain one; in evaluation mode."""
-    if weights is not None and (weights.is_dir() or _is_saved(weights)):
+    if weights is not None and (weights.is_dir() or is_saved(weights)):
         return load(weights, resolve(source.model, options=source.options)).eval()
     return resolve(source.model, weights=weights, options=source.options).eval()
-
-
-def _is_saved(path: Path) -> bool:
-    """Whether `spectrim.save` wrote the file."""
-    if path.suffix.lower() != ".safetensors":
-        return False
-    try:
-        with safe_open(path, framework="pt") as opened:
-            return "spectrim" in (opened.metadata() or {})
-    except (SafetensorError, OSError):
-        return False  # reading it will say why
 
 
 def _dataset(source: Source) -> data.DatasetInfo | None:

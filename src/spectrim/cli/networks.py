@@ -21,7 +21,7 @@ from spectrim.core.plans import Budget, Plan
 from spectrim.layers.saving import save
 from spectrim.planning.decisions import PlanOptions
 from spectrim.reporting import Results, report, table, words
-from spectrim.reporting.listings import Column, Listing
+from spectrim.reporting.tables import Column, Listing
 from spectrim.runtimes.rank_grid import Grid, probe
 from spectrim.runtimes.sessions import require_runtime
 
@@ -54,10 +54,7 @@ def analyze_network(
         if folder is not None:
             title = f"Singular values of {source.model}"
             results = Results.of_network(
-                title,
-                dense=Measurement(**analysis.whole.model_dump()),
-                analysis=analysis,
-                command=str(invocation),
+                title, dense=Measurement(**analysis.whole.model_dump()), analysis=analysis, command=str(invocation)
             )
             report(results, folder / _PAGE)
     show(listing)
@@ -95,8 +92,7 @@ def compress_network(
     layers: Layers,
     goal: Goal,
     plan: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Apply this plan instead of a rule; `spectrim plan` writes one."),
+        Path | None, typer.Option(metavar="FILE", help="Apply this plan instead of a rule; `spectrim plan` writes one.")
     ] = None,
     reconstruct: Annotated[
         bool | None,
@@ -208,8 +204,7 @@ def _check(goal: Goal, source: Source) -> None:
 
 
 def _load_plan(path: Path, invocation: Invocation) -> Plan:
-    more = invocation.arguments(Layers, Goal)
-    if more:
+    if more := invocation.arguments(Layers, Goal):
         raise typer.BadParameter(
             f"a plan has its own rule and layers; leave out {' '.join(more)}, or give them to spectrim plan"
         )
@@ -229,17 +224,13 @@ def _times(plan: Plan) -> Listing | None:
     rows = [row("Dense", 1.0), row("Predicted", note.predicted), row("Measured", note.measured, low_high)]
     if isinstance(plan.rule, Budget):
         rows.insert(1, row("Target", plan.rule.share))
-    columns = (
-        Column("", number=False),
-        Column("One pass"),
-        Column("Kept /\ndense"),
-        Column("", number=False, narrow=20),
-    )
-    threads = f"{note.threads} thread{'s' if note.threads != 1 else ''}"
+    columns = (Column("", number=False), Column("One pass"), Column("Kept /\ndense"), Column(" ", 0, False, 20))
     batch = f", batch {note.batch}" if note.batch else ""
     below = note.refused and f"The network is as it was: {note.refused}."
     below = below or (note.missed and f"The target is missed: {note.missed}.")
-    return Listing(f"Latency in {note.runtime}, {threads}{batch}", columns, tuple(rows), note=below or "")
+    return Listing(
+        f"Latency in {note.runtime}, {words.threads(note.threads)}{batch}", columns, tuple(rows), note=below or ""
+    )
 
 
 def _accuracy(record: Measured, network: Loaded, *, untested: str | None) -> str:

@@ -37,11 +37,9 @@ Test = Annotated[
 class Group:
     """How a command offers a group of options, where it is not as the group declares them.
 
-    Attributes:
-        without: Fields that are no options of this command; they keep their defaults.
-        required: Options that must be given.
-        defaults: Other defaults.
-        options: What typer is to know of each option, for a group that does not say so itself.
+    Fields in `without` are no options of this command and keep their defaults; those in `required` must be given;
+    others have `defaults` of their own. `options` are what typer is to know of each, for a group that does not say so
+    itself.
     """
 
     without: tuple[str, ...] = ()
@@ -68,13 +66,7 @@ NO_DATA = ("data", "data_folder", "images", "batch", "seed", "cache", "mean", "s
 
 @dataclass(frozen=True)
 class Invocation:
-    """How a command was called, so that it can be called again.
-
-    Attributes:
-        command: Its name.
-        values: The value of every option.
-        defaults: The default of every option.
-    """
+    """How a command was called, so that it can be called again: its name, and the value and default of every option."""
 
     command: str
     values: Mapping[str, object]
@@ -235,17 +227,8 @@ class Layers:
         return LayerSelection(self.include or ("*",), self.exclude or (), self.keep_last)
 
 
-_RULES: Mapping[str, Callable[[Any], Rule]] = {
-    "macs": lambda goal: Budget(macs=goal.macs),
-    "params": lambda goal: Budget(params=goal.params),
-    "bytes": lambda goal: Budget(bytes=goal.bytes),
-    "latency": lambda goal: Budget(
-        latency=goal.latency, runtime=goal.runtime, threads=goal.threads, batch=goal.latency_batch
-    ),
-    "rank": lambda goal: Rank(goal.rank),
-    "ratio": lambda goal: Ratio(goal.ratio),
-    "energy": lambda goal: Energy(goal.energy),
-}
+_LAYER_RULES: Mapping[str, Callable[[Any], Rule]] = {"rank": Rank, "ratio": Ratio, "energy": Energy}
+_RULES = ("macs", "params", "bytes", "latency", *_LAYER_RULES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -290,9 +273,7 @@ class Goal:
             help=f"What --latency, or --rank-multiple auto, is timed in: {', '.join(RUNTIMES)}; by default torch.",
         ),
     ] = None
-    threads: Annotated[int | None, _rule(metavar="N", min=1, help="Threads of a pass that is timed; 1 by default.")] = (
-        None
-    )
+    threads: Annotated[int | None, _rule(metavar="N", min=1, help="Threads of a timed pass; 1 by default.")] = None
     latency_batch: Annotated[
         int | None, _rule(metavar="N", min=1, help="Inputs of a pass that is timed; 1 by default.")
     ] = None
@@ -312,7 +293,10 @@ class Goal:
             raise typer.BadParameter(
                 f"{' and '.join(map(_flag, timing))} say how --latency or --rank-multiple auto is timed; {flags} is not"
             )
-        return _RULES[names[0]](self)
+        value = getattr(self, names[0])
+        if self.latency is not None:
+            return Budget(latency=value, runtime=self.runtime, threads=self.threads, batch=self.latency_batch)
+        return _LAYER_RULES[names[0]](value) if names[0] in _LAYER_RULES else Budget(**{names[0]: value})
 
     @property
     def multiple(self) -> int | Literal["auto"] | None:

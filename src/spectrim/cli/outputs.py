@@ -1,13 +1,13 @@
 """Files that a command writes: all of them or none, and never over a file that Spectrim did not write."""
 
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal
 
 from spectrim.core.errors import FileError
-from spectrim.core.files import Frozen, parse, read_text, require_writable_folder, sha256_of, write_text
+from spectrim.core.files import FrozenFile, read_text, require_writable_folder, sha256_of
 
 MODEL, PLAN, MEASURED = "model.safetensors", "plan.json", "measurement.json"
 
@@ -18,20 +18,11 @@ OutputFiles = Mapping[str, tuple[OverwriteCheck, str]]
 """What a command writes: by name, whether a file that is there may be replaced, and what is in it."""
 
 
-class Record(Frozen):
+class Record(FrozenFile):
     """What a command writes of what it did: every number, and the command that does it again."""
 
     version: Literal[1] = 1
     command: str
-
-    @classmethod
-    def load(cls, path: Path) -> Self:
-        """Read one. Raises `FileError` for a missing, cut or invalid file."""
-        return parse(cls, read_text(path), origin=str(path))
-
-    def save(self, path: Path) -> None:
-        """Write it as JSON."""
-        write_text(path, self.model_dump_json(indent=1, exclude_none=True) + "\n")
 
 
 def has_checksum(checksum: Callable[[], str]) -> OverwriteCheck:
@@ -48,42 +39,30 @@ def is_page(path: Path) -> bool:
 def outputs(folder: Path, files: OutputFiles) -> Iterator[Path]:
     """A temporary folder, whose files are moved to `folder` when the block has ended well; otherwise nothing is left.
 
-    Args:
-        folder: Is made if it is not there.
-        files: What will be written.
-
-    Raises:
-        FileError: the folder cannot be written to, or holds a file of such a name that must not be replaced.
+    Raises `FileError` for a folder that cannot be written to, or that holds one of the `files` which must not be
+    replaced.
     """
     new = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     for name, (check, _) in files.items():
-        if (folder / name).exists() and not _is_overwritable(folder / name, check):
-            raise FileError(
-                f"{folder / name} is there already, and is not a file that this command wrote; it stays as it is: move "
-                "it away, or choose another --out"
-            )
+        with suppress(FileError):
+            if not (folder / name).exists() or check(folder / name) is not False:
+                continue
+        raise FileError(
+            f"{folder / name} is there already, and is not a file that this command wrote; it stays as it is: move it "
+            "away, or choose another --out"
+        )
     try:
         require_writable_folder(folder)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".spectrim-") as temporary:
             yield Path(temporary)
-            _move(Path(temporary), folder, names=files)
+            for name in files:
+                try:
+                    (Path(temporary) / name).replace(folder / name)
+                except OSError as error:
+                    reason = error.strerror or error
+                    raise FileError(f"cannot write {folder / name}: {reason}; choose another --out") from error
     except BaseException:
         for parent in new:
             with suppress(OSError):  # not made, or no longer empty
                 parent.rmdir()
         raise
-
-
-def _move(source: Path, target: Path, *, names: Iterable[str]) -> None:
-    for name in names:
-        try:
-            (source / name).replace(target / name)
-        except OSError as error:
-            raise FileError(f"cannot write {target / name}: {error.strerror or error}; choose another --out") from error
-
-
-def _is_overwritable(path: Path, check: OverwriteCheck) -> bool:
-    try:
-        return check(path) is not False
-    except FileError:
-        return False

@@ -1,6 +1,7 @@
 """`spectrim quantize`: a network as an ONNX file with weights of fewer bits, compared with the dense network."""
 
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from spectrim.cli.stages import show, show_files, stages
 from spectrim.core.files import sha256_of
 from spectrim.quantization import SCHEMES, Quantized, QuantizedRow, QuantizedTable, Scheme, compare_quantized, quantize
 from spectrim.reporting import words
-from spectrim.reporting.listings import Column, Listing
+from spectrim.reporting.tables import Column, Listing, listing
 from spectrim.runtimes.sessions import require_runtime
 
 _SOURCE = Group(without=("cache",), required=("weights",), defaults={"images": 512, "batch": 64})
@@ -26,9 +27,8 @@ _how = partial(typer.Option, rich_help_panel="How it is quantised")
 class Bits(Record):
     """What `spectrim quantize` writes beside the network.
 
-    Attributes:
-        quantised: The file. Its path and those in the table are names only.
-        table: It beside the float32 network and both dense ones, where the dense weights were given.
+    Where the dense weights were given, the table has the file beside the float32 network and both dense ones. Paths are
+    names only.
     """
 
     quantised: Quantized
@@ -95,12 +95,7 @@ def quantize_network(
         tests = list(network.images.tests()) if untested is None and network.images else None
         progress.begin(f"quantise to {scheme}")
         quantised = quantize(
-            network.model,
-            network.example,
-            path=folder / out.name,
-            scheme=scheme,
-            data=network.calibration,
-            test=tests,
+            network.model, network.example, path=folder / out.name, scheme=scheme, data=network.calibration, test=tests
         )
         table = None
         if dense is not None:
@@ -147,34 +142,20 @@ def _show(record: Bits, untested: str | None) -> None:
 
 
 def _listing(record: Bits) -> Listing:
-    columns = (
-        Column("Network", number=False),
-        Column("Bytes"),
-        Column("Smaller", 1),
-        Column("ms", 2),
-        Column("Faster", 2),
-        Column("Accuracy"),
-        Column("Largest\ndifference", 1),
+    table, alone = record.table, record.quantised.model_dump(exclude={"quantised", "left"})
+    rows = table.rows if table else (QuantizedRow(network="low rank", runtime="", **alone),)
+    columns: dict[Column, Callable[[QuantizedRow], str]] = {
+        Column("Network", number=False): lambda row: row.name if table else str(row.scheme),
+        Column("Bytes"): lambda row: f"{row.bytes:,}",
+        Column("Smaller", 1, optional=True): lambda row: f"{table.rows[0].bytes / row.bytes:.2f}x" if table else "",
+        Column("ms", 2, optional=True): lambda row: f"{row.latency_ms:.3g}" if row.latency_ms else words.NOTHING,
+        Column("Faster", 2, optional=True): lambda row: f"{row.speedup.value:.2f}x" if row.speedup else words.NOTHING,
+        Column("Accuracy"): lambda row: words.percent(row.accuracy.value if row.accuracy else None),
+        Column("Largest\ndifference", 1): lambda row: words.percent(row.difference if row.scheme else None),
+    }
+    note = "Difference of outputs to the same network in float32, as a share of the largest output. " + (
+        f"Smaller and faster than dense; {table.runtime}, one input, {words.threads(table.threads)}."
+        if table
+        else "Give --dense-weights to see it beside the dense network."
     )
-    note = "Difference of outputs to the same network in float32, as a share of the largest output."
-    if record.table is None:
-        network, unknown = record.quantised, [words.NOTHING] * 3
-        accuracy = words.NOTHING if network.accuracy is None else words.percent(network.accuracy.value)
-        row = (network.scheme, f"{network.bytes:,}", *unknown, accuracy, words.percent(network.difference))
-        note += " Give --dense-weights to see it beside the dense network."
-        return Listing("Quantised", columns, (row,), note=note)
-    rows = tuple(_row(record.table, row) for row in record.table.rows)
-    note += f" Smaller and faster than dense; {record.table.runtime}, one input, {record.table.threads} thread(s)."
-    return Listing("Quantised", columns, rows, strong=frozenset({len(rows) - 1}), note=note)
-
-
-def _row(table: QuantizedTable, row: QuantizedRow) -> tuple[str, ...]:
-    return (
-        row.name,
-        f"{row.bytes:,}",
-        f"{table.row('dense').bytes / row.bytes:.2f}x",
-        words.NOTHING if row.latency_ms is None else f"{row.latency_ms:.3g}",
-        words.NOTHING if row.speedup is None else f"{row.speedup.value:.2f}x",
-        words.NOTHING if row.accuracy is None else words.percent(row.accuracy.value),
-        words.NOTHING if row.scheme is None else words.percent(row.difference),
-    )
+    return listing("Quantised", rows, columns, strong=lambda row: table is not None and row is rows[-1], note=note)

@@ -9,9 +9,10 @@ from typing import TypeVar
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
 from spectrim.cli.outputs import OutputFiles
-from spectrim.reporting.listings import Listing
+from spectrim.reporting.tables import Listing
 
 _Item = TypeVar("_Item")
 _TITLES = {
@@ -89,7 +90,7 @@ def interruptible(state: Callable[[], str]) -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
-def show(*parts: Listing | str | None) -> None:
+def show(*parts: Listing | Table | str | None) -> None:
     """Print tables, and lines of text as they are; None is nothing."""
     console = Console(highlight=False)
     for part in parts:

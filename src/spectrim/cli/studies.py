@@ -13,22 +13,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from spectrim import recipes
 from spectrim.cli.options import Group, unfolded
 from spectrim.cli.stages import interruptible, show
 from spectrim.core.errors import DataError
-from spectrim.recipes import (
-    DEMO,
-    NAMES,
-    STUDIES,
-    ClassifierStudy,
-    Study,
-    find_study,
-    read_recipe,
-    recipe_file,
-    run_study,
-    verify_run,
-)
-from spectrim.recipes import Progress as Event
 from spectrim.reporting import runtimes_table, table
 
 recipe = typer.Typer(no_args_is_help=True, help="Reproducible studies, one command each.")
@@ -38,15 +26,15 @@ recipe = typer.Typer(no_args_is_help=True, help="Reproducible studies, one comma
 def list_recipes() -> None:
     """Show every study."""
     rows = Table("name", "kind", "what it does", "data", box=box.SIMPLE_HEAD)
-    for study in STUDIES:
+    for study in recipes.STUDIES:
         rows.add_row(study.name, study.kind, study.title, study.dataset)
-    Console(highlight=False).print(rows)
+    show(rows)
 
 
 @recipe.command("show")
 def show_recipe(name: Annotated[str, typer.Argument(metavar="NAME", help="As `spectrim recipe list` has it.")]) -> None:
     """Print a recipe as a file to keep and edit: spectrim recipe show mnist-mlp > mine.toml."""
-    typer.echo(recipe_file(name), nl=False)
+    typer.echo(recipes.recipe_file(name), nl=False)
 
 
 DataFolder = Annotated[
@@ -75,14 +63,14 @@ class RunOptions:
     ] = None
     quick: Annotated[bool, typer.Option("--quick", help="Little data, few epochs, one seed: to see it work.")] = False
 
-    def run(self, study: Study) -> None:
+    def run(self, study: recipes.Study) -> None:
         """Run the study with these options."""
         if self.quick:
             study = study.quick()
         if self.seeds is not None and (seeds := _seeds(self.seeds)) != study.seeds:
             study = study.model_copy(update={"seeds": seeds, "command": f"{study.command} --seeds {self.seeds}"})
         if self.weights is not None:
-            if not isinstance(study, ClassifierStudy):
+            if not isinstance(study, recipes.ClassifierStudy):
                 raise DataError(
                     f"--weights is for recipes of the kind classifier; {study.name} is of the kind {study.kind}"
                 )
@@ -100,7 +88,7 @@ def run_recipe(
 ) -> None:
     """Run a recipe: a file of yours, or a study by its name."""
     is_file = Path(what).exists() or what.endswith(".toml") or "/" in what or "\\" in what
-    options.run(read_recipe(Path(what)) if is_file and what not in NAMES else find_study(what))
+    options.run(recipes.read_recipe(Path(what)) if is_file and what not in recipes.NAMES else recipes.find_study(what))
 
 
 @recipe.command("verify")
@@ -112,7 +100,7 @@ def verify_recipe(
     """Measure again what a finished run says of itself; exit code 1 if something differs, is missing or altered."""
     console = Console(highlight=False)
     with _bars(console) as update:
-        checks = verify_run(folder, data_folder=data_folder, on_progress=update)
+        checks = recipes.verify_run(folder, data_folder=data_folder, on_progress=update)
     rows = Table("what", "as noted", "now", "", box=box.SIMPLE_HEAD)
     for check in checks:
         rows.add_row(check.what, check.stored, check.found, check.verdict, style=None if check.good else "bold red")
@@ -126,30 +114,30 @@ def verify_recipe(
 
 def _add_command(name: str) -> None:
     """Make a command of a study; its help is the remark that the recipe's file begins with."""
-    without = () if isinstance(find_study(name), ClassifierStudy) else ("weights",)
+    without = () if isinstance(recipes.find_study(name), recipes.ClassifierStudy) else ("weights",)
 
     def command(*, options: Annotated[RunOptions, Group(without=without)]) -> None:
-        options.run(find_study(name))
+        options.run(recipes.find_study(name))
 
-    remark = takewhile(lambda line: line.startswith("#"), recipe_file(name).splitlines())
+    remark = takewhile(lambda line: line.startswith("#"), recipes.recipe_file(name).splitlines())
     about = " ".join(line.removeprefix("#").strip() for line in remark)
     recipe.command(name, help=about)(unfolded(command))
 
 
-for _name in NAMES:
-    if _name != DEMO.name:
+for _name in recipes.NAMES:
+    if _name != recipes.DEMO.name:
         _add_command(_name)
 
 
 @contextmanager
-def _bars(console: Console) -> Iterator[Callable[[Event], None]]:
+def _bars(console: Console) -> Iterator[Callable[[recipes.Progress], None]]:
     """A listener that shows where a study stands."""
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as bars:
         whole, part = bars.add_task("all", total=None), bars.add_task("", total=1)
         last = ""
 
-        def update(event: Event) -> None:
+        def update(event: recipes.Progress) -> None:
             nonlocal last
             if not console.is_terminal and event.part != last and event.parts_done < event.parts:
                 console.print(f"{event.parts_done + 1}/{event.parts} {event.part}", markup=False)
@@ -161,13 +149,13 @@ def _bars(console: Console) -> Iterator[Callable[[Event], None]]:
         yield update
 
 
-def run(study: Study, *, out: Path, data_folder: Path | None) -> None:
+def run(study: recipes.Study, *, out: Path, data_folder: Path | None) -> None:
     """Run a study with a progress bar, then show its table and where the report is."""
     console = Console(highlight=False)
     console.print(study.title, style="bold", markup=False)
     state = f"what is finished lies in {out}, and the same command goes on from there"
     with interruptible(lambda: state), _bars(console) as update:
-        results = run_study(study, out, data_folder=data_folder, on_progress=update)
+        results = recipes.run_study(study, out, data_folder=data_folder, on_progress=update)
     show(table(results), runtimes_table(results) if results.dense.in_runtimes else None)
     console.print(results.summary, markup=False)
     console.print(f"Saved is {results.chosen}: {results.chosen_because}.", markup=False)

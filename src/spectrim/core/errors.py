@@ -1,5 +1,8 @@
 """The errors a user can cause. Each says what came, why it is wrong and what to do."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class SpectrimError(Exception):
     """Base of every error that Spectrim raises on purpose."""
@@ -39,3 +42,16 @@ class DependencyError(SpectrimError, ImportError):
 
 class EngineError(SpectrimError, RuntimeError):
     """A runtime that cannot do what was asked: unknown, more threads than cores, outputs that change between runs."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """`did you mean 'a' or 'b'? ` for a message, or nothing where no known name is near."""
+    close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(map(repr, close))}? " if close else ""
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """`; near names: ..` for a message, or the first few known ones when nothing is near."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+    return f"; near names: {', '.join(close)}" if close else f"; there are: {', '.join(known[:8])}"

@@ -5,7 +5,7 @@ import secrets
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import ClassVar, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -87,6 +87,21 @@ def parse(kind: type[_Value], text: str, *, origin: str) -> _Value:
         faults = [f"{'.'.join(map(str, fault['loc'])) or 'file'}: {fault['msg']}" for fault in error.errors()]
         more = f" (and {len(faults) - 3} more)" if len(faults) > 3 else ""
         raise FileError(f"{origin} is not a valid {kind.__name__}: {'; '.join(faults[:3])}{more}") from error
+
+
+class FrozenFile(Frozen):
+    """A frozen value with a JSON file of its own, in which each level is indented by `indent` spaces."""
+
+    indent: ClassVar[int] = 1
+
+    def save(self, path: str | Path) -> Path:
+        """Write it as indented JSON, wholly or not at all. Raises `FileError` when that is not possible."""
+        return write_text(Path(path), self.model_dump_json(indent=self.indent, exclude_none=True) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read one. Raises `FileError` when the file is missing, cut short, or not valid, as after a wrong edit."""
+        return parse(cls, read_text(Path(path)), origin=str(path))
 
 
 def require_writable_folder(path: Path) -> Path:

@@ -2,14 +2,13 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args
 
 from pydantic import AliasChoices, ConfigDict, Field, model_validator
 
 from spectrim.core.errors import RuleError
-from spectrim.core.files import Frozen, parse, read_text, write_text
+from spectrim.core.files import Frozen, FrozenFile
 
 Metric = Literal["plain", "activation", "loss"]
 """What an error is measured on: the weights alone (plain), the layer's outputs on calibration data (activation), or
@@ -275,7 +274,7 @@ class LatencyNote(Frozen):
         return self.measured is not None
 
 
-class Plan(Frozen):
+class Plan(FrozenFile):
     """What happens to every layer of one model. Made by `st.plan`, applied by `st.compress`, edited by hand as JSON.
 
     Attributes:
@@ -287,6 +286,7 @@ class Plan(Frozen):
         latency: Under a budget of latency: what was predicted, and measured.
     """
 
+    indent: ClassVar[int] = 2
     version: Literal[1] = 1
     rule: Annotated[Rule, Field(discriminator="rule")]
     metric: Metric
@@ -328,12 +328,3 @@ class Plan(Frozen):
     def kept_cost(self) -> Cost:
         """The cost of all planned layers afterwards."""
         return sum((layer.kept for layer in self.layers), Cost(params=0, macs=0))
-
-    def save(self, path: str | Path) -> Path:
-        """Write the plan as indented JSON. Raises `FileError` when the file cannot be written."""
-        return write_text(Path(path), self.model_dump_json(indent=2, exclude_none=True) + "\n")
-
-    @classmethod
-    def load(cls, path: str | Path) -> "Plan":
-        """Read a plan. Raises `FileError` when the file is missing, cut short, or was edited into something invalid."""
-        return parse(cls, read_text(Path(path)), origin=str(path))

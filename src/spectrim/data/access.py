@@ -88,11 +88,7 @@ def obtain(
 
 
 def load(
-    name: str | Entry,
-    *,
-    split: Split = "train",
-    folder: Path | str | None = None,
-    cache: Path | str | None = None,
+    name: str | Entry, *, split: Split = "train", folder: Path | str | None = None, cache: Path | str | None = None
 ) -> Dataset:
     """One split of a data set, obtained first where it is not in the cache yet.
 

@@ -3,7 +3,6 @@
 `catalogue.toml` has a table for each, with the fields of `Entry`; the images of `digits` come from scikit-learn.
 """
 
-import difflib
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -15,7 +14,7 @@ import torch
 from pydantic import TypeAdapter
 from sklearn.datasets import load_digits
 
-from spectrim.core.errors import DataError
+from spectrim.core.errors import DataError, did_you_mean
 from spectrim.data.cache import checksum
 from spectrim.data.formats import Layout, Splits
 from spectrim.data.sources import Source
@@ -57,8 +56,7 @@ def find(name: str | Entry) -> Entry:
     names = [entry.info.name for entry in ENTRIES]
     if name in names:
         return ENTRIES[names.index(name)]
-    near = difflib.get_close_matches(str(name).lower().replace("_", "-"), names, n=2, cutoff=0.5)
-    hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+    hint = did_you_mean(str(name).lower().replace("_", "-"), names)
     raise DataError(f"there is no data set named {name!r}; {hint}Available: {', '.join(names)}")
 
 

@@ -1,13 +1,12 @@
 """Which layers of a model are meant: patterns of names, and what else a user says of them."""
 
-import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 from torch import nn
 
-from spectrim.core.errors import ModelError, PatternError
+from spectrim.core.errors import ModelError, PatternError, near
 from spectrim.layers.types import LAYER_TYPES
 
 Patterns = str | Sequence[str]
@@ -68,10 +67,3 @@ def _matching(names: Sequence[str], patterns: Patterns) -> set[str]:
             raise PatternError(f"the pattern {pattern!r} matches no layer{near(pattern, names)}")
         matched |= hits
     return matched
-
-
-def near(name: str, known: Iterable[str]) -> str:
-    """`; near names: ..` for a message, or the first few known ones when nothing is near."""
-    known = list(known)
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
-    return f"; near names: {', '.join(close)}" if close else f"; there are: {', '.join(known[:8])}"

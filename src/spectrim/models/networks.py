@@ -54,20 +54,6 @@ def _stage(inputs: int, outputs: int, *, blocks: int, stride: int, shortcut: Cal
     return nn.Sequential(first, *others)
 
 
-class Projection(nn.Module):
-    """The shortcut of a block that changes the shape: a strided 1x1 convolution `conv` and its normalisation `bn`."""
-
-    def __init__(self, inputs: int, outputs: int, *, stride: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False)
-        self.bn = nn.BatchNorm2d(outputs)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """One call."""
-        y: Tensor = self.bn(self.conv(x))
-        return y
-
-
 class MiniResNet(nn.Module):
     """A 3x3 convolution, three stages of two blocks that each halve the image, and two dense layers.
 
@@ -80,8 +66,11 @@ class MiniResNet(nn.Module):
         _require_positive({"outputs": outputs, "channels": channels, "width": width, "hidden": hidden})
 
         def stage(inputs: int, outputs: int) -> nn.Sequential:
-            shortcut = partial(Projection, inputs, outputs, stride=2)
-            return _stage(inputs, outputs, blocks=2, stride=2, shortcut=shortcut)
+            def projection() -> nn.Module:
+                conv = nn.Conv2d(inputs, outputs, 1, stride=2, bias=False)
+                return nn.Sequential(OrderedDict(conv=conv, bn=nn.BatchNorm2d(outputs)))
+
+            return _stage(inputs, outputs, blocks=2, stride=2, shortcut=projection)
 
         self.conv1 = nn.Conv2d(channels, width, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
@@ -199,8 +188,7 @@ def resnet56(outputs: int = 10) -> CifarResNet:
 def cifar_inputs(images: Tensor) -> Tensor:
     """Pixels, uint8 (batch, 3, H, W), as the published weights expect them: float32 of the same shape.
 
-    Raises:
-        DataError: other images than uint8 (batch, 3, H, W); floats may be scaled or normalised already.
+    Raises `DataError` for any other tensor; floats may be scaled or normalised already.
     """
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
         raise DataError(f"images are {images.dtype} {list(images.shape)}; give uint8 pixels of shape (batch, 3, H, W)")

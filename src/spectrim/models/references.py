@@ -1,19 +1,18 @@
 """From a reference such as `torchvision:resnet18` to a network."""
 
 import contextlib
-import difflib
 import functools
 import importlib
 import inspect
 import pkgutil
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 
 from torch import nn
 
-from spectrim.core.errors import ModelError
+from spectrim.core.errors import ModelError, did_you_mean
 from spectrim.models.networks import NETWORKS
 from spectrim.models.weights import fill_, read_state
 
@@ -63,7 +62,8 @@ def resolve(reference: str, *, weights: Path | None = None, options: _Options | 
 
 def _from_spectrim(reference: str, name: str, options: _Options) -> nn.Module:
     if name not in NETWORKS:
-        raise ModelError(f"spectrim has no network {name!r}; {_near(name, NETWORKS)}it has {', '.join(NETWORKS)}")
+        near = did_you_mean(name, NETWORKS)
+        raise ModelError(f"spectrim has no network {name!r}; {near}it has {', '.join(NETWORKS)}")
     return _call(reference, NETWORKS[name], options)
 
 
@@ -71,7 +71,7 @@ def _from_torchvision(reference: str, name: str, options: _Options) -> nn.Module
     models = _optional("torchvision.models", install='"spectrim[vision]"')
     names = models.list_models()
     if name not in names:
-        near = _near(name, names)
+        near = did_you_mean(name, names)
         raise ModelError(f"torchvision has no network {name!r}; {near}torchvision.models.list_models() names all")
     _refuse_weights(reference, options)
     # the backbones of detection and segmentation networks would be downloaded even for weights=None
@@ -85,7 +85,7 @@ def _from_timm(reference: str, name: str, options: _Options) -> nn.Module:
     if ":" in name or "/" in name:
         raise ModelError(f"{reference}: timm would read a hub or a folder for it; name one of timm.list_models()")
     if not timm.is_model(name):
-        near = _near(name, timm.list_models())
+        near = did_you_mean(name, timm.list_models())
         raise ModelError(f"timm has no network {name!r}; {near}timm.list_models() names all")
     _refuse_weights(reference, options)
     return _call(reference, functools.partial(timm.create_model, name, pretrained=False), options)
@@ -139,7 +139,7 @@ def _attribute(reference: str, module: ModuleType, path: str) -> object:
         try:
             value = getattr(value, name)
         except AttributeError as error:
-            near = _near(name, (known for known in dir(value) if not known.startswith("_")))
+            near = did_you_mean(name, (known for known in dir(value) if not known.startswith("_")))
             advice = f"{near}name a function of {module.__name__}"
             raise ModelError(f"{reference}: there is no {name!r}; {advice}") from error
         except Exception as error:  # modules may compute their names
@@ -156,7 +156,7 @@ def _imported(name: str) -> ModuleType:
         if missing is None:
             message = f"{name} cannot be imported: {_text(error)}"
         elif missing == name or name.startswith(f"{missing}."):
-            near = _near(missing, _siblings(missing))
+            near = did_you_mean(missing, _siblings(missing))
             message = f"there is no module {missing!r}; {near}install it, or run this in the folder that holds it"
         else:
             message = f"{name} needs the module {missing!r}, which is not installed; install it"
@@ -207,12 +207,6 @@ def _malformed(reference: str) -> str:
     dotted = module.removesuffix(".py").replace("\\", "/").replace("/", ".").strip(".")
     example = f"; write {dotted}:{name}" if module != dotted and dotted and name else ""
     return f"{reference!r} does not name a network{example}. Supported are {_KINDS}"
-
-
-def _near(name: str, names: Iterable[str]) -> str:
-    """`did you mean ..?; ` with up to three of `names`, or nothing."""
-    near = difflib.get_close_matches(name, list(names), n=3, cutoff=0.6)
-    return f"did you mean {' or '.join(near)}? " if near else ""
 
 
 def _text(error: BaseException) -> str:

@@ -1,14 +1,16 @@
-"""A plain state from a safetensors file into a network: all of it or none, and never a pickle."""
+"""A plain state into a network: from a safetensors file, never a pickle, or ImageNet's from torchvision."""
 
+import importlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from spectrim.core.errors import FileError, ModelError
+from spectrim.core.errors import DependencyError, FileError, ModelError
 
 _PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
 
@@ -16,9 +18,8 @@ _PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
 def read_state(path: Path) -> dict[str, Tensor]:
     """The tensors of a `.safetensors` file by name.
 
-    Raises:
-        FileError: the file is missing, damaged or of another kind. A pickle can run code when it is opened, so it is
-            never opened; the message holds the command that converts it.
+    Raises `FileError` for a file that is missing, damaged or of another kind. A pickle can run code when it is opened,
+    so it is never opened; the message holds the command that converts it.
     """
     path = Path(path)
     suffix = path.suffix.lower()
@@ -32,20 +33,24 @@ def read_state(path: Path) -> dict[str, Tensor]:
         raise FileError(f"cannot read {path}: {error}; it is missing, cut short, or not a safetensors file") from error
 
 
+def is_saved(path: Path) -> bool:
+    """Whether `spectrim.save` wrote a file; not if it cannot be read, which says itself why."""
+    try:
+        with safe_open(path, framework="pt") as opened:
+            return "spectrim" in (opened.metadata() or {})
+    except (SafetensorError, OSError):
+        return False
+
+
 def fill_(model: nn.Module, state: Mapping[str, Tensor], *, origin: Path) -> None:
-    """Load `state` into `model`, strictly: every tensor of the network, and no other.
+    """Load `state`, from the file `origin`, into `model`, strictly: every tensor of the network, and no other.
 
-    As in `load_state_dict`, number types are those of the model, and the batch counters of normalisation layers may
-    be missing. A tensor that the model has under several names needs only one of them.
+    As in `load_state_dict`, number types are those of the model, and the batch counters of normalisation layers may be
+    missing. A tensor that the model has under several names needs only one of them. After an error the model is not to
+    be used.
 
-    Args:
-        model: Is changed; after an error it is not to be used.
-        state: From `read_state`.
-        origin: The file, for messages.
-
-    Raises:
-        FileError: the file is for another network. At most three names of each fault are listed.
-        ModelError: the network has no memory to load into.
+    Raises `FileError`, with at most three names of each fault, for a file of another network, and `ModelError` for a
+    network that has no memory to load into.
     """
     expected = {name: value for name, value in model.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
     if any(tensor.is_meta for tensor in expected.values()):
@@ -59,6 +64,30 @@ def fill_(model: nn.Module, state: Mapping[str, Tensor], *, origin: Path) -> Non
     except RuntimeError as error:
         raise FileError(f"{origin} is for another network: {error}") from error
     _require_none({"missing": keys.missing_keys, "not in the network": keys.unexpected_keys}, origin=origin)
+
+
+def fill_imagenet_(model: nn.Module, reference: str, *, head: str) -> None:
+    """Load torchvision's default ImageNet weights into `model`, all but those of its last layer, the `head`.
+
+    torchvision fetches and checks the file, and keeps it in torch's cache; `reference` names the network, such as
+    `torchvision:resnet18`. The model is changed only when everything fits.
+
+    Raises `DependencyError` where torchvision is not installed, and `ModelError` for a network that is not
+    torchvision's, or weights that cannot be fetched or do not fit.
+    """
+    source, _, name = reference.partition(":")
+    if source != "torchvision":
+        raise ModelError(
+            f"{reference}: only networks of torchvision have ImageNet weights here, such as torchvision:resnet18"
+        )
+    fetched = {key: value for key, value in _fetch_imagenet(name).items() if not key.startswith(f"{head}.")}
+    expected = {key: value for key, value in model.state_dict().items() if not key.startswith(f"{head}.")}
+    differing = expected.keys() ^ fetched.keys()
+    differing |= {key for key in expected.keys() & fetched.keys() if expected[key].shape != fetched[key].shape}
+    if differing:
+        names = ", ".join(sorted(differing)[:3])
+        raise ModelError(f"torchvision's weights of {name} do not fit this network: {names} differ")
+    model.load_state_dict(fetched, strict=False)
 
 
 def _misfits(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, list[str]]:
@@ -84,11 +113,9 @@ def _require_none(faults: Mapping[str, list[str]], *, origin: Path) -> None:
         for fault, names in faults.items()
         if names
     ]
-    with safe_open(origin, framework="pt") as opened:
-        factored = "spectrim" in (opened.metadata() or {})
     advice = (
         "spectrim.save wrote it: make the network without weights, then spectrim.load(file, network)"
-        if factored
+        if is_saved(origin)
         else "Names and shapes must be those of the network's state_dict(); do its options, such as outputs, fit?"
     )
     raise FileError(f"{origin} is for another network: {'; '.join(texts)}. {advice}")
@@ -106,3 +133,20 @@ def _how_to_convert(path: Path) -> str:
         f"{path} is a pickle, which can run code when it is opened; if it holds a state_dict, convert it once and "
         f'give {target}: python -c "{code}"'
     )
+
+
+def _fetch_imagenet(name: str) -> dict[str, Any]:
+    try:
+        models = importlib.import_module("torchvision.models")
+    except ImportError as error:
+        raise DependencyError(
+            f'ImageNet weights need torchvision ({error}); run: pip install "spectrim[vision]"'
+        ) from error
+    try:
+        weights = models.get_model_weights(name).DEFAULT
+        return dict(weights.get_state_dict(progress=False, check_hash=True))
+    except Exception as error:
+        raise ModelError(
+            f"torchvision could not fetch its ImageNet weights of {name} ({type(error).__name__}: {error}); give a "
+            "file with --weights FILE.safetensors, or leave the option out to train from scratch"
+        ) from error

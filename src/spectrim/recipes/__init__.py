@@ -5,10 +5,6 @@ from spectrim.recipes.convolutional import MiniResNetStudy
 from spectrim.recipes.files import (
     DEMO,
     KINDS,
-    MNIST_DYNAMIC,
-    MNIST_FACTORS,
-    MNIST_MLP,
-    MNIST_PROJECTED,
     NAMES,
     STUDIES,
     find_study,
@@ -19,18 +15,13 @@ from spectrim.recipes.files import (
 )
 from spectrim.recipes.fully_connected import DynamicStudy, MlpStudy, Moving, ProjectedStudy, Truncating, Tuning
 from spectrim.recipes.images import Augment
-from spectrim.recipes.progress import Progress
 from spectrim.recipes.run import run_study
-from spectrim.recipes.study import Phase, Study, Tuned
+from spectrim.recipes.study import Phase, Progress, Study, Tuned
 from spectrim.recipes.verification import Check, verify_run
 
 __all__ = [
     "DEMO",
     "KINDS",
-    "MNIST_DYNAMIC",
-    "MNIST_FACTORS",
-    "MNIST_MLP",
-    "MNIST_PROJECTED",
     "NAMES",
     "STUDIES",
     "Augment",

@@ -16,14 +16,13 @@ from spectrim.analysis.calibration import calibrate
 from spectrim.analysis.spectra import Analysis, analyze
 from spectrim.benchmark.measurement import count, measure
 from spectrim.compression import compress
-from spectrim.core.errors import ModelError
+from spectrim.core.errors import ModelError, near
 from spectrim.core.execution import evaluating
 from spectrim.core.files import sha256_of
 from spectrim.core.plans import Budget, Metric, Rank
-from spectrim.layers.selection import near
 from spectrim.layers.types import find_layer_type
-from spectrim.models import imagenet, resolve
-from spectrim.models.weights import fill_, read_state
+from spectrim.models import resolve
+from spectrim.models.weights import fill_, fill_imagenet_, read_state
 from spectrim.planning.decisions import PlanOptions
 from spectrim.planning.rules import require_possible
 from spectrim.recipes.convolutional import ConvolutionalStudy, ConvolutionForm
@@ -39,15 +38,11 @@ IMAGENET = "imagenet"
 
 @dataclass(frozen=True, eq=False)
 class Features:
-    """What the last layer receives of training images, and of held-out ones in batches.
+    """What the last layer receives of training images, and of held-out ones, never mirrored, in batches.
 
-    The backbone is frozen and images are at most mirrored, so training on these is training on the images.
-
-    Attributes:
-        train: All training images as they are, then all mirrored, if they are: (V * N, F) for V views.
-        labels: Of every row.
-        held_out: Not mirrored.
-        views: V, 1 or 2.
+    The backbone is frozen and images are at most mirrored, so training on these is training on the images. `train` has
+    all training images as they are, then all mirrored, if they are: (views * N, F), `views` 1 or 2; `labels` are of
+    every row.
     """
 
     train: Tensor
@@ -96,10 +91,8 @@ class Features:
 
 
 def received(model: nn.Module, layer: str, images: Tensor) -> Tensor:
-    """What the last layer receives (N, F) of images as the network sees them.
-
-    Raises:
-        ModelError: the network's answer is not what the layer gives.
+    """What the last layer receives (N, F) of images. Raises `ModelError` where the network does not end with that
+    layer.
     """
     calls: list[tuple[Tensor, Tensor]] = []
     hook = model.get_submodule(layer).register_forward_hook(lambda _, args, output: calls.append((args[0], output)))
@@ -196,7 +189,7 @@ class ClassifierStudy(ConvolutionalStudy):
     def load_weights(self, model: nn.Module) -> bool:
         """Fill in the weights of a file, or those of ImageNet, which are then trained on."""
         if self.weights == IMAGENET:
-            imagenet.fill_(model, self.model, head=self.classifier)
+            fill_imagenet_(model, self.model, head=self.classifier)
         elif self.weights is not None:
             fill_(model, read_state(Path(self.weights)), origin=Path(self.weights))
         return self.weights not in (None, IMAGENET)

@@ -1,22 +1,20 @@
 """Recipes as TOML files: those that come with Spectrim, and reading with one clear message for all mistakes."""
 
-import difflib
 import json
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, cast, get_args, get_origin
+from typing import Annotated, Any, get_args, get_origin
 
 import tomli_w
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from spectrim.core.errors import DataError, FileError
+from spectrim.core.errors import DataError, FileError, did_you_mean, near
 from spectrim.core.files import read_text
-from spectrim.layers.selection import near
 from spectrim.recipes.classifier import ClassifierStudy
 from spectrim.recipes.convolutional import MiniResNetStudy
 from spectrim.recipes.fully_connected import DynamicStudy, MlpStudy, ProjectedStudy
@@ -44,22 +42,14 @@ _MOST_FAULTS = 3
 
 
 def find_study(name: str) -> Study:
-    """The study of this name.
-
-    Raises:
-        DataError: there is none; lists near names.
-    """
+    """The study of this name. Raises `DataError`, which lists near names, where there is none."""
     study = parse_recipe(recipe_file(name), origin=f"the recipe {name}")
     return study if study.command else study.model_copy(update={"command": f"spectrim recipe {name}"})
 
 
 @cache
 def recipe_file(name: str) -> str:
-    """The recipe of this name as it stands in its file, remarks included.
-
-    Raises:
-        DataError: there is none; lists near names.
-    """
+    """The recipe of this name as it stands in its file, remarks included. Raises `DataError` as `find_study`."""
     if name not in NAMES:
         raise DataError(f"there is no recipe {name!r}{near(name, NAMES)}")
     return (files("spectrim.recipes") / "library" / f"{name}.toml").read_text(encoding="utf-8")
@@ -68,9 +58,8 @@ def recipe_file(name: str) -> str:
 def read_recipe(path: Path) -> Study:
     """The study that a TOML file describes.
 
-    Raises:
-        FileError: the file is missing or no TOML, or has a kind, key or value that a recipe cannot have; the message
-            names the file, the key and what is allowed.
+    Raises `FileError`, which names the file, the key and what is allowed, for a file that is missing, no TOML or no
+    recipe.
     """
     study = parse_recipe(read_text(path), origin=str(path))
     return study if study.command else study.model_copy(update={"command": f"spectrim recipe run {path}"})
@@ -86,7 +75,7 @@ def parse_recipe(text: str, *, origin: str) -> Study:
         raise FileError(f'{origin} has no kind; begin it with kind = "mlp", or another of {", ".join(KINDS)}')
     kind = settings["kind"]
     if not isinstance(kind, str) or kind not in KINDS:
-        kinds = f"{_did_you_mean(str(kind), KINDS)}there are {', '.join(KINDS)}"
+        kinds = f"{did_you_mean(str(kind), KINDS)}there are {', '.join(KINDS)}"
         raise FileError(f"{origin}: kind = {json.dumps(kind, default=str)} is unknown; {kinds}")
     model = KINDS[kind]
     try:
@@ -106,9 +95,9 @@ def recipe_text(study: Study) -> str:
 def _fault(fault: ErrorDetails, model: type[BaseModel]) -> str:
     names, owner = _place(fault["loc"], model)
     key = "".join(f"[{name}]" if isinstance(name, int) else f".{name}" for name in names).lstrip(".")
-    fields = owner.model_fields if owner else {}
+    fields = {field.alias or name: field for name, field in (owner.model_fields if owner else {}).items()}
     if fault["type"] == "extra_forbidden":
-        return f"{key} is no key here; {_did_you_mean(str(names[-1]), fields)}allowed are {', '.join(fields)}"
+        return f"{key} is no key here; {did_you_mean(str(names[-1]), fields)}allowed are {', '.join(fields)}"
     if fault["type"] == "missing":
         required = [name for name, field in fields.items() if field.is_required()]
         return f"{key} is missing; needed here are {', '.join(required)}"
@@ -143,14 +132,5 @@ def _models(annotation: Any) -> Iterator[type[BaseModel]]:
             yield from _models(argument)
 
 
-def _did_you_mean(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
-    return f"did you mean {' or '.join(close)}? " if close else ""
-
-
-DEMO = cast(MlpStudy, find_study("demo"))
-MNIST_MLP = cast(MlpStudy, find_study("mnist-mlp"))
-MNIST_FACTORS = cast(MlpStudy, find_study("mnist-factors"))
-MNIST_DYNAMIC = cast(DynamicStudy, find_study("mnist-dynamic"))
-MNIST_PROJECTED = cast(ProjectedStudy, find_study("mnist-projected"))
 STUDIES: tuple[Study, ...] = tuple(map(find_study, NAMES))
+DEMO = STUDIES[0]

@@ -5,7 +5,7 @@ from abc import ABC
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import product
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 from torch import Tensor, nn
@@ -27,12 +27,7 @@ PositiveInt = Annotated[int, Field(ge=1)]
 
 
 class FullyConnected(Study, ABC):
-    """A study of the fully connected network.
-
-    Attributes:
-        width: Size of the hidden layers.
-        hidden: How many there are.
-    """
+    """A study of the fully connected network, with `hidden` layers of size `width`."""
 
     width: PositiveInt = 1024
     hidden: PositiveInt = 5
@@ -53,12 +48,9 @@ class FullyConnected(Study, ABC):
 
 
 class Tuning(Frozen):
-    """How the factors are made and fine-tuned.
+    """How the factors are made, in which metric, and fine-tuned.
 
-    Attributes:
-        metric: Of the factorisation.
-        phase: Of the fine-tuning.
-        temperature: With the dense network as the teacher; None trains with the labels.
+    With a `temperature` the dense network is the teacher; None trains with the labels.
     """
 
     metric: Metric
@@ -69,10 +61,7 @@ class Tuning(Frozen):
 class MlpStudy(FullyConnected):
     """Rank against accuracy: every layer but the last factored, zero-shot and with the factors fine-tuned.
 
-    Attributes:
-        ranks: Applied to every layer but the last.
-        calibration_images: Training images for the activation metric.
-        tunings: Each one at each rank.
+    Each of `tunings` at each of `ranks`; the activation metric is of so many `calibration_images`, without labels.
     """
 
     kind: Literal["mlp"] = "mlp"
@@ -116,11 +105,7 @@ class MlpStudy(FullyConnected):
 
 
 class FixedRank(FullyConnected, ABC):
-    """A study of training at one rank.
-
-    Attributes:
-        rank: Of every layer but the last.
-    """
+    """A study of training at one `rank`, that of every layer but the last."""
 
     rank: PositiveInt
 
@@ -134,52 +119,48 @@ class FixedRank(FullyConnected, ABC):
 
 
 class Truncating(Frozen):
-    """One way of training with the truncation inside.
+    """One way of training with the truncation inside, from the dense network on; the `name` is unique within a study.
 
-    Attributes:
-        name: In tables; unique within a study.
-        phase: From the dense network on.
-        shrink: The `residual_decay` of `truncated_`; 0 is the published method.
-        keep: Weights of the last epoch, or of the one with the best accuracy on held-out training images.
-        temperature: With the dense network as the teacher; None trains with the labels.
+    `residual_decay`, in the file `shrink`, is as for `truncated_`; 0 is the published method. `keep` takes the weights
+    of the last epoch, or of the one with the best accuracy on held-out training images. With a `temperature` the dense
+    network is the teacher; None trains with the labels.
     """
 
     name: str
     phase: Phase
-    shrink: float = Field(ge=0, le=1)
+    residual_decay: float = Field(ge=0, le=1, alias="shrink")
     keep: Literal["last", "best"]
     temperature: float | None = Field(default=None, gt=0)
+
+    def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
+        # with the names of the file, since this text is part of the keys of finished parts
+        for name, value in super().__repr_args__():
+            yield (type(self).model_fields[name].alias or name) if name else name, value
 
 
 class Moving(Truncating):
     """The same with ranks that are chosen in training, for no more parameters than the study's rank gives.
 
-    Attributes:
-        start: Share of every full rank to begin with.
-        every: Optimiser steps from one move to the next.
-        settled: Share of all steps after which the ranks stay.
+    They `start` at this share of every full rank, move after `every` so many optimiser steps, and stay after the share
+    `end` of all steps, in the file `settled`.
     """
 
     start: float = Field(gt=0, le=1)
     every: int = Field(ge=1)
-    settled: float = Field(gt=0, le=1)
+    end: float = Field(gt=0, le=1, alias="settled")
 
 
-def _tag(training: object) -> str:
+def _tag(training: Any) -> str:
     """Which of the two it is, by the settings that only one of them has."""
-    names = training.keys() if isinstance(training, dict) else vars(training).keys()
-    return "moving" if names & {"start", "every", "settled"} else "truncating"
+    settings = training if isinstance(training, dict) else training.model_dump()
+    return "moving" if settings.keys() & {"start", "every", "settled"} else "truncating"
 
 
 Training = Annotated[Annotated[Moving, Tag("moving")] | Annotated[Truncating, Tag("truncating")], Discriminator(_tag)]
 
 
 class DynamicStudy(FixedRank):
-    """Every layer but the last truncated in every forward pass, then converted to a factored network.
-
-    Attributes:
-        ways: How it is trained.
-    """
+    """Every layer but the last truncated in every forward pass, as `ways` say, then converted to a factored network."""
 
     kind: Literal["dynamic"] = "dynamic"
     ways: tuple[Training, ...] = Field(min_length=1)
@@ -216,23 +197,19 @@ class DynamicStudy(FixedRank):
     def _truncated(self, run: SeedRun, training: Truncating) -> tuple[nn.Module, Truncation]:
         model = copy.deepcopy(run.dense)
         rule = Ratio(training.start) if isinstance(training, Moving) else Rank(self.rank)
-        return model, truncated_(model, rule, keep_last=True, residual_decay=training.shrink)
+        return model, truncated_(model, rule, keep_last=True, residual_decay=training.residual_decay)
 
     def _schedule(self, run: SeedRun, training: Moving) -> RankSchedule:
         """Down to the parameters of the study's rank, at most, by the time that the ranks are to stay."""
         reference = truncated_(copy.deepcopy(run.dense), Rank(self.rank), keep_last=True).finish()
         small, dense = (sum(p.numel() for p in model.parameters()) for model in (reference, run.dense))
         steps = training.phase.epochs * len(run.epochs(training.phase)(0))
-        end = max(1, round(training.settled * steps))
+        end = max(1, round(training.end * steps))
         return RankSchedule(Budget(params=small / dense), every=training.every, end=end)
 
 
 class ProjectedStudy(FixedRank):
-    """Trained from the dense network's own start with the labels, projected after every epoch, then factored.
-
-    Attributes:
-        projected: The training; its last action is a projection.
-    """
+    """Trained from the dense network's own start with the labels, projected after every epoch, then factored."""
 
     kind: Literal["projected"] = "projected"
     projected: Phase

@@ -20,9 +20,8 @@ Batch = tuple[Tensor, Tensor]
 class Augment(Frozen):
     """How training images are varied, anew in every epoch.
 
-    Attributes:
-        flips: Whether half of them are mirrored, left to right.
-        shift: Each image is moved by up to so many pixels in both directions; its edge is repeated.
+    With `flips` half of them are mirrored, left to right. Each is moved by up to `shift` pixels in both directions; its
+    edge is repeated.
     """
 
     flips: bool = False
@@ -79,15 +78,9 @@ class Split:
 class Images:
     """A data set as a study uses it: choices are made on `held_out` (from the training set), reports on `test`.
 
-    Attributes:
-        train: What networks are trained on.
-        held_out: Training images set aside.
-        test: Looked at once, at the end.
-        names: Of the classes.
-        source: Where the data came from.
-        checksums: Of the training and the test split.
-        mean: That images were normalised by, in [0, 255]; a scalar, or (C, 1, 1).
-        deviation: Likewise.
+    `held_out` are training images set aside; `test` is looked at once, at the end. `names` are those of the classes,
+    `source` is where the data came from, `checksums` are those of the training and the test split. Images were
+    normalised by `mean` and `deviation`, in [0, 255]; a scalar, or (C, 1, 1).
     """
 
     train: Split
@@ -110,22 +103,21 @@ def load_images(
 ) -> Images:
     """Load a data set, set `held_out` training images aside, and normalise by the training images' mean and deviation.
 
-    Args:
-        name: As `spectrim.data` knows it.
-        held_out: How many training images never to train on; the same ones every time.
-        limit: Use at most so many of the rest, and of the test images, for a quick look.
-        size: Side in pixels that networks see the images at; None leaves them.
-        folder: Where the files lie, if the user has them.
+    The images held out are the same every time. At most `limit` of the others, and of the test images, are taken.
+    Networks see them at `size` pixels; None leaves them. In `folder` lie the files, if the user has them.
 
-    Raises:
-        DataError: unknown or unobtainable data, or too few images.
+    Raises `DataError` for unknown or unobtainable data, or too few images.
     """
     train, test = load(name, split="train", folder=folder), load(name, split="test", folder=folder)
     if held_out >= len(train):
         raise DataError(f"{name} has {len(train)} training images; {held_out} cannot be held out of them")
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
     training = order[held_out:][:limit]
-    mean, deviation = _scale(train.images[training].float())
+    pixels = train.images[training].float()
+    if pixels.shape[1] == 1:
+        mean, deviation = pixels.mean(), pixels.std()
+    else:  # of each colour
+        mean, deviation = (moment(dim=(0, 2, 3))[:, None, None] for moment in (pixels.mean, pixels.std))
 
     def normalised(dataset: Dataset, index: Tensor) -> Split:
         return Split((dataset.images[index].float() - mean) / deviation, dataset.labels[index], size)
@@ -140,14 +132,6 @@ def load_images(
         mean=mean,
         deviation=deviation,
     )
-
-
-def _scale(pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation; of each colour, where there are several."""
-    if pixels.shape[1] == 1:
-        return pixels.mean(), pixels.std()
-    sides = (0, 2, 3)
-    return pixels.mean(dim=sides)[:, None, None], pixels.std(dim=sides)[:, None, None]
 
 
 def resized(images: Tensor, size: int | None) -> Tensor:

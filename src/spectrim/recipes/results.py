@@ -1,28 +1,27 @@
-"""The results of a study: its networks tested and timed, the one to keep, and the words of the report."""
+"""The results of a study: its networks tested and timed, the one to keep, what changed, and the words of the report."""
 
 import itertools
 import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from spectrim.benchmark.measurement import Measurement, accuracy, count, measure, measure_each
 from spectrim.core.errors import DependencyError
-from spectrim.recipes.changes import changes_of
 from spectrim.recipes.images import Batch, Images, Split
-from spectrim.recipes.progress import ProgressReporter
 from spectrim.recipes.seed import Network, SeedResult, file_name
-from spectrim.recipes.study import Study
+from spectrim.recipes.study import ProgressReporter, Study
 from spectrim.reporting import Results, Run, Variant, words
-from spectrim.reporting.results import Agreement
+from spectrim.reporting.pixels import png_text
+from spectrim.reporting.results import Agreement, Changes, ClassChange, Flipped, Kind
 from spectrim.runtimes.sessions import RuntimeName, require_runtime
 from spectrim.training.checkpoint import fingerprint
 
@@ -33,8 +32,7 @@ _AS_SMALL = 1.05
 def require_runtimes(names: Sequence[RuntimeName]) -> tuple[RuntimeName, ...]:
     """The runtimes asked for; for none, torch, and ONNX Runtime where it is installed.
 
-    Raises:
-        EngineError, DependencyError: one that was asked for cannot be had.
+    Raises `EngineError` or `DependencyError` for one that was asked for and cannot be had.
     """
     if names:
         return tuple(require_runtime(name).name for name in names)
@@ -145,13 +143,13 @@ class Evaluation:
 
     def _provenance(self, seconds: float) -> dict[str, str]:
         """Versions, machine, data and settings, for the foot of the report."""
-        study, images, threads, batch = self.study, self.images, torch.get_num_threads(), self.study.latency_batch
+        study, images, batch = self.study, self.images, self.study.latency_batch
         at_once = "one image at a time" if batch == 1 else f"batches of {batch} images"
         how = "one thread, median of interleaved pairs with its 95 % interval"
         return {
             **versions(),
             "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, "
-            f"{torch.backends.cpu.get_cpu_capability()}, {threads} thread{'s' if threads != 1 else ''}",
+            f"{torch.backends.cpu.get_cpu_capability()}, {words.threads(torch.get_num_threads())}",
             "seeds": ", ".join(map(str, study.seeds)),
             "data": f"{study.dataset} from {images.source}; {len(images.train)} training, {len(images.held_out)} "
             f"held-out and {len(images.test)} test images",
@@ -234,3 +232,63 @@ def versions() -> dict[str, str]:
         "numpy": np.__version__,
         "python": platform.python_version(),
     }
+
+
+_MOST_SHOWN: Mapping[Kind, int] = {"broken": 24, "mended": 12, "confused": 12}
+"""Images of each kind that a report holds, broken ones first. In colour, 32 pixels wide, they come to 150 kB."""
+
+
+class _Predictions:
+    """Of two networks for the test images: the probabilities (N, classes) and classes (N,) of both."""
+
+    def __init__(self, dense: nn.Module, small: nn.Module, images: Images) -> None:
+        self.labels = images.test.labels
+        self.dense, self.small = (images.test.logits(model).softmax(dim=1) for model in (dense, small))
+        self.before, self.after = self.dense.argmax(dim=1), self.small.argmax(dim=1)
+        right, right_after = self.before == self.labels, self.after == self.labels
+        # which images count where, bool (N,) by the fields of a `Tally`
+        self.masks = {
+            "total": self.labels >= 0,
+            "before": right,
+            "broken": right & ~right_after,
+            "mended": ~right & right_after,
+            "confused": ~right & ~right_after & (self.before != self.after),
+        }
+
+    def counts(self, classes: int) -> Tensor:
+        """Of every class, int64 (masks, classes)."""
+        return torch.stack([torch.bincount(self.labels[mask], minlength=classes) for mask in self.masks.values()])
+
+    def flipped(self, images: Images) -> Iterator[Flipped]:
+        """The images to show: of each kind the largest changes of probability first, of equal ones the first image."""
+        change = self.small - self.dense
+        # how much more the second network believes in the new class, and how much less in the old one
+        moved = (change.gather(1, self.after[:, None]) - change.gather(1, self.before[:, None]))[:, 0]
+        for kind, most in _MOST_SHOWN.items():
+            indices = self.masks[kind].nonzero()[:, 0]
+            for index in indices[moved[indices].argsort(descending=True, stable=True)][:most].tolist():
+                pixels = images.test.images[index] * images.deviation + images.mean
+                yield Flipped(
+                    index=index,
+                    truth=int(self.labels[index]),
+                    before=int(self.before[index]),
+                    after=int(self.after[index]),
+                    sure_before=round(min(1.0, float(self.dense[index].max())), 4),
+                    sure_after=round(min(1.0, float(self.small[index].max())), 4),
+                    image=png_text(pixels.round().clamp(0, 255).byte().numpy()),
+                )
+
+
+def changes_of(variant: str, pairs: Mapping[int, tuple[nn.Module, nn.Module]], images: Images) -> Changes:
+    """Compare two networks on the test images: by seed, the dense one and the compressed one, named `variant`.
+
+    Counts are summed over the seeds; images are shown of the first.
+    """
+    predictions = [_Predictions(dense, small, images) for dense, small in pairs.values()]
+    columns = torch.stack([each.counts(len(images.names)) for each in predictions]).sum(dim=0).T.tolist()
+    classes = tuple(
+        ClassChange(name=name, **dict(zip(predictions[0].masks, column, strict=True)))
+        for name, column in zip(images.names, columns, strict=True)
+    )
+    flipped = tuple(predictions[0].flipped(images))
+    return Changes(variant=variant, seeds=tuple(pairs), classes=classes, flipped=flipped)

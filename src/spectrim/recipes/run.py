@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Literal
 
 from spectrim.core.errors import DataError, FileError
-from spectrim.core.files import Frozen, parse, read_text, require_writable_folder, sha256_of, write_text
+from spectrim.core.files import FrozenFile, require_writable_folder, sha256_of, write_text
 from spectrim.layers.saving import save
 from spectrim.recipes.files import read_recipe, recipe_text
 from spectrim.recipes.images import Images, load_images
-from spectrim.recipes.progress import ProgressCallback, ProgressReporter
 from spectrim.recipes.results import Evaluation, model_file, require_runtimes, versions
 from spectrim.recipes.seed import SeedResult, SeedRun
-from spectrim.recipes.study import Study
+from spectrim.recipes.study import ProgressCallback, ProgressReporter, Study
 from spectrim.reporting import Results, report
 from spectrim.runtimes.sessions import fingerprint
 
@@ -22,19 +21,12 @@ RECIPE, MANIFEST, RESULTS, REPORT = "recipe.toml", "run.json", "results.json", "
 MODEL, PLAN, PARTS = "model.safetensors", "plan.json", "parts"
 
 
-class Manifest(Frozen):
+class Manifest(FrozenFile):
     """What a finished run was made from, and what it wrote.
 
-    Attributes:
-        recipe: Name of the recipe.
-        identity: Hash of its settings; see `Study.identity`.
-        seeds: Of the run.
-        versions: Of Spectrim, torch, numpy and Python.
-        machine: Processor, instructions and versions: where these are the same, accuracies repeat exactly.
-        dataset: Its name.
-        source: Where its files came from.
-        data: SHA-256 of the training and the test split.
-        files: SHA-256 of every file of the run, by its path in the folder.
+    `identity` is a hash of the recipe's settings, see `Study.identity`. `machine` names the processor, its instructions
+    and versions: where these are the same, accuracies repeat exactly. `data` has the SHA-256 of the training and the
+    test split, whose files came from `source`; `files` has that of every file of the run, by its path in the folder.
     """
 
     version: Literal[1] = 1
@@ -58,8 +50,7 @@ class RunFolder:
     def require_free(self, study: Study) -> None:
         """Check that a run of `study` may be written here, and leave everything as it is.
 
-        Raises:
-            FileError: it cannot be written to, or holds the run of another recipe.
+        Raises `FileError` for a folder that cannot be written to, or that holds the run of another recipe.
         """
         if self._is_begun:
             _require_same(self.path, study)
@@ -94,7 +85,7 @@ class RunFolder:
             files.append(PLAN)
         results.save(self.path / RESULTS)
         report(results, self.path / REPORT)
-        manifest = Manifest(
+        Manifest(
             recipe=study.name,
             identity=study.identity,
             seeds=study.seeds,
@@ -104,8 +95,7 @@ class RunFolder:
             source=images.source,
             data=images.checksums,
             files={name: sha256_of(self.path / name) for name in sorted(files)},
-        )
-        write_text(self.path / MANIFEST, manifest.model_dump_json(indent=1) + "\n")
+        ).save(self.path / MANIFEST)
 
     def manifest(self) -> Manifest:
         """What the run wrote. Raises `FileError` where no finished run lies."""
@@ -114,7 +104,7 @@ class RunFolder:
                 f"{self.path} holds no finished run: there is no {MANIFEST} in it; "
                 "name the folder that a recipe was run into, or finish the run with the command that began it"
             )
-        return parse(Manifest, read_text(self.path / MANIFEST), origin=str(self.path / MANIFEST))
+        return Manifest.load(self.path / MANIFEST)
 
 
 def _require_same(path: Path, study: Study) -> None:
@@ -151,23 +141,13 @@ def run_study(
     `out` then holds the recipe as it was run (`recipe.toml`), `results.json`, `report.html`, every network of every
     seed (`models`), and the chosen one of the first seed (`model.safetensors`) with its `plan.json` if a plan made it.
     `run.json` says what all of it was made from, with the checksum of every file. The same call resumes an interrupted
-    run from the trained parts, which lie there too.
+    run from the trained parts, which lie in `parts`, by default `out / "parts"`; studies that share it train the dense
+    network once. The data set's files lie in `data_folder`, if not in the cache. `on_progress` is called at every step.
 
-    Args:
-        study: What to do.
-        out: A folder; made if need be.
-        parts: Where the trained parts lie, `out / "parts"` by default; studies that share it train the dense network
-            once.
-        data_folder: Where the data set's files lie, if not in the cache.
-        on_progress: Called at every step.
-
-    Raises:
-        FileError: `out` or `parts` cannot be written to, or `out` holds the run of another recipe; nothing has been
-            done then.
-        DataError: the data set cannot be obtained; names the recipe that stands in, if there is one.
-        EngineError, DependencyError: a runtime or a package that the recipe needs cannot be had.
-        ModelError, RuleError: the network cannot take the images, or cannot do what the recipe asks; raised before
-            anything is trained or written.
+    Raises, before anything is trained or written, `FileError` where `out` or `parts` cannot be written to or `out`
+    holds the run of another recipe, `DataError` where the data set cannot be obtained (it names the recipe that stands
+    in, if there is one), `EngineError` or `DependencyError` for a runtime or a package that cannot be had, and
+    `ModelError` or `RuleError` where the network cannot take the images or cannot do what the recipe asks.
     """
     start = time.perf_counter()
     study.require_available()
@@ -192,17 +172,16 @@ def run_study(
 def images_of(study: Study, data_folder: Path | None = None) -> Images:
     """The data set of a study, split and normalised.
 
-    Raises:
-        DataError: it cannot be obtained; names the recipe that stands in, if there is one.
+    Raises `DataError`, which names the recipe that stands in, if there is one, where it cannot be obtained.
     """
     try:
         return load_images(
             study.dataset, held_out=study.held_out, limit=study.limit, size=study.view()[1], folder=data_folder
         )
     except DataError as error:
-        if study.stand_in is None:
+        if study.substitute is None:
             raise
         raise DataError(
             f"{error}\nor with this recipe: --data-folder DIR. Without the data another recipe stands in for it: "
-            f"spectrim recipe {study.stand_in}"
+            f"spectrim recipe {study.substitute}"
         ) from error

@@ -14,12 +14,11 @@ from spectrim.analysis.spectra import Analysis
 from spectrim.benchmark.measurement import Accuracy, Epoch, accuracy
 from spectrim.compression import Compressed, compress
 from spectrim.core.errors import FileError
-from spectrim.core.files import Frozen, parse, read_text, write_text
+from spectrim.core.files import FrozenFile
 from spectrim.core.plans import Metric, Plan, Rule
 from spectrim.layers.saving import load, save
 from spectrim.recipes.images import Batch, Images, Minibatches
-from spectrim.recipes.progress import ProgressReporter
-from spectrim.recipes.study import Phase, Study, Tuned, key_of
+from spectrim.recipes.study import Phase, ProgressReporter, Study, Tuned, key_of
 from spectrim.reporting import LayerSpectrum
 from spectrim.reporting.results import Stage
 from spectrim.training import Settings, Step, TrainingRun, finetune, train_in_place
@@ -34,7 +33,7 @@ class Part(NamedTuple):
     plan: Plan | None = None
 
 
-class _Note(Frozen):
+class _Note(FrozenFile):
     key: str
     curve: tuple[Epoch, ...] = ()
     plan: Plan | None = None
@@ -42,13 +41,10 @@ class _Note(Frozen):
 
 @dataclass(frozen=True, eq=False)
 class Network:
-    """One network of one seed; name, stage, rule, metric and plan are those of a `Variant`.
+    """One network of one seed, ready to be saved; what is not explained here is as in a `Variant`.
 
-    Attributes:
-        model: Ready to be saved.
-        held_out: Accuracy on held-out training images.
-        curve: Of its training, if any.
-        reference: The network as it was trained, if `model` has been made from it and should answer the same.
+    `held_out` is its accuracy on held-out training images, `reference` the network as it was trained, if `model` has
+    been made from it and should answer the same.
     """
 
     name: str
@@ -209,14 +205,13 @@ class SeedRun:
         """
         network, note_file = self.folder / f"{name}.safetensors", self.folder / f"{name}.json"
         with suppress(FileError):  # absent or damaged: it is made again
-            note = parse(_Note, read_text(note_file), origin=str(note_file))
+            note = _Note.load(note_file)
             if note.key == key:
                 return Part(load(network, blank), note.curve, note.plan)
         unfinished = Checkpoint(self.folder / f"{name}.unfinished.safetensors", run=key)
         part = make(unfinished)
         save(part.model, network)
-        note = _Note(key=key, curve=part.curve, plan=part.plan)
-        write_text(note_file, note.model_dump_json(indent=1, exclude_none=True))
+        _Note(key=key, curve=part.curve, plan=part.plan).save(note_file)
         unfinished.path.unlink(missing_ok=True)
         return part
 

@@ -1,4 +1,4 @@
-"""The settings that all studies share, and what each kind of study adds to them."""
+"""The settings that all studies share, what each kind of study adds to them, and what a study reports while it runs."""
 
 import hashlib
 import json
@@ -21,6 +21,9 @@ from spectrim.runtimes.sessions import RuntimeName
 
 if TYPE_CHECKING:
     from spectrim.recipes.seed import Network, SeedRun
+from dataclasses import dataclass, field
+
+from spectrim.training import Step
 
 Task = Callable[["SeedRun"], Iterable["Network"]]
 
@@ -53,10 +56,8 @@ class Phase(Frozen):
 class Tuned(Frozen):
     """How a compressed network is fine-tuned.
 
-    Attributes:
-        phase: Epochs, learning rate, batch size, weight decay.
-        temperature: With the dense network as the teacher; none trains with the labels.
-        frozen_norms: BatchNorm leaves its running statistics as they are. After a plain truncation they no longer fit.
+    With a `temperature` the dense network is the teacher; None trains with the labels. `frozen_norms` leaves
+    BatchNorm's running statistics as they are; after a plain truncation they no longer fit.
     """
 
     phase: Phase
@@ -69,13 +70,10 @@ class Tuned(Frozen):
 
 
 class PublishedFigures(Frozen):
-    """Somebody else's figures for the same study; accuracy in [0, 1].
+    """Somebody else's figures for the same study; accuracies in [0, 1].
 
-    Attributes:
-        source: Whose.
-        dense: Accuracy of the dense network.
-        ranks: Accuracy by rank.
-        points: Compressed networks that no single rank describes.
+    `dense` is that of their dense network, `ranks` are those by rank, `points` are networks that no single rank
+    describes.
     """
 
     source: str
@@ -106,7 +104,7 @@ class Study(Frozen, ABC):
         runtimes: What the networks are timed in, the first one for the table; none means torch, and ONNX Runtime where
             it is installed.
         latency_batch: Images of one timed pass.
-        stand_in: The recipe to take where the data cannot be had.
+        substitute: The recipe to take where the data cannot be had. In the file: `stand_in`.
         published: Figures to compare with.
         command: What repeats the study.
     """
@@ -122,7 +120,7 @@ class Study(Frozen, ABC):
     tolerance: float = Field(default=0.005, ge=0)
     runtimes: tuple[RuntimeName, ...] = ("torch",)
     latency_batch: int = Field(default=1, ge=1)
-    stand_in: str | None = None
+    substitute: str | None = Field(default=None, alias="stand_in")
     published: tuple[PublishedFigures, ...] = ()
     command: str = ""
 
@@ -150,7 +148,7 @@ class Study(Frozen, ABC):
     @property
     def identity(self) -> str:
         """A hash of all that decides what one seed gives; seeds, words and published figures do not."""
-        return key_of(**self.model_dump(mode="json", exclude={"seeds", "title", "published", "command", "stand_in"}))
+        return key_of(**self.model_dump(mode="json", exclude={"seeds", "title", "published", "command", "substitute"}))
 
     @abstractmethod
     def _shortened(self) -> Mapping[str, object]:
@@ -162,10 +160,8 @@ class Study(Frozen, ABC):
 
     @abstractmethod
     def dense_network(self, images: Images) -> nn.Module:
-        """The dense network, untrained, for these images.
-
-        Raises:
-            ModelError, DependencyError: it cannot be made here.
+        """The dense network, untrained, for these images. Raises `ModelError` or `DependencyError` where it cannot be
+        made.
         """
 
     @abstractmethod
@@ -178,8 +174,7 @@ class Study(Frozen, ABC):
     def require_possible(self, model: nn.Module, example: Tensor) -> None:
         """Raise what an untrained network tells before hours of training: here, that it cannot take one image.
 
-        Raises:
-            ModelError, RuleError: what the settings ask cannot be done with this network.
+        That is a `ModelError` or a `RuleError`: what the settings ask cannot be done with this network.
         """
         trace(model, as_inputs(example))
 
@@ -208,3 +203,50 @@ class Study(Frozen, ABC):
     def remark(self, images: Images, dense: nn.Module, variants: Sequence[Variant]) -> str:
         """What else to say about the results, in a sentence or two."""
         return ""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a study stands: within the current part, and how many parts of all are finished."""
+
+    part: str
+    done: int
+    of: int
+    note: str
+    parts_done: int
+    parts: int
+
+
+ProgressCallback = Callable[[Progress], None]
+
+
+@dataclass
+class ProgressReporter:
+    """Counts the parts of a study and calls back at each step."""
+
+    callback: ProgressCallback | None = None
+    parts: int = 1
+    _finished: int = field(default=0, init=False)
+    _part: str = field(default="", init=False)
+
+    def begin(self, part: str) -> None:
+        """Start a new part; the one before it is finished."""
+        self._finished += bool(self._part)
+        self._part = part
+        self.update(0, of=1)
+
+    def update(self, done: int, *, of: int, note: str = "") -> None:
+        """`done` of `of` steps of the current part are finished."""
+        if self.callback is not None:
+            self.callback(Progress(self._part, done, of, note, self._finished, self.parts))
+
+    def training_step(self, step: Step) -> None:
+        """A step of training, as `on_step` is called with it."""
+        done = step.epoch * step.steps + step.step + 1
+        note = f"epoch {step.epoch + 1}/{step.epochs}, loss {step.loss:.3f}"
+        self.update(done, of=step.epochs * step.steps, note=note)
+
+    def end(self) -> None:
+        """Everything is done."""
+        self._part, self._finished = "done", self.parts
+        self.update(1, of=1)

@@ -17,12 +17,11 @@ from spectrim.benchmark.measurement import Measurement, accuracy, count, measure
 from spectrim.core.errors import FileError
 from spectrim.core.files import sha256_of
 from spectrim.layers.saving import load
-from spectrim.recipes.changes import changes_of
 from spectrim.recipes.files import read_recipe
 from spectrim.recipes.images import Batch, Images
-from spectrim.recipes.progress import ProgressCallback, ProgressReporter
+from spectrim.recipes.results import changes_of
 from spectrim.recipes.run import RECIPE, RESULTS, RunFolder, images_of
-from spectrim.recipes.study import Study
+from spectrim.recipes.study import ProgressCallback, ProgressReporter, Study
 from spectrim.reporting import Changes, Results, Run, Variant, words
 from spectrim.runtimes.sessions import fingerprint
 
@@ -35,13 +34,9 @@ _DIGITS = 1e-4
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at again.
+    """What the folder says of one thing, and what came out now; `not judged` for times, which no two runs share.
 
-    Attributes:
-        what: Such as `rank 20, plain, zero-shot: test accuracy, seed 0`.
-        stored: What the folder says.
-        found: What came out now.
-        verdict: `not judged` for times, which no two runs share.
+    `what` it is reads like `rank 20, plain, zero-shot: test accuracy, seed 0`.
     """
 
     what: str
@@ -64,18 +59,11 @@ def verify_run(
     test set and the held-out training images: exactly as noted on the same kind of machine with the same versions of
     torch, elsewhere up to `ELSEWHERE` of the images (at least 2) may differ; so for what the chosen network predicts
     differently from the dense one. Parameters, bytes and MACs must be exactly as noted, singular values of the dense
-    network's weights within 0.01 % of the largest. Latency is measured and shown, not judged. Training curves cannot be
-    measured again.
+    network's weights within 0.01 % of the largest. Latency is measured and shown, not judged, unless it is turned off.
+    Training curves cannot be measured again. The data set's files lie in `data_folder`, if not in the cache.
 
-    Args:
-        folder: Of the run.
-        data_folder: Where the data set's files lie, if not in the cache.
-        latency: Time the networks as well.
-        on_progress: Called after every network.
-
-    Raises:
-        FileError: the folder holds no finished run, or its recipe or results cannot be read.
-        DataError: the data set cannot be obtained.
+    Raises `FileError` for a folder that holds no finished run, or whose recipe or results cannot be read, and
+    `DataError` where the data set cannot be obtained.
     """
     run_folder = RunFolder(Path(folder))
     manifest = run_folder.manifest()

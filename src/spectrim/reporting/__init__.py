@@ -1,10 +1,8 @@
 """Reports: the values of a study as terminal tables, figures, and one self-contained HTML page."""
 
-from spectrim.benchmark.measurement import Epoch
 from spectrim.reporting.accuracy import plot_accuracy, plot_classes
-from spectrim.reporting.figures import plot_curves, plot_history, plot_ranks, plot_spectra
+from spectrim.reporting.figures import plot_curves, plot_history, plot_ranks, plot_spectra, save_figure
 from spectrim.reporting.html import report
-from spectrim.reporting.paper import save_figure
 from spectrim.reporting.results import (
     Changes,
     ClassChange,
@@ -22,7 +20,6 @@ from spectrim.reporting.tables import changes_table, published_table, runtimes_t
 __all__ = [
     "Changes",
     "ClassChange",
-    "Epoch",
     "Flipped",
     "LayerSpectrum",
     "Published",

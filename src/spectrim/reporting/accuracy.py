@@ -212,10 +212,8 @@ def _zoom(results: Results, variants: Sequence[Variant]) -> dict[str, Any]:
 def plot_classes(changes: Changes) -> go.Figure:
     """Change of every class's accuracy in percentage points, with its 95 % interval, the worst at the bottom.
 
-    Of more than 60 classes those with the largest changes are shown.
-
-    Raises:
-        DataError: no class has a test example.
+    Of more than 60 classes those with the largest changes are shown. Raises `DataError` where no class has a test
+    example.
     """
     tested = [tally for tally in changes.classes if tally.total]
     if not tested:

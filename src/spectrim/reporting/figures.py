@@ -1,6 +1,8 @@
 """Spectra and training curves as figures. Groups differ in marker or dash as well as in colour."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -8,14 +10,15 @@ import plotly.graph_objects as go
 
 from spectrim.analysis.spectra import Analysis
 from spectrim.benchmark.measurement import Epoch
-from spectrim.core.errors import DataError, PatternError
+from spectrim.core.errors import DataError, DependencyError, EngineError, PatternError, near
+from spectrim.core.files import write_atomically
 from spectrim.core.plans import Plan
-from spectrim.layers.selection import near
 from spectrim.linalg import Spectrum
 from spectrim.reporting import words
 from spectrim.reporting.results import LayerSpectrum, Results, spectra_of
 from spectrim.reporting.style import COLOURS, GREY, METRIC_STYLE, RIGHT, Style, Trace, build, safe
 
+FORMATS = ("png", "svg", "pdf")
 _POINTS = 200
 
 
@@ -61,8 +64,7 @@ def plot_spectra(
 def plot_curves(results: Results) -> go.Figure:
     """Training loss, and accuracy on held-out data, by epoch: one line per seed, in the colour of its network.
 
-    Raises:
-        DataError: no network has a training curve.
+    Raises `DataError` where no network has a training curve.
     """
     trained = [variant for variant in (results.dense, *results.variants) if any(run.curve for run in variant.runs)]
     if not trained:
@@ -93,8 +95,7 @@ def plot_curves(results: Results) -> go.Figure:
 def plot_history(history: Sequence[Epoch]) -> go.Figure:
     """Training loss on a logarithmic axis, and accuracy on held-out data where it was taken, by epoch; the best marked.
 
-    Raises:
-        DataError: there is no epoch to show.
+    Raises `DataError` where there is no epoch to show.
     """
     if not history:
         raise DataError("there is no epoch to plot: the history is empty")
@@ -135,29 +136,17 @@ def _curve_traces(curve: Sequence[Epoch], *, seed: str = "") -> Iterator[Trace]:
 
 
 class Ranks(Protocol):
-    """Ranks at one moment of training, such as an entry of `RankSchedule.history`."""
+    """The ranks of all layers by name after a number of optimiser steps, and what the network costs, kept / dense."""
 
-    @property
-    def step(self) -> int:
-        """Optimiser steps taken."""
-
-    @property
-    def ranks(self) -> Mapping[str, int]:
-        """By the layers' names."""
-
-    @property
-    def kept(self) -> float:
-        """What the network costs, kept / dense."""
+    step: int
+    ranks: Mapping[str, int]
+    kept: float
 
 
 def plot_ranks(history: Sequence[Ranks]) -> go.Figure:
-    """Each layer's rank, and the share of the cost that is kept, by optimiser step.
+    """Each layer's rank, and the share of the cost that is kept, by optimiser step, from `RankSchedule.history`.
 
-    Args:
-        history: `RankSchedule.history`.
-
-    Raises:
-        DataError: there is nothing to show.
+    Raises `DataError` where there is nothing to show.
     """
     if not history:
         raise DataError("there are no ranks to plot: the history is empty; call step() of the schedule while training")
@@ -214,3 +203,42 @@ def _spectrum_traces(layer: LayerSpectrum, plans: Sequence[Plan], *, position: i
             marks = {"name": f"{name}: kept rank", "mode": "markers", "marker": marker}
             y = [float(curve[rank - 1]) for rank in marked]
             yield common | marks | {"x": marked, "y": y, "hovertemplate": f"kept rank %{{x}}: {hover}"}
+
+
+def save_figure(
+    figure: go.Figure, path: str | Path, *, width: int = 700, height: int = 420, scale: float = 3.0
+) -> Path:
+    """Write a figure as `.png`, `.svg` or `.pdf`, whichever the path ends in.
+
+    Args:
+        figure: From one of the `plot_` functions, or any other of plotly.
+        path: The file to write.
+        width: In pixels; in a `.pdf`, 1/96 inch each.
+        height: Likewise.
+        scale: Pixels of a `.png` for each of these.
+
+    Raises:
+        DataError: another ending, or a value that is not a figure.
+        DependencyError: kaleido, which draws plotly's figures into files, is not installed.
+        EngineError: kaleido finds no Chrome or Chromium to draw with, or that fails.
+        FileError: the file cannot be written.
+    """
+    path = Path(path)
+    if not isinstance(figure, go.Figure):
+        raise DataError(f"save_figure takes a plotly figure, and this is a {type(figure).__name__}")
+    kind = path.suffix.removeprefix(".").lower()
+    if kind not in FORMATS:
+        raise DataError(f"{path} does not end in a format of figures; let it end in {', '.join(FORMATS)}")
+    if find_spec("kaleido") is None:
+        raise DependencyError(
+            "figures are drawn into files by the package kaleido, which is not installed; "
+            'pip install "spectrim[figures]"'
+        )
+    try:
+        drawn = figure.to_image(format=kind, width=width, height=height, scale=scale if kind == "png" else 1)
+    except RuntimeError as error:  # how plotly and kaleido say that there is no browser, or that it failed
+        raise EngineError(
+            f"kaleido could not draw the figure: {str(error).strip()}; install Chrome or Chromium, or name one in the "
+            "environment variable BROWSER_PATH"
+        ) from error
+    return write_atomically(path, lambda part: part.write_bytes(drawn))

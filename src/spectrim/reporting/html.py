@@ -15,9 +15,8 @@ from spectrim.core.files import write_text
 from spectrim.reporting import words
 from spectrim.reporting.accuracy import AXES, available, plot_accuracy, plot_classes
 from spectrim.reporting.figures import plot_curves, plot_spectra, relevant_plans
-from spectrim.reporting.listings import Listing
 from spectrim.reporting.results import Results, Variant
-from spectrim.reporting.tables import changes_table, published_table, runtimes_table, table
+from spectrim.reporting.tables import Listing, changes_table, published_table, runtimes_table, table
 
 
 def report(results: Results, path: str | Path) -> Path:
@@ -138,9 +137,9 @@ def _plans(results: Results) -> list[tuple[str, Listing]]:
 
 def _repeated_columns(listing: Listing) -> frozenset[int]:
     """The columns that mostly repeat what the names of the rows say; a phone has no room for them."""
-
-    def repeats(at: int) -> bool:
-        return all(row[at] in row[0] for row in listing.rows if row[at] != words.NOTHING)
-
-    heads = [column.head for column in listing.columns]
-    return frozenset(at for at, head in enumerate(heads) if at and (head in ("Metric", "Stage") or repeats(at)))
+    return frozenset(
+        at
+        for at, column in enumerate(listing.columns)
+        if column.head in ("Metric", "Stage")
+        or (at and all(row[at] in row[0] for row in listing.rows if row[at] != words.NOTHING))
+    )

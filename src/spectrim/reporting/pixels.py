@@ -16,13 +16,10 @@ _SAME, _LESS_ABOVE = 0, 2
 
 
 def png(pixels: NDArray[np.uint8]) -> bytes:
-    """A PNG file (ISO/IEC 15948), 8 bits a channel.
+    """A PNG file (ISO/IEC 15948), 8 bits a channel, of uint8 pixels (C, H, W) with C = 1 (grey) or 3 (red, green,
+    blue).
 
-    Args:
-        pixels: uint8 (C, H, W) with C = 1 (grey) or 3 (red, green, blue).
-
-    Raises:
-        DataError: another shape or type.
+    Raises `DataError` for another shape or type.
     """
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or len(pixels) not in _COLOUR_TYPE or not pixels.size:
         raise DataError(

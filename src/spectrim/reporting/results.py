@@ -2,14 +2,13 @@
 
 import math
 import statistics
-from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
 from spectrim.analysis.spectra import Analysis
 from spectrim.benchmark.measurement import Accuracy, Epoch, Measurement
-from spectrim.core.files import Frozen, parse, read_text, write_text
+from spectrim.core.files import Frozen, FrozenFile
 from spectrim.core.plans import Metric, Plan, Rule
 from spectrim.runtimes.timing import Z95, Interval
 
@@ -66,11 +65,8 @@ def spectra_of(analysis: Analysis, *, cumulative: bool = False) -> tuple[LayerSp
 class Agreement(Frozen):
     """How closely a factored network answers as the one it was made from, on the test set.
 
-    Attributes:
-        largest_difference: Of any two logits.
-        largest_logit: For scale, the largest absolute value of a logit.
-        equal: Examples that both classify alike.
-        of: All examples.
+    The largest difference of any two logits; for scale, the largest absolute logit; how many examples both classify
+    alike, and of how many.
     """
 
     largest_difference: float
@@ -176,12 +172,9 @@ class Published(Frozen):
 class Tally(Frozen):
     """How the answers of two networks to the same examples compare, as counts.
 
-    Attributes:
-        total: Examples.
-        before: That the first network (the dense one) gets right.
-        broken: Right before, wrong now.
-        corrected: Wrong before, right now; the keyword, and the key in JSON, is `mended`.
-        confused: Wrong before, and wrong now with another answer.
+    Of `total` examples the first network, the dense one, gets `before` right. `broken` were right before and are wrong
+    now; `corrected`, whose keyword and key in JSON is `mended`, the reverse; `confused` were wrong, and are in another
+    way.
     """
 
     model_config = ConfigDict(populate_by_name=True, serialize_by_alias=True)
@@ -227,16 +220,10 @@ class ClassChange(Tally):
 
 
 class Flipped(Frozen):
-    """A test example that the two networks answer differently.
+    """The test example at `index`, which the two networks answer differently.
 
-    Attributes:
-        index: Its position in the test set.
-        truth: Its class, as a position among `Changes.classes`; the answers likewise.
-        before: What the dense network said.
-        after: What the other one said.
-        sure_before: The probability that the dense network gave its own answer.
-        sure_after: That the other one gave its own.
-        image: Its pixels, a PNG file in base64.
+    Its `truth` and both answers are classes as positions among `Changes.classes`; `sure_before` and `sure_after` are
+    the probabilities that each network gave its own answer. `image` are its pixels, a PNG file in base64.
     """
 
     index: int = Field(ge=0)
@@ -290,7 +277,7 @@ class Changes(Frozen):
         return Tally(**{name: sum(getattr(tally, name) for tally in self.classes) for name in Tally.model_fields})
 
 
-class Results(Frozen):
+class Results(FrozenFile):
     """A study, measured.
 
     Attributes:
@@ -370,15 +357,6 @@ class Results(Frozen):
         if name not in variants:
             raise KeyError(f"the results have no network {name!r}; they have {', '.join(variants)}")
         return variants[name]
-
-    def save(self, path: str | Path) -> Path:
-        """Write the results as JSON. Raises `FileError` when the file cannot be written."""
-        return write_text(Path(path), self.model_dump_json(indent=1, exclude_none=True, by_alias=True) + "\n")
-
-    @classmethod
-    def load(cls, path: str | Path) -> "Results":
-        """Read results. Raises `FileError` for a missing, cut or invalid file."""
-        return parse(cls, read_text(Path(path)), origin=str(path))
 
 
 def _network(name: str, measurement: Measurement, *, stage: Stage, plan: Plan | None = None) -> Variant:

@@ -1,10 +1,16 @@
-"""Tables of every value: in a terminal, in scripts and on the page."""
+"""Tables of every value: in a terminal, at any width, in scripts and on the page."""
 
 import io
-from collections.abc import Callable
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from operator import methodcaller
+from typing import Literal, NamedTuple, TypeVar
 
-from rich.console import Console
+from rich import box
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+from rich.text import Text
 
 from spectrim.analysis.spectra import Analysis, LayerAnalysis
 from spectrim.benchmark.measurement import Measurement
@@ -13,8 +19,111 @@ from spectrim.core.plans import Cost, LayerPlan, Metric, Plan
 from spectrim.linalg import Spectrum
 from spectrim.planning.decisions import listed
 from spectrim.reporting import words
-from spectrim.reporting.listings import Column, Listing, listing
 from spectrim.reporting.results import Changes, ClassChange, Published, PublishedPoint, Results, Tally, Variant
+
+_Item = TypeVar("_Item")
+
+_GAP, _FOLD = 2, 20
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column; where the width is short, the one with the highest `level` goes first, and level 0 always stays.
+
+    An `optional` one is left out where no row has anything to say in it.
+    """
+
+    head: str
+    level: int = 0
+    number: bool = True
+    narrow: int = 0
+    optional: bool = False
+
+
+@dataclass(frozen=True)
+class Listing:
+    """A table as a value. `rich` prints it at any width; lines within a cell are separated by newlines.
+
+    The first cell of a row names it; `strong` are the positions of rows that stand out; `note` is a line below.
+    """
+
+    title: str
+    columns: tuple[Column, ...]
+    rows: tuple[tuple[str, ...], ...]
+    strong: frozenset[int] = frozenset()
+    note: str = ""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        sizes = [self._size(at) for at in range(len(self.columns))]
+        visible, hidden = list(range(len(self.columns))), []
+        while (spare := options.max_width - sum(sizes[at][0] + _GAP for at in visible) + _GAP) < 0:
+            last = max(visible, key=lambda at: self.columns[at].level)
+            if self.columns[last].level == 0:
+                break
+            visible.remove(last)
+            hidden.append(self.columns[last].head.replace("\n", " "))
+        widths: dict[int, int] = {}
+        for at in visible:
+            least, whole = sizes[at]
+            widths[at] = least + min(max(spare, 0), whole - least)
+            spare -= widths[at] - least
+        omitted = f"Not shown at this width: {', '.join(hidden)}." if hidden else ""
+        yield self._drawn(widths, note=" ".join(filter(None, (self.note, omitted))))
+
+    def _size(self, at: int) -> tuple[int, int]:
+        """The least and the full width of a column: numbers stay whole, words wrap, and a long name folds."""
+        column = self.columns[at]
+        lines = [line for cell in (column.head, *(row[at] for row in self.rows)) for line in _clean(cell).split("\n")]
+        whole = max(map(cell_len, lines))
+        longest = max((cell_len(word) for line in lines for word in line.split()), default=0)
+        return whole if column.number else min(whole, max(column.narrow, min(longest, _FOLD))), whole
+
+    def _drawn(self, widths: Mapping[int, int], *, note: str) -> Table:
+        table = Table(
+            title=_plain(self.title),
+            caption=_plain(note) if note else None,
+            box=box.SIMPLE_HEAD,
+            show_edge=False,
+            pad_edge=False,
+            collapse_padding=True,
+            title_justify="left",
+            caption_justify="left",
+            title_style="bold",
+        )
+        for at, width in widths.items():
+            head, number = _plain(self.columns[at].head), self.columns[at].number
+            justify: Literal["left", "right"] = "right" if number else "left"
+            table.add_column(head, justify=justify, no_wrap=number, overflow="fold", width=width)
+        for position, row in enumerate(self.rows):
+            table.add_row(*(_plain(row[at]) for at in widths), style="bold" if position in self.strong else None)
+        return table
+
+
+def listing(
+    title: str,
+    items: Sequence[_Item],
+    columns: Mapping[Column, Callable[[_Item], str]],
+    *,
+    strong: Callable[[_Item], bool] = lambda item: False,
+    note: str = "",
+) -> Listing:
+    """One row per item, its cells made by the functions of the columns; `strong` says which ones stand out."""
+    cells = {column: [cell(item) for item in items] for column, cell in columns.items()}
+    silent = {"", words.NOTHING}
+    used = {column: texts for column, texts in cells.items() if not (column.optional and silent.issuperset(texts))}
+    positions = frozenset(at for at, item in enumerate(items) if strong(item))
+    return Listing(title, tuple(used), tuple(zip(*used.values(), strict=True)), strong=positions, note=note)
+
+
+def _plain(cell: str) -> Text:
+    """Text without markup: a name may hold brackets."""
+    return Text(_clean(cell))
+
+
+def _clean(cell: str) -> str:
+    """Without control characters, which could change the terminal."""
+    return "".join(sign if sign.isprintable() or sign == "\n" else "�" for sign in cell)
+
 
 Showable = Analysis | Plan | Measurement | Results
 
@@ -23,9 +132,7 @@ def table(value: Showable) -> Listing:
     """A table of an `Analysis`, `Plan`, `Measurement` or `Results`, to be printed by a `rich.console.Console`.
 
     It fits itself to the console: columns that matter less are left out, and named below, before a number would break.
-
-    Raises:
-        DataError: any other value.
+    Raises `DataError` for any other value.
     """
     match value:
         case Analysis():
@@ -40,11 +147,7 @@ def table(value: Showable) -> Listing:
 
 
 def text(value: Showable, *, width: int = 100) -> str:
-    """The table as plain text of at most `width` columns, without colours: `print(text(plan))`.
-
-    Raises:
-        DataError: a value that has no table.
-    """
+    """The table as plain text of at most `width` columns, without colours: `print(text(plan))`; raises as `table`."""
     printed = io.StringIO()
     Console(file=printed, width=width, color_system=None, legacy_windows=False).print(table(value))
     return "\n".join(line.rstrip() for line in printed.getvalue().splitlines())
@@ -62,7 +165,10 @@ def _of_analysis(analysis: Analysis) -> Listing:
         Column("Full\nrank", 1): lambda layer: str(layer.full_rank or words.NOTHING),
         Column("Effective\nrank", 4): _of_spectrum(lambda spectrum: f"{spectrum.effective_rank:.0f}"),
         Column("Stable\nrank", 9): _of_spectrum(lambda spectrum: f"{spectrum.stable_rank:.1f}"),
-        **{Column(f"Rank for\n{energy} %", level): _rank_for(energy / 100) for energy, level in levels.items()},
+        **{
+            Column(f"Rank for\n{energy} %", level): _of_spectrum(methodcaller("rank_for", energy / 100))
+            for energy, level in levels.items()
+        },
         Column("Params", 3): lambda layer: words.count(layer.dense.params),
         Column("Share of\nMACs", 3): lambda layer: _part(layer.dense.macs, macs),
         Column("Cannot be factored", number=False, narrow=24, optional=True): lambda layer: layer.skip_reason or "",
@@ -80,10 +186,6 @@ def _metric(layer: LayerAnalysis) -> Metric | None:
 
 def _of_spectrum(show: Callable[[Spectrum], object]) -> Callable[[LayerAnalysis], str]:
     return lambda layer: str(show(layer.spectra[metric])) if (metric := _metric(layer)) else words.NOTHING
-
-
-def _rank_for(energy: float) -> Callable[[LayerAnalysis], str]:
-    return _of_spectrum(lambda spectrum: spectrum.rank_for(energy))
 
 
 def _tied_names(layer: LayerAnalysis | LayerPlan) -> str:
@@ -140,7 +242,7 @@ def _of_measurement(measurement: Measurement) -> Listing:
         for name, (value, ratio) in words.costs(measurement).items()
     ]
     if measurement.latency_ms is not None:
-        rows.append(("Latency", words.milliseconds(measurement.latency_ms), "", words.threads(measurement)))
+        rows.append(("Latency", words.milliseconds(measurement.latency_ms), "", words.threads(measurement.threads)))
     if (speedup := measurement.speedup) is not None:
         rows.append(("Speed-up", words.speedup(speedup), "", words.verdict(speedup)))
     if (accuracy := measurement.accuracy) is not None:

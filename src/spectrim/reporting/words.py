@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from spectrim.benchmark.measurement import Measurement
 from spectrim.core.plans import Budget, Energy, Metric, Plan, Rank, Ratio, Rule
+from spectrim.layers.forms import selected_forms
 from spectrim.linalg import Spectrum
 from spectrim.reporting.results import Agreement, Changes, LayerSpectrum, Published, Results, Tally, Variant
 from spectrim.runtimes.timing import Interval
@@ -21,23 +22,18 @@ TO = "\N{EN DASH}"
 NOTHING = TO
 
 
-def count(number: float) -> str:
+def count(number: float, *, unit: str = "") -> str:
     """Up to three significant digits with an SI prefix: 2570 is `2.57 k`."""
-    return " ".join(_scaled(number)).strip()
+    if number < 1000:
+        return f"{number:g} {unit}".strip()
+    rounded = float(f"{number:.3g}")
+    power = min(4, int(math.log10(rounded) // 3))
+    return f"{f'{rounded / 1000**power:#.3g}'.rstrip('.')} {['', 'k', 'M', 'G', 'T'][power]}{unit}"
 
 
 def size(number: float) -> str:
     """Bytes in decimal units: 340448 is `340 kB`."""
-    digits, unit = _scaled(number)
-    return f"{digits} {unit}B"
-
-
-def _scaled(number: float) -> tuple[str, str]:
-    if number < 1000:
-        return f"{number:g}", ""
-    rounded = float(f"{number:.3g}")
-    power = min(4, int(math.log10(rounded) // 3))
-    return f"{rounded / 1000**power:#.3g}".rstrip("."), ["", "k", "M", "G", "T"][power]
+    return count(number, unit="B")
 
 
 def percent(share: float | None, *, places: int = 2) -> str:
@@ -108,15 +104,15 @@ def timing_verdict(measurement: Measurement) -> str:
     return (measurement.verdict or NOTHING).replace("no difference", "no sure difference")
 
 
-def threads(measurement: Measurement) -> str:
-    """`1 thread`; nothing where that is not known."""
-    return f"{measurement.threads} thread{'s' if measurement.threads != 1 else ''}" if measurement.threads else ""
+def threads(number: int | None) -> str:
+    """`1 thread`; nothing where the number is not known."""
+    return f"{number} thread{'s' if number != 1 else ''}" if number else ""
 
 
 def circumstances(measurement: Measurement) -> str:
     """How it was timed: `1 thread, batches of 32`; nothing where that is not known."""
     batch = f"batches of {measurement.batch}" if measurement.batch and measurement.batch > 1 else ""
-    return ", ".join(filter(None, (threads(measurement), batch)))
+    return ", ".join(filter(None, (threads(measurement.threads), batch)))
 
 
 def costs(measurement: Measurement) -> dict[str, tuple[str, float | None]]:
@@ -351,9 +347,9 @@ def explained(spectrum: LayerSpectrum) -> NDArray[np.float64]:
 
 def kept_ranks(plans: Iterable[Plan], *, layer: str, metric: Metric) -> tuple[int, ...]:
     """The ranks at which plans keep a layer's matrix in a metric, smallest first; other forms have other spectra."""
-    chosen = [one for plan in plans for one in plan if one.name == layer and one.metric == metric]
-    decisions = [one for one in chosen if one.form in ("linear", "channel")]
-    return tuple(sorted({one.rank for one in decisions if one.rank}))
+    forms = selected_forms(None, closed_form=True)
+    decisions = (decided for plan in plans for decided in plan if decided.name == layer and decided.metric == metric)
+    return tuple(sorted({decided.rank for decided in decisions if decided.rank and decided.form in forms}))
 
 
 def curves_finding(results: Results) -> str:

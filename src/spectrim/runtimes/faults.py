@@ -1,13 +1,12 @@
 """What to say of an error of another package: which module was at work, and its reason in one line."""
 
-import difflib
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import fx, nn
 
-from spectrim.core.errors import SpectrimError
+from spectrim.core.errors import SpectrimError, did_you_mean
 
 
 def module_at(model: nn.Module, error: BaseException) -> str:
@@ -62,6 +61,4 @@ def raised_as(kind: type[SpectrimError], what: str, *, advice: str = "") -> Iter
 
 def unknown(what: str, name: object, known: Sequence[str]) -> str:
     """The message for a name that is not among the known ones, with the nearest of these."""
-    near = difflib.get_close_matches(str(name), known, n=1)
-    hint = f"did you mean {near[0]!r}? There are" if near else "there are"
-    return f"{what} {name!r} is unknown; {hint} {', '.join(known)}"
+    return f"{what} {name!r} is unknown; {did_you_mean(str(name), known)}there are {', '.join(known)}"

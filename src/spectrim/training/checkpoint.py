@@ -1,26 +1,100 @@
-"""The state of a training run between two steps, as one safetensors file."""
+"""The state of a training run between two steps, as one safetensors file; random states among it."""
 
 import hashlib
 import json
+import random
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
+import numpy as np
 import torch
 from pydantic import Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader
 
 from spectrim.benchmark.measurement import Epoch
 from spectrim.core.errors import FileError
-from spectrim.core.execution import unique_tensors
+from spectrim.core.execution import device_of, unique_tensors
 from spectrim.core.files import Frozen, require_writable_folder, write_atomically
 from spectrim.layers.replacement import duplicate
-from spectrim.training.rng_state import RngState
+
+
+@dataclass(frozen=True, eq=False)
+class RngState:
+    """The states of all global generators that training draws from, or of none.
+
+    `tensors` are torch's, uint8: `cpu`, and `cuda` for the model's device if that is one. `others` are those of Python
+    and numpy, in types that JSON has.
+    """
+
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    others: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def now(cls, model: nn.Module) -> "RngState":
+        """The present states."""
+        tensors = {"cpu": torch.get_rng_state()}
+        device = device_of(model)
+        if device.type == "cuda":
+            tensors["cuda"] = torch.cuda.get_rng_state(device)
+        arrays: Any = np.random.get_state(legacy=False)
+        arrays["state"]["key"] = arrays["state"]["key"].tolist()
+        return cls(tensors, {"python": random.getstate(), "numpy": arrays})
+
+    def restore(self, model: nn.Module) -> None:
+        """Make these the present states; they may have been through JSON."""
+        version, numbers, gauss = self.others["python"]
+        random.setstate((version, tuple(numbers), gauss))
+        np.random.set_state(self.others["numpy"])
+        torch.set_rng_state(self.tensors["cpu"])
+        device = device_of(model)
+        if device.type == "cuda" and "cuda" in self.tensors:
+            torch.cuda.set_rng_state(self.tensors["cuda"], device)
+
+
+@contextmanager
+def seeded(model: nn.Module, seed: int) -> Iterator[None]:
+    """Seed torch (the CPU and the model's device), Python and numpy; restore their states afterwards."""
+    before = RngState.now(model)
+    try:
+        torch.default_generator.manual_seed(seed)
+        if "cuda" in before.tensors:
+            with torch.cuda.device(device_of(model)):
+                torch.cuda.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        yield
+    finally:
+        before.restore(model)
+
+
+def generators(batches: object) -> tuple[torch.Generator, ...]:
+    """The generators of its own that a `DataLoader` and its samplers draw from, each once."""
+    if not isinstance(batches, DataLoader):
+        return ()
+    inner = getattr(batches.batch_sampler, "sampler", None)
+    holders = (batches, batches.sampler, batches.batch_sampler, inner)
+    owned = [getattr(holder, "generator", None) for holder in holders]
+    return tuple({id(generator): generator for generator in owned if isinstance(generator, torch.Generator)}.values())
+
+
+def states(generators: Sequence[torch.Generator]) -> tuple[Tensor, ...]:
+    """The state of each, uint8."""
+    return tuple(generator.get_state() for generator in generators)
+
+
+def restore(generators: Sequence[torch.Generator], before: Sequence[Tensor]) -> None:
+    """Give each generator its state from `states`."""
+    for generator, state in zip(generators, before, strict=True):
+        cast(Any, generator).set_state(state)
+
 
 _KEY = "spectrim-training"
 _START_ANEW = "give another path, or delete the file to start from the beginning"
@@ -56,11 +130,9 @@ class _Header(Frozen):
 class Saved:
     """What a checkpoint holds besides weights and optimiser.
 
-    Attributes:
-        progress: How far the run has come.
-        best: Weights and buffers of the best epoch so far; empty if none is kept.
-        rng: Random states after the last step; empty between epochs, each of which is seeded.
-        loaders: States that the generators of a `DataLoader` had when the present epoch began.
+    How far the run has come; weights and buffers of the best epoch so far, if it is kept; random states after the last
+    step, none between epochs, each of which is seeded; those that the generators of a `DataLoader` had when the present
+    epoch began.
     """
 
     progress: Progress = field(default_factory=Progress)
@@ -135,15 +207,12 @@ class Checkpoint:
 
 
 def resumed(path: str | Path, model: nn.Module, *, which: Literal["best", "last"] = "best") -> nn.Module:
-    """A copy of `model` with the weights in the checkpoint of a run that was stopped, such as by a NaN loss.
+    """A copy of `model`, the network as it was given to `finetune`, with the weights in the checkpoint of a stopped
+    run.
 
-    Args:
-        path: The file.
-        model: The network as it was given to `finetune`.
-        which: The weights of the best epoch so far, if the run keeps it, or the last ones that were saved.
-
-    Raises:
-        FileError: the file is missing, damaged, of another network, or without a best epoch.
+    Such as one stopped by a NaN loss. `which` takes the weights of the best epoch so far, if the run keeps it, or the
+    last ones that were saved. Raises `FileError` for a file that is missing, damaged, of another network, or without a
+    best epoch.
     """
     path = Path(path)
     weights = _read(path)[1]["best" if which == "best" else "model"]
@@ -159,6 +228,12 @@ def fingerprint(model: nn.Module) -> dict[str, str]:
     tensors, aliases = unique_tensors(model)
     text = json.dumps([_kinds(tensors), aliases], sort_keys=True)
     return {"network": hashlib.sha256(text.encode()).hexdigest(), "weights": digest(tensors)}
+
+
+def identity(model: nn.Module, teacher: nn.Module | None, settings: Mapping[str, object]) -> str:
+    """JSON of what the checkpoint of a training run belongs to: the networks, and what else decides the run."""
+    taught = None if teacher is None else fingerprint(teacher)["weights"]
+    return json.dumps({**fingerprint(model), "teacher": taught, **settings}, sort_keys=True)
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:

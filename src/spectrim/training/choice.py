@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from spectrim.core.errors import PatternError, RuleError, TrainingError
+from spectrim.core.errors import PatternError, RuleError, TrainingError, near
 from spectrim.core.plans import Energy, Rank, Ratio
 from spectrim.layers.forms import forms_of
 from spectrim.layers.replacement import factored_at, own_bias
-from spectrim.layers.selection import LayerSelection, Patterns, near
+from spectrim.layers.selection import LayerSelection, Patterns
 from spectrim.layers.tracing import Trace
 from spectrim.layers.types import find_layer_type
 from spectrim.layers.units import SingleWeight
@@ -25,12 +25,8 @@ LayerRule = Rank | Ratio | Energy | Mapping[str, int]
 
 @dataclass(kw_only=True)
 class LayerFilter:
-    """The layers to work on.
-
-    Attributes:
-        include: Name patterns of the layers.
-        exclude: Name patterns of layers to leave out.
-        keep_last: Leave out the layer registered last.
+    """The layers to work on: name patterns to `include` and to `exclude`; `keep_last` leaves the one registered last
+    out.
     """
 
     include: Patterns = ("*",)
@@ -80,7 +76,7 @@ def _ranks(model: nn.Module, rule: LayerRule, full: Mapping[SingleWeight, int]) 
         case Ratio():
             return {unit: rule.rank_of(most) for unit, most in full.items()}
         case Energy(energy=energy):
-            return {unit: weight_spectrum(unit, model).rank_for(energy) for unit in full}
+            return {unit: weight_spectrum(unit, weight_of(unit, model)).rank_for(energy) for unit in full}
 
 
 def require_ranks(ranks: Mapping[str, int], full: Mapping[str, int]) -> None:
@@ -92,15 +88,21 @@ def require_ranks(ranks: Mapping[str, int], full: Mapping[str, int]) -> None:
             raise RuleError(f"rank {rank!r} for {name}: give a whole number from 1 to its full rank, {full[name]}")
 
 
+def weight_of(unit: SingleWeight, model: nn.Module) -> nn.Parameter:
+    """A unit's weight in `model`."""
+    return unit.layer(model).get_parameter("weight")
+
+
 def require_finite(name: str, weight: Tensor) -> None:
     """Raise `TrainingError` for a weight that became NaN or infinite."""
     if not torch.isfinite(weight).all():
         raise TrainingError(f"the weight of {name} became NaN or infinite; lower the learning rate or check the data")
 
 
-def weight_spectrum(unit: SingleWeight, model: nn.Module) -> Spectrum:
-    """The singular values of a unit's weight in `model`."""
-    return spectrum(unit.matrices(unit.layer(model).get_parameter("weight").detach()))
+def weight_spectrum(unit: SingleWeight, weight: Tensor) -> Spectrum:
+    """The singular values of a unit's weight; raises as `require_finite`."""
+    require_finite(unit.name, weight)
+    return spectrum(unit.matrices(weight.detach()))
 
 
 def shrinks(unit: SingleWeight, rank: int) -> bool:

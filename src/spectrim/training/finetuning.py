@@ -1,6 +1,5 @@
 """Fine-tuning a compressed network, with or without its dense self as the teacher."""
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -12,13 +11,13 @@ from typing import Any, Literal
 from torch import nn
 
 from spectrim.core.distributed import Accelerator
-from spectrim.core.errors import PatternError, TrainingError
+from spectrim.core.errors import PatternError, TrainingError, near
 from spectrim.core.execution import device_of, evaluating
 from spectrim.layers.factored import is_low_rank, low_rank_layers
 from spectrim.layers.replacement import duplicate
-from spectrim.layers.selection import Patterns, near
+from spectrim.layers.selection import Patterns
 from spectrim.layers.types import find_layer_type
-from spectrim.training.checkpoint import Checkpoint, fingerprint
+from spectrim.training.checkpoint import Checkpoint, identity
 from spectrim.training.history import History
 from spectrim.training.loop import EpochData, Step, TrainingRun, train_in_place
 from spectrim.training.settings import Settings
@@ -108,8 +107,8 @@ def finetune(
     trained = _trained(student, train)
     frozen = _frozen_norms(student, trained, train=train, frozen=frozen_norms)
     if isinstance(checkpoint, str | Path):
-        identity = _identity(model, teacher, settings, trained=sorted(trained), frozen_norms=len(frozen))
-        checkpoint = Checkpoint(Path(checkpoint), run=identity, unfit="refuse")
+        others = {**settings.model_dump(), "trained": sorted(trained), "frozen norms": len(frozen)}
+        checkpoint = Checkpoint(Path(checkpoint), run=identity(model, teacher, others), unfit="refuse")
     run = TrainingRun(
         student,
         data,
@@ -193,17 +192,3 @@ def _frozen_norms(
         return any(id(parameter) in chosen for parameter in own) if own else train == "all"
 
     return [norm for norm in norms if frozen or train == "head" or not is_trained(norm)]
-
-
-def _identity(
-    model: nn.Module, teacher: nn.Module | None, settings: Settings, *, trained: Sequence[str], frozen_norms: int
-) -> str:
-    """JSON of everything that a checkpoint belongs to."""
-    identity = {
-        **fingerprint(model),
-        **settings.model_dump(),
-        "teacher": None if teacher is None else fingerprint(teacher)["weights"],
-        "trained": trained,
-        "frozen norms": frozen_norms,
-    }
-    return json.dumps(identity, sort_keys=True)

@@ -17,11 +17,9 @@ from spectrim.benchmark.measurement import Epoch, accuracy
 from spectrim.core.distributed import Accelerator, ddp, if_distributed, share_of, total
 from spectrim.core.errors import DataError, TrainingError
 from spectrim.core.execution import unique_tensors
-from spectrim.training.checkpoint import Checkpoint, Progress, Saved
+from spectrim.training.checkpoint import Checkpoint, Progress, RngState, Saved, generators, restore, seeded, states
 from spectrim.training.history import History
-from spectrim.training.objective import StepResult, step_result
-from spectrim.training.rng_state import RngState, generators, restore, seeded, states
-from spectrim.training.settings import Settings
+from spectrim.training.settings import Settings, StepResult, step_result
 
 EpochData = Callable[[int], Iterable[Any]]
 """Batches (inputs.., targets) of an epoch, counted from 0."""

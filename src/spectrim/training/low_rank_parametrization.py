@@ -15,12 +15,9 @@ from spectrim.linalg import Factors, Truncated, to_float64, truncate, truncate_e
 class LowRankParametrization(nn.Module):
     """Maps W to W_D, its best approximation of rank D, which is computed once for every value of W.
 
-    Attributes:
-        unit: The weight.
-        basis: (groups, min(out, in), a quarter of that), the subspace from which the next approximation starts: as many
-            columns as the rank needs, then zeros, so that the shape does not depend on the rank. Only training changes
-            it. Like the rank it is part of the state, so that a resumed run computes the same.
-        rank: D, an integer ().
+    `rank` is D, an integer (). `basis`, (groups, min(out, in), a quarter of that), is the subspace from which the next
+    approximation starts: as many columns as the rank needs, then zeros, so that the shape does not depend on the rank.
+    Only training changes it. Both are part of the state, so that a resumed run computes the same.
     """
 
     basis: Tensor

@@ -7,7 +7,7 @@ from fractions import Fraction
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import Field, ValidationError
+from pydantic import Field
 from torch.optim import Optimizer
 
 from spectrim.core.errors import RuleError, TrainingError
@@ -43,12 +43,10 @@ class NuclearNorm:
 
 
 class RankStep(Frozen):
-    """The ranks after a change.
+    """The ranks by layer name after a change, at optimiser step `step`; 0 for the ranks at the start.
 
-    Attributes:
-        step: Optimiser steps taken until then; 0 for the ranks at the start.
-        ranks: By the layers' names.
-        kept: Cost of the network if it were finished now, kept / dense: parameters, or MACs under a budget of MACs.
+    `kept` is what the network would cost if it were finished now, kept / dense: parameters, or MACs under a budget of
+    MACs.
     """
 
     step: int = Field(ge=0)
@@ -173,7 +171,7 @@ class RankSchedule:
         """
         try:
             state = _State.model_validate(dict(state_dict))
-        except (ValidationError, TypeError, ValueError) as error:
+        except (TypeError, ValueError) as error:
             raise TrainingError(f"this is not the state of a RankSchedule: {error}") from error
         if state.schedule != self._name:
             raise TrainingError(f"this is the state of RankSchedule({state.schedule}), not of {self!r}; make that one")
@@ -240,14 +238,11 @@ def _by_energy(state: _State, truncation: Truncation, energy: float) -> _State:
 
 @dataclass(frozen=True, eq=False)
 class _Costs:
-    """What the network costs, in parameters or MACs, at any ranks.
+    """What the network costs, in parameters or MACs, at any ranks: dense, and apart from its truncated weights the
+    `rest`.
 
-    Attributes:
-        truncation: Of the network.
-        dense: Of the whole dense network.
-        rest: Of everything but the truncated weights.
-        finished: By layer, of the layer once it is finished, by its rank.
-        options: By layer, the ranks for a budget: the full one, then all with fewer parameters and no more MACs.
+    `finished` are the costs of each layer once it is finished, by its rank; `options` are its ranks for a budget: the
+    full one, then all with fewer parameters and no more MACs.
     """
 
     truncation: Truncation

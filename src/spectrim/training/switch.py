@@ -6,22 +6,20 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 from torch import nn
 
 from spectrim.core.errors import TrainingError
 from spectrim.core.files import Frozen
 from spectrim.core.plans import Ratio
-from spectrim.training.choice import LayerFilter, require_finite, shrinks, weight_spectrum
+from spectrim.training.choice import LayerFilter, shrinks, weight_of, weight_spectrum
 
 
 class StableRanks(Frozen):
-    """The stable ranks after an epoch.
+    """The stable ranks by layer name after an `epoch`, 0 for the initial weights.
 
-    Attributes:
-        epoch: 0 for the initial weights.
-        stable: |W|_F^2 / |W|_2^2 by layer name (Rudelson & Vershynin 2007).
-        scaled: The same times full rank over initial stable rank, so that it starts from the full rank.
+    `stable` is |W|_F^2 / |W|_2^2 (Rudelson & Vershynin 2007); `scaled` is that times full rank over initial stable
+    rank, so that it starts from the full rank.
     """
 
     epoch: int = Field(ge=0)
@@ -95,10 +93,7 @@ class Switch(LayerFilter):
                 f"the layers are {', '.join(full)}, and were {', '.join(self._state.full)} at the first look; "
                 "make a new Switch for another model"
             )
-        stable = {}
-        for unit in layers:
-            require_finite(unit.name, unit.layer(model).get_parameter("weight"))
-            stable[unit.name] = weight_spectrum(unit, model).stable_rank
+        stable = {unit.name: weight_spectrum(unit, weight_of(unit, model)).stable_rank for unit in layers}
         first = self.history[0].stable if self.history else stable
         # a weight that starts from zero gives no scale
         scaled = {name: rank * (full[name] / first[name] if first[name] > 0 else 1.0) for name, rank in stable.items()}
@@ -122,5 +117,5 @@ class Switch(LayerFilter):
         """Resume from the result of `state_dict`. Raises `TrainingError` for a damaged one; then nothing is changed."""
         try:
             self._state = _State.model_validate(dict(state_dict))
-        except (ValidationError, TypeError, ValueError) as error:
+        except (TypeError, ValueError) as error:
             raise TrainingError(f"this is not the state of a Switch: {error}") from error

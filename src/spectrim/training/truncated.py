@@ -8,12 +8,21 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from spectrim.core.errors import PatternError, RuleError, TrainingError
+from spectrim.core.errors import PatternError, RuleError, TrainingError, near
 from spectrim.layers.replacement import replace
-from spectrim.layers.selection import Patterns, near
+from spectrim.layers.selection import Patterns
 from spectrim.layers.units import SingleWeight
-from spectrim.linalg import Spectrum, spectrum
-from spectrim.training.choice import LayerFilter, LayerRule, factored, require_finite, require_ranks, shrinks
+from spectrim.linalg import Spectrum
+from spectrim.training.choice import (
+    LayerFilter,
+    LayerRule,
+    factored,
+    require_finite,
+    require_ranks,
+    shrinks,
+    weight_of,
+    weight_spectrum,
+)
 from spectrim.training.low_rank_parametrization import LowRankParametrization
 
 
@@ -65,9 +74,7 @@ def truncated_(
     chosen, skipped = layer_filter.choose(model, rule, trainable_rank=trainable_rank)
     decay = float(residual_decay)
     layers = {
-        unit: LowRankParametrization(
-            unit, unit.layer(model).get_parameter("weight"), rank=rank, exact=exact, residual_decay=decay
-        )
+        unit: LowRankParametrization(unit, weight_of(unit, model), rank=rank, exact=exact, residual_decay=decay)
         for unit, rank in chosen.items()
     }
     for unit, layer in layers.items():
@@ -122,11 +129,7 @@ class Truncation:
 
     def spectra(self) -> Mapping[str, Spectrum]:
         """The singular values of every full weight W as it is now; raises `TrainingError` if one became NaN."""
-        spectra = {}
-        for name, weight in self.weights().items():
-            require_finite(name, weight)
-            spectra[name] = spectrum(self.units[name].matrices(weight.detach()))
-        return spectra
+        return {name: weight_spectrum(self.units[name], weight) for name, weight in self.weights().items()}
 
     def set_ranks(self, ranks: Mapping[str, int]) -> None:
         """Truncate the named layers at other ranks from now on; the full weights stay as they are.
