@@ -194,7 +194,7 @@ def test_patience_ends_a_run_and_the_best_epoch_is_saved(run: Run, tmp_path: Pat
     assert result.code == 0, result.err
     history = History.load(tmp_path / "tuned" / "history.json")
     assert history.stopped_early
-    assert history.kept == len(history) - 2
+    assert history.weights_of == len(history) - 2
     assert f"Stopped after {len(history)} epochs" in result.out
     assert f"Saved is epoch {len(history) - 1}, the best" in result.out
 

@@ -163,7 +163,7 @@ def test_one_compressed_network_makes_results(tmp_path: Path) -> None:
     small = st.compress(model, st.Rank(2), example_inputs=x, analysis=analysis)
     dense = st.measure(model, x, latency=False)
     measured = small.measurement.model_copy(update={"accuracy": st.accuracy(small.model, data)})
-    study = st.Results.of_network("mine", dense=dense, kept=measured, plan=small.plan, analysis=analysis)
+    study = st.Results.of_network("mine", dense=dense, compressed=measured, plan=small.plan, analysis=analysis)
     assert study.dense.measurement == dense
     assert study.dense.accuracy is None
     assert study.chosen == "compressed"

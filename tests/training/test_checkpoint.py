@@ -74,7 +74,7 @@ def train(case: str, folder: Path, on_step: Callable[[Any], None]) -> None:
     )
     st.save(tuned.model, folder / "model.safetensors")
     curve = [[epoch.loss, epoch.held_out] for epoch in tuned.history]
-    (folder / "curve.json").write_text(json.dumps([curve, tuned.history.lr, tuned.history.kept]))
+    (folder / "curve.json").write_text(json.dumps([curve, tuned.history.lr, tuned.history.weights_of]))
 
 
 def forked(work: Callable[[int], None], *, signal_after: tuple[int, int] | None) -> int:
@@ -192,7 +192,7 @@ def test_a_checkpoint_of_an_earlier_version_is_resumed(tmp_path: Path) -> None:
     for name, tensor in whole.model.state_dict().items():
         torch.testing.assert_close(resumed.model.state_dict()[name], tensor, rtol=1e-4, atol=1e-5)
     assert [epoch.loss for epoch in resumed.history] == pytest.approx([epoch.loss for epoch in whole.history], rel=1e-4)
-    assert resumed.history.kept == whole.history.kept
+    assert resumed.history.weights_of == whole.history.weights_of
     assert identity(path) == IDENTITY
 
 

@@ -166,16 +166,16 @@ def test_early_stopping_ends_with_the_best_weights() -> None:
     model, held_out = network(), task()
     whole = st.finetune(model, spoiled, epochs=9, lr=3e-2, held_out=held_out)
     assert not whole.history.stopped_early
-    assert (len(whole.history), whole.history.kept) == (9, 8)
+    assert (len(whole.history), whole.history.weights_of) == (9, 8)
     tuned = st.finetune(model, spoiled, epochs=9, lr=3e-2, held_out=held_out, patience=2)
     history = tuned.history
     assert history.stopped_early
     assert history.best is not None
-    assert history.best.epoch == history.kept == len(history) - 3
+    assert history.best.epoch == history.weights_of == len(history) - 3
     assert [epoch.held_out for epoch in history] == [epoch.held_out for epoch in whole.history[: len(history)]]
     assert st.accuracy(tuned.model, held_out).value == history.best.held_out
     last = st.finetune(model, spoiled, epochs=9, lr=3e-2, held_out=held_out, patience=2, keep="last")
-    assert (last.history.kept, last.history.stopped_early) == (len(history) - 1, True)
+    assert (last.history.weights_of, last.history.stopped_early) == (len(history) - 1, True)
     assert st.accuracy(last.model, held_out).value == history[-1].held_out
 
 
@@ -188,7 +188,7 @@ def test_a_history_is_a_tuple_that_goes_to_json_and_back(tmp_path: Path) -> None
     assert history.lr[0] > history.lr[1] > history.lr[2] > 0
     again = History.load(history.save(tmp_path / "history.json"))
     assert again == history
-    assert (again.lr, again.stopped_early, again.kept) == (history.lr, False, history.kept)
+    assert (again.lr, again.stopped_early, again.weights_of) == (history.lr, False, history.weights_of)
     assert copy.deepcopy(history).lr == history.lr
     assert "stopped_early=False" in repr(history)
     assert History().best is None

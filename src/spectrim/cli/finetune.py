@@ -244,7 +244,8 @@ def _state(unfinished: Path) -> str:
 
 def _show(record: Tuned, history: History, *, images: Images) -> None:
     stopped = f"Stopped after {len(history)} epochs: the held-out accuracy no longer rose."
-    best = history.kept if history.kept is not None and history.kept + 1 < len(history) else None
+    epoch = history.weights_of
+    best = epoch if epoch is not None and epoch + 1 < len(history) else None
     show(
         _table(record, images),
         stopped if history.stopped_early else None,

@@ -147,7 +147,7 @@ def compress_network(
         results = Results.of_network(
             f"{source.model}, compressed",
             dense=dense,
-            kept=compressed,
+            compressed=compressed,
             plan=small.plan,
             analysis=decision.analysis,
             command=record.command,

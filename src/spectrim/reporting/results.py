@@ -325,7 +325,7 @@ class Results(FrozenFile):
         title: str,
         *,
         dense: Measurement,
-        kept: Measurement | None = None,
+        compressed: Measurement | None = None,
         stage: Stage = "zero-shot",
         plan: Plan | None = None,
         analysis: Analysis | None = None,
@@ -336,7 +336,7 @@ class Results(FrozenFile):
         Args:
             title: One line.
             dense: The network as it was; its accuracy is shown where it was measured.
-            kept: The compressed network, if there is one; named `compressed`.
+            compressed: The compressed network, if there is one; named `compressed`.
             stage: What has been done to that since.
             plan: What was done to each layer.
             analysis: Where the singular values come from.
@@ -345,8 +345,8 @@ class Results(FrozenFile):
         return cls(
             title=title,
             dense=_network("dense", dense, stage="dense"),
-            variants=(_network("compressed", kept, stage=stage, plan=plan),) if kept else (),
-            chosen="compressed" if kept else None,
+            variants=(_network("compressed", compressed, stage=stage, plan=plan),) if compressed else (),
+            chosen="compressed" if compressed else None,
             spectra=spectra_of(analysis) if analysis else (),
             command=command,
         )

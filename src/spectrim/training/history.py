@@ -25,12 +25,12 @@ class History(tuple[Epoch, ...]):
     Attributes:
         lr: The learning rate of the last step of each epoch.
         stopped_early: Whether patience ended the run before its last epoch.
-        kept: Position of the epoch whose weights the network has; None before the first one has ended.
+        weights_of: Position of the epoch whose weights the network has; None before the first one has ended.
     """
 
     lr: tuple[float, ...]
     stopped_early: bool
-    kept: int | None
+    weights_of: int | None
 
     def __new__(
         cls,
@@ -38,15 +38,16 @@ class History(tuple[Epoch, ...]):
         *,
         lr: Iterable[float] = (),
         stopped_early: bool = False,
-        kept: int | None = None,
+        weights_of: int | None = None,
     ) -> Self:
         """A history of these epochs."""
         history = super().__new__(cls, epochs)
-        history.lr, history.stopped_early, history.kept = tuple(lr), stopped_early, kept
+        history.lr, history.stopped_early, history.weights_of = tuple(lr), stopped_early, weights_of
         return history
 
     def __repr__(self) -> str:
-        return f"History({super().__repr__()}, lr={self.lr}, stopped_early={self.stopped_early}, kept={self.kept})"
+        fields = ", ".join(f"{name}={value}" for name, value in vars(self).items())
+        return f"History({super().__repr__()}, {fields})"
 
     @property
     def best(self) -> Epoch | None:
@@ -56,7 +57,9 @@ class History(tuple[Epoch, ...]):
 
     def to_json(self) -> str:
         """JSON text, from which `from_json` makes an equal history."""
-        return _File(epochs=self, **vars(self)).model_dump_json(indent=1)
+        return _File(epochs=self, lr=self.lr, stopped_early=self.stopped_early, kept=self.weights_of).model_dump_json(
+            indent=1
+        )
 
     @classmethod
     def from_json(cls, text: str, *, origin: str = "the text") -> "History":
@@ -64,7 +67,7 @@ class History(tuple[Epoch, ...]):
         file = parse(_File, text, origin=origin)
         if len(file.lr) != len(file.epochs) or not (file.kept is None or file.kept < len(file.epochs)):
             raise FileError(f"{origin} is not a valid history: {len(file.epochs)} epochs, lr and kept do not fit them")
-        return cls(file.epochs, lr=file.lr, stopped_early=file.stopped_early, kept=file.kept)
+        return cls(file.epochs, lr=file.lr, stopped_early=file.stopped_early, weights_of=file.kept)
 
     def save(self, path: str | Path) -> Path:
         """Write JSON, wholly or not at all. Raises `FileError` if that is not possible."""

@@ -327,7 +327,9 @@ class _Loop:
             for name, tensor in unique_tensors(self.run.model)[0].items() if best else ():
                 tensor.copy_(best[name])
         last, early = len(curve) - 1, len(curve) < self.run.settings.epochs
-        return History(curve, lr=self.progress.rates, stopped_early=early, kept=self.progress.best if best else last)
+        return History(
+            curve, lr=self.progress.rates, stopped_early=early, weights_of=self.progress.best if best else last
+        )
 
 
 @contextmanager
