@@ -13,7 +13,7 @@ from spectrim.analysis.spectra import Analysis, analyze_selected
 from spectrim.benchmark.latencies import LatencyTable
 from spectrim.benchmark.measurement import Measurement, count
 from spectrim.core.errors import DataError, PlanError
-from spectrim.core.execution import Inputs, ProgressCallback, as_inputs, require_repeatable
+from spectrim.core.execution import Inputs, ProgressCallback, as_inputs, require_repeatable, without_labels
 from spectrim.core.plans import Budget, Metric, Plan, Rule
 from spectrim.fitting.reconstruction import reconstruct as fit
 from spectrim.layers.replacement import duplicate, factorize
@@ -207,7 +207,7 @@ class _Stages:
         if data is None or self.options.metric == "plain" or not needed:
             return []
         require_repeatable(self.model, self.example)
-        batches = [as_inputs(batch) for batch in _unlabelled(data, self.example)]
+        batches = list(without_labels(data, like=self.example))
         if not batches:
             raise DataError("the calibration data is empty; give at least one batch")
         return batches
@@ -312,13 +312,3 @@ def _call_sites(analysis: Analysis, rule_or_plan: Rule | Plan) -> Collection[str
         return analysis.call_sites
     planned = {layer.name for layer in rule_or_plan.factored if layer.metric != "plain"}
     return {site for layer in analysis if layer.name in planned for site in layer.call_sites}
-
-
-def _unlabelled(data: Iterable[Any], example: Inputs) -> Iterator[Any]:
-    """The batches without what they have beyond the example's inputs: their labels."""
-    number = len(example.args) or 1
-    for batch in data:
-        if isinstance(batch, Sequence) and not isinstance(batch, str) and len(batch) == number + 1:
-            yield batch[0] if example.kwargs or number == 1 else batch[:-1]
-        else:
-            yield batch

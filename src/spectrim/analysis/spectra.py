@@ -116,8 +116,8 @@ class LayerAnalysis:
 
     def rank_costs(self, form: str, metric: Metric) -> RankCosts:
         """Every rank of a form with its cost; nothing is decomposed for it."""
-        costs = form_named(form).costs(self.unit, form_named(form).rank_grid(self.unit))
-        return replace(costs, params=costs.params + self._biases(metric).params)
+        chosen = form_named(form)
+        return chosen.costs(self.unit, chosen.rank_grid(self.unit), bias=self._has_bias(metric))
 
     def rank_errors(self, form: str, metric: Metric) -> RankErrors:
         """Every rank of a form with its cost and its error."""
@@ -136,7 +136,7 @@ class LayerAnalysis:
 
     def cost(self, form: str, ranks: Ranks, metric: Metric) -> Cost:
         """The cost of the factors at `ranks`, biases included."""
-        return form_named(form).cost(self.unit, ranks) + self._biases(metric)
+        return form_named(form).cost(self.unit, ranks, bias=self._has_bias(metric))
 
     def break_even(self, form: str, metric: Metric) -> int:
         """The largest rank at which the factors are smaller than the layer, and no slower; 0 when none are.
@@ -147,17 +147,16 @@ class LayerAnalysis:
             return 0
         chosen = form_named(form)
         equal = np.arange(1, max(chosen.full_ranks(self.unit)) + 1, dtype=np.int64)
-        costs = chosen.costs(self.unit, np.stack([equal] * chosen.rank_count, axis=1))
-        smaller = (costs.params + self._biases(metric).params < self.dense.params) & (costs.macs <= self.dense.macs)
+        costs = chosen.costs(self.unit, np.stack([equal] * chosen.rank_count, axis=1), bias=self._has_bias(metric))
+        smaller = (costs.params < self.dense.params) & (costs.macs <= self.dense.macs)
         return int(np.argmin([*smaller, False]))
 
     def shrinks(self, cost: Cost) -> bool:
         """Whether a cost is below the layer's own."""
         return cost.params < self.dense.params and cost.macs <= self.dense.macs
 
-    def _biases(self, metric: Metric) -> Cost:
-        biased = self.weight.has_bias or metric != "plain"
-        return self.weight.bias_cost if biased else Cost(params=0, macs=0)
+    def _has_bias(self, metric: Metric) -> bool:
+        return self.weight.has_bias or metric != "plain"
 
 
 @dataclass(frozen=True, eq=False)

@@ -73,6 +73,14 @@ def split_labels(batch: Any, *, position: int) -> tuple[Inputs, Any]:
     return as_inputs(first[0] if len(first) == 1 else first), labels
 
 
+def without_labels(data: Iterable[Any], *, like: Inputs) -> Iterator[Inputs]:
+    """The inputs of each batch; what it has beyond those of an example, its labels, is left out."""
+    number = len(like.args) or 1
+    for batch in data:
+        labelled = isinstance(batch, Sequence) and not isinstance(batch, str) and len(batch) == number + 1
+        yield as_inputs((batch[0] if number == 1 else batch[:-1]) if labelled else batch)
+
+
 def device_of(model: nn.Module) -> torch.device:
     """Where the model's first parameter or buffer lives; the CPU for a model without either."""
     return next((tensor.device for tensor in chain(model.parameters(), model.buffers())), torch.device("cpu"))

@@ -1,6 +1,6 @@
 """ONNX models on batch after batch: inputs by name, the difference to the exact outputs, accuracy."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from spectrim.benchmark.measurement import Accuracy, top1
 from spectrim.core.errors import DataError, EngineError, FileError, ModelError
-from spectrim.core.execution import Inputs, as_inputs
+from spectrim.core.execution import Inputs
 from spectrim.runtimes.conversion import optional, require_onnx
 from spectrim.runtimes.engines import Arrays, Engine, array_of, input_names, load_engine
 from spectrim.runtimes.faults import raised_as, root_reason
@@ -127,11 +127,3 @@ def onnx_accuracy(
         raise FileError(f"{path} is not an ONNX model: {root_reason(error)}") from error
     feed = feed_of(proto, Inputs.tensors)
     return accuracy_of(engine(proto, runtime=runtime, threads=threads), feed, data)
-
-
-def without_labels(example: Inputs, data: Iterable[Any]) -> Iterator[Inputs]:
-    """Calibration batches without what they have beyond the example's inputs."""
-    number = len(example.args) or 1
-    for batch in data:
-        labelled = isinstance(batch, Sequence) and not isinstance(batch, str) and len(batch) == number + 1
-        yield as_inputs((batch[0] if number == 1 else batch[:-1]) if labelled else batch)

@@ -15,7 +15,7 @@ from torch import nn
 
 from spectrim.benchmark.measurement import Accuracy
 from spectrim.core.errors import DataError, FileError, ModelError, RuleError
-from spectrim.core.execution import as_inputs
+from spectrim.core.execution import as_inputs, without_labels
 from spectrim.core.files import Frozen, write_atomically
 from spectrim.core.plans import Budget
 from spectrim.quantization.evaluation import (
@@ -25,7 +25,6 @@ from spectrim.quantization.evaluation import (
     engine,
     feed_of,
     require_quantizer,
-    without_labels,
 )
 from spectrim.quantization.graphs import compact, large, store_bf16, store_int8, weights
 from spectrim.runtimes.conversion import graph_inputs, quiet, to_onnx
@@ -158,7 +157,7 @@ class Source:
         Raises `DataError` for no batches or batches that do not fit the network, `ModelError` as `to_onnx`.
         """
         example = as_inputs(example_inputs)
-        inputs = None if data is None else tuple(without_labels(example, data))
+        inputs = None if data is None else tuple(without_labels(data, like=example))
         if inputs is not None and not inputs:
             raise DataError("the calibration data is empty; give at least one batch")
         proto = to_onnx(model, example, dynamic_batch=dynamic_batch)
