@@ -49,9 +49,9 @@ def split(seed: int) -> tuple[Tensor, Tensor, Tensor]:
     return order[:IMAGES], order[IMAGES : IMAGES + 2048], order[10_000 : 10_000 + TUNING]
 
 
-def network(given: argparse.Namespace) -> nn.Module:
+def network(arguments: argparse.Namespace) -> nn.Module:
     """The published network."""
-    return resolve(f"spectrim:{given.network}", weights=given.weights).eval()
+    return resolve(f"spectrim:{arguments.network}", weights=arguments.weights).eval()
 
 
 def calibration(seed: int, *, images: int = IMAGES) -> tuple[Tensor, ...]:
@@ -63,7 +63,7 @@ def calibration(seed: int, *, images: int = IMAGES) -> tuple[Tensor, ...]:
 
 def analysed(model: nn.Module, data: Sequence[Tensor]) -> st.Analysis:
     """What `st.compress` works out before it looks at the budget, so that all budgets share it."""
-    batches = [as_inputs(one) for one in data]
+    batches = [as_inputs(batch) for batch in data]
     statistics = with_output_grads(model, st.calibrate(model, data), batches)
     return st.sensitivity(model, st.analyze(model, data[0][:1], calibration=statistics), batches)
 
@@ -75,9 +75,9 @@ def compressed(
     return st.compress(model, st.Budget(macs=share), example_inputs=data[0][:1], data=data, analysis=analysis)
 
 
-def cost(given: argparse.Namespace, share: float) -> tuple[float, float]:
+def cost(arguments: argparse.Namespace, share: float) -> tuple[float, float]:
     """Seconds of one compression, and peak memory of a process that does nothing else, in GB."""
-    command = [sys.executable, __file__, "--network", given.network, "--weights", str(given.weights)]
+    command = [sys.executable, __file__, "--network", arguments.network, "--weights", str(arguments.weights)]
     done = subprocess.run([*command, "--once", str(share)], check=True, capture_output=True, text=True)
     seconds, memory = json.loads(done.stdout.splitlines()[-1])
     return seconds, memory
@@ -136,63 +136,63 @@ def main() -> None:
     parser.add_argument("--held-out", action="store_true", help="accuracy on held-out training images instead")
     parser.add_argument("--json", type=Path, help="write every figure to this file")
     parser.add_argument("--once", type=float, help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.once:
-        model, data = network(given), calibration(0)
+    arguments = parser.parse_args()
+    if arguments.once:
+        model, data = network(arguments), calibration(0)
         start = time.perf_counter()
-        compressed(model, data, given.once)
+        compressed(model, data, arguments.once)
         seconds = time.perf_counter() - start
         print(json.dumps([seconds, peak_gb()]))
         return
-    shares = [float(share) for share in given.shares.split(",") if share] or list(BAR[given.network])
-    seeds = [int(seed) for seed in given.seeds.split(",")]
-    report(given, shares, seeds)
+    shares = [float(share) for share in arguments.shares.split(",") if share] or list(BAR[arguments.network])
+    seeds = [int(seed) for seed in arguments.seeds.split(",")]
+    report(arguments, shares, seeds)
 
 
-def report(given: argparse.Namespace, shares: list[float], seeds: list[int]) -> None:
+def report(arguments: argparse.Namespace, shares: list[float], seeds: list[int]) -> None:
     """Measure, print, and exit with 1 where a bar is missed."""
-    console, model = Console(), network(given)
-    test = load("cifar10", split="train" if given.held_out else "test")
+    console, model = Console(), network(arguments)
+    test = load("cifar10", split="train" if arguments.held_out else "test")
 
-    def score(one: nn.Module, seed: int) -> float:
-        if given.held_out:
-            return accuracy(one, test.images[split(seed)[1]], test.labels[split(seed)[1]])
-        return accuracy(one, test.images, test.labels)
+    def score(model: nn.Module, seed: int) -> float:
+        if arguments.held_out:
+            return accuracy(model, test.images[split(seed)[1]], test.labels[split(seed)[1]])
+        return accuracy(model, test.images, test.labels)
 
-    dense = statistics.mean(score(model, seed) for seed in (seeds if given.held_out else seeds[:1]))
-    found: dict[str, list[float]] = {"dense": [dense]}
-    for seed in track(seeds, given.network, console=console, transient=True):
-        data = calibration(seed, images=given.images)
+    dense = statistics.mean(score(model, seed) for seed in (seeds if arguments.held_out else seeds[:1]))
+    results: dict[str, list[float]] = {"dense": [dense]}
+    for seed in track(seeds, arguments.network, console=console, transient=True):
+        data = calibration(seed, images=arguments.images)
         analysis = analysed(model, data)
         for share in shares:
             small = compressed(model, data, share, analysis=analysis)
-            found.setdefault(f"{share:g}", []).append(score(small.model, seed))
-            found.setdefault(f"{share:g} kept", []).append(small.measurement.macs_ratio or 1.0)
-            if given.finetune:
+            results.setdefault(f"{share:g}", []).append(score(small.model, seed))
+            results.setdefault(f"{share:g} kept", []).append(small.measurement.macs_ratio or 1.0)
+            if arguments.finetune:
                 after = score(finetuned(small.model, model, seed), seed)
-                found.setdefault(f"{share:g} fine-tuned", []).append(after)
-            said = (found[key][-1] for key in (f"{share:g}", f"{share:g} fine-tuned") if key in found)
-            console.print(f"seed {seed}, {share:g}:", *(f"{one:.2f}" for one in said))
+                results.setdefault(f"{share:g} fine-tuned", []).append(after)
+            said = (results[key][-1] for key in (f"{share:g}", f"{share:g} fine-tuned") if key in results)
+            console.print(f"seed {seed}, {share:g}:", *(f"{figure:.2f}" for figure in said))
     table = Table("MACs kept", "accuracy", "sd", "best peer", "bar", "held", "fine-tuned", "sd", "bar", "held")
     held = True
     for share in shares:
-        bar = BAR[given.network].get(share)
+        bar = BAR[arguments.network].get(share)
         bar = dense + bar if bar is not None and bar < 0 else bar
-        tuned = found.get(f"{share:g} fine-tuned")
-        cells = [*figures(found[f"{share:g}"], bar), *(figures(tuned, FINETUNED.get(share)) if tuned else [""] * 4)]
-        peer = f"{PEER[share]:g}" if share in PEER and given.network == "resnet20" else ""
-        table.add_row(f"{max(found[f'{share:g} kept']):.4f}", *cells[:2], peer, *cells[2:])
+        tuned = results.get(f"{share:g} fine-tuned")
+        cells = [*figures(results[f"{share:g}"], bar), *(figures(tuned, FINETUNED.get(share)) if tuned else [""] * 4)]
+        peer = f"{PEER[share]:g}" if share in PEER and arguments.network == "resnet20" else ""
+        table.add_row(f"{max(results[f'{share:g} kept']):.4f}", *cells[:2], peer, *cells[2:])
         held &= "no" not in cells
-    console.print(f"{given.network}: dense {dense:.2f}, seeds {seeds}, {given.images} images, no labels")
+    console.print(f"{arguments.network}: dense {dense:.2f}, seeds {seeds}, {arguments.images} images, no labels")
     console.print(table)
-    if given.images == IMAGES:
-        seconds, memory = cost(given, 0.5)
+    if arguments.images == IMAGES:
+        seconds, memory = cost(arguments, 0.5)
         console.print(
             f"to half of the MACs: {seconds:.1f} s on {torch.get_num_threads()} threads, peak {memory:.2f} GB"
         )
-        found |= {"seconds": [seconds], "memory": [memory]}
-    if given.json:
-        given.json.write_text(json.dumps(found, indent=2))
+        results |= {"seconds": [seconds], "memory": [memory]}
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results, indent=2))
     sys.exit(not held)
 
 

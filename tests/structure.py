@@ -15,7 +15,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-SOURCE = Path(__file__).resolve().parent.parent / "src" / "spectrim"
+ROOT = Path(__file__).resolve().parent.parent
+SOURCE = ROOT / "src" / "spectrim"
+USERS = ("tests", "benchmarks", "examples")
 FORM_NAMES = {"linear", "channel", "spatial", "tucker2"}
 MAY_NAME_FORMS = ("layers/forms/", "cli/", "recipes/")
 LAYER_TYPES = {"Linear", "Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d"}
@@ -54,8 +56,8 @@ class Module:
 
     @property
     def name(self) -> str:
-        """Relative to the package."""
-        return self.path.relative_to(SOURCE).as_posix()
+        """Relative to the package; of a file outside it, to the repository."""
+        return self.path.relative_to(SOURCE if self.path.is_relative_to(SOURCE) else ROOT).as_posix()
 
     @property
     def room(self) -> str:
@@ -93,9 +95,10 @@ class Module:
         return f"{self.name}:{getattr(node, 'lineno', 0)} {text}"
 
 
-def modules() -> list[Module]:
-    """The whole source."""
-    return [Module(path, path.read_text(encoding="utf-8")) for path in sorted(SOURCE.rglob("*.py"))]
+def modules(*folders: Path) -> list[Module]:
+    """Every file in these folders."""
+    paths = sorted(path for folder in folders for path in folder.rglob("*.py"))
+    return [Module(path, path.read_text(encoding="utf-8")) for path in paths]
 
 
 def entries() -> list[str]:
@@ -243,7 +246,7 @@ class Figure:
 
 def figures() -> tuple[Figure, ...]:
     """All of them."""
-    source = modules()
+    source = modules(SOURCE)
     chain, lengths = longest_chain(source), body_lengths(source)
     files = sorted(((len(module.text.splitlines()), module.name) for module in source), reverse=True)
     counted = [
@@ -251,6 +254,7 @@ def figures() -> tuple[Figure, ...]:
         ("isinstance on layer types outside their files", layer_checks(source), 0),
         ("home-made words in names", home_made_words(source), 0),
         ("names that say nothing", loose_names(source), 0),
+        ("the same in tests, benchmarks and examples", loose_names(modules(*(ROOT / name for name in USERS))), 0),
         ("functions with more than 8 parameters", many_parameters(source), 8),
         ("private ones among them", [place for place in many_parameters(source) if "private" in place], 0),
         ("modules over 400 lines", [f"{name} {lines}" for lines, name in files if lines > 400], 0),

@@ -49,15 +49,15 @@ def script(page: Path) -> str:
 
 def commands(text: str) -> list[list[str]]:
     """The words of every `spectrim` command in a text."""
-    return [shlex.split(one.replace("\\\n", " "))[1:] for one in COMMAND.findall(text)]
+    return [shlex.split(command.replace("\\\n", " "))[1:] for command in COMMAND.findall(text)]
 
 
 def marked(page: Path) -> str:
     """A script that runs the commands that are to be run, in this very process."""
-    told = [one for mark, _, _, text in blocks(page) if mark == "run" for one in commands(text)]
-    if not told or not there("onnxruntime"):
+    to_run = [words for mark, _, _, text in blocks(page) if mark == "run" for words in commands(text)]
+    if not to_run or not there("onnxruntime"):
         return ""
-    lines = [f"app({words!r}, standalone_mode=False)" for words in told]
+    lines = [f"app({words!r}, standalone_mode=False)" for words in to_run]
     return "\n".join(["\nfrom spectrim.cli.app import app", *lines])
 
 
@@ -91,10 +91,10 @@ def test_examples_run(script: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_and_their_options_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
-    told = commands("\n".join(text for _, _, language, text in blocks(page) if language in ("sh", "")))
+    shown_commands = commands("\n".join(text for _, _, language, text in blocks(page) if language in ("sh", "")))
     # in running text, where no line begins with them
-    told += [words.split()[1:] for words in re.findall(r"`(spectrim [a-z][^`]*)`", text)]
-    for words in told:
+    shown_commands += [words.split()[1:] for words in re.findall(r"`(spectrim [a-z][^`]*)`", text)]
+    for words in shown_commands:
         command = get_command(app)
         while words and hasattr(command, "commands"):
             first, *words = words
@@ -118,13 +118,13 @@ def test_recipes_that_are_named_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     families = "|".join(sorted({name.partition("-")[0] for name in NAMES if "-" in name}))
     named = set(re.findall(rf"`((?:{families})-[a-z0-9-]+)`", text))
-    named |= {found for found in re.findall(r"spectrim recipe (?:(?:run|show) )?([a-z0-9-]+)", text) if "-" in found}
+    named |= {name for name in re.findall(r"spectrim recipe (?:(?:run|show) )?([a-z0-9-]+)", text) if "-" in name}
     assert named <= {*NAMES, *KINDS}
 
 
 def test_every_recipe_is_named() -> None:
-    told = "".join(page.read_text(encoding="utf-8") for page in PAGES if page.name != "CHANGELOG.md")
-    assert [name for name in NAMES if f"spectrim recipe {name}" not in told and f"`{name}`" not in told] == []
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES if page.name != "CHANGELOG.md")
+    assert [name for name in NAMES if f"spectrim recipe {name}" not in text and f"`{name}`" not in text] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -140,7 +140,7 @@ def test_links_to_headings_meet_one(page: Path) -> None:
         if not target.startswith("http"):
             there = (page.parent / target if target else page).read_text(encoding="utf-8")
             headings = re.findall(r"^#+ (.+)$", there, re.MULTILINE)
-            assert anchor in {re.sub(r"[^\w -]", "", one.lower()).replace(" ", "-") for one in headings}, anchor
+            assert anchor in {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}, anchor
 
 
 def test_every_page_can_be_reached_from_the_readme() -> None:
@@ -150,7 +150,7 @@ def test_every_page_can_be_reached_from_the_readme() -> None:
         page = ahead.pop()
         reached.add(page)
         links = re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8"))
-        ahead |= {there for one in links if (there := (page.parent / one).resolve()).suffix == ".md"} - reached
+        ahead |= {there for link in links if (there := (page.parent / link).resolve()).suffix == ".md"} - reached
     assert set((ROOT / "docs").glob("*.md")) <= reached
 
 

@@ -137,9 +137,9 @@ def test_saving_and_loading_gives_bit_equal_outputs(
 def test_the_order_of_calibration_batches_changes_nothing_beyond_rounding(seed: int, order: list[int]) -> None:
     model, x = small_mlp(), inputs(60, 12, seed=seed % 1000)
     chunks = list(x.split(10))
-    one = st.calibrate(model, chunks).moments
+    batched = st.calibrate(model, chunks).moments
     other = st.calibrate(model, [chunks[place] for place in order]).moments
-    for name, moments in one.items():
+    for name, moments in batched.items():
         torch.testing.assert_close(other[name].covariance, moments.covariance, rtol=1e-11, atol=1e-12)
         torch.testing.assert_close(other[name].mean, moments.mean, rtol=1e-12, atol=1e-12)
 
@@ -205,27 +205,27 @@ def test_every_kind_form_metric_and_type_keeps_its_word(
     analysis = st.analyze(model, x, calibration=calibration)
     for share in (0.4, 1.0):
         plan = st.plan(analysis, st.Ratio(share), metric=metric, forms=(form,), allow_growth=True)
-        made = st.compress(model, plan, example_inputs=x, analysis=analysis)
-        layer, decided = made.model[0], made.plan["0"]
+        compressed = st.compress(model, plan, example_inputs=x, analysis=analysis)
+        layer, decided = compressed.model[0], compressed.plan["0"]
         full = full_ranks(model[0], form)
         assert (layer.form, decided.metric, layer.ranks) == (form, metric, decided.ranks)
         assert all(1 <= rank <= most for rank, most in zip(layer.ranks, full, strict=True))
         assert (layer.ranks == full) == (share == 1.0)
         # the cost that is planned is the cost that is measured
-        assert decided.kept == st.Cost(params=made.measurement.params, macs=made.measurement.macs)
+        assert decided.kept == st.Cost(params=compressed.measurement.params, macs=compressed.measurement.macs)
         # the error that is predicted is not exceeded
         assert decided.predicted_error is not None
         # (in the loss metric that is seen from outside at full rank only)
         if metric != "loss" or share == 1.0:
-            assert error(model, made.model, x, metric) <= decided.predicted_error + TOLERANCE[dtype] + 1e-6
+            assert error(model, compressed.model, x, metric) <= decided.predicted_error + TOLERANCE[dtype] + 1e-6
         # merged and loaded models give the same answers
-        merged = st.merge(made.model)
+        merged = st.merge(compressed.model)
         assert type(merged[0]) is type(model[0])
-        scale = float(answer(made.model, x).abs().max())
-        assert float((answer(merged, x) - answer(made.model, x)).abs().max()) <= TOLERANCE[dtype] * scale
-        loaded = st.load(st.save(made.model, tmp_path), model)
-        assert same_state(loaded, state(made.model))
-        assert torch.equal(answer(loaded, x), answer(made.model, x))
+        scale = float(answer(compressed.model, x).abs().max())
+        assert float((answer(merged, x) - answer(compressed.model, x)).abs().max()) <= TOLERANCE[dtype] * scale
+        loaded = st.load(st.save(compressed.model, tmp_path), model)
+        assert same_state(loaded, state(compressed.model))
+        assert torch.equal(answer(loaded, x), answer(compressed.model, x))
 
 
 def error(model: nn.Module, small: nn.Module, x: Tensor, metric: Metric) -> float:
@@ -233,10 +233,10 @@ def error(model: nn.Module, small: nn.Module, x: Tensor, metric: Metric) -> floa
     if metric == "plain":
         lost, whole = (weights_of(model) - weights_of(small)).double(), weights_of(model).double()
         return float(lost.norm() / whole.norm())
-    dense, kept = answer(model, x).double(), answer(small, x).double()
+    dense, answered = answer(model, x).double(), answer(small, x).double()
     axes = 0 if isinstance(model[0], nn.Linear) else (0, *range(2, dense.ndim))
     centred = dense - dense.mean(dim=axes, keepdim=True)
-    return float((dense - kept - (dense - kept).mean(dim=axes, keepdim=True)).norm() / centred.norm())
+    return float((dense - answered - (dense - answered).mean(dim=axes, keepdim=True)).norm() / centred.norm())
 
 
 SINGLE = [
@@ -269,10 +269,10 @@ def test_reconstruction_never_raises_the_calibration_error_of_a_layer(
         st.compress(model, plan, example_inputs=x, data=x.split(7), analysis=analysis, reconstruct=again).model
         for again in (False, True)
     )
-    wanted, given = answer(model, x), answer(fitted[:2], x)
-    axes = 0 if wanted.ndim == 2 else (0, *range(2, wanted.ndim))
-    lost = [wanted - answer(one[2], given) for one in (planned, fitted)]
-    means = [one.mean(dim=axes, keepdim=True) for one in lost]
-    assert float(means[1].abs().max()) <= 1e-9 * float(wanted.abs().max())
-    errors = [float((one - mean).square().mean()) for one, mean in zip(lost, means, strict=True)]
+    expected, received = answer(model, x), answer(fitted[:2], x)
+    axes = 0 if expected.ndim == 2 else (0, *range(2, expected.ndim))
+    lost = [expected - answer(network[2], received) for network in (planned, fitted)]
+    means = [difference.mean(dim=axes, keepdim=True) for difference in lost]
+    assert float(means[1].abs().max()) <= 1e-9 * float(expected.abs().max())
+    errors = [float((difference - mean).square().mean()) for difference, mean in zip(lost, means, strict=True)]
     assert errors[1] <= errors[0] * (1 + 1e-9) + 1e-20

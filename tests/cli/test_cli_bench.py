@@ -112,7 +112,7 @@ def test_an_interrupt_ends_it_and_its_process_and_writes_nothing() -> None:
     assert not child.is_alive(), "its process times on"
 
 
-def test_a_noisy_machine_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_noisy_machine_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
     bench._show(Benched(command="", threads=1, rows=(noisy_row(spread=0.3),)))
     result = capsys.readouterr().out
     assert "The machine was too noisy to tell: openvino at batch 8." in result
@@ -157,7 +157,7 @@ def test_another_process_gives_rows_and_failures() -> None:
     assert not multiprocessing.active_children()
 
 
-def test_mistakes_are_told_before_anything_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mistakes_are_reported_before_anything_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "_in_process", lambda *_, **__: pytest.fail("timed"))
     assert "there are torch, channels_last" in run(*COMMAND, "--runtime", "onyx").output.replace("\n", " ")
     assert run(*COMMAND, "--batch", "0").exit_code == 2

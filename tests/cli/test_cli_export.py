@@ -142,7 +142,7 @@ def test_no_foreign_file_is_replaced(here: Path) -> None:
         assert Path(name).read_text() == "mine"
 
 
-def test_mistakes_are_told_before_anything_is_loaded(here: Path) -> None:
+def test_mistakes_are_reported_before_anything_is_loaded(here: Path) -> None:
     before = sorted(here.rglob("*"))
     assert "does not say the format by its ending; give --to" in usage_error(*SMALL, "--out", "net.bin")
     assert "'tflite' is not one of 'onnx', 'program', 'openvino'" in usage_error(
@@ -175,14 +175,14 @@ def test_a_network_that_wants_its_batch(here: Path, monkeypatch: pytest.MonkeyPa
     assert "--fixed-batch" in str(error)
 
 
-def test_a_missing_package_is_told(monkeypatch: pytest.MonkeyPatch, here: Path) -> None:
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, here: Path) -> None:
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     error = failure(*SMALL, "--out", "new/a.onnx")
     assert isinstance(error, DependencyError)
     assert not (here / "new").exists()
 
 
-def test_what_padding_brought_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_padding_gained_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[object] = []
     brought: list[dict[str, object]] = []
 

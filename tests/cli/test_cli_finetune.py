@@ -104,7 +104,7 @@ def test_it_regains_accuracy_and_writes_what_it_measured(run: Run, tmp_path: Pat
     assert not re.search(r"<script[^>]+src=", page)
 
 
-def test_the_command_that_is_noted_gives_the_same_network(run: Run, tmp_path: Path) -> None:
+def test_the_command_that_is_recorded_gives_the_same_network(run: Run, tmp_path: Path) -> None:
     more = ("--optimizer", "sgd", "--momentum", 0.8, "--train", "fc1", "--train", "*.up.bias", "--unfreeze-norms")
     assert run(*SMALL, *more, "--epochs", 2, "--held-out", 200, "--no-test", "--out", "tuned").code == 0
     first = files(tmp_path / "tuned")
@@ -267,7 +267,7 @@ def test_the_compressed_network_is_not_written_over(run: Run, tmp_path: Path) ->
     assert files(tmp_path) == before
 
 
-def test_classes_that_do_not_fit_are_told(run: Run, tmp_path: Path) -> None:
+def test_classes_that_do_not_fit_are_refused(run: Run, tmp_path: Path) -> None:
     seven = models.mlp(64, 7, width=48, hidden=2)
     st.save(seven, tmp_path / "seven.safetensors")
     command = ("finetune", *DIGITS, "--option", "outputs=7", "--weights", "seven.safetensors")

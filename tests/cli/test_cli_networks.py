@@ -300,7 +300,7 @@ def test_images_are_prepared_as_the_networks_want_them(run: Run) -> None:
 
 
 @pytest.mark.parametrize("rule", [("--macs", 0.0001), ("--rank", 60)], ids=lambda rule: rule[0])
-def test_a_rule_out_of_reach_is_told_before_the_images_are_run(rule: tuple[str, float], run: Run) -> None:
+def test_a_rule_out_of_reach_is_reported_before_the_images_are_run(rule: tuple[str, float], run: Run) -> None:
     result = run("compress", *RESNET, "--data", "digits", *rule, "--out", "small")
     assert result.code == 1
     assert "cannot be reached" in result.err or "above what some layers can have" in result.err

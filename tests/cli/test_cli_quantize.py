@@ -118,7 +118,7 @@ def test_without_data_and_without_dense_weights(run: Run, tmp_path: Path) -> Non
         ((*SMALL, "--input", "64", "--threads", "4096", "--out", "net.onnx"), "4096"),
     ],
 )
-def test_a_mistake_is_told_and_nothing_is_written(
+def test_a_mistake_is_reported_and_nothing_is_written(
     arguments: tuple[str, ...], message: str, run: Run, tmp_path: Path
 ) -> None:
     result = run(*arguments)

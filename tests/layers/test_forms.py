@@ -161,8 +161,8 @@ def columns(model: nn.Module, x: Tensor) -> Tensor:
     ).flatten(1)
 
 
-def relative(got: Tensor, wanted: Tensor) -> float:
-    return float((got - wanted).abs().max() / wanted.abs().max())
+def relative(got: Tensor, expected: Tensor) -> float:
+    return float((got - expected).abs().max() / expected.abs().max())
 
 
 @pytest.mark.parametrize(("case", "form"), CASES_AND_FORMS)
@@ -221,7 +221,7 @@ class Sized(nn.Module):
         return self.up(x, [3 * x.shape[2], 2 * x.shape[3]])
 
 
-def test_the_size_that_a_transposed_convolution_is_told_counts() -> None:
+def test_the_size_that_a_transposed_convolution_is_given_counts() -> None:
     model, x = Sized(), inputs(4, 6, 5, 7)
     y = answer(model, x)
     assert y.shape[2:] == (15, 14)
@@ -297,7 +297,7 @@ def test_every_form_has_a_name_of_its_own_and_random_factors_of_its_shapes() -> 
 @pytest.mark.parametrize("fit", ["plain", "reconstructed"])
 def test_the_plan_counts_what_the_model_then_has(case: Case, form: str, fit: str) -> None:
     model, x = network(case), images(case)
-    made = st.compress(
+    compressed = st.compress(
         model,
         st.Rank(min(2, *full_ranks(model[0], form))),
         example_inputs=x,
@@ -305,12 +305,12 @@ def test_the_plan_counts_what_the_model_then_has(case: Case, form: str, fit: str
         forms=(form,),
         allow_growth=True,
     )
-    assert [layer.form for layer in made.plan] == [form]
-    assert made.plan.kept_cost.params == made.measurement.params
+    assert [layer.form for layer in compressed.plan] == [form]
+    assert compressed.plan.kept_cost.params == compressed.measurement.params
     counter = FlopCounterMode(display=False)
     with counter:
-        answer(made.model, x)
-    assert made.plan.kept_cost.macs == made.measurement.macs == counter.get_total_flops() // 2
+        answer(compressed.model, x)
+    assert compressed.plan.kept_cost.macs == compressed.measurement.macs == counter.get_total_flops() // 2
 
 
 @pytest.mark.parametrize(("case", "form"), CASES_AND_FORMS)
@@ -323,9 +323,9 @@ def test_a_layer_shrinks_up_to_its_break_even_rank_and_no_further(case: Case, fo
     assert ranks or limit > most
     for rank in ranks:
         rule = st.Rank(rank) if rank <= layer.full_rank else st.Ratio(rank / most)
-        made = st.compress(model, rule, example_inputs=x, forms=(form,))
-        shrunk = made.measurement.params_ratio < 1 and made.measurement.macs_ratio <= 1
-        assert shrunk == (made.plan["0"].form == form) == (rank <= limit)
+        compressed = st.compress(model, rule, example_inputs=x, forms=(form,))
+        shrunk = compressed.measurement.params_ratio < 1 and compressed.measurement.macs_ratio <= 1
+        assert shrunk == (compressed.plan["0"].form == form) == (rank <= limit)
 
 
 @pytest.mark.parametrize(("case", "form"), CASES_AND_FORMS)
@@ -368,9 +368,9 @@ def test_the_factored_layer_exports(case: Case, form: str) -> None:
 def test_depthwise_is_refused_with_its_reason(kind: type[nn.Module], rule: Any) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(kind(6, 6, 3, groups=6), nn.Conv2d(6, 12, 1)).double()  # type: ignore[call-arg]
-    made = st.compress(model, rule, example_inputs=inputs(2, 6, 5, 5))
-    assert "depthwise" in made.plan["0"].reason
-    assert made.plan["1"].form == "linear"
+    compressed = st.compress(model, rule, example_inputs=inputs(2, 6, 5, 5))
+    assert "depthwise" in compressed.plan["0"].reason
+    assert compressed.plan["1"].form == "linear"
 
 
 def test_a_form_that_a_layer_does_not_have_is_refused() -> None:

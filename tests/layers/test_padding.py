@@ -48,15 +48,17 @@ def answer(model: nn.Module, x: Tensor) -> Tensor:
 
 def factored(layer: nn.Module, form: str) -> nn.Sequential:
     """A network of one factored layer with random factors of rank 2, or 3 and 2."""
-    made = build(copy.deepcopy(layer).double(), form=form, ranks=(3, 2) if form == "tucker2" else (2,), bias=True)
+    factored_layer = build(
+        copy.deepcopy(layer).double(), form=form, ranks=(3, 2) if form == "tucker2" else (2,), bias=True
+    )
     generator = torch.Generator().manual_seed(0)
-    for parameter in made.parameters():
+    for parameter in factored_layer.parameters():
         parameter.data.normal_(generator=generator)
-    return nn.Sequential(made)
+    return nn.Sequential(factored_layer)
 
 
 @pytest.mark.parametrize("multiple", [1, 2, 4, 16])
-@pytest.mark.parametrize(("layer", "form", "shape"), KINDS, ids=[f"{one}-{form}" for one, form, _ in KINDS])
+@pytest.mark.parametrize(("layer", "form", "shape"), KINDS, ids=[f"{layer}-{form}" for layer, form, _ in KINDS])
 def test_every_kind_and_form_keeps_its_outputs(
     layer: nn.Module, form: str, shape: tuple[int, ...], multiple: int
 ) -> None:
@@ -70,7 +72,7 @@ def test_every_kind_and_form_keeps_its_outputs(
     torch.testing.assert_close(answer(wide, x), answer(model, x), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(wide[0].weight, model[0].weight, rtol=1e-12, atol=1e-12)
     rebuilt = [type(part)(**sizes_of(part)) for part in wide[0].chain]  # what it says of itself is what it is
-    assert [one.weight.shape for one in rebuilt] == [part.weight.shape for part in wide[0].chain]
+    assert [layer.weight.shape for layer in rebuilt] == [part.weight.shape for part in wide[0].chain]
 
 
 def sizes_of(part: nn.Module) -> dict[str, object]:
@@ -116,11 +118,11 @@ def test_a_network_of_words_stays_tied() -> None:
 
 
 def test_a_layer_alone_its_flags_and_its_hooks() -> None:
-    made = factored(nn.Linear(7, 9), "linear")[0].eval()
-    made.down.weight.requires_grad_(False)
+    replacement = factored(nn.Linear(7, 9), "linear")[0].eval()
+    replacement.down.weight.requires_grad_(False)
     called: list[int] = []
-    made.register_forward_hook(lambda *_: called.append(1))
-    wide = padded(made, 16)
+    replacement.register_forward_hook(lambda *_: called.append(1))
+    wide = padded(replacement, 16)
     assert isinstance(wide, st.LowRankLinear)
     assert wide.rank == 16
     assert [parameter.requires_grad for parameter in wide.parameters()] == [False, True, True]
@@ -134,7 +136,9 @@ def test_ranks_that_fit_and_dense_networks_are_copied() -> None:
     for model in (small, small_mlp()):
         same = padded(model, 4)
         assert same_state(same, state(model))
-        assert not {id(one) for one in same.parameters()} & {id(one) for one in model.parameters()}
+        assert not {id(parameter) for parameter in same.parameters()} & {
+            id(parameter) for parameter in model.parameters()
+        }
 
 
 def test_bad_multiples_and_factors_that_are_no_parameters() -> None:

@@ -158,7 +158,7 @@ class TestDamage:
         with pytest.raises(errors.ModelError, match="strange"):
             st.save(model, path)
         assert path.read_bytes() == old
-        assert [found.name for found in tmp_path.iterdir()] == ["model.safetensors"]
+        assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
 
 
 def test_the_reported_size_is_that_of_the_file(tmp_path: Path) -> None:
