@@ -22,6 +22,7 @@ from spectrim.export.checks import Reference
 from spectrim.layers.factored import low_rank_layers
 from spectrim.layers.padding import padded
 from spectrim.models.networks import CifarResNet
+from spectrim.runtimes.conversion import openvino_core
 from spectrim.runtimes.timing import Comparison, Interval
 
 pytest.importorskip("onnx")
@@ -156,8 +157,8 @@ def ran_in_onnxruntime(path: Path, example: Any) -> list[Any]:
 
 
 def ran_in_openvino(path: Path, example: Any) -> list[Any]:
-    openvino = pytest.importorskip("openvino")
-    compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    pytest.importorskip("openvino")
+    compiled = openvino_core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     outputs = compiled(feed(example, [port.any_name for port in compiled.inputs]))
     return [outputs[port] for port in compiled.outputs]
 

@@ -13,7 +13,7 @@ from torch import Tensor, library, nn
 import spectrim as st
 from spectrim.core.errors import DependencyError, ModelError
 from spectrim.runtimes import conversion
-from spectrim.runtimes.conversion import graph_inputs, to_onnx, to_openvino, to_program
+from spectrim.runtimes.conversion import graph_inputs, openvino_core, to_onnx, to_openvino, to_program
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
@@ -133,10 +133,10 @@ def test_settings_stay_and_nothing_is_printed(capfd: pytest.CaptureFixture[str])
 
 
 def test_openvino_models_run_with_any_batch() -> None:
-    openvino = pytest.importorskip("openvino")
+    pytest.importorskip("openvino")
     model, example = Many(), many(2)
     converted = to_openvino(to_onnx(model, example))
-    compiled = openvino.Core().compile_model(converted, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    compiled = openvino_core().compile_model(converted, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     other = many(3)
     names = [port.any_name for port in compiled.inputs]
     assert names == ["a", "pair_0", "pair_1", "mask"]  # what nothing depends on is dropped

@@ -1,7 +1,9 @@
 """Every runtime computes what torch computes, and leaves nothing behind."""
 
+import ctypes
 import importlib.metadata
 import shutil
+import sys
 from contextlib import ExitStack
 from typing import Any
 
@@ -221,6 +223,28 @@ def test_two_networks_are_open_at_once() -> None:
         )
         assert torch.equal(first.outputs()[0], -torch.ones(2, 3))
         assert torch.equal(second.outputs()[0], torch.zeros(2, 3))
+
+
+def signal_stack() -> int | None:
+    """Where the handlers of this thread's signals have their stack."""
+
+    class Stack(ctypes.Structure):
+        _fields_ = (("address", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))
+
+    stack = Stack()
+    assert ctypes.CDLL(None).sigaltstack(None, ctypes.byref(stack)) == 0
+    return stack.address
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the stack of signals as Linux gives it")
+def test_openvino_sets_the_stack_of_signals_once() -> None:
+    """Else the stack of a closed session is set again by the next one to close, and the next Ctrl-C crashes."""
+    pytest.importorskip("openvino")
+    openvino = Runtime("openvino", 1)
+    with openvino.from_onnx(graph("Relu"), [np.ones((2, 3), np.float32)]):
+        before = signal_stack()
+        with openvino.from_onnx(graph("Relu"), [np.ones((2, 3), np.float32)]):
+            assert signal_stack() == before
 
 
 def test_onnx_models_that_cannot_be_timed() -> None:

@@ -8,6 +8,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from functools import cache
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -129,9 +130,25 @@ def to_openvino(proto: "onnx.ModelProto") -> "openvino.Model":
 
     Raises `ModelError` for an operator that OpenVINO does not know, `DependencyError` where it is not installed.
     """
-    core = optional("openvino", extra="openvino").Core()
+    core = openvino_core()
     with raised_as(ModelError, "OpenVINO cannot read the model", advice="; use ONNX Runtime"), quiet():
         return core.read_model(proto.SerializeToString(), b"")
+
+
+def openvino_core() -> "openvino.Core":
+    """The only one of this process. Raises `DependencyError` where OpenVINO is not installed."""
+    return _only_core(optional("openvino", extra="openvino"))
+
+
+@cache
+def _only_core(package: ModuleType) -> "openvino.Core":
+    """Stays as long as the process.
+
+    Each core that runs a model sets a stack for the handlers of signals, and sets the one before again as it goes. Of
+    two that overlap, the last to go would set one that is gone, and the next Ctrl-C would crash the process.
+    """
+    core: openvino.Core = package.Core()
+    return core
 
 
 def require_onnx() -> None:

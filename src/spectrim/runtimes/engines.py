@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from spectrim.core.errors import EngineError
-from spectrim.runtimes.conversion import optional, to_openvino
+from spectrim.runtimes.conversion import openvino_core, to_openvino
 
 if TYPE_CHECKING:
     import onnx
@@ -70,7 +70,7 @@ def openvino_model(model: "onnx.ModelProto | Path", *, runtime: str, threads: in
         "NUM_STREAMS": 1,
     }
     source = model if isinstance(model, Path) else to_openvino(model)
-    compiled = optional("openvino", extra="openvino").Core().compile_model(source, "CPU", settings)
+    compiled = openvino_core().compile_model(source, "CPU", settings)
     actual = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
     if actual != precision:
         raise EngineError(f"OpenVINO computes in {actual} on this processor, not in {precision}")
