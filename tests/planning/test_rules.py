@@ -286,7 +286,7 @@ def test_a_budget_of_latency_says_in_what_it_is_taken() -> None:
     assert str(rule) == "Budget(latency=0.6, runtime='torch', threads=1)"
     full = st.Budget(latency=0.6, runtime="onnxruntime", batch=8, threads=2)
     assert eval(str(full), {"Budget": st.Budget}) == full
-    with pytest.raises(errors.RuleError, match=r"threads=2 belongs to a latency.*Budget\(latency=.., threads=..\)"):
+    with pytest.raises(errors.RuleError, match=r"threads=2 belongs to a latency.*Budget\(latency=.., threads=2\)"):
         st.Budget(macs=0.5, threads=2)
 
 

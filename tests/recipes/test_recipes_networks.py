@@ -25,6 +25,7 @@ from spectrim.recipes.results import Evaluation, choose, require_runtimes
 from spectrim.recipes.run import images_of
 from spectrim.recipes.seed import SeedRun
 from spectrim.recipes.study import ProgressReporter
+from spectrim.runtimes.sessions import Runtime, RuntimeName
 
 SHORT = Phase(epochs=1, lr=2e-3, batch=64)
 TUNED = Tuned(phase=SHORT, temperature=4.0)
@@ -488,10 +489,10 @@ def test_images_vary_by_seed_and_epoch_alone() -> None:
 def test_runtimes_are_those_asked_for_or_those_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     assert require_runtimes(("torch",)) == ("torch",)
 
-    def absent(name: str, **_: object) -> str:
+    def absent(name: RuntimeName, **_: object) -> Runtime:
         if name == "onnxruntime":
             raise errors.DependencyError("not installed")
-        return name
+        return Runtime(name, 1)
 
     monkeypatch.setattr("spectrim.recipes.results.require_runtime", absent)
     assert require_runtimes(()) == ("torch",)

@@ -142,7 +142,7 @@ def _show(record: Bits, untested: str | None) -> None:
 
 
 def _listing(record: Bits) -> Listing:
-    table, alone = record.table, record.quantised.model_dump(exclude={"quantised", "left"})
+    table, alone = record.table, record.quantised.model_dump(exclude={"quantised", "float32"})
     rows = table.rows if table else (QuantizedRow(network="low rank", runtime="", **alone),)
     columns: dict[Column, Callable[[QuantizedRow], str]] = {
         Column("Network", number=False): lambda row: row.name if table else str(row.scheme),
