@@ -54,6 +54,11 @@ class Module:
         """Parsed."""
         return ast.parse(self.text)
 
+    @cached_property
+    def nodes(self) -> list[ast.AST]:
+        """Every part of the tree."""
+        return list(ast.walk(self.tree))
+
     @property
     def name(self) -> str:
         """Relative to the package; of a file outside it, to the repository."""
@@ -68,7 +73,7 @@ class Module:
     def imports(self) -> set[str]:
         """The other rooms that this module imports, at the top or later."""
         modules: set[str] = set()
-        for node in ast.walk(self.tree):
+        for node in self.nodes:
             if isinstance(node, ast.Import):
                 modules |= {alias.name for alias in node.names}
             elif isinstance(node, ast.ImportFrom):
@@ -79,7 +84,7 @@ class Module:
     @property
     def functions(self) -> Iterator[ast.FunctionDef]:
         """Every function and method, nested ones too."""
-        return (node for node in ast.walk(self.tree) if isinstance(node, ast.FunctionDef))
+        return (node for node in self.nodes if isinstance(node, ast.FunctionDef))
 
     @property
     def public(self) -> set[str]:
@@ -132,7 +137,7 @@ def form_strings(source: list[Module]) -> list[str]:
         module.at(node, repr(node.value))
         for module in source
         if not module.name.startswith(MAY_NAME_FORMS)
-        for node in ast.walk(module.tree)
+        for node in module.nodes
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value in FORM_NAMES
     ]
 
@@ -143,7 +148,7 @@ def layer_checks(source: list[Module]) -> list[str]:
         module.at(node, ast.unparse(node))
         for module in source
         if not module.name.startswith("layers/types/")
-        for node in ast.walk(module.tree)
+        for node in module.nodes
         if isinstance(node, ast.Call)
         and isinstance(node.func, ast.Name)
         and node.func.id in ("isinstance", "issubclass")
@@ -157,7 +162,7 @@ def _targets(node: ast.AST) -> Iterator[ast.Name]:
 
 def bound_names(module: Module) -> Iterator[tuple[ast.AST, str]]:
     """Every name that the module gives to something: variables, arguments, functions, classes, attributes."""
-    for node in ast.walk(module.tree):
+    for node in module.nodes:
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             yield node, node.id
         elif isinstance(node, ast.arg):
@@ -190,7 +195,7 @@ def loose_names(source: list[Module]) -> list[str]:
     for module in source:
         fields = {
             id(target)
-            for owner in ast.walk(module.tree)
+            for owner in module.nodes
             if isinstance(owner, ast.ClassDef)
             for statement in owner.body
             if isinstance(statement, ast.AnnAssign)

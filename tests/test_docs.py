@@ -5,16 +5,14 @@ left out where that is not installed. Commands after `<!-- run -->` are run, onc
 """
 
 import importlib.util
-import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from preloaded import run
 from typer.main import get_command
 
 import spectrim as st
@@ -61,30 +59,25 @@ def marked(page: Path) -> str:
     return "\n".join(["\nfrom spectrim.cli.app import app", *lines])
 
 
-def run(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-W", "error", *arguments],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-
-
 @pytest.mark.parametrize("page", [page for page in PAGES if script(page)], ids=lambda page: page.name)
 def test_python_blocks_run(page: Path, tmp_path: Path) -> None:
     for mark, name, _, text in blocks(page):
         if mark == "file":
             (tmp_path / name).write_text(text, encoding="utf-8")
-    done = run(["-c", script(page) + marked(page)], tmp_path)
-    assert done.returncode == 0, done.stderr
+    ended = run(script(page) + marked(page), tmp_path)
+    assert ended.code == 0, ended.errors
+
+
+def test_a_block_that_warns_fails(tmp_path: Path) -> None:
+    ended = run("import warnings\nprint('before')\nwarnings.warn('deprecated', stacklevel=1)", tmp_path)
+    assert ended.code == 1
+    assert "UserWarning: deprecated" in ended.errors
 
 
 @pytest.mark.parametrize("script", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)
 def test_examples_run(script: Path, tmp_path: Path) -> None:
-    done = run([str(script), str(tmp_path)], tmp_path)
-    assert done.returncode == 0, done.stderr
+    ended = run(script.read_text(encoding="utf-8"), tmp_path, arguments=(str(tmp_path),))
+    assert ended.code == 0, ended.errors
     assert (tmp_path / "plan.json").exists()
 
 
