@@ -138,7 +138,7 @@ CASES_AND_FORMS = [
 
 def images(case: Case, *, number: int = 5, dtype: torch.dtype = torch.float64) -> Tensor:
     into = case[1].get("into", 6)
-    kind = next(kind for kind in LAYER_TYPES if kind.base_of(case[0]) is case[0])
+    kind = next(kind for kind in LAYER_TYPES if kind.base_of(case[0]))
     shapes = ((number, 3, into), (number, into, 13), (number, into, 9, 10), (number, into, 4, 6, 5))
     shape = shapes[kind.dims if isinstance(kind, Convolution) else 0]
     return inputs(*shape, dtype=dtype)
