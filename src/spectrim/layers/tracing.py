@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.core.errors import ModelError
-from spectrim.core.execution import Inputs, alike, call, evaluating, require_values, temporary
+from spectrim.core.execution import Inputs, alike, call, evaluating, require_unwrapped, require_values, temporary
 from spectrim.layers.factored import attributes_of
 from spectrim.layers.selection import TreatAs
 from spectrim.layers.types import LayerType, Positions, find_layer_type, layer_type_of
@@ -34,6 +34,7 @@ def watching(model: nn.Module, on_call: CallHook) -> Iterator[None]:
     Raises:
         ModelError: the model has weights without values.
     """
+    require_unwrapped(model)
     require_values(model)
 
     def observe(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]:
