@@ -155,7 +155,7 @@ def compress_network(
         report(results, folder / _REPORT)
     show(table(small.plan), _times(small.plan), table(compressed), _accuracy(record, network, untested=untested))
     show_files(out, files)
-    _show_use(source, network, out=out)
+    _show_how_to_load(source, network, out=out)
 
 
 def _decide(
@@ -247,7 +247,7 @@ def _accuracy(record: Measured, network: Loaded, *, untested: str | None) -> str
     return text
 
 
-def _show_use(source: Source, network: Loaded, *, out: Path) -> None:
+def _show_how_to_load(source: Source, network: Loaded, *, out: Path) -> None:
     """How Python loads the network."""
     options = f", options={source.options!r}" if source.options else ""
     shape = ", ".join(["batch", *map(str, network.example.shape[1:])])

@@ -103,7 +103,7 @@ def verify_recipe(
         checks = recipes.verify_run(folder, data_folder=data_folder, on_progress=update)
     rows = Table("what", "as noted", "now", "", box=box.SIMPLE_HEAD)
     for check in checks:
-        rows.add_row(check.what, check.stored, check.found, check.verdict, style=None if check.good else "bold red")
+        rows.add_row(check.what, check.stored, check.measured, check.verdict, style=None if check.good else "bold red")
     console.print(rows)
     bad = sum(not check.good for check in checks)
     compared = sum(check.verdict != "not judged" for check in checks)

@@ -123,7 +123,7 @@ class FactoredLayer(nn.Module, ABC):
     def extra_repr(self) -> str:
         """What the dense layer shows, and the ranks."""
         ranks = f"rank={self.rank}" if len(self.ranks) == 1 else f"rank_in={self.ranks[0]}, rank={self.rank}"
-        return f"{layer_type_of(self._outline).shown_options(self._outline)}, {ranks}".removeprefix(", ")
+        return f"{layer_type_of(self._outline).printed_options(self._outline)}, {ranks}".removeprefix(", ")
 
 
 def outline_of(layer: nn.Module, *, bias: bool) -> nn.Module:

@@ -88,7 +88,7 @@ def pareto(
     for share in shares:
         solution = solved.solve(int(share * candidates.whole) - candidates.outside)
         rule = candidates.rule(float(min(max(share, Fraction(1, 10**9)), 1 - Fraction(1, 10**9))))
-        ratio = candidates.kept(solution) / candidates.whole
+        ratio = candidates.cost_of(solution) / candidates.whole
         curve.append(Point(ratio, candidates.lost(solution), candidates.plan(rule, solution)))
     return Curve(cost, tuple(curve))
 
@@ -252,7 +252,7 @@ class Candidates:
     def _unit(self, layer: LayerAnalysis) -> int:
         return layer.weight.itemsize if self.cost == "bytes" else 1
 
-    def kept(self, solution: Sequence[int]) -> int:
+    def cost_of(self, solution: Sequence[int]) -> int:
         """What the whole model costs with these options."""
         chosen = zip(self.items, solution, strict=True)
         return self.outside + sum(int(item.costs[option]) for item, option in chosen)
@@ -272,7 +272,7 @@ class Candidates:
             else:
                 layers.append(dense(layer, reason=self._why_dense(layer, item, named), metric=self.metric))
         multiple = self.multiple if self.multiple > 1 else None
-        note = self._note(self.kept(solution))
+        note = self._note(self.cost_of(solution))
         return Plan(rule=rule, metric=self.metric, layers=tuple(layers), rank_multiple=multiple, latency=note)
 
     def _note(self, cost: int) -> LatencyNote | None:

@@ -65,7 +65,7 @@ def spectral_plan(analysis: Analysis, threshold: Threshold) -> Plan:
 
     The plan's rule is the energy that every factored layer holds at least: these rules ask for no common share.
     """
-    ranks = {layer.name: _suggested_rank(layer, threshold) for layer in analysis if _can_shrink(layer)}
+    ranks = {layer.name: _suggested_rank(layer, threshold) for layer in analysis if _has_smaller_rank(layer)}
     return _plan(analysis, ranks, rule=None, because=MEANING[threshold])
 
 
@@ -85,7 +85,7 @@ def held_out_plan(
     network has at most `share` of its parameters; where none is small enough, every layer is at rank 1. `analysis` is
     of the dense `model` in the plain metric; `on_progress` is called with the networks scored so far, and of how many.
     """
-    tried = [(layer, rank) for layer in analysis if _can_shrink(layer) for rank in _candidate_ranks(layer)]
+    tried = [(layer, rank) for layer in analysis if _has_smaller_rank(layer) for rank in _candidate_ranks(layer)]
     dense_loss = _loss(model, images)
     harms: dict[str, dict[int, float]] = {}
     for done, (layer, rank) in enumerate(tried):
@@ -113,7 +113,7 @@ def held_out_plan(
     return _plan(analysis, ranks, rule=Budget(params=share), because=because)
 
 
-def _can_shrink(layer: LayerAnalysis) -> bool:
+def _has_smaller_rank(layer: LayerAnalysis) -> bool:
     return why_impossible(layer, "plain") is None and layer.break_even(layer.forms[0], "plain") > 0
 
 
@@ -139,7 +139,7 @@ def _plan(analysis: Analysis, ranks: Mapping[str, int], *, rule: Budget | None, 
 
 
 def _decided(layer: LayerAnalysis, rank: int | None, *, because: str) -> LayerPlan:
-    if not _can_shrink(layer):
+    if not _has_smaller_rank(layer):
         reason = why_impossible(layer, "plain") or "it would not be smaller at any rank"
     elif rank is None:
         reason = f"no rank below break-even is {because}"

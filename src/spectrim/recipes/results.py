@@ -234,7 +234,7 @@ def versions() -> dict[str, str]:
     }
 
 
-_MOST_SHOWN: Mapping[Kind, int] = {"broken": 24, "mended": 12, "confused": 12}
+_MOST_LISTED: Mapping[Kind, int] = {"broken": 24, "mended": 12, "confused": 12}
 """Images of each kind that a report holds, broken ones first. In colour, 32 pixels wide, they come to 150 kB."""
 
 
@@ -264,7 +264,7 @@ class _Predictions:
         change = self.small - self.dense
         # how much more the second network believes in the new class, and how much less in the old one
         moved = (change.gather(1, self.after[:, None]) - change.gather(1, self.before[:, None]))[:, 0]
-        for kind, most in _MOST_SHOWN.items():
+        for kind, most in _MOST_LISTED.items():
             indices = self.masks[kind].nonzero()[:, 0]
             for index in indices[moved[indices].argsort(descending=True, stable=True)][:most].tolist():
                 pixels = images.test.images[index] * images.deviation + images.mean

@@ -41,7 +41,7 @@ class Check:
 
     what: str
     stored: str
-    found: str
+    measured: str
     verdict: Verdict
 
     @property

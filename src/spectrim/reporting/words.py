@@ -250,11 +250,11 @@ def families(variants: Sequence[Variant]) -> dict[str, str]:
     kind, has its own name as title.
     """
     rules = {variant.name: variant.rule for variant in variants if variant.rule and variant.stage != "trained"}
-    several_kinds = len({rule.rule for rule in rules.values()}) > 1
+    mixed = len({rule.rule for rule in rules.values()}) > 1
     titles = {variant.name: _base_name(variant) for variant in variants}
     for variant in variants:
         if variant.name in rules:
-            kind = rules[variant.name].rule if several_kinds else ""
+            kind = rules[variant.name].rule if mixed else ""
             metric = f"{variant.metric} metric" if variant.metric else ""
             titles[variant.name] = ", ".join(filter(None, (kind, metric)))
     members = group_by(variants, lambda variant: titles[variant.name])

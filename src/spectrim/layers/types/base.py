@@ -124,7 +124,7 @@ class LayerType(ABC):
         """Dimensions of the stored weight."""
         return 2
 
-    def shown_options(self, layer: nn.Module) -> str:
+    def printed_options(self, layer: nn.Module) -> str:
         """What a layer prints in its brackets; only the sizes where its class cannot print one without values."""
         try:
             return layer.extra_repr()

@@ -72,10 +72,10 @@ class Convolution(LayerType):
         self, layer: Any, *, into: int | None = None, out: int | None = None, bias: bool, axis: int | None = None
     ) -> nn.Module:
         options = {name: _along(name, getattr(layer, name), axis) for name in self.options}
-        return self._made(self.base, layer, into, out, bias=bias, **options)
+        return self._convolution(self.base, layer, into, out, bias=bias, **options)
 
     def pointwise(self, layer: Any, *, into: int | None = None, out: int | None = None, bias: bool) -> nn.Module:
-        return self._made(self.plain, layer, into, out, bias=bias, kernel_size=1)
+        return self._convolution(self.plain, layer, into, out, bias=bias, kernel_size=1)
 
     def add_to_graph(self, graph: OnnxGraph, layer: Any, name: str, *, dimensions: int) -> str:
         before, after = _pads(layer)
@@ -96,7 +96,7 @@ class Convolution(LayerType):
     def _node(self, graph: OnnxGraph, layer: Any, names: Sequence[str], options: dict[str, Any]) -> str:
         return graph.node("Conv", names, **options)
 
-    def _made(
+    def _convolution(
         self,
         cls: Callable[..., nn.Module],
         layer: Any,

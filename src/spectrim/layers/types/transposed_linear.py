@@ -21,7 +21,7 @@ class TransposedLinear(Linear):
         into, out = cast(Tensor, layer.weight).shape
         return Geometry(1, out, into)
 
-    def shown_options(self, layer: nn.Module) -> str:
+    def printed_options(self, layer: nn.Module) -> str:
         geometry = self.geometry(layer)
         return f"nf={geometry.out}, nx={geometry.into}"
 

@@ -76,7 +76,7 @@ def find_single_weights(model: nn.Module, trace: Trace, selection: LayerSelectio
         call_sites = sorted((names[module][0] for module in group), key=lambda name: order.get(name, len(order)))
         tied = [name for module in group for name in names[module]]
         reason = (
-            _left_out(tied, selected=selected, last=last)
+            _not_selected(tied, selected=selected, last=last)
             or next((inside[module] for module in group if module in inside), None)
             or next((reason for module in group if (reason := _unfit(module, selection))), None)
             or _shared_elsewhere(model, group)
@@ -148,12 +148,12 @@ def _tied(layers: Sequence[nn.Module]) -> list[list[nn.Module]]:
     return list(groups.values())
 
 
-def _left_out(tied: Sequence[str], *, selected: set[str], last: str | None) -> str | None:
-    left_out = [name for name in tied if name not in selected]
-    if len(left_out) == len(tied):
+def _not_selected(tied: Sequence[str], *, selected: set[str], last: str | None) -> str | None:
+    unselected = [name for name in tied if name not in selected]
+    if len(unselected) == len(tied):
         return "not selected by include and exclude"
-    if left_out:
-        return f"shares its weight with {left_out[0]}, which is not selected"
+    if unselected:
+        return f"shares its weight with {unselected[0]}, which is not selected"
     return "the last layer, kept dense as asked" if last in tied else None
 
 
@@ -178,8 +178,8 @@ def _unfit(module: nn.Module, selection: LayerSelection) -> str | None:
     if overridden and (overridden[0] == "__call__" or not selection.is_treated(module)):
         base = f"nn.{layer_type.name}" if hasattr(nn, layer_type.name) else layer_type.name
         plain_call = overridden[0] != "__call__"
-        way_out = f"; if it gives what {base} gives, pass treat_as={{{name}: {base}}}" if plain_call else ""
-        return f"{name} is a subclass of {base} with a {overridden[0]} of its own, which would be lost{way_out}"
+        advice = f"; if it gives what {base} gives, pass treat_as={{{name}: {base}}}" if plain_call else ""
+        return f"{name} is a subclass of {base} with a {overridden[0]} of its own, which would be lost{advice}"
     if "forward" in vars(module):
         return "its forward was replaced on this very layer, which an exchange would lose"
     if any(hooks for name, hooks in vars(module).items() if name.endswith("_hooks")):
