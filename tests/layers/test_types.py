@@ -197,6 +197,18 @@ class AsksClass(nn.Module):
         return 2 * layer(x) if isinstance(layer, Marked) else layer(x)
 
 
+class AsksPlainClass(nn.Module):
+    """The same of an ordinary layer; some networks skip what they do not know."""
+
+    def forward(self, layer: nn.Module, x: Tensor) -> Tensor:
+        return 2 * layer(x) if isinstance(layer, nn.Linear) else layer(x)
+
+
+class AsksType(nn.Module):
+    def forward(self, layer: nn.Module, x: Tensor) -> Tensor:
+        return 2 * layer(x) if type(layer) in (nn.Linear, nn.Conv2d) else layer(x)
+
+
 class ReadsAttribute(nn.Module):
     def forward(self, layer: nn.Module, x: Tensor) -> Tensor:
         return layer.gain * layer(x)
@@ -221,13 +233,24 @@ ROWS = torch.randn(5, 24, generator=torch.Generator().manual_seed(1))
     ("model", "why"),
     [
         (Holder(Doubled(24, 24)), "a __call__ of its own"),
-        (Holder(Scaled(24, 24), UsesMethod()), "uses more of its class"),
-        (Holder(Marked(24, 24), AsksClass()), "uses more of its class"),
+        (Holder(Scaled(24, 24), UsesMethod()), "uses more of it than its outputs"),
+        (Holder(Marked(24, 24), AsksClass()), "uses more of it than its outputs"),
+        (Holder(nn.Linear(24, 24), AsksPlainClass()), "uses more of it than its outputs"),
+        (Holder(nn.Linear(24, 24), AsksType()), "uses more of it than its outputs"),
         (Holder(Marked(24, 24), ReadsAttribute()), None),
         (Holder(Marked(24, 24)), None),
         (Holder(Scaled(24, 24)), None),
     ],
-    ids=["call", "method", "class", "attribute", "nothing of names that are taken", "nothing"],
+    ids=[
+        "call",
+        "method",
+        "class",
+        "class of torch",
+        "type",
+        "attribute",
+        "nothing of names that are taken",
+        "nothing",
+    ],
 )
 @pytest.mark.parametrize("rule", [st.Ratio(1.0), st.Ratio(0.25)], ids=str)
 def test_a_layer_whose_class_is_used_for_more_stays_dense(model: Holder, why: str | None, rule: st.Ratio) -> None:
@@ -358,3 +381,39 @@ def test_files_are_not_loaded_into_other_layers(other: nn.Module, tmp_path: Path
     path = st.save(small.model, tmp_path)
     with pytest.raises(st.errors.FileError, match="is for another network"):
         st.load(path, nn.Sequential(other, nn.ReLU()))
+
+
+class Counts(nn.Module):
+    """Gives something else at every call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.calls = nn.Linear(24, 24), nn.Linear(24, 24), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.second(self.first(x)) + self.calls
+
+
+def test_a_network_that_is_not_repeatable_says_nothing_of_its_layers() -> None:
+    small = st.compress(Counts(), st.Rank(3), example_inputs=ROWS)
+    assert [layer.is_factored for layer in small.plan] == [True, True]
+
+
+class HeldTwice(nn.Module):
+    """Runs its layers from a list that no exchange reaches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(24, 24), nn.Linear(24, 24)
+        self.stack = [self.first]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.stack[0](x))
+
+
+def test_a_layer_that_would_go_on_running_stays_dense() -> None:
+    small = st.compress(HeldTwice(), st.Rank(3), example_inputs=ROWS)
+    assert "would not run another layer" in small.plan["first"].reason
+    assert small.plan["second"].is_factored
+    assert small.plan.kept_cost.macs == small.measurement.macs

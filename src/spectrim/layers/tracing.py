@@ -58,7 +58,7 @@ class Trace:
         positions: How many vectors each layer handled in all its calls together.
         calls: How often each layer was called.
         differing: Layers whose outputs are not those of the class that they were to be treated as.
-        special: Layers of subclasses in whose place an ordinary layer changes the network's outputs.
+        special: Layers in whose place another one changes the network's outputs, as where it asks for their class.
         keyworded: Layers that are called with keyword arguments that not every layer takes.
     """
 
@@ -104,38 +104,49 @@ def trace(model: nn.Module, inputs: Inputs, *, treat_as: TreatAs | None = None) 
 def _special(
     model: nn.Module, inputs: Inputs, outputs: Any, names: Iterable[str], *, treated: tuple[type[nn.Module], ...]
 ) -> frozenset[str]:
-    """Layers of subclasses of which the network uses more than an ordinary layer has."""
+    """Layers of which the network uses more than another layer in their place has, such as their class."""
     layers = {name: model.get_submodule(name) for name in names}
-    inherited = {name: layer for name, layer in layers.items() if _inherits(layer, treated=treated)}
-    if not inherited or _unchanged(model, inputs, outputs, inherited.values()):
+    replaceable = {
+        name: layer
+        for name, layer in layers.items()
+        if isinstance(layer, treated) or not layer_type_of(layer).overrides(layer)
+    }
+    if _unchanged(model, inputs, outputs, replaceable.values()) or not _unchanged(model, inputs, outputs, ()):
         return frozenset()
-    alone = {name for name, layer in inherited.items() if not _unchanged(model, inputs, outputs, [layer])}
-    return frozenset(alone or inherited)
+    alone = {name for name, layer in replaceable.items() if not _unchanged(model, inputs, outputs, [layer])}
+    return frozenset(alone or replaceable)
 
 
-def _inherits(layer: nn.Module, *, treated: tuple[type[nn.Module], ...]) -> bool:
-    """Whether it is of a subclass that counts as its base."""
-    kind = layer_type_of(layer)
-    weight = layer._parameters.get("weight")
-    if type(layer) is kind.base_of(type(layer)) or weight is None or weight.ndim != kind.weight_dims:
-        return False
-    return isinstance(layer, treated) or not kind.overrides(layer)
+class _StandIn(nn.Module):
+    """Runs a layer in its place, and answers what a factored layer answers, without being of its class."""
+
+    _layer: nn.Module
+    _was_run: bool
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.__dict__ |= {"_layer": layer, "_was_run": False} | attributes_of(layer)
+        self._parameters.update(layer._parameters)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.__dict__["_was_run"] = True
+        return self._layer(*args, **kwargs)
 
 
 def _unchanged(model: nn.Module, inputs: Inputs, outputs: Any, layers: Iterable[nn.Module]) -> bool:
-    """Whether the network gives the same outputs with ordinary layers in the place of these."""
-    ordinary = {layer: _plain(layer, layer_type_of(layer)) for layer in layers}
+    """Whether the network runs others in the place of these layers, and gives the same outputs."""
+    others = {layer: _StandIn(layer) for layer in layers}
     places = [
         (parent, name, child)
         for parent in model.modules()
         for name, child in parent._modules.items()
-        if child is not None and child in ordinary
+        if child is not None and child in others
     ]
     try:
         for parent, name, child in places:
-            parent._modules[name] = ordinary[child]
+            parent._modules[name] = others[child]
         with evaluating(model):
-            return alike(outputs, call(model, inputs))
+            return alike(outputs, call(model, inputs)) and all(other._was_run for other in others.values())
     except ModelError:  # it uses a method or an attribute of the class
         return False
     finally:
@@ -147,7 +158,6 @@ def _plain(layer: nn.Module, kind: LayerType) -> nn.Module:
     """An ordinary layer with the sizes, options and values of this one."""
     bias = layer._parameters.get("bias")
     plain = kind.resized(layer, bias=bias is not None)
-    plain.__dict__.update({name: value for name, value in attributes_of(layer).items() if not hasattr(plain, name)})
     own = layer_type_of(plain)
     weight = own.to_weight(kind.kernels(layer), own.geometry(plain))
     plain._parameters.update(weight=nn.Parameter(weight, requires_grad=False), bias=bias)

@@ -15,7 +15,7 @@ from spectrim.layers.types import Geometry, Positions, find_layer_type
 from spectrim.layers.units.base import Unit, Weight
 
 _DIFFERS = "it was to be treated as another class of layer, and its outputs are not those of that class"
-_SPECIAL = "the network uses more of its class than an ordinary layer has: with one in its place, its outputs change"
+_SPECIAL = "the network would not run another layer in its place, or uses more of it than its outputs, say its class"
 _KEYWORDS = "it is called with keyword arguments that an exchange would lose"
 
 
