@@ -416,6 +416,42 @@ class TestWithoutValues:
         assert isinstance(model[0], nn.LazyLinear)
 
 
+def compiled_in_place(model: nn.Module) -> nn.Module:
+    model[2].compile(backend="eager")
+    return model
+
+
+@pytest.mark.parametrize(
+    ("wrap", "message"),
+    [
+        (nn.DataParallel, r"the model is a DataParallel; give what it wraps, model\.module, and wrap the result again"),
+        (lambda model: nn.Sequential(nn.DataParallel(model)), r"model's '0' is a DataParallel.*model\.0\.module"),
+        (lambda model: torch.compile(model, backend="eager"), r"OptimizedModule.*model\._orig_mod, and compile"),
+        (compiled_in_place, r"'2' is compiled.*set model\.2\._compiled_call_impl = None"),
+        (lambda model: torch.jit.trace(model, X), "the model is TorchScript.*give the module it was made from"),
+    ],
+    ids=["wrapped", "wrapped inside", "compiled", "compiled in place", "TorchScript"],
+)
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda model: st.compress(model, st.Rank(2), example_inputs=X),
+        lambda model: st.compress(model, st.Budget(macs=0.5), example_inputs=X, data=[X]),
+        lambda model: st.analyze(model, X),
+        lambda model: st.calibrate(model, [X]),
+        lambda model: st.compress(model, st.Rank(2), example_inputs=X, inplace=True),
+    ],
+    ids=["compress", "with data", "analyze", "calibrate", "in place"],
+)
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning")
+def test_wrapped_and_compiled_models_are_refused(wrap: Any, message: str, run: Any) -> None:
+    model = wrap(small_mlp().eval())
+    before = state(model)
+    with pytest.raises(errors.ModelError, match=message):
+        run(model)
+    assert same_state(model, before)
+
+
 class OneSize(nn.Module):
     """Runs batches of 24 only."""
 

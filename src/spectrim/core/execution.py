@@ -267,6 +267,37 @@ def _plain(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.is_floating_point() and tensor.itemsize < 4 else tensor
 
 
+_WRAPPERS = {
+    "DistributedDataParallel": ("module", "wrap"),
+    "DataParallel": ("module", "wrap"),
+    "FullyShardedDataParallel": ("module", "wrap"),
+    "OptimizedModule": ("_orig_mod", "compile"),
+}
+"""By class: where the model is that it wraps, and what makes such a one."""
+
+
+def require_unwrapped(model: nn.Module) -> None:
+    """Raise `ModelError` for modules whose layers are not called one by one, or whose replacement others would miss.
+
+    These are wrappers for several processes, which keep a list of the parameters, compiled models, which run no
+    hooks, and TorchScript.
+    """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ModelError("the model is TorchScript, whose layers cannot be replaced; give the module it was made from")
+    for name, module in model.named_modules():
+        where = f"the model's {name!r}" if name else "the model"
+        path = f"model.{name}" if name else "model"
+        wrapper = next((base.__name__ for base in type(module).__mro__ if base.__name__ in _WRAPPERS), None)
+        if wrapper is not None:
+            inner, make = _WRAPPERS[wrapper]
+            raise ModelError(f"{where} is a {wrapper}; give what it wraps, {path}.{inner}, and {make} the result again")
+        if getattr(module, "_compiled_call_impl", None) is not None:
+            raise ModelError(
+                f"{where} is compiled (by its compile method), and its layers cannot be followed; set "
+                f"{path}._compiled_call_impl = None, and compile the result again"
+            )
+
+
 def require_values(model: nn.Module) -> None:
     """Raise `ModelError` for weights that were never loaded: running the model would initialise lazy ones."""
     known = {**dict(model.named_parameters()), **dict(model.named_buffers())}

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spectrim.core.execution import Inputs, call, evaluating, require_values, temporary
+from spectrim.core.execution import Inputs, call, evaluating, require_unwrapped, require_values, temporary
 from spectrim.layers.selection import TreatAs
 from spectrim.layers.types import LayerType, Positions, find_layer_type, layer_type_of
 
@@ -29,6 +29,7 @@ def watching(model: nn.Module, on_call: CallHook) -> Iterator[None]:
     Raises:
         ModelError: the model has weights without values.
     """
+    require_unwrapped(model)
     require_values(model)
 
     def observe(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]:
