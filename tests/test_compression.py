@@ -4,6 +4,7 @@ import copy
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -350,6 +351,35 @@ class TestDegenerate:
         compressed = st.compress(model, rule, example_inputs=X, data=data, keep_last=True)
         assert torch.equal(answer(compressed.model, X), answer(model, X))
         assert compressed.plan["0"].predicted_error == 0
+
+
+class BlockedGradient(nn.Module):
+    """A head on features through which no gradient passes, although they matter."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.how = how
+        self.features = nn.Sequential(nn.Linear(12, 48), nn.ReLU(), nn.Linear(48, 48))
+        self.head = nn.Sequential(nn.Linear(48, 24), nn.ReLU(), nn.Linear(24, 4))
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad() if self.how == "no_grad" else nullcontext():
+            features = self.features(x).detach() if self.how == "detach" else self.features(x)
+        return self.head(features.sign() * features.round(decimals=2) if self.how == "rounded" else features.relu())
+
+
+@pytest.mark.parametrize(
+    ("how", "metric"),
+    [("plain", "loss"), ("no_grad", "activation"), ("detach", "activation"), ("rounded", "activation")],
+)
+def test_layers_that_no_gradient_reaches_are_weighed_by_their_outputs(how: str, metric: str) -> None:
+    small = st.compress(BlockedGradient(how), st.Budget(macs=0.5), example_inputs=X[:1], data=X.split(10))
+    assert small.plan.metric == metric
+    assert small.plan["features.2"].is_factored
+    with pytest.raises(errors.RuleError) if how != "plain" else nullcontext():
+        st.compress(BlockedGradient(how), st.Budget(macs=0.5), example_inputs=X[:1], data=X.split(10), metric="loss")
 
 
 class TestPlanAndData:

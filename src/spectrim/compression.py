@@ -224,9 +224,10 @@ class _Stages:
         analysis = self.analysed(selection, statistics)
         if not budgeted:
             return analysis
-        return sensitivity(
+        weighed = sensitivity(
             model, analysis, batches, cache=self.cache, on_progress=_progress_of("weigh", self.on_progress)
         )
+        return _without_loss_metric(weighed) if metric is None and _has_blocked_gradients(weighed) else weighed
 
     def planned(self, analysis: Analysis) -> Plan:
         """The plan, with what has to be timed on this machine."""
@@ -250,6 +251,16 @@ class _Stages:
     def _begin(self, stage: str) -> None:
         if self.on_progress is not None:
             self.on_progress(stage, 0, 1)
+
+
+def _has_blocked_gradients(analysis: Analysis) -> bool:
+    """Whether a layer matters to the outputs, but no gradient reaches it, as below `no_grad` or `detach`."""
+    without = (layer for layer in analysis if "activation" in layer.problems and "loss" not in layer.problems)
+    return "loss" in analysis.metrics and any(analysis.sensitivity[layer.name] > 0 for layer in without)
+
+
+def _without_loss_metric(analysis: Analysis) -> Analysis:
+    return replace(analysis, metrics=tuple(metric for metric in analysis.metrics if metric != "loss"))
 
 
 def _built(

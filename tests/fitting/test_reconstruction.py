@@ -239,3 +239,26 @@ def test_poor_data_give_finite_outputs(x: tuple[str, Tensor]) -> None:
     assert output_of(small, x[1]).isfinite().all()
     assert output_of(small, inputs(9, 12)).isfinite().all()
     torch.testing.assert_close(output_of(small, x[1]).mean(dim=0), output_of(model, x[1]).mean(dim=0))
+
+
+class DeadBranch(nn.Module):
+    """A branch beside the main one whose weights decay has driven to almost nothing; float32."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.main, self.branch = nn.Linear(64, 96), nn.Linear(64, 96)
+        self.deep, self.beside, self.head = nn.Linear(96, 96), nn.Linear(96, 96), nn.Linear(96, 10)
+        for parameter in self.branch.parameters():
+            parameter.data *= scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.deep(torch.relu(self.main(x)))) + self.beside(torch.relu(self.branch(x))))
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e-20, 1e-21, 3e-22, 1e-22, 3e-23, 1e-30, 0.0])
+def test_a_branch_that_is_nearly_dead_does_no_harm(scale: float) -> None:
+    model, x = DeadBranch(scale).eval(), inputs(64, 64, dtype=torch.float32)
+    small = st.compress(model, st.Budget(macs=0.5), example_inputs=x[:1], data=x.split(16))
+    dense, smaller = output_of(model, x), output_of(small.model, x)
+    assert float((dense - smaller).norm() / (dense - dense.mean(dim=0)).norm()) < 0.1

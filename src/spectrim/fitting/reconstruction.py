@@ -17,6 +17,7 @@ from spectrim.layers.forms import form_named
 from spectrim.layers.replacement import factored_at, factorize, product, refitted_at, replace
 from spectrim.layers.types import layer_type_of
 from spectrim.linalg import Factors, Problem, to_float64
+from spectrim.linalg.problem import lifted, needed_floor
 
 _RIDGE = 1e-2
 _POSITIONS = 64
@@ -245,7 +246,7 @@ def _fitted(small: nn.Module, place: _Place, seen: Mapping[str, _Seen], *, analy
             targets = place.revised(seen, targets, whole=best, fit=fit)
     before = analysis.factors(plan) if plan.is_factored else ()
     unfitted = product(layer, form=plan.form, factors=before) if before else fit.dense
-    if fit.error(unfitted, cross, G) < fit.error(best, cross, G):
+    if not fit.error(best, cross, G) <= fit.error(unfitted, cross, G):  # also where it is not a number
         best, factors = unfitted, before
 
     def bias(name: str, _: nn.Module, whole: Tensor) -> Tensor | None:
@@ -295,9 +296,7 @@ class _Fit:
             for site, seen in moments.items():
                 C = C + (seen.count / total) * means[site].unsqueeze(2) * means[site].unsqueeze(1)
             means = {site: torch.zeros_like(mean) for site, mean in means.items()}
-        mean = C.diagonal(dim1=1, dim2=2).mean(dim=1)
-        ridge = _RIDGE * torch.where(mean > 0, mean, torch.ones_like(mean))[:, None, None]
-        metric = C + ridge * torch.eye(C.shape[1], dtype=C.dtype, device=C.device)
+        metric = lifted(C.clone(), needed_floor(C, share=_RIDGE))
         return cls(W, inputs, means, C, metric, torch.linalg.cholesky(metric), biased)
 
     def cross(self, targets: _Rows) -> Tensor:

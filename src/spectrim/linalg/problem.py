@@ -92,8 +92,8 @@ class Problem:
         if self.covariance is None:
             return [None] * len(self.weight)
         if "floor" not in self._shared:
-            self._shared["floor"] = _needed_floor(self.metric)
-        return list(_lifted((self.metric + self.metric.mT).div_(2), self._shared["floor"]))
+            self._shared["floor"] = needed_floor(self.metric)
+        return list(lifted((self.metric + self.metric.mT).div_(2), self._shared["floor"]))
 
     @cached_property
     def total(self) -> float:
@@ -119,21 +119,21 @@ class Problem:
         return (vectors * roots) @ vectors.mT, (vectors / roots) @ vectors.mT
 
 
-def _lifted(metric: Tensor, floor: Tensor) -> Tensor:
+def lifted(metric: Tensor, floor: Tensor) -> Tensor:
     """`metric` itself, with the floor added to its diagonals."""
     metric.diagonal(dim1=-2, dim2=-1).add_(floor.unsqueeze(-1))
     return metric
 
 
-def _needed_floor(metric: Tensor) -> Tensor:
-    """What to add to the diagonals of (groups, n, n): 1e-7 of the mean variance, or what an inverse needs, (groups,).
+def needed_floor(metric: Tensor, *, share: float = _FLOOR) -> Tensor:
+    """What to add to the diagonals of (groups, n, n), (groups,): a share of the mean variance, or more.
 
-    It needs more where statistics were summed in float32, whose rounding leaves negative variances.
+    An inverse needs more where statistics were summed in float32, whose rounding leaves negative variances.
     """
     mean = metric.diagonal(dim1=-2, dim2=-1).mean(dim=-1)
-    floor = torch.where(mean > 0, mean * _FLOOR, torch.ones_like(mean))
+    floor = torch.where(mean > 0, mean * share, torch.ones_like(mean))
     for _ in range(8):
-        failed = torch.linalg.cholesky_ex(_lifted(metric.clone(), floor))[1] > 0
+        failed = torch.linalg.cholesky_ex(lifted(metric.clone(), floor))[1] > 0
         if not bool(failed.any()):
             break
         floor = torch.where(failed, 10 * floor, floor)

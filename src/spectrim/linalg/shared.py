@@ -15,7 +15,7 @@ from typing import ClassVar, Self, cast
 import torch
 from torch import Tensor
 
-from spectrim.linalg.problem import Decomposition, Factors, Problem, Ranks
+from spectrim.linalg.problem import Decomposition, Factors, Problem, Ranks, lifted, needed_floor
 
 _SWEEPS = 4
 _SLOW = 1e-2
@@ -145,9 +145,8 @@ def explained_by(M: Tensor, A: Tensor | None, V: Tensor) -> Tensor:
     TAM = TA @ M.flatten(1).T
     factor, failed = torch.linalg.cholesky_ex(TAT)
     if int(failed):
-        n = len(TAT)
-        raised = TAT + 1e-9 * TAT.diagonal().mean() * torch.eye(n, dtype=TAT.dtype, device=TAT.device)
-        factor = torch.linalg.cholesky(raised)
+        several = TAT.unsqueeze(0).clone()
+        (factor,) = torch.linalg.cholesky(lifted(several, needed_floor(several, share=1e-9)))
     return cast(Tensor, torch.linalg.solve_triangular(factor, TAM, upper=False))
 
 
