@@ -174,3 +174,7 @@ def full_ranks(layer: nn.Module, form: str) -> tuple[int, ...]:
 def build(layer: nn.Module, *, form: str, ranks: tuple[int, ...], bias: bool) -> FactoredLayer:
     """An unset replacement."""
     return form_named(form).build(layer, layer_type=layer_type_of(layer), ranks=ranks, bias=bias)
+
+
+IMAGE_FORMS = form_names(nn.Conv2d(4, 4, 3))
+"""The forms of an ordinary convolution of images."""

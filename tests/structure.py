@@ -18,9 +18,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "src" / "spectrim"
 USERS = ("tests", "benchmarks", "examples")
-FORM_NAMES = {"linear", "channel", "spatial", "tucker2"}
 MAY_NAME_FORMS = ("layers/forms/", "cli/", "recipes/")
 LAYER_TYPES = {"Linear", "Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d"}
+
+FORM_NAMES = {
+    name
+    for path in (SOURCE / "layers" / "forms").glob("*.py")
+    for name in re.findall(r'^    name = "(\w+)"$', path.read_text(encoding="utf-8"), re.MULTILINE)
+}
 
 LOOSE = {"one", "found", "given", "made", "kept", "shown", "wanted"}
 """Names that say nothing of what they hold: of no variable, loop or argument."""

@@ -12,8 +12,9 @@ from cases import same_state, state
 from torch import Tensor, nn
 
 import spectrim as st
+from spectrim.layers.forms import FORMS
 
-FORMS = {"linear", "channel", "spatial", "tucker2"}
+FORM_NAMES = {form.name for form in FORMS}
 
 
 def block(into: int, out: int, kernel: int | tuple[int, int] = 3, **options: Any) -> nn.Sequential:
@@ -268,7 +269,7 @@ CASES = {
 
 def require_plan(compressed: st.Compressed, refused: Sequence[str]) -> None:
     assert compressed.plan.factored
-    assert {layer.form for layer in compressed.plan} <= FORMS | {"dense"}
+    assert {layer.form for layer in compressed.plan} <= FORM_NAMES | {"dense"}
     assert all(layer.reason.strip() for layer in compressed.plan)
     for part in refused:
         assert any(part in layer.reason and layer.form == "dense" for layer in compressed.plan)

@@ -12,7 +12,7 @@ from spectrim.analysis.sensitivities import cache_bytes_of, require_cache_bytes,
 from spectrim.analysis.spectra import Analysis, analyze_selected
 from spectrim.benchmark.latencies import LatencyTable
 from spectrim.benchmark.measurement import Measurement, count
-from spectrim.core.errors import DataError, PlanError
+from spectrim.core.errors import DataError, PlanError, RuleError
 from spectrim.core.execution import Inputs, ProgressCallback, as_inputs, require_repeatable, without_labels
 from spectrim.core.plans import Budget, Metric, Plan, Rule
 from spectrim.fitting.reconstruction import reconstruct as fit
@@ -130,11 +130,15 @@ def compress(
     Raises:
         SpectrimError: one of its kinds, before anything has been changed.
     """
+    if reconstruct not in ("auto", True, False):
+        raise RuleError(f"reconstruct={reconstruct!r}: give 'auto', True or False")
     if reconstruct is True and (data is None or metric == "plain"):
         raise DataError("reconstruction is done on calibration data in a data metric; pass data= and no metric='plain'")
     selection = LayerSelection(include, exclude, keep_last, treat_as or {})
-    if analysis is not None and not selection.is_default:
-        raise PlanError("an analysis already has its layers; give include, exclude, keep_last to st.analyze instead")
+    if analysis is not None and (selection.treat_as or not selection.takes_all):
+        raise PlanError(
+            "an analysis already has its layers; give include, exclude, keep_last, treat_as to st.analyze instead"
+        )
     decision = decide(
         model,
         rule_or_plan,
@@ -167,7 +171,7 @@ def decide(
     `calibrate`, `analyse`, `weigh LAYER`, `plan`, `time LAYER` and `verify in RUNTIME`.
     """
     require_cache_bytes(cache)
-    selected = isinstance(layers, LayerSelection) and not layers.is_default
+    selected = isinstance(layers, LayerSelection) and not layers.takes_all
     if isinstance(rule_or_plan, Plan) and (selected or not options.is_default):
         raise PlanError("a plan already says which layers, forms and metric; give these options to st.plan instead")
     if isinstance(rule_or_plan, Budget) and rule_or_plan.runtime and rule_or_plan.threads:

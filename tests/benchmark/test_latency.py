@@ -38,7 +38,7 @@ from spectrim.benchmark.layer_timing import LayerBench
 from spectrim.benchmark.timing_cache import cache_folder
 from spectrim.core.execution import as_inputs
 from spectrim.core.plans import LatencyNote
-from spectrim.layers.forms import form_named
+from spectrim.layers.forms import FORMS, form_named
 from spectrim.planning.budgets import Candidates
 from spectrim.planning.decisions import PlanOptions
 from spectrim.planning.latency_budget import refined
@@ -477,7 +477,7 @@ def test_a_graph_of_a_layer_does_what_the_layer_does(make: Callable[[], nn.Modul
         torch.testing.assert_close(torch.from_numpy(got), part(x).detach(), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("form", ["linear", "channel", "spatial", "tucker2"])
+@pytest.mark.parametrize("form", [form.name for form in FORMS])
 def test_factors_to_time_have_the_shapes_of_real_ones(form: str) -> None:
     for layer in st.analyze(small_cnn(), X):
         if form in layer.forms:

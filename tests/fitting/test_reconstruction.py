@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import Double, Residual, SharedModule, Tied, inputs, same_state, small_cnn, small_mlp, state
+from cases import IMAGE_FORMS, Double, Residual, SharedModule, Tied, inputs, same_state, small_cnn, small_mlp, state
 from torch import Tensor, nn
 
 import spectrim as st
@@ -101,7 +101,7 @@ def test_at_full_rank_nothing_changes(build: Callable[[], nn.Module], data: list
     assert float((outputs_on(small, data) - expected).abs().max()) <= 1e-6 * float(expected.abs().max())
 
 
-@pytest.mark.parametrize("form", ["channel", "spatial", "tucker2"])
+@pytest.mark.parametrize("form", IMAGE_FORMS)
 @pytest.mark.parametrize("rank", [1, 3])
 def test_a_single_layer_is_as_good_as_its_own_fit(form: str, rank: int) -> None:
     torch.manual_seed(0)

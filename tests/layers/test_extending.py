@@ -15,7 +15,7 @@ from spectrim.layers.factored import FactoredLayer
 from spectrim.layers.forms.channel import LowRankConv, TwoFactorForm
 from spectrim.layers.padding import padded
 from spectrim.layers.types import Geometry, LayerType
-from spectrim.layers.types.conv_transpose2d import TransposedConvolution
+from spectrim.layers.types.transposed_convolution import TransposedConvolution
 from spectrim.linalg import Factors, Ranks
 
 
@@ -123,6 +123,38 @@ def test_a_new_layer_type_goes_all_the_way(tmp_path: Path) -> None:
         assert torch.equal(loaded(x), small.model(x))
         torch.testing.assert_close(st.merge(small.model)(x), small.model(x))
         torch.testing.assert_close(padded(small.model, 4)(x), small.model(x))
+
+
+class Resized(nn.Module):
+    """Says how large the output of a transposed convolution is to be."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.ConvTranspose1d(6, 8, 4, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(x, output_size=[17])
+
+
+@pytest.mark.usefixtures("extended")
+@pytest.mark.parametrize("data", [None, [inputs(4, 6, 7)]], ids=["plain", "with data"])
+def test_a_new_layer_type_takes_the_arguments_of_its_like(data: Any) -> None:
+    model, x = Resized().double(), inputs(4, 6, 7)
+    full = st.compress(model, st.Ratio(1.0), example_inputs=x, data=data, allow_growth=True)
+    assert full.plan["up"].form == "channel"
+    with torch.no_grad():
+        torch.testing.assert_close(full.model(x), model(x), rtol=1e-9, atol=1e-9)
+
+
+def test_the_order_of_the_registry_means_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = nn.Sequential(nn.Conv2d(6, 8, 3), nn.Conv2d(8, 9, 1)).double(), inputs(4, 6, 7, 7)
+    before = st.analyze(model, x)
+    monkeypatch.setattr(forms, "FORMS", tuple(reversed(forms.FORMS)))
+    after = st.analyze(model, x)
+    for first, second in zip(before, after, strict=True):
+        assert set(first.forms) == set(second.forms)
+        assert first.forms[0] == second.forms[0]
+        assert first.spectra["plain"].values.tolist() == second.spectra["plain"].values.tolist()
 
 
 @pytest.mark.usefixtures("extended")

@@ -5,14 +5,15 @@ from typing import Any
 
 import pytest
 import torch
-from cases import build, form_names, full_ranks, inputs, same_state, state, unit_of
+from cases import IMAGE_FORMS, build, form_names, full_ranks, inputs, same_state, state, unit_of
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
 import spectrim as st
 from spectrim.layers.forms import FORMS, form_named
-from spectrim.layers.types import layer_type_of
+from spectrim.layers.types import LAYER_TYPES, layer_type_of
+from spectrim.layers.types.convolution import Convolution
 from spectrim.models import resnet20
 
 # torch's own remark on asymmetric padding, said once a process
@@ -137,13 +138,9 @@ CASES_AND_FORMS = [
 
 def images(case: Case, *, number: int = 5, dtype: torch.dtype = torch.float64) -> Tensor:
     into = case[1].get("into", 6)
-    shapes = {
-        nn.Linear: (number, 3, into),
-        Conv1D: (number, 3, into),
-        nn.Conv1d: (number, into, 13),
-        nn.Conv3d: (number, into, 4, 6, 5),
-    }
-    shape = shapes.get(case[0], (number, into, 9, 10))
+    kind = next(kind for kind in LAYER_TYPES if kind.base_of(case[0]))
+    shapes = ((number, 3, into), (number, into, 13), (number, into, 9, 10), (number, into, 4, 6, 5))
+    shape = shapes[kind.dims if isinstance(kind, Convolution) else 0]
     return inputs(*shape, dtype=dtype)
 
 
@@ -437,7 +434,7 @@ def test_factors_of_convolutions_that_do_not_fit_are_refused(
 def test_a_residual_network_keeps_its_answers_at_full_rank() -> None:
     torch.manual_seed(0)
     model, x = resnet20().eval(), torch.randn(4, 3, 32, 32)
-    for form in ("channel", "spatial", "tucker2"):
+    for form in IMAGE_FORMS:
         full = st.compress(
             model, st.Ratio(1.0), example_inputs=x[:1], data=[x], forms=(form,), reconstruct=False, allow_growth=True
         )

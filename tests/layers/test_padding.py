@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import (
+    IMAGE_FORMS,
     Double,
     Residual,
     SharedModule,
@@ -91,7 +92,7 @@ NETWORKS = (
 
 
 @pytest.mark.parametrize(("network", "shape"), NETWORKS, ids=[type(network).__name__ for network, _ in NETWORKS])
-@pytest.mark.parametrize("form", ["channel", "spatial", "tucker2"])
+@pytest.mark.parametrize("form", IMAGE_FORMS)
 def test_a_whole_network_keeps_its_outputs_its_ties_and_its_files(
     network: nn.Module, shape: tuple[int, ...], form: str, tmp_path: Path
 ) -> None:

@@ -1,5 +1,8 @@
 """Which layers count as which type: subclasses, overridden forward passes, and what a user says of them."""
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -107,6 +110,8 @@ def test_saved_models_of_treated_layers_load(tmp_path: object) -> None:
         ({nn.Conv2d: Wrapped}, "the first a subclass of the second"),
         ({"Wrapped": nn.Conv2d}, "give classes"),
         ({Wrapped: nn.Module}, "no factored form"),
+        ([Wrapped], "give classes by class"),
+        (5, "give classes by class"),
     ],
     ids=str,
 )
@@ -150,3 +155,206 @@ def test_reading_a_layer_by_keyword_counts_too() -> None:
             return self.transposed(x=self.linear(input=x))
 
     assert trace(Keyword(), as_inputs(torch.ones(3, 4))).calls == {"linear": 1, "transposed": 1}
+
+
+# ------------------------------------------------------------------ what a network uses of a layer besides its forward
+
+
+class Doubled(nn.Linear):
+    """Changes what a call gives, past `forward`."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return 2 * super().__call__(*args, **kwargs)
+
+
+class Scaled(nn.Linear):
+    """Has a method and an attribute of the class, and inherits `forward`."""
+
+    temperature = 2.0
+
+    def scaled(self, x: Tensor) -> Tensor:
+        return 2 * self(x)
+
+
+class Marked(nn.Linear):
+    """Says by its class that its outputs are to be doubled, and has attributes named as those of factored layers."""
+
+    def __init__(self, into: int, out: int) -> None:
+        super().__init__(into, out)
+        self.factors, self.rank, self.down, self.gain = 7, "low", None, 3.0
+
+    def extra_repr(self) -> str:
+        return f"std={self.weight.std().item():.2f}"
+
+
+class UsesMethod(nn.Module):
+    def forward(self, layer: nn.Module, x: Tensor) -> Tensor:
+        return layer.scaled(x) / layer.temperature
+
+
+class AsksClass(nn.Module):
+    def forward(self, layer: nn.Module, x: Tensor) -> Tensor:
+        return 2 * layer(x) if isinstance(layer, Marked) else layer(x)
+
+
+class ReadsAttribute(nn.Module):
+    def forward(self, layer: nn.Module, x: Tensor) -> Tensor:
+        return layer.gain * layer(x)
+
+
+class Holder(nn.Module):
+    """A layer that is used in some way, and an ordinary one."""
+
+    def __init__(self, layer: nn.Module, use: nn.Module | None = None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.other, self.use = layer, nn.Linear(24, 24), use
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.other(self.layer(x) if self.use is None else self.use(self.layer, x))
+
+
+ROWS = torch.randn(5, 24, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize(
+    ("model", "why"),
+    [
+        (Holder(Doubled(24, 24)), "a __call__ of its own"),
+        (Holder(Scaled(24, 24), UsesMethod()), "uses more of its class"),
+        (Holder(Marked(24, 24), AsksClass()), "uses more of its class"),
+        (Holder(Marked(24, 24), ReadsAttribute()), None),
+        (Holder(Marked(24, 24)), None),
+        (Holder(Scaled(24, 24)), None),
+    ],
+    ids=["call", "method", "class", "attribute", "nothing of names that are taken", "nothing"],
+)
+@pytest.mark.parametrize("rule", [st.Ratio(1.0), st.Ratio(0.25)], ids=str)
+def test_a_layer_whose_class_is_used_for_more_stays_dense(model: Holder, why: str | None, rule: st.Ratio) -> None:
+    small = st.compress(model, rule, example_inputs=ROWS, allow_growth=True)
+    assert small.plan["other"].is_factored
+    assert small.plan["layer"].is_factored == (why is None)
+    assert why is None or why in small.plan["layer"].reason
+    assert "rank=" in repr(small.model)
+    if rule.ratio == 1:
+        with torch.no_grad():
+            torch.testing.assert_close(small.model(ROWS), model(ROWS), rtol=1e-4, atol=1e-5)
+
+
+def test_a_call_of_its_own_is_not_treated_as_its_base() -> None:
+    small = st.compress(Holder(Doubled(24, 24)), st.Ratio(0.25), example_inputs=ROWS, treat_as={Doubled: nn.Linear})
+    assert "a __call__ of its own" in small.plan["layer"].reason
+
+
+class Loss(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).pow(2).mean()
+
+
+class ConvLoss(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).pow(2).mean()
+
+
+class Experts(nn.Linear):
+    """Holds a stack of matrices where its base holds one."""
+
+    def __init__(self, into: int, out: int) -> None:
+        super().__init__(into, out)
+        self.weight = nn.Parameter(torch.randn(3, out, into))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x @ self.weight.mT).sum(dim=0) + self.bias
+
+
+@pytest.mark.parametrize("options", [{}, {"exclude": "1"}, {"data": [ROWS]}], ids=str)
+@pytest.mark.parametrize("last", [Loss(24, 4), Experts(24, 4)], ids=["a loss", "experts"])
+def test_layers_of_unusual_outputs_or_weights_stay_dense_and_do_no_harm(last: nn.Module, options: Any) -> None:
+    small = st.compress(nn.Sequential(nn.Linear(24, 24), last), st.Rank(3), example_inputs=ROWS, **options)
+    assert [layer.is_factored for layer in small.plan] == [True, False]
+
+
+def test_a_convolution_that_gives_a_loss_stays_dense() -> None:
+    small = st.compress(nn.Sequential(nn.Conv2d(16, 32, 3), ConvLoss(32, 4, 3)), st.Rank(2), example_inputs=X)
+    assert [layer.is_factored for layer in small.plan] == [True, False]
+
+
+class ByKeyword(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Conv1D(24, 24), nn.Linear(24, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(input=self.first(x=x))
+
+
+def test_keywords_that_factored_layers_do_not_take_keep_a_layer_dense() -> None:
+    small = st.compress(ByKeyword(), st.Rank(3), example_inputs=ROWS, data=[ROWS])
+    assert "keyword arguments" in small.plan["first"].reason
+    assert small.plan["second"].is_factored
+
+
+class Halves(nn.Linear):
+    """The same as its base, in another order of operations."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.mT + self.bias
+
+
+def test_rounding_in_half_precision_is_no_difference() -> None:
+    model = nn.Sequential(Halves(24, 24), nn.ReLU(), nn.Linear(24, 24)).bfloat16()
+    small = st.compress(model, st.Rank(4), example_inputs=ROWS.bfloat16(), treat_as={Halves: nn.Linear})
+    assert small.plan["0"].is_factored
+
+
+def test_a_plan_of_treated_layers_is_applied() -> None:
+    model, treat_as = nn.Sequential(Halves(24, 24), nn.ReLU(), nn.Linear(24, 24)), {Halves: nn.Linear}
+    small = st.compress(model, st.Rank(4), example_inputs=ROWS, treat_as=treat_as)
+    again = st.compress(model, small.plan, example_inputs=ROWS, treat_as=treat_as)
+    assert again.plan["0"].is_factored
+    with torch.no_grad():
+        assert torch.equal(again.model(ROWS), small.model(ROWS))
+
+
+class TiedPair(nn.Module):
+    """Two layers of different types or sizes that share one weight."""
+
+    def __init__(self, first: nn.Module, second: nn.Module) -> None:
+        super().__init__()
+        self.first, self.second = first, second
+        self.second.weight = self.first.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.relu(self.first(x)))
+
+
+@pytest.mark.parametrize(
+    ("model", "x"),
+    [
+        (TiedPair(nn.Linear(24, 24), Conv1D(24, 24)), ROWS),
+        (TiedPair(nn.Conv2d(16, 16, 3), nn.ConvTranspose2d(16, 16, 3)), X),
+        (TiedPair(nn.Conv2d(16, 32, 3), nn.ConvTranspose2d(32, 16, 3)), X),
+        (TiedPair(nn.Conv2d(16, 16, 3), nn.Conv2d(16, 16, 3)), X),
+        (TiedPair(nn.Conv2d(16, 32, 3), nn.Conv2d(32, 32, 3, groups=2)), X),
+    ],
+    ids=["linear and transposed", "square autoencoder", "autoencoder", "the same", "grouped"],
+)
+def test_weights_that_layers_use_in_different_ways_stay_whole(model: TiedPair, x: Tensor) -> None:
+    small = st.compress(model.eval(), st.Ratio(1.0), example_inputs=x, allow_growth=True)
+    alike = type(model.first) is type(model.second) and model.first.groups == model.second.groups
+    assert [layer.is_factored for layer in small.plan] == ([True] if alike else [False, False])
+    assert alike or all("shares its weight with" in layer.reason for layer in small.plan)
+    with torch.no_grad():
+        torch.testing.assert_close(small.model(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [Halves(24, 24), Conv1D(24, 24), nn.Identity(), torch.nn.utils.parametrizations.weight_norm(nn.Linear(24, 24))],
+    ids=["a forward of its own", "another type", "none", "parametrised"],
+)
+def test_files_are_not_loaded_into_other_layers(other: nn.Module, tmp_path: Path) -> None:
+    small = st.compress(nn.Sequential(nn.Linear(24, 24), nn.ReLU()), st.Rank(4), example_inputs=ROWS)
+    path = st.save(small.model, tmp_path)
+    with pytest.raises(st.errors.FileError, match="is for another network"):
+        st.load(path, nn.Sequential(other, nn.ReLU()))

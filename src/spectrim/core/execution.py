@@ -193,7 +193,7 @@ def require_repeatable(model: nn.Module, inputs: Inputs) -> None:
     """
     require_values(model)
     with evaluating(model):
-        if _alike(call(model, inputs), call(model, inputs)):
+        if alike(call(model, inputs), call(model, inputs)):
             return
         first = _first_difference(model, inputs)
     raise ModelError(
@@ -206,7 +206,7 @@ def _first_difference(model: nn.Module, inputs: Inputs) -> str:
     """`, first in 'name' (Type)` for the innermost, earliest module that differs by itself; empty if none does."""
     first, second = _recorded(model, inputs), _recorded(model, inputs)
     for key, (received, returned) in first.items():
-        if key in second and _alike(received, second[key][0]) and not _alike(returned, second[key][1]):
+        if key in second and alike(received, second[key][0]) and not alike(returned, second[key][1]):
             module = model.get_submodule(key[0])
             return f", first in {key[0]!r} ({type(module).__name__})" if key[0] else ", first in its own forward"
     return ""
@@ -243,7 +243,7 @@ def _copies(value: Any) -> list[Tensor]:
     return [tensor.detach().clone() for tensor in tensors(value, floats=True)]
 
 
-def _alike(first: Any, second: Any) -> bool:
+def alike(first: Any, second: Any) -> bool:
     """Whether all tensors in two values agree to 1e-4 of their largest entry; NaN and infinity equal themselves."""
     pairs = [list(tensors(value, floats=True)) for value in (first, second)]
     return len(pairs[0]) == len(pairs[1]) and all(map(_close, *pairs))

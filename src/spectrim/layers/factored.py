@@ -18,7 +18,9 @@ class FactoredLayer(nn.Module, ABC):
     """A chain of layers whose product is one layer's weight; only the last one has a bias.
 
     It answers what the dense layer answered (`stride`, `in_features`, `groups`, ..): these attributes are copied from
-    it. A class has the parts of its chain as attributes, in the order in which they are applied.
+    it, except those that it needs itself (`rank`, `chain`, ..).
+
+    A class has the parts of its chain as attributes, in the order in which they are applied.
 
     Args:
         chain: The parts.
@@ -45,7 +47,8 @@ class FactoredLayer(nn.Module, ABC):
         outline = outline_of(self._assembled(*chain) if dense is None else dense, bias=_has_bias(chain[-1]))
         # past nn.Module's own bookkeeping: the outline is no part of the model
         self.__dict__["_outline"] = outline
-        self.__dict__.update(attributes_of(outline))
+        own = {name: value for name, value in attributes_of(outline).items() if not hasattr(type(self), name)}
+        self.__dict__.update(own)
 
     @staticmethod
     @abstractmethod
@@ -120,7 +123,7 @@ class FactoredLayer(nn.Module, ABC):
     def extra_repr(self) -> str:
         """What the dense layer shows, and the ranks."""
         ranks = f"rank={self.rank}" if len(self.ranks) == 1 else f"rank_in={self.ranks[0]}, rank={self.rank}"
-        return f"{self._outline.extra_repr()}, {ranks}".removeprefix(", ")
+        return f"{layer_type_of(self._outline).shown_options(self._outline)}, {ranks}".removeprefix(", ")
 
 
 def outline_of(layer: nn.Module, *, bias: bool) -> nn.Module:

@@ -27,6 +27,8 @@ class _LowRank(Frozen):
     form: str
     ranks: tuple[Annotated[int, Field(ge=1)], ...]
     bias: bool
+    layer_type: str | None = None
+    overrides: tuple[str, ...] = ()
 
     @field_validator("form")
     @classmethod
@@ -64,8 +66,16 @@ def save(model: nn.Module, path: str | Path) -> Path:
     low_rank: dict[str, _LowRank] = {}
     same_layer: dict[str, str] = {}
     for name, module in low_rank_layers(model).items():
-        shape = tuple(module.empty_dense().get_parameter("weight").shape)
-        low_rank[name] = _LowRank(shape=shape, form=module.form, ranks=module.ranks, bias=module.bias is not None)
+        dense = module.empty_dense()
+        layer_type = layer_type_of(dense)
+        low_rank[name] = _LowRank(
+            shape=tuple(dense.get_parameter("weight").shape),
+            form=module.form,
+            ranks=module.ranks,
+            bias=module.bias is not None,
+            layer_type=layer_type.name,
+            overrides=layer_type.overrides(dense),
+        )
         same_layer |= dict.fromkeys(names_of(model, module)[1:], name)
     structure = _Structure(low_rank=low_rank, same_layer=same_layer, same_tensor=aliases, digest=_digest(stored))
     # one entry only: safetensors writes several in random order, and equal models shall give equal files
@@ -126,10 +136,17 @@ def _dense_at(model: nn.Module, name: str, layer: _LowRank, path: Path) -> nn.Mo
         module = model.get_submodule(name)
     except AttributeError:
         module = nn.Identity()
-    if not find_layer_type(module) or tuple(module.get_parameter("weight").shape) != layer.shape:
+    layer_type, weight = find_layer_type(module), module._parameters.get("weight")
+    fits = layer_type is not None and weight is not None and tuple(weight.shape) == layer.shape
+    if not fits or layer_type is None or layer.layer_type not in (None, layer_type.name):
         raise FileError(
             f"{path} is for another network: it wants a layer with a weight {list(layer.shape)} at {name!r}, "
             f"and {type(model).__name__} has {module if not isinstance(module, nn.Identity) else 'none'}"
+        )
+    if own := set(layer_type.overrides(module)) - set(layer.overrides):
+        raise FileError(
+            f"{path} is for another network: {name!r} of {type(model).__name__} has a {min(own)} of its own "
+            f"({type(module).__name__}), which the layer that was saved did not have"
         )
     return module
 

@@ -34,6 +34,8 @@ class LayerSelection:
     treat_as: TreatAs = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.treat_as, Mapping):
+            raise ModelError(f"treat_as={self.treat_as!r}: give classes by class, such as {{MyConv2d: nn.Conv2d}}")
         for own, base in self.treat_as.items():
             if not (isinstance(own, type) and isinstance(base, type) and issubclass(own, base)):
                 raise ModelError(f"treat_as={{{own!r}: {base!r}}}: give classes, the first a subclass of the second")
@@ -42,9 +44,9 @@ class LayerSelection:
                 raise ModelError(f"treat_as={{..: {base.__name__}}}: it has no factored form; there are {known}")
 
     @property
-    def is_default(self) -> bool:
-        """Whether nothing was said."""
-        return tuple(self.include) == ("*",) and not (self.exclude or self.keep_last or self.treat_as)
+    def takes_all(self) -> bool:
+        """Whether no layer is left out."""
+        return tuple(self.include) == ("*",) and not (self.exclude or self.keep_last)
 
     def is_treated(self, layer: nn.Module) -> bool:
         """Whether `treat_as` speaks of the layer."""

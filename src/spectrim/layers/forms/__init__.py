@@ -38,7 +38,7 @@ FORMS: tuple[Form, ...] = (LinearForm(), ChannelForm(), SpatialForm(), Tucker2Fo
 
 def forms_of(unit: Unit) -> tuple[Form, ...]:
     """The forms that a unit can take, the one with a closed solution first."""
-    return tuple(form for form in FORMS if form.fits(unit))
+    return tuple(sorted((form for form in FORMS if form.fits(unit)), key=lambda form: not form.closed_form))
 
 
 def form_named(name: str) -> Form:

@@ -70,9 +70,8 @@ class LowRankConv2d(LowRankConv):
     """An `nn.Conv2d` in the channel form: `down` has its kernel, `up` a kernel of 1 and the bias."""
 
 
-@final
-class LowRankConvTranspose2d(LowRankConv):
-    """An `nn.ConvTranspose2d` in the channel form: `down` is transposed and has its kernel, `up` a kernel of 1."""
+class LowRankConvTranspose(LowRankConv):
+    """A transposed convolution in the channel form: `down` is transposed and has its kernel, `up` a kernel of 1."""
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:  # noqa: A002
         """Apply both factors; `output_size` as for `nn.ConvTranspose2d`."""
@@ -80,12 +79,17 @@ class LowRankConvTranspose2d(LowRankConv):
         return y
 
 
+@final
+class LowRankConvTranspose2d(LowRankConvTranspose):
+    """An `nn.ConvTranspose2d` in the channel form: `down` is transposed and has its kernel, `up` a kernel of 1."""
+
+
 _CLASSES: dict[str, type[LowRankConv]] = {
     "Conv1d": LowRankConv1d,
     "Conv2d": LowRankConv2d,
     "ConvTranspose2d": LowRankConvTranspose2d,
 }
-"""By the name of the layer type; other convolutions become a `LowRankConv`."""
+"""By the name of the layer type; others become a `LowRankConv` or a `LowRankConvTranspose`."""
 
 
 class TwoFactorForm(SingleWeightForm):
@@ -118,4 +122,5 @@ def conv_chain(layer: nn.Module, layer_type: LayerType, ranks: Ranks, *, bias: b
     """A convolution's replacement in the channel form."""
     down = layer_type.resized(layer, out=ranks[0], bias=False)
     up = layer_type.pointwise(layer, into=ranks[0], bias=bias)
-    return _CLASSES.get(layer_type.name, LowRankConv)(down, up, dense=layer)
+    usual = LowRankConvTranspose if layer_type.geometry(layer).transposed else LowRankConv
+    return _CLASSES.get(layer_type.name, usual)(down, up, dense=layer)

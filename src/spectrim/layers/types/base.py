@@ -115,9 +115,21 @@ class LayerType(ABC):
         """The class of this type that `cls` is or inherits from; None if it is no such layer."""
 
     def overrides(self, layer: nn.Module) -> tuple[str, ...]:
-        """Names of the `methods` that the layer's class has replaced."""
+        """Names of the `methods`, and of the call itself, that the layer's class has replaced."""
         own, base = type(layer), self.base_of(type(layer))
-        return tuple(name for name in self.methods if getattr(own, name) is not getattr(base, name))
+        return tuple(name for name in ("__call__", *self.methods) if getattr(own, name) is not getattr(base, name))
+
+    @property
+    def weight_dims(self) -> int:
+        """Dimensions of the stored weight."""
+        return 2
+
+    def shown_options(self, layer: nn.Module) -> str:
+        """What a layer prints in its brackets; only the sizes where its class cannot print one without values."""
+        try:
+            return layer.extra_repr()
+        except Exception:  # the code of somebody's subclass
+            return "{into}, {out}".format(**vars(self.geometry(layer)))
 
     @abstractmethod
     def geometry(self, layer: nn.Module) -> Geometry:

@@ -31,6 +31,10 @@ class Convolution(LayerType):
     options: ClassVar[tuple[str, ...]] = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
     methods = ("forward", "_conv_forward")
 
+    @property
+    def weight_dims(self) -> int:
+        return self.dims + 2
+
     def base_of(self, cls: type[nn.Module]) -> type[nn.Module] | None:
         base = cast(type[nn.Module], self.base)
         return base if issubclass(cls, base) else None

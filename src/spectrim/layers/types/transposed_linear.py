@@ -21,6 +21,10 @@ class TransposedLinear(Linear):
         into, out = cast(Tensor, layer.weight).shape
         return Geometry(1, out, into)
 
+    def shown_options(self, layer: nn.Module) -> str:
+        geometry = self.geometry(layer)
+        return f"nf={geometry.out}, nx={geometry.into}"
+
     def to_kernels(self, weight: Tensor, geometry: Geometry) -> Tensor:
         return weight.T.unsqueeze(0)
 

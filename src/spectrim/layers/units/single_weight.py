@@ -1,6 +1,6 @@
 """A weight by itself, and every layer that uses it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
@@ -15,6 +15,8 @@ from spectrim.layers.types import Geometry, Positions, find_layer_type
 from spectrim.layers.units.base import Unit, Weight
 
 _DIFFERS = "it was to be treated as another class of layer, and its outputs are not those of that class"
+_SPECIAL = "the network uses more of its class than an ordinary layer has: with one in its place, its outputs change"
+_KEYWORDS = "it is called with keyword arguments that an exchange would lose"
 
 
 @dataclass(frozen=True)
@@ -78,8 +80,10 @@ def find_single_weights(model: nn.Module, trace: Trace, selection: LayerSelectio
             or next((inside[module] for module in group if module in inside), None)
             or next((reason for module in group if (reason := _unfit(module, selection))), None)
             or _shared_elsewhere(model, group)
+            or next((_KEYWORDS for name in call_sites if name in trace.keyworded), None)
             or next((f"{name} is not called by the model" for name in call_sites if name not in trace.calls), None)
             or next((_DIFFERS for name in call_sites if name in trace.differing), None)
+            or next((_SPECIAL for name in call_sites if name in trace.special), None)
         )
         weight = _weight(model.get_submodule(call_sites[0]), tied, call_sites, trace.positions)
         units.append(SingleWeight((weight,), reason))
@@ -92,7 +96,13 @@ def _weight(
     layer_type, own = find_layer_type(layer), list(layer.parameters(recurse=False))
     # a subclass or a parametrised layer cannot be exchanged, but its weight has a spectrum all the same
     weight = getattr(layer, "weight", None) if layer_type else None
-    whole = isinstance(weight, Tensor) and not weight.is_meta and weight.is_floating_point()
+    whole = (
+        isinstance(weight, Tensor)
+        and layer_type is not None
+        and weight.ndim == layer_type.weight_dims
+        and not weight.is_meta
+        and weight.is_floating_point()
+    )
     shape = weight.shape if isinstance(weight, Tensor) else next((value.shape for value in own if value.ndim >= 2), ())
     return Weight(
         name=call_sites[0],
@@ -126,12 +136,15 @@ def _has_matrix(module: nn.Module) -> bool:
 
 
 def _tied(layers: Sequence[nn.Module]) -> list[list[nn.Module]]:
-    """Layers of known types in groups that share their weight; any other layer is a group of its own."""
-    groups: dict[int, list[nn.Module]] = {}
+    """Layers of one type in groups that share their weight; any other layer is a group of its own."""
+    groups: dict[Hashable, list[nn.Module]] = {}
     for module in layers:
         layer_type = find_layer_type(module)
         weight = module._parameters.get("weight") if layer_type and not layer_type.overrides(module) else None
-        groups.setdefault(id(module if weight is None else weight), []).append(module)
+        if layer_type is None or weight is None or weight.ndim != layer_type.weight_dims:
+            groups[id(module)] = [module]
+        else:
+            groups.setdefault((id(weight), layer_type.name, layer_type.geometry(module)), []).append(module)
     return list(groups.values())
 
 
@@ -161,12 +174,12 @@ def _unfit(module: nn.Module, selection: LayerSelection) -> str | None:
         return "its weight is parametrised; remove the parametrisation first"
     if layer_type is None:
         return f"{name} layers are not factored"
-    if overridden := layer_type.overrides(module) if not selection.is_treated(module) else ():
+    overridden = layer_type.overrides(module)
+    if overridden and (overridden[0] == "__call__" or not selection.is_treated(module)):
         base = f"nn.{layer_type.name}" if hasattr(nn, layer_type.name) else layer_type.name
-        return (
-            f"{name} is a subclass of {base} with a {overridden[0]} of its own, which would be lost; if it gives what "
-            f"{base} gives, pass treat_as={{{name}: {base}}}"
-        )
+        plain_call = overridden[0] != "__call__"
+        way_out = f"; if it gives what {base} gives, pass treat_as={{{name}: {base}}}" if plain_call else ""
+        return f"{name} is a subclass of {base} with a {overridden[0]} of its own, which would be lost{way_out}"
     if "forward" in vars(module):
         return "its forward was replaced on this very layer, which an exchange would lose"
     if any(hooks for name, hooks in vars(module).items() if name.endswith("_hooks")):
