@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import same_state, state
+from cases import inputs, same_state, state
 from torch import Tensor, nn
 
 import spectrim as st
@@ -125,3 +125,17 @@ def test_a_negative_cache_raises_before_the_model_runs(batches: list[Tensor]) ->
     with pytest.raises(st.errors.PlanError, match="cache=-1: a number of bytes"):
         st.compress(model, st.Budget(macs=0.5), example_inputs=batches[0], data=batches, cache=-1)
     assert not calls
+
+
+@pytest.mark.parametrize("outputs", [1, 2, 3])
+def test_a_narrow_last_layer_is_not_free(outputs: int) -> None:
+    """The rank that loses nearest to a tenth may be the full one, which loses nothing."""
+    torch.manual_seed(0)
+    hidden = nn.Linear(12, 16)
+    head = nn.Linear(16, outputs)
+    model, x = nn.Sequential(hidden, nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), head).double(), inputs(96, 12)
+    with torch.no_grad():
+        head.weight.copy_(torch.linalg.qr(torch.randn(16, outputs, dtype=torch.float64))[0].T)  # equal singular values
+    analysis = st.analyze(model, x[:1], calibration=st.calibrate(model, x.split(16)))
+    measured = st.sensitivity(model, analysis, x.split(16)).sensitivity["4"]
+    assert (measured > 0) == (outputs > 1)

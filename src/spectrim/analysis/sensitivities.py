@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from dataclasses import replace as with_changes
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -87,7 +88,7 @@ def with_output_grads(
         if required:
             raise
         return statistics
-    return statistics.with_output_grads(sums)
+    return statistics.with_output_grads({name: total for name, total in sums.items() if bool(total.any())})
 
 
 def require_cache_bytes(cache: int | None) -> None:
@@ -129,10 +130,11 @@ class _SingleLayerRuns:
         """The sensitivity of one layer."""
         form = layer.forms[0]
         errors = layer.rank_errors(form, self.metric)
-        nearest = int(abs(errors.lost - _LOST).argmin())
-        lost = float(errors.lost[nearest])
-        if lost <= 0:
+        losing = np.flatnonzero(errors.lost > 1e-9)  # at full rank nothing is lost, and the layer would look free
+        if not len(losing):
             return 0.0
+        nearest = int(losing[abs(errors.lost[losing] - _LOST).argmin()])
+        lost = float(errors.lost[nearest])
         model, names = self.cache.model, layer.unit.names
         before = {name: model.get_submodule(name) for name in names}
         factors = layer.decomposition(form, self.metric).factors(tuple(int(rank) for rank in errors.ranks[nearest]))
