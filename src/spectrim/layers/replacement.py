@@ -102,18 +102,17 @@ def factored_at(
         raise ModelError(f"the factors of {names[0]} overflow {reference.dtype}; convert the model to float32 first")
     # of the factors as stored, so that in half precision the mean correction covers their rounding as well
     whole = blank.kernels([to_float64(weight) for weight in shared]).flatten(2)
-    built: dict[nn.Module, nn.Module] = {}
-    for name in names:
-        module = model.get_submodule(name)
-        if module not in built:
-            value = bias(name, module, whole)
-            new = build(module, layer_type=layer_type_of(module), ranks=ranks, bias=value is not None)
-            for part, weight in zip(new.chain, shared, strict=True):
-                part.weight = weight
-            if value is not None:
-                new.chain[-1].bias = _bias_like(module, value)
-            built[module] = new
-    return {name: built[model.get_submodule(name)] for name in names}
+
+    def factored(name: str, module: nn.Module) -> nn.Module:
+        value = bias(name, module, whole)
+        new = build(module, layer_type=layer_type_of(module), ranks=ranks, bias=value is not None)
+        for part, weight in zip(new.chain, shared, strict=True):
+            part.weight = weight
+        if value is not None:
+            new.chain[-1].bias = _bias_like(module, value)
+        return new
+
+    return _once_each(model, names, factored)
 
 
 def product(layer: nn.Module, *, form: str, factors: Factors) -> Tensor:
@@ -132,16 +131,25 @@ def refitted_at(model: nn.Module, names: Sequence[str], *, weight: Tensor, bias:
     layer_type, geometry = layer_type_of(first), geometry_of(first)
     shared = _parameter_like(first.get_parameter("weight"), layer_type.to_weight(weight, geometry))
     whole = layer_type.to_kernels(to_float64(shared), geometry).flatten(2)
-    built: dict[nn.Module, nn.Module] = {}
+
+    def refitted(name: str, module: nn.Module) -> nn.Module:
+        value, new = bias(name, module, whole), shallow_copy(module)
+        new.weight = shared
+        if value is not None:
+            new.bias = _bias_like(module, value)
+        return new
+
+    return _once_each(model, names, refitted)
+
+
+def _once_each(
+    model: nn.Module, names: Sequence[str], build: Callable[[str, nn.Module], nn.Module]
+) -> dict[str, nn.Module]:
+    """A replacement by name; a layer of several names has one, built for the first of them."""
+    first: dict[nn.Module, str] = {}
     for name in names:
-        module = model.get_submodule(name)
-        if module not in built:
-            value = bias(name, module, whole)
-            new = shallow_copy(module)
-            new.weight = shared
-            if value is not None:
-                new.bias = _bias_like(module, value)
-            built[module] = new
+        first.setdefault(model.get_submodule(name), name)
+    built = {module: build(name, module) for module, name in first.items()}
     return {name: built[model.get_submodule(name)] for name in names}
 
 

@@ -145,8 +145,8 @@ def explained_by(M: Tensor, A: Tensor | None, V: Tensor) -> Tensor:
     TAM = TA @ M.flatten(1).T
     factor, failed = torch.linalg.cholesky_ex(TAT)
     if int(failed):
-        several = TAT.unsqueeze(0).clone()
-        (factor,) = torch.linalg.cholesky(lifted(several, needed_floor(several, share=1e-9)))
+        metric = TAT.unsqueeze(0).clone()
+        (factor,) = torch.linalg.cholesky(lifted(metric, needed_floor(metric, share=1e-9)))
     return cast(Tensor, torch.linalg.solve_triangular(factor, TAM, upper=False))
 
 
