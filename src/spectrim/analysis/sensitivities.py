@@ -57,7 +57,8 @@ def sensitivity(
     if not used:
         raise DataError("there is no data to measure sensitivities on; give at least one batch")
     layers = [layer for layer in analysis if metric in layer.problems]
-    runs = _SingleLayerRuns(ActivationCache(model, cache_bytes_of(analysis, cache)), used, metric, analysis.means)
+    activations = ActivationCache(model, cache_bytes_of(analysis, cache), used[0])
+    runs = _SingleLayerRuns(activations, used, metric, analysis.means)
     sensitivities: dict[str, float] = {}
     for done, layer in enumerate(layers):
         if on_progress is not None:
