@@ -180,11 +180,12 @@ def add_gradients(
         # gradients flow from the inputs, so that layers with frozen weights are reached as well
         own = on_device_of(model, inputs).map(lambda x: x.detach().requires_grad_() if x.is_floating_point() else x)
         values = [tensor for tensor in tensors(call(model, own, what=what, hint=hint)) if tensor.is_floating_point()]
+        taps = tuple(outputs)  # where activations are computed again for the gradient, hooks run again
         for probe in range(_PROBES):
             total = sum(((_signs(value, signs) * value).sum() for value in values), torch.zeros(()))
             if not total.requires_grad:
                 return
-            wrt = [output for _, _, output in outputs]
+            wrt = [output for _, _, output in taps]
             try:
                 gradients = torch.autograd.grad(total, wrt, retain_graph=probe + 1 < _PROBES, allow_unused=True)
             except RuntimeError as error:
@@ -192,7 +193,7 @@ def add_gradients(
                     f"{type(model).__name__} cannot be differentiated: {str(error).splitlines()[0]}; use the "
                     "activation metric, which needs no gradients"
                 ) from error
-            for (name, layer, output), gradient in zip(outputs, gradients, strict=True):
+            for (name, layer, output), gradient in zip(taps, gradients, strict=True):
                 if gradient is not None:
                     rows = layer_type_of(layer).output_rows(layer, gradient, positions=None)
                     rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
