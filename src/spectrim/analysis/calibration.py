@@ -160,8 +160,7 @@ def add_gradients(
 ) -> None:
     """Add to `sums`, by layer name, one batch's share of `Moments.output_grad_covariance`.
 
-    The mean over random signs of such a gradient's second moment is that of all outputs together (Hutchinson 1990);
-    signs have no mean over an output's last dimension, since logits are only known up to a constant.
+    The mean over random signs of such a gradient's second moment is that of all outputs together (Hutchinson 1990).
 
     Raises:
         ModelError: a batch the model cannot run, or a model that cannot be differentiated.
@@ -223,9 +222,8 @@ def _reduced(
 
 
 def _signs(like: Tensor, generator: torch.Generator) -> Tensor:
-    """Random 1 and -1, less their mean over the last dimension where it has several entries."""
-    signs = torch.randint(0, 2, like.shape, generator=generator).to(like) * 2 - 1
-    return signs - signs.mean(dim=-1, keepdim=True) if like.ndim > 1 and like.shape[-1] > 1 else signs
+    """Random 1 and -1."""
+    return torch.randint(0, 2, like.shape, generator=generator).to(like) * 2 - 1
 
 
 @dataclass(eq=False)
