@@ -12,6 +12,7 @@ import pytest
 import torch
 from cases import Double, SharedModule, Tied, WordModel, full_ranks, inputs, same_state, small_cnn, small_mlp, state
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.utils import parametrizations
 
 import spectrim as st
@@ -380,6 +381,30 @@ def test_layers_that_no_gradient_reaches_are_weighed_by_their_outputs(how: str, 
     assert small.plan["features.2"].is_factored
     with pytest.raises(errors.RuleError) if how != "plain" else nullcontext():
         st.compress(BlockedGradient(how), st.Budget(macs=0.5), example_inputs=X[:1], data=X.split(10), metric="loss")
+
+
+@pytest.mark.parametrize("outputs", [1, 2, 3])
+def test_a_regressor_is_better_with_data_than_without(outputs: int) -> None:
+    """Its outputs have no common shift that does not matter, and its narrow head is not free."""
+    torch.manual_seed(0)
+    x = torch.randn(1500, 24)
+    directions = torch.randn(24, 2 * outputs) / 5
+    y = torch.sin(x @ directions[:, ::2]) + x @ directions[:, 1::2]
+    model = nn.Sequential(nn.Linear(24, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, outputs))
+    optimiser = torch.optim.Adam(model.parameters(), 3e-3)
+    for _ in range(15):
+        for inputs_, targets in zip(x[:1000].split(50), y[:1000].split(50), strict=True):
+            optimiser.zero_grad()
+            functional.mse_loss(model(inputs_), targets).backward()
+            optimiser.step()
+
+    def error(network: nn.Module) -> float:
+        return float(functional.mse_loss(answer(network, x[1000:]), y[1000:]))
+
+    options: dict[str, Any] = {"example_inputs": x[:1]}
+    with_data = st.compress(model.eval(), st.Budget(macs=0.5), data=x[:512].split(128), **options).model
+    without = st.compress(model, st.Budget(macs=0.5), **options).model
+    assert error(with_data) <= min(error(without), 2 * error(model))
 
 
 class TestPlanAndData:

@@ -260,7 +260,7 @@ class _Stages:
 def _has_blocked_gradients(analysis: Analysis) -> bool:
     """Whether a layer matters to the outputs, but no gradient reaches it, as below `no_grad` or `detach`."""
     without = (layer for layer in analysis if "activation" in layer.problems and "loss" not in layer.problems)
-    return "loss" in analysis.metrics and any(analysis.sensitivity[layer.name] > 0 for layer in without)
+    return "loss" in analysis.metrics and any(analysis.sensitivity.get(layer.name, 0) > 0 for layer in without)
 
 
 def _without_loss_metric(analysis: Analysis) -> Analysis:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 import spectrim as st
 from spectrim.analysis.activation_cache import ActivationCache
+from spectrim.core.execution import as_inputs
 
 
 class Counting(nn.Module):
@@ -48,9 +49,17 @@ def net() -> Net:
     return Net().eval()
 
 
+def tried(model: Net, x: Tensor, *, free_bytes: int) -> ActivationCache:
+    """A cache that knows the blocks that may be recalled; the runs that this took do not count."""
+    cache = ActivationCache(model, free_bytes=free_bytes, trial=as_inputs(x))
+    assert {"first", "again", "last"} <= cache.blocks
+    model.first.runs = model.again.runs = model.last.runs = 0
+    return cache
+
+
 def test_a_second_pass_gives_the_same_without_running_the_kept_blocks() -> None:
     model, x = net(), torch.randn(4, 2, 8, 8)
-    cache = ActivationCache(model, free_bytes=10**7)
+    cache = tried(model, x, free_bytes=10**7)
     outputs = []
     for _ in range(3):
         with cache.recalling(0), torch.no_grad():
@@ -64,7 +73,7 @@ def test_a_second_pass_gives_the_same_without_running_the_kept_blocks() -> None:
 
 def test_what_comes_after_the_stop_runs_anew() -> None:
     model, x = net(), torch.randn(4, 2, 8, 8)
-    cache = ActivationCache(model, free_bytes=10**7)
+    cache = tried(model, x, free_bytes=10**7)
     for _ in range(2):
         with cache.recalling(0) as stop, torch.no_grad():
             handle = model.again.inside[0].register_forward_hook(lambda *_, end=stop: end())
@@ -77,7 +86,7 @@ def test_each_batch_has_its_own_outputs_and_the_bytes_suffice() -> None:
     model = net()
     batches = torch.randn(8, 2, 8, 8).split(4)
     size = 4 * 6 * 8 * 8 * 4
-    cache = ActivationCache(model, free_bytes=size)
+    cache = tried(model, batches[0][:1], free_bytes=size)
     for _ in range(2):
         for number, x in enumerate(batches):
             with cache.recalling(number), torch.no_grad():
@@ -93,7 +102,7 @@ def test_an_own_forward_of_a_module_is_put_back() -> None:
     original = model.first.forward
     model.first.forward = lambda y: original(y) + 1
     patched = model.first.forward
-    cache = ActivationCache(model, free_bytes=10**7)
+    cache = ActivationCache(model, free_bytes=10**7, trial=as_inputs(x))
     outputs = []
     for _ in range(2):
         with cache.recalling(0), torch.no_grad():
@@ -120,3 +129,65 @@ def test_the_loss_metric_of_a_network_without_gradients_raises() -> None:
     x = torch.randn(8, 2, 8, 8)
     with pytest.raises(st.errors.SpectrimError, match=r"Net cannot be differentiated: .*activation metric"):
         st.compress(net(), st.Budget(macs=0.5), example_inputs=x[:1], data=[x], metric="loss")
+
+
+class Keeps(nn.Module):
+    """A block that leaves what it gives to others, in one of several ways."""
+
+    def __init__(self, how: str, store: list[Tensor]) -> None:
+        super().__init__()
+        self.how, self.latest = how, None
+        self.__dict__["store"] = store
+        self.inside = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.ReLU())
+        if how == "hook inside":
+            self.inside[0].register_forward_hook(self.keep)
+
+    def keep(self, _: nn.Module, __: object, output: Tensor) -> None:
+        self.latest = output
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.inside(x)
+        if self.how == "list":
+            self.store.append(y)
+        elif self.how == "attribute":
+            self.latest = y
+        elif self.how == "input":
+            x.mul_(0.5)
+        return y
+
+
+class Skips(nn.Module):
+    """Reads later what a block has left."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.__dict__["store"] = []
+        self.stem = nn.Conv2d(2, 4, 3, padding=1)
+        self.down = Keeps(how, self.store)
+        self.middle = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1))
+        self.head = nn.Conv2d(8, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        stem = self.stem(x)
+        y = self.middle(self.down(stem))
+        skip = self.store.pop() if self.store else self.down.latest
+        return self.head(torch.cat([y, stem if skip is None else skip], dim=1))
+
+
+@pytest.mark.parametrize("how", ["nothing", "hook inside", "list", "attribute", "input"])
+def test_a_block_that_does_more_than_give_its_output_is_run(how: str) -> None:
+    model, x = Skips(how).eval(), torch.randn(32, 2, 8, 8)
+    blocks = ActivationCache(model, free_bytes=10**8, trial=as_inputs(x)).blocks
+    assert "middle" in blocks
+    assert ("down" in blocks) == (how == "nothing")
+    with torch.no_grad():
+        expected = model(x)
+    rule, data = st.Budget(macs=0.5), x.split(8)
+    with_cache, without = (
+        st.compress(model, rule, example_inputs=x[:1], data=data, exclude="head", cache=cache).model
+        for cache in (None, 0)
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(with_cache(x), without(x), rtol=1e-5, atol=1e-6)
+        assert torch.equal(model(x), expected)

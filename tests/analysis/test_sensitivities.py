@@ -4,6 +4,7 @@ import pytest
 import torch
 from cases import inputs, same_state, state
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import spectrim as st
 from spectrim.core.execution import as_inputs
@@ -139,3 +140,48 @@ def test_a_narrow_last_layer_is_not_free(outputs: int) -> None:
     analysis = st.analyze(model, x[:1], calibration=st.calibrate(model, x.split(16)))
     measured = st.sensitivity(model, analysis, x.split(16)).sensitivity["4"]
     assert (measured > 0) == (outputs > 1)
+
+
+class Detector(nn.Module):
+    """Gives as many boxes as have a high score."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.scores, self.boxes = nn.Linear(12, 48), nn.Linear(48, 48), nn.Linear(48, 48)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.body(x))
+        return self.boxes(y)[self.scores(y) > 0.3]
+
+
+def test_outputs_whose_number_depends_on_their_values_are_reported_and_layers_count_alike() -> None:
+    model, x = Detector().eval(), torch.randn(96, 12, generator=torch.Generator().manual_seed(1))
+    with pytest.warns(UserWarning, match="shapes of Detector's outputs depend on their values.*count alike"):
+        small = st.compress(model, st.Budget(macs=0.6), example_inputs=x[:1], data=x.split(16))
+    assert small.plan.factored
+
+
+class Recomputed(nn.Module):
+    """Blocks whose activations are computed again for the gradient."""
+
+    def __init__(self, *, reentrant: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(12, 48), nn.ReLU(), nn.Linear(48, 12)) for _ in range(2))
+        self.head, self.reentrant = nn.Linear(12, 10), reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = x + checkpoint(block, x, use_reentrant=self.reentrant)
+        return self.head(x)
+
+
+@pytest.mark.parametrize(("reentrant", "metric"), [(False, "loss"), (True, "activation")])
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")
+def test_checkpointed_blocks_are_compressed(reentrant: bool, metric: str) -> None:
+    model, x = Recomputed(reentrant=reentrant).eval(), torch.randn(96, 12, generator=torch.Generator().manual_seed(1))
+    small = st.compress(model, st.Budget(macs=0.5), example_inputs=x[:1], data=x.split(16))
+    assert small.plan.metric == metric
+    assert small.measurement.macs_ratio is not None
+    assert small.measurement.macs_ratio <= 0.5

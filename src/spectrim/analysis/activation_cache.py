@@ -1,17 +1,24 @@
 """Repeated passes over the same beginning of a network, without computing it each time."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from spectrim.core.errors import ModelError
+from spectrim.core.execution import Inputs, call, evaluating
+from spectrim.core.nested import tensors
 from spectrim.layers.factored import is_low_rank
 
 DEFAULT_BYTES = 5 * 2**25
 """Bytes of activations kept to save time, if nothing else is said: 160 MiB."""
+
+_TRIED = 4
+"""Samples on which the blocks are tried."""
 
 _Outputs = dict[tuple[str, int], Tensor]
 """By a module's name and the number of the call within one pass."""
@@ -25,32 +32,77 @@ class ActivationCache:
     outputs of modules made of modules (blocks, stages) are kept as long as the bytes suffice; on the next pass these
     modules return what is kept instead of running.
 
+    A block that does more than give an output (it runs hooks, writes to its input or to what others read) has to run.
+    So each block is tried: with its output recalled, the network must give what it gives with the block run.
+
     Attributes:
         model: The network, whose layers may be exchanged between passes.
         free_bytes: Bytes that may still be kept.
+        trial: Inputs to try the blocks on; without them no block is recalled.
     """
 
     model: nn.Module
     free_bytes: int
+    trial: Inputs | None
     _outputs: dict[int, _Outputs] = field(default_factory=dict)
+
+    @cached_property
+    def blocks(self) -> frozenset[str]:
+        """Names of the blocks that may be recalled."""
+        if self.trial is None or self.free_bytes <= 0:
+            return frozenset()
+        names = [name for name, module in self.model.named_modules() if name and _is_block(module)]
+        with evaluating(self.model):
+            few = self._few(self.trial)
+            return frozenset(name for name in names if self._can_be_recalled(name, few))
+
+    def _few(self, inputs: Inputs) -> Inputs:
+        """A few of the samples, if the network takes them."""
+        few = inputs.map(lambda tensor: tensor[:_TRIED] if tensor.ndim else tensor)
+        try:
+            call(self.model, few)
+        except ModelError:
+            return inputs
+        return few
+
+    def _can_be_recalled(self, name: str, inputs: Inputs) -> bool:
+        run = _Pass({}, self.free_bytes)
+        try:
+            with self._following(run, {name}):
+                expected = call(self.model, inputs)
+            # other inputs, so that what a block left to others is no longer what it would leave now
+            call(self.model, inputs.map(lambda tensor: tensor.roll(1, -1) if tensor.ndim else tensor))
+            recalled = _Pass(dict(run.finished), self.free_bytes)
+            with self._following(recalled, {name}):
+                return bool(run.finished) and _equal(expected, call(self.model, inputs))
+        except ModelError:
+            return False
 
     @contextmanager
     def recalling(self, batch: int) -> Iterator[Callable[[], None]]:
         """Run the network on the batch of this number within this; call what it gives where finality ends."""
+        blocks = self.blocks
         run = _Pass(self._outputs.get(batch, {}), self.free_bytes)
+        try:
+            with self._following(run, blocks):
+                yield run.stop
+        finally:
+            self._keep(batch, run)
+
+    @contextmanager
+    def _following(self, run: "_Pass", blocks: Collection[str]) -> Iterator[None]:
         replaced = []
         try:
             for name, module in list(self.model.named_modules()):
-                if name and not is_low_rank(module) and next(module.children(), None) is not None:
+                if name in blocks and _is_block(module):
                     replaced.append((module, module.__dict__.get("forward")))
                     module.__dict__["forward"] = partial(run.forward, name, module.forward)
-            yield run.stop
+            yield
         finally:
             for module, forward in replaced:
                 del module.__dict__["forward"]
                 if forward is not None:
                     module.__dict__["forward"] = forward
-            self._keep(batch, run)
 
     def _keep(self, batch: int, run: "_Pass") -> None:
         if not run.finished:
@@ -89,6 +141,15 @@ class _Pass:
         elif self.final and isinstance(output, Tensor) and _size(output) <= self.free_bytes:
             self.finished[inside:] = [(key, output.detach().clone())]
         return output
+
+
+def _equal(first: Any, second: Any) -> bool:
+    pairs = [list(tensors(value)) for value in (first, second)]
+    return len(pairs[0]) == len(pairs[1]) and all(map(torch.equal, *pairs))
+
+
+def _is_block(module: nn.Module) -> bool:
+    return not is_low_rank(module) and next(module.children(), None) is not None
 
 
 def _size(tensor: Tensor) -> int:

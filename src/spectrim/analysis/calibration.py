@@ -160,8 +160,7 @@ def add_gradients(
 ) -> None:
     """Add to `sums`, by layer name, one batch's share of `Moments.output_grad_covariance`.
 
-    The mean over random signs of such a gradient's second moment is that of all outputs together (Hutchinson 1990);
-    signs have no mean over an output's last dimension, since logits are only known up to a constant.
+    The mean over random signs of such a gradient's second moment is that of all outputs together (Hutchinson 1990).
 
     Raises:
         ModelError: a batch the model cannot run, or a model that cannot be differentiated.
@@ -180,11 +179,12 @@ def add_gradients(
         # gradients flow from the inputs, so that layers with frozen weights are reached as well
         own = on_device_of(model, inputs).map(lambda x: x.detach().requires_grad_() if x.is_floating_point() else x)
         values = [tensor for tensor in tensors(call(model, own, what=what, hint=hint)) if tensor.is_floating_point()]
+        taps = tuple(outputs)  # where activations are computed again for the gradient, hooks run again
         for probe in range(_PROBES):
             total = sum(((_signs(value, signs) * value).sum() for value in values), torch.zeros(()))
             if not total.requires_grad:
                 return
-            wrt = [output for _, _, output in outputs]
+            wrt = [output for _, _, output in taps]
             try:
                 gradients = torch.autograd.grad(total, wrt, retain_graph=probe + 1 < _PROBES, allow_unused=True)
             except RuntimeError as error:
@@ -192,7 +192,7 @@ def add_gradients(
                     f"{type(model).__name__} cannot be differentiated: {str(error).splitlines()[0]}; use the "
                     "activation metric, which needs no gradients"
                 ) from error
-            for (name, layer, output), gradient in zip(outputs, gradients, strict=True):
+            for (name, layer, output), gradient in zip(taps, gradients, strict=True):
                 if gradient is not None:
                     rows = layer_type_of(layer).output_rows(layer, gradient, positions=None)
                     rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
@@ -222,9 +222,8 @@ def _reduced(
 
 
 def _signs(like: Tensor, generator: torch.Generator) -> Tensor:
-    """Random 1 and -1, less their mean over the last dimension where it has several entries."""
-    signs = torch.randint(0, 2, like.shape, generator=generator).to(like) * 2 - 1
-    return signs - signs.mean(dim=-1, keepdim=True) if like.ndim > 1 and like.shape[-1] > 1 else signs
+    """Random 1 and -1."""
+    return torch.randint(0, 2, like.shape, generator=generator).to(like) * 2 - 1
 
 
 @dataclass(eq=False)

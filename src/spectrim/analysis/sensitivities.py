@@ -1,5 +1,6 @@
 """How much a network's outputs change with an error in each layer, measured by factoring one layer at a time."""
 
+import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from dataclasses import replace as with_changes
@@ -57,13 +58,27 @@ def sensitivity(
     if not used:
         raise DataError("there is no data to measure sensitivities on; give at least one batch")
     layers = [layer for layer in analysis if metric in layer.problems]
-    runs = _SingleLayerRuns(ActivationCache(model, cache_bytes_of(analysis, cache)), used, metric, analysis.means)
+    activations = ActivationCache(model, cache_bytes_of(analysis, cache), used[0])
+    runs = _SingleLayerRuns(activations, used, metric, analysis.means)
     sensitivities: dict[str, float] = {}
     for done, layer in enumerate(layers):
         if on_progress is not None:
             on_progress(layer.name, done, len(layers))
-        sensitivities[layer.name] = runs.measure(layer)
+        try:
+            sensitivities[layer.name] = runs.measure(layer)
+        except _ShapeError:
+            warnings.warn(
+                f"the shapes of {type(model).__name__}'s outputs depend on their values, so that no distance to the "
+                "dense network can be measured; all layers count alike. A wrapper that returns what comes before the "
+                "selection (scores and boxes of all places, say) makes budgets better",
+                stacklevel=2,
+            )
+            return with_changes(analysis, sensitivity={})
     return with_changes(analysis, sensitivity=sensitivities)
+
+
+class _ShapeError(Exception):
+    """Outputs of other shapes than the dense network's."""
 
 
 def with_output_grads(
@@ -161,6 +176,8 @@ class _SingleLayerRuns:
 
 def _by_sample(first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
     """Mean squares of differences, sample by sample if all tensors have as many; else of everything, (1,)."""
+    if [tensor.shape for tensor in first] != [tensor.shape for tensor in second]:
+        raise _ShapeError
     rows = {len(tensor) if tensor.ndim > 1 else 1 for tensor in first}
     number = rows.pop() if len(rows) == 1 else 1
     differences = [(a - b).reshape(number, -1) for a, b in zip(first, second, strict=True)]

@@ -142,7 +142,7 @@ def reconstruct(
     places = [_Place(layer, call_sites[layer.name], successors.get(layer.name, nothing)) for layer in chosen]
     as_planned = [layer for layer in plan.factored if layer.metric == "plain"]
     factorize(small, plan.model_copy(update={"layers": tuple(as_planned)}), factors=analysis.factors)
-    cache = ActivationCache(small, 3 * cache_bytes // 5)
+    cache = ActivationCache(small, 3 * cache_bytes // 5, batches[0])
     start = 0
     while start < len(places):
         seen, end = _record(model, places, start, batches, free_bytes=2 * cache_bytes // 5)

@@ -4,13 +4,13 @@ import json
 import math
 from typing import Any
 
-import torch
 from pydantic import Field
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop
+from torch.utils.flop_counter import FlopCounterMode
 
 from spectrim.core.execution import as_inputs, call, evaluating, unique_tensors
 from spectrim.core.files import Frozen
+from spectrim.layers.operators import UncountedOperators, formulas
 
 
 class NetworkCost(Frozen):
@@ -20,34 +20,39 @@ class NetworkCost(Frozen):
         params: Stored numbers, shared ones once.
         bytes: Size of the model's safetensors file.
         macs: Multiply-accumulates of one forward pass of the example inputs (1 MAC = 2 FLOPs), in matrix products,
-            convolutions and attention; element-wise operations, norms and look-ups are not counted.
+            convolutions, attention, bilinear and recurrent layers; element-wise operations, norms and look-ups are not
+            counted.
+        uncounted: Names of operators that were run and may multiply more than element by element, but whose
+            multiplications are not known: Fourier transforms, solvers, operators of other packages.
+        uncounted_weights: Those of them that were given a weight of the model.
     """
 
     params: int = Field(ge=0)
     bytes: int = Field(ge=0)
     macs: int = Field(ge=0)
+    uncounted: tuple[str, ...] = ()
+    uncounted_weights: tuple[str, ...] = ()
 
 
 def count(model: nn.Module, example_inputs: Any) -> NetworkCost:
     """Parameters, bytes and MACs: what can be known without timing or data."""
     params = sum(parameter.numel() for parameter in model.parameters())
-    return NetworkCost(params=params, bytes=file_size(model), macs=count_macs(model, example_inputs))
+    uncounted = UncountedOperators(model.parameters())
+    counter = FlopCounterMode(display=False, custom_mapping=dict(formulas()))
+    with evaluating(model), counter, uncounted:
+        call(model, as_inputs(example_inputs))
+    return NetworkCost(
+        params=params,
+        bytes=file_size(model),
+        macs=int(counter.get_total_flops()) // 2,
+        uncounted=tuple(uncounted.names),
+        uncounted_weights=tuple(uncounted.weighted),
+    )
 
 
 def count_macs(model: nn.Module, example_inputs: Any) -> int:
-    """Multiply-accumulates of one forward pass, as half of the FLOPs that torch counts; see `NetworkCost.macs`."""
-    with evaluating(model), FlopCounterMode(display=False, custom_mapping=_formulas()) as counter:
-        call(model, as_inputs(example_inputs))
-    return int(counter.get_total_flops()) // 2
-
-
-def _formulas() -> dict[Any, Any]:
-    """For operators that torch does not count: attention on the CPU."""
-
-    def attention(query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
-        return sdpa_flop(query, key, value)
-
-    return {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention}
+    """Multiply-accumulates of one forward pass; see `NetworkCost.macs`."""
+    return count(model, example_inputs).macs
 
 
 def file_size(model: nn.Module) -> int:

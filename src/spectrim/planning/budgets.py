@@ -118,10 +118,16 @@ class Candidates:
         """The candidates, once it is known that table and multiple go together.
 
         Raises:
-            RuleError: a latency without a table, a table without a latency, or ranks that the table does not hold.
+            RuleError: a latency without a table, a table without a latency, ranks that the table does not hold, or MACs
+                of a network some of whose weights are multiplied by operators that cannot be counted.
             PlanError: a table of another network.
         """
-        latencies = options.latencies
+        latencies, uncounted = options.latencies, analysis.whole.uncounted_weights
+        if cost == "macs" and uncounted:
+            raise RuleError(
+                f"the MACs of this network are not known, since {', '.join(uncounted)} multiplies a weight and cannot "
+                "be counted; limit params=, bytes= or latency= instead"
+            )
         if (cost == "latency") != (latencies is not None):
             raise RuleError(
                 "a budget of latency needs latencies=st.latency_table(model, example_inputs, analysis=..), and no "

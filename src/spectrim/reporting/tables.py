@@ -241,6 +241,8 @@ def _of_measurement(measurement: Measurement) -> Listing:
         (name, value, words.share(ratio), "" if ratio is None else words.smaller(ratio))
         for name, (value, ratio) in words.costs(measurement).items()
     ]
+    if measurement.uncounted:
+        rows.append(("Not in the MACs", ", ".join(measurement.uncounted), "", ""))
     if measurement.latency_ms is not None:
         rows.append(("Latency", words.milliseconds(measurement.latency_ms), "", words.threads(measurement.threads)))
     if (speedup := measurement.speedup) is not None:
