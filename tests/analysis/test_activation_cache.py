@@ -51,7 +51,7 @@ def net() -> Net:
 
 def tried(model: Net, x: Tensor, *, free_bytes: int) -> ActivationCache:
     """A cache that knows the blocks that may be recalled; the runs that this took do not count."""
-    cache = ActivationCache(model, free_bytes=free_bytes, trial=as_inputs(x))
+    cache = ActivationCache(model, free_bytes=free_bytes, tried_on=as_inputs(x))
     assert {"first", "again", "last"} <= cache.blocks
     model.first.runs = model.again.runs = model.last.runs = 0
     return cache
@@ -102,7 +102,7 @@ def test_an_own_forward_of_a_module_is_put_back() -> None:
     original = model.first.forward
     model.first.forward = lambda y: original(y) + 1
     patched = model.first.forward
-    cache = ActivationCache(model, free_bytes=10**7, trial=as_inputs(x))
+    cache = ActivationCache(model, free_bytes=10**7, tried_on=as_inputs(x))
     outputs = []
     for _ in range(2):
         with cache.recalling(0), torch.no_grad():
@@ -178,7 +178,7 @@ class Skips(nn.Module):
 @pytest.mark.parametrize("how", ["nothing", "hook inside", "list", "attribute", "input"])
 def test_a_block_that_does_more_than_give_its_output_is_run(how: str) -> None:
     model, x = Skips(how).eval(), torch.randn(32, 2, 8, 8)
-    blocks = ActivationCache(model, free_bytes=10**8, trial=as_inputs(x)).blocks
+    blocks = ActivationCache(model, free_bytes=10**8, tried_on=as_inputs(x)).blocks
     assert "middle" in blocks
     assert ("down" in blocks) == (how == "nothing")
     with torch.no_grad():

@@ -38,22 +38,22 @@ class ActivationCache:
     Attributes:
         model: The network, whose layers may be exchanged between passes.
         free_bytes: Bytes that may still be kept.
-        trial: Inputs to try the blocks on; without them no block is recalled.
+        tried_on: Inputs to try the blocks on; without them no block is recalled.
     """
 
     model: nn.Module
     free_bytes: int
-    trial: Inputs | None
+    tried_on: Inputs | None
     _outputs: dict[int, _Outputs] = field(default_factory=dict)
 
     @cached_property
     def blocks(self) -> frozenset[str]:
         """Names of the blocks that may be recalled."""
-        if self.trial is None or self.free_bytes <= 0:
+        if self.tried_on is None or self.free_bytes <= 0:
             return frozenset()
         names = [name for name, module in self.model.named_modules() if name and _is_block(module)]
         with evaluating(self.model):
-            few = self._few(self.trial)
+            few = self._few(self.tried_on)
             return frozenset(name for name in names if self._can_be_recalled(name, few))
 
     def _few(self, inputs: Inputs) -> Inputs:

@@ -1,6 +1,7 @@
 """Tensors inside nested values: tuples, lists, mappings, dataclasses and what other packages register with torch."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -21,6 +22,15 @@ def tensors(value: Any, *, floats: bool = False) -> Iterator[Tensor]:
             yield from tensors(list(leaf.values()), floats=floats)
         elif is_dataclass(leaf) and not isinstance(leaf, type):
             yield from tensors([getattr(leaf, field.name, None) for field in fields(leaf)], floats=floats)
+
+
+def addresses(values: Iterable[Tensor]) -> set[int]:
+    """Where the values of matrices lie; views have the address of their base."""
+    addresses: set[int] = set()
+    for value in values:
+        with suppress(RuntimeError, NotImplementedError):  # tensors without a storage of their own, such as sparse ones
+            addresses |= {value.untyped_storage().data_ptr()} if value.ndim > 1 else set()
+    return addresses - {0}
 
 
 def map_tensors(value: Any, change: Callable[[Tensor], Any], *, other: Callable[[Any], Any] = lambda leaf: leaf) -> Any:

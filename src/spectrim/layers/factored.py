@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.core.errors import ModelError
+from spectrim.layers.product import ProductTensor
 from spectrim.layers.types import Geometry, layer_type_of
 from spectrim.linalg import Factors, Ranks
 
@@ -82,13 +83,25 @@ class FactoredLayer(nn.Module, ABC):
 
     @property
     def weight(self) -> Tensor:
-        """The product, shaped as the dense layer's weight, made anew at each access."""
-        return self.product([cast(Tensor, part.weight) for part in self.chain])
+        """The product, shaped as the dense layer's weight: multiplied where its values are used, never written to."""
+        weights = [cast(Tensor, part.weight) for part in self.chain]
+        if torch.compiler.is_dynamo_compiling():  # which leaves unused products out itself
+            return self.product(weights)
+        shape = self._outline.get_parameter("weight").shape
+        return ProductTensor(lambda: self.product(weights), like=weights[-1], shape=shape)
 
     @property
     def bias(self) -> Tensor | None:
         """The bias (out,), or None."""
         return cast(Tensor | None, self.chain[-1].bias)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("weight", "bias"):
+            raise ModelError(
+                f"a factored layer has no {name} to exchange; set those of its factors, layer.chain, or make it dense "
+                "again with st.merge(model)"
+            )
+        super().__setattr__(name, value)
 
     def product(self, weights: Sequence[Tensor]) -> Tensor:
         """The dense weight that these weights of the chain (of any number type) stand for."""

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import sdpa_flop
 
-from spectrim.core.nested import tensors
+from spectrim.core.nested import addresses, tensors
 
 Shape = Sequence[int]
 
@@ -100,18 +99,9 @@ class UncountedOperators(TorchDispatchMode):
         name = operator.name().partition(".")[0]
         if _is_uncounted(name):
             self.names[name] = None
-            if _addresses(self._weights) & _addresses(tensors((args, kwargs))):
+            if addresses(self._weights) & addresses(tensors((args, kwargs))):
                 self.weighted[name] = None
         return operator(*args, **(kwargs or {}))
-
-
-def _addresses(values: Iterable[Tensor]) -> set[int]:
-    """Where the values of matrices lie; views have the address of their base."""
-    addresses: set[int] = set()
-    for value in values:
-        with suppress(RuntimeError, NotImplementedError):  # tensors without a storage of their own, such as sparse ones
-            addresses |= {value.untyped_storage().data_ptr()} if value.ndim > 1 else set()
-    return addresses - {0}
 
 
 def _is_uncounted(name: str) -> bool:

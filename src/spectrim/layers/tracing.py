@@ -7,9 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.hooks import RemovableHandle
 
 from spectrim.core.errors import ModelError
 from spectrim.core.execution import Inputs, alike, call, evaluating, require_unwrapped, require_values, temporary
+from spectrim.core.nested import addresses, tensors
 from spectrim.layers.factored import attributes_of
 from spectrim.layers.selection import TreatAs
 from spectrim.layers.types import LayerType, Positions, find_layer_type, layer_type_of
@@ -60,6 +63,7 @@ class Trace:
         differing: Layers whose outputs are not those of the class that they were to be treated as.
         special: Layers in whose place another one changes the network's outputs, as where it asks for their class.
         keyworded: Layers that are called with keyword arguments that not every layer takes.
+        read_elsewhere: Layers whose weight is used outside of their own calls.
     """
 
     positions: Mapping[str, Positions]
@@ -67,6 +71,7 @@ class Trace:
     differing: frozenset[str] = field(default_factory=frozenset)
     special: frozenset[str] = field(default_factory=frozenset)
     keyworded: frozenset[str] = field(default_factory=frozenset)
+    read_elsewhere: frozenset[str] = field(default_factory=frozenset)
 
 
 def trace(model: nn.Module, inputs: Inputs, *, treat_as: TreatAs | None = None) -> Trace:
@@ -93,12 +98,47 @@ def trace(model: nn.Module, inputs: Inputs, *, treat_as: TreatAs | None = None) 
     def note_keywords(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         return lambda _, __, kwargs: keyworded.update({name} if kwargs.keys() - _KEYWORDS else ())
 
-    layers = ((name, model.get_submodule(name)) for name in typed_layers(model))
-    hooks = (layer.register_forward_pre_hook(note_keywords(name), with_kwargs=True) for name, layer in layers)
-    with evaluating(model), watching(model, count), temporary(hooks):
+    layers = {name: model.get_submodule(name) for name in typed_layers(model)}
+    keywords = (
+        layer.register_forward_pre_hook(note_keywords(name), with_kwargs=True) for name, layer in layers.items()
+    )
+    reads = _WeightReads(layers)
+    with evaluating(model), watching(model, count), temporary(keywords), temporary(reads.hooks()), reads:
         outputs = call(model, inputs)
     special = _special(model, inputs, outputs, calls, treated=treated)
-    return Trace(positions, calls, frozenset(differing), special, frozenset(keyworded))
+    return Trace(
+        positions, calls, frozenset(differing), special, frozenset(keyworded), read_elsewhere=frozenset(reads.names)
+    )
+
+
+class _WeightReads(TorchDispatchMode):
+    """Notes the layers whose weight is given to an operator while no layer with this weight is being called."""
+
+    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names: set[str] = set()
+        self._layers = layers
+        self._owners: dict[int, list[str]] = {}
+        for name, layer in layers.items():
+            for address in addresses([weight] if (weight := layer._parameters.get("weight")) is not None else []):
+                self._owners.setdefault(address, []).append(name)
+        self._under_way: list[str] = []
+
+    def hooks(self) -> Iterator[RemovableHandle]:
+        """Those that note which calls are under way."""
+        for name, layer in self._layers.items():
+            yield layer.register_forward_pre_hook(lambda *_, name=name: self._under_way.append(name), prepend=True)
+            yield layer.register_forward_hook(lambda *_: self._under_way.pop() and None, always_call=True)
+
+    def __torch_dispatch__(
+        self, operator: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Run the operator, and look at what it is given."""
+        for address in addresses(tensors((args, kwargs))) & self._owners.keys():
+            owners = self._owners[address]
+            if not any(name in owners for name in self._under_way):
+                self.names.update(owners)
+        return operator(*args, **(kwargs or {}))
 
 
 def _special(

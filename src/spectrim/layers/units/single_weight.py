@@ -16,6 +16,7 @@ from spectrim.layers.units.base import Unit, Weight
 
 _DIFFERS = "it was to be treated as another class of layer, and its outputs are not those of that class"
 _SPECIAL = "the network would not run another layer in its place, or uses more of it than its outputs, say its class"
+_READ = "its weight is used outside of its own call as well, where a product of factors would be multiplied out anew"
 _KEYWORDS = "it is called with keyword arguments that an exchange would lose"
 
 
@@ -82,6 +83,7 @@ def find_single_weights(model: nn.Module, trace: Trace, selection: LayerSelectio
             or _shared_elsewhere(model, group)
             or next((_KEYWORDS for name in call_sites if name in trace.keyworded), None)
             or next((f"{name} is not called by the model" for name in call_sites if name not in trace.calls), None)
+            or next((_READ for name in call_sites if name in trace.read_elsewhere), None)
             or next((_DIFFERS for name in call_sites if name in trace.differing), None)
             or next((_SPECIAL for name in call_sites if name in trace.special), None)
         )
