@@ -312,7 +312,7 @@ def test_factors_that_overflow_half_precision_are_refused_before_anything_change
 
 
 class TestDegenerate:
-    """Singular covariances and the like: finite results, no warning."""
+    """Singular covariances and the like: finite results, no warning but that of few samples."""
 
     @pytest.mark.parametrize(
         "x",
@@ -330,17 +330,25 @@ class TestDegenerate:
     def test_degenerate_inputs(self, x: tuple[str, Tensor], rule: Any) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
+            warnings.filterwarnings("ignore", message="the calibration data")
             model = small_mlp()
             compressed = st.compress(model, rule, example_inputs=x[1], data=[x[1]], keep_last=True, allow_growth=True)
             assert answer(compressed.model, x[1]).isfinite().all()
             assert answer(compressed.model, X).isfinite().all()
 
-    def test_one_sample_falls_back_to_the_plain_metric_and_still_meets_the_sample(self) -> None:
-        model, x = nn.Sequential(small_mlp()[0], nn.Identity()), inputs(1, 12)
-        active = st.compress(model, st.Rank(3), example_inputs=x, data=[x]).model
-        plain = st.compress(model, st.Rank(3), example_inputs=x).model
-        torch.testing.assert_close(active[0].weight, plain[0].weight)
-        torch.testing.assert_close(answer(active, x), answer(model, x))
+    @pytest.mark.parametrize("x", [inputs(1, 12), torch.ones(30, 12).double()], ids=["one", "the same"])
+    def test_samples_that_do_not_differ_are_as_no_data(self, x: Tensor) -> None:
+        model = small_mlp()
+        with pytest.warns(UserWarning, match="says nothing of others"):
+            with_data = st.compress(model, st.Budget(macs=0.8), example_inputs=x, data=[x])
+        assert with_data.plan == st.compress(model, st.Budget(macs=0.8), example_inputs=x).plan
+        with pytest.raises(st.errors.DataError, match="metric='activation' cannot be taken from"):
+            st.compress(model, st.Rank(3), example_inputs=x, data=[x], metric="activation")
+
+    def test_few_samples_are_said(self) -> None:
+        x = inputs(5, 12)
+        with pytest.warns(UserWarning, match="hold 5 samples.* 128 samples or more"):
+            st.compress(small_mlp(), st.Budget(macs=0.8), example_inputs=x, data=[x])
 
     @pytest.mark.parametrize("data", [None, [X]], ids=["plain", "activation"])
     @pytest.mark.parametrize("rule", [st.Rank(3), st.Energy(0.9), st.Ratio(0.3)], ids=str)

@@ -1,5 +1,6 @@
 """The one-call path: calibrate, analyse, plan, replace, count what was gained."""
 
+import warnings
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -8,6 +9,7 @@ from typing import Any, Literal
 from torch import nn
 
 from spectrim.analysis.calibration import Calibration, calibrate
+from spectrim.analysis.sampling import has_different_samples
 from spectrim.analysis.sensitivities import cache_bytes_of, require_cache_bytes, sensitivity, with_output_grads
 from spectrim.analysis.spectra import Analysis, analyze_selected
 from spectrim.benchmark.latencies import LatencyTable
@@ -24,6 +26,8 @@ from spectrim.planning.latency_budget import plan_latency, refused
 from spectrim.planning.rules import plan_with, refresh, require_possible
 from spectrim.runtimes.rank_grid import Grid, probe
 from spectrim.runtimes.sessions import require_runtime
+
+_FEW_SAMPLES, _ENOUGH_SAMPLES = 16, 128
 
 
 @dataclass(frozen=True, eq=False)
@@ -214,7 +218,32 @@ class _Stages:
         batches = list(without_labels(data, like=self.example))
         if not batches:
             raise DataError("the calibration data is empty; give at least one batch")
-        return batches
+        return batches if self._tell_of_others(batches) or isinstance(plan, Plan) else []
+
+    def _tell_of_others(self, batches: Sequence[Inputs]) -> bool:
+        """Whether anything can be learnt from these samples about other ones; warns if it is little or nothing.
+
+        Raises:
+            DataError: it is nothing, and a data metric was asked for.
+        """
+        number, metric = sum(batch.samples for batch in batches), self.options.metric
+        if not has_different_samples(batches):
+            what = "one sample" if number == 1 else f"{number} times the same sample"
+            if metric is not None:
+                raise DataError(f"the calibration data are {what}, which metric={metric!r} cannot be taken from")
+            warnings.warn(
+                f"the calibration data are {what}, which says nothing of others: the weights are approximated by "
+                f"themselves, as without data; give {_ENOUGH_SAMPLES} samples or more",
+                stacklevel=5,
+            )
+            return False
+        if number < _FEW_SAMPLES:
+            warnings.warn(
+                f"the calibration data hold {number} samples; what these cannot tell of others is taken from the "
+                f"weights alone, and with {_ENOUGH_SAMPLES} samples or more the result would be better",
+                stacklevel=5,
+            )
+        return True
 
     def informed(self, bare: Analysis, selection: LayerSelection, batches: Sequence[Inputs]) -> Analysis:
         """The analysis with statistics of the layers that need them, and under a budget with their sensitivities."""

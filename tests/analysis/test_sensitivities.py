@@ -185,3 +185,26 @@ def test_checkpointed_blocks_are_compressed(reentrant: bool, metric: str) -> Non
     assert small.plan.metric == metric
     assert small.measurement.macs_ratio is not None
     assert small.measurement.macs_ratio <= 0.5
+
+
+class Experts(nn.Module):
+    """A layer that only some rows are sent to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.expert, self.out = nn.Linear(16, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen = x[:, 0] > 0
+        y = torch.zeros_like(x)
+        y[chosen] = torch.relu(self.expert(x[chosen]))
+        return self.out(y)
+
+
+def test_a_layer_that_a_batch_reaches_with_no_rows() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(64, 16)
+    none, all_of_them = x.clone(), x.clone()
+    none[:, 0], all_of_them[:, 0] = -1, 1
+    result = st.compress(Experts(), st.Budget(macs=0.8), example_inputs=all_of_them, data=[none, all_of_them])
+    assert torch.isfinite(result.model(x)).all()

@@ -238,7 +238,8 @@ def test_poor_data_give_finite_outputs(x: tuple[str, Tensor]) -> None:
     small = st.compress(model, st.Rank(2), example_inputs=x[1], data=[x[1]], reconstruct=True).model
     assert output_of(small, x[1]).isfinite().all()
     assert output_of(small, inputs(9, 12)).isfinite().all()
-    torch.testing.assert_close(output_of(small, x[1]).mean(dim=0), output_of(model, x[1]).mean(dim=0))
+    if not torch.equal(x[1], x[1][:1].expand_as(x[1])):  # else it is as without data
+        torch.testing.assert_close(output_of(small, x[1]).mean(dim=0), output_of(model, x[1]).mean(dim=0))
 
 
 class DeadBranch(nn.Module):

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spectrim.analysis.sampling import SamplingError, shrinkage
 from spectrim.core.distributed import Accelerator, all_reduce, if_distributed, shard
 from spectrim.core.errors import DataError, ModelError
 from spectrim.core.execution import Inputs, as_inputs, call, evaluating, on_device_of, split_labels, temporary
 from spectrim.core.nested import tensors
 from spectrim.layers.tracing import typed_layers, watching
 from spectrim.layers.types import layer_type_of
-from spectrim.linalg import to_float64
+from spectrim.linalg import shrunk, to_float64
 
 _PROBES = 2
 
@@ -29,14 +30,20 @@ class Moments:
         mean: Their mean, float64 (groups, in); a convolution's input vectors are the patches that its kernel sees.
         covariance: Their covariance (divided by `count`), float64 (groups, in, in).
         rounding_tolerance: Relative rounding error of the covariance, from the precision it was summed in.
+        samples: Number of samples (images, texts) that the vectors are of.
+        shrinkage: Share of the covariance, from 0 to 1, that is better exchanged for the mean variance, as in the plain
+            metric: what so few samples do not know of others (Ledoit & Wolf 2004); 1 for a single sample.
         output_grad_covariance: Second moment of the gradient of random combinations of the network's outputs with
-            respect to this layer's output, summed over places, float64 (groups, out, out); None if not asked for.
+            respect to this layer's output, summed over places, float64 (groups, out, out), with a share exchanged for
+            its mean as the sampling error asks for; None if not asked for.
     """
 
     count: int
     mean: Tensor
     covariance: Tensor
     rounding_tolerance: float
+    samples: int
+    shrinkage: float
     output_grad_covariance: Tensor | None = None
 
 
@@ -103,21 +110,22 @@ def calibrate(
         DataError: no batches, a batch the model cannot run, or activations that are NaN or infinite.
     """
     sums: dict[str, RunningCovariance] = {}
-    gradient_sums: dict[str, Tensor] = {}
+    gradient_sums: dict[str, RunningGradients] = {}
 
     def add_rows(name: str, layer: nn.Module, x: Tensor, output: Tensor) -> None:
         if (layers is None or name in layers) and x.is_floating_point():
             rows = layer_type_of(layer).input_rows(layer, x.detach(), output=output, positions=positions)
-            sums.setdefault(name, RunningCovariance()).add(rows)
+            sums.setdefault(name, RunningCovariance()).add(rows, samples=samples)
 
     hint = "" if labels else " If the batches are pairs of inputs and labels, pass labels=True."
-    seen = 0
+    seen = samples = 0
     with evaluating(model), watching(model, add_rows):
         for position, batch, is_own in shard(islice(batches, max_batches), accelerator):
             seen = position + 1
             if not is_own:
                 continue
             inputs = split_labels(batch, position=position)[0] if labels else as_inputs(batch)
+            samples = inputs.samples
             try:
                 if gradients:
                     add_gradients(model, inputs, layers, gradient_sums, what=f"batch {position}", hint=hint)
@@ -130,30 +138,50 @@ def calibrate(
     names = list(typed_layers(model))
     sums = _reduced(sums, names, accelerator)
     moments = {name: statistics.finish(name) for name, statistics in sums.items() if statistics.count}
-    gradient_sums = all_reduce(gradient_sums, names=names, accelerator=accelerator)
-    return Calibration(moments, seen).with_output_grads(gradient_sums)
+    gradient_sums = _reduced_gradients(gradient_sums, names, accelerator)
+    return Calibration(moments, seen).with_output_grads({name: part.finish() for name, part in gradient_sums.items()})
 
 
-def pooled(moments: Sequence[Moments], *, name: str, width: int) -> tuple[Tensor, float]:
-    """The covariance around each call site's own mean, as each gets a bias of its own; and its rounding tolerance."""
+@dataclass(frozen=True, eq=False)
+class PooledCovariance:
+    """Statistics of the inputs of several call sites, each around its own mean, as each gets a bias of its own.
+
+    Attributes:
+        covariance: Float64 (groups, in, in).
+        rounding_tolerance: See `Moments`.
+        shrinkage: See `Moments`.
+    """
+
+    covariance: Tensor
+    rounding_tolerance: float
+    shrinkage: float
+
+
+def pooled(moments: Sequence[Moments], *, name: str, width: int) -> PooledCovariance:
+    """The statistics of all call sites of one weight.
+
+    Raises:
+        DataError: they are of another width than the weight.
+    """
     for seen in moments:
         if seen.mean.shape[1] != width:
             raise DataError(
                 f"the calibration saw inputs of size {seen.mean.shape[1]} at layer {name!r}, which takes {width}; "
                 "it was made with another model"
             )
-    if len(moments) == 1:
-        return moments[0].covariance, moments[0].rounding_tolerance
-    total = sum(seen.count for seen in moments)
-    weighted = torch.stack([seen.covariance * (seen.count / total) for seen in moments])
-    return weighted.sum(dim=0), max(seen.rounding_tolerance for seen in moments)
+    shares = [seen.count / sum(seen.count for seen in moments) for seen in moments]
+    shrunk_by = sum(share * seen.shrinkage for share, seen in zip(shares, moments, strict=True))
+    covariance = moments[0].covariance
+    if len(moments) > 1:
+        covariance = torch.stack([share * seen.covariance for share, seen in zip(shares, moments, strict=True)]).sum(0)
+    return PooledCovariance(covariance, max(seen.rounding_tolerance for seen in moments), shrunk_by)
 
 
 def add_gradients(
     model: nn.Module,
     inputs: Inputs,
     layers: Collection[str] | None,
-    sums: dict[str, Tensor],
+    sums: "dict[str, RunningGradients]",
     *,
     what: str,
     hint: str = "",
@@ -168,7 +196,7 @@ def add_gradients(
     outputs: list[tuple[str, nn.Module, Tensor]] = []
 
     def tap(name: str, layer: nn.Module, _: Any, output: Any) -> Tensor | None:
-        if not isinstance(output, Tensor) or not output.requires_grad:
+        if not isinstance(output, Tensor) or not output.requires_grad or not output.numel():
             return None
         outputs.append((name, layer, output))
         return output.clone()  # what follows may work in place
@@ -195,9 +223,7 @@ def add_gradients(
             for (name, layer, output), gradient in zip(taps, gradients, strict=True):
                 if gradient is not None:
                     rows = layer_type_of(layer).output_rows(layer, gradient, positions=None)
-                    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-                    moment = to_float64(rows.mT @ rows) / (_PROBES * len(output))
-                    sums[name] = sums[name] + moment if name in sums else moment
+                    sums.setdefault(name, RunningGradients()).add(rows, samples=inputs.samples, size=len(output))
 
 
 def _reduced(
@@ -209,21 +235,72 @@ def _reduced(
     own = {name: part for name, part in sums.items() if part.count}
     over_all = partial(all_reduce, names=names, accelerator=accelerator)
     counts = over_all(
-        {name: torch.tensor([part.count, 1, part.rounding_tolerance]).double() for name, part in own.items()}
+        {
+            name: torch.tensor([part.count, 1, part.rounding_tolerance, part.error.samples, part.variation]).double()
+            for name, part in own.items()
+        }
     )
     means = over_all({name: part.mean * part.count for name, part in own.items()})
     means = {name: whole / counts[name][0] for name, whole in means.items()}
     scatters = over_all({name: part.around(means[name]) for name, part in own.items()})
     reduced = {}
     for name, sizes in counts.items():
-        count, processes, tolerance = sizes.tolist()
-        reduced[name] = RunningCovariance(round(count), tolerance / processes, means[name], scatters[name])
+        count, processes, tolerance, samples, variation = sizes.tolist()
+        squares = variation + samples * float((scatters[name] / count).square().sum())
+        error = SamplingError(round(samples), squares)
+        mean = means[name]
+        reduced[name] = RunningCovariance(round(count), tolerance / processes, mean, scatters[name], mean, error)
     return reduced
+
+
+def _reduced_gradients(
+    sums: "dict[str, RunningGradients]", names: Sequence[str], accelerator: Accelerator | None
+) -> "dict[str, RunningGradients]":
+    """The gradients of all processes together."""
+    if if_distributed(accelerator) is None:
+        return sums
+    over_all = partial(all_reduce, names=names, accelerator=accelerator)
+    totals = over_all({name: part.total for name, part in sums.items()})
+    sizes = over_all(
+        {
+            name: torch.tensor([part.count, part.error.samples, part.error.squares]).double()
+            for name, part in sums.items()
+        }
+    )
+    return {
+        name: RunningGradients(round(count), total, SamplingError(round(samples), squares))
+        for name, total in totals.items()
+        for count, samples, squares in [sizes[name].tolist()]
+    }
 
 
 def _signs(like: Tensor, generator: torch.Generator) -> Tensor:
     """Random 1 and -1."""
     return torch.randint(0, 2, like.shape, generator=generator).to(like) * 2 - 1
+
+
+@dataclass(eq=False)
+class RunningGradients:
+    """Second moment of gradients, added up batch by batch, one probe at a time."""
+
+    count: int = 0
+    total: Tensor = field(default_factory=lambda: torch.zeros(()).double())
+    error: SamplingError = field(default_factory=SamplingError)
+
+    def add(self, rows: Tensor, *, samples: int, size: int) -> None:
+        """Add gradients (groups, n, out) of so many samples, with respect to a layer's batch of a size."""
+        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        self.total = self.total + to_float64(rows.mT @ rows) / (_PROBES * size)
+        self.count += 1
+        self.error.add(rows * (rows.shape[1] / size) ** 0.5, samples=samples)
+
+    def finish(self) -> Tensor:
+        """The moment, (groups, out, out)."""
+        if not self.total.any():
+            return self.total
+        mean, samples = self.total * (_PROBES / self.count), self.error.samples
+        share = shrinkage(mean, samples=samples, variation=self.error.variation(mean))
+        return shrunk(self.total, share)
 
 
 @dataclass(eq=False)
@@ -234,9 +311,14 @@ class RunningCovariance:
     rounding_tolerance: float = 0.0
     mean: Tensor = field(default_factory=lambda: torch.empty(0))
     scatter: Tensor = field(default_factory=lambda: torch.empty(0))
+    centre: Tensor = field(default_factory=lambda: torch.empty(0))
+    error: SamplingError = field(default_factory=SamplingError)
 
-    def add(self, rows: Tensor) -> None:
-        """Add input vectors (groups, n, in). Products are summed in at least float32, batches are merged in float64."""
+    def add(self, rows: Tensor, *, samples: int) -> None:
+        """Add input vectors (groups, n, in) of so many samples, those of each one after the other.
+
+        Products are summed in at least float32, batches are merged in float64.
+        """
         number = rows.shape[1]
         if not number:
             return
@@ -246,8 +328,10 @@ class RunningCovariance:
         scatter, mean = centred.mT @ centred, to_float64(mean)
         self.rounding_tolerance = max(self.rounding_tolerance, 4 * torch.finfo(rows.dtype).eps)
         if not self.count:
-            self.count, self.mean, self.scatter = number, mean, to_float64(scatter)
+            self.count, self.mean, self.scatter, self.centre = number, mean, to_float64(scatter), mean
+            self.error.add(centred, samples=samples)
             return
+        self.error.add(rows - self.centre.to(rows).unsqueeze(1), samples=samples)
         total = self.count + number
         shift = mean - self.mean
         # in place, since these are the largest arrays there are
@@ -265,4 +349,11 @@ class RunningCovariance:
         """The moments; `name` is for the message when they are not finite."""
         if not torch.isfinite(self.scatter).all():
             raise DataError(f"the inputs of layer {name!r} are NaN or infinite on the calibration data; check the data")
-        return Moments(self.count, self.mean, self.scatter / self.count, self.rounding_tolerance)
+        covariance, samples = self.scatter / self.count, self.error.samples
+        share = shrinkage(covariance, samples=samples, variation=self.variation)
+        return Moments(self.count, self.mean, covariance, self.rounding_tolerance, samples, share)
+
+    @property
+    def variation(self) -> float:
+        """How much the samples differ, see `SamplingError`."""
+        return self.error.variation(self.around(self.centre) / self.count)

@@ -6,22 +6,22 @@ from dataclasses import dataclass, field
 from dataclasses import replace as with_changes
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from spectrim.analysis.activation_cache import DEFAULT_BYTES, ActivationCache
-from spectrim.analysis.calibration import Calibration, add_gradients
+from spectrim.analysis.calibration import Calibration, RunningGradients, add_gradients
 from spectrim.analysis.spectra import Analysis, LayerAnalysis
 from spectrim.core.errors import DataError, ModelError, PlanError
 from spectrim.core.execution import Inputs, ProgressCallback, as_inputs, call, evaluating, temporary
 from spectrim.core.nested import tensors
 from spectrim.core.plans import Metric
-from spectrim.layers.replacement import factored_at, mean_corrections, replace
+from spectrim.layers.replacement import factored_at, mean_corrections, product, replace
+from spectrim.linalg import Factors
 
 _LEAST, _MOST = 32, 256
 _GRADIENTS = 128
-_LOST = 0.1
+_LOST, _LEAST_LOST = 0.1, 1e-9
 _PRECISION = 0.15
 
 
@@ -94,7 +94,7 @@ def with_output_grads(
     Raises:
         SpectrimError: the model cannot be differentiated; if not `required`, the statistics are given back as they are.
     """
-    sums: dict[str, Tensor] = {}
+    sums: dict[str, RunningGradients] = {}
     try:
         with evaluating(model):
             for position, batch in enumerate(subset([as_inputs(batch) for batch in batches], samples=_GRADIENTS)):
@@ -103,7 +103,7 @@ def with_output_grads(
         if required:
             raise
         return statistics
-    return statistics.with_output_grads({name: total for name, total in sums.items() if bool(total.any())})
+    return statistics.with_output_grads({name: part.finish() for name, part in sums.items() if part.total.any()})
 
 
 def require_cache_bytes(cache: int | None) -> None:
@@ -143,16 +143,11 @@ class _SingleLayerRuns:
 
     def measure(self, layer: LayerAnalysis) -> float:
         """The sensitivity of one layer."""
-        form = layer.forms[0]
-        errors = layer.rank_errors(form, self.metric)
-        losing = np.flatnonzero(errors.lost > 1e-9)  # at full rank nothing is lost, and the layer would look free
-        if not len(losing):
+        factors, lost = self._losing_factors(layer)
+        if not lost:
             return 0.0
-        nearest = int(losing[abs(errors.lost[losing] - _LOST).argmin()])
-        lost = float(errors.lost[nearest])
-        model, names = self.cache.model, layer.unit.names
+        model, names, form = self.cache.model, layer.unit.names, layer.forms[0]
         before = {name: model.get_submodule(name) for name in names}
-        factors = layer.decomposition(form, self.metric).factors(tuple(int(rank) for rank in errors.ranks[nearest]))
         after = factored_at(model, names, form=form, factors=factors, bias=mean_corrections(self.means))
         squares = torch.zeros(0, dtype=torch.float64)
         for position, batch in enumerate(self.batches):
@@ -172,6 +167,26 @@ class _SingleLayerRuns:
             if len(squares) >= _LEAST and 0 < mean >= float(squares.std()) / (_PRECISION * len(squares) ** 0.5):
                 break
         return float(squares.mean()) / lost
+
+    def _losing_factors(self, layer: LayerAnalysis) -> tuple[Factors, float]:
+        """Factors that lose about a tenth of the energy on these samples, and how much; 0 if none lose anything.
+
+        Of other samples they may lose much more, where these are few. At full rank nothing is lost, and the layer would
+        look free.
+        """
+        form, problem = layer.forms[0], layer.problems[self.metric]
+        dense, ranks = self.cache.model.get_submodule(layer.name), layer.rank_costs(form, self.metric).ranks
+        bases, total = layer.decomposition(form, self.metric), problem.seen_error(0)
+        best: tuple[Factors, float] = ((), 0.0)
+        low, high = 0, len(ranks) - 1
+        while low <= high and min(total, problem.total) > 0:
+            middle = (low + high) // 2
+            factors = bases.factors(tuple(int(rank) for rank in ranks[middle]))
+            lost = problem.seen_error(product(dense, form=form, factors=factors)) / total
+            if lost > _LEAST_LOST and (not best[1] or abs(lost - _LOST) < abs(best[1] - _LOST)):
+                best = factors, lost
+            low, high = (middle + 1, high) if lost > _LOST else (low, middle - 1)
+        return best[0], best[1] and best[1] * total / problem.total
 
 
 def _by_sample(first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:

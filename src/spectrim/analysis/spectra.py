@@ -276,8 +276,10 @@ def _problems(unit: SingleWeight, kernels: Tensor, calibration: Calibration | No
     problems: dict[Metric, Problem] = {"plain": Problem(kernels)}
     if calibration and all(site in calibration.moments for site in unit.call_sites):
         moments = [calibration.moments[site] for site in unit.call_sites]
-        covariance, tolerance = pooled(moments, name=unit.name, width=unit.geometry.width)
-        problems["activation"] = Problem(kernels, covariance, rounding_tolerance=tolerance)
+        inputs = pooled(moments, name=unit.name, width=unit.geometry.width)
+        problems["activation"] = Problem(
+            kernels, inputs.covariance, shrinkage=inputs.shrinkage, rounding_tolerance=inputs.rounding_tolerance
+        )
         outputs = [seen.output_grad_covariance for seen in moments if seen.output_grad_covariance is not None]
         if len(outputs) == len(moments):
             problems["loss"] = replace(problems["activation"], output=torch.stack(outputs).sum(dim=0))

@@ -19,7 +19,7 @@ from spectrim.layers.types import layer_type_of
 from spectrim.linalg import Factors, Problem, to_float64
 from spectrim.linalg.problem import lifted, needed_floor
 
-_RIDGE = 1e-2
+_RIDGE, _MOST_RIDGE = 1e-2, 1e4
 _POSITIONS = 64
 """Places looked at in each sample."""
 
@@ -143,7 +143,7 @@ def reconstruct(
     as_planned = [layer for layer in plan.factored if layer.metric == "plain"]
     factorize(small, plan.model_copy(update={"layers": tuple(as_planned)}), factors=analysis.factors)
     cache = ActivationCache(small, 3 * cache_bytes // 5, batches[0])
-    start = 0
+    start, samples = 0, [batch.samples for batch in batches]
     while start < len(places):
         seen, end = _record(model, places, start, batches, free_bytes=2 * cache_bytes // 5)
         for place in places[start:end]:
@@ -152,7 +152,7 @@ def reconstruct(
             own = {site: seen.pop(site) for site in place.call_sites}
             _collect(cache, place, own, batches)
             if all(site.is_paired for site in own.values()):
-                replace(small, _fitted(small, place, own, analysis=analysis))
+                replace(small, _fitted(small, place, own, analysis=analysis, samples=samples))
             else:
                 alone = plan.model_copy(update={"layers": (place.plan,)})
                 factorize(small, alone, factors=analysis.factors, means=analysis.means)
@@ -225,14 +225,17 @@ def _collect(cache: ActivationCache, place: _Place, seen: Mapping[str, _Seen], b
             call(cache.model, batch, what=f"batch {position}")
 
 
-def _fitted(small: nn.Module, place: _Place, seen: Mapping[str, _Seen], *, analysis: Analysis) -> dict[str, nn.Module]:
+def _fitted(
+    small: nn.Module, place: _Place, seen: Mapping[str, _Seen], *, analysis: Analysis, samples: Sequence[int]
+) -> dict[str, nn.Module]:
     """The replacement for a place, fitted to its rows in its metric, or as planned if that is no worse."""
     layer, plan = small.get_submodule(place.plan.name), place.plan
     shape = layer_type_of(layer).geometry(layer).shape
     G = analysis[plan.name].problems["loss"].output if plan.metric == "loss" else None
     # a layer that stays dense stays as it is built: without a bias, moments are taken around zero
     biased = plan.is_factored or layer._parameters.get("bias") is not None
-    fit = _Fit.of(layer, {site: rows.inputs for site, rows in seen.items()}, biased=biased)
+    inputs = {site: rows.inputs for site, rows in seen.items()}
+    fit = _Fit.of(layer, inputs, samples=samples, biased=biased)
     targets = place.targets(seen)
     factors: Factors = ()
     for turn in reversed(range(1 + place.successor.relu)):
@@ -280,23 +283,25 @@ class _Fit:
     biased: bool
 
     @classmethod
-    def of(cls, layer: nn.Module, inputs: _Rows, *, biased: bool) -> "_Fit":
+    def of(cls, layer: nn.Module, inputs: _Rows, *, samples: Sequence[int], biased: bool) -> "_Fit":
         moments = {}
         for site, batches in inputs.items():
-            statistics = RunningCovariance()
-            for rows in batches:
-                statistics.add(rows)
+            statistics, calls = RunningCovariance(), len(batches) // len(samples)
+            for position, rows in enumerate(batches):
+                statistics.add(rows, samples=samples[position // calls])
             moments[site] = statistics.finish(site)
         W = to_float64(layer_type_of(layer).kernels(layer)).flatten(2)
-        C, _ = pooled(list(moments.values()), name=next(iter(inputs)), width=W.shape[2])
-        C = C.to(W.device)
+        together = pooled(list(moments.values()), name=next(iter(inputs)), width=W.shape[2])
+        C = together.covariance.to(W.device)
         means = {site: seen.mean.to(W.device) for site, seen in moments.items()}
         if not biased:
             total = sum(seen.count for seen in moments.values())
             for site, seen in moments.items():
                 C = C + (seen.count / total) * means[site].unsqueeze(2) * means[site].unsqueeze(1)
             means = {site: torch.zeros_like(mean) for site, mean in means.items()}
-        metric = lifted(C.clone(), needed_floor(C, share=_RIDGE))
+        # (1 - s) C + s I but for a factor, where s is what so few samples do not know
+        unknown = min(together.shrinkage / max(1 - together.shrinkage, 1e-9), _MOST_RIDGE)
+        metric = lifted(C.clone(), needed_floor(C, share=max(_RIDGE, unknown)))
         return cls(W, inputs, means, C, metric, torch.linalg.cholesky(metric), biased)
 
     def cross(self, targets: _Rows) -> Tensor:
@@ -329,4 +334,5 @@ class _Fit:
 def _mean(batches: Sequence[Tensor]) -> Tensor:
     """The mean of rows (groups, n, ..) over all batches, float64."""
     total = sum(rows.shape[1] for rows in batches)
-    return torch.stack([to_float64(rows.mean(dim=1)) * (rows.shape[1] / total) for rows in batches]).sum(dim=0)
+    means = [to_float64(rows.mean(dim=1)) * (rows.shape[1] / total) for rows in batches if rows.shape[1]]
+    return torch.stack(means).sum(dim=0)

@@ -4,7 +4,7 @@ All algebra is done in float64 whatever the weights' type, on the weights' devic
 """
 
 from spectrim.linalg.channel import ChannelDecomposition
-from spectrim.linalg.problem import Decomposition, Factors, Problem, Ranks, balanced
+from spectrim.linalg.problem import Decomposition, Factors, Problem, Ranks, balanced, shrunk
 from spectrim.linalg.spatial import SpatialDecomposition
 from spectrim.linalg.spectra import FloatArray, Spectrum, spectrum, to_float64
 from spectrim.linalg.subspace import Truncated, truncate, truncate_exactly
@@ -22,6 +22,7 @@ __all__ = [
     "Truncated",
     "Tucker2Decomposition",
     "balanced",
+    "shrunk",
     "spectrum",
     "to_float64",
     "truncate",

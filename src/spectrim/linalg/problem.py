@@ -62,6 +62,7 @@ class Problem:
         covariance: C = cov(x), (groups, n, n) with n = in times the kernel's size, symmetric and positive semi-definite
             up to rounding; None for the identity, which is the plain metric.
         output: G, (groups, out, out), positive semi-definite; None for the identity.
+        shrinkage: Share of C, from 0 to 1, to exchange for its mean variance, since the statistics do not know it.
         rounding_tolerance: Variance below this share of the largest is taken as rounding of the statistics.
         _shared: What problems that differ in their output metric only have in common.
     """
@@ -69,6 +70,7 @@ class Problem:
     weight: Tensor
     covariance: Tensor | None = None
     output: Tensor | None = None
+    shrinkage: float = 0.0
     rounding_tolerance: float = 0.0
     _shared: dict[str, Tensor] = field(repr=False, default_factory=dict)
 
@@ -78,11 +80,11 @@ class Problem:
         flat = to_float64(self.weight).flatten(2)
         return flat if self.output is None else self._roots[0] @ flat
 
-    @cached_property
+    @property
     def metric(self) -> Tensor:
-        """C in float64, (groups, n, n), on the device of `matrices`."""
+        """C with its share exchanged, float64 (groups, n, n), on the device of `matrices`. Large, so never kept."""
         if self.covariance is not None:
-            return to_float64(self.covariance).to(self.matrices.device)
+            return shrunk(to_float64(self.covariance).to(self.matrices.device), self.shrinkage)
         groups, _, n = self.matrices.shape
         return torch.eye(n, dtype=torch.float64, device=self.matrices.device).expand(groups, n, n)
 
@@ -93,7 +95,8 @@ class Problem:
             return [None] * len(self.weight)
         if "floor" not in self._shared:
             self._shared["floor"] = needed_floor(self.metric)
-        return list(lifted((self.metric + self.metric.mT).div_(2), self._shared["floor"]))
+        metric = self.metric
+        return list(lifted((metric + metric.mT).div_(2), self._shared["floor"]))
 
     @cached_property
     def total(self) -> float:
@@ -101,6 +104,12 @@ class Problem:
         if self.covariance is None:
             return float(self.matrices.square().sum())
         return max(0.0, float(((self.matrices @ self.metric) * self.matrices).sum()))
+
+    def seen_error(self, product: Tensor | int) -> float:
+        """The energy that a product (groups, out, n), or 0, loses on the very inputs that C was taken from."""
+        lost = to_float64(self.weight).flatten(2) - product
+        metric = self.metric if self.covariance is None else to_float64(self.covariance).to(lost.device)
+        return float(((lost @ metric) * lost).sum())
 
     def unweighted(self, last: Tensor) -> Tensor:
         """G^-1/2 times the last factor (groups, out, ..), back from the metric of `matrices`."""
@@ -117,6 +126,13 @@ class Problem:
         values = (values / top).clamp(min=0) + 1e-3
         roots = values.sqrt().unsqueeze(1)
         return (vectors * roots) @ vectors.mT, (vectors / roots) @ vectors.mT
+
+
+def shrunk(moment: Tensor, share: float) -> Tensor:
+    """A second moment (groups, n, n) with a share of it exchanged for its mean variance, or for 1 where that is 0."""
+    mean = moment.diagonal(dim1=-2, dim2=-1).mean(dim=-1)
+    mean = torch.where(mean > 0, mean, torch.ones_like(mean))
+    return lifted(moment * (1 - share), share * mean)
 
 
 def lifted(metric: Tensor, floor: Tensor) -> Tensor:

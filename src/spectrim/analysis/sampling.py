@@ -1,0 +1,67 @@
+"""How far statistics of few samples can be trusted, and what to put in the place of what they do not know."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from spectrim.core.execution import Inputs
+from spectrim.linalg import shrunk
+
+_ALIKE = 1e-5
+
+
+def has_different_samples(batches: Sequence[Inputs]) -> bool:
+    """Whether any two samples differ; they lie along the first dimension."""
+    tensors = [[tensor for tensor in batch.tensors() if tensor.ndim] for batch in batches]
+    first = [tensor[:1] for tensor in tensors[0]]
+    return any(
+        tensor.shape[1:] != start.shape[1:] or not torch.equal(tensor, start.expand_as(tensor))
+        for batch in tensors
+        for tensor, start in zip(batch, first, strict=False)
+    )
+
+
+@dataclass(eq=False)
+class SamplingError:
+    """How much a mean of second moments would change with other samples, from how much these differ among themselves.
+
+    The vectors of one sample (patches of an image, tokens of a text) are alike, so that a sample counts once, however
+    many vectors it has.
+
+    Attributes:
+        samples: How many there were.
+        squares: Sum over the samples of the squared Frobenius norm of each one's second moment.
+    """
+
+    samples: int = 0
+    squares: float = 0.0
+
+    def add(self, rows: Tensor, *, samples: int) -> None:
+        """Add vectors (groups, n, width), those of a sample one after the other, around a point that stays the same."""
+        groups, number, width = rows.shape
+        samples = max(1, min(samples, number))
+        each = -(-number // samples)
+        rows = functional.pad(rows, (0, 0, 0, samples * each - number)).reshape(groups, samples, each, width)
+        products = rows @ rows.mT if each < width else rows.mT @ rows
+        self.squares += float(torch.linalg.vector_norm(products, dtype=torch.float64)) ** 2 / each**2
+        self.samples += samples
+
+    def variation(self, moment: Tensor) -> float:
+        """Sum over the samples of the squared distances between each one's second moment and their mean, `moment`."""
+        return max(0.0, self.squares - self.samples * float(moment.square().sum()))
+
+
+def shrinkage(moment: Tensor, *, samples: int, variation: float) -> float:
+    """Which share of a second moment (groups, n, n) to exchange for its mean variance, from 0 to 1.
+
+    The share with the least mean squared error: the variance of the estimate over its squared distance to a multiple of
+    the identity (Ledoit & Wolf 2004, with samples in the place of vectors). It is 1 for a single sample, or several
+    that do not differ: what is seen of these says nothing of others.
+    """
+    if samples < 2 or variation <= _ALIKE * samples * float(moment.square().sum()):
+        return 1.0
+    away = float((moment - shrunk(moment, 1.0)).square().sum())
+    return min(1.0, variation / (samples * (samples - 1)) / away) if away > 0 else 1.0
