@@ -15,9 +15,11 @@ from spectrim.core.execution import Inputs, as_inputs, call, evaluating, on_devi
 from spectrim.core.nested import tensors
 from spectrim.layers.tracing import typed_layers, watching
 from spectrim.layers.types import layer_type_of
-from spectrim.linalg import to_float64
+from spectrim.linalg import Covariance, LowRankCovariance, add_covariances, matrix_of, to_float64
 
 _PROBES = 2
+_WIDE = 2048
+"""Inputs of a layer above which few vectors are held as they are, and not as a matrix."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +29,8 @@ class Moments:
     Attributes:
         count: Number of input vectors.
         mean: Their mean, float64 (groups, in); a convolution's input vectors are the patches that its kernel sees.
-        covariance: Their covariance (divided by `count`), float64 (groups, in, in).
+        compact: Their covariance (divided by `count`): a matrix in float64, or of fewer vectors than inputs of a wide
+            layer the vectors themselves, in the type in which the layer got them.
         rounding_tolerance: Relative rounding error of the covariance, from the precision it was summed in.
         output_grad_covariance: Second moment of the gradient of random combinations of the network's outputs with
             respect to this layer's output, summed over places, float64 (groups, out, out); None if not asked for.
@@ -35,9 +38,21 @@ class Moments:
 
     count: int
     mean: Tensor
-    covariance: Tensor
+    compact: Covariance
     rounding_tolerance: float
     output_grad_covariance: Tensor | None = None
+
+    @property
+    def covariance(self) -> Tensor:
+        """The covariance as a matrix, float64 (groups, in, in); made anew at each access if the vectors are held."""
+        return matrix_of(self.compact)
+
+    @property
+    def bytes(self) -> int:
+        """What they take in memory."""
+        compact = vars(self.compact).values() if isinstance(self.compact, LowRankCovariance) else [self.compact]
+        tensors = [tensor for tensor in (*compact, self.mean, self.output_grad_covariance) if tensor is not None]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,8 +75,7 @@ class Calibration:
     @property
     def bytes(self) -> int:
         """What the statistics take in memory."""
-        tensors = (tensor for seen in self.moments.values() for tensor in vars(seen).values())
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors if isinstance(tensor, Tensor))
+        return sum(seen.bytes for seen in self.moments.values())
 
     def with_output_grads(self, covariances: Mapping[str, Tensor]) -> "Calibration":
         """These statistics with the gradients' moments of the same model, perhaps on less data."""
@@ -83,8 +97,9 @@ def calibrate(
 ) -> Calibration:
     """Run batches through the model and stream the statistics of every Linear and convolution layer's input.
 
-    Memory: one (groups, in, in) float64 array per layer, where `in` counts the kernel's positions as well. The model's
-    training flags, gradients and random state are as before afterwards.
+    Memory: one (groups, in, in) float64 array per layer, where `in` counts the kernel's positions as well; of a layer
+    with more than 2048 inputs the vectors themselves while there are fewer of them than inputs. The batches are not
+    kept. The model's training flags, gradients and random state are as before afterwards.
 
     Args:
         model: Any module; batches are moved to its device.
@@ -134,7 +149,7 @@ def calibrate(
     return Calibration(moments, seen).with_output_grads(gradient_sums)
 
 
-def pooled(moments: Sequence[Moments], *, name: str, width: int) -> tuple[Tensor, float]:
+def pooled(moments: Sequence[Moments], *, name: str, width: int) -> tuple[Covariance, float]:
     """The covariance around each call site's own mean, as each gets a bias of its own; and its rounding tolerance."""
     for seen in moments:
         if seen.mean.shape[1] != width:
@@ -143,10 +158,10 @@ def pooled(moments: Sequence[Moments], *, name: str, width: int) -> tuple[Tensor
                 "it was made with another model"
             )
     if len(moments) == 1:
-        return moments[0].covariance, moments[0].rounding_tolerance
+        return moments[0].compact, moments[0].rounding_tolerance
     total = sum(seen.count for seen in moments)
-    weighted = torch.stack([seen.covariance * (seen.count / total) for seen in moments])
-    return weighted.sum(dim=0), max(seen.rounding_tolerance for seen in moments)
+    whole = add_covariances([(seen.compact, seen.count / total) for seen in moments])
+    return whole, max(seen.rounding_tolerance for seen in moments)
 
 
 def add_gradients(
@@ -207,6 +222,8 @@ def _reduced(
     if if_distributed(accelerator) is None:
         return sums
     own = {name: part for name, part in sums.items() if part.count}
+    for part in own.values():
+        part.merge()
     over_all = partial(all_reduce, names=names, accelerator=accelerator)
     counts = over_all(
         {name: torch.tensor([part.count, 1, part.rounding_tolerance]).double() for name, part in own.items()}
@@ -228,33 +245,52 @@ def _signs(like: Tensor, generator: torch.Generator) -> Tensor:
 
 @dataclass(eq=False)
 class RunningCovariance:
-    """Mean and centred second moment, merged batch by batch (Chan, Golub & LeVeque 1979), never cancelling."""
+    """Mean and centred second moment, merged batch by batch (Chan, Golub & LeVeque 1979), never cancelling.
+
+    The vectors of a wide layer are held in `batches`, and merged once they are as many as its inputs.
+    """
 
     count: int = 0
     rounding_tolerance: float = 0.0
     mean: Tensor = field(default_factory=lambda: torch.empty(0))
     scatter: Tensor = field(default_factory=lambda: torch.empty(0))
+    batches: list[Tensor] = field(default_factory=list)
 
     def add(self, rows: Tensor) -> None:
         """Add input vectors (groups, n, in). Products are summed in at least float32, batches are merged in float64."""
-        number = rows.shape[1]
-        if not number:
-            return
+        number, width = rows.shape[1:]
         rows = rows.detach().to(torch.promote_types(rows.dtype, torch.float32))
+        self.rounding_tolerance = max(self.rounding_tolerance, 4 * torch.finfo(rows.dtype).eps)
+        self.count += number
+        if number and (width <= _WIDE or self.scatter.numel()):
+            self._merge(rows)
+        elif number:
+            self.batches.append(rows.clone())
+            if self.count >= width:
+                self.merge()
+
+    def merge(self) -> None:
+        """Turn vectors that are held into their scatter."""
+        batches, self.batches = self.batches, []
+        if batches:
+            self.count = 0
+        for rows in batches:
+            self.count += rows.shape[1]
+            self._merge(rows)
+
+    def _merge(self, rows: Tensor) -> None:
+        number = rows.shape[1]
         mean = rows.mean(dim=1)
         centred = rows - mean.unsqueeze(1)
         scatter, mean = centred.mT @ centred, to_float64(mean)
-        self.rounding_tolerance = max(self.rounding_tolerance, 4 * torch.finfo(rows.dtype).eps)
-        if not self.count:
-            self.count, self.mean, self.scatter = number, mean, to_float64(scatter)
+        if self.count == number:
+            self.mean, self.scatter = mean, to_float64(scatter)
             return
-        total = self.count + number
         shift = mean - self.mean
         # in place, since these are the largest arrays there are
         self.scatter += scatter.to(self.scatter.device)
-        self.scatter.baddbmm_(shift.unsqueeze(2), shift.unsqueeze(1), alpha=self.count * number / total)
-        self.mean = self.mean + shift * (number / total)
-        self.count = total
+        self.scatter.baddbmm_(shift.unsqueeze(2), shift.unsqueeze(1), alpha=(self.count - number) * number / self.count)
+        self.mean = self.mean + shift * (number / self.count)
 
     def around(self, mean: Tensor) -> Tensor:
         """The scatter around another mean (groups, in)."""
@@ -263,6 +299,15 @@ class RunningCovariance:
 
     def finish(self, name: str) -> Moments:
         """The moments; `name` is for the message when they are not finite."""
-        if not torch.isfinite(self.scatter).all():
+        mean, compact = self._compact() if self.batches else (self.mean, self.scatter / self.count)
+        values = compact if isinstance(compact, Tensor) else compact.rows
+        if not torch.isfinite(values).all():
             raise DataError(f"the inputs of layer {name!r} are NaN or infinite on the calibration data; check the data")
-        return Moments(self.count, self.mean, self.scatter / self.count, self.rounding_tolerance)
+        return Moments(self.count, mean, compact, self.rounding_tolerance)
+
+    def _compact(self) -> tuple[Tensor, LowRankCovariance]:
+        """The mean, and the vectors around it."""
+        mean = torch.stack([to_float64(rows).sum(dim=1) for rows in self.batches]).sum(dim=0) / self.count
+        middle, root = mean.unsqueeze(1), self.count**0.5
+        rows = torch.cat([((to_float64(rows) - middle) / root).to(rows.dtype) for rows in self.batches], dim=1)
+        return mean, LowRankCovariance(rows, mean.new_zeros(len(mean)))

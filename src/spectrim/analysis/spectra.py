@@ -130,9 +130,8 @@ class LayerAnalysis:
 
     def error(self, form: str, ranks: Ranks, metric: Metric) -> float:
         """The relative error at `ranks`; between the ranks of a coarse grid that of the next smaller pair."""
-        errors = self.rank_errors(form, metric)
-        below = (errors.ranks <= np.array(ranks)).all(axis=1)
-        return float(np.sqrt(errors.lost[below].min())) if below.any() else 1.0
+        tail, total = self.decomposition(form, metric).tail_at(ranks), self.problems[metric].total
+        return float(np.sqrt(np.clip(tail / total, 0.0, 1.0))) if total > 0 else 0.0
 
     def cost(self, form: str, ranks: Ranks, metric: Metric) -> Cost:
         """The cost of the factors at `ranks`, biases included."""

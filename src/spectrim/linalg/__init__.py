@@ -4,6 +4,7 @@ All algebra is done in float64 whatever the weights' type, on the weights' devic
 """
 
 from spectrim.linalg.channel import ChannelDecomposition
+from spectrim.linalg.covariance import Covariance, LowRankCovariance, add_covariances, matrix_of
 from spectrim.linalg.problem import Decomposition, Factors, Problem, Ranks, balanced
 from spectrim.linalg.spatial import SpatialDecomposition
 from spectrim.linalg.spectra import FloatArray, Spectrum, spectrum, to_float64
@@ -12,16 +13,20 @@ from spectrim.linalg.tucker2 import Tucker2Decomposition
 
 __all__ = [
     "ChannelDecomposition",
+    "Covariance",
     "Decomposition",
     "Factors",
     "FloatArray",
+    "LowRankCovariance",
     "Problem",
     "Ranks",
     "SpatialDecomposition",
     "Spectrum",
     "Truncated",
     "Tucker2Decomposition",
+    "add_covariances",
     "balanced",
+    "matrix_of",
     "spectrum",
     "to_float64",
     "truncate",

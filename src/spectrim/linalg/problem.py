@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from spectrim.linalg.covariance import Covariance, LowRankCovariance, matrix_of
 from spectrim.linalg.spectra import FloatArray, to_float64
 
 Ranks = tuple[int, ...]
@@ -20,13 +21,20 @@ Factors = tuple[Tensor, ...]
 """The factors of one layer from its input to its output, each with the groups first."""
 
 _FLOOR = 1e-7
+_WIDE = 2**22
+"""Entries of a matrix above which a full singular value decomposition takes minutes, and copies are not kept."""
 
 
 class Decomposition(ABC):
     """What factors of any rank are made from, and what each rank loses.
 
     The class says of a weight's shape alone which ranks there are, so that costs and losses cannot come apart.
+
+    Attributes:
+        problem: What is approximated.
     """
+
+    problem: "Problem"
 
     @staticmethod
     @abstractmethod
@@ -52,6 +60,11 @@ class Decomposition(ABC):
     def factors(self, ranks: Ranks) -> Factors:
         """The factors of these ranks."""
 
+    def tail_at(self, ranks: Ranks) -> float:
+        """Energy lost at `ranks`; between the ranks of a coarse grid that of the next smaller ones, if there are."""
+        below = (self.rank_grid(self.problem.weight.shape) <= np.array(ranks)).all(axis=1)
+        return float(self.tails[below].min(initial=np.inf))
+
 
 @dataclass(frozen=True, eq=False)
 class Problem:
@@ -59,30 +72,65 @@ class Problem:
 
     Attributes:
         weight: W, (groups, out, in, *kernel); a linear layer has no kernel dimensions.
-        covariance: C = cov(x), (groups, n, n) with n = in times the kernel's size, symmetric and positive semi-definite
-            up to rounding; None for the identity, which is the plain metric.
+        covariance: C = cov(x), (groups, n, n) with n = in times the kernel's size; None for the identity, which is the
+            plain metric.
         output: G, (groups, out, out), positive semi-definite; None for the identity.
         rounding_tolerance: Variance below this share of the largest is taken as rounding of the statistics.
         _shared: What problems that differ in their output metric only have in common.
     """
 
     weight: Tensor
-    covariance: Tensor | None = None
+    covariance: Covariance | None = None
     output: Tensor | None = None
     rounding_tolerance: float = 0.0
     _shared: dict[str, Tensor] = field(repr=False, default_factory=dict)
 
-    @cached_property
+    @property
+    def is_wide(self) -> bool:
+        """Whether a full decomposition takes minutes."""
+        return self.weight[0].numel() > _WIDE
+
+    @property
     def matrices(self) -> Tensor:
         """G^1/2 W in float64, (groups, out, n): with it the metric of the outputs is the identity."""
+        return self._make_matrices() if self.is_wide else self._matrices
+
+    @cached_property
+    def _matrices(self) -> Tensor:
+        return self._make_matrices()
+
+    def _make_matrices(self) -> Tensor:
         flat = to_float64(self.weight).flatten(2)
         return flat if self.output is None else self._roots[0] @ flat
 
+    @property
+    def roots(self) -> Sequence[Tensor] | None:
+        """By group M (out, m) with M M^T = G^1/2 W C W^T G^1/2; None where C is a matrix, whose root takes too long."""
+        if self.covariance is None:
+            # what is multiplied many times stays in its own type
+            own = self.weight.flatten(2).to(torch.promote_types(self.weight.dtype, torch.float32))
+            return list(own if self.output is None else self.matrices)
+        if not isinstance(self.covariance, LowRankCovariance):
+            return None
+        W, C = self.matrices, self.covariance.to(self.matrices.device)
+        seen = W @ to_float64(C.rows).mT
+        if not bool(C.ridge.any()):
+            return list(seen)
+        kind = C.rows.dtype
+        return list(torch.cat([seen.to(kind), W.to(kind) * C.ridge.sqrt().to(kind)[:, None, None]], dim=2))
+
+    @property
+    def covariances(self) -> Sequence[Covariance]:
+        """C by group, on the device of `matrices`, a matrix in float64; not of the plain metric."""
+        if isinstance(self.covariance, LowRankCovariance):
+            return list(self.covariance.to(self.matrices.device))
+        return list(self.metric)
+
     @cached_property
     def metric(self) -> Tensor:
-        """C in float64, (groups, n, n), on the device of `matrices`."""
+        """C as matrices in float64, (groups, n, n), on the device of `matrices`."""
         if self.covariance is not None:
-            return to_float64(self.covariance).to(self.matrices.device)
+            return matrix_of(self.covariance).to(self.matrices.device)
         groups, _, n = self.matrices.shape
         return torch.eye(n, dtype=torch.float64, device=self.matrices.device).expand(groups, n, n)
 
@@ -98,6 +146,8 @@ class Problem:
     @cached_property
     def total(self) -> float:
         """The energy: the sum of the outputs' variances, or of the weight's squares in the plain metric."""
+        if (self.is_wide or isinstance(self.covariance, LowRankCovariance)) and (roots := self.roots) is not None:
+            return sum(float(torch.linalg.vector_norm(M, dtype=torch.float64).square()) for M in roots)
         if self.covariance is None:
             return float(self.matrices.square().sum())
         return max(0.0, float(((self.matrices @ self.metric) * self.matrices).sum()))
@@ -117,6 +167,14 @@ class Problem:
         values = (values / top).clamp(min=0) + 1e-3
         roots = values.sqrt().unsqueeze(1)
         return (vectors * roots) @ vectors.mT, (vectors / roots) @ vectors.mT
+
+
+def ridged(C: Covariance, *, share: float) -> Covariance:
+    """C with a share of the mean variance, or more, added to its diagonals, so that it has an inverse."""
+    if isinstance(C, Tensor):
+        return lifted(C.clone(), needed_floor(C, share=share))
+    mean = C.mean_variance
+    return C.lifted(torch.where(mean > 0, mean * share, torch.ones_like(mean)))
 
 
 def lifted(metric: Tensor, floor: Tensor) -> Tensor:
