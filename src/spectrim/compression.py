@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, Literal
 
 from torch import nn
@@ -50,7 +50,8 @@ class Decision:
     Attributes:
         analysis: With the statistics and sensitivities that the rule or plan needs.
         plan: Form and ranks of every layer.
-        batches: The calibration batches that were read; empty if none were needed.
+        batches: The calibration batches that are in memory: all that were read under a `Budget` or for the loss metric,
+            or those of a list or tuple; else none.
     """
 
     analysis: Analysis
@@ -101,8 +102,8 @@ def compress(
         rule_or_plan: `Budget(macs=0.5)`, `Budget(latency=0.6, runtime="onnxruntime")`, `Rank(20)`, `Ratio(0.25)`,
             `Energy(0.9)`, or a `Plan`, with its own selection.
         example_inputs: One call's inputs: a tensor, a tuple of positional or a mapping of keyword arguments.
-        data: Calibration batches, with or without labels (one element more than `example_inputs` is a label). Their
-            inputs are kept in memory.
+        data: Calibration batches, with or without labels (one element more than `example_inputs` is a label). They are
+            run through once; only a `Budget`, the loss metric and `reconstruct=True` keep their inputs in memory.
         max_batches: Use at most so many calibration batches.
         metric: `plain`, `activation` or `loss`; with `data`, by default loss under a `Budget` and activation otherwise.
         forms: Which of `channel`, `spatial`, `tucker2` convolutions may take; see `st.plan`.
@@ -139,11 +140,13 @@ def compress(
         raise PlanError(
             "an analysis already has its layers; give include, exclude, keep_last, treat_as to st.analyze instead"
         )
+    if data is not None and max_batches is not None:
+        data = islice(data, max_batches)
     decision = decide(
         model,
         rule_or_plan,
         example_inputs=example_inputs,
-        data=data if max_batches is None or data is None else islice(data, max_batches),
+        data=list(data) if data is not None and reconstruct is True else data,
         options=PlanOptions(metric, forms, rank_multiple, allow_growth, latencies),
         layers=selection if analysis is None else analysis,
         cache=cache,
@@ -178,14 +181,18 @@ def decide(
         require_runtime(rule_or_plan.runtime, threads=rule_or_plan.threads)
     stages = _Stages(model, as_inputs(example_inputs), rule_or_plan, options, cache, on_progress)
     if isinstance(layers, Analysis):
-        return Decision(layers, stages.planned(layers), stages.batches(data))
+        return Decision(layers, stages.planned(layers), _in_memory(stages.batches(data)))
     analysis = stages.analysed(layers)
     if not isinstance(rule_or_plan, Plan):
         usual: Metric = "plain" if data is None else "activation"
         require_possible(analysis, rule_or_plan, options, metric=options.metric or usual)
     if batches := stages.batches(data):
         analysis = stages.informed(analysis, layers, batches)
-    return Decision(analysis, stages.planned(analysis), batches)
+    return Decision(analysis, stages.planned(analysis), _in_memory(batches))
+
+
+def _in_memory(batches: Iterable[Inputs]) -> Sequence[Inputs]:
+    return batches if isinstance(batches, Sequence) else []
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,23 +211,33 @@ class _Stages:
         self._begin("analyse")
         return analyze_selected(self.model, self.example, selection=selection, calibration=calibration)
 
-    def batches(self, data: Iterable[Any] | None) -> list[Inputs]:
-        """The calibration batches, none where no data are needed; raises as `compress` does."""
-        plan = self.rule_or_plan
-        needed = not isinstance(plan, Plan) or any(layer.metric != "plain" for layer in plan.factored)
-        if data is None or self.options.metric == "plain" or not needed:
+    def batches(self, data: Iterable[Any] | None) -> Sequence[Inputs] | Iterator[Inputs]:
+        """The calibration batches, none where no data are needed; raises as `compress` does.
+
+        Data that are not in memory already are read once, batch by batch, if one pass is enough.
+        """
+        if data is None or self.metrics <= {"plain"}:
             return []
         require_repeatable(self.model, self.example)
-        batches = list(without_labels(data, like=self.example))
-        if not batches:
+        batches = without_labels(data, like=self.example)
+        first = next(batches, None)
+        if first is None:
             raise DataError("the calibration data is empty; give at least one batch")
-        return batches
+        rule = self.rule_or_plan.rule if isinstance(self.rule_or_plan, Plan) else self.rule_or_plan
+        several_passes = isinstance(rule, Budget) or "loss" in self.metrics
+        batches = chain([first], batches)
+        return list(batches) if several_passes or isinstance(data, Sequence) else batches
 
-    def informed(self, bare: Analysis, selection: LayerSelection, batches: Sequence[Inputs]) -> Analysis:
+    @property
+    def metrics(self) -> set[Metric | None]:
+        """The metrics in which layers are to be factored; None for the usual one."""
+        plan = self.rule_or_plan
+        return {layer.metric for layer in plan.factored} if isinstance(plan, Plan) else {self.options.metric}
+
+    def informed(self, bare: Analysis, selection: LayerSelection, batches: Iterable[Inputs]) -> Analysis:
         """The analysis with statistics of the layers that need them, and under a budget with their sensitivities."""
         rule, model, metric = self.rule_or_plan, self.model, self.options.metric
-        budgeted = isinstance(rule, Budget)
-        metrics = {layer.metric for layer in rule} if isinstance(rule, Plan) else {metric}
+        budgeted, metrics = isinstance(rule, Budget), self.metrics
         layers = _call_sites(bare, rule)
         statistics = calibrate(model, self._reported(batches), layers=layers)
         if "loss" in metrics or (budgeted and metric is None):
@@ -246,10 +263,11 @@ class _Stages:
         grid = probe() if options.rank_multiple == "auto" else options.rank_multiple
         return plan_with(analysis, rule, replace(options, rank_multiple=grid))
 
-    def _reported(self, batches: Sequence[Inputs]) -> Iterator[Inputs]:
+    def _reported(self, batches: Iterable[Inputs]) -> Iterator[Inputs]:
+        number = len(_in_memory(batches))  # of batches that come one by one it is not known
         for done, batch in enumerate(batches):
             if self.on_progress is not None:
-                self.on_progress("calibrate", done, len(batches))
+                self.on_progress("calibrate", done, max(number, done + 1))
             yield batch
 
     def _begin(self, stage: str) -> None:
