@@ -3,7 +3,8 @@
 import copy
 import sys
 import warnings
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -347,7 +348,7 @@ class TestDegenerate:
 
     def test_few_samples_are_said(self) -> None:
         x = inputs(5, 12)
-        with pytest.warns(UserWarning, match="hold 5 samples.* 128 samples or more"):
+        with pytest.warns(UserWarning, match="are 5 samples.* 128 samples or more"):
             st.compress(small_mlp(), st.Budget(macs=0.8), example_inputs=x, data=[x])
 
     @pytest.mark.parametrize("data", [None, [X]], ids=["plain", "activation"])
@@ -651,3 +652,23 @@ class TestLatency:
         for layer in compressed.plan.factored:
             full = full_ranks(model.get_submodule(layer.name), layer.form)
             assert all(rank % step == 0 or rank == most for rank, most in zip(layer.ranks, full, strict=True))
+
+
+@pytest.mark.parametrize(("rule", "in_memory"), [(st.Rank(4), 3), (st.Budget(params=0.7), 6)], ids=str)
+def test_batches_are_kept_only_where_they_are_run_again(rule: st.Rank | st.Budget, in_memory: int) -> None:
+    alive: weakref.WeakSet[Tensor] = weakref.WeakSet()
+    most = 0
+
+    def batches() -> Iterator[Tensor]:
+        nonlocal most
+        for seed in range(6):
+            batch = inputs(5, 12, seed=seed)
+            alive.add(batch)
+            most = max(most, len(alive))
+            yield batch
+            del batch
+
+    small = st.compress(small_mlp(), rule, example_inputs=inputs(1, 12), data=batches())
+    assert most <= in_memory
+    whole = [inputs(5, 12, seed=seed) for seed in range(6)]
+    assert small.plan == st.compress(small_mlp(), rule, example_inputs=inputs(1, 12), data=whole).plan

@@ -3,14 +3,19 @@
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, Literal
 
 from torch import nn
 
 from spectrim.analysis.calibration import Calibration, calibrate
-from spectrim.analysis.sampling import has_different_samples
-from spectrim.analysis.sensitivities import cache_bytes_of, require_cache_bytes, sensitivity, with_output_grads
+from spectrim.analysis.sampling import SampleCount
+from spectrim.analysis.sensitivities import (
+    cache_bytes_of,
+    require_cache_bytes,
+    sensitivity,
+    with_output_grads,
+)
 from spectrim.analysis.spectra import Analysis, analyze_selected
 from spectrim.benchmark.latencies import LatencyTable
 from spectrim.benchmark.measurement import Measurement, count
@@ -54,7 +59,8 @@ class Decision:
     Attributes:
         analysis: With the statistics and sensitivities that the rule or plan needs.
         plan: Form and ranks of every layer.
-        batches: The calibration batches that were read; empty if none were needed.
+        batches: The calibration batches that are in memory: all that were read under a `Budget` or for the loss metric,
+            or those of a list or tuple; else none.
     """
 
     analysis: Analysis
@@ -105,8 +111,8 @@ def compress(
         rule_or_plan: `Budget(macs=0.5)`, `Budget(latency=0.6, runtime="onnxruntime")`, `Rank(20)`, `Ratio(0.25)`,
             `Energy(0.9)`, or a `Plan`, with its own selection.
         example_inputs: One call's inputs: a tensor, a tuple of positional or a mapping of keyword arguments.
-        data: Calibration batches, with or without labels (one element more than `example_inputs` is a label). Their
-            inputs are kept in memory.
+        data: Calibration batches, with or without labels (one element more than `example_inputs` is a label). They are
+            run through once; only a `Budget`, the loss metric and `reconstruct=True` keep their inputs in memory.
         max_batches: Use at most so many calibration batches.
         metric: `plain`, `activation` or `loss`; with `data`, by default loss under a `Budget` and activation otherwise.
         forms: Which of `channel`, `spatial`, `tucker2` convolutions may take; see `st.plan`.
@@ -143,11 +149,13 @@ def compress(
         raise PlanError(
             "an analysis already has its layers; give include, exclude, keep_last, treat_as to st.analyze instead"
         )
+    if data is not None and max_batches is not None:
+        data = islice(data, max_batches)
     decision = decide(
         model,
         rule_or_plan,
         example_inputs=example_inputs,
-        data=data if max_batches is None or data is None else islice(data, max_batches),
+        data=list(data) if data is not None and reconstruct is True else data,
         options=PlanOptions(metric, forms, rank_multiple, allow_growth, latencies),
         layers=selection if analysis is None else analysis,
         cache=cache,
@@ -182,14 +190,19 @@ def decide(
         require_runtime(rule_or_plan.runtime, threads=rule_or_plan.threads)
     stages = _Stages(model, as_inputs(example_inputs), rule_or_plan, options, cache, on_progress)
     if isinstance(layers, Analysis):
-        return Decision(layers, stages.planned(layers), stages.batches(data))
+        return Decision(layers, stages.planned(layers), _in_memory(stages.batches(data)))
     analysis = stages.analysed(layers)
     if not isinstance(rule_or_plan, Plan):
         usual: Metric = "plain" if data is None else "activation"
         require_possible(analysis, rule_or_plan, options, metric=options.metric or usual)
-    if batches := stages.batches(data):
-        analysis = stages.informed(analysis, layers, batches)
-    return Decision(analysis, stages.planned(analysis), batches)
+    batches: Iterable[Inputs] = stages.batches(data)
+    if batches:
+        analysis, batches = stages.informed(analysis, layers, batches)
+    return Decision(analysis, stages.planned(analysis), _in_memory(batches))
+
+
+def _in_memory(batches: Iterable[Inputs]) -> Sequence[Inputs]:
+    return batches if isinstance(batches, Sequence) else []
 
 
 @dataclass(frozen=True, eq=False)
@@ -208,59 +221,76 @@ class _Stages:
         self._begin("analyse")
         return analyze_selected(self.model, self.example, selection=selection, calibration=calibration)
 
-    def batches(self, data: Iterable[Any] | None) -> list[Inputs]:
-        """The calibration batches, none where no data are needed; raises as `compress` does."""
-        plan = self.rule_or_plan
-        needed = not isinstance(plan, Plan) or any(layer.metric != "plain" for layer in plan.factored)
-        if data is None or self.options.metric == "plain" or not needed:
+    def batches(self, data: Iterable[Any] | None) -> Sequence[Inputs] | Iterator[Inputs]:
+        """The calibration batches, none where no data are needed; raises as `compress` does.
+
+        Data that are not in memory already are read once, batch by batch, if one pass is enough.
+        """
+        if data is None or self.metrics <= {"plain"}:
             return []
         require_repeatable(self.model, self.example)
-        batches = list(without_labels(data, like=self.example))
-        if not batches:
+        batches = without_labels(data, like=self.example)
+        first = next(batches, None)
+        if first is None:
             raise DataError("the calibration data is empty; give at least one batch")
-        return batches if self._tell_of_others(batches) or isinstance(plan, Plan) else []
+        rule = self.rule_or_plan.rule if isinstance(self.rule_or_plan, Plan) else self.rule_or_plan
+        several_passes = isinstance(rule, Budget) or "loss" in self.metrics
+        batches = chain([first], batches)
+        return list(batches) if several_passes or isinstance(data, Sequence) else batches
 
-    def _tell_of_others(self, batches: Sequence[Inputs]) -> bool:
-        """Whether anything can be learnt from these samples about other ones; warns if it is little or nothing.
+    @property
+    def metrics(self) -> set[Metric | None]:
+        """The metrics in which layers are to be factored; None for the usual one."""
+        plan = self.rule_or_plan
+        return {layer.metric for layer in plan.factored} if isinstance(plan, Plan) else {self.options.metric}
 
-        Raises:
-            DataError: it is nothing, and a data metric was asked for.
+    def informed(
+        self, bare: Analysis, selection: LayerSelection, batches: Iterable[Inputs]
+    ) -> tuple[Analysis, Iterable[Inputs]]:
+        """The analysis with statistics of the layers that need them, and under a budget with their sensitivities.
+
+        And the batches, or none where nothing can be learnt from them.
         """
-        number, metric = sum(batch.samples for batch in batches), self.options.metric
-        if not has_different_samples(batches):
-            what = "one sample" if number == 1 else f"{number} times the same sample"
-            if metric is not None:
-                raise DataError(f"the calibration data are {what}, which metric={metric!r} cannot be taken from")
-            warnings.warn(
-                f"the calibration data are {what}, which says nothing of others: the weights are approximated by "
-                f"themselves, as without data; give {_ENOUGH_SAMPLES} samples or more",
-                stacklevel=5,
-            )
-            return False
-        if number < _FEW_SAMPLES:
-            warnings.warn(
-                f"the calibration data hold {number} samples; what these cannot tell of others is taken from the "
-                f"weights alone, and with {_ENOUGH_SAMPLES} samples or more the result would be better",
-                stacklevel=5,
-            )
-        return True
-
-    def informed(self, bare: Analysis, selection: LayerSelection, batches: Sequence[Inputs]) -> Analysis:
-        """The analysis with statistics of the layers that need them, and under a budget with their sensitivities."""
         rule, model, metric = self.rule_or_plan, self.model, self.options.metric
-        budgeted = isinstance(rule, Budget)
-        metrics = {layer.metric for layer in rule} if isinstance(rule, Plan) else {metric}
+        budgeted, metrics = isinstance(rule, Budget), self.metrics
         layers = _call_sites(bare, rule)
-        statistics = calibrate(model, self._reported(batches), layers=layers)
+        samples = SampleCount()
+        statistics = calibrate(model, self._reported(batches, samples), layers=layers)
+        self._warn_of_few(samples)
+        if not samples.differ and not isinstance(rule, Plan):
+            return bare, []
         if "loss" in metrics or (budgeted and metric is None):
             statistics = with_output_grads(model, statistics, batches, layers=layers, required="loss" in metrics)
         analysis = self.analysed(selection, statistics)
         if not budgeted:
-            return analysis
+            return analysis, batches
         weighed = sensitivity(
             model, analysis, batches, cache=self.cache, on_progress=_progress_of("weigh", self.on_progress)
         )
-        return _without_loss_metric(weighed) if metric is None and _has_blocked_gradients(weighed) else weighed
+        blocked = metric is None and _has_blocked_gradients(weighed)
+        return _without_loss_metric(weighed) if blocked else weighed, batches
+
+    def _warn_of_few(self, samples: SampleCount) -> None:
+        """Warn of samples that tell little or nothing of others.
+
+        Raises:
+            DataError: it is nothing, and a data metric was asked for.
+        """
+        metric, enough = self.options.metric, f"{_ENOUGH_SAMPLES} samples or more"
+        if not samples.differ and metric is not None:
+            raise DataError(f"the calibration data are {samples}, which metric={metric!r} cannot be taken from")
+        if not samples.differ:
+            warnings.warn(
+                f"the calibration data are {samples}, which says nothing of others: the weights are approximated by "
+                f"themselves, as without data; give {enough}",
+                stacklevel=5,
+            )
+        elif samples.number < _FEW_SAMPLES:
+            warnings.warn(
+                f"the calibration data are {samples}; what so few cannot tell of others is taken from the weights "
+                f"alone, and with {enough} the result would be better",
+                stacklevel=5,
+            )
 
     def planned(self, analysis: Analysis) -> Plan:
         """The plan, with what has to be timed on this machine."""
@@ -275,10 +305,12 @@ class _Stages:
         grid = probe() if options.rank_multiple == "auto" else options.rank_multiple
         return plan_with(analysis, rule, replace(options, rank_multiple=grid))
 
-    def _reported(self, batches: Sequence[Inputs]) -> Iterator[Inputs]:
+    def _reported(self, batches: Iterable[Inputs], samples: SampleCount) -> Iterator[Inputs]:
+        number = len(_in_memory(batches))  # of batches that come one by one it is not known
         for done, batch in enumerate(batches):
             if self.on_progress is not None:
-                self.on_progress("calibrate", done, len(batches))
+                self.on_progress("calibrate", done, max(number, done + 1))
+            samples.add(batch)
             yield batch
 
     def _begin(self, stage: str) -> None:

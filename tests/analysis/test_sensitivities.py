@@ -83,8 +83,7 @@ def test_gradient_moments_scale_with_what_follows(frozen: bool, batches: list[Te
     assert none is not None
     torch.testing.assert_close(ten, 100 * single)
     assert float(none.abs().max()) == 0
-    # logits are only known up to a constant, so a change of all alike has no effect
-    assert float(single.sum(dim=2).abs().max()) <= 1e-5
+    assert float(single.diagonal(dim1=1, dim2=2).min()) > 0
     assert all(parameter.grad is None for parameter in model.parameters())
 
 

@@ -16,9 +16,12 @@ from spectrim.core.execution import Inputs, as_inputs, call, evaluating, on_devi
 from spectrim.core.nested import tensors
 from spectrim.layers.tracing import typed_layers, watching
 from spectrim.layers.types import layer_type_of
-from spectrim.linalg import shrunk, to_float64
+from spectrim.linalg import Covariance, LowRankCovariance, add_covariances, matrix_of, square_of, to_float64
+from spectrim.linalg.covariance import add_outer
 
 _PROBES = 2
+_WIDE = 2048
+"""Inputs of a layer above which few vectors are held as they are, and not as a matrix."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,23 +31,37 @@ class Moments:
     Attributes:
         count: Number of input vectors.
         mean: Their mean, float64 (groups, in); a convolution's input vectors are the patches that its kernel sees.
-        covariance: Their covariance (divided by `count`), float64 (groups, in, in).
+        compact: Their covariance (divided by `count`): a matrix in float64, or of fewer vectors than inputs of a wide
+            layer the vectors themselves, in the type in which the layer got them.
         rounding_tolerance: Relative rounding error of the covariance, from the precision it was summed in.
         samples: Number of samples (images, texts) that the vectors are of.
         shrinkage: Share of the covariance, from 0 to 1, that is better exchanged for the mean variance, as in the plain
             metric: what so few samples do not know of others (Ledoit & Wolf 2004); 1 for a single sample.
         output_grad_covariance: Second moment of the gradient of random combinations of the network's outputs with
-            respect to this layer's output, summed over places, float64 (groups, out, out), with a share exchanged for
-            its mean as the sampling error asks for; None if not asked for.
+            respect to this layer's output, summed over places, float64 (groups, out, out); None if not asked for.
+        output_grad_shrinkage: As `shrinkage`, of that moment.
     """
 
     count: int
     mean: Tensor
-    covariance: Tensor
+    compact: Covariance
     rounding_tolerance: float
     samples: int
     shrinkage: float
     output_grad_covariance: Tensor | None = None
+    output_grad_shrinkage: float = 0.0
+
+    @property
+    def covariance(self) -> Tensor:
+        """The covariance as a matrix, float64 (groups, in, in); made anew at each access if the vectors are held."""
+        return matrix_of(self.compact)
+
+    @property
+    def bytes(self) -> int:
+        """What they take in memory."""
+        compact = vars(self.compact).values() if isinstance(self.compact, LowRankCovariance) else [self.compact]
+        tensors = [tensor for tensor in (*compact, self.mean, self.output_grad_covariance) if tensor is not None]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,13 +84,14 @@ class Calibration:
     @property
     def bytes(self) -> int:
         """What the statistics take in memory."""
-        tensors = (tensor for seen in self.moments.values() for tensor in vars(seen).values())
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors if isinstance(tensor, Tensor))
+        return sum(seen.bytes for seen in self.moments.values())
 
-    def with_output_grads(self, covariances: Mapping[str, Tensor]) -> "Calibration":
+    def with_output_grads(self, gradients: "Mapping[str, RunningGradients]") -> "Calibration":
         """These statistics with the gradients' moments of the same model, perhaps on less data."""
-        of_all = self.moments.items()
-        moments = {name: replace(seen, output_grad_covariance=covariances.get(name)) for name, seen in of_all}
+        moments = dict(self.moments)
+        for name in moments.keys() & gradients.keys():
+            total, share = gradients[name].total, gradients[name].shrinkage
+            moments[name] = replace(moments[name], output_grad_covariance=total, output_grad_shrinkage=share)
         return replace(self, moments=moments)
 
 
@@ -90,8 +108,9 @@ def calibrate(
 ) -> Calibration:
     """Run batches through the model and stream the statistics of every Linear and convolution layer's input.
 
-    Memory: one (groups, in, in) float64 array per layer, where `in` counts the kernel's positions as well. The model's
-    training flags, gradients and random state are as before afterwards.
+    Memory: one (groups, in, in) float64 array per layer, where `in` counts the kernel's positions as well; of a layer
+    with more than 2048 inputs the vectors themselves while there are fewer of them than inputs. The batches are not
+    kept. The model's training flags, gradients and random state are as before afterwards.
 
     Args:
         model: Any module; batches are moved to its device.
@@ -139,7 +158,7 @@ def calibrate(
     sums = _reduced(sums, names, accelerator)
     moments = {name: statistics.finish(name) for name, statistics in sums.items() if statistics.count}
     gradient_sums = _reduced_gradients(gradient_sums, names, accelerator)
-    return Calibration(moments, seen).with_output_grads({name: part.finish() for name, part in gradient_sums.items()})
+    return Calibration(moments, seen).with_output_grads(gradient_sums)
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,12 +166,12 @@ class PooledCovariance:
     """Statistics of the inputs of several call sites, each around its own mean, as each gets a bias of its own.
 
     Attributes:
-        covariance: Float64 (groups, in, in).
+        covariance: Float64 (groups, in, in), or the vectors it is made of.
         rounding_tolerance: See `Moments`.
         shrinkage: See `Moments`.
     """
 
-    covariance: Tensor
+    covariance: Covariance
     rounding_tolerance: float
     shrinkage: float
 
@@ -169,12 +188,12 @@ def pooled(moments: Sequence[Moments], *, name: str, width: int) -> PooledCovari
                 f"the calibration saw inputs of size {seen.mean.shape[1]} at layer {name!r}, which takes {width}; "
                 "it was made with another model"
             )
-    shares = [seen.count / sum(seen.count for seen in moments) for seen in moments]
-    shrunk_by = sum(share * seen.shrinkage for share, seen in zip(shares, moments, strict=True))
-    covariance = moments[0].covariance
+    total = sum(seen.count for seen in moments)
+    whole = moments[0].compact
     if len(moments) > 1:
-        covariance = torch.stack([share * seen.covariance for share, seen in zip(shares, moments, strict=True)]).sum(0)
-    return PooledCovariance(covariance, max(seen.rounding_tolerance for seen in moments), shrunk_by)
+        whole = add_covariances([(seen.compact, seen.count / total) for seen in moments])
+    shrunk_by = sum(seen.shrinkage * seen.count / total for seen in moments)
+    return PooledCovariance(whole, max(seen.rounding_tolerance for seen in moments), shrunk_by)
 
 
 def add_gradients(
@@ -233,10 +252,13 @@ def _reduced(
     if if_distributed(accelerator) is None:
         return sums
     own = {name: part for name, part in sums.items() if part.count}
+    for part in own.values():
+        part.merge()
+    variations = {name: part.variation(part.mean, part.scatter / part.count) for name, part in own.items()}
     over_all = partial(all_reduce, names=names, accelerator=accelerator)
     counts = over_all(
         {
-            name: torch.tensor([part.count, 1, part.rounding_tolerance, part.error.samples, part.variation]).double()
+            name: torch.tensor([part.count, 1, part.rounding_tolerance, part.error.samples, variations[name]]).double()
             for name, part in own.items()
         }
     )
@@ -247,9 +269,14 @@ def _reduced(
     for name, sizes in counts.items():
         count, processes, tolerance, samples, variation = sizes.tolist()
         squares = variation + samples * float((scatters[name] / count).square().sum())
-        error = SamplingError(round(samples), squares)
-        mean = means[name]
-        reduced[name] = RunningCovariance(round(count), tolerance / processes, mean, scatters[name], mean, error)
+        reduced[name] = RunningCovariance(
+            round(count),
+            tolerance / processes,
+            means[name],
+            scatters[name],
+            centre=means[name],
+            error=SamplingError(round(samples), squares),
+        )
     return reduced
 
 
@@ -294,23 +321,25 @@ class RunningGradients:
         self.count += 1
         self.error.add(rows * (rows.shape[1] / size) ** 0.5, samples=samples)
 
-    def finish(self) -> Tensor:
-        """The moment, (groups, out, out)."""
-        if not self.total.any():
-            return self.total
-        mean, samples = self.total * (_PROBES / self.count), self.error.samples
-        share = shrinkage(mean, samples=samples, variation=self.error.variation(mean))
-        return shrunk(self.total, share)
+    @property
+    def shrinkage(self) -> float:
+        """See `Moments`."""
+        mean = self.total * (_PROBES / self.count)
+        return shrinkage(mean, samples=self.error.samples, variation=self.error.variation(square_of(mean)))
 
 
 @dataclass(eq=False)
 class RunningCovariance:
-    """Mean and centred second moment, merged batch by batch (Chan, Golub & LeVeque 1979), never cancelling."""
+    """Mean and centred second moment, merged batch by batch (Chan, Golub & LeVeque 1979), never cancelling.
+
+    The vectors of a wide layer are held in `batches`, and merged once they are as many as its inputs.
+    """
 
     count: int = 0
     rounding_tolerance: float = 0.0
     mean: Tensor = field(default_factory=lambda: torch.empty(0))
     scatter: Tensor = field(default_factory=lambda: torch.empty(0))
+    batches: list[Tensor] = field(default_factory=list)
     centre: Tensor = field(default_factory=lambda: torch.empty(0))
     error: SamplingError = field(default_factory=SamplingError)
 
@@ -319,26 +348,42 @@ class RunningCovariance:
 
         Products are summed in at least float32, batches are merged in float64.
         """
-        number = rows.shape[1]
-        if not number:
-            return
+        number, width = rows.shape[1:]
         rows = rows.detach().to(torch.promote_types(rows.dtype, torch.float32))
+        self.rounding_tolerance = max(self.rounding_tolerance, 4 * torch.finfo(rows.dtype).eps)
+        self.count += number
+        if number:
+            self.centre = self.centre if self.centre.numel() else rows.mean(dim=1)
+            self.error.add(rows - self.centre.to(rows).unsqueeze(1), samples=samples)
+        if number and (width <= _WIDE or self.scatter.numel()):
+            self._merge(rows)
+        elif number:
+            self.batches.append(rows.clone())
+            if self.count >= width:
+                self.merge()
+
+    def merge(self) -> None:
+        """Turn vectors that are held into their scatter."""
+        batches, self.batches = self.batches, []
+        if batches:
+            self.count = 0
+        for rows in batches:
+            self.count += rows.shape[1]
+            self._merge(rows)
+
+    def _merge(self, rows: Tensor) -> None:
+        number = rows.shape[1]
         mean = rows.mean(dim=1)
         centred = rows - mean.unsqueeze(1)
         scatter, mean = centred.mT @ centred, to_float64(mean)
-        self.rounding_tolerance = max(self.rounding_tolerance, 4 * torch.finfo(rows.dtype).eps)
-        if not self.count:
-            self.count, self.mean, self.scatter, self.centre = number, mean, to_float64(scatter), mean
-            self.error.add(centred, samples=samples)
+        if self.count == number:
+            self.mean, self.scatter = mean, to_float64(scatter)
             return
-        self.error.add(rows - self.centre.to(rows).unsqueeze(1), samples=samples)
-        total = self.count + number
         shift = mean - self.mean
         # in place, since these are the largest arrays there are
         self.scatter += scatter.to(self.scatter.device)
-        self.scatter.baddbmm_(shift.unsqueeze(2), shift.unsqueeze(1), alpha=self.count * number / total)
-        self.mean = self.mean + shift * (number / total)
-        self.count = total
+        self.scatter.baddbmm_(shift.unsqueeze(2), shift.unsqueeze(1), alpha=(self.count - number) * number / self.count)
+        self.mean = self.mean + shift * (number / self.count)
 
     def around(self, mean: Tensor) -> Tensor:
         """The scatter around another mean (groups, in)."""
@@ -347,13 +392,22 @@ class RunningCovariance:
 
     def finish(self, name: str) -> Moments:
         """The moments; `name` is for the message when they are not finite."""
-        if not torch.isfinite(self.scatter).all():
+        mean, compact = self._compact() if self.batches else (self.mean, self.scatter / self.count)
+        values = compact if isinstance(compact, Tensor) else compact.rows
+        if not torch.isfinite(values).all():
             raise DataError(f"the inputs of layer {name!r} are NaN or infinite on the calibration data; check the data")
-        covariance, samples = self.scatter / self.count, self.error.samples
-        share = shrinkage(covariance, samples=samples, variation=self.variation)
-        return Moments(self.count, self.mean, covariance, self.rounding_tolerance, samples, share)
+        samples = self.error.samples
+        share = shrinkage(compact, samples=samples, variation=self.variation(mean, compact))
+        return Moments(self.count, mean, compact, self.rounding_tolerance, samples, share)
 
-    @property
-    def variation(self) -> float:
+    def variation(self, mean: Tensor, covariance: Covariance) -> float:
         """How much the samples differ, see `SamplingError`."""
-        return self.error.variation(self.around(self.centre) / self.count)
+        away = mean - self.centre.to(mean)
+        return self.error.variation(square_of(add_outer(covariance, away)))
+
+    def _compact(self) -> tuple[Tensor, LowRankCovariance]:
+        """The mean, and the vectors around it."""
+        mean = torch.stack([to_float64(rows).sum(dim=1) for rows in self.batches]).sum(dim=0) / self.count
+        middle, root = mean.unsqueeze(1), self.count**0.5
+        rows = torch.cat([((to_float64(rows) - middle) / root).to(rows.dtype) for rows in self.batches], dim=1)
+        return mean, LowRankCovariance(rows, mean.new_zeros(len(mean)))

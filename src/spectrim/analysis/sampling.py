@@ -8,20 +8,35 @@ from torch import Tensor
 from torch.nn import functional
 
 from spectrim.core.execution import Inputs
-from spectrim.linalg import shrunk
+from spectrim.linalg import Covariance, mean_variance, square_of
 
 _ALIKE = 1e-5
 
 
-def has_different_samples(batches: Sequence[Inputs]) -> bool:
-    """Whether any two samples differ; they lie along the first dimension."""
-    tensors = [[tensor for tensor in batch.tensors() if tensor.ndim] for batch in batches]
-    first = [tensor[:1] for tensor in tensors[0]]
-    return any(
-        tensor.shape[1:] != start.shape[1:] or not torch.equal(tensor, start.expand_as(tensor))
-        for batch in tensors
-        for tensor, start in zip(batch, first, strict=False)
-    )
+@dataclass(eq=False)
+class SampleCount:
+    """How many samples there are, and whether any two differ; they lie along the first dimension."""
+
+    number: int = 0
+    differ: bool = False
+    _first: Sequence[Tensor] | None = None
+
+    def add(self, batch: Inputs) -> None:
+        """Count a batch."""
+        self.number += batch.samples
+        batched = [tensor for tensor in batch.tensors() if tensor.ndim]
+        if self._first is None:
+            self._first = [tensor[:1].clone() for tensor in batched]
+        self.differ = self.differ or any(
+            tensor.shape[1:] != first.shape[1:] or not torch.equal(tensor, first.expand_as(tensor))
+            for tensor, first in zip(batched, self._first, strict=False)
+        )
+
+    def __str__(self) -> str:
+        """For messages."""
+        if self.differ:
+            return f"{self.number} samples"
+        return "one sample" if self.number == 1 else f"{self.number} times the same sample"
 
 
 @dataclass(eq=False)
@@ -49,19 +64,24 @@ class SamplingError:
         self.squares += float(torch.linalg.vector_norm(products, dtype=torch.float64)) ** 2 / each**2
         self.samples += samples
 
-    def variation(self, moment: Tensor) -> float:
-        """Sum over the samples of the squared distances between each one's second moment and their mean, `moment`."""
-        return max(0.0, self.squares - self.samples * float(moment.square().sum()))
+    def variation(self, square: float) -> float:
+        """Sum over the samples of squared distances between each one's second moment and the mean of all.
+
+        `square` is the squared Frobenius norm of that mean.
+        """
+        return max(0.0, self.squares - self.samples * square)
 
 
-def shrinkage(moment: Tensor, *, samples: int, variation: float) -> float:
+def shrinkage(moment: Covariance, *, samples: int, variation: float) -> float:
     """Which share of a second moment (groups, n, n) to exchange for its mean variance, from 0 to 1.
 
     The share with the least mean squared error: the variance of the estimate over its squared distance to a multiple of
     the identity (Ledoit & Wolf 2004, with samples in the place of vectors). It is 1 for a single sample, or several
     that do not differ: what is seen of these says nothing of others.
     """
-    if samples < 2 or variation <= _ALIKE * samples * float(moment.square().sum()):
+    square = square_of(moment)
+    if samples < 2 or variation <= _ALIKE * samples * square:
         return 1.0
-    away = float((moment - shrunk(moment, 1.0)).square().sum())
+    isotropic = moment.shape[-1] * float(mean_variance(moment).square().sum())
+    away = square - isotropic
     return min(1.0, variation / (samples * (samples - 1)) / away) if away > 0 else 1.0

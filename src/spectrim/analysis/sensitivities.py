@@ -103,7 +103,7 @@ def with_output_grads(
         if required:
             raise
         return statistics
-    return statistics.with_output_grads({name: part.finish() for name, part in sums.items() if part.total.any()})
+    return statistics.with_output_grads({name: part for name, part in sums.items() if part.total.any()})
 
 
 def require_cache_bytes(cache: int | None) -> None:

@@ -19,7 +19,7 @@ from spectrim.layers.selection import LayerSelection, Patterns, TreatAs
 from spectrim.layers.tracing import trace
 from spectrim.layers.types import layer_type_of
 from spectrim.layers.units import SingleWeight, Unit, find_units
-from spectrim.linalg import Decomposition, Factors, FloatArray, Problem, Ranks, Spectrum, spectrum
+from spectrim.linalg import Decomposition, Factors, FloatArray, Problem, Ranks, Spectrum, matrix_of, shrunk, spectrum
 
 _T = TypeVar("_T")
 
@@ -130,9 +130,8 @@ class LayerAnalysis:
 
     def error(self, form: str, ranks: Ranks, metric: Metric) -> float:
         """The relative error at `ranks`; between the ranks of a coarse grid that of the next smaller pair."""
-        errors = self.rank_errors(form, metric)
-        below = (errors.ranks <= np.array(ranks)).all(axis=1)
-        return float(np.sqrt(errors.lost[below].min())) if below.any() else 1.0
+        tail, total = self.decomposition(form, metric).tail_at(ranks), self.problems[metric].total
+        return float(np.sqrt(np.clip(tail / total, 0.0, 1.0))) if total > 0 else 0.0
 
     def cost(self, form: str, ranks: Ranks, metric: Metric) -> Cost:
         """The cost of the factors at `ranks`, biases included."""
@@ -280,7 +279,11 @@ def _problems(unit: SingleWeight, kernels: Tensor, calibration: Calibration | No
         problems["activation"] = Problem(
             kernels, inputs.covariance, shrinkage=inputs.shrinkage, rounding_tolerance=inputs.rounding_tolerance
         )
-        outputs = [seen.output_grad_covariance for seen in moments if seen.output_grad_covariance is not None]
+        outputs = [
+            matrix_of(shrunk(seen.output_grad_covariance, seen.output_grad_shrinkage))
+            for seen in moments
+            if seen.output_grad_covariance is not None
+        ]
         if len(outputs) == len(moments):
             problems["loss"] = replace(problems["activation"], output=torch.stack(outputs).sum(dim=0))
     return problems

@@ -19,7 +19,7 @@ from spectrim.core.errors import DataError, ModelError
 from spectrim.core.nested import describe, map_tensors, tensors
 
 ProgressCallback = Callable[[str, int, int], None]
-"""Called with the name of what is done next, how many steps are done, and of how many."""
+"""Called with the name of what is done next, how many steps are done, and of how many, or of at least how many."""
 
 
 @dataclass(frozen=True)

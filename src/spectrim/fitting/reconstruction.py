@@ -1,6 +1,6 @@
 """Sequential reconstruction: every layer is fitted anew to what it receives in the compressed network."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -16,8 +16,9 @@ from spectrim.fitting.successors import Successor, find_successors, following
 from spectrim.layers.forms import form_named
 from spectrim.layers.replacement import factored_at, factorize, product, refitted_at, replace
 from spectrim.layers.types import layer_type_of
-from spectrim.linalg import Factors, Problem, to_float64
-from spectrim.linalg.problem import lifted, needed_floor
+from spectrim.linalg import Covariance, Factors, Problem, to_float64
+from spectrim.linalg.covariance import add_outer, solver, times
+from spectrim.linalg.problem import ridged
 
 _RIDGE, _MOST_RIDGE = 1e-2, 1e4
 _POSITIONS = 64
@@ -270,23 +271,23 @@ class _Fit:
         means: Their means by call site, (groups, n).
         covariance: Around each call site's own mean, since each has a bias of its own, (groups, n, n).
         metric: The covariance with the ridge.
-        root: Its Cholesky factor.
+        solve: Gives its argument (groups, out, n) times the inverse of that.
         biased: Whether the call sites may have a bias; if not, moments are taken around zero.
     """
 
     dense: Tensor
     inputs: _Rows
     means: dict[str, Tensor]
-    covariance: Tensor
-    metric: Tensor
-    root: Tensor
+    covariance: Covariance
+    metric: Covariance
+    solve: Callable[[Tensor], Tensor]
     biased: bool
 
     @classmethod
     def of(cls, layer: nn.Module, inputs: _Rows, *, samples: Sequence[int], biased: bool) -> "_Fit":
         moments = {}
         for site, batches in inputs.items():
-            statistics, calls = RunningCovariance(), len(batches) // len(samples)
+            statistics, calls = RunningCovariance(centre=_mean(batches)), len(batches) // len(samples)
             for position, rows in enumerate(batches):
                 statistics.add(rows, samples=samples[position // calls])
             moments[site] = statistics.finish(site)
@@ -297,12 +298,12 @@ class _Fit:
         if not biased:
             total = sum(seen.count for seen in moments.values())
             for site, seen in moments.items():
-                C = C + (seen.count / total) * means[site].unsqueeze(2) * means[site].unsqueeze(1)
+                C = add_outer(C, means[site] * (seen.count / total) ** 0.5)
             means = {site: torch.zeros_like(mean) for site, mean in means.items()}
         # (1 - s) C + s I but for a factor, where s is what so few samples do not know
         unknown = min(together.shrinkage / max(1 - together.shrinkage, 1e-9), _MOST_RIDGE)
-        metric = lifted(C.clone(), needed_floor(C, share=max(_RIDGE, unknown)))
-        return cls(W, inputs, means, C, metric, torch.linalg.cholesky(metric), biased)
+        metric = ridged(C, share=max(_RIDGE, unknown))
+        return cls(W, inputs, means, C, metric, solver(metric), biased)
 
     def cross(self, targets: _Rows) -> Tensor:
         """cov(y, x), (groups, out, n)."""
@@ -316,12 +317,11 @@ class _Fit:
 
     def weight(self, cross: Tensor) -> Tensor:
         """(cov(y, x) + r W)(cov(x) + r I)^-1, written as a correction of W."""
-        change = torch.cholesky_solve((cross - self.dense @ self.covariance).mT, self.root)
-        return self.dense + change.mT
+        return self.dense + self.solve(cross - times(self.dense, self.covariance))
 
     def error(self, whole: Tensor, cross: Tensor, G: Tensor | None) -> float:
         """The mean of (y - Q x)^T G (y - Q x) for a weight Q, less what no Q changes, if the mean is exact."""
-        product = (whole @ self.covariance - 2 * cross) @ whole.mT
+        product = (times(whole, self.covariance) - 2 * cross) @ whole.mT
         return float(product.diagonal(dim1=1, dim2=2).sum() if G is None else (product * G.to(product)).sum())
 
     def bias(self, site: str, whole: Tensor, targets: Sequence[Tensor]) -> Tensor:

@@ -23,15 +23,15 @@ class NetworkCost(Frozen):
             convolutions, attention, bilinear and recurrent layers; element-wise operations, norms and look-ups are not
             counted.
         uncounted: Names of operators that were run and may multiply more than element by element, but whose
-            multiplications are not known: Fourier transforms, solvers, operators of other packages.
+            multiplications are not known: Fourier transforms, solvers, operators of other packages. None without any.
         uncounted_weights: Those of them that were given a weight of the model.
     """
 
     params: int = Field(ge=0)
     bytes: int = Field(ge=0)
     macs: int = Field(ge=0)
-    uncounted: tuple[str, ...] = ()
-    uncounted_weights: tuple[str, ...] = ()
+    uncounted: tuple[str, ...] | None = None
+    uncounted_weights: tuple[str, ...] | None = None
 
 
 def count(model: nn.Module, example_inputs: Any) -> NetworkCost:
@@ -45,8 +45,8 @@ def count(model: nn.Module, example_inputs: Any) -> NetworkCost:
         params=params,
         bytes=file_size(model),
         macs=int(counter.get_total_flops()) // 2,
-        uncounted=tuple(uncounted.names),
-        uncounted_weights=tuple(uncounted.weighted),
+        uncounted=tuple(uncounted.names) or None,
+        uncounted_weights=tuple(uncounted.weighted) or None,
     )
 
 

@@ -14,6 +14,8 @@ from spectrim.layers.forms import form_named
 from spectrim.layers.types import layer_type_of
 from spectrim.linalg import Factors, Ranks, balanced, to_float64
 
+_BLOCK = 1024
+
 
 def replace(model: nn.Module, replacements: Mapping[str, nn.Module]) -> None:
     """Put each module in the place its name gives, in `model` itself; if one step fails, none has happened."""
@@ -164,8 +166,10 @@ def mean_corrections(means: Mapping[str, Tensor]) -> BiasOf:
     def corrected(name: str, module: nn.Module, whole: Tensor) -> Tensor | None:
         if name not in means:
             return own_bias(name, module, whole)
-        lost = to_float64(layer_type_of(module).kernels(module)).flatten(2) - whole
-        correction = (lost @ means[name].to(lost.device).unsqueeze(-1)).flatten()
+        mean, kernels = means[name].to(whole.device).unsqueeze(-1), layer_type_of(module).kernels(module).flatten(2)
+        # by blocks of outputs, since the difference of the whole weights may be the largest array of all
+        blocks = zip(kernels.split(_BLOCK, dim=1), whole.split(_BLOCK, dim=1), strict=True)
+        correction = torch.cat([(to_float64(dense) - low) @ mean for dense, low in blocks], dim=1).flatten()
         old = module._parameters.get("bias")
         return correction if old is None else to_float64(old).to(correction.device) + correction
 

@@ -4,7 +4,16 @@ All algebra is done in float64 whatever the weights' type, on the weights' devic
 """
 
 from spectrim.linalg.channel import ChannelDecomposition
-from spectrim.linalg.problem import Decomposition, Factors, Problem, Ranks, balanced, shrunk
+from spectrim.linalg.covariance import (
+    Covariance,
+    LowRankCovariance,
+    add_covariances,
+    matrix_of,
+    mean_variance,
+    shrunk,
+    square_of,
+)
+from spectrim.linalg.problem import Decomposition, Factors, Problem, Ranks, balanced
 from spectrim.linalg.spatial import SpatialDecomposition
 from spectrim.linalg.spectra import FloatArray, Spectrum, spectrum, to_float64
 from spectrim.linalg.subspace import Truncated, truncate, truncate_exactly
@@ -12,18 +21,24 @@ from spectrim.linalg.tucker2 import Tucker2Decomposition
 
 __all__ = [
     "ChannelDecomposition",
+    "Covariance",
     "Decomposition",
     "Factors",
     "FloatArray",
+    "LowRankCovariance",
     "Problem",
     "Ranks",
     "SpatialDecomposition",
     "Spectrum",
     "Truncated",
     "Tucker2Decomposition",
+    "add_covariances",
     "balanced",
+    "matrix_of",
+    "mean_variance",
     "shrunk",
     "spectrum",
+    "square_of",
     "to_float64",
     "truncate",
     "truncate_exactly",

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from spectrim.linalg.covariance import Covariance, LowRankCovariance, matrix_of, mean_variance, shrunk, times
 from spectrim.linalg.spectra import FloatArray, to_float64
 
 Ranks = tuple[int, ...]
@@ -20,13 +21,20 @@ Factors = tuple[Tensor, ...]
 """The factors of one layer from its input to its output, each with the groups first."""
 
 _FLOOR = 1e-7
+_WIDE = 2**22
+"""Entries of a matrix above which a full singular value decomposition takes minutes, and copies are not kept."""
 
 
 class Decomposition(ABC):
     """What factors of any rank are made from, and what each rank loses.
 
     The class says of a weight's shape alone which ranks there are, so that costs and losses cannot come apart.
+
+    Attributes:
+        problem: What is approximated.
     """
+
+    problem: "Problem"
 
     @staticmethod
     @abstractmethod
@@ -52,6 +60,11 @@ class Decomposition(ABC):
     def factors(self, ranks: Ranks) -> Factors:
         """The factors of these ranks."""
 
+    def tail_at(self, ranks: Ranks) -> float:
+        """Energy lost at `ranks`; between the ranks of a coarse grid that of the next smaller ones, if there are."""
+        below = (self.rank_grid(self.problem.weight.shape) <= np.array(ranks)).all(axis=1)
+        return float(self.tails[below].min(initial=np.inf))
+
 
 @dataclass(frozen=True, eq=False)
 class Problem:
@@ -59,8 +72,8 @@ class Problem:
 
     Attributes:
         weight: W, (groups, out, in, *kernel); a linear layer has no kernel dimensions.
-        covariance: C = cov(x), (groups, n, n) with n = in times the kernel's size, symmetric and positive semi-definite
-            up to rounding; None for the identity, which is the plain metric.
+        covariance: C = cov(x), (groups, n, n) with n = in times the kernel's size; None for the identity, which is the
+            plain metric.
         output: G, (groups, out, out), positive semi-definite; None for the identity.
         shrinkage: Share of C, from 0 to 1, to exchange for its mean variance, since the statistics do not know it.
         rounding_tolerance: Variance below this share of the largest is taken as rounding of the statistics.
@@ -68,23 +81,63 @@ class Problem:
     """
 
     weight: Tensor
-    covariance: Tensor | None = None
+    covariance: Covariance | None = None
     output: Tensor | None = None
     shrinkage: float = 0.0
     rounding_tolerance: float = 0.0
     _shared: dict[str, Tensor] = field(repr=False, default_factory=dict)
 
-    @cached_property
+    @property
+    def is_wide(self) -> bool:
+        """Whether a full decomposition takes minutes."""
+        return self.weight[0].numel() > _WIDE
+
+    @property
     def matrices(self) -> Tensor:
         """G^1/2 W in float64, (groups, out, n): with it the metric of the outputs is the identity."""
+        return self._make_matrices() if self.is_wide else self._matrices
+
+    @cached_property
+    def _matrices(self) -> Tensor:
+        return self._make_matrices()
+
+    def _make_matrices(self) -> Tensor:
         flat = to_float64(self.weight).flatten(2)
         return flat if self.output is None else self._roots[0] @ flat
 
     @property
+    def shrunk_covariance(self) -> Covariance:
+        """C with its share exchanged, on the device of `matrices`; not of the plain metric. Large, so never kept."""
+        assert self.covariance is not None
+        return shrunk(self.covariance, self.shrinkage).to(self.matrices.device)
+
+    @property
+    def roots(self) -> Sequence[Tensor] | None:
+        """By group M (out, m) with M M^T = G^1/2 W C W^T G^1/2; None where C is a matrix, whose root takes too long."""
+        if self.covariance is None:
+            # what is multiplied many times stays in its own type
+            own = self.weight.flatten(2).to(torch.promote_types(self.weight.dtype, torch.float32))
+            return list(own if self.output is None else self.matrices)
+        C, W = self.shrunk_covariance, self.matrices
+        if not isinstance(C, LowRankCovariance):
+            return None
+        seen = W @ to_float64(C.rows).mT
+        if not bool(C.ridge.any()):
+            return list(seen)
+        kind = C.rows.dtype
+        return list(torch.cat([seen.to(kind), W.to(kind) * C.ridge.sqrt().to(kind)[:, None, None]], dim=2))
+
+    @property
+    def covariances(self) -> Sequence[Covariance]:
+        """C with its share exchanged by group, a matrix in float64; not of the plain metric."""
+        C = self.shrunk_covariance
+        return list(C if isinstance(C, LowRankCovariance) else to_float64(C))
+
+    @property
     def metric(self) -> Tensor:
-        """C with its share exchanged, float64 (groups, n, n), on the device of `matrices`. Large, so never kept."""
+        """C with its share exchanged, as matrices in float64, (groups, n, n), on the device of `matrices`."""
         if self.covariance is not None:
-            return shrunk(to_float64(self.covariance).to(self.matrices.device), self.shrinkage)
+            return matrix_of(self.shrunk_covariance)
         groups, _, n = self.matrices.shape
         return torch.eye(n, dtype=torch.float64, device=self.matrices.device).expand(groups, n, n)
 
@@ -101,6 +154,8 @@ class Problem:
     @cached_property
     def total(self) -> float:
         """The energy: the sum of the outputs' variances, or of the weight's squares in the plain metric."""
+        if (self.is_wide or isinstance(self.covariance, LowRankCovariance)) and (roots := self.roots) is not None:
+            return sum(float(torch.linalg.vector_norm(M, dtype=torch.float64).square()) for M in roots)
         if self.covariance is None:
             return float(self.matrices.square().sum())
         return max(0.0, float(((self.matrices @ self.metric) * self.matrices).sum()))
@@ -108,8 +163,10 @@ class Problem:
     def seen_error(self, product: Tensor | int) -> float:
         """The energy that a product (groups, out, n), or 0, loses on the very inputs that C was taken from."""
         lost = to_float64(self.weight).flatten(2) - product
-        metric = self.metric if self.covariance is None else to_float64(self.covariance).to(lost.device)
-        return float(((lost @ metric) * lost).sum())
+        if self.covariance is None:
+            return float(lost.square().sum())
+        C = self.covariance.to(lost.device)
+        return float((times(lost, C if isinstance(C, LowRankCovariance) else to_float64(C)) * lost).sum())
 
     def unweighted(self, last: Tensor) -> Tensor:
         """G^-1/2 times the last factor (groups, out, ..), back from the metric of `matrices`."""
@@ -128,11 +185,12 @@ class Problem:
         return (vectors * roots) @ vectors.mT, (vectors / roots) @ vectors.mT
 
 
-def shrunk(moment: Tensor, share: float) -> Tensor:
-    """A second moment (groups, n, n) with a share of it exchanged for its mean variance, or for 1 where that is 0."""
-    mean = moment.diagonal(dim1=-2, dim2=-1).mean(dim=-1)
-    mean = torch.where(mean > 0, mean, torch.ones_like(mean))
-    return lifted(moment * (1 - share), share * mean)
+def ridged(C: Covariance, *, share: float) -> Covariance:
+    """C with a share of the mean variance, or more, added to its diagonals, so that it has an inverse."""
+    if isinstance(C, Tensor):
+        return lifted(C.clone(), needed_floor(C, share=share))
+    mean = mean_variance(C)
+    return C.lifted(torch.where(mean > 0, mean * share, torch.ones_like(mean)))
 
 
 def lifted(metric: Tensor, floor: Tensor) -> Tensor:

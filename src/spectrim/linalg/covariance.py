@@ -1,0 +1,133 @@
+"""Covariances: as a matrix, or of fewer samples than inputs as the product of their rows, which is never formed."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from spectrim.linalg.spectra import to_float64
+
+
+@dataclass(frozen=True, eq=False)
+class LowRankCovariance:
+    """F^T F + s I, (groups, n, n), or of one group (n, n).
+
+    Attributes:
+        rows: F, (groups, m, n), float32 or float64: m centred vectors, divided by the root of their number.
+        ridge: s, float64 (groups,).
+    """
+
+    rows: Tensor
+    ridge: Tensor
+
+    def __iter__(self) -> Iterator["LowRankCovariance"]:
+        """That of each group."""
+        return map(LowRankCovariance, self.rows, self.ridge)
+
+    @property
+    def matrix(self) -> Tensor:
+        """The matrix itself, float64."""
+        rows = to_float64(self.rows)
+        identity = torch.eye(rows.shape[-1], dtype=rows.dtype, device=rows.device)
+        return rows.mT @ rows + self.ridge.to(rows.device)[..., None, None] * identity
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the matrix."""
+        return *self.rows.shape[:-2], self.rows.shape[-1], self.rows.shape[-1]
+
+    def lifted(self, by: Tensor) -> "LowRankCovariance":
+        """With `by`, (groups,), added to the diagonals."""
+        return replace(self, ridge=self.ridge + by)
+
+    def to(self, device: torch.device) -> "LowRankCovariance":
+        """On another device."""
+        return LowRankCovariance(self.rows.to(device), self.ridge.to(device))
+
+
+Covariance = Tensor | LowRankCovariance
+"""(groups, n, n), symmetric and positive semi-definite up to rounding."""
+
+
+def matrix_of(C: Covariance) -> Tensor:
+    """As a matrix in float64."""
+    return C.matrix if isinstance(C, LowRankCovariance) else to_float64(C)
+
+
+def mean_variance(C: Covariance) -> Tensor:
+    """The trace divided by n, float64 (groups,)."""
+    if isinstance(C, Tensor):
+        return to_float64(C.diagonal(dim1=-2, dim2=-1).mean(dim=-1))
+    energy = torch.linalg.vector_norm(C.rows, dim=(-2, -1), dtype=torch.float64).square()
+    return cast(Tensor, energy / C.rows.shape[-1] + C.ridge.to(energy.device))
+
+
+def square_of(C: Covariance) -> float:
+    """The squared Frobenius norm of all groups together."""
+    if isinstance(C, Tensor):
+        return float(torch.linalg.vector_norm(C, dtype=torch.float64)) ** 2
+    gram, ridge = to_float64(C.rows @ C.rows.mT), C.ridge.to(C.rows.device)
+    trace = gram.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
+    return float(gram.square().sum() + (2 * ridge * trace + C.rows.shape[-1] * ridge.square()).sum())
+
+
+def shrunk(C: Covariance, share: float) -> Covariance:
+    """C with a share of it exchanged for its mean variance, or for 1 where that is 0."""
+    if not share:
+        return C
+    mean = mean_variance(C)
+    by = share * torch.where(mean > 0, mean, torch.ones_like(mean))
+    if isinstance(C, LowRankCovariance):
+        return LowRankCovariance(C.rows * (1 - share) ** 0.5, (1 - share) * C.ridge + by.to(C.ridge.device))
+    part = to_float64(C) * (1 - share)
+    part.diagonal(dim1=-2, dim2=-1).add_(by.unsqueeze(-1))
+    return part
+
+
+def times(M: Tensor, C: Covariance) -> Tensor:
+    """M C in float64, of M (groups, k, n)."""
+    if isinstance(C, Tensor):
+        return M @ C
+    rows = to_float64(C.rows)
+    return (M @ rows.mT) @ rows + C.ridge[:, None, None] * M
+
+
+def solver(C: Covariance) -> Callable[[Tensor], Tensor]:
+    """Gives M C^-1 in float64, of M (groups, k, n); C is positive definite, with a ridge if it is of rows.
+
+    That has the inverse of a matrix (m, m) inside (Woodbury 1950).
+    """
+    if isinstance(C, Tensor):
+        root = torch.linalg.cholesky(C)
+        return lambda M: torch.cholesky_solve(M.mT, root).mT
+    rows, ridge = to_float64(C.rows), C.ridge[:, None, None]
+    gram = rows @ rows.mT
+    gram.diagonal(dim1=1, dim2=2).add_(C.ridge.unsqueeze(1))
+    root = torch.linalg.cholesky(gram)
+    return lambda M: (M - torch.cholesky_solve((M @ rows.mT).mT, root).mT @ rows) / ridge
+
+
+def add_outer(C: Covariance, v: Tensor) -> Covariance:
+    """C + v v^T, v (groups, n)."""
+    if isinstance(C, Tensor):
+        return C + v.unsqueeze(2) * v.unsqueeze(1)
+    return replace(C, rows=torch.cat([C.rows, v.unsqueeze(1).to(C.rows)], dim=1))
+
+
+def inner(M: Tensor, C: Covariance) -> Tensor:
+    """M C M^T, (groups, k, k)."""
+    if isinstance(C, Tensor):
+        return M @ C @ M.mT
+    seen = M @ to_float64(C.rows).mT
+    return seen @ seen.mT + C.ridge[..., None, None] * (M @ M.mT) if bool(C.ridge.any()) else seen @ seen.mT
+
+
+def add_covariances(parts: list[tuple[Covariance, float]]) -> Covariance:
+    """The sum of covariances, each times its share; as rows if all of them are, and there are fewer than n."""
+    rows = [C.rows * share**0.5 for C, share in parts if isinstance(C, LowRankCovariance)]
+    if len(rows) == len(parts) and sum(part.shape[1] for part in rows) < rows[0].shape[2]:
+        ridge = torch.stack([C.ridge * share for C, share in parts if isinstance(C, LowRankCovariance)]).sum(dim=0)
+        return LowRankCovariance(torch.cat(rows, dim=1), ridge)
+    return torch.stack([matrix_of(C) * share for C, share in parts]).sum(dim=0)

@@ -1,0 +1,129 @@
+"""Wide weights, few vectors: the shortcuts against the full decomposition, forced by shape on small sizes."""
+
+import pytest
+import torch
+from cases import inputs
+from torch import Tensor, nn
+
+import spectrim as st
+from spectrim.analysis import calibration
+from spectrim.linalg import ChannelDecomposition, LowRankCovariance, Problem, problem
+from spectrim.linalg.covariance import add_outer, inner, mean_variance, solver, times
+from spectrim.linalg.subspace import leading_vectors
+
+SHAPES = {"wide": (1, 100, 160), "tall": (1, 160, 100), "square": (1, 120, 120), "kernel": (2, 90, 20, 3, 3)}
+FEW, MANY = 70, 300
+
+
+@pytest.fixture
+def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(problem, "_WIDE", 0)
+    monkeypatch.setattr(calibration, "_WIDE", 0)
+
+
+def numbers(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def weight_of(shape: tuple[int, ...]) -> Tensor:
+    """Singular values that fall off by 0.9."""
+    U, S, Vh = torch.linalg.svd(numbers(*shape).flatten(2), full_matrices=False)
+    return ((U * 0.9 ** torch.arange(S.shape[1])) @ Vh).reshape(shape)
+
+
+def low_rank(groups: int, number: int, width: int, *, ridge: float = 0.0) -> LowRankCovariance:
+    rows = numbers(groups, number, width, seed=1) / number**0.5
+    return LowRankCovariance(rows, torch.full((groups,), ridge, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("out", "into"), [(150, 400), (400, 150)])
+def test_leading_vectors_lose_next_to_nothing_above_the_least(out: int, into: int, kind: torch.dtype) -> None:
+    for W in (weight_of((1, out, into))[0], numbers(out, 3) @ numbers(3, into), torch.zeros(out, into).double()):
+        U = leading_vectors(W.to(kind), 5)
+        assert U is not None
+        torch.testing.assert_close(U.mT @ U, torch.eye(5, dtype=torch.float64), rtol=0, atol=1e-12)
+        lost = (W - U @ (U.mT @ W)).square().sum()
+        assert float(lost) <= (1 + 1e-4) * float(torch.linalg.svdvals(W)[5:].square().sum()) + 1e-6 * float(
+            W.square().sum()
+        )
+
+
+@pytest.mark.parametrize("metric", ["plain", "few", "few and ridge", "many"])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_a_wide_weight_loses_what_it_says(shape: tuple[int, ...], metric: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    W = weight_of(shape)
+    groups, out, n = W.flatten(2).shape
+    C = {
+        "plain": None,
+        "few": low_rank(groups, FEW, n),
+        "few and ridge": low_rank(groups, FEW, n, ridge=0.1),
+        "many": low_rank(groups, MANY, n).matrix,
+    }[metric]
+    reference = ChannelDecomposition(Problem(W, C if C is None or metric == "many" else C.matrix))
+    least, total = reference.tails, reference.problem.total
+    monkeypatch.setattr(problem, "_WIDE", 0)
+    for rank in (3, min(out, n) - 1, min(out, n)):
+        solved = ChannelDecomposition(Problem(W, C))
+        down, up = solved.factors((rank,))
+        miss = W.flatten(2) - up @ down.flatten(2)
+        lost = float((miss * times(miss, C) if C is not None else miss.square()).sum())
+        assert solved.tail_at((rank,)) == pytest.approx(lost, abs=1e-12 * total)
+        assert lost == pytest.approx(least[rank - 1], rel=1e-4, abs=1e-12 * total)
+    assert float(miss.abs().max()) < 1e-12  # full rank equals dense, whatever the data
+    assert solved.problem.total == pytest.approx(total)
+
+
+def test_few_ranks_are_found_without_a_full_decomposition(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(problem, "_WIDE", 0)
+    solved = ChannelDecomposition(Problem(weight_of((1, 200, 300))))
+    solved.factors((5,)), solved.tail_at((5,))
+    assert "_solved" not in vars(solved)
+    assert len(solved.spectrum) == 200  # all of them, when asked for
+    assert solved.tail_at((5,)) == solved.tails[4]
+
+
+def test_a_low_rank_covariance_computes_as_its_matrix_does() -> None:
+    C, M = low_rank(2, 7, 12, ridge=0.3), numbers(2, 5, 12, seed=2)
+    torch.testing.assert_close(times(M, C), M @ C.matrix)
+    torch.testing.assert_close(inner(M, C), M @ C.matrix @ M.mT)
+    torch.testing.assert_close(solver(C)(M), M @ torch.linalg.inv(C.matrix))
+    torch.testing.assert_close(solver(C)(M), solver(C.matrix)(M))
+    torch.testing.assert_close(mean_variance(C), C.matrix.diagonal(dim1=1, dim2=2).mean(dim=1))
+    v = numbers(2, 12, seed=3)
+    plus = add_outer(C, v)
+    assert isinstance(plus, LowRankCovariance)
+    torch.testing.assert_close(plus.matrix, add_outer(C.matrix, v))
+
+
+@pytest.mark.usefixtures("_wide")
+@pytest.mark.parametrize("number", [20, 80])
+def test_few_vectors_are_held_until_they_are_as_many_as_the_inputs(number: int) -> None:
+    x = inputs(number, 40) + 100
+    model = nn.Sequential(nn.Linear(40, 30), nn.Identity()).double()
+    moments = st.calibrate(model, x.split(7)).moments["0"]
+    assert isinstance(moments.compact, LowRankCovariance) is (number < 40)
+    torch.testing.assert_close(moments.mean[0], x.mean(dim=0))
+    torch.testing.assert_close(moments.covariance[0], torch.cov(x.T, correction=0), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rule", [st.Rank(6), st.Ratio(1.0), st.Budget(params=0.6)], ids=str)
+def test_a_network_comes_out_as_without_the_shortcuts(
+    rule: st.Rank | st.Ratio | st.Budget, bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(60, 64, bias=bias), nn.ReLU(), nn.Linear(64, 10)).double()
+    x = inputs(40, 60)
+    networks = []
+    for wide in (2**30, 0):
+        monkeypatch.setattr(problem, "_WIDE", wide)
+        monkeypatch.setattr(calibration, "_WIDE", wide)
+        small = st.compress(model, rule, example_inputs=x, data=x.split(16), allow_growth=isinstance(rule, st.Ratio))
+        networks.append(small)
+    usual, short = networks
+    assert [layer.ranks for layer in short.plan] == [layer.ranks for layer in usual.plan]
+    for first, second in zip(usual.plan.factored, short.plan.factored, strict=True):
+        assert second.predicted_error == pytest.approx(first.predicted_error, rel=1e-4, abs=1e-7)
+    with torch.no_grad():
+        torch.testing.assert_close(short.model(x), usual.model(x), rtol=1e-3, atol=1e-3)
