@@ -12,8 +12,9 @@ from spectrim.analysis.sensitivities import cache_bytes_of, require_cache_bytes,
 from spectrim.analysis.spectra import Analysis, analyze_selected
 from spectrim.benchmark.latencies import LatencyTable
 from spectrim.benchmark.measurement import Measurement, count
+from spectrim.core.batches import batches_of, without_labels
 from spectrim.core.errors import DataError, PlanError, RuleError
-from spectrim.core.execution import Inputs, ProgressCallback, as_inputs, require_repeatable, without_labels
+from spectrim.core.execution import Inputs, ProgressCallback, as_inputs, require_repeatable
 from spectrim.core.plans import Budget, Metric, Plan, Rule
 from spectrim.fitting.reconstruction import reconstruct as fit
 from spectrim.layers.replacement import duplicate, factorize
@@ -101,8 +102,8 @@ def compress(
         rule_or_plan: `Budget(macs=0.5)`, `Budget(latency=0.6, runtime="onnxruntime")`, `Rank(20)`, `Ratio(0.25)`,
             `Energy(0.9)`, or a `Plan`, with its own selection.
         example_inputs: One call's inputs: a tensor, a tuple of positional or a mapping of keyword arguments.
-        data: Calibration batches, with or without labels (one element more than `example_inputs` is a label). Their
-            inputs are kept in memory.
+        data: Calibration batches like the example, with or without labels: what a batch has beyond the example's inputs
+            is dropped. Their inputs are kept in memory.
         max_batches: Use at most so many calibration batches.
         metric: `plain`, `activation` or `loss`; with `data`, by default loss under a `Budget` and activation otherwise.
         forms: Which of `channel`, `spatial`, `tucker2` convolutions may take; see `st.plan`.
@@ -143,7 +144,7 @@ def compress(
         model,
         rule_or_plan,
         example_inputs=example_inputs,
-        data=data if max_batches is None or data is None else islice(data, max_batches),
+        data=None if data is None else islice(batches_of(data, what="the calibration data"), max_batches),
         options=PlanOptions(metric, forms, rank_multiple, allow_growth, latencies),
         layers=selection if analysis is None else analysis,
         cache=cache,

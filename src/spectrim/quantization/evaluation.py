@@ -88,8 +88,8 @@ def difference(quantised: Engine, exact: Engine, batches: Iterable[Arrays]) -> f
     return max((differences[place] / (largest[place] or 1.0) for place in differences), default=0.0)
 
 
-def accuracy_of(run: Engine, feed: Feed, data: Iterable[Any]) -> Accuracy:
-    """Top-1 accuracy over batches (inputs.., labels); the first output is (batch, classes).
+def accuracy_of(run: Engine, feed: Feed, data: Iterable[Any], *, like: Inputs | None = None) -> Accuracy:
+    """Top-1 accuracy over batches (inputs.., labels), inputs as in an example; the first output is (batch, classes).
 
     Raises `DataError` for no batches, and for outputs and labels that do not fit together.
     """
@@ -97,7 +97,7 @@ def accuracy_of(run: Engine, feed: Feed, data: Iterable[Any]) -> Accuracy:
     def scores_of(inputs: Inputs, what: str) -> Tensor:
         return torch.from_numpy(outputs_of(run, feed(inputs, what), what=what)[0])
 
-    return top1(data, scores_of)
+    return top1(data, scores_of, like=like)
 
 
 def onnx_accuracy(

@@ -4,7 +4,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, replace
 from types import FrameType
@@ -14,9 +14,11 @@ import torch
 from torch import nn
 
 from spectrim.benchmark.measurement import Epoch, accuracy
+from spectrim.core.batches import batches_of, length_of, require_batches
 from spectrim.core.distributed import Accelerator, ddp, if_distributed, share_of, total
 from spectrim.core.errors import DataError, TrainingError
 from spectrim.core.execution import unique_tensors
+from spectrim.core.nested import from_numpy
 from spectrim.training.checkpoint import Checkpoint, Progress, RngState, Saved, generators, restore, seeded, states
 from spectrim.training.history import History
 from spectrim.training.settings import Settings, StepResult, step_result
@@ -93,8 +95,10 @@ class TrainingRun:
                 f"the training data is a {type(self.data).__name__}, which is exhausted after one epoch; give a list, "
                 "a DataLoader, or a function that makes the batches of an epoch: lambda epoch: .."
             )
-        if not isinstance(self.data, Iterable) and not callable(self.data):
-            raise DataError(f"the training data is a {type(self.data).__name__}; give batches (inputs, labels)")
+        if isinstance(self.data, nn.Module) or not callable(self.data):
+            require_batches(self.data, what="the training data")
+        if self.held_out is not None:
+            require_batches(self.held_out, what="held_out")
         if isinstance(self.held_out, Iterator):
             kind = type(self.held_out).__name__
             raise DataError(f"held_out is a {kind}, which is exhausted after one epoch; give a list or a DataLoader")
@@ -189,8 +193,8 @@ class _Loop:
         for module in run.frozen_modules:
             module.eval()
         with seeded(run.model, run.settings.seed * 100_003 + epoch), torch.enable_grad():
-            batches = run.data if isinstance(run.data, Iterable) else run.data(epoch)
-            steps = len(batches) if isinstance(batches, Sized) else 0
+            batches = run.data if isinstance(run.data, Iterable) or not callable(run.data) else run.data(epoch)
+            steps = length_of(batches)
             before = time.perf_counter() - self.progress.seconds
             for position, batch in enumerate(self._remaining(batches, epoch, steps), start=self.progress.step):
                 self.stepping, self.consistent = True, False
@@ -224,7 +228,7 @@ class _Loop:
         if self.saved.loaders and len(own) == len(self.saved.loaders):
             restore(own, self.saved.loaders)
         self.saved = replace(self.saved, loaders=states(own))
-        iterator = iter(batches)
+        iterator = batches_of(batches, what=f"epoch {epoch} of the training data")
         for passed in range(done):
             if next(iterator, self) is self:
                 raise DataError(f"the data of epoch {epoch} ended after {passed} batches, and {done} were done already")
@@ -262,7 +266,7 @@ class _Loop:
         """
         run, weight = self.run, 1.0
         if self.others:
-            batch, weight = share_of(batch, self.others, position=position)
+            batch, weight = share_of(from_numpy(batch), self.others, position=position)
         result = step_result(self.network, batch, position=position, teacher=run.teacher, settings=run.settings)
         if self.others is None:
             return result, float(result.loss.detach())

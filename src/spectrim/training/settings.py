@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import SGD, AdamW, Optimizer
 
+from spectrim.core.batches import split_labels
 from spectrim.core.errors import DataError, ModelError, TrainingError
-from spectrim.core.execution import Inputs, call, device_of, split_labels
+from spectrim.core.execution import Inputs, call, device_of
 from spectrim.core.files import Frozen
 
 
@@ -100,7 +101,7 @@ def step_result(
     Raises `DataError` for a batch without labels that fit the outputs, `ModelError` for one that the model cannot run,
     and `TrainingError` for one that is too small for BatchNorm.
     """
-    inputs, targets = split_labels(batch, position=position)
+    inputs, targets = split_labels(batch, position=position, model=model)
     with torch.autocast(device_of(model).type, dtype=torch.bfloat16, enabled=settings.precision == "bf16"):
         outputs = _outputs(model, inputs, position)
         with torch.no_grad():
