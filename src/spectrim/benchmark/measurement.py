@@ -43,11 +43,12 @@ class Accuracy(Frozen):
 
 
 class Epoch(Frozen):
-    """One epoch of training: mean loss, accuracy on held-out data in [0, 1] if it was taken, seconds."""
+    """One epoch of training: mean loss, accuracy on held-out data in [0, 1] or their mean loss if taken, seconds."""
 
     epoch: int
     loss: float
     held_out: float | None = None
+    held_out_loss: float | None = None
     seconds: float
 
 

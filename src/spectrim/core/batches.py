@@ -43,12 +43,10 @@ def require_batches(data: object, *, what: str) -> None:
         )
     if isinstance(data, Mapping | Inputs):
         raise DataError(f"{kind}, which is one batch; give a list of batches: [batch]")
-    try:
-        if isinstance(data, nn.Module | str | bytes):
-            raise TypeError
-        iter(data)  # type: ignore[call-overload]
-    except TypeError:
-        raise DataError(f"{kind}; give batches: a list of them or a DataLoader") from None
+    # by its type alone: to begin an iteration may draw random numbers
+    can_iterate = hasattr(type(data), "__iter__") or hasattr(type(data), "__getitem__")
+    if not can_iterate or isinstance(data, nn.Module | str | bytes):
+        raise DataError(f"{kind}; give batches: a list of them or a DataLoader")
 
 
 def length_of(data: object) -> int:
@@ -84,7 +82,12 @@ def inputs_of(batch: Any, model: nn.Module, *, position: int, labels: bool) -> t
 
 
 def split_labels(
-    batch: Any, *, position: int, like: Inputs | None = None, model: nn.Module | None = None
+    batch: Any,
+    *,
+    position: int,
+    like: Inputs | None = None,
+    model: nn.Module | None = None,
+    required: bool = True,
 ) -> tuple[Inputs, Any]:
     """Split a labelled batch into what the model gets and the labels.
 
@@ -96,9 +99,10 @@ def split_labels(
         position: Its number, for messages.
         like: An example of the inputs, where there is one: it says which part is the labels.
         model: Without an example, decides whether several inputs are several arguments, or one that is a tuple.
+        required: Without it the labels may be missing, and are None then.
 
     Raises:
-        DataError: there are no labels, or the inputs have another structure than the example.
+        DataError: there are no labels that are required, or the inputs have another structure than the example.
     """
     if like is not None:
         inputs, labels = _by_example(batch, like, position)
@@ -108,13 +112,15 @@ def split_labels(
         first, labels = batch[:-1], from_numpy(batch[-1])
         inputs = as_inputs(first[0] if len(first) == 1 else first)
     else:
-        labels = _UNLABELLED
-    if labels is _UNLABELLED:
+        inputs, labels = as_inputs(batch), _UNLABELLED
+    if labels is _UNLABELLED and required:
         raise DataError(
             f"batch {position} is {describe(batch)}, without labels; give pairs (inputs, labels) "
             'or mappings with the entry "labels"'
         )
-    return (inputs if like is not None or model is None else _as_one_argument(inputs, model)), labels
+    if like is None and model is not None:
+        inputs = _as_one_argument(inputs, model)
+    return inputs, None if labels is _UNLABELLED else labels
 
 
 def _each(data: Iterable[Any], what: str) -> Iterator[Any]:
