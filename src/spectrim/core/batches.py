@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from spectrim.core.errors import DataError
+from spectrim.core.errors import DataError, SpectrimError
 from spectrim.core.execution import Inputs, as_inputs
 from spectrim.core.nested import describe, from_numpy
 
@@ -131,7 +131,7 @@ def _each(data: Iterable[Any], what: str) -> Iterator[Any]:
         except StopIteration:
             return
         except (TypeError, ValueError, RuntimeError) as error:
-            if not isinstance(data, DataLoader):
+            if not isinstance(data, DataLoader) or isinstance(error, SpectrimError):
                 raise
             reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
             raise DataError(

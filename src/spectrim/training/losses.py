@@ -41,8 +41,8 @@ class StepResult:
 class Objective:
     """What a run makes smaller: the loss that its settings name, or a function.
 
-    The dimension of the classes, where it was told by the shapes of a batch, holds for later batches whose shapes allow
-    more than one.
+    Where the shapes of a batch say which dimension holds the classes, that holds for later batches whose shapes allow
+    several.
     """
 
     settings: Settings
@@ -324,7 +324,10 @@ def _require_other_labels(inputs: Inputs, labels: Any, position: int) -> None:
     if known is None or known.ndim < 2 or not _is_whole(known):
         return
     for tensor in inputs.tensors():
-        if _is_whole(tensor) and tensor.shape == known.shape and bool(((tensor == known) | (known == IGNORED)).all()):
+        if not _is_whole(tensor) or tensor.shape != known.shape:
+            continue
+        known = known.to(tensor.device)
+        if bool(((tensor == known) | (known == IGNORED)).all()):
             raise DataError(
                 f"batch {position} has its inputs as labels {describe(known)}, and a network would learn to repeat "
                 "them; for a causal language model shift them, labels[:, :-1] = ids[:, 1:] and labels[:, -1] = -100, "
