@@ -166,10 +166,18 @@ def _as_one_argument(inputs: Inputs, model: nn.Module) -> Inputs:
 def _by_example(batch: Any, like: Inputs, position: int) -> tuple[Inputs, Any]:
     """What fits the example, and the labels beside it."""
     readings = list(_readings(from_numpy(batch)))
+    if len(like.kwargs) == 1 and not like.args:  # the only name needs not be given
+        (name,) = like.kwargs
+        singles = [(inputs, labels) for inputs, labels in readings if len(inputs.args) == 1]
+        readings += [(Inputs((), {name: inputs.args[0]}), labels) for inputs, labels in singles]
     for same_length in (True, False):
         for inputs, labels in readings:
             if _fits(inputs.args, like.args, same_length=True, inner=same_length) and _fits(inputs.kwargs, like.kwargs):
                 return _selected(inputs, like, labels)
+    for inputs, labels in readings:
+        if inputs.kwargs and not (inputs.args or like.kwargs):  # names say by themselves what they are
+            named, own = _from_mapping(inputs.kwargs)
+            return named, own if labels is _UNLABELLED else labels
     raise DataError(
         f"batch {position} is {describe(batch)}, which does not fit the example inputs ({like.describe()})"
         f"{_difference(readings, like)}; give batches like the example, with or without labels after the inputs"
