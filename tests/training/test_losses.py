@@ -418,6 +418,11 @@ WRONG: dict[str, tuple[Callable[[], object], type[errors.SpectrimError], str]] =
         errors.TrainingError,
         NAMES,
     ),
+    "held-out values that are none": (
+        lambda: st.finetune(mlp(), [(X, VALUES)], loss="mse", held_out=[(X, VALUES * torch.nan)]),
+        errors.TrainingError,
+        "the held-out loss became nan in epoch 0, step 0",
+    ),
     "no held-out batch": (
         lambda: st.finetune(mlp(), [(X, CLASSES)], held_out=[]),
         errors.DataError,

@@ -340,6 +340,7 @@ class _Loop:
         right = held_out_loss = None
         if run.held_out is not None:
             right, held_out_loss = self.objective.held_out(run.model, run.held_out)
+            self._require_finite(held_out_loss or 0.0, what="held-out loss", position=old.step - 1)
         seconds = old.seconds + time.perf_counter() - start
         loss = old.loss / old.step
         ended = Epoch(epoch=len(old.curve), loss=loss, held_out=right, held_out_loss=held_out_loss, seconds=seconds)
