@@ -19,8 +19,9 @@ from spectrim.analysis.sensitivities import (
 from spectrim.analysis.spectra import Analysis, analyze_selected
 from spectrim.benchmark.latencies import LatencyTable
 from spectrim.benchmark.measurement import Measurement, count
+from spectrim.core.batches import batches_of, without_labels
 from spectrim.core.errors import DataError, PlanError, RuleError
-from spectrim.core.execution import Inputs, ProgressCallback, as_inputs, require_repeatable, without_labels
+from spectrim.core.execution import Inputs, ProgressCallback, as_inputs, require_repeatable
 from spectrim.core.plans import Budget, Metric, Plan, Rule
 from spectrim.fitting.reconstruction import reconstruct as fit
 from spectrim.layers.replacement import duplicate, factorize
@@ -111,8 +112,9 @@ def compress(
         rule_or_plan: `Budget(macs=0.5)`, `Budget(latency=0.6, runtime="onnxruntime")`, `Rank(20)`, `Ratio(0.25)`,
             `Energy(0.9)`, or a `Plan`, with its own selection.
         example_inputs: One call's inputs: a tensor, a tuple of positional or a mapping of keyword arguments.
-        data: Calibration batches, with or without labels (one element more than `example_inputs` is a label). They are
-            run through once; only a `Budget`, the loss metric and `reconstruct=True` keep their inputs in memory.
+        data: Calibration batches like the example, with or without labels: what a batch has beyond the example's inputs
+            is dropped. They are run through once; only a `Budget`, the loss metric and `reconstruct=True` keep their
+            inputs in memory.
         max_batches: Use at most so many calibration batches.
         metric: `plain`, `activation` or `loss`; with `data`, by default loss under a `Budget` and activation otherwise.
         forms: Which of `channel`, `spatial`, `tucker2` convolutions may take; see `st.plan`.
@@ -150,12 +152,12 @@ def compress(
             "an analysis already has its layers; give include, exclude, keep_last, treat_as to st.analyze instead"
         )
     if data is not None and max_batches is not None:
-        data = islice(data, max_batches)
+        data = islice(batches_of(data, what="the calibration data"), max_batches)
     decision = decide(
         model,
         rule_or_plan,
         example_inputs=example_inputs,
-        data=list(data) if data is not None and reconstruct is True else data,
+        data=list(batches_of(data, what="the calibration data")) if data is not None and reconstruct is True else data,
         options=PlanOptions(metric, forms, rank_multiple, allow_growth, latencies),
         layers=selection if analysis is None else analysis,
         cache=cache,
@@ -260,12 +262,14 @@ class _Stages:
         if not samples.differ and not isinstance(rule, Plan):
             return bare, []
         if "loss" in metrics or (budgeted and metric is None):
-            statistics = with_output_grads(model, statistics, batches, layers=layers, required="loss" in metrics)
+            statistics = with_output_grads(
+                model, statistics, _in_memory(batches), layers=layers, required="loss" in metrics
+            )
         analysis = self.analysed(selection, statistics)
         if not budgeted:
             return analysis, batches
         weighed = sensitivity(
-            model, analysis, batches, cache=self.cache, on_progress=_progress_of("weigh", self.on_progress)
+            model, analysis, _in_memory(batches), cache=self.cache, on_progress=_progress_of("weigh", self.on_progress)
         )
         blocked = metric is None and _has_blocked_gradients(weighed)
         return _without_loss_metric(weighed) if blocked else weighed, batches
@@ -310,8 +314,8 @@ class _Stages:
         for done, batch in enumerate(batches):
             if self.on_progress is not None:
                 self.on_progress("calibrate", done, max(number, done + 1))
-            samples.add(batch)
             yield batch
+            samples.add(batch)
 
     def _begin(self, stage: str) -> None:
         if self.on_progress is not None:

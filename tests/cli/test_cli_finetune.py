@@ -176,6 +176,23 @@ def test_an_interrupt_before_training_leaves_nothing(run: Run, tmp_path: Path, m
     assert files(tmp_path) == before
 
 
+@pytest.mark.parametrize("loss", ["mse", "bce"])
+def test_the_outputs_of_the_teacher_are_followed_by_the_loss_that_is_named(run: Run, tmp_path: Path, loss: str) -> None:
+    result = run(*TAUGHT, "--loss", loss, "--epochs", 2, "--no-test", "--out", "tuned")
+    assert result.code == 0, result.err
+    history = History.load(tmp_path / "tuned" / "history.json")
+    assert history.measured_by == "loss"
+    assert history[1].held_out_loss < history[0].held_out_loss
+    assert "held-out loss" in (tmp_path / "tuned" / "history.html").read_text(encoding="utf-8")
+    record = Tuned.load(tmp_path / "tuned" / "measurement.json")
+    assert record.held_out[1].value > record.held_out[0].value
+    for more in (("--label-weight", 0.5), ()):
+        wrong = run(*(TAUGHT if more else SMALL), "--loss", loss, *more, "--out", "other")
+        assert wrong.code == 2
+        assert f"--loss {loss}" in wrong.err
+        assert not (tmp_path / "other").exists()
+
+
 def test_a_file_and_a_plain_state_are_weights_too(run: Run, tmp_path: Path) -> None:
     folder, file = tmp_path / "a", tmp_path / "b"
     assert run(*SMALL, "--epochs", 1, "--no-test", "--out", folder).code == 0

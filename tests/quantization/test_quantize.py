@@ -14,6 +14,7 @@ from bfloat16 import refused_without_bfloat16
 from cases import Residual, WordModel, inputs, same_state, small_cnn, small_mlp, state
 from torch import Tensor, nn
 
+import spectrim as st
 from spectrim.benchmark.measurement import Accuracy
 from spectrim.compression import compress
 from spectrim.core.errors import DataError, DependencyError, EngineError, FileError, ModelError, RuleError
@@ -488,3 +489,29 @@ def test_a_failed_comparison_leaves_no_files(
     with pytest.raises(error, match=message):
         compare_quantized(wide(), wide(), torch.zeros(2, 64), folder=tmp_path, **options)
     assert not list(tmp_path.iterdir())
+
+
+class Masked(nn.Module):
+    """Classes of words that a mask chooses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(10, 8), nn.Linear(8, 3)
+
+    def forward(self, words: Tensor, mask: Tensor) -> Tensor:
+        return self.head((self.table(words) * mask.unsqueeze(2)).sum(dim=1))
+
+
+def test_inputs_by_name_reach_the_file_by_name(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Masked().eval()
+    words, mask = torch.randint(0, 10, (32, 6)), torch.randint(0, 2, (32, 6))
+    labels = model(words, mask).argmax(dim=1)
+    st.export_onnx(model, tmp_path / "model.onnx", {"mask": mask[:1], "words": words[:1]})
+    batch = {"mask": mask, "labels": labels, "words": words}
+    assert st.onnx_accuracy(tmp_path / "model.onnx", [batch]).correct == 32
+    with pytest.raises(DataError, match="the batches name mask, and the file's inputs are words, mask"):
+        st.onnx_accuracy(tmp_path / "model.onnx", [({"mask": mask}, labels)])
+    inputs = {"mask": mask[:1], "words": words[:1]}
+    done = st.quantize(model, inputs, path=tmp_path / "small.onnx", scheme="int8-weights", data=[batch], test=[batch])
+    assert done.accuracy.correct >= 30

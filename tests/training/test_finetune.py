@@ -226,7 +226,7 @@ def test_steps_tell_accuracy_and_time_left() -> None:
     assert all(step.seconds_left is not None and step.seconds_left >= 0 for step in steps)
     assert steps[-1].seconds_left == 0
     logits = [(x, model(x).detach()) for x, _ in batches]
-    st.finetune(model, lambda epoch: iter(logits), epochs=1, on_step=steps.append)
+    st.finetune(model, lambda epoch: iter(logits), loss="kl", epochs=1, on_step=steps.append)
     assert (steps[-1].accuracy, steps[-1].seconds_left, steps[-1].steps) == (None, None, 0)
 
 

@@ -42,7 +42,8 @@ def test_it_regains_what_compression_lost(how: str) -> None:
     before = st.accuracy(small, [(x, y)]).value
     with torch.no_grad():
         targets = model(x) if how == "logits" else y
-    tuned = st.finetune(small, epochs(x, targets), teacher=model if how == "teacher" else None, epochs=8, lr=1e-2)
+    options = {"teacher": {"teacher": model}, "logits": {"loss": "kl"}, "labels": {}}[how]
+    tuned = st.finetune(small, epochs(x, targets), **options, epochs=8, lr=1e-2)
     assert st.accuracy(tuned.model, [(x, y)]).value > before + 0.02
     assert tuned.history[-1].loss < tuned.history[0].loss
 

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.analysis.sampling import SamplingError, shrinkage
+from spectrim.core.batches import batches_of, inputs_of
 from spectrim.core.distributed import Accelerator, all_reduce, if_distributed, shard
 from spectrim.core.errors import DataError, ModelError
-from spectrim.core.execution import Inputs, as_inputs, call, evaluating, on_device_of, split_labels, temporary
+from spectrim.core.execution import Inputs, call, evaluating, on_device_of, temporary
 from spectrim.core.nested import tensors
 from spectrim.layers.tracing import typed_layers, watching
 from spectrim.layers.types import layer_type_of
@@ -114,9 +115,9 @@ def calibrate(
 
     Args:
         model: Any module; batches are moved to its device.
-        batches: Each a tensor, a tuple of positional or a mapping of keyword arguments.
+        batches: Each a tensor, a tuple of positional or a mapping of keyword arguments; NumPy arrays become tensors.
         max_batches: Stop after so many.
-        labels: Batches are (inputs.., labels); the labels are set aside.
+        labels: Batches are (inputs.., labels), or mappings with the entry "labels"; the labels are set aside.
         layers: Names of the layers to watch; all by default.
         positions: Places of each sample that are looked at (output pixels of a convolution, time steps of a linear
             layer), chosen at random but the same for every sample; None for all of them.
@@ -136,14 +137,14 @@ def calibrate(
             rows = layer_type_of(layer).input_rows(layer, x.detach(), output=output, positions=positions)
             sums.setdefault(name, RunningCovariance()).add(rows, samples=samples)
 
-    hint = "" if labels else " If the batches are pairs of inputs and labels, pass labels=True."
     seen = samples = 0
     with evaluating(model), watching(model, add_rows):
-        for position, batch, is_own in shard(islice(batches, max_batches), accelerator):
+        data = islice(batches_of(batches, what="the calibration data"), max_batches)
+        for position, batch, is_own in shard(data, accelerator):
             seen = position + 1
             if not is_own:
                 continue
-            inputs = split_labels(batch, position=position)[0] if labels else as_inputs(batch)
+            inputs, hint = inputs_of(batch, model, position=position, labels=labels)
             samples = inputs.samples
             try:
                 if gradients:

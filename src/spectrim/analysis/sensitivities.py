@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from spectrim.analysis.activation_cache import DEFAULT_BYTES, ActivationCache
 from spectrim.analysis.calibration import Calibration, RunningGradients, add_gradients
 from spectrim.analysis.spectra import Analysis, LayerAnalysis
+from spectrim.core.batches import batches_of, inputs_of
 from spectrim.core.errors import DataError, ModelError, PlanError
-from spectrim.core.execution import Inputs, ProgressCallback, as_inputs, call, evaluating, temporary
+from spectrim.core.execution import Inputs, ProgressCallback, call, evaluating, temporary
 from spectrim.core.nested import tensors
 from spectrim.core.plans import Metric
 from spectrim.layers.replacement import factored_at, mean_corrections, product, replace
@@ -30,6 +31,7 @@ def sensitivity(
     analysis: Analysis,
     batches: Iterable[Any],
     *,
+    labels: bool = False,
     metric: Metric = "activation",
     cache: int | None = None,
     on_progress: ProgressCallback | None = None,
@@ -43,7 +45,8 @@ def sensitivity(
     Args:
         model: The model that was analysed; put back as it was after each layer.
         analysis: From `st.analyze` with a calibration.
-        batches: Inputs; as many as are needed are used, whatever their order.
+        batches: As for `st.calibrate`; as many as are needed are used, whatever their order.
+        labels: Batches have labels, as for `st.calibrate`.
         metric: In which metric the layers are factored.
         cache: Bytes of blocks' outputs that may be kept, so that not every pass has to begin at the first layer.
             By default what the statistics take, at least 160 MiB.
@@ -54,12 +57,14 @@ def sensitivity(
         PlanError: a negative `cache`.
     """
     require_cache_bytes(cache)
-    used = subset([as_inputs(batch) for batch in batches], samples=_MOST)
+    data = enumerate(batches_of(batches, what="the data to measure sensitivities on"))
+    read = [inputs_of(batch, model, position=position, labels=labels) for position, batch in data]
+    used = subset([inputs for inputs, _ in read], samples=_MOST)
     if not used:
         raise DataError("there is no data to measure sensitivities on; give at least one batch")
     layers = [layer for layer in analysis if metric in layer.problems]
     activations = ActivationCache(model, cache_bytes_of(analysis, cache), used[0])
-    runs = _SingleLayerRuns(activations, used, metric, analysis.means)
+    runs = _SingleLayerRuns(activations, used, metric, analysis.means, hint=read[0][1])
     sensitivities: dict[str, float] = {}
     for done, layer in enumerate(layers):
         if on_progress is not None:
@@ -84,7 +89,7 @@ class _ShapeError(Exception):
 def with_output_grads(
     model: nn.Module,
     statistics: Calibration,
-    batches: Iterable[Any],
+    batches: Sequence[Inputs],
     *,
     layers: Collection[str] | None = None,
     required: bool = True,
@@ -97,7 +102,7 @@ def with_output_grads(
     sums: dict[str, RunningGradients] = {}
     try:
         with evaluating(model):
-            for position, batch in enumerate(subset([as_inputs(batch) for batch in batches], samples=_GRADIENTS)):
+            for position, batch in enumerate(subset(batches, samples=_GRADIENTS)):
                 add_gradients(model, batch, layers, sums, what=f"batch {position}")
     except (DataError, ModelError):
         if required:
@@ -140,6 +145,7 @@ class _SingleLayerRuns:
     metric: Metric
     means: Mapping[str, Tensor]
     dense_outputs: list[list[Tensor]] = field(default_factory=list)
+    hint: str = ""
 
     def measure(self, layer: LayerAnalysis) -> float:
         """The sensitivity of one layer."""
@@ -152,7 +158,7 @@ class _SingleLayerRuns:
         squares = torch.zeros(0, dtype=torch.float64)
         for position, batch in enumerate(self.batches):
             if position == len(self.dense_outputs):
-                self.dense_outputs.append(_outputs(model, batch, position))
+                self.dense_outputs.append(_outputs(model, batch, position, hint=self.hint))
             replace(model, after)
             try:
                 # blocks before the layer are not run again
@@ -199,7 +205,7 @@ def _by_sample(first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
     return torch.cat(differences, dim=1).double().square().mean(dim=1).cpu()
 
 
-def _outputs(model: nn.Module, batch: Inputs, position: int) -> list[Tensor]:
+def _outputs(model: nn.Module, batch: Inputs, position: int, *, hint: str = "") -> list[Tensor]:
     with evaluating(model):
-        result = call(model, batch, what=f"batch {position}")
+        result = call(model, batch, what=f"batch {position}", hint=hint)
     return [tensor.detach().to(torch.float32, copy=True) for tensor in tensors(result) if tensor.is_floating_point()]

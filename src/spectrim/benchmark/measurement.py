@@ -10,9 +10,11 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from spectrim.core.batches import batches_of, split_labels
 from spectrim.core.errors import DataError
-from spectrim.core.execution import Inputs, as_inputs, call, evaluating, require_repeatable, split_labels
+from spectrim.core.execution import Inputs, as_inputs, call, evaluating, require_repeatable
 from spectrim.core.files import Frozen
+from spectrim.core.nested import logits_of
 from spectrim.layers.cost import NetworkCost
 from spectrim.layers.cost import count as count_cost
 from spectrim.runtimes.sessions import Runtime, RuntimeName, require_runtime, timed_together
@@ -41,11 +43,12 @@ class Accuracy(Frozen):
 
 
 class Epoch(Frozen):
-    """One epoch of training: mean loss, accuracy on held-out data in [0, 1] if it was taken, seconds."""
+    """One epoch of training: mean loss, accuracy on held-out data in [0, 1] or their mean loss if taken, seconds."""
 
     epoch: int
     loss: float
     held_out: float | None = None
+    held_out_loss: float | None = None
     seconds: float
 
 
@@ -129,7 +132,7 @@ def measure(
         model: The model to measure.
         example_inputs: One call's inputs; MACs and latency are for this call, batch size included.
         reference: What to compare with.
-        data: Batches (inputs.., labels) for the accuracy.
+        data: Batches (inputs.., labels) for the accuracy, inputs as in the example.
         latency: Time the model; off saves a second or more.
         runtime: `torch`, `channels_last`, `compile`, `onnxruntime`, `openvino`, `openvino-bf16` or `torch-bf16`; see
             `spectrim.runtimes.RUNTIMES`. Those of ONNX and OpenVINO take a model on the CPU only.
@@ -148,13 +151,14 @@ def measure(
     _require_enough(rounds, threads)
     if latency:
         require_runtime(runtime, threads=threads)
-    scored = {} if data is None else {"accuracy": accuracy(model, data)}
+    example = as_inputs(example_inputs)
+    scored = {} if data is None else {"accuracy": accuracy(model, data, example_inputs=example)}
     if latency:
         (own,) = measure_each(
-            [model], example_inputs, reference=reference, runtime=runtime, threads=threads, batch=batch, rounds=rounds
+            [model], example, reference=reference, runtime=runtime, threads=threads, batch=batch, rounds=rounds
         )
     else:
-        (own,) = _counted([model], resized(as_inputs(example_inputs), batch), reference)
+        (own,) = _counted([model], resized(example, batch), reference)
     return own.model_copy(update=scored)
 
 
@@ -253,22 +257,38 @@ def count(model: nn.Module, example_inputs: Any) -> Measurement:
     return Measurement(**count_cost(model, example_inputs).model_dump())
 
 
-def accuracy(model: nn.Module, data: Iterable[Any]) -> Accuracy:
-    """Top-1 accuracy over batches (inputs.., labels); outputs (batch, classes), labels (batch,) of class indices.
+def accuracy(model: nn.Module, data: Iterable[Any], *, example_inputs: Any = None) -> Accuracy:
+    """Top-1 accuracy over batches; outputs (batch, classes), or a mapping with such `logits`.
+
+    Args:
+        model: The model.
+        data: Batches (inputs.., labels), ((inputs..), labels) or ({name: input}, labels), or mappings with the entry
+            "labels" or "label". Labels are class indices (batch,).
+        example_inputs: One call's inputs; decides what is a label where it is not the last of a batch's parts.
 
     Raises:
         DataError: no batches, or outputs and labels that do not fit together.
     """
+    like = None if example_inputs is None else as_inputs(example_inputs)
     with evaluating(model):
-        return top1(data, lambda inputs, what: call(model, inputs, what=what))
+        return top1(data, lambda inputs, what: call(model, inputs, what=what), like=like, model=model)
 
 
-def top1(data: Iterable[Any], scores_of: Callable[[Inputs, str], Any]) -> Accuracy:
-    """As `accuracy`, of any function from one call's inputs, and how a message names them, to the outputs."""
+def top1(
+    data: Iterable[Any],
+    scores_of: Callable[[Inputs, str], Any],
+    *,
+    like: Inputs | None = None,
+    model: nn.Module | None = None,
+) -> Accuracy:
+    """As `accuracy`, of any function from one call's inputs, and how a message names them, to the outputs.
+
+    `like` and `model` are as in `split_labels`.
+    """
     correct = total = 0
-    for position, batch in enumerate(data):
-        inputs, labels = split_labels(batch, position=position)
-        outputs, labels = scores_of(inputs, f"batch {position}"), torch.as_tensor(labels)
+    for position, batch in enumerate(batches_of(data, what="the data for the accuracy")):
+        inputs, labels = split_labels(batch, position=position, like=like, model=model)
+        outputs, labels = logits_of(scores_of(inputs, f"batch {position}")), torch.as_tensor(labels)
         if not isinstance(outputs, Tensor) or outputs.ndim != 2 or outputs.shape[:1] != labels.shape:
             shape = list(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
             raise DataError(

@@ -33,7 +33,7 @@ _what, _how = (partial(typer.Option, rich_help_panel=panel) for panel in ("What 
 
 _SOURCE = Group(without=("input", "images", "cache"), required=("weights", "data"), defaults={"batch": 128})
 _SETTINGS = Group(
-    without=("clip", "seed"),
+    without=("clip", "seed", "axis"),
     defaults={"keep": "best"},
     options={
         "epochs": _how(metavar="N", help="Passes over the images."),
@@ -42,6 +42,11 @@ _SETTINGS = Group(
         "momentum": _how(metavar="SHARE", help="Momentum of SGD."),
         "weight_decay": _how(metavar="RATE", help="Weight decay of what is trained."),
         "warm_up": _how(metavar="SHARE", help="Share of all steps with a rising learning rate."),
+        "loss": _how(
+            metavar="cross_entropy|mse|bce",
+            help="How the outputs are compared with the teacher's (KL, squared error, binary cross-entropy); labels of "
+            "images take the first, which is the default.",
+        ),
         "temperature": _how(metavar="T", help="Softens the teacher's outputs and the network's."),
         "label_weight": _how(metavar="SHARE", help="Share of the labels in the loss, with a teacher."),
         "precision": _how(metavar="float32|bf16", help="Number type of the computation."),
@@ -132,6 +137,10 @@ def finetune_network(
     _ = tuning.trained, source.options
     if settings.label_weight > 0 and tuning.teacher_weights is None:
         raise typer.BadParameter("--label-weight needs a teacher: give --teacher-weights")
+    if settings.loss not in (None, "cross_entropy") and tuning.teacher_weights is None:
+        raise typer.BadParameter(f"--loss {settings.loss} compares with a teacher: give --teacher-weights")
+    if settings.loss in ("mse", "bce") and settings.label_weight > 0:
+        raise typer.BadParameter(f"--loss {settings.loss} takes no class indices: leave --label-weight out")
     unfinished, files = out / _UNFINISHED, _files(out)
     with stages(state=lambda: _state(unfinished)) as progress, outputs(out, files) as folder:
         task = _load(source, tuning, progress=progress)
@@ -243,7 +252,8 @@ def _state(unfinished: Path) -> str:
 
 
 def _show(record: Tuned, history: History, *, images: Images) -> None:
-    stopped = f"Stopped after {len(history)} epochs: the held-out accuracy no longer rose."
+    why = "loss no longer fell" if history.measured_by == "loss" else "accuracy no longer rose"
+    stopped = f"Stopped after {len(history)} epochs: the held-out {why}."
     epoch = history.weights_of
     best = epoch if epoch is not None and epoch + 1 < len(history) else None
     show(

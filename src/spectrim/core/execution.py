@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.utils.hooks import RemovableHandle
 
-from spectrim.core.errors import DataError, ModelError
-from spectrim.core.nested import describe, map_tensors, tensors
+from spectrim.core.errors import ModelError
+from spectrim.core.nested import describe, from_numpy, map_tensors, tensors
 
 ProgressCallback = Callable[[str, int, int], None]
 """Called with the name of what is done next, how many steps are done, and of how many, or of at least how many."""
@@ -49,36 +49,18 @@ class Inputs:
 
 
 def as_inputs(value: Any) -> Inputs:
-    """A tensor is the one argument, a tuple or list the positional ones, a mapping the keyword ones."""
+    """A tensor is the one argument, a tuple or list the positional ones, a mapping the keyword ones.
+
+    NumPy arrays become tensors. Raises `DataError` for an array that holds no numbers.
+    """
     if isinstance(value, Inputs):
         return value
+    value = from_numpy(value)
     if isinstance(value, Mapping):
         return Inputs((), dict(value))
     if isinstance(value, Sequence) and not isinstance(value, str):
         return Inputs(tuple(value), {})
     return Inputs((value,), {})
-
-
-def split_labels(batch: Any, *, position: int) -> tuple[Inputs, Any]:
-    """Split a labelled batch (inputs.., labels) into the model's inputs and the labels.
-
-    Raises:
-        DataError: the batch is not a tuple or list of at least two.
-    """
-    if not isinstance(batch, Sequence) or isinstance(batch, str) or len(batch) < 2:
-        raise DataError(
-            f"batch {position} is {describe(batch)}, not (inputs, labels); give pairs, as a DataLoader does"
-        )
-    first, labels = batch[:-1], batch[-1]
-    return as_inputs(first[0] if len(first) == 1 else first), labels
-
-
-def without_labels(data: Iterable[Any], *, like: Inputs) -> Iterator[Inputs]:
-    """The inputs of each batch; what it has beyond those of an example, its labels, is left out."""
-    number = len(like.args) or 1
-    for batch in data:
-        labelled = isinstance(batch, Sequence) and not isinstance(batch, str) and len(batch) == number + 1
-        yield as_inputs((batch[0] if number == 1 else batch[:-1]) if labelled else batch)
 
 
 def device_of(model: nn.Module) -> torch.device:

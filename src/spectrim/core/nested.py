@@ -3,12 +3,16 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
+from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
+
+from spectrim.core.errors import DataError
 
 
 def tensors(value: Any, *, floats: bool = False) -> Iterator[Tensor]:
@@ -54,10 +58,41 @@ def map_tensors(value: Any, change: Callable[[Tensor], Any], *, other: Callable[
     return pytree.tree_map(at, value, is_leaf=lambda leaf: isinstance(leaf, PackedSequence))
 
 
-def describe(value: Any) -> str:
-    """Types and shapes, for messages."""
-    if isinstance(value, Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+def from_numpy(value: Any) -> Any:
+    """`value` with a tensor, a copy, in place of every NumPy array.
+
+    Raises:
+        DataError: an array that holds no numbers.
+    """
+
+    def as_tensor(leaf: Any) -> Any:
+        if not isinstance(leaf, np.ndarray):
+            return leaf
+        try:
+            return torch.from_numpy(np.array(leaf, order="C"))
+        except TypeError as error:
+            raise DataError(f"an array of {leaf.dtype} {list(leaf.shape)} makes no tensor; give numbers") from error
+
+    leaves = pytree.tree_leaves(value)
+    if not any(isinstance(leaf, np.ndarray | Mapping) for leaf in leaves):
+        return value
+    return map_tensors(value, lambda tensor: tensor, other=as_tensor)
+
+
+def logits_of(outputs: Any) -> Any:
+    """The entry "logits" of a mapping of outputs, as Hugging Face's models return; other outputs as they are."""
+    return outputs["logits"] if isinstance(outputs, Mapping) and "logits" in outputs else outputs
+
+
+def describe(value: Any, *, most: int = 8) -> str:
+    """Types and shapes, for messages; of long sequences and mappings the first entries."""
+    if isinstance(value, Tensor | np.ndarray):
+        kind = str(value.dtype).removeprefix("torch.")
+        return f"{kind} {list(value.shape)}" if isinstance(value, Tensor) else f"array of {kind} {list(value.shape)}"
     if isinstance(value, tuple | list):
-        return f"{type(value).__name__}({', '.join(map(describe, value))})"
-    return type(value).__name__
+        entries = [describe(entry) for entry in value[:most]]
+    elif isinstance(value, Mapping):
+        entries = [f"{name}={describe(entry)}" for name, entry in islice(value.items(), most)]
+    else:
+        return type(value).__name__
+    return f"{type(value).__name__}({', '.join([*entries, '..'] if len(value) > most else entries)})"

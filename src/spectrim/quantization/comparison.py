@@ -2,7 +2,7 @@
 
 import re
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import nn
 
 from spectrim.benchmark.measurement import Accuracy
+from spectrim.core.batches import batches_of, require_batches
 from spectrim.core.errors import DataError
 from spectrim.core.files import Frozen
 from spectrim.quantization.evaluation import require_quantizer
@@ -134,9 +135,11 @@ def compare_quantized(
     require_runtime(runtime, threads=threads, reads_onnx=True)
     if rounds < 5:
         raise DataError(f"rounds={rounds}: give at least 5")
-    if test is not None and iter(test) is test:
+    if test is not None:
+        require_batches(test, what="test")
+    if isinstance(test, Iterator):
         raise DataError("test is an iterator, which can be gone through only once; give a list or a loader")
-    batches = None if data is None else list(data)
+    batches = None if data is None else list(batches_of(data, what="the calibration data"))
     chosen = _schemes(schemes, has_data=data is not None)
     sources: dict[Network, Source] = {
         "dense": Source.of(dense, example_inputs, data=batches),

@@ -1,6 +1,7 @@
 """ONNX models on batch after batch: inputs by name, the difference to the exact outputs, accuracy."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,8 +89,8 @@ def difference(quantised: Engine, exact: Engine, batches: Iterable[Arrays]) -> f
     return max((differences[place] / (largest[place] or 1.0) for place in differences), default=0.0)
 
 
-def accuracy_of(run: Engine, feed: Feed, data: Iterable[Any]) -> Accuracy:
-    """Top-1 accuracy over batches (inputs.., labels); the first output is (batch, classes).
+def accuracy_of(run: Engine, feed: Feed, data: Iterable[Any], *, like: Inputs | None = None) -> Accuracy:
+    """Top-1 accuracy over batches (inputs.., labels), inputs as in an example; the first output is (batch, classes).
 
     Raises `DataError` for no batches, and for outputs and labels that do not fit together.
     """
@@ -97,7 +98,16 @@ def accuracy_of(run: Engine, feed: Feed, data: Iterable[Any]) -> Accuracy:
     def scores_of(inputs: Inputs, what: str) -> Tensor:
         return torch.from_numpy(outputs_of(run, feed(inputs, what), what=what)[0])
 
-    return top1(data, scores_of)
+    return top1(data, scores_of, like=like)
+
+
+def _in_order(names: Sequence[str], inputs: Inputs) -> list[Tensor]:
+    """The tensors for these names; in the order given where they have none."""
+    if not inputs.kwargs:
+        return inputs.tensors()
+    if set(inputs.kwargs) != set(names):
+        raise DataError(f"the batches name {', '.join(inputs.kwargs)}, and the file's inputs are {', '.join(names)}")
+    return [torch.as_tensor(inputs.kwargs[name]) for name in names]
 
 
 def onnx_accuracy(
@@ -107,7 +117,8 @@ def onnx_accuracy(
 
     Args:
         path: The file; its first output is (batch, classes).
-        data: Batches whose inputs stand in the order of the file's inputs; labels are (batch,) class indices.
+        data: Batches whose inputs stand in the order of the file's inputs, or have their names; labels are (batch,)
+            class indices.
         runtime: `onnxruntime`, `openvino` or `openvino-bf16`.
         threads: As many as torch uses by default.
 
@@ -125,5 +136,5 @@ def onnx_accuracy(
         raise FileError(f"cannot read {path}: {error.strerror or error}") from error
     except Exception as error:
         raise FileError(f"{path} is not an ONNX model: {root_reason(error)}") from error
-    feed = feed_of(proto, Inputs.tensors)
+    feed = feed_of(proto, partial(_in_order, input_names(proto)))
     return accuracy_of(engine(proto, runtime=runtime, threads=threads), feed, data)

@@ -14,8 +14,9 @@ from pydantic import AliasChoices, Field
 from torch import nn
 
 from spectrim.benchmark.measurement import Accuracy
+from spectrim.core.batches import batches_of, without_labels
 from spectrim.core.errors import DataError, FileError, ModelError, RuleError
-from spectrim.core.execution import as_inputs, without_labels
+from spectrim.core.execution import Inputs, as_inputs
 from spectrim.core.files import Frozen, write_atomically
 from spectrim.core.plans import Budget
 from spectrim.quantization.evaluation import (
@@ -121,7 +122,7 @@ def quantize(
     if target.suffix.lower() != ".onnx" or target.is_dir():
         raise FileError(f"{target} is no name of an ONNX file; give a path that ends in .onnx")
     require_quantizer()
-    batches = None if data is None else islice(data, max_batches)
+    batches = None if data is None else islice(batches_of(data, what="the calibration data"), max_batches)
     source = Source.of(model, example_inputs, data=batches, dynamic_batch=dynamic_batch)
     return quantized_file(source, chosen, path=target, test=test, weight_range=weight_range)
 
@@ -145,6 +146,7 @@ class Source:
 
     proto: "onnx.ModelProto"
     feed: Feed
+    inputs: Inputs
     example: Arrays
     batches: tuple[Arrays, ...]
 
@@ -163,7 +165,7 @@ class Source:
         proto = to_onnx(model, example, dynamic_batch=dynamic_batch)
         feed = feed_of(proto, partial(graph_inputs, model))
         batches = tuple(feed(batch, f"batch {position}") for position, batch in enumerate(inputs or (example,)))
-        return cls(proto, feed, feed(example, "the inputs"), batches)
+        return cls(proto, feed, example, feed(example, "the inputs"), batches)
 
     def converted(self, scheme: Scheme | None, *, weight_range: Range = "auto") -> "Graph":
         """The graph in a scheme; None is float32. Raises `ModelError` where there is nothing to quantise."""
@@ -202,7 +204,7 @@ class Graph:
         run = engine(self.proto, runtime=runtime, threads=threads)
         exact = engine(self.source.proto, runtime=exact_runtime, threads=threads)
         distance = difference(run, exact, self.source.batches) if self.scheme else 0.0
-        return distance, None if test is None else accuracy_of(run, self.source.feed, test)
+        return distance, None if test is None else accuracy_of(run, self.source.feed, test, like=self.source.inputs)
 
     def write(self, path: Path) -> Path:
         """Write the file, wholly or not at all. Raises `FileError` where that fails."""

@@ -83,6 +83,7 @@ class Features:
             model.get_submodule(layer),
             lambda epoch: Minibatches(self.train, targets, tuned.phase.batch, options["seed"], epoch),
             temperature=tuned.temperature or 1.0,
+            loss="kl" if targets.is_floating_point() else None,
             **options | {"held_out": self.held_out},
         )
         copied = copy.deepcopy(model)

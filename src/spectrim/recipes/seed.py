@@ -191,6 +191,7 @@ class SeedRun:
                 teacher=self.dense if live else None,
                 train=train,
                 temperature=temperature or 1.0,
+                loss="kl" if temperature is not None and not live else None,
                 frozen_norms=tuned.frozen_norms,
                 **self.options(tuned.phase, checkpoint),
             )
@@ -239,7 +240,7 @@ class SeedRun:
             self.progress.training_step(step)
 
         def train(checkpoint: Checkpoint) -> Part:
-            own = phase.model_dump(exclude={"batch"})
+            own = phase.model_dump(exclude={"batch"}) | {"loss": None if temperature is None else "kl"}
             training = TrainingRun(
                 model,
                 self.epochs(phase, temperature=temperature),

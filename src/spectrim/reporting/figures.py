@@ -93,7 +93,7 @@ def plot_curves(results: Results) -> go.Figure:
 
 
 def plot_history(history: Sequence[Epoch]) -> go.Figure:
-    """Training loss on a logarithmic axis, and accuracy on held-out data where it was taken, by epoch; the best marked.
+    """Training loss on a logarithmic axis, and accuracy or loss on held-out data if taken, by epoch; the best marked.
 
     Raises `DataError` where there is no epoch to show.
     """
@@ -102,10 +102,13 @@ def plot_history(history: Sequence[Epoch]) -> go.Figure:
     loss, *held_out = _curve_traces(history)
     traces = [loss | {"name": "training loss"} | _line_and_marker(Style.at(0))]
     for trace in held_out:
-        epoch, accuracy = max(zip(trace["x"], trace["y"], strict=True), key=lambda point: point[1])
+        is_accuracy = "xaxis" in trace
+        best_of = max if is_accuracy else min
+        epoch, value = best_of(zip(trace["x"], trace["y"], strict=True), key=lambda point: point[1])
         star = {"symbol": "star", "size": 14, "color": COLOURS[1], "line": {"color": "white", "width": 1}}
-        best = {"x": [epoch], "y": [accuracy], "name": "best", "mode": "markers", "marker": star}
-        traces += [trace | {"name": "held-out accuracy"} | _line_and_marker(Style.at(1, dash="dash")), trace | best]
+        best = {"x": [epoch], "y": [value], "name": "best", "mode": "markers", "marker": star}
+        name = "held-out accuracy" if is_accuracy else "held-out loss"
+        traces += [trace | {"name": name} | _line_and_marker(Style.at(1, dash="dash")), trace | best]
     return _training_figure(traces, [history])
 
 
@@ -125,7 +128,7 @@ def _training_figure(traces: Sequence[Trace], curves: Sequence[Sequence[Epoch]])
 
 
 def _curve_traces(curve: Sequence[Epoch], *, seed: str = "") -> Iterator[Trace]:
-    """The loss, and the held-out accuracy where it was taken; epochs count from 1."""
+    """The loss, and the held-out accuracy or loss where it was taken; epochs count from 1."""
     hover = f"{seed}epoch %{{x}}: "
     x, loss = [epoch.epoch + 1 for epoch in curve], [epoch.loss for epoch in curve]
     yield {"x": x, "y": loss, "mode": "lines+markers", "hovertemplate": f"{hover}loss %{{y:.4g}}"}
@@ -133,6 +136,10 @@ def _curve_traces(curve: Sequence[Epoch], *, seed: str = "") -> Iterator[Trace]:
     if points:
         epochs, accuracies = zip(*points, strict=True)
         yield {"x": epochs, "y": accuracies, "mode": "lines+markers", "hovertemplate": f"{hover}%{{y:.2f}} %", **RIGHT}
+    losses = [(epoch.epoch + 1, epoch.held_out_loss) for epoch in curve if epoch.held_out_loss is not None]
+    if losses:
+        x, y = map(list, zip(*losses, strict=True))
+        yield {"x": x, "y": y, "mode": "lines+markers", "hovertemplate": f"{hover}held-out loss %{{y:.4g}}"}
 
 
 class Ranks(Protocol):

@@ -24,6 +24,7 @@ from spectrim.core.errors import FileError
 from spectrim.core.execution import device_of, unique_tensors
 from spectrim.core.files import Frozen, require_writable_folder, write_atomically
 from spectrim.layers.replacement import duplicate
+from spectrim.training.history import position_of_best
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,8 +115,8 @@ class Progress(Frozen):
 
     @property
     def best(self) -> int:
-        """Position in the curve of the best held-out accuracy, the first of equals."""
-        return max(range(len(self.curve)), key=lambda at: self.curve[at].held_out or 0.0)
+        """Position in the curve of the best epoch on held-out data."""
+        return position_of_best(self.curve)
 
 
 class _Header(Frozen):
@@ -231,9 +232,13 @@ def fingerprint(model: nn.Module) -> dict[str, str]:
 
 
 def identity(model: nn.Module, teacher: nn.Module | None, settings: Mapping[str, object]) -> str:
-    """JSON of what the checkpoint of a training run belongs to: the networks, and what else decides the run."""
+    """JSON of what the checkpoint of a training run belongs to: the networks, and what else decides the run.
+
+    Settings that older files lack are left out where they are None.
+    """
     taught = None if teacher is None else fingerprint(teacher)["weights"]
-    return json.dumps({**fingerprint(model), "teacher": taught, **settings}, sort_keys=True)
+    known = {name: value for name, value in settings.items() if value is not None or name not in ("loss", "axis")}
+    return json.dumps({**fingerprint(model), "teacher": taught, **known}, sort_keys=True)
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:

@@ -20,7 +20,8 @@ from spectrim.layers.types import find_layer_type
 from spectrim.training.checkpoint import Checkpoint, identity
 from spectrim.training.history import History
 from spectrim.training.loop import EpochData, Step, TrainingRun, train_in_place
-from spectrim.training.settings import Settings
+from spectrim.training.losses import LossFunction
+from spectrim.training.settings import LossName, Settings
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +46,8 @@ def finetune(
     warm_up: float = 0.1,
     clip: float | None = 1.0,
     temperature: float = 4.0,
+    loss: LossName | LossFunction | None = None,
+    axis: int | None = None,
     label_weight: float = 0.0,
     precision: Literal["float32", "bf16"] = "float32",
     frozen_norms: bool = True,
@@ -65,17 +68,21 @@ def finetune(
     Args:
         model: The compressed network; left as it is.
         data: Batches (inputs.., labels), iterated anew each epoch, or a function of the epoch that gives them.
-            Labels are class indices (batch,), or a teacher's logits (batch, classes) computed beforehand.
+            A batch may be a mapping with the entry "labels". With a teacher and no `label_weight` it needs no labels.
         teacher: The dense network; its outputs take the labels' place.
         train: Every parameter (`"all"`); those of the factored layers (`"factors"`); of the Linear or convolution, or
             its factors, that is registered last (`"head"`, with all BatchNorm statistics frozen); or those whose name,
             or the name of a module around them, matches one of these patterns. Nothing else changes.
+        loss: `"cross_entropy"`, `"mse"`, `"bce"` or `"kl"`, as `help(spectrim.training.Settings)` explains; by default
+            cross-entropy of class indices, and KL with a teacher. Or a function from the outputs, as the network gives
+            them, and the labels (or the teacher's outputs) to a scalar.
+        axis: Dimension of the logits that holds the classes; for maps and sequences whose shapes do not tell it.
         epochs: Passes over the data. `help(spectrim.training.Settings)` explains this and `lr`, `optimizer`,
             `momentum`, `weight_decay`, `warm_up`, `clip`, `temperature`, `label_weight`, `precision`, `keep`,
             `patience` and `seed`. By default `keep` is `"best"` with `patience` and `"last"` without.
         frozen_norms: BatchNorm leaves its running statistics as they are. If False, those of trained norms follow the
             batches.
-        held_out: Batches (inputs.., labels) for an accuracy after each epoch.
+        held_out: Batches (inputs.., labels) for an accuracy after each epoch; for the loss where it is not of classes.
         checkpoint: Where to save the state after each epoch and at an interrupt, and where to resume from, bit for bit
             on one thread. A path belongs to this network, teacher and settings; a file that is damaged or of others is
             an error. A `Checkpoint` says itself what identifies the run, and what to do with such a file.
@@ -87,15 +94,17 @@ def finetune(
             which all read, and calls `on_step`. A teacher has to be on the accelerator's device.
 
     Raises:
-        TrainingError: a setting that is not allowed, nothing to train, a batch too small for BatchNorm, or a loss that
-            became NaN.
+        TrainingError: a setting that is not allowed, nothing to train, a batch too small for BatchNorm, labels that may
+            mean more than one thing without `loss`, no gradient at the first step, or a loss that became NaN.
         PatternError: a pattern matches nothing.
         DataError: empty data, an iterator that gives only one epoch, or labels that do not fit the outputs.
         FileError: a checkpoint that cannot be written, is damaged, or is of another run.
     """
     arguments = locals()  # as the fields of Settings are named
     options = {name: arguments[name] for name in Settings.model_fields}
-    settings = Settings(**{**options, "keep": keep or ("last" if patience is None else "best")})
+    function = loss if callable(loss) else None
+    named = None if callable(loss) else loss
+    settings = Settings(**{**options, "loss": named, "keep": keep or ("last" if patience is None else "best")})
     student = duplicate(model)
     if accelerator is not None:
         student = student.to(accelerator.device)
@@ -107,12 +116,18 @@ def finetune(
     trained = _trained(student, train)
     frozen = _frozen_norms(student, trained, train=train, frozen=frozen_norms)
     if isinstance(checkpoint, str | Path):
-        others = {**settings.model_dump(), "trained": sorted(trained), "frozen norms": len(frozen)}
+        others = {
+            **settings.model_dump(),
+            "loss": named or _name_of(function),
+            "trained": sorted(trained),
+            "frozen norms": len(frozen),
+        }
         checkpoint = Checkpoint(Path(checkpoint), run=identity(model, teacher, others), unfit="refuse")
     run = TrainingRun(
         student,
         data,
         settings=settings,
+        loss=function,
         trained=list(trained.values()),
         frozen_modules=frozen,
         teacher=teacher,
@@ -124,6 +139,11 @@ def finetune(
     )
     with evaluating(teacher) if teacher is not None else nullcontext():
         return Finetuned(student, train_in_place(run))
+
+
+def _name_of(function: LossFunction | None) -> str | None:
+    """What tells one function from another in a checkpoint."""
+    return function and f"{function.__module__}.{getattr(function, '__qualname__', type(function).__qualname__)}"
 
 
 def _trained(model: nn.Module, train: str | Sequence[str]) -> dict[str, nn.Parameter]:

@@ -1,6 +1,7 @@
 """What a training run reports afterwards."""
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal, Self
 
@@ -17,6 +18,16 @@ class _File(Frozen):
     lr: tuple[float, ...]
     stopped_early: bool
     kept: int | None = Field(default=None, ge=0)
+
+
+def position_of_best(curve: Sequence[Epoch]) -> int:
+    """Position of the highest held-out accuracy, else of the lowest held-out loss, the first of equals."""
+
+    def quality(position: int) -> tuple[float, float]:
+        loss = curve[position].held_out_loss
+        return curve[position].held_out or 0.0, -math.inf if loss is None or math.isnan(loss) else -loss
+
+    return max(range(len(curve)), key=quality)
 
 
 class History(tuple[Epoch, ...]):
@@ -51,9 +62,17 @@ class History(tuple[Epoch, ...]):
 
     @property
     def best(self) -> Epoch | None:
-        """The epoch of the best accuracy on held-out data, the first of equals; None without such data."""
-        measured = [epoch for epoch in self if epoch.held_out is not None]
-        return max(measured, key=lambda epoch: epoch.held_out or 0.0, default=None)
+        """The epoch of the best accuracy on held-out data, or of their lowest loss, the first of equals; None without
+        such data.
+        """
+        return self[position_of_best(self)] if self.measured_by else None
+
+    @property
+    def measured_by(self) -> Literal["accuracy", "loss"] | None:
+        """What was taken on held-out data, which decides the best epoch; None without such data."""
+        if any(epoch.held_out is not None for epoch in self):
+            return "accuracy"
+        return "loss" if any(epoch.held_out_loss is not None for epoch in self) else None
 
     def to_json(self) -> str:
         """JSON text, from which `from_json` makes an equal history."""

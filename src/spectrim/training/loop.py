@@ -4,7 +4,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, replace
 from types import FrameType
@@ -13,13 +13,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from spectrim.benchmark.measurement import Epoch, accuracy
+from spectrim.benchmark.measurement import Epoch
+from spectrim.core.batches import batches_of, length_of, require_batches, split_labels
 from spectrim.core.distributed import Accelerator, ddp, if_distributed, share_of, total
 from spectrim.core.errors import DataError, TrainingError
 from spectrim.core.execution import unique_tensors
+from spectrim.core.nested import from_numpy
 from spectrim.training.checkpoint import Checkpoint, Progress, RngState, Saved, generators, restore, seeded, states
 from spectrim.training.history import History
-from spectrim.training.settings import Settings, StepResult, step_result
+from spectrim.training.losses import LossFunction, Objective, StepResult
+from spectrim.training.settings import Settings
 
 EpochData = Callable[[int], Iterable[Any]]
 """Batches (inputs.., targets) of an epoch, counted from 0."""
@@ -53,8 +56,9 @@ class TrainingRun:
     Attributes:
         model: Trained in place.
         data: Batches (inputs.., targets), iterated anew each epoch, or a function of the epoch that gives them, always
-            the same ones for an epoch. Targets are class indices (batch,), or a teacher's logits (batch, classes).
+            the same ones for an epoch.
         settings: How it is trained.
+        loss: A function of the outputs and the labels that gives a scalar, in place of the loss that the settings name.
         trained: The parameters that change, among those that ask for gradients; None for all of these.
         frozen_modules: Modules that stay in evaluation mode, such as norms whose statistics must not change.
         teacher: A network with the same outputs, in evaluation mode.
@@ -70,6 +74,7 @@ class TrainingRun:
     data: Iterable[Any] | EpochData
     _: KW_ONLY
     settings: Settings
+    loss: LossFunction | None = None
     trained: Sequence[nn.Parameter] | None = None
     frozen_modules: Collection[nn.Module] = ()
     teacher: nn.Module | None = None
@@ -83,25 +88,34 @@ class TrainingRun:
         settings = self.settings
         if settings.label_weight > 0 and self.teacher is None:
             raise TrainingError(f"label_weight={settings.label_weight} needs a teacher; give teacher=, or leave it out")
+        if self.loss is not None and settings.loss is not None:
+            raise TrainingError(f"loss={settings.loss!r} is named, and a function is given; give one of the two")
+        if settings.loss == "kl" and self.teacher is not None:
+            raise TrainingError(
+                'loss="kl" takes a teacher\'s logits in the place of labels; leave teacher= out, or loss='
+            )
         needing = "patience" if settings.patience is not None else "keep" if settings.keep == "best" else None
         if needing and self.held_out is None:
-            raise TrainingError(
-                f"{needing}={getattr(settings, needing)!r} goes by the accuracy on held-out data; give held_out="
-            )
-        if isinstance(self.data, Iterator) and (settings.epochs > 1 or self.checkpoint):
-            raise DataError(
-                f"the training data is a {type(self.data).__name__}, which is exhausted after one epoch; give a list, "
-                "a DataLoader, or a function that makes the batches of an epoch: lambda epoch: .."
-            )
-        if not isinstance(self.data, Iterable) and not callable(self.data):
-            raise DataError(f"the training data is a {type(self.data).__name__}; give batches (inputs, labels)")
-        if isinstance(self.held_out, Iterator):
-            kind = type(self.held_out).__name__
-            raise DataError(f"held_out is a {kind}, which is exhausted after one epoch; give a list or a DataLoader")
+            raise TrainingError(f"{needing}={getattr(settings, needing)!r} goes by held-out data; give held_out=")
+        self._require_data()
         if self.save_every is not None and (self.checkpoint is None or self.save_every < 1):
             raise TrainingError(f"save_every={self.save_every!r}: give at least 1 step, and a checkpoint=")
         if self.checkpoint:
             self.checkpoint.require_writable()
+
+    def _require_data(self) -> None:
+        if isinstance(self.data, Iterator) and (self.settings.epochs > 1 or self.checkpoint):
+            raise DataError(
+                f"the training data is a {type(self.data).__name__}, which is exhausted after one epoch; give a list, "
+                "a DataLoader, or a function that makes the batches of an epoch: lambda epoch: .."
+            )
+        if isinstance(self.data, nn.Module) or not callable(self.data):
+            require_batches(self.data, what="the training data")
+        if self.held_out is not None:
+            require_batches(self.held_out, what="held_out")
+        if isinstance(self.held_out, Iterator):
+            kind = type(self.held_out).__name__
+            raise DataError(f"held_out is a {kind}, which is exhausted after one epoch; give a list or a DataLoader")
 
 
 def train_in_place(run: TrainingRun) -> History:
@@ -130,6 +144,7 @@ class _Loop:
         self.others = if_distributed(run.accelerator)
         self.network = ddp(run.model, self.others) if self.others else run.model
         self.optimiser = run.settings.make_optimiser(trained)
+        self.objective = Objective(run.settings, type(run.model).__name__, run.teacher, run.loss)
         self.saved = Saved()
         # consistent: weights, optimiser and `saved` are of the same moment
         self.consistent = self.stepping = self.interrupted = False
@@ -189,8 +204,8 @@ class _Loop:
         for module in run.frozen_modules:
             module.eval()
         with seeded(run.model, run.settings.seed * 100_003 + epoch), torch.enable_grad():
-            batches = run.data if isinstance(run.data, Iterable) else run.data(epoch)
-            steps = len(batches) if isinstance(batches, Sized) else 0
+            batches = run.data if isinstance(run.data, Iterable) or not callable(run.data) else run.data(epoch)
+            steps = length_of(batches)
             before = time.perf_counter() - self.progress.seconds
             for position, batch in enumerate(self._remaining(batches, epoch, steps), start=self.progress.step):
                 self.stepping, self.consistent = True, False
@@ -224,7 +239,7 @@ class _Loop:
         if self.saved.loaders and len(own) == len(self.saved.loaders):
             restore(own, self.saved.loaders)
         self.saved = replace(self.saved, loaders=states(own))
-        iterator = iter(batches)
+        iterator = batches_of(batches, what=f"epoch {epoch} of the training data")
         for passed in range(done):
             if next(iterator, self) is self:
                 raise DataError(f"the data of epoch {epoch} ended after {passed} batches, and {done} were done already")
@@ -240,7 +255,9 @@ class _Loop:
         for group in self.optimiser.param_groups:
             group["lr"] = self._rate(position, steps)
         self.optimiser.zero_grad(set_to_none=True)
-        result.loss.backward()
+        if result.loss.requires_grad:
+            result.loss.backward()
+        self._require_gradient(old)
         if clip is not None:
             norm = float(nn.utils.clip_grad_norm_(self.trained, clip))
             self._require_finite(norm, what="gradient", position=position)
@@ -260,10 +277,12 @@ class _Loop:
         With several processes, each weights the loss of its share so that the mean over processes is that of the batch;
         the counts are those of the whole batch.
         """
-        run, weight = self.run, 1.0
+        objective, weight = self.objective, 1.0
         if self.others:
-            batch, weight = share_of(batch, self.others, position=position)
-        result = step_result(self.network, batch, position=position, teacher=run.teacher, settings=run.settings)
+            batch, weight = share_of(from_numpy(batch), self.others, position=position)
+        needed = objective.needs_labels
+        inputs, labels = split_labels(batch, position=position, model=self.run.model, required=needed)
+        result = objective.step(self.network, inputs, labels, position=position)
         if self.others is None:
             return result, float(result.loss.detach())
         loss = weight * result.loss
@@ -287,6 +306,17 @@ class _Loop:
         where = f"epoch {len(self.progress.curve)}, step {position}"
         raise TrainingError(f"the {what} became {value} in {where}; lower the learning rate or check the data{note}")
 
+    def _require_gradient(self, before: Progress) -> None:
+        """At the first step of a run, something must be learnt."""
+        gradients = (parameter.grad for parameter in self.trained if parameter.grad is not None)
+        if before.curve or before.step or any(bool(gradient.any()) for gradient in gradients):
+            return
+        raise TrainingError(
+            f"no gradient reaches what is trained: at the first step (loss {self.latest:.4g}) all gradients are 0; do "
+            "the outputs equal the targets already, does forward() detach them or work without gradients, or does the "
+            "loss not fit the outputs? See loss="
+        )
+
     def _report(self) -> None:
         """Call `on_step`. What it does, such as a projection of the weights, is part of the step."""
         run, progress = self.run, self.progress
@@ -307,9 +337,13 @@ class _Loop:
     def _end_epoch(self) -> None:
         run, old = self.run, self.progress
         start = time.perf_counter()
-        held_out = accuracy(run.model, run.held_out).value if run.held_out is not None else None
+        right = held_out_loss = None
+        if run.held_out is not None:
+            right, held_out_loss = self.objective.held_out(run.model, run.held_out)
+            self._require_finite(held_out_loss or 0.0, what="held-out loss", position=old.step - 1)
         seconds = old.seconds + time.perf_counter() - start
-        ended = Epoch(epoch=len(old.curve), loss=old.loss / old.step, held_out=held_out, seconds=seconds)
+        loss = old.loss / old.step
+        ended = Epoch(epoch=len(old.curve), loss=loss, held_out=right, held_out_loss=held_out_loss, seconds=seconds)
         progress = Progress(curve=(*old.curve, ended), rates=(*old.rates, self._rate(old.step - 1, old.steps)))
         best = self.saved.best
         if run.settings.keep == "best" and progress.best == ended.epoch:

@@ -1,0 +1,247 @@
+"""How every call reads the data that it is given: what a batch is, what of it the model gets, and what is a label."""
+
+import inspect
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from numbers import Number
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from spectrim.core.errors import DataError, SpectrimError
+from spectrim.core.execution import Inputs, as_inputs
+from spectrim.core.nested import describe, from_numpy
+
+_LABELS = ("labels", "label")
+"""Entries of a mapping that are labels, and no inputs."""
+
+_UNLABELLED = object()
+
+
+def batches_of(data: Iterable[Any], *, what: str = "the data") -> Iterator[Any]:
+    """The batches in turn; `what` names the data in messages.
+
+    Raises `DataError` at once for what gives no batches, and later for a batch that a `DataLoader` cannot make.
+    """
+    require_batches(data, what=what)
+    return _each(data, what)
+
+
+def require_batches(data: object, *, what: str) -> None:
+    """Raise `DataError` for what gives no batches: nothing at all, one batch, or single samples."""
+    kind = f"{what} is a {type(data).__name__}"
+    if isinstance(data, Tensor | np.ndarray):
+        raise DataError(
+            f"{what} is one {type(data).__name__}, {describe(data)}, which gives single samples without a batch "
+            "dimension; give a list of batches: [data], or list(data) if its first dimension counts batches"
+        )
+    if isinstance(data, Dataset):
+        raise DataError(
+            f"{kind}, which gives single samples; give torch.utils.data.DataLoader(dataset, batch_size=64), or "
+            "DataLoader(dataset, batch_size=None) if its items are whole batches"
+        )
+    if isinstance(data, Mapping | Inputs):
+        raise DataError(f"{kind}, which is one batch; give a list of batches: [batch]")
+    # by its type alone: to begin an iteration may draw random numbers
+    can_iterate = hasattr(type(data), "__iter__") or hasattr(type(data), "__getitem__")
+    if not can_iterate or isinstance(data, nn.Module | str | bytes):
+        raise DataError(f"{kind}; give batches: a list of them or a DataLoader")
+
+
+def length_of(data: object) -> int:
+    """How many batches there are; 0 if that is not known, as of an `IterableDataset` behind a `DataLoader`."""
+    try:
+        return len(data) if isinstance(data, Sized) else 0
+    except TypeError:
+        return 0
+
+
+def without_labels(data: Iterable[Any], *, like: Inputs, what: str = "the calibration data") -> Iterator[Inputs]:
+    """The inputs of each batch; what it has beyond those of the example `like`, its labels, is dropped.
+
+    Raises `DataError` as `batches_of`, and for a batch of another structure than the example.
+    """
+    batches = batches_of(data, what=what)
+    return (_by_example(batch, like, position)[0] for position, batch in enumerate(batches))
+
+
+def inputs_of(batch: Any, model: nn.Module, *, position: int, labels: bool) -> tuple[Inputs, str]:
+    """What the model gets of a batch with or without `labels`, and what to do if it cannot run that, for a message.
+
+    Raises `DataError` as `split_labels`, and for what cannot be a batch.
+    """
+    if isinstance(batch, Inputs):
+        return batch, ""
+    if labels:
+        return split_labels(batch, position=position, model=model)[0], ""
+    if batch is None or isinstance(batch, str | bytes | Number | nn.Module):
+        raise DataError(f"batch {position} is a {describe(batch)}; give tensors, tuples of them, or mappings by name")
+    hint = " If the batches are pairs of inputs and labels, pass labels=True."
+    return _as_one_argument(as_inputs(batch), model), hint
+
+
+def split_labels(
+    batch: Any,
+    *,
+    position: int,
+    like: Inputs | None = None,
+    model: nn.Module | None = None,
+    required: bool = True,
+) -> tuple[Inputs, Any]:
+    """Split a labelled batch into what the model gets and the labels.
+
+    It is (inputs.., labels), ((inputs..), labels), ({name: input}, labels), or a mapping with the entry "labels" or
+    "label".
+
+    Args:
+        batch: The batch.
+        position: Its number, for messages.
+        like: An example of the inputs, where there is one: it says which part is the labels.
+        model: Without an example, decides whether several inputs are several arguments, or one that is a tuple.
+        required: Without it the labels may be missing, and are None then.
+
+    Raises:
+        DataError: there are no labels that are required, or the inputs have another structure than the example.
+    """
+    if like is not None:
+        inputs, labels = _by_example(batch, like, position)
+    elif isinstance(batch, Mapping):
+        inputs, labels = _from_mapping(batch)
+    elif _is_sequence(batch) and len(batch) > 1:
+        first, labels = batch[:-1], from_numpy(batch[-1])
+        inputs = as_inputs(first[0] if len(first) == 1 else first)
+    else:
+        inputs, labels = as_inputs(batch), _UNLABELLED
+    if labels is _UNLABELLED and required:
+        raise DataError(
+            f"batch {position} is {describe(batch)}, without labels; give pairs (inputs, labels) "
+            'or mappings with the entry "labels"'
+        )
+    if like is None and model is not None:
+        inputs = _as_one_argument(inputs, model)
+    return inputs, None if labels is _UNLABELLED else labels
+
+
+def _each(data: Iterable[Any], what: str) -> Iterator[Any]:
+    iterator, position = iter(data), 0
+    while True:
+        try:
+            batch = next(iterator)
+        except StopIteration:
+            return
+        except (TypeError, ValueError, RuntimeError) as error:
+            if not isinstance(data, DataLoader) or isinstance(error, SpectrimError):
+                raise
+            reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
+            raise DataError(
+                f"the DataLoader cannot make batch {position} of {what}: {reason}; give tensors of one shape in the "
+                "data set (a transform such as ToTensor makes them), or a collate_fn"
+            ) from error
+        yield batch
+        position += 1
+
+
+def _from_mapping(batch: Mapping[Any, Any]) -> tuple[Inputs, Any]:
+    """By name, with the entry that is the labels."""
+    names = [name for name in _LABELS if name in batch]
+    if len(names) != 1:
+        return as_inputs(batch), _UNLABELLED
+    return as_inputs({name: value for name, value in batch.items() if name not in names}), from_numpy(batch[names[0]])
+
+
+def _as_one_argument(inputs: Inputs, model: nn.Module) -> Inputs:
+    """The same, as one tuple if there are several and the model's forward takes one argument."""
+    if len(inputs.args) < 2:
+        return inputs
+    try:
+        parameters = inspect.signature(model.forward).parameters.values()
+    except (TypeError, ValueError):
+        return inputs
+    positional = [each.kind for each in parameters if each.kind not in (each.KEYWORD_ONLY, each.VAR_KEYWORD)]
+    is_single = len(positional) == 1 and positional[0] != inspect.Parameter.VAR_POSITIONAL
+    return Inputs((inputs.args,), inputs.kwargs) if is_single else inputs
+
+
+def _by_example(batch: Any, like: Inputs, position: int) -> tuple[Inputs, Any]:
+    """What fits the example, and the labels beside it."""
+    readings = list(_readings(from_numpy(batch)))
+    if len(like.kwargs) == 1 and not like.args:  # the only name needs not be given
+        (name,) = like.kwargs
+        singles = [(inputs, labels) for inputs, labels in readings if len(inputs.args) == 1]
+        readings += [(Inputs((), {name: inputs.args[0]}), labels) for inputs, labels in singles]
+    for same_length in (True, False):
+        for inputs, labels in readings:
+            if _fits(inputs.args, like.args, same_length=True, inner=same_length) and _fits(inputs.kwargs, like.kwargs):
+                return _selected(inputs, like, labels)
+    for inputs, labels in readings:
+        if inputs.kwargs and not (inputs.args or like.kwargs):  # names say by themselves what they are
+            named, own = _from_mapping(inputs.kwargs)
+            return named, own if labels is _UNLABELLED else labels
+    raise DataError(
+        f"batch {position} is {describe(batch)}, which does not fit the example inputs ({like.describe()})"
+        f"{_difference(readings, like)}; give batches like the example, with or without labels after the inputs"
+    )
+
+
+def _readings(batch: Any) -> Iterator[tuple[Inputs, Any]]:
+    """What a batch may mean, the likeliest first: the inputs and the labels."""
+    values = [(batch, _UNLABELLED)]
+    if _is_sequence(batch) and len(batch) == 1:
+        values.append((batch[0], _UNLABELLED))
+    if _is_sequence(batch) and len(batch) > 1:
+        values.append((batch[0] if len(batch) == 2 else batch[:-1], batch[-1]))
+    for value, labels in values:
+        yield as_inputs(value), labels
+        if not isinstance(value, Inputs):
+            yield Inputs((value,), {}), labels
+
+
+def _fits(value: Any, example: Any, *, same_length: bool = True, inner: bool = True) -> bool:
+    """Whether a value has the structure of an example, of which a mapping may have more entries.
+
+    Without `same_length`, a list may have any number of things like the first of the example's; `inner` is that of what
+    is inside.
+    """
+    if isinstance(example, Tensor):
+        return isinstance(value, Tensor) and value.ndim == example.ndim
+    if isinstance(example, Mapping):
+        known = isinstance(value, Mapping) and all(name in value for name in example)
+        return known and all(_fits(value[name], example[name], same_length=inner, inner=inner) for name in example)
+    if _is_sequence(example):
+        if not _is_sequence(value) or (same_length and len(value) != len(example)) or bool(value) != bool(example):
+            return False
+        examples = example if len(value) == len(example) else [example[0]] * len(value)
+        return all(_fits(*pair, same_length=inner, inner=inner) for pair in zip(value, examples, strict=True))
+    return True
+
+
+def _selected(inputs: Inputs, like: Inputs, labels: Any) -> tuple[Inputs, Any]:
+    """The entries of mappings that the example has; of the others, the labels where there are none yet."""
+
+    def known(value: Any, example: Any) -> Any:
+        nonlocal labels
+        if not isinstance(example, Mapping):
+            return value
+        if labels is _UNLABELLED:
+            labels = next((value[name] for name in _LABELS if name in value and name not in example), _UNLABELLED)
+        return {name: value[name] for name in example}
+
+    args = tuple(known(*pair) for pair in zip(inputs.args, like.args, strict=True))
+    return Inputs(args, known(inputs.kwargs, like.kwargs)), labels
+
+
+def _difference(readings: Sequence[tuple[Inputs, Any]], like: Inputs) -> str:
+    """What is missing, where that can be told."""
+    for inputs, _ in readings:
+        missing = [repr(name) for name in like.kwargs if name not in inputs.kwargs]
+        if inputs.kwargs and missing:
+            return f": it has no {', '.join(missing)}"
+        pairs = list(zip(inputs.tensors(), like.tensors(), strict=False))
+        if len(inputs.args) == len(like.args) and all(own.ndim + 1 == other.ndim for own, other in pairs) and pairs:
+            return ": the batch dimension is missing"
+    return ""
+
+
+def _is_sequence(value: object) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
