@@ -389,6 +389,180 @@ class ReturnsItsInput(Block):
         return x
 
 
+class CallsForward(Block):
+    """Runs its layer past its hooks."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.fc.forward(x))
+
+
+class CallsClass(Block):
+    """Runs the function of the layer's class."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(type(self.fc).forward(self.fc, x))
+
+
+class CallsWithParameters(Block):
+    """A functional call, as ensembles and meta-learning do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(torch.func.functional_call(self.fc, dict(self.fc.named_parameters()), (x,)))
+
+
+class CountsLayers(Block):
+    """Looks for layers of a class at run time."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        number = sum(isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d) for module in self.modules())
+        return torch.relu(self.fc(x)) / (1 + number)
+
+
+class CountsParameters(Block):
+    """Looks at how many parameters it has."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.fc(x)) / len(list(self.parameters()))
+
+
+class Checkpointed(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.utils.checkpoint.checkpoint(lambda x: torch.relu(self.fc(x)), x, use_reentrant=False)
+
+
+class WeightNormed(Block):
+    def set_up(self, make: Make, into: int, out: int) -> None:
+        self.fc = nn.utils.parametrizations.weight_norm(make(into, out))
+        self.other = make(out, out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.other(torch.relu(self.fc(x)))
+
+
+class OwnLinear(nn.Linear):
+    """A subclass with a forward pass of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self.weight, self.bias) * 2
+
+
+class Subclassed(Block):
+    is_affine = False
+
+    def set_up(self, make: Make, into: int, out: int) -> None:
+        self.fc, self.other = OwnLinear(into, out), make(out, out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.other(torch.relu(self.fc(x)))
+
+
+class Sliced(Block):
+    """A supernet: calls its layer for some inputs, and uses a part of its weight for others."""
+
+    is_affine = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.fc(x)
+        half = functional.linear(x[..., :4], self.fc.weight[:, :4])
+        return torch.relu(y + half)
+
+
+class Attention(Block):
+    """Self-attention among the samples."""
+
+    is_affine = False
+    keeps_width = True
+
+    def set_up(self, make: Make, into: int, out: int) -> None:
+        self.attention, self.fc = nn.MultiheadAttention(into, 4, batch_first=True), make(into, out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x if x.ndim == 3 else x.unsqueeze(1)
+        y, _ = self.attention(rows, rows, rows, need_weights=False)
+        return torch.relu(self.fc(x + y.reshape(x.shape)))
+
+
+class Encoder(Block):
+    """Torch's own encoder layer, which has a fused path."""
+
+    is_affine = False
+    keeps_width = True
+
+    def set_up(self, make: Make, into: int, out: int) -> None:
+        self.layer = nn.TransformerEncoderLayer(into, 4, 2 * into, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x if x.ndim == 3 else x.unsqueeze(1)).reshape(x.shape)
+
+
+class Recurrent(Block):
+    is_affine = False
+
+    def set_up(self, make: Make, into: int, out: int) -> None:
+        self.fc, self.cell = make(into, out), nn.LSTM(out, out, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.fc(x)
+        return self.cell(y if y.ndim == 3 else y.unsqueeze(1))[0].reshape(y.shape)
+
+
+class Stored(Block):
+    """A hook on a container keeps its output for later, as U-Nets on foreign backbones do."""
+
+    def set_up(self, make: Make, into: int, out: int) -> None:
+        self.body, self.after = nn.Sequential(make(into, out), nn.ReLU()), nn.Sequential(make(out, out), nn.ReLU())
+        self.body.register_forward_hook(storing)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(self.body(x)) + self.body.stored
+
+
+class Rewired(Block):
+    """Holds a function that was bound to the layer."""
+
+    def set_up(self, make: Make, into: int, out: int) -> None:
+        self.fc = make(into, out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        run = getattr(self, "run", None) or self.fc
+        self.__dict__["run"] = self.fc
+        return torch.relu(run(x))
+
+
+class Spread(Block):
+    """One layer on several tensors of other sizes (a feature pyramid's head)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.fc(x)) + self.fc(x[:1] / 2) + self.fc(x.mean(dim=0, keepdim=True))
+
+
+class Iterated(Block):
+    """How often its layer runs depends on the data (a fixed point)."""
+
+    keeps_width = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(4):
+            change = torch.tanh(self.fc(x)) / 4
+            x = x + change
+            if float(change.detach().abs().mean()) < 0.1:
+                break
+        return x
+
+
+class Masked(Block):
+    """Runs its layer on the rows that the data choose (a mixture of experts); maybe on none."""
+
+    is_affine = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        chosen = rows[:, 0] > 0
+        y = rows.new_zeros(len(rows), self.fc.out_features)
+        y[chosen] = torch.relu(self.fc(rows[chosen]))
+        return y.reshape(*x.shape[:-1], -1)
+
+
 class BatchNorm(nn.Module):
     """Batch norm of the features, wherever they are."""
 
@@ -407,11 +581,22 @@ BLOCKS: dict[str, type[Block]] = {
 }
 del BLOCKS["Block"]
 
-WEIGHT_READERS = ("ReadsDtype", "Transposed", "FunctionalBesides", "Regularised", "WritesWeight")
+WEIGHT_READERS = ("ReadsDtype", "Transposed", "FunctionalBesides", "Regularised", "WritesWeight", "Sliced")
 """Blocks that use a weight outside of its layer's call."""
 
-KNOWN: frozenset[str] = frozenset(WEIGHT_READERS)  # until a read of `weight` costs nothing, or is counted by the plan
+KNOWN = frozenset(
+    {
+        *WEIGHT_READERS,  # until a read of `weight` costs nothing, or is counted by the plan
+        "Masked",  # until a batch may leave a layer without rows when gradients are summed
+        "CountsParameters",  # nothing tells that a forward pass looks at how many there are
+    }
+)
 """Blocks, hooks and outputs that are known to fail, and are not drawn."""
+
+
+def storing(module: nn.Module, _: Any, output: Tensor) -> None:
+    """Keeps the output on the module."""
+    module.__dict__["stored"] = output
 
 
 def observing(module: nn.Module, args: Any, output: Any) -> None:
