@@ -87,15 +87,17 @@ def main() -> int:
         for exported in ([False, True] if options.onnx and number % options.onnx == 0 else [False])
     ]
     broken: dict[str, list[tuple[Case, str]]] = {}
+    console = Console(width=None if sys.stdout.isatty() else 240)
     for case in cases:
         for law, text in case.violations().items():
+            if law not in broken:  # at once, since making it simple takes a while
+                console.print(f"{law}: {text}\n    {case}")
             broken.setdefault(law, []).append((case, text))
     table = Table("law", "broken", "rule", "data", "what", "smallest network")
     for law, places in broken.items():
         case, text = places[0]
         smallest = simplest(case.network, lambda other, case=case, law=law: law in case.of(other).violations())
         table.add_row(law, str(len(places)), case.rule, str(case.calibrated), text, repr(smallest))
-    console = Console(width=None if sys.stdout.isatty() else 240)
     console.print(table)
     total, seconds = sum(map(len, broken.values())), time.perf_counter() - began
     console.print(f"{options.graphs} networks, {len(cases)} checks, {total} violations, {seconds:.0f} s")

@@ -653,7 +653,7 @@ def layers_of(kind: str) -> dict[str, Make]:
     if kind == "vector" or kind == "tokens":
         return {"linear": nn.Linear}
     conv = nn.Conv1d if kind == "sequence" else nn.Conv2d
-    made: dict[str, Make] = {
+    layers: dict[str, Make] = {
         "conv": lambda into, out: conv(into, out, 3, padding=1),
         "no bias": lambda into, out: conv(into, out, 3, padding="same", bias=False),
         "pointwise": lambda into, out: conv(into, out, 1),
@@ -662,8 +662,8 @@ def layers_of(kind: str) -> dict[str, Make]:
         "depthwise": lambda into, out: nn.Sequential(conv(into, into, 3, padding=1, groups=into), conv(into, out, 1)),
     }
     if kind == "image":
-        made["transposed"] = lambda into, out: nn.ConvTranspose2d(into, out, 3, padding=1)
-    return made
+        layers["transposed"] = lambda into, out: nn.ConvTranspose2d(into, out, 3, padding=1)
+    return layers
 
 
 @dataclass(frozen=True)

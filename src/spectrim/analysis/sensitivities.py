@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from spectrim.analysis.activation_cache import DEFAULT_BYTES, ActivationCache
 from spectrim.analysis.calibration import Calibration, add_gradients
 from spectrim.analysis.spectra import Analysis, LayerAnalysis
+from spectrim.core.arguments import checked
 from spectrim.core.errors import DataError, ModelError, PlanError
 from spectrim.core.execution import Inputs, ProgressCallback, as_inputs, call, evaluating, temporary
 from spectrim.core.nested import tensors
@@ -25,6 +26,7 @@ _LOST = 0.1
 _PRECISION = 0.15
 
 
+@checked
 def sensitivity(
     model: nn.Module,
     analysis: Analysis,
@@ -51,9 +53,10 @@ def sensitivity(
 
     Raises:
         DataError: no batches.
-        PlanError: a negative `cache`.
+        PlanError: a negative `cache`, or an analysis of another model.
     """
     require_cache_bytes(cache)
+    analysis.require_model(model)
     used = subset([as_inputs(batch) for batch in batches], samples=_MOST)
     if not used:
         raise DataError("there is no data to measure sensitivities on; give at least one batch")
@@ -71,7 +74,7 @@ def sensitivity(
                 f"the shapes of {type(model).__name__}'s outputs depend on their values, so that no distance to the "
                 "dense network can be measured; all layers count alike. A wrapper that returns what comes before the "
                 "selection (scores and boxes of all places, say) makes budgets better",
-                stacklevel=2,
+                stacklevel=3,
             )
             return with_changes(analysis, sensitivity={})
     return with_changes(analysis, sensitivity=sensitivities)

@@ -10,8 +10,17 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from spectrim.core.arguments import checked
 from spectrim.core.errors import DataError
-from spectrim.core.execution import Inputs, as_inputs, call, evaluating, require_repeatable, split_labels
+from spectrim.core.execution import (
+    Inputs,
+    as_inputs,
+    call,
+    evaluating,
+    require_repeatable,
+    require_values,
+    split_labels,
+)
 from spectrim.core.files import Frozen
 from spectrim.layers.cost import NetworkCost
 from spectrim.layers.cost import count as count_cost
@@ -108,6 +117,7 @@ class Measurement(NetworkCost):
         return self.model_copy(update=ratios)
 
 
+@checked
 def measure(
     model: nn.Module,
     example_inputs: Any,
@@ -193,6 +203,7 @@ def measure_each(
     return measured
 
 
+@checked
 def runtime_gain(
     model: nn.Module,
     example_inputs: Any,
@@ -253,12 +264,15 @@ def count(model: nn.Module, example_inputs: Any) -> Measurement:
     return Measurement(**count_cost(model, example_inputs).model_dump())
 
 
+@checked
 def accuracy(model: nn.Module, data: Iterable[Any]) -> Accuracy:
     """Top-1 accuracy over batches (inputs.., labels); outputs (batch, classes), labels (batch,) of class indices.
 
     Raises:
         DataError: no batches, or outputs and labels that do not fit together.
+        ModelError: weights without values, or a model that cannot run the batches.
     """
+    require_values(model)
     with evaluating(model):
         return top1(data, lambda inputs, what: call(model, inputs, what=what))
 

@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import nn
 
 from spectrim.benchmark.measurement import Accuracy
+from spectrim.core.arguments import checked
 from spectrim.core.errors import DataError
 from spectrim.core.files import Frozen
 from spectrim.quantization.evaluation import require_quantizer
@@ -92,6 +93,7 @@ class QuantizedTable(Frozen):
         return tuple(_verdict(self.row("dense", scheme), self.row("low rank", scheme)) for scheme in self.schemes)
 
 
+@checked
 def compare_quantized(
     dense: nn.Module,
     small: nn.Module,

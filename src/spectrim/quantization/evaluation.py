@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from spectrim.benchmark.measurement import Accuracy, top1
+from spectrim.core.arguments import checked
 from spectrim.core.errors import DataError, EngineError, FileError, ModelError
 from spectrim.core.execution import Inputs
 from spectrim.runtimes.conversion import optional, require_onnx
@@ -100,6 +101,7 @@ def accuracy_of(run: Engine, feed: Feed, data: Iterable[Any]) -> Accuracy:
     return top1(data, scores_of)
 
 
+@checked
 def onnx_accuracy(
     path: str | Path, data: Iterable[Any], *, runtime: str = "onnxruntime", threads: int | None = None
 ) -> Accuracy:

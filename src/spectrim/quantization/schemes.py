@@ -14,6 +14,7 @@ from pydantic import AliasChoices, Field
 from torch import nn
 
 from spectrim.benchmark.measurement import Accuracy
+from spectrim.core.arguments import checked
 from spectrim.core.errors import DataError, FileError, ModelError, RuleError
 from spectrim.core.execution import as_inputs, without_labels
 from spectrim.core.files import Frozen, write_atomically
@@ -75,6 +76,7 @@ class Quantized(Frozen):
     )
 
 
+@checked
 def quantize(
     model: nn.Module,
     example_inputs: Any,

@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from spectrim.core.arguments import checked
 from spectrim.core.errors import EngineError, RuleError
 from spectrim.core.files import Frozen
 from spectrim.runtimes.conversion import OPSET
@@ -45,6 +46,7 @@ class Grid(Frozen):
     fingerprint: str
 
 
+@checked
 def probe(*, runtime: str = "torch", threads: int = 1, batch: int = 1) -> Grid:
     """Find the multiple of the rank at which latency steps on this CPU, in about a second.
 
