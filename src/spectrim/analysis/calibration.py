@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spectrim.core.arguments import checked
 from spectrim.core.distributed import Accelerator, all_reduce, if_distributed, shard
 from spectrim.core.errors import DataError, ModelError
 from spectrim.core.execution import Inputs, as_inputs, call, evaluating, on_device_of, split_labels, temporary
@@ -70,6 +71,7 @@ class Calibration:
         return replace(self, moments=moments)
 
 
+@checked
 def calibrate(
     model: nn.Module,
     batches: Iterable[Any],
