@@ -2,7 +2,6 @@
 
 import functools
 import inspect
-import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from numbers import Integral, Real
 from types import NoneType, UnionType
@@ -18,11 +17,18 @@ _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
 
+_EXPLAINED = {
+    *("rule", "rule_or_plan", "rank_multiple"),
+    *("value", "source", "figure"),
+}
+"""Arguments of which the functions themselves say more than a type does."""
+
+
 def checked(function: Callable[_P, _R]) -> Callable[_P, _R]:
     """The function, which raises `ArgumentError` for values of other types than its signature names.
 
-    Numbers have to be finite, and a truth value is no number. Which strings and numbers have a meaning, and what an
-    iterable gives, the function finds out itself.
+    A truth value is no number. Which strings and numbers have a meaning, and what an iterable gives, the function finds
+    out itself.
     """
     signature = inspect.signature(function)
 
@@ -34,7 +40,7 @@ def checked(function: Callable[_P, _R]) -> Callable[_P, _R]:
             return function(*args, **kwargs)
         for name, value in values.items():
             kind = signature.parameters[name].annotation
-            if not _fits(value, kind):
+            if name not in _EXPLAINED and not _fits(value, kind):
                 raise ArgumentError(f"{name}={_shortened(value)}: give {_in_words(kind)}{_hint(value, kind)}")
         return function(*args, **kwargs)
 
@@ -57,7 +63,8 @@ def _fits(value: object, kind: Any) -> bool:
         return _is_number(value, kind)
     if getattr(kind, "_is_protocol", False):
         return all(hasattr(value, name) for name in (*kind.__annotations__, *vars(kind)) if not name.startswith("_"))
-    return kind is Any or not isinstance(kind, type) or isinstance(value, kind)
+    unchecked = kind is Any or kind is inspect.Parameter.empty or not isinstance(kind, type)
+    return unchecked or isinstance(value, kind)
 
 
 def _holds(value: object, origin: type, inner: tuple[Any, ...]) -> bool:
@@ -74,18 +81,11 @@ def _holds(value: object, origin: type, inner: tuple[Any, ...]) -> bool:
 def _is_number(value: object, kind: type) -> bool:
     truth = isinstance(value, bool | np.bool_)
     if kind is float:
-        return isinstance(value, Real) and not truth and _is_finite(value)
+        return isinstance(value, Real) and not truth
     return truth if kind is bool else isinstance(value, Integral) and not truth and abs(int(value)) < 2**63
 
 
-def _is_finite(value: Real) -> bool:
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # a whole number beyond every float
-        return False
-
-
-_NUMBERS: Mapping[object, str] = {int: "a whole number", float: "a finite number", bool: "True or False"}
+_NUMBERS: Mapping[object, str] = {int: "a whole number", float: "a number", bool: "True or False"}
 
 
 def _in_words(kind: Any) -> str:

@@ -149,6 +149,6 @@ def multiple_of(rank_multiple: int | Grid | str | None) -> int | None:
     number = rank_multiple.multiple if isinstance(rank_multiple, Grid) else rank_multiple
     if number is None or number == "auto":
         return None
-    if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+    if isinstance(number, bool) or not isinstance(number, int) or not 1 <= number < 2**31:
         raise RuleError(f"rank_multiple={rank_multiple!r}: give a whole number of at least 1, such as 8, or 'auto'")
     return number

@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 from torch import nn
 
-from spectrim.core.arguments import checked
 from spectrim.core.distributed import Accelerator
 from spectrim.core.errors import PatternError, TrainingError, near
 from spectrim.core.execution import device_of, evaluating
@@ -32,7 +31,6 @@ class Finetuned:
     history: History
 
 
-@checked
 def finetune(
     model: nn.Module,
     data: Iterable[Any] | EpochData,
