@@ -935,7 +935,7 @@ def test_a_page_of_sixty_layers_stays_small(results: Results, tmp_path: Path) ->
 
 def test_a_report_of_something_else_is_refused(tmp_path: Path, analysis: st.Analysis) -> None:
     for value in (analysis, None, {}, "results.json"):
-        with pytest.raises(errors.ArgumentError, match=r"Results\.load"):
+        with pytest.raises(errors.DataError, match=r"Results\.load"):
             st.report(value, tmp_path / "report.html")  # type: ignore[arg-type]
     assert not list(tmp_path.iterdir())
 

@@ -19,7 +19,7 @@ _R = TypeVar("_R")
 
 _EXPLAINED = {
     *("rule", "rule_or_plan", "rank_multiple"),
-    *("value", "source", "figure"),
+    *("value", "source", "figure", "report.results"),
 }
 """Arguments of which the functions themselves say more than a type does."""
 
@@ -40,7 +40,7 @@ def checked(function: Callable[_P, _R]) -> Callable[_P, _R]:
             return function(*args, **kwargs)
         for name, value in values.items():
             kind = signature.parameters[name].annotation
-            if name not in _EXPLAINED and not _fits(value, kind):
+            if not _EXPLAINED & {name, f"{function.__name__}.{name}"} and not _fits(value, kind):
                 raise ArgumentError(f"{name}={_shortened(value)}: give {_in_words(kind)}{_hint(value, kind)}")
         return function(*args, **kwargs)
 
