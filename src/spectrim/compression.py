@@ -19,6 +19,7 @@ from spectrim.analysis.sensitivities import (
 from spectrim.analysis.spectra import Analysis, analyze_selected
 from spectrim.benchmark.latencies import LatencyTable
 from spectrim.benchmark.measurement import Measurement, count
+from spectrim.core.arguments import checked
 from spectrim.core.batches import batches_of, without_labels
 from spectrim.core.errors import DataError, PlanError, RuleError
 from spectrim.core.execution import Inputs, ProgressCallback, as_inputs, require_repeatable
@@ -69,6 +70,7 @@ class Decision:
     batches: Sequence[Inputs]
 
 
+@checked
 def compress(
     model: nn.Module,
     rule_or_plan: Rule | Plan,
@@ -192,6 +194,7 @@ def decide(
         require_runtime(rule_or_plan.runtime, threads=rule_or_plan.threads)
     stages = _Stages(model, as_inputs(example_inputs), rule_or_plan, options, cache, on_progress)
     if isinstance(layers, Analysis):
+        layers.require_model(model)
         return Decision(layers, stages.planned(layers), _in_memory(stages.batches(data)))
     analysis = stages.analysed(layers)
     if not isinstance(rule_or_plan, Plan):

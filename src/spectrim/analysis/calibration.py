@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.analysis.sampling import SamplingError, shrinkage
+from spectrim.core.arguments import checked
 from spectrim.core.batches import batches_of, inputs_of
 from spectrim.core.distributed import Accelerator, all_reduce, if_distributed, shard
 from spectrim.core.errors import DataError, ModelError
@@ -96,6 +97,7 @@ class Calibration:
         return replace(self, moments=moments)
 
 
+@checked
 def calibrate(
     model: nn.Module,
     batches: Iterable[Any],

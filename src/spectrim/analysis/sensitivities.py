@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from spectrim.analysis.activation_cache import DEFAULT_BYTES, ActivationCache
 from spectrim.analysis.calibration import Calibration, RunningGradients, add_gradients
 from spectrim.analysis.spectra import Analysis, LayerAnalysis
+from spectrim.core.arguments import checked
 from spectrim.core.batches import batches_of, inputs_of
 from spectrim.core.errors import DataError, ModelError, PlanError
 from spectrim.core.execution import Inputs, ProgressCallback, call, evaluating, temporary
@@ -26,6 +27,7 @@ _LOST, _LEAST_LOST = 0.1, 1e-9
 _PRECISION = 0.15
 
 
+@checked
 def sensitivity(
     model: nn.Module,
     analysis: Analysis,
@@ -54,9 +56,10 @@ def sensitivity(
 
     Raises:
         DataError: no batches.
-        PlanError: a negative `cache`.
+        PlanError: a negative `cache`, or an analysis of another model.
     """
     require_cache_bytes(cache)
+    analysis.require_model(model)
     data = enumerate(batches_of(batches, what="the data to measure sensitivities on"))
     read = [inputs_of(batch, model, position=position, labels=labels) for position, batch in data]
     used = subset([inputs for inputs, _ in read], samples=_MOST)
@@ -76,7 +79,7 @@ def sensitivity(
                 f"the shapes of {type(model).__name__}'s outputs depend on their values, so that no distance to the "
                 "dense network can be measured; all layers count alike. A wrapper that returns what comes before the "
                 "selection (scores and boxes of all places, say) makes budgets better",
-                stacklevel=2,
+                stacklevel=3,
             )
             return with_changes(analysis, sensitivity={})
     return with_changes(analysis, sensitivity=sensitivities)

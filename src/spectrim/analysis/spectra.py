@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.analysis.calibration import Calibration, pooled
-from spectrim.core.errors import ModelError
-from spectrim.core.execution import as_inputs
+from spectrim.core.arguments import checked
+from spectrim.core.errors import ModelError, PlanError
+from spectrim.core.execution import as_inputs, require_unwrapped, require_values
 from spectrim.core.plans import Cost, CostName, LayerPlan, Metric
 from spectrim.layers.cost import NetworkCost, count
 from spectrim.layers.forms import RankCosts, form_named, forms_of
@@ -204,6 +205,24 @@ class Analysis:
         """Mean inputs of the layers by name; none without a calibration."""
         return self.calibration.means if self.calibration else {}
 
+    def require_model(self, model: nn.Module) -> None:
+        """Raise `PlanError` for a model that lacks a layer of this analysis, or has it with a weight of another shape.
+
+        Raises:
+            ModelError: a model whose layers cannot be followed, or that has weights without values.
+        """
+        require_unwrapped(model)
+        require_values(model)
+        modules = dict(model.named_modules(remove_duplicate=False))
+        shapes = {name: layer.shape for layer in self.layers if layer.problems for name in layer.names}
+        for name, shape in shapes.items():
+            weight = modules[name]._parameters.get("weight") if name in modules else None
+            if weight is None or tuple(weight.shape) != shape:
+                raise PlanError(
+                    f"the analysis is of another model: it has {name} with a weight {list(shape)}, which this "
+                    f"{type(model).__name__} does not have; analyse this one with st.analyze"
+                )
+
     def outside(self, cost: CostName) -> int:
         """What the model costs besides the layers of this analysis."""
         if cost == "bytes":
@@ -211,6 +230,7 @@ class Analysis:
         return int(getattr(self.whole, cost)) - sum(int(getattr(layer.dense, cost)) for layer in self.layers)
 
 
+@checked
 def analyze(
     model: nn.Module,
     example_inputs: Any,

@@ -17,6 +17,7 @@ from spectrim.benchmark.layer_calls import FormAxes, LayerCalls, LayerSignature,
 from spectrim.benchmark.layer_timing import LayerBench, rest_of
 from spectrim.benchmark.measurement import resized
 from spectrim.benchmark.timing_cache import TimingCache
+from spectrim.core.arguments import checked
 from spectrim.core.errors import PlanError
 from spectrim.core.execution import Inputs, ProgressCallback, as_inputs, device_of, require_repeatable
 from spectrim.layers.forms import form_named, selected_forms
@@ -30,6 +31,7 @@ _FEW: Mapping[str, tuple[int, int]] = MappingProxyType({"compile": (3, 2)})
 """Ranks along the axis of a form with one rank, and along each of two; fewer where a layer takes seconds to prepare."""
 
 
+@checked
 def latency_table(
     model: nn.Module,
     example_inputs: Any,
@@ -75,6 +77,7 @@ def latency_table(
     chosen = require_runtime(runtime, threads=threads)
     allowed, step = selected_forms(forms), multiple_of(rank_multiple)
     example = as_inputs(example_inputs)
+    analysis.require_model(model)
     require_repeatable(model, example)
     inputs = resized(example, batch)
     calls, layers = layer_calls(model, inputs, analysis)

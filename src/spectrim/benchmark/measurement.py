@@ -10,9 +10,10 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from spectrim.core.arguments import checked
 from spectrim.core.batches import batches_of, split_labels
 from spectrim.core.errors import DataError
-from spectrim.core.execution import Inputs, as_inputs, call, evaluating, require_repeatable
+from spectrim.core.execution import Inputs, as_inputs, call, evaluating, require_repeatable, require_values
 from spectrim.core.files import Frozen
 from spectrim.core.nested import logits_of
 from spectrim.layers.cost import NetworkCost
@@ -111,6 +112,7 @@ class Measurement(NetworkCost):
         return self.model_copy(update=ratios)
 
 
+@checked
 def measure(
     model: nn.Module,
     example_inputs: Any,
@@ -197,6 +199,7 @@ def measure_each(
     return measured
 
 
+@checked
 def runtime_gain(
     model: nn.Module,
     example_inputs: Any,
@@ -257,6 +260,7 @@ def count(model: nn.Module, example_inputs: Any) -> Measurement:
     return Measurement(**count_cost(model, example_inputs).model_dump())
 
 
+@checked
 def accuracy(model: nn.Module, data: Iterable[Any], *, example_inputs: Any = None) -> Accuracy:
     """Top-1 accuracy over batches; outputs (batch, classes), or a mapping with such `logits`.
 
@@ -268,7 +272,9 @@ def accuracy(model: nn.Module, data: Iterable[Any], *, example_inputs: Any = Non
 
     Raises:
         DataError: no batches, or outputs and labels that do not fit together.
+        ModelError: weights without values, or a model that cannot run the batches.
     """
+    require_values(model)
     like = None if example_inputs is None else as_inputs(example_inputs)
     with evaluating(model):
         return top1(data, lambda inputs, what: call(model, inputs, what=what), like=like, model=model)

@@ -8,6 +8,10 @@ class SpectrimError(Exception):
     """Base of every error that Spectrim raises on purpose."""
 
 
+class ArgumentError(SpectrimError, TypeError):
+    """An argument of another type than the function takes."""
+
+
 class RuleError(SpectrimError, ValueError):
     """A rank, ratio, energy or budget that is impossible."""
 

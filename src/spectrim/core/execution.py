@@ -71,6 +71,8 @@ def device_of(model: nn.Module) -> torch.device:
 def on_device_of(model: nn.Module, inputs: Inputs) -> Inputs:
     """Copies of the inputs where the model is."""
     device = device_of(model)
+    if device.type != "meta" and any(tensor.is_meta for tensor in inputs.tensors()):
+        raise ModelError(f"the inputs ({inputs.describe()}) are on the meta device, without values; give real ones")
     return inputs.map(lambda tensor: tensor.to(device, copy=True))
 
 
@@ -92,7 +94,7 @@ def unique_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]
         tensors by name, and aliases from name to the name in the first mapping.
 
     Raises:
-        ModelError: a state that is not a tensor, as quantised layers have.
+        ModelError: a state that is not a tensor, as quantised layers have, or one without a shape, as lazy layers have.
     """
     names: dict[int, str] = {}
     unique: dict[str, Tensor] = {}
@@ -103,6 +105,8 @@ def unique_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]
                 f"the model's state {name!r} is a {type(value).__name__}, not a tensor, and cannot be saved; "
                 "if the layer is quantised, compress the model first and quantise it afterwards"
             )
+        if isinstance(value, UninitializedParameter | UninitializedBuffer):
+            raise ModelError(f"the model's state {name!r} has no shape yet; run the model once")
         first = names.setdefault(id(value), name)
         if first == name:
             unique[name] = value.detach()
@@ -280,14 +284,20 @@ def require_unwrapped(model: nn.Module) -> None:
             )
 
 
-def require_values(model: nn.Module) -> None:
-    """Raise `ModelError` for weights that were never loaded: running the model would initialise lazy ones."""
+def require_shapes(model: nn.Module) -> None:
+    """Raise `ModelError` for lazy weights, which the first run of the model would initialise."""
     known = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     lazy = [name for name, tensor in known.items() if isinstance(tensor, UninitializedParameter | UninitializedBuffer)]
     if lazy:
         raise ModelError(
             f"{lazy[0]} of {type(model).__name__} has no shape yet; run the model once, then load or train its weights"
         )
+
+
+def require_values(model: nn.Module) -> None:
+    """Raise `ModelError` for weights that were never loaded."""
+    require_shapes(model)
+    known = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     empty = [name for name, tensor in known.items() if tensor.is_meta]
     if empty:
         raise ModelError(

@@ -9,6 +9,7 @@ from typing import ClassVar, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from spectrim.core.arguments import checked
 from spectrim.core.errors import FileError
 
 _Value = TypeVar("_Value", bound=BaseModel)
@@ -94,11 +95,13 @@ class FrozenFile(Frozen):
 
     indent: ClassVar[int] = 1
 
+    @checked
     def save(self, path: str | Path) -> Path:
         """Write it as indented JSON, wholly or not at all. Raises `FileError` when that is not possible."""
         return write_text(Path(path), self.model_dump_json(indent=self.indent, exclude_none=True) + "\n")
 
     @classmethod
+    @checked
     def load(cls, path: str | Path) -> Self:
         """Read one. Raises `FileError` when the file is missing, cut short, or not valid, as after a wrong edit."""
         return parse(cls, read_text(Path(path)), origin=str(path))

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from spectrim.core.arguments import checked
 from spectrim.core.errors import FileError, RuleError
 from spectrim.core.execution import as_inputs
 from spectrim.core.files import Frozen, write_atomically
@@ -61,6 +62,7 @@ class Exported(Frozen):
     check: Check | None = None
 
 
+@checked
 def export_onnx(
     model: nn.Module,
     path: str | Path,
@@ -120,6 +122,7 @@ def export_onnx(
     return exported(path=written, bytes=size, opset=OPSET, inputs=inputs, outputs=outputs, check=result)
 
 
+@checked
 def export_program(
     model: nn.Module,
     path: str | Path,
@@ -153,6 +156,7 @@ def export_program(
     return exported(path=written, bytes=written.stat().st_size, inputs=inputs, outputs=outputs, check=result)
 
 
+@checked
 def export_openvino(
     model: nn.Module,
     path: str | Path,

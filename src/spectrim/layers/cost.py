@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from spectrim.core.execution import as_inputs, call, evaluating, unique_tensors
+from spectrim.core.execution import as_inputs, call, evaluating, require_shapes, unique_tensors
 from spectrim.core.files import Frozen
 from spectrim.layers.operators import UncountedOperators, formulas
 
@@ -36,6 +36,7 @@ class NetworkCost(Frozen):
 
 def count(model: nn.Module, example_inputs: Any) -> NetworkCost:
     """Parameters, bytes and MACs: what can be known without timing or data."""
+    require_shapes(model)
     params = sum(parameter.numel() for parameter in model.parameters())
     uncounted = UncountedOperators(model.parameters())
     counter = FlopCounterMode(display=False, custom_mapping=dict(formulas()))

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from spectrim.core.arguments import checked
 from spectrim.core.errors import ModelError
 from spectrim.core.plans import LayerPlan, Plan
 from spectrim.layers.factored import geometry_of, low_rank_layers, shallow_copy
@@ -58,7 +59,7 @@ def duplicate(model: nn.Module, *, hint: str = "work on it directly with inplace
     """
     try:
         return copy.deepcopy(model)
-    except (RuntimeError, TypeError) as error:
+    except Exception as error:
         raise ModelError(f"{type(model).__name__} cannot be copied ({error}); {hint}") from error
 
 
@@ -184,6 +185,7 @@ def _bias_like(module: nn.Module, value: Tensor) -> nn.Parameter:
     return _parameter_like(module.get_parameter("weight") if old is None else old, value)
 
 
+@checked
 def merge(model: nn.Module) -> nn.Module:
     """A copy of `model` in which every factored layer is one dense layer again, ties between layers included."""
     merged = duplicate(model)

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from spectrim.core.arguments import checked
 from spectrim.core.errors import FileError, ModelError, PlanError
 from spectrim.core.execution import device_of, unique_tensors
 from spectrim.core.files import Frozen, parse, write_atomically
@@ -47,6 +48,7 @@ class _Structure(Frozen):
     digest: str
 
 
+@checked
 def save(model: nn.Module, path: str | Path) -> Path:
     """Write the model to one safetensors file, with what is needed to rebuild its factored layers in the header.
 
@@ -83,6 +85,7 @@ def save(model: nn.Module, path: str | Path) -> Path:
     return write_atomically(_file(path), lambda part: save_file(stored, part, metadata=metadata))
 
 
+@checked
 def load(path: str | Path, model: nn.Module) -> nn.Module:
     """Rebuild a saved model from a dense instance of the same network; outputs are bit-equal to the saved model's.
 

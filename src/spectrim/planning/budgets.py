@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from spectrim.analysis.spectra import Analysis, LayerAnalysis
 from spectrim.benchmark.latencies import LatencyTable
+from spectrim.core.arguments import checked
 from spectrim.core.errors import PlanError, RuleError
 from spectrim.core.plans import Budget, LatencyNote, Limit, Metric, Plan
 from spectrim.layers.forms import RankCosts, selected_forms
@@ -50,6 +51,7 @@ class Curve:
         return len(self.points)
 
 
+@checked
 def pareto(
     analysis: Analysis,
     *,

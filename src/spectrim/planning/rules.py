@@ -6,6 +6,7 @@ import numpy as np
 
 from spectrim.analysis.spectra import Analysis, LayerAnalysis
 from spectrim.benchmark.latencies import LatencyTable
+from spectrim.core.arguments import checked
 from spectrim.core.errors import PlanError, RuleError
 from spectrim.core.plans import Budget, Energy, LayerPlan, Metric, Plan, Rank, Ratio, Rule
 from spectrim.layers.forms import selected_forms
@@ -15,6 +16,7 @@ from spectrim.planning.decisions import PlanOptions, dense, factored, listed, me
 from spectrim.runtimes.rank_grid import Grid, multiple_of
 
 
+@checked
 def plan(
     analysis: Analysis,
     rule: Rule,

@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import nn
 
 from spectrim.benchmark.measurement import Accuracy
+from spectrim.core.arguments import checked
 from spectrim.core.batches import batches_of, require_batches
 from spectrim.core.errors import DataError
 from spectrim.core.files import Frozen
@@ -93,6 +94,7 @@ class QuantizedTable(Frozen):
         return tuple(_verdict(self.row("dense", scheme), self.row("low rank", scheme)) for scheme in self.schemes)
 
 
+@checked
 def compare_quantized(
     dense: nn.Module,
     small: nn.Module,

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from spectrim.benchmark.measurement import Accuracy, top1
+from spectrim.core.arguments import checked
 from spectrim.core.errors import DataError, EngineError, FileError, ModelError
 from spectrim.core.execution import Inputs
 from spectrim.runtimes.conversion import optional, require_onnx
@@ -110,6 +111,7 @@ def _in_order(names: Sequence[str], inputs: Inputs) -> list[Tensor]:
     return [torch.as_tensor(inputs.kwargs[name]) for name in names]
 
 
+@checked
 def onnx_accuracy(
     path: str | Path, data: Iterable[Any], *, runtime: str = "onnxruntime", threads: int | None = None
 ) -> Accuracy:

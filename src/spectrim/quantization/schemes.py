@@ -14,6 +14,7 @@ from pydantic import AliasChoices, Field
 from torch import nn
 
 from spectrim.benchmark.measurement import Accuracy
+from spectrim.core.arguments import checked
 from spectrim.core.batches import batches_of, without_labels
 from spectrim.core.errors import DataError, FileError, ModelError, RuleError
 from spectrim.core.execution import Inputs, as_inputs
@@ -76,6 +77,7 @@ class Quantized(Frozen):
     )
 
 
+@checked
 def quantize(
     model: nn.Module,
     example_inputs: Any,

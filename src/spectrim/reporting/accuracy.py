@@ -6,6 +6,7 @@ from typing import Any, Literal, NamedTuple
 
 import plotly.graph_objects as go
 
+from spectrim.core.arguments import checked
 from spectrim.core.errors import DataError
 from spectrim.reporting import words
 from spectrim.reporting.results import Changes, ClassChange, Published, PublishedPoint, Results, Variant
@@ -38,6 +39,7 @@ AXES: dict[Against, Axis] = {
 _CLASSES = 60
 
 
+@checked
 def plot_accuracy(results: Results, *, against: Against = "rank") -> go.Figure:
     """Test accuracy of every network against its rank or a cost, dense and published ones beside it.
 
@@ -209,6 +211,7 @@ def _zoom(results: Results, variants: Sequence[Variant]) -> dict[str, Any]:
     return {"zoom": [trained - margin, top + margin]}
 
 
+@checked
 def plot_classes(changes: Changes) -> go.Figure:
     """Change of every class's accuracy in percentage points, with its 95 % interval, the worst at the bottom.
 

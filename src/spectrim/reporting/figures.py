@@ -10,6 +10,7 @@ import plotly.graph_objects as go
 
 from spectrim.analysis.spectra import Analysis
 from spectrim.benchmark.measurement import Epoch
+from spectrim.core.arguments import checked
 from spectrim.core.errors import DataError, DependencyError, EngineError, PatternError, near
 from spectrim.core.files import write_atomically
 from spectrim.core.plans import Plan
@@ -22,6 +23,7 @@ FORMATS = ("png", "svg", "pdf")
 _POINTS = 200
 
 
+@checked
 def plot_spectra(
     source: Analysis | Results, *, layers: Sequence[str] | None = None, plan: Plan | None = None
 ) -> go.Figure:
@@ -61,6 +63,7 @@ def plot_spectra(
     return build(traces, x=ranks, y=[values, explained])
 
 
+@checked
 def plot_curves(results: Results) -> go.Figure:
     """Training loss, and accuracy on held-out data, by epoch: one line per seed, in the colour of its network.
 
@@ -92,6 +95,7 @@ def plot_curves(results: Results) -> go.Figure:
     return _training_figure(traces, [run.curve for variant in trained for run in variant.runs])
 
 
+@checked
 def plot_history(history: Sequence[Epoch]) -> go.Figure:
     """Training loss on a logarithmic axis, and accuracy or loss on held-out data if taken, by epoch; the best marked.
 
@@ -150,6 +154,7 @@ class Ranks(Protocol):
     kept: float
 
 
+@checked
 def plot_ranks(history: Sequence[Ranks]) -> go.Figure:
     """Each layer's rank, and the share of the cost that is kept, by optimiser step, from `RankSchedule.history`.
 
@@ -212,6 +217,7 @@ def _spectrum_traces(layer: LayerSpectrum, plans: Sequence[Plan], *, position: i
             yield common | marks | {"x": marked, "y": y, "hovertemplate": f"kept rank %{{x}}: {hover}"}
 
 
+@checked
 def save_figure(
     figure: go.Figure, path: str | Path, *, width: int = 700, height: int = 420, scale: float = 3.0
 ) -> Path:

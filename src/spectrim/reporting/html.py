@@ -10,6 +10,7 @@ from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from spectrim.core.arguments import checked
 from spectrim.core.errors import DataError
 from spectrim.core.files import write_text
 from spectrim.reporting import words
@@ -19,6 +20,7 @@ from spectrim.reporting.results import Results, Variant
 from spectrim.reporting.tables import Listing, changes_table, published_table, runtimes_table, table
 
 
+@checked
 def report(results: Results, path: str | Path) -> Path:
     """Write `results` as one HTML file that needs no network: figures, tables and words, for screen and paper.
 

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from spectrim.analysis.spectra import Analysis, LayerAnalysis
 from spectrim.benchmark.measurement import Measurement
+from spectrim.core.arguments import checked
 from spectrim.core.errors import DataError
 from spectrim.core.plans import Cost, LayerPlan, Metric, Plan
 from spectrim.linalg import Spectrum
@@ -128,6 +129,7 @@ def _clean(cell: str) -> str:
 Showable = Analysis | Plan | Measurement | Results
 
 
+@checked
 def table(value: Showable) -> Listing:
     """A table of an `Analysis`, `Plan`, `Measurement` or `Results`, to be printed by a `rich.console.Console`.
 
@@ -146,6 +148,7 @@ def table(value: Showable) -> Listing:
     raise DataError(f"a table shows an Analysis, a Plan, a Measurement or Results, and got {type(value).__name__}")
 
 
+@checked
 def text(value: Showable, *, width: int = 100) -> str:
     """The table as plain text of at most `width` columns, without colours: `print(text(plan))`; raises as `table`."""
     printed = io.StringIO()

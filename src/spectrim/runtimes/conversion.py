@@ -17,7 +17,16 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from spectrim.core.errors import DependencyError, ModelError
-from spectrim.core.execution import Inputs, as_inputs, call, evaluating, on_device_of, temporary
+from spectrim.core.execution import (
+    Inputs,
+    as_inputs,
+    call,
+    evaluating,
+    on_device_of,
+    require_shapes,
+    require_values,
+    temporary,
+)
 from spectrim.core.nested import map_tensors, tensors
 from spectrim.runtimes.faults import described, module_at, raised_as, root_reason
 
@@ -64,6 +73,7 @@ def to_onnx(model: nn.Module, example_inputs: Any, *, dynamic_batch: bool = True
         DependencyError: onnx or onnxscript is not installed.
     """
     require_onnx()
+    require_shapes(model)
     size = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
     if size >= _LARGEST:  # better known before minutes are spent on it
         raise ModelError(
@@ -173,6 +183,9 @@ _Shapes = dict[str, Any] | None
 
 def _example(model: nn.Module, example_inputs: Any, *, dynamic_batch: bool) -> tuple[Inputs, _Shapes, str]:
     """The inputs as they are captured, their open dimensions, and a hint for the error about them."""
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ModelError("the model is TorchScript, which cannot be captured; give the module it was made from")
+    require_values(model)
     inputs = on_device_of(model, _ordered(model, as_inputs(example_inputs)))
     if not dynamic_batch:
         return inputs, None, ""

@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from spectrim.core.arguments import checked
 from spectrim.core.errors import EngineError, RuleError
 from spectrim.core.files import Frozen
 from spectrim.runtimes.conversion import OPSET
@@ -45,6 +46,7 @@ class Grid(Frozen):
     fingerprint: str
 
 
+@checked
 def probe(*, runtime: str = "torch", threads: int = 1, batch: int = 1) -> Grid:
     """Find the multiple of the rank at which latency steps on this CPU, in about a second.
 
@@ -147,6 +149,6 @@ def multiple_of(rank_multiple: int | Grid | str | None) -> int | None:
     number = rank_multiple.multiple if isinstance(rank_multiple, Grid) else rank_multiple
     if number is None or number == "auto":
         return None
-    if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+    if isinstance(number, bool) or not isinstance(number, int) or not 1 <= number < 2**31:
         raise RuleError(f"rank_multiple={rank_multiple!r}: give a whole number of at least 1, such as 8, or 'auto'")
     return number
