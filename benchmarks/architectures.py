@@ -22,6 +22,7 @@ import json
 import multiprocessing
 import re
 import resource
+import signal
 import sys
 import tempfile
 import time
@@ -44,12 +45,15 @@ import spectrim as st
 from spectrim.core.nested import tensors
 from spectrim.layers.tracing import typed_layers
 
-SHARE, BATCHES = 0.6, 3
-MOST_LAYERS, WIDEST = 24, 1200
+SHARE, BATCHES = 0.6, 2
+MOST_LAYERS, WIDEST = 16, 800
 """How many layers are factored at most, and how many inputs (those of all kernel places) the widest of them has."""
 
 SECONDS, GIBIBYTES = 180, 8
-"""Of one network."""
+"""Of one network: time of the processor, and memory."""
+
+PATIENCE = 5
+"""So many times as long may it take by the clock, on a machine that others use."""
 
 PRELOADED = ("timm", "torchvision", "spectrim", "rich.console", "transformers.models.llama.modeling_llama")
 """What takes long to import, and is therefore imported once; packages that are missing are passed over."""
@@ -69,7 +73,7 @@ class Row:
         id: Of the architecture.
         outcome: `compressed`, `refused`, `time`, or a failure: `exception`, `crash`.
         detail: The reason of a refusal, or where an exception came from.
-        seconds: For everything.
+        seconds: For everything, of the processor.
         failures: What did not hold of the compressed network.
         share: The budget, of the dense MACs.
         macs: Of the dense network.
@@ -151,8 +155,8 @@ def costly_layers(model: nn.Module) -> list[str]:
     layers = {name: model.get_submodule(name).get_parameter("weight") for name in typed_layers(model)}
     wide = [name for name, weight in layers.items() if max(weight.shape[0], weight[0].numel()) > WIDEST]
     narrow = [name for name in layers if name not in wide]
-    step = max(1, -(-len(narrow) // MOST_LAYERS))
-    return [*wide, *(name for place, name in enumerate(narrow) if place % step)]
+    spread = {place * len(narrow) // MOST_LAYERS for place in range(MOST_LAYERS)}
+    return [*wide, *(name for place, name in enumerate(narrow) if place not in spread)]
 
 
 def differences(compressed: st.Compressed, dense: st.Measurement, *, share: float) -> Iterable[str]:
@@ -199,18 +203,20 @@ def exported(dense: nn.Module, small: nn.Module, example: Any, folder: Path) -> 
 # ---------------------------------------------------------------------------------------------------- their processes
 
 
-def guarded(name: str, onnx: bool, results: Connection) -> None:  # noqa: FBT001
+def guarded(name: str, options: Mapping[str, Any], results: Connection) -> None:
     """In a process of its own: examine, and send the row even if it fails."""
     torch.set_num_threads(1)
     resource.setrlimit(resource.RLIMIT_DATA, (GIBIBYTES << 30, GIBIBYTES << 30))
+    began, limit = time.process_time(), options["seconds"]
+    resource.setrlimit(resource.RLIMIT_CPU, (int(began + limit) + 1, int(began + limit) + 30))
     warnings.simplefilter("ignore")
     try:
-        row = examine(catalogue()[name], onnx=onnx)
+        row = examine(catalogue()[name], onnx=options["onnx"])
     except Exception as error:  # this is what is looked for
         frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "spectrim" in frame.filename]
         at = "; ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames[-3:])
         row = Row(name, "exception", f"{type(error).__name__}: {str(error)[:300]} [{at}]")
-    results.send(row)
+    results.send(dataclasses.replace(row, seconds=round(time.process_time() - began, 1)))
 
 
 def isolated(name: str, *, onnx: bool, seconds: float) -> Row:
@@ -218,18 +224,19 @@ def isolated(name: str, *, onnx: bool, seconds: float) -> Row:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(PRELOADED))
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=guarded, args=(name, onnx, sender), daemon=True)
-    began = time.monotonic()
+    process = context.Process(target=guarded, args=(name, {"onnx": onnx, "seconds": seconds}, sender), daemon=True)
     process.start()
     sender.close()
+    late = Row(name, "time", f"more than {seconds:g} s", seconds=seconds)
     try:
-        row = receiver.recv() if receiver.poll(seconds) else Row(name, "time", f"more than {seconds:g} s")
+        row = receiver.recv() if receiver.poll(PATIENCE * seconds) else late
     except EOFError:
         process.join()
-        row = Row(name, "crash", f"the process ended with {process.exitcode}")
+        ended = f"the process ended with {process.exitcode}"
+        row = late if process.exitcode == -signal.SIGXCPU else Row(name, "crash", ended)
     process.kill()
     process.join()
-    return dataclasses.replace(row, seconds=round(time.monotonic() - began, 1))
+    return row
 
 
 # -------------------------------------------------------------------------------------------------------- the results
@@ -322,7 +329,7 @@ def main() -> None:
             or row.detail
             or f"{row.ratio:.3f} of {row.share:.3f}, {row.factored} of {row.layers}"
         )
-        console.print(f"{row.seconds:6.1f} s  {name}: {row.outcome}, {what} {row.onnx}", markup=False)
+        print(f"{row.seconds:6.1f} s  {name}: {row.outcome}, {what} {row.onnx}", flush=True)
         if options.json:
             write_rows(options.json, rows)
     chosen = [rows[name] for name in names if name in rows]
