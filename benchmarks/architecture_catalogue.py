@@ -708,12 +708,12 @@ HF: Mapping[str, tuple[str, Callable[[int], Any], Mapping[str, Any]]] = {
 
 TIMM: Mapping[str, tuple[str, int, Mapping[str, Any]]] = {
     "beit": ("beit_base_patch16_224", 32, {"depth": 2, "embed_dim": 96, "num_heads": 3, "img_size": 32}),
-    "byoanet": ("lambda_resnet26t", 128, {}),
+    "byoanet": ("botnet26t_256", 64, {"img_size": 64}),
     "byobnet": ("test_byobnet", 32, {}),
     "cait": ("cait_xxs24_224", 32, {"depth": 2, "embed_dim": 48, "num_heads": 2, "img_size": 32}),
     "coat": ("coat_tiny", 32, {"img_size": 32, "serial_depths": (1, 1, 1, 1), "parallel_depth": 1}),
     "convit": ("convit_tiny", 32, {"depth": 2, "num_heads": 2, "embed_dim": 48, "img_size": 32}),
-    "convmixer": ("convmixer_768_32", 32, {}),
+    "convmixer": ("convmixer_768_32", 32, {"dim": 96, "depth": 4}),
     "convnext": ("test_convnext", 32, {}),
     "cpubone": ("cpubone_nano", 32, {}),
     "crossvit": ("crossvit_tiny_240", 240, {"depth": [[1, 1, 0], [1, 1, 0], [1, 1, 0]]}),

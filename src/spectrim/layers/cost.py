@@ -40,7 +40,7 @@ def count(model: nn.Module, example_inputs: Any) -> NetworkCost:
     params = sum(parameter.numel() for parameter in model.parameters())
     uncounted = UncountedOperators(model.parameters())
     counter = FlopCounterMode(display=False, custom_mapping=dict(formulas()))
-    counter.mod_tracker = _WholeNetwork()  # type: ignore[no-untyped-call]
+    counter.mod_tracker = _WholeNetwork()
     with evaluating(model), counter, uncounted:
         call(model, as_inputs(example_inputs))
     return NetworkCost(
