@@ -629,11 +629,6 @@ HF: Mapping[str, tuple[str, Callable[[int], Any], Mapping[str, Any]]] = {
         pixels(32),
         {"image_size": 32, "embed_dim": 24, "depths": [1, 1, 1, 1]},
     ),
-    "CvtForImageClassification": (
-        "CvtConfig",
-        pixels(32),
-        {"embed_dim": [16, 32, 64], "num_heads": [1, 2, 4], "depth": [1, 1, 2], "drop_path_rate": [0.0, 0.0, 0.0]},
-    ),
     "SwiftFormerForImageClassification": (
         "SwiftFormerConfig",
         pixels(64),
