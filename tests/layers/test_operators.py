@@ -125,6 +125,24 @@ def test_operators_of_unknown_cost_are_named() -> None:
     assert count(Calls(lambda x: ops.roi_align(x, [boxes, boxes], 2)), IMAGE).uncounted == ("torchvision::roi_align",)
 
 
+class Relative(nn.Module):
+    """Gives a layer a part of a table of its own, as relative positions are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(9, D))
+        self.fc, self.key = nn.Linear(D, D), nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x) @ self.key(self.table[:T]).mT
+
+
+def test_a_layer_may_be_given_a_part_of_a_parameter() -> None:
+    model = Relative().eval()
+    assert count(model, X).macs == B * T * D * D + T * D * D + B * T * T * D
+    assert st.compress(model, st.Rank(2), example_inputs=X).plan.factored
+
+
 class Solves(nn.Module):
     """Multiplies a weight by an operator that is not counted."""
 

@@ -2,11 +2,12 @@
 
 import json
 import math
-from typing import Any
+from typing import Any, Self
 
 from pydantic import Field
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.module_tracker import ModuleTracker
 
 from spectrim.core.execution import as_inputs, call, evaluating, require_shapes, unique_tensors
 from spectrim.core.files import Frozen
@@ -40,6 +41,7 @@ def count(model: nn.Module, example_inputs: Any) -> NetworkCost:
     params = sum(parameter.numel() for parameter in model.parameters())
     uncounted = UncountedOperators(model.parameters())
     counter = FlopCounterMode(display=False, custom_mapping=dict(formulas()))
+    counter.mod_tracker = _WholeNetwork()
     with evaluating(model), counter, uncounted:
         call(model, as_inputs(example_inputs))
     return NetworkCost(
@@ -49,6 +51,16 @@ def count(model: nn.Module, example_inputs: Any) -> NetworkCost:
         uncounted=tuple(uncounted.names) or None,
         uncounted_weights=tuple(uncounted.weighted) or None,
     )
+
+
+class _WholeNetwork(ModuleTracker):
+    """Torch's tracker without its hooks: without gradients they fail where a layer is given a view of a parameter."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
 
 
 def count_macs(model: nn.Module, example_inputs: Any) -> int:
