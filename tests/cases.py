@@ -1,10 +1,12 @@
 """Networks and data that many tests share."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
+import spectrim as st
 from spectrim.core.execution import as_inputs
 from spectrim.layers.factored import FactoredLayer
 from spectrim.layers.forms import form_named, forms_of
@@ -178,3 +180,11 @@ def build(layer: nn.Module, *, form: str, ranks: tuple[int, ...], bias: bool) ->
 
 IMAGE_FORMS = form_names(nn.Conv2d(4, 4, 3))
 """The forms of an ordinary convolution of images."""
+
+
+def taken_at_their_word(calibration: st.Calibration) -> st.Calibration:
+    """The statistics as if the samples were all there are: nothing of them is exchanged for the plain metric."""
+    moments = {
+        name: replace(seen, shrinkage=0.0, output_grad_shrinkage=0.0) for name, seen in calibration.moments.items()
+    }
+    return replace(calibration, moments=moments)

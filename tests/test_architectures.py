@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 architectures = importlib.import_module("architectures")
 CATALOGUE = importlib.import_module("architecture_catalogue").catalogue()
 

@@ -6,7 +6,18 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from cases import Double, SharedModule, Tied, form_names, full_ranks, inputs, same_state, small_mlp, state
+from cases import (
+    Double,
+    SharedModule,
+    Tied,
+    form_names,
+    full_ranks,
+    inputs,
+    same_state,
+    small_mlp,
+    state,
+    taken_at_their_word,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as draw
 from torch import Tensor, nn
@@ -77,7 +88,7 @@ def test_the_calibration_error_is_the_predicted_tail_and_never_above_plain(
     model = network(out, into, seed=seed, bias=bias, decay=decay)
     x = inputs(50, into, seed=seed % 1000)
     rank = 1 + int(cut * (min(out, into) - 1))
-    analysis = st.analyze(model, x, calibration=st.calibrate(model, x.split(7)))
+    analysis = st.analyze(model, x, calibration=taken_at_their_word(st.calibrate(model, x.split(7))))
     error = {}
     for metric in ("plain", "activation"):
         decided = st.plan(analysis, st.Rank(rank), metric=metric, allow_growth=True)
@@ -202,7 +213,7 @@ def test_every_kind_form_metric_and_type_keeps_its_word(
     model = nn.Sequential(build(), nn.Identity()).to(dtype)
     x = inputs(*shape, dtype=dtype) / 4
     calibration = st.calibrate(model, x.split(7), positions=None, gradients=metric == "loss")
-    analysis = st.analyze(model, x, calibration=calibration)
+    analysis = st.analyze(model, x, calibration=taken_at_their_word(calibration))
     for share in (0.4, 1.0):
         plan = st.plan(analysis, st.Ratio(share), metric=metric, forms=(form,), allow_growth=True)
         compressed = st.compress(model, plan, example_inputs=x, analysis=analysis)

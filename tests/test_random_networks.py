@@ -1,4 +1,4 @@
-"""Laws of compression on random networks that do what users' networks do; `benchmarks/random_networks.py` runs more."""
+"""Laws of compression on random networks that do what users' networks do; `benchmarks/random_graphs.py` runs more."""
 
 import pytest
 from hypothesis import HealthCheck, given, settings

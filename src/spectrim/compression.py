@@ -1,6 +1,5 @@
 """The one-call path: calibrate, analyse, plan, replace, count what was gained."""
 
-import warnings
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice
@@ -9,7 +8,7 @@ from typing import Any, Literal
 from torch import nn
 
 from spectrim.analysis.calibration import Calibration, calibrate
-from spectrim.analysis.sampling import SampleCount
+from spectrim.analysis.sampling import SampleCount, warn_of_few
 from spectrim.analysis.sensitivities import (
     cache_bytes_of,
     require_cache_bytes,
@@ -17,6 +16,7 @@ from spectrim.analysis.sensitivities import (
     with_output_grads,
 )
 from spectrim.analysis.spectra import Analysis, analyze_selected
+from spectrim.benchmark.fidelity import Fidelity, measured_fidelity, require_planned_cost
 from spectrim.benchmark.latencies import LatencyTable
 from spectrim.benchmark.measurement import Measurement, count
 from spectrim.core.arguments import checked
@@ -34,19 +34,25 @@ from spectrim.planning.rules import plan_with, refresh, require_possible
 from spectrim.runtimes.rank_grid import Grid, probe
 from spectrim.runtimes.sessions import require_runtime
 
-_FEW_SAMPLES, _ENOUGH_SAMPLES = 16, 128
-
 
 @dataclass(frozen=True, eq=False)
 class Compressed:
     """A compressed model, the plan it was made by, and what it costs against its dense self.
 
     Times are measured under a budget of latency only, and stand in `plan.latency`.
+
+    Attributes:
+        model: An ordinary module.
+        plan: Form and ranks of every layer.
+        measurement: Counted costs, with their ratios to the dense network's.
+        fidelity: How near its outputs are to the dense network's on up to 256 calibration samples; None without data,
+            where the shapes of the outputs depend on values, or where the dense outputs do not vary.
     """
 
     model: nn.Module
     plan: Plan
     measurement: Measurement
+    fidelity: Fidelity | None = None
 
     @property
     def refused(self) -> str | None:
@@ -167,7 +173,10 @@ def compress(
     )
     fitted = _is_fitted(decision.plan, reconstruct=reconstruct)
     smaller = _built(model, decision, fitted=fitted, cache=cache, on_progress=on_progress)
-    return _counted(model, smaller, decision.plan, as_inputs(example_inputs), inplace=inplace)
+    own = decision.batches or [as_inputs(example_inputs)]
+    measured = measured_fidelity(model, smaller, own, plan=decision.plan, analysis=decision.analysis)
+    compressed = _counted(model, smaller, decision.plan, as_inputs(example_inputs), inplace=inplace)
+    return replace(compressed, fidelity=measured if decision.batches else None)
 
 
 def decide(
@@ -261,7 +270,7 @@ class _Stages:
         layers = _call_sites(bare, rule)
         samples = SampleCount()
         statistics = calibrate(model, self._reported(batches, samples), layers=layers)
-        self._warn_of_few(samples)
+        warn_of_few(samples, metric)
         if not samples.differ and not isinstance(rule, Plan):
             return bare, []
         if "loss" in metrics or (budgeted and metric is None):
@@ -276,28 +285,6 @@ class _Stages:
         )
         blocked = metric is None and _has_blocked_gradients(weighed)
         return _without_loss_metric(weighed) if blocked else weighed, batches
-
-    def _warn_of_few(self, samples: SampleCount) -> None:
-        """Warn of samples that tell little or nothing of others.
-
-        Raises:
-            DataError: it is nothing, and a data metric was asked for.
-        """
-        metric, enough = self.options.metric, f"{_ENOUGH_SAMPLES} samples or more"
-        if not samples.differ and metric is not None:
-            raise DataError(f"the calibration data are {samples}, which metric={metric!r} cannot be taken from")
-        if not samples.differ:
-            warnings.warn(
-                f"the calibration data are {samples}, which says nothing of others: the weights are approximated by "
-                f"themselves, as without data; give {enough}",
-                stacklevel=5,
-            )
-        elif samples.number < _FEW_SAMPLES:
-            warnings.warn(
-                f"the calibration data are {samples}; what so few cannot tell of others is taken from the weights "
-                f"alone, and with {enough} the result would be better",
-                stacklevel=5,
-            )
 
     def planned(self, analysis: Analysis) -> Plan:
         """The plan, with what has to be timed on this machine."""
@@ -373,6 +360,7 @@ def _counted(model: nn.Module, smaller: nn.Module, plan: Plan, example: Inputs, 
     """What `compress` returns; under a budget of latency the model as it was, if its file would have grown."""
     dense = count(model, example)
     measurement = count(smaller, example).against(dense)
+    require_planned_cost(plan, dense, measurement)
     grown = max(measurement.params_ratio or 0, measurement.bytes_ratio or 0) > 1
     if plan.latency and not _is_refused(plan) and grown:
         plan = refused(plan, reason=f"the file would grow from {dense.bytes:,} to {measurement.bytes:,} bytes")

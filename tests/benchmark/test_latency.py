@@ -610,7 +610,7 @@ class TestTable:
             table(threads=100_000)
         with pytest.raises(errors.PlanError, match="forms="):
             table(forms=("conical",))
-        with pytest.raises(errors.PlanError, match="no layer of the analysis"):
+        with pytest.raises(errors.PlanError, match="the analysis is of another model"):
             table(analysis=st.analyze(small_cnn(), X, include="8"))
         assert not list(tmp_path.iterdir())
 

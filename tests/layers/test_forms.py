@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import IMAGE_FORMS, build, form_names, full_ranks, inputs, same_state, state, unit_of
+from cases import IMAGE_FORMS, build, form_names, full_ranks, inputs, same_state, state, taken_at_their_word, unit_of
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
@@ -235,7 +235,8 @@ def test_the_size_that_a_transposed_convolution_is_given_counts() -> None:
 @pytest.mark.parametrize(("case", "form"), CASES_AND_FORMS)
 def test_no_error_is_above_the_predicted_one_and_that_of_a_closed_form_meets_it(case: Case, form: str) -> None:
     model, x = network(case), images(case, number=20)
-    analysis = st.analyze(model, x, calibration=st.calibrate(model, x.split(6), positions=None))
+    statistics = taken_at_their_word(st.calibrate(model, x.split(6), positions=None))
+    analysis = st.analyze(model, x, calibration=statistics)
     dense = columns(model, x)
     closed = form_named(form).closed_form
     total = float((dense - dense.mean(dim=1, keepdim=True)).square().sum())

@@ -6,7 +6,7 @@ from cases import inputs
 from torch import Tensor, nn
 
 import spectrim as st
-from spectrim.analysis import calibration
+from spectrim.analysis import moments
 from spectrim.linalg import ChannelDecomposition, LowRankCovariance, Problem, problem
 from spectrim.linalg.covariance import add_outer, inner, mean_variance, solver, times
 from spectrim.linalg.subspace import leading_vectors
@@ -18,7 +18,7 @@ FEW, MANY = 70, 300
 @pytest.fixture
 def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(problem, "_WIDE", 0)
-    monkeypatch.setattr(calibration, "_WIDE", 0)
+    monkeypatch.setattr(moments, "_WIDE", 0)
 
 
 def numbers(*shape: int, seed: int = 0) -> Tensor:
@@ -118,7 +118,7 @@ def test_a_network_comes_out_as_without_the_shortcuts(
     networks = []
     for wide in (2**30, 0):
         monkeypatch.setattr(problem, "_WIDE", wide)
-        monkeypatch.setattr(calibration, "_WIDE", wide)
+        monkeypatch.setattr(moments, "_WIDE", wide)
         small = st.compress(model, rule, example_inputs=x, data=x.split(16), allow_growth=isinstance(rule, st.Ratio))
         networks.append(small)
     usual, short = networks

@@ -1,5 +1,6 @@
 """How far statistics of few samples can be trusted, and what to put in the place of what they do not know."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -7,10 +8,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from spectrim.core.errors import DataError
 from spectrim.core.execution import Inputs
 from spectrim.linalg import Covariance, mean_variance, square_of
 
 _ALIKE = 1e-5
+_FEW, _ENOUGH = 16, 128
 
 
 @dataclass(eq=False)
@@ -37,6 +40,29 @@ class SampleCount:
         if self.differ:
             return f"{self.number} samples"
         return "one sample" if self.number == 1 else f"{self.number} times the same sample"
+
+
+def warn_of_few(samples: SampleCount, metric: str | None) -> None:
+    """Warn of calibration data that tell little or nothing of other samples.
+
+    Raises:
+        DataError: it is nothing, and a metric that needs data was asked for.
+    """
+    enough = f"{_ENOUGH} samples or more"
+    if not samples.differ and metric is not None:
+        raise DataError(f"the calibration data are {samples}, which metric={metric!r} cannot be taken from; give more")
+    if not samples.differ:
+        warnings.warn(
+            f"the calibration data are {samples}, which says nothing of others: the weights are approximated by "
+            f"themselves, as without data; give {enough}",
+            stacklevel=6,
+        )
+    elif samples.number < _FEW:
+        warnings.warn(
+            f"the calibration data are {samples}; what so few cannot tell of others is taken from the weights alone, "
+            f"and with {enough} the result would be better",
+            stacklevel=6,
+        )
 
 
 @dataclass(eq=False)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.analysis.activation_cache import DEFAULT_BYTES, ActivationCache
-from spectrim.analysis.calibration import Calibration, RunningGradients, add_gradients
+from spectrim.analysis.calibration import Calibration, add_gradients
+from spectrim.analysis.moments import RunningGradients
 from spectrim.analysis.spectra import Analysis, LayerAnalysis
 from spectrim.core.arguments import checked
 from spectrim.core.batches import batches_of, inputs_of

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from spectrim.analysis.calibration import Calibration, pooled
+from spectrim.analysis.calibration import Calibration
+from spectrim.analysis.moments import pooled
 from spectrim.core.arguments import checked
 from spectrim.core.errors import ModelError, PlanError
 from spectrim.core.execution import as_inputs, require_unwrapped, require_values

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.analysis.activation_cache import DEFAULT_BYTES, ActivationCache
-from spectrim.analysis.calibration import RunningCovariance, pooled
+from spectrim.analysis.moments import RunningCovariance, pooled
 from spectrim.analysis.spectra import Analysis
 from spectrim.core.execution import Inputs, ProgressCallback, call
 from spectrim.core.plans import LayerPlan, Plan

@@ -1,6 +1,6 @@
 """The laws of compression on many random networks, with the smallest network that breaks each.
 
-    python benchmarks/random_networks.py --graphs 500 [--seed 0] [--onnx 20] [--all]
+    python benchmarks/random_graphs.py --graphs 500 [--seed 0] [--onnx 20] [--all]
 
 Each network (`tests/random_networks.py`) is compressed under one of five rules, with and without data, at full rank, in
 place, without the activation cache, then saved, loaded and merged (`tests/network_laws.py`). Every n-th is exported to

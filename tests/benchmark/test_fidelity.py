@@ -1,0 +1,91 @@
+"""What is looked at before a compressed network is given back."""
+
+from typing import Any
+
+import pytest
+import torch
+from cases import inputs, small_mlp
+from torch import Tensor, nn
+
+import spectrim as st
+from spectrim.benchmark.fidelity import (
+    Fidelity,
+    _warn_if_worse_with_data,
+    fidelity,
+    require_planned_cost,
+    require_sound,
+)
+from spectrim.core.execution import as_inputs
+from spectrim.layers.cost import NetworkCost
+
+
+def classifier() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(12, 48), nn.ReLU(), nn.Linear(48, 48), nn.ReLU(), nn.Linear(48, 5)).eval()
+
+
+def test_the_distance_is_that_worked_out_by_hand() -> None:
+    model, x = classifier(), torch.randn(96, 12)
+    result = st.compress(model, st.Budget(macs=0.4), example_inputs=x[:1], data=x.split(32))
+    with torch.no_grad():
+        dense, small = model(x), result.model(x)
+    assert result.fidelity is not None
+    error = float((dense - small).norm() / (dense - dense.mean(dim=0)).norm())
+    assert result.fidelity.relative_error == pytest.approx(error, rel=1e-5)
+    assert result.fidelity.agreement == pytest.approx(float((dense.argmax(1) == small.argmax(1)).float().mean()))
+    assert result.fidelity.samples == 96
+    assert result.fidelity.plain is not None
+    assert result.fidelity.plain.relative_error > error
+
+
+def test_without_data_there_is_none() -> None:
+    assert st.compress(classifier(), st.Rank(4), example_inputs=torch.randn(2, 12)).fidelity is None
+
+
+def test_values_have_no_agreement_and_outputs_of_varying_shapes_no_distance() -> None:
+    class Chosen(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x[x[:, 0] > 0]
+
+    x = torch.randn(8, 3)
+    same = fidelity(nn.Flatten(0), nn.Flatten(0), [as_inputs(x)])
+    assert same is not None
+    assert (same.relative_error, same.agreement) == (0, None)
+    assert fidelity(Chosen(), nn.Identity(), [as_inputs(x), as_inputs(-x)]) is None
+    assert fidelity(nn.Identity(), nn.Unflatten(1, (3, 1)), [as_inputs(x)]) is None
+
+
+BROKEN: dict[str, tuple[Any, Any]] = {
+    "not finite": (torch.ones(2), torch.tensor([1.0, torch.inf])),
+    "another type": (torch.ones(2), torch.ones(2).half()),
+    "another structure": ((torch.ones(2),), [torch.ones(2)]),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_outputs_that_are_not_sound_are_refused(name: str) -> None:
+    with pytest.raises(st.errors.ModelError, match="the compressed network"):
+        require_sound(*BROKEN[name])
+
+
+def test_outputs_that_were_not_finite_before_may_stay_so() -> None:
+    require_sound(torch.tensor([torch.nan]), torch.tensor([torch.nan]))
+
+
+def test_more_macs_than_planned_are_an_error_over_the_budget_and_a_warning_below() -> None:
+    x = inputs(4, 12)
+    result = st.compress(small_mlp(), st.Budget(macs=0.8), example_inputs=x)
+    dense = st.measure(small_mlp(), x, latency=False)
+    planned = NetworkCost(params=1, bytes=1, macs=result.measurement.macs)
+    require_planned_cost(result.plan, dense, planned)
+    with pytest.raises(st.errors.ModelError, match=r"multiplies .* times, and .* were planned"):
+        require_planned_cost(result.plan, dense, planned.model_copy(update={"macs": dense.macs}))
+    other = st.compress(small_mlp(), st.Rank(3), example_inputs=x)
+    with pytest.warns(UserWarning, match="were planned"):
+        require_planned_cost(other.plan, dense, planned.model_copy(update={"macs": dense.macs}))
+
+
+def test_data_that_make_it_worse_are_said() -> None:
+    plain = Fidelity(relative_error=0.1, samples=4)
+    with pytest.warns(UserWarning, match=r"0.3 off .* and 0.1 without these data"):
+        _warn_if_worse_with_data(Fidelity(relative_error=0.3, samples=4, plain=plain))
