@@ -48,7 +48,10 @@ def test_a_plan_is_carried_out_as_it_was() -> None:
         assert layer.model_copy(update={"predicted_error": None}) == planned.model_copy(
             update={"predicted_error": None}
         )
-        assert layer.predicted_error == pytest.approx(planned.predicted_error, rel=1e-2)
+        if planned.predicted_error is None:
+            assert layer.predicted_error is None
+        else:  # more than then, since it says now what 64 samples cannot tell
+            assert 0.99 * planned.predicted_error <= layer.predicted_error <= planned.predicted_error + 0.15
     with torch.no_grad():
         outputs = small.model(saved_inputs())
     torch.testing.assert_close(outputs, load_file(FOLDER / "outputs.safetensors")["outputs"], rtol=1e-4, atol=1e-5)

@@ -147,7 +147,7 @@ def _outputs(model: nn.Module, batch: Inputs, position: int) -> Any:
 
 
 def _floats(outputs: Any) -> list[Tensor]:
-    return [tensor.detach() for tensor in tensors(outputs) if tensor.is_floating_point()]
+    return [torch.atleast_1d(tensor.detach()) for tensor in tensors(outputs) if tensor.is_floating_point()]
 
 
 def _compared(dense: Sequence[Any], small: Sequence[Any], samples: int) -> Fidelity | None:
