@@ -62,8 +62,9 @@ def test_a_second_pass_gives_the_same_without_running_the_kept_blocks() -> None:
     cache = tried(model, x, free_bytes=10**7)
     outputs = []
     for _ in range(3):
-        with cache.recalling(0), torch.no_grad():
+        with cache.recalling(0) as stop, torch.no_grad():
             outputs.append(model(x))
+            stop()
     assert model.first.runs == model.last.runs == 1
     assert model.again.runs == 2
     assert all(torch.equal(output, outputs[0]) for output in outputs)
@@ -89,8 +90,9 @@ def test_each_batch_has_its_own_outputs_and_the_bytes_suffice() -> None:
     cache = tried(model, batches[0][:1], free_bytes=size)
     for _ in range(2):
         for number, x in enumerate(batches):
-            with cache.recalling(number), torch.no_grad():
+            with cache.recalling(number) as stop, torch.no_grad():
                 output = model(x)
+                stop()
             torch.testing.assert_close(output, net()(x), rtol=0, atol=0)
     # the bytes are for one output: the first batch's first block is not run again, the second's is
     assert cache.free_bytes >= 0
@@ -105,8 +107,9 @@ def test_an_own_forward_of_a_module_is_put_back() -> None:
     cache = ActivationCache(model, free_bytes=10**7, tried_on=as_inputs(x))
     outputs = []
     for _ in range(2):
-        with cache.recalling(0), torch.no_grad():
+        with cache.recalling(0) as stop, torch.no_grad():
             outputs.append(model(x))
+            stop()
     assert torch.equal(*outputs)
     assert model.first.forward is patched
 
@@ -191,3 +194,30 @@ def test_a_block_that_does_more_than_give_its_output_is_run(how: str) -> None:
     with torch.no_grad():
         torch.testing.assert_close(with_cache(x), without(x), rtol=1e-5, atol=1e-6)
         assert torch.equal(model(x), expected)
+
+
+class OnePathOrTheOther(nn.Module):
+    """Which of two layers runs depends on the data; blocks follow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Linear(12, 24), nn.Linear(12, 24)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(24, 24), nn.ReLU()) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.one(x) if float(x.detach().sum()) > 0 else self.other(x)
+        for block in self.blocks:
+            y = block(y)
+        return y
+
+
+def test_batches_that_do_not_come_to_a_layer_recall_nothing_behind_it() -> None:
+    torch.manual_seed(0)
+    model, x = OnePathOrTheOther(), torch.randn(64, 12)
+    data = [batch - batch.mean() + sign for batch, sign in zip(x.split(16), (1, -1, 1, -1), strict=True)]
+    results = [
+        st.compress(model, st.Budget(macs=0.5), example_inputs=data[0], data=data, cache=size).model
+        for size in (0, 10**8)
+    ]
+    first, second = (torch.cat([network(batch) for batch in data]) for network in results)
+    torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-6)

@@ -87,7 +87,8 @@ class ActivationCache:
             with self._following(run, blocks):
                 yield run.stop
         finally:
-            self._keep(batch, run)
+            if not run.final:  # a pass that never came to the layer at hand says nothing of what is final
+                self._keep(batch, run)
 
     @contextmanager
     def _following(self, run: "_Pass", blocks: Collection[str]) -> Iterator[None]:

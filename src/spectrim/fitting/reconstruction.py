@@ -39,12 +39,14 @@ class _Seen:
 
     Attributes:
         inputs: Its inputs in the compressed network.
+        samples: How many samples each entry of `inputs` is of.
         outputs: Its outputs in the dense network.
         residuals: The residual branches that are added to its outputs in the compressed network.
         dense_residuals: The same in the dense network.
     """
 
     inputs: list[Tensor] = field(default_factory=list)
+    samples: list[int] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)
     residuals: list[Tensor] = field(default_factory=list)
     dense_residuals: list[Tensor] = field(default_factory=list)
@@ -144,7 +146,7 @@ def reconstruct(
     as_planned = [layer for layer in plan.factored if layer.metric == "plain"]
     factorize(small, plan.model_copy(update={"layers": tuple(as_planned)}), factors=analysis.factors)
     cache = ActivationCache(small, 3 * cache_bytes // 5, batches[0])
-    start, samples = 0, [batch.samples for batch in batches]
+    start = 0
     while start < len(places):
         seen, end = _record(model, places, start, batches, free_bytes=2 * cache_bytes // 5)
         for place in places[start:end]:
@@ -153,7 +155,7 @@ def reconstruct(
             own = {site: seen.pop(site) for site in place.call_sites}
             _collect(cache, place, own, batches)
             if all(site.is_paired for site in own.values()):
-                replace(small, _fitted(small, place, own, analysis=analysis, samples=samples))
+                replace(small, _fitted(small, place, own, analysis=analysis))
             else:
                 alone = plan.model_copy(update={"layers": (place.plan,)})
                 factorize(small, alone, factors=analysis.factors, means=analysis.means)
@@ -209,6 +211,7 @@ def _collect(cache: ActivationCache, place: _Place, seen: Mapping[str, _Seen], b
         reached()
         rows = layer_type_of(layer).input_rows(layer, x, output=output, positions=_POSITIONS)
         seen[name].inputs.append(rows.clone() if rows.data_ptr() == x.data_ptr() else rows)
+        seen[name].samples.append(batches[position].samples)
         pending[name] -= 1
         if not place.successor.residual and not any(pending.values()):
             raise _PassEnded
@@ -226,17 +229,14 @@ def _collect(cache: ActivationCache, place: _Place, seen: Mapping[str, _Seen], b
             call(cache.model, batch, what=f"batch {position}")
 
 
-def _fitted(
-    small: nn.Module, place: _Place, seen: Mapping[str, _Seen], *, analysis: Analysis, samples: Sequence[int]
-) -> dict[str, nn.Module]:
+def _fitted(small: nn.Module, place: _Place, seen: Mapping[str, _Seen], *, analysis: Analysis) -> dict[str, nn.Module]:
     """The replacement for a place, fitted to its rows in its metric, or as planned if that is no worse."""
     layer, plan = small.get_submodule(place.plan.name), place.plan
     shape = layer_type_of(layer).geometry(layer).shape
     G = analysis[plan.name].problems["loss"].output if plan.metric == "loss" else None
     # a layer that stays dense stays as it is built: without a bias, moments are taken around zero
     biased = plan.is_factored or layer._parameters.get("bias") is not None
-    inputs = {site: rows.inputs for site, rows in seen.items()}
-    fit = _Fit.of(layer, inputs, samples=samples, biased=biased)
+    fit = _Fit.of(layer, seen, biased=biased)
     targets = place.targets(seen)
     factors: Factors = ()
     for turn in reversed(range(1 + place.successor.relu)):
@@ -284,21 +284,21 @@ class _Fit:
     biased: bool
 
     @classmethod
-    def of(cls, layer: nn.Module, inputs: _Rows, *, samples: Sequence[int], biased: bool) -> "_Fit":
-        moments = {}
-        for site, batches in inputs.items():
-            statistics, calls = RunningCovariance(centre=_mean(batches)), len(batches) // len(samples)
-            for position, rows in enumerate(batches):
-                statistics.add(rows, samples=samples[position // calls])
+    def of(cls, layer: nn.Module, seen: Mapping[str, _Seen], *, biased: bool) -> "_Fit":
+        inputs, moments = {site: rows.inputs for site, rows in seen.items()}, {}
+        for site, own in seen.items():
+            statistics = RunningCovariance(centre=_mean(own.inputs))
+            for rows, samples in zip(own.inputs, own.samples, strict=True):
+                statistics.add(rows, samples=samples)
             moments[site] = statistics.finish(site)
         W = to_float64(layer_type_of(layer).kernels(layer)).flatten(2)
         together = pooled(list(moments.values()), name=next(iter(inputs)), width=W.shape[2])
         C = together.covariance.to(W.device)
-        means = {site: seen.mean.to(W.device) for site, seen in moments.items()}
+        means = {site: of_site.mean.to(W.device) for site, of_site in moments.items()}
         if not biased:
-            total = sum(seen.count for seen in moments.values())
-            for site, seen in moments.items():
-                C = add_outer(C, means[site] * (seen.count / total) ** 0.5)
+            total = sum(of_site.count for of_site in moments.values())
+            for site, of_site in moments.items():
+                C = add_outer(C, means[site] * (of_site.count / total) ** 0.5)
             means = {site: torch.zeros_like(mean) for site, mean in means.items()}
         # (1 - s) C + s I but for a factor, where s is what so few samples do not know
         unknown = min(together.shrinkage / max(1 - together.shrinkage, 1e-9), _MOST_RIDGE)
