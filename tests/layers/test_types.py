@@ -417,3 +417,45 @@ def test_a_layer_that_would_go_on_running_stays_dense() -> None:
     assert "would not run another layer" in small.plan["first"].reason
     assert small.plan["second"].is_factored
     assert small.plan.kept_cost.macs == small.measurement.macs
+
+
+def of_kind(kind: str) -> nn.Sequential:
+    """A network one of whose weights is not an ordinary floating-point tensor."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(24, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 8))
+    weight = network[2].weight.detach()
+    if kind == "sparse":
+        network[2].weight = nn.Parameter(weight.relu().to_sparse_csr(), requires_grad=False)
+    else:
+        network[2] = Float8(weight)
+    return network
+
+
+class Float8(nn.Linear):
+    """Holds its weight in eight bits."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__(*weight.shape[::-1], bias=False)
+        self.weight = nn.Parameter(weight.to(torch.float8_e4m3fn), requires_grad=False)
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        return input @ self.weight.to(input.dtype).mT
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
+def test_a_sparse_weight_is_looked_at_and_not_copied() -> None:
+    network = of_kind("sparse")
+    plan = st.plan(st.analyze(network, ROWS[:2]), st.Rank(3))
+    assert [layer.name for layer in plan if layer.is_factored] == ["0", "4"]
+    assert "Parameter sparse_csr float32" in plan["2"].reason
+    with pytest.raises(st.errors.ModelError, match=r"2\.weight is sparse_csr, .*to_dense"):
+        st.compress(network, st.Rank(3), example_inputs=ROWS[:2], exclude="2")
+
+
+@pytest.mark.parametrize("options", [{}, {"exclude": "2"}, {"data": ROWS.split(8)}], ids=["all", "excluded", "data"])
+def test_weights_in_eight_bits_stay_as_they_are(options: dict[str, Any]) -> None:
+    network = of_kind("float8")
+    small = st.compress(network, st.Rank(3), example_inputs=ROWS[:2], **options)
+    assert [layer.name for layer in small.plan if layer.is_factored] == ["0", "4"]
+    assert "2" not in {layer.name for layer in small.plan} or not small.plan["2"].is_factored
+    assert small.model(ROWS).isfinite().all()

@@ -57,6 +57,13 @@ def duplicate(model: nn.Module, *, hint: str = "work on it directly with inplace
     Raises:
         ModelError: the model cannot be copied.
     """
+    for name, parameter in model.named_parameters():
+        if parameter.layout in (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc):
+            kind = str(parameter.layout).removeprefix("torch.")
+            raise ModelError(
+                f"{name} is {kind}, which torch cannot copy in a module; make it dense first (weight.to_dense()), and "
+                f"{kind} again afterwards"
+            )
     try:
         return copy.deepcopy(model)
     except Exception as error:

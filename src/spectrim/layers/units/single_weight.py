@@ -3,6 +3,7 @@
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -102,8 +103,7 @@ def _weight(
         isinstance(weight, Tensor)
         and layer_type is not None
         and weight.ndim == layer_type.weight_dims
-        and not weight.is_meta
-        and weight.is_floating_point()
+        and _is_ordinary(weight)
     )
     shape = weight.shape if isinstance(weight, Tensor) else next((value.shape for value in own if value.ndim >= 2), ())
     return Weight(
@@ -197,10 +197,17 @@ def _unfit_tensors(module: nn.Module) -> str | None:
         return "its weight is not a parameter"
     for name, value in module._parameters.items():
         # a tensor subclass (quantised, distributed) has a floating-point type, and values of its own kind
-        if value is not None and (type(value) is not nn.Parameter or value.is_meta or not value.is_floating_point()):
-            kind = f"{type(value).__name__} {str(value.dtype).removeprefix('torch.')} on {value.device}"
+        if value is not None and (type(value) is not nn.Parameter or not _is_ordinary(value)):
+            layout = "" if value.layout == torch.strided else f"{str(value.layout).removeprefix('torch.')} "
+            kind = f"{type(value).__name__} {layout}{str(value.dtype).removeprefix('torch.')} on {value.device}"
             return f"its {name} is not an ordinary floating-point parameter ({kind})"
     return None
+
+
+def _is_ordinary(tensor: Tensor) -> bool:
+    """Whether it has values that can be computed with: not sparse, not on meta, and of at least two bytes each."""
+    is_strided = tensor.layout == torch.strided and not tensor.is_meta
+    return is_strided and tensor.is_floating_point() and tensor.element_size() > 1
 
 
 def _shared_elsewhere(model: nn.Module, group: Sequence[nn.Module]) -> str | None:
