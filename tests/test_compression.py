@@ -146,6 +146,7 @@ class TestLayersThatStayDense:
             assert not compressed.model(x).isfinite().all()
         assert st.merge(compressed.model).layers[0].activation_relu_or_gelu == 1
 
+    @pytest.mark.filterwarnings("ignore:the compressed network multiplies")  # its forward is bound to the dense network
     def test_the_plan_gives_the_reason(self) -> None:
         class Own(nn.Linear):
             def forward(self, x: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Laws of compression on random networks that do what users' networks do; `benchmarks/random_graphs.py` runs more."""
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as draw
 from network_laws import RULES, Laws
 from random_networks import BLOCKS, KNOWN, OUTPUTS, WEIGHT_READERS, Network, Step, networks
@@ -9,7 +9,12 @@ from random_networks import BLOCKS, KNOWN, OUTPUTS, WEIGHT_READERS, Network, Ste
 import spectrim as st
 
 slow = settings(
-    max_examples=30, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+    max_examples=30,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+    phases=[phase for phase in Phase if phase is not Phase.explain],  # it takes many minutes
 )
 
 

@@ -154,7 +154,7 @@ def compress(
         raise RuleError(f"reconstruct={reconstruct!r}: give 'auto', True or False")
     if reconstruct is True and (data is None or metric == "plain"):
         raise DataError("reconstruction is done on calibration data in a data metric; pass data= and no metric='plain'")
-    selection = LayerSelection(include, exclude, keep_last, treat_as or {})
+    selection = LayerSelection(include, exclude, keep_last, {} if treat_as is None else treat_as)
     if analysis is not None and (selection.treat_as or not selection.takes_all):
         raise PlanError(
             "an analysis already has its layers; give include, exclude, keep_last, treat_as to st.analyze instead"

@@ -493,6 +493,7 @@ class TestData:
         assert compressed.plan["small"].reason == "the calibration data did not reach it"
         assert same_state(compressed.model.small, state(model.small))
 
+    @pytest.mark.filterwarnings("ignore:the compressed network multiplies")  # more rows than the dense one
     @pytest.mark.parametrize("reconstruct", [False, True])
     def test_layers_that_see_rows_chosen_by_value(self, reconstruct: bool) -> None:
         """The compressed network chooses other rows than the dense one."""

@@ -259,7 +259,7 @@ def analyze(
         PatternError: a pattern that matches no layer.
         DataError: a calibration of another model.
     """
-    selection = LayerSelection(include, exclude, keep_last, treat_as or {})
+    selection = LayerSelection(include, exclude, keep_last, {} if treat_as is None else treat_as)
     return analyze_selected(model, example_inputs, selection=selection, calibration=calibration)
 
 

@@ -18,7 +18,7 @@ from spectrim.core.plans import Budget, Plan
 from spectrim.layers.cost import NetworkCost
 from spectrim.layers.replacement import duplicate, factorize
 
-_WORSE = 1.05
+_WORSE, _NEAR, _FAR = 1.2, 0.02, 0.9
 _CLEARLY_OFF, _OVER_BUDGET = 1e-3, 5e-3
 _SAMPLES = 256
 
@@ -130,7 +130,9 @@ def require_planned_cost(plan: Plan, dense: NetworkCost, measured: NetworkCost) 
 def _warn_if_worse_with_data(measured: Fidelity) -> None:
     """Warn if weights approximated by themselves, without the data, come nearer to the dense network on these data."""
     plain = measured.plain
-    if plain is None or measured.relative_error <= _WORSE * plain.relative_error + 1e-6:
+    if plain is None or plain.relative_error > _FAR:  # nothing is left of the network either way
+        return
+    if measured.relative_error <= max(_NEAR, _WORSE * plain.relative_error):
         return
     warnings.warn(
         f"on the calibration data the compressed network is {measured.relative_error:.3g} off (relative error), and "
