@@ -227,6 +227,15 @@ _ANCHORS = {"score_thresh": 0.0, "nms_thresh": 1.0, "detections_per_img": 10, "t
 _SEGMENTATION = {"weights_backbone": None}
 _UNTRAINED = {"init_weights": True}
 
+_AS_THEY_ARE = (
+    *("convnext_tiny", "efficientnet_b0", "efficientnet_v2_s", "mnasnet0_5", "mnasnet1_0", "mobilenet_v3_large"),
+    *("mobilenet_v3_small", "regnet_x_400mf", "regnet_y_400mf", "regnet_y_800mf", "resnet18", "resnet34"),
+    *("resnext50_32x4d", "shufflenet_v2_x0_5", "shufflenet_v2_x1_0", "swin_t", "swin_v2_t", "vgg11", "vgg11_bn"),
+    *("quantized_mobilenet_v2", "quantized_mobilenet_v3_large", "quantized_resnet18", "quantized_resnet50"),
+    "quantized_shufflenet_v2_x0_5",
+)
+"""Networks that take small images with the sizes that they have."""
+
 TORCHVISION: Mapping[str, tuple[Callable[[int], Any], Mapping[str, Any]]] = {
     "DenseNet": (images(32), {"block_config": (2, 2, 2, 2), "num_init_features": 32}),
     "MaxVit": (
@@ -249,32 +258,14 @@ TORCHVISION: Mapping[str, tuple[Callable[[int], Any], Mapping[str, Any]]] = {
         images(32),
         {"patch_size": [2, 2], "embed_dim": 24, "depths": [1, 1, 1], "num_heads": [1, 2, 4], "window_size": [4, 4]},
     ),
+    **dict.fromkeys(_AS_THEY_ARE, (images(32), {})),
     "alexnet": (images(64), {}),
-    "convnext_tiny": (images(32), {}),
-    "efficientnet_b0": (images(32), {}),
-    "efficientnet_v2_s": (images(32), {}),
     "googlenet": (images(64), _UNTRAINED | {"aux_logits": False}),
     "inception_v3": (images(80), _UNTRAINED),
-    "mnasnet0_5": (images(32), {}),
-    "mnasnet1_0": (images(32), {}),
     "mobilenet_v2": (images(32), {"width_mult": 0.35}),
-    "mobilenet_v3_large": (images(32), {}),
-    "mobilenet_v3_small": (images(32), {}),
-    "regnet_x_400mf": (images(32), {}),
-    "regnet_y_400mf": (images(32), {}),
-    "regnet_y_800mf": (images(32), {}),
-    "resnet18": (images(32), {}),
-    "resnet34": (images(32), {}),
     "resnet50": (images(32), {"width_per_group": 16}),
-    "resnext50_32x4d": (images(32), {}),
-    "shufflenet_v2_x0_5": (images(32), {}),
-    "shufflenet_v2_x1_0": (images(32), {}),
     "squeezenet1_0": (images(64), {}),
     "squeezenet1_1": (images(64), {}),
-    "swin_t": (images(32), {}),
-    "swin_v2_t": (images(32), {}),
-    "vgg11": (images(32), {}),
-    "vgg11_bn": (images(32), {}),
     "vit_b_16": (images(32), {"image_size": 32}),
     "deeplabv3_mobilenet_v3_large": (images(64), _SEGMENTATION),
     "deeplabv3_resnet50": (images(48), _SEGMENTATION),
@@ -296,11 +287,6 @@ TORCHVISION: Mapping[str, tuple[Callable[[int], Any], Mapping[str, Any]]] = {
     "swin3d_t": (film(32, frames=4), {}),
     "quantized_googlenet": (images(64), _UNTRAINED | {"aux_logits": False}),
     "quantized_inception_v3": (images(80), _UNTRAINED),
-    "quantized_mobilenet_v2": (images(32), {}),
-    "quantized_mobilenet_v3_large": (images(32), {}),
-    "quantized_resnet18": (images(32), {}),
-    "quantized_resnet50": (images(32), {}),
-    "quantized_shufflenet_v2_x0_5": (images(32), {}),
 }
 
 # ------------------------------------------------------------------------------------------------------- transformers

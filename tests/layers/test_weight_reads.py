@@ -133,3 +133,20 @@ def test_a_compiled_network_that_asks_for_the_type() -> None:
     small = st.compress(AsksForTheType().eval(), st.Budget(macs=0.5), example_inputs=x).model
     compiled = torch.compile(small, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), small(x))
+
+
+class SharesOneStorage(nn.Module):
+    """All of its parameters are views of one vector, as after `vector_to_parameters`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.inner, self.head = nn.Embedding(20, 24), nn.Linear(24, 24), nn.Linear(24, 20)
+        nn.utils.vector_to_parameters(nn.utils.parameters_to_vector(self.parameters()).detach(), self.parameters())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.inner(self.words(x))))
+
+
+def test_a_neighbour_in_the_same_storage_is_not_the_weight() -> None:
+    result = st.compress(SharesOneStorage().eval(), st.Rank(4), example_inputs=torch.randint(0, 20, (3, 7)))
+    assert [layer.name for layer in result.plan if layer.is_factored] == ["inner", "head"]

@@ -1,6 +1,6 @@
 """Tensors inside nested values: tuples, lists, mappings, dataclasses and what other packages register with torch."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from itertools import islice
@@ -28,13 +28,19 @@ def tensors(value: Any, *, floats: bool = False) -> Iterator[Tensor]:
             yield from tensors([getattr(leaf, field.name, None) for field in fields(leaf)], floats=floats)
 
 
-def addresses(values: Iterable[Tensor]) -> set[int]:
-    """Where the values of matrices lie; views have the address of their base."""
-    addresses: set[int] = set()
-    for value in values:
-        with suppress(RuntimeError, NotImplementedError):  # tensors without a storage of their own, such as sparse ones
-            addresses |= {value.untyped_storage().data_ptr()} if value.ndim > 1 else set()
-    return addresses - {0}
+def extent(value: Tensor) -> range:
+    """The addresses between which the values of a matrix lie; none for vectors, which are no weights."""
+    if value.ndim > 1 and value.numel():
+        with suppress(RuntimeError, NotImplementedError):  # a tensor without a storage of its own, such as a sparse one
+            places = 1 + sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
+            start = value.data_ptr()
+            return range(start, start + places * value.element_size() if start else 0)
+    return range(0)
+
+
+def overlap(first: range, second: range) -> bool:
+    """Whether two extents have an address in common."""
+    return max(first.start, second.start) < min(first.stop, second.stop)
 
 
 def map_tensors(value: Any, change: Callable[[Tensor], Any], *, other: Callable[[Any], Any] = lambda leaf: leaf) -> Any:

@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from spectrim.core.errors import ModelError
 from spectrim.core.execution import Inputs, alike, call, evaluating, require_unwrapped, require_values, temporary
-from spectrim.core.nested import addresses, tensors
+from spectrim.core.nested import extent, overlap, tensors
 from spectrim.layers.factored import attributes_of
 from spectrim.layers.selection import TreatAs
 from spectrim.layers.types import LayerType, Positions, find_layer_type, layer_type_of
@@ -118,10 +118,8 @@ class _WeightReads(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.names: set[str] = set()
         self._layers = layers
-        self._owners: dict[int, list[str]] = {}
-        for name, layer in layers.items():
-            for address in addresses([weight] if (weight := layer._parameters.get("weight")) is not None else []):
-                self._owners.setdefault(address, []).append(name)
+        weights = {name: layer._parameters.get("weight") for name, layer in layers.items()}
+        self._extents = {name: extent(weight) for name, weight in weights.items() if weight is not None}
         self._under_way: list[str] = []
 
     def hooks(self) -> Iterator[RemovableHandle]:
@@ -134,10 +132,10 @@ class _WeightReads(TorchDispatchMode):
         self, operator: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Run the operator, and look at what it is given."""
-        for address in addresses(tensors((args, kwargs))) & self._owners.keys():
-            owners = self._owners[address]
-            if not any(name in owners for name in self._under_way):
-                self.names.update(owners)
+        for operand in map(extent, tensors((args, kwargs))):
+            owners = {name for name, weight in self._extents.items() if overlap(weight, operand)}
+            if owners.isdisjoint(self._under_way):
+                self.names |= owners
         return operator(*args, **(kwargs or {}))
 
 
