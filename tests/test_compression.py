@@ -673,3 +673,59 @@ def test_batches_are_kept_only_where_they_are_run_again(rule: st.Rank | st.Budge
     assert most <= in_memory
     whole = [inputs(5, 12, seed=seed) for seed in range(6)]
     assert small.plan == st.compress(small_mlp(), rule, example_inputs=inputs(1, 12), data=whole).plan
+
+
+class Ends(nn.Module):
+    """An MLP with something done to its outputs."""
+
+    def __init__(self, end: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.core, self.end = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32)), end
+
+    def forward(self, x: Tensor) -> Any:
+        return self.end(self.core(x.to_dense() if x.layout == torch.sparse_coo else x))
+
+
+DRAWN = torch.randn(128, 32, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        lambda y: y.masked_fill(torch.arange(32) < 3, -float("inf")),
+        lambda y: y.relu().log(),
+        lambda y: (y, (y - y) / 0),
+        lambda y: torch.fft.fft(y),
+    ],
+    ids=["masked", "logarithm", "not a number besides", "complex"],
+)
+def test_a_budget_is_met_whatever_is_not_finite_among_the_outputs(end: Any) -> None:
+    result = st.compress(Ends(end), st.Budget(params=0.5), example_inputs=DRAWN[:4], data=DRAWN.split(32))
+    assert result.measurement.params_ratio is not None
+    assert result.measurement.params_ratio <= 0.5
+
+
+@pytest.mark.parametrize("end", [lambda y: y.argmax(dim=1), lambda y: y > 0, lambda y: y[:, :0]])
+def test_outputs_that_cannot_be_compared_are_said(end: Any) -> None:
+    with pytest.warns(UserWarning, match="Ends's outputs hold no numbers with fractions"):
+        result = st.compress(Ends(end), st.Budget(params=0.5), example_inputs=DRAWN[:4], data=DRAWN.split(32))
+    assert result.measurement.params_ratio is not None
+    assert result.measurement.params_ratio <= 0.5
+
+
+def test_a_half_precision_network_with_large_activations() -> None:
+    data = [(100 * batch).half() for batch in DRAWN.split(32)]
+    result = st.compress(Ends(lambda y: y).half(), st.Budget(macs=0.5), example_inputs=data[0][:4], data=data)
+    assert result.fidelity is not None
+    assert result.fidelity.plain is not None
+    assert result.fidelity.relative_error <= result.fidelity.plain.relative_error
+
+
+def test_empty_and_sparse_batches() -> None:
+    model, rule, example = Ends(lambda y: y), st.Rank(8), DRAWN[:4]
+    first_empty = st.compress(model, rule, example_inputs=example, data=[DRAWN[:0], *DRAWN.split(32)])
+    sparse = st.compress(model, rule, example_inputs=example, data=[batch.to_sparse() for batch in DRAWN.split(32)])
+    torch.testing.assert_close(first_empty.model(DRAWN), sparse.model(DRAWN))
+    with pytest.raises(st.errors.DataError, match="no samples"):
+        st.compress(model, rule, example_inputs=example, data=[DRAWN[:0]])

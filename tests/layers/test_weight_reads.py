@@ -150,3 +150,46 @@ class SharesOneStorage(nn.Module):
 def test_a_neighbour_in_the_same_storage_is_not_the_weight() -> None:
     result = st.compress(SharesOneStorage().eval(), st.Rank(4), example_inputs=torch.randint(0, 20, (3, 7)))
     assert [layer.name for layer in result.plan if layer.is_factored] == ["inner", "head"]
+
+
+LOOKS = {
+    "to": lambda x, weight: x.to(weight),
+    "type_as": lambda x, weight: x.type_as(weight),
+    "new": lambda x, weight: x + weight.new_zeros(1),
+    "like": lambda x, weight: x + torch.zeros_like(weight)[0, 0],
+    "detached": lambda x, weight: x.to(weight.detach().dtype),
+}
+
+
+class Looks(nn.Module):
+    """Makes tensors that are like a weight, without using its values."""
+
+    def __init__(self, look: str) -> None:
+        super().__init__()
+        self.up, self.down, self.look = nn.Linear(32, 64), nn.Linear(64, 32), look
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.relu(self.up(LOOKS[self.look](x, self.up.weight))))
+
+
+@pytest.mark.parametrize("look", LOOKS)
+def test_tensors_like_the_weight_cost_no_product(look: str) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(8, 32)
+    result = st.compress(Looks(look).eval(), st.Rank(8), example_inputs=x)
+    assert all(layer.is_factored for layer in result.plan)
+    assert result.measurement.macs_ratio == pytest.approx(0.375)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*torch.jit.trace:FutureWarning")
+def test_a_traced_network_that_asks_for_the_type() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(8, 32)
+    small = st.compress(AsksForTheType().eval(), st.Budget(macs=0.5), example_inputs=x).model
+    torch.testing.assert_close(torch.jit.trace(small, x)(x), small(x))
+
+
+def test_the_weight_asks_for_gradients_if_one_factor_does() -> None:
+    layer = factored()
+    layer.up.weight.requires_grad_(False)
+    assert layer.weight.requires_grad

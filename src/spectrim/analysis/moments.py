@@ -109,6 +109,11 @@ class RunningGradients:
         self.error.add(rows * (rows.shape[1] / size) ** 0.5, samples=samples)
 
     @property
+    def tells(self) -> bool:
+        """Whether it is finite, and not zero."""
+        return bool(self.total.any() and torch.isfinite(self.total).all())
+
+    @property
     def shrinkage(self) -> float:
         """See `Moments`."""
         mean = self.total * (PROBES / self.count)

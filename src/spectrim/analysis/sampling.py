@@ -27,10 +27,13 @@ class SampleCount:
     def add(self, batch: Inputs) -> None:
         """Count a batch."""
         self.number += batch.samples
-        batched = [tensor for tensor in batch.tensors() if tensor.ndim]
+        batched = [tensor if tensor.layout == torch.strided else tensor.to_dense() for tensor in batch.tensors()]
+        batched = [tensor for tensor in batched if tensor.ndim]
+        if not batch.samples or self.differ:
+            return
         if self._first is None:
             self._first = [tensor[:1].clone() for tensor in batched]
-        self.differ = self.differ or any(
+        self.differ = any(
             tensor.shape[1:] != first.shape[1:] or not torch.equal(tensor, first.expand_as(tensor))
             for tensor, first in zip(batched, self._first, strict=False)
         )
@@ -48,6 +51,8 @@ def warn_of_few(samples: SampleCount, metric: str | None) -> None:
     Raises:
         DataError: it is nothing, and a metric that needs data was asked for.
     """
+    if not samples.number:
+        raise DataError("the calibration data is empty: its batches have no samples; give at least one")
     enough = f"{_ENOUGH} samples or more"
     if not samples.differ and metric is not None:
         raise DataError(f"the calibration data are {samples}, which metric={metric!r} cannot be taken from; give more")

@@ -75,19 +75,19 @@ def sensitivity(
             on_progress(layer.name, done, len(layers))
         try:
             sensitivities[layer.name] = runs.measure(layer)
-        except _ShapeError:
+        except _NoDistanceError as error:
             warnings.warn(
-                f"the shapes of {type(model).__name__}'s outputs depend on their values, so that no distance to the "
-                "dense network can be measured; all layers count alike. A wrapper that returns what comes before the "
-                "selection (scores and boxes of all places, say) makes budgets better",
+                f"{str(error).format(type(model).__name__)}, so that no distance to the dense network can be measured; all "
+                "layers count alike. A wrapper that returns what comes before a selection (scores and boxes of all "
+                "places, say) makes budgets better",
                 stacklevel=3,
             )
             return with_changes(analysis, sensitivity={})
     return with_changes(analysis, sensitivity=sensitivities)
 
 
-class _ShapeError(Exception):
-    """Outputs of other shapes than the dense network's."""
+class _NoDistanceError(Exception):
+    """Outputs that cannot be compared with the dense network's; says why, with {} for the network."""
 
 
 def with_output_grads(
@@ -112,7 +112,7 @@ def with_output_grads(
         if required:
             raise
         return statistics
-    return statistics.with_output_grads({name: part for name, part in sums.items() if part.total.any()})
+    return statistics.with_output_grads({name: part for name, part in sums.items() if part.tells})
 
 
 def require_cache_bytes(cache: int | None) -> None:
@@ -200,16 +200,23 @@ class _SingleLayerRuns:
 
 
 def _by_sample(first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
-    """Mean squares of differences, sample by sample if all tensors have as many; else of everything, (1,)."""
+    """Mean squares of differences, sample by sample if all tensors have as many; else of everything, (1,).
+
+    Entries that are not finite, such as masked scores, count as equal.
+    """
     if [tensor.shape for tensor in first] != [tensor.shape for tensor in second]:
-        raise _ShapeError
+        raise _NoDistanceError("the shapes of {}'s outputs depend on their values")
+    if not sum(tensor.numel() for tensor in first):
+        raise _NoDistanceError("{}'s outputs hold no numbers with fractions")
     rows = {len(tensor) if tensor.ndim > 1 else 1 for tensor in first}
     number = rows.pop() if len(rows) == 1 else 1
-    differences = [(a - b).reshape(number, -1) for a, b in zip(first, second, strict=True)]
+    differences = [(a - b).nan_to_num(0.0, 0.0, 0.0).reshape(number, -1) for a, b in zip(first, second, strict=True)]
     return torch.cat(differences, dim=1).double().square().mean(dim=1).cpu()
 
 
 def _outputs(model: nn.Module, batch: Inputs, position: int, *, hint: str = "") -> list[Tensor]:
     with evaluating(model):
         result = call(model, batch, what=f"batch {position}", hint=hint)
-    return [tensor.detach().to(torch.float32, copy=True) for tensor in tensors(result) if tensor.is_floating_point()]
+    real = [torch.view_as_real(tensor) if tensor.is_complex() else tensor for tensor in tensors(result)]
+    floats = [tensor.detach() for tensor in real if tensor.is_floating_point()]
+    return [tensor.to(torch.promote_types(tensor.dtype, torch.float32), copy=True) for tensor in floats]

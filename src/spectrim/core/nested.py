@@ -38,6 +38,11 @@ def extent(value: Tensor) -> range:
     return range(0)
 
 
+def extents(values: Any) -> list[range]:
+    """Those of all tensors in `values`; nested ones are not looked into."""
+    return [extent(leaf) for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor)]
+
+
 def overlap(first: range, second: range) -> bool:
     """Whether two extents have an address in common."""
     return max(first.start, second.start) < min(first.stop, second.stop)

@@ -312,7 +312,8 @@ class _Fit:
         for site, batches in self.inputs.items():
             middle, mean = self.means[site].unsqueeze(1), _mean(targets[site]).unsqueeze(1) * self.biased
             for x, y in zip(batches, targets[site], strict=True):
-                cross += to_float64((y - mean.to(y.dtype)).mT @ (x.to(y.dtype) - middle.to(y.dtype))) / total
+                kind = torch.promote_types(y.dtype, torch.float32)  # sums of products overflow in half precision
+                cross += to_float64((y.to(kind) - mean.to(kind)).mT @ (x.to(kind) - middle.to(kind))) / total
         return cross
 
     def weight(self, cross: Tensor) -> Tensor:

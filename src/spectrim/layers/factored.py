@@ -33,6 +33,7 @@ class FactoredLayer(nn.Module, ABC):
 
     if TYPE_CHECKING:
         _outline: nn.Module
+        _geometry: Geometry
 
     # torch.jit.script compiles properties, and reads annotations of the class
     __jit_unused_properties__: ClassVar[list[str]] = ["form", "chain", "rank", "ranks", "geometry", "weight", "bias"]
@@ -47,7 +48,7 @@ class FactoredLayer(nn.Module, ABC):
                 )
         outline = outline_of(self._assembled(*chain) if dense is None else dense, bias=_has_bias(chain[-1]))
         # past nn.Module's own bookkeeping: the outline is no part of the model
-        self.__dict__["_outline"] = outline
+        self.__dict__ |= {"_outline": outline, "_geometry": geometry_of(outline)}
         own = {name: value for name, value in attributes_of(outline).items() if not hasattr(type(self), name)}
         self.__dict__.update(own)
 
@@ -79,16 +80,18 @@ class FactoredLayer(nn.Module, ABC):
     @property
     def geometry(self) -> Geometry:
         """The sizes of the dense weight."""
-        return geometry_of(self._outline)
+        return self._geometry  # kept, since a trace cannot read the sizes of an outline
 
     @property
     def weight(self) -> Tensor:
         """The product, shaped as the dense layer's weight: multiplied where its values are used, never written to."""
         weights = [cast(Tensor, part.weight) for part in self.chain]
-        if torch.compiler.is_dynamo_compiling():  # which leaves unused products out itself
+        traced = torch.compiler.is_dynamo_compiling() or torch._C._get_tracing_state() is not None
+        if traced or not all(isinstance(weight, Tensor) for weight in weights):  # as under symbolic tracing
             return self.product(weights)
+        like = next((weight for weight in weights if weight.requires_grad), weights[-1])
         shape = self._outline.get_parameter("weight").shape
-        return ProductTensor(lambda: self.product(weights), like=weights[-1], shape=shape)
+        return ProductTensor(lambda: self.product(weights), like=like, shape=shape)
 
     @property
     def bias(self) -> Tensor | None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import sdpa_flop
 
-from spectrim.core.nested import extent, overlap, tensors
+from spectrim.core.nested import extent, extents, overlap
 
 Shape = Sequence[int]
 
@@ -99,7 +99,7 @@ class UncountedOperators(TorchDispatchMode):
         name = operator.name().partition(".")[0]
         if _is_uncounted(name):
             self.names[name] = None
-            operands = [extent(tensor) for tensor in tensors((args, kwargs))]
+            operands = extents((args, kwargs))
             if any(overlap(extent(weight), operand) for weight in self._weights for operand in operands):
                 self.weighted[name] = None
         return operator(*args, **(kwargs or {}))

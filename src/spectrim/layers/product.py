@@ -17,6 +17,7 @@ _SIZES = frozenset(
     | {Tensor.is_floating_point, Tensor.is_complex, torch.is_floating_point, torch.is_complex, torch.numel}
 )
 _WRITES = re.compile(r"__i(?!n)\w+__|__set(item)?__|\w*[a-z0-9]_")
+_ASKS_FOR_SIZES = re.compile(r"new_\w+|\w+_like|type_as")
 _SHARES_VALUES = frozenset({Tensor.detach, torch.detach, Tensor.data.__get__})  # type: ignore[attr-defined]
 
 
@@ -57,6 +58,9 @@ class ProductTensor(Tensor):
             )
         if func in _SHARES_VALUES:
             return args[0]._detached()
+        is_other = func is Tensor.to and not isinstance(args[0], cls)
+        if is_other or _ASKS_FOR_SIZES.fullmatch(str(getattr(func, "__name__", ""))):
+            return func(*map_tensors(args, _without_values), **map_tensors(kwargs, _without_values))
         return func(*map_tensors(args, _computed), **map_tensors(kwargs, _computed))
 
     @classmethod
@@ -74,6 +78,13 @@ class ProductTensor(Tensor):
 
 def _computed(value: Tensor) -> Tensor:
     return value._multiply() if isinstance(value, ProductTensor) else value
+
+
+def _without_values(value: Tensor) -> Tensor:
+    """Any tensor of the same type, shape and device."""
+    if not isinstance(value, ProductTensor):
+        return value
+    return torch.empty((), dtype=value.dtype, device=value.device).expand(value.shape)
 
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:

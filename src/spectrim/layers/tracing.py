@@ -1,5 +1,6 @@
 """What the layers of a model do in one pass: in which order they are called, and on how much."""
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,13 +13,16 @@ from torch.utils.hooks import RemovableHandle
 
 from spectrim.core.errors import ModelError
 from spectrim.core.execution import Inputs, alike, call, evaluating, require_unwrapped, require_values, temporary
-from spectrim.core.nested import extent, overlap, tensors
+from spectrim.core.nested import extent, extents, overlap
 from spectrim.layers.factored import attributes_of
 from spectrim.layers.selection import TreatAs
 from spectrim.layers.types import LayerType, Positions, find_layer_type, layer_type_of
 
 _KEYWORDS = {"input", "output_size"}
 """Those that factored layers take as well."""
+
+_ASKS_FOR_SIZES = re.compile(r"aten::(detach|new_\w+|\w+_like)(\.|$)")
+"""Operators that look at a tensor's type and shape alone, or only give it another name."""
 
 CallHook = Callable[[str, nn.Module, Tensor, Tensor], None]
 """Called with name, layer, input and output."""
@@ -132,7 +136,7 @@ class _WeightReads(TorchDispatchMode):
         self, operator: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Run the operator, and look at what it is given."""
-        for operand in map(extent, tensors((args, kwargs))):
+        for operand in [] if _ASKS_FOR_SIZES.match(operator.name()) else extents((args, kwargs)):
             owners = {name for name, weight in self._extents.items() if overlap(weight, operand)}
             if owners.isdisjoint(self._under_way):
                 self.names |= owners
