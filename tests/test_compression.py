@@ -708,7 +708,7 @@ def test_a_budget_is_met_whatever_is_not_finite_among_the_outputs(end: Any) -> N
 
 @pytest.mark.parametrize("end", [lambda y: y.argmax(dim=1), lambda y: y > 0, lambda y: y[:, :0]])
 def test_outputs_that_cannot_be_compared_are_said(end: Any) -> None:
-    with pytest.warns(UserWarning, match="Ends's outputs hold no numbers with fractions"):
+    with pytest.warns(UserWarning, match=r"Ends's outputs hold no numbers with fractions"):
         result = st.compress(Ends(end), st.Budget(params=0.5), example_inputs=DRAWN[:4], data=DRAWN.split(32))
     assert result.measurement.params_ratio is not None
     assert result.measurement.params_ratio <= 0.5

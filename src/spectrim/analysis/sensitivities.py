@@ -77,8 +77,8 @@ def sensitivity(
             sensitivities[layer.name] = runs.measure(layer)
         except _NoDistanceError as error:
             warnings.warn(
-                f"{str(error).format(type(model).__name__)}, so that no distance to the dense network can be measured; all "
-                "layers count alike. A wrapper that returns what comes before a selection (scores and boxes of all "
+                f"{str(error).format(type(model).__name__)}, so that no distance to the dense network can be measured; "
+                "all layers count alike. A wrapper that returns what comes before a selection (scores and boxes of all "
                 "places, say) makes budgets better",
                 stacklevel=3,
             )
