@@ -1,7 +1,7 @@
 """The one-call path: calibrate, analyse, plan, replace, count what was gained."""
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from typing import Any, Literal
 
@@ -20,7 +20,7 @@ from spectrim.benchmark.fidelity import Fidelity, measured_fidelity, require_pla
 from spectrim.benchmark.latencies import LatencyTable
 from spectrim.benchmark.measurement import Measurement, count
 from spectrim.core.arguments import checked
-from spectrim.core.batches import batches_of, without_labels
+from spectrim.core.batches import ReservedBatches, batches_of, without_labels
 from spectrim.core.errors import DataError, PlanError, RuleError
 from spectrim.core.execution import Inputs, ProgressCallback, as_inputs, require_repeatable
 from spectrim.core.plans import Budget, Metric, Plan, Rule
@@ -45,8 +45,9 @@ class Compressed:
         model: An ordinary module.
         plan: Form and ranks of every layer.
         measurement: Counted costs, with their ratios to the dense network's.
-        fidelity: How near its outputs are to the dense network's on up to 256 calibration samples; None without data,
-            where the shapes of the outputs depend on values, or where the dense outputs do not vary.
+        fidelity: How near its outputs are to the dense network's on up to 256 calibration samples, kept aside where
+            there are 16 batches or more; None without data, where the shapes of the outputs depend on values, or where
+            the dense outputs do not vary.
     """
 
     model: nn.Module
@@ -69,11 +70,13 @@ class Decision:
         plan: Form and ranks of every layer.
         batches: The calibration batches that are in memory: all that were read under a `Budget` or for the loss metric,
             or those of a list or tuple; else none.
+        reserved: Those to look at the result with.
     """
 
     analysis: Analysis
     plan: Plan
     batches: Sequence[Inputs]
+    reserved: ReservedBatches
 
 
 @checked
@@ -173,10 +176,18 @@ def compress(
     )
     fitted = _is_fitted(decision.plan, reconstruct=reconstruct)
     smaller = _built(model, decision, fitted=fitted, cache=cache, on_progress=on_progress)
-    own = decision.batches or [as_inputs(example_inputs)]
-    measured = measured_fidelity(model, smaller, own, plan=decision.plan, analysis=decision.analysis)
+    aside = decision.reserved.aside
+    seen = aside or decision.batches or decision.reserved.first
+    measured = measured_fidelity(
+        model,
+        smaller,
+        seen or [as_inputs(example_inputs)],
+        plan=decision.plan,
+        analysis=decision.analysis,
+        held_out=bool(aside),
+    )
     compressed = _counted(model, smaller, decision.plan, as_inputs(example_inputs), inplace=inplace)
-    return replace(compressed, fidelity=measured if decision.batches else None)
+    return replace(compressed, fidelity=measured if seen else None)
 
 
 def decide(
@@ -204,7 +215,8 @@ def decide(
     stages = _Stages(model, as_inputs(example_inputs), rule_or_plan, options, cache, on_progress)
     if isinstance(layers, Analysis):
         layers.require_model(model)
-        return Decision(layers, stages.planned(layers), _in_memory(stages.batches(data)))
+        in_memory = _in_memory(stages.batches(data))
+        return Decision(layers, stages.planned(layers), in_memory, stages.reserved)
     analysis = stages.analysed(layers)
     if not isinstance(rule_or_plan, Plan):
         usual: Metric = "plain" if data is None else "activation"
@@ -212,7 +224,7 @@ def decide(
     batches: Iterable[Inputs] = stages.batches(data)
     if batches:
         analysis, batches = stages.informed(analysis, layers, batches)
-    return Decision(analysis, stages.planned(analysis), _in_memory(batches))
+    return Decision(analysis, stages.planned(analysis), _in_memory(batches), stages.reserved)
 
 
 def _in_memory(batches: Iterable[Inputs]) -> Sequence[Inputs]:
@@ -229,6 +241,7 @@ class _Stages:
     options: PlanOptions
     cache: int | None
     on_progress: ProgressCallback | None
+    reserved: ReservedBatches = field(default_factory=ReservedBatches)
 
     def analysed(self, selection: LayerSelection, calibration: Calibration | None = None) -> Analysis:
         """The analysis, with statistics if there are any."""
@@ -249,7 +262,7 @@ class _Stages:
             raise DataError("the calibration data is empty; give at least one batch")
         rule = self.rule_or_plan.rule if isinstance(self.rule_or_plan, Plan) else self.rule_or_plan
         several_passes = isinstance(rule, Budget) or "loss" in self.metrics
-        batches = chain([first], batches)
+        batches = self.reserved.taken_from(chain([first], batches))
         return list(batches) if several_passes or isinstance(data, Sequence) else batches
 
     @property

@@ -1,5 +1,6 @@
 """What is looked at before a compressed network is given back."""
 
+import warnings
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 import spectrim as st
 from spectrim.benchmark.fidelity import (
     Fidelity,
+    _warn_if_worse_than_predicted,
     _warn_if_worse_with_data,
     fidelity,
     require_planned_cost,
@@ -57,6 +59,8 @@ def test_values_have_no_agreement_and_outputs_of_varying_shapes_no_distance() ->
 
 BROKEN: dict[str, tuple[Any, Any]] = {
     "not finite": (torch.ones(2), torch.tensor([1.0, torch.inf])),
+    "not a number": (torch.tensor([1.0, -torch.inf]), torch.tensor([torch.nan, -torch.inf])),
+    "not finite, complex": (torch.ones(2) * 1j, torch.tensor([1.0, torch.inf]) * 1j),
     "another type": (torch.ones(2), torch.ones(2).half()),
     "another structure": ((torch.ones(2),), [torch.ones(2)]),
 }
@@ -70,6 +74,63 @@ def test_outputs_that_are_not_sound_are_refused(name: str) -> None:
 
 def test_outputs_that_were_not_finite_before_may_stay_so() -> None:
     require_sound(torch.tensor([torch.nan]), torch.tensor([torch.nan]))
+
+
+@pytest.mark.parametrize("rule", [st.Budget(macs=0.4), st.Rank(4)], ids=str)
+@pytest.mark.parametrize("streamed", [False, True])
+def test_every_sixteenth_batch_is_kept_aside(rule: st.Rank | st.Budget, streamed: bool) -> None:
+    x = torch.randn(264, 12, generator=torch.Generator().manual_seed(1))
+    batches = x.split(8)
+    aside = torch.cat([batches[15], batches[31]])
+    used = [batch for place, batch in enumerate(batches) if place not in (15, 31)]
+    model = classifier()
+
+    def compressed(data: Any) -> st.Compressed:
+        return st.compress(model, rule, example_inputs=x[:1], data=iter(data) if streamed else data)
+
+    result = compressed(batches)
+    expected = fidelity(model, result.model, [as_inputs(aside)])
+    assert result.fidelity is not None
+    assert expected is not None
+    assert (result.fidelity.samples, result.fidelity.held_out) == (16, True)
+    assert result.fidelity.relative_error == pytest.approx(expected.relative_error, rel=1e-5)
+    changed = [batch if place not in (15, 31) else -batch for place, batch in enumerate(batches)]
+    for other in (used[:15], changed):
+        again = compressed(other)
+        assert again.fidelity is not None
+        assert again.fidelity.held_out == (other is changed)
+        same = all(torch.equal(a, b) for a, b in zip(again.model.parameters(), result.model.parameters(), strict=True))
+        assert same == (other is changed)
+
+
+def test_fewer_than_eight_samples_are_not_kept_aside() -> None:
+    x = torch.randn(40, 12)
+    single = st.compress(classifier(), st.Rank(4), example_inputs=x[:1], data=iter(x.split(1)))
+    assert single.fidelity is not None
+    assert (single.fidelity.samples, single.fidelity.held_out) == (8, False)
+    assert st.compress(classifier(), st.Rank(4), example_inputs=x[:1], data=x.split(1)).fidelity is not None
+
+
+@pytest.mark.parametrize("share", [0.8, 0.5])
+def test_the_plan_predicts_the_distance(share: float) -> None:
+    model, x = classifier(), torch.randn(512, 12)
+    result = st.compress(model, st.Budget(macs=share), example_inputs=x[:1], data=x.split(32), reconstruct=False)
+    measured = result.fidelity
+    assert measured is not None
+    assert measured.predicted is not None
+    assert 1 / 3 < measured.predicted / measured.relative_error < 2
+    per_layer = st.compress(model, st.Rank(4), example_inputs=x[:1], data=x.split(32)).fidelity
+    assert per_layer is not None
+    assert per_layer.predicted is None
+
+
+def test_a_network_much_further_away_than_predicted_is_said() -> None:
+    with pytest.warns(UserWarning, match=r"0.9 off .* where its plan promises 0.2"):
+        _warn_if_worse_than_predicted(Fidelity(relative_error=0.9, predicted=0.2, samples=4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _warn_if_worse_than_predicted(Fidelity(relative_error=0.5, predicted=0.2, samples=4))
+        _warn_if_worse_than_predicted(Fidelity(relative_error=0.2, predicted=0.01, samples=4))
 
 
 def test_more_macs_than_planned_are_an_error_over_the_budget_and_a_warning_below() -> None:

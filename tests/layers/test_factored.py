@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 import spectrim as st
 from spectrim import errors
 from spectrim.layers.factored import FactoredLayer
+from spectrim.layers.replacement import factored_at, own_bias
 
 
 def layer(*, bias: bool = True) -> st.LowRankLinear:
@@ -142,3 +143,24 @@ def test_hooks_of_the_dense_layer_stay_its_own() -> None:
     model[0].register_forward_hook(lambda *_: pytest.fail("the hook of the dense network was called"))
     for network in (small, merged, st.merge(small)):
         network(x)
+
+
+@pytest.mark.parametrize("scale", [1e3, 1e-4], ids=["overflow", "vanish"])
+def test_a_product_that_half_precision_cannot_hold_is_not_merged(scale: float) -> None:
+    down, up = nn.Linear(6, 2, bias=False), nn.Linear(2, 5)
+    factored = st.LowRankLinear(*(part.half() for part in (down, up)))
+    with torch.no_grad():
+        for part in (down, up):
+            part.weight.fill_(scale)
+    with pytest.raises(errors.ModelError, match=r"does not survive torch\.float16"):
+        st.merge(nn.Sequential(factored))
+
+
+def test_factors_that_cancel_each_other_are_not_stored_in_half_precision() -> None:
+    """Their product is a thousandth of what they are made of."""
+    down = torch.eye(6).double()[None, :2].repeat_interleave(2, dim=1)
+    up = torch.tensor([[1.0, -1.0, 1.0, -1.0]]).double().expand(5, 4)[None] * torch.tensor([1.0, 1.0001, 1.0, 1.0001])
+    dense = nn.Sequential(nn.Linear(6, 5))
+    factored_at(dense, ["0"], form="linear", factors=(down, up), bias=own_bias)
+    with pytest.raises(errors.ModelError, match=r"0 does not survive torch\.float16"):
+        factored_at(dense.half(), ["0"], form="linear", factors=(down, up), bias=own_bias)

@@ -166,3 +166,23 @@ def test_the_reported_size_is_that_of_the_file(tmp_path: Path) -> None:
     save_model(model, str(tmp_path / "plain.safetensors"))
     plain = (tmp_path / "plain.safetensors").stat().st_size
     assert abs(st.measure(model, X, latency=False).bytes - plain) <= 64
+
+
+def test_a_layer_that_is_used_in_another_way_is_another_network(tmp_path: Path) -> None:
+    def cnn(stride: int) -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(8, 16, 3, stride=stride), nn.ReLU(), nn.Conv2d(16, 16, 3)).eval()
+
+    x = inputs(2, 8, 12, 12, dtype=torch.float32)
+    path = st.save(st.compress(cnn(1), st.Rank(4), example_inputs=x).model, tmp_path)
+    st.load(path, cnn(1))
+    with pytest.raises(errors.FileError, match=r"'0' was saved with stride=\(1, 1\), .* has stride=\(2, 2\)"):
+        st.load(path, cnn(2))
+
+
+def test_values_that_were_saved_broken_are_said(tmp_path: Path) -> None:
+    model = compressed()
+    with torch.no_grad():
+        model[0].down.weight[0, 0] = torch.nan
+    with pytest.warns(UserWarning, match=r"NaN or infinite values in 0\.down\.weight"):
+        st.load(st.save(model, tmp_path), small_mlp())

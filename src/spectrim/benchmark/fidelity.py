@@ -1,5 +1,6 @@
 """What is looked at before a compressed network is given back: its outputs and its cost against what they should be."""
 
+import math
 import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -19,6 +20,7 @@ from spectrim.layers.cost import NetworkCost
 from spectrim.layers.replacement import duplicate, factorize
 
 _WORSE, _NEAR, _FAR = 1.2, 0.02, 0.9
+_FURTHER, _LARGE = 3.0, 0.3
 _CLEARLY_OFF, _OVER_BUDGET = 1e-3, 5e-3
 _SAMPLES = 256
 
@@ -31,6 +33,9 @@ class Fidelity(Frozen):
             1 is as far off as that mean.
         agreement: Of scores (batch, classes) the share of samples with the same largest one; None for other outputs.
         samples: How many samples were looked at.
+        held_out: Whether they were kept aside; if not, weights may have been fitted to these very samples.
+        predicted: The relative error that the plan's losses and sensitivities add up to, before weights are fitted
+            anew; None where no sensitivities were measured.
         plain: The same of a network with the same forms and ranks, whose weights are approximated by themselves;
             None if no other metric was used.
     """
@@ -38,28 +43,55 @@ class Fidelity(Frozen):
     relative_error: float = Field(ge=0)
     agreement: float | None = None
     samples: int
+    held_out: bool = False
+    predicted: float | None = None
     plain: "Fidelity | None" = None
 
 
 def measured_fidelity(
-    model: nn.Module, small: nn.Module, batches: Sequence[Inputs], *, plan: Plan, analysis: Analysis
+    model: nn.Module,
+    small: nn.Module,
+    batches: Sequence[Inputs],
+    *,
+    plan: Plan,
+    analysis: Analysis,
+    held_out: bool,
 ) -> Fidelity | None:
     """Compare a compressed network on up to 256 samples, in an order of their own; see `fidelity`.
 
-    Warns if weights approximated by themselves, without the data, come nearer to the dense network.
+    Warns if weights approximated by themselves, without the data, come nearer to the dense network, or if it is much
+    further away than the plan says.
     """
     layers = tuple(layer.model_copy(update={"metric": "plain"}) if layer.is_factored else layer for layer in plan)
     plain = None
     if any(layer.metric != "plain" for layer in plan.factored):
         plain = factorize(duplicate(model), plan.model_copy(update={"layers": layers}), factors=analysis.factors)
-    measured = fidelity(model, small, subset(batches, samples=_SAMPLES), plain=plain)
-    if measured is not None:
-        _warn_if_worse_with_data(measured)
-    return measured
+    measured = fidelity(
+        model, small, subset(batches, samples=_SAMPLES), plain=plain, predicted=_predicted_square(plan, analysis)
+    )
+    if measured is None:
+        return None
+    _warn_if_worse_with_data(measured)
+    _warn_if_worse_than_predicted(measured)
+    others = measured.plain and measured.plain.model_copy(update={"held_out": held_out})
+    return measured.model_copy(update={"held_out": held_out, "plain": others})
+
+
+def _predicted_square(plan: Plan, analysis: Analysis) -> float | None:
+    """The mean squared error of the outputs' entries that the plan's losses add up to."""
+    sensitivity = analysis.sensitivity
+    if not sensitivity or any(layer.predicted_error is None for layer in plan.factored):
+        return None
+    return sum((layer.predicted_error or 0.0) ** 2 * sensitivity.get(layer.name, 0.0) for layer in plan.factored)
 
 
 def fidelity(
-    model: nn.Module, small: nn.Module, batches: Iterable[Inputs], *, plain: nn.Module | None = None
+    model: nn.Module,
+    small: nn.Module,
+    batches: Iterable[Inputs],
+    *,
+    plain: nn.Module | None = None,
+    predicted: float | None = None,
 ) -> Fidelity | None:
     """Compare two networks with the dense one, in evaluation mode.
 
@@ -70,6 +102,7 @@ def fidelity(
         small: The compressed one.
         batches: What they are run on.
         plain: Another one, for `Fidelity.plain`.
+        predicted: The mean squared error of the outputs' entries that is expected, for `Fidelity.predicted`.
 
     Raises:
         ModelError: outputs of `small` that are not finite where those of `model` are, or of another type.
@@ -83,10 +116,19 @@ def fidelity(
             assert network is not None
             outputs.append(_outputs(network, batch, position))
         require_sound(dense[-1], others[0][-1])
-    measured = [_compared(dense, outputs, samples) for outputs in others]
-    if measured[0] is None or len(measured) == 1:
-        return measured[0]
-    return measured[0].model_copy(update={"plain": measured[1]})
+    reference = _joined(dense)
+    energy = sum(float((each - each.mean(dim=0)).square().nan_to_num(0.0).sum()) for each in reference)
+    if not 0 < energy < float("inf"):
+        return None
+    compared = []
+    for outputs in others:
+        error = _relative_error(reference, _joined(outputs), energy)
+        if error is None:
+            return None
+        compared.append(Fidelity(relative_error=error, agreement=_agreement(dense, outputs), samples=samples))
+    entries = sum(each.numel() for each in reference)
+    expected = None if predicted is None else (predicted * entries / energy) ** 0.5
+    return compared[0].model_copy(update={"plain": compared[1] if plain else None, "predicted": expected})
 
 
 def require_sound(dense: Any, small: Any) -> None:
@@ -97,9 +139,11 @@ def require_sound(dense: Any, small: Any) -> None:
             f"the compressed network gives {describe(small)} where the dense one gives {describe(dense)}; it looks at "
             "more of its layers than their outputs. Leave them out (exclude=..)"
         )
-    finite = [bool(torch.isfinite(tensor).all()) for tensor in first]
-    broken = [bool(torch.isfinite(tensor).all()) for tensor in second]
-    if all(finite) and not all(broken):
+    infinite, undefined = (
+        [any(bool(test(tensor).any()) for tensor in side) for side in (first, second)]
+        for test in (torch.isinf, torch.isnan)
+    )
+    if any(after and not before for before, after in (infinite, undefined)):
         raise ModelError(
             "the compressed network's outputs are NaN or infinite, and the dense one's are not; in half precision "
             "convert the model to float32 first"
@@ -127,6 +171,19 @@ def require_planned_cost(plan: Plan, dense: NetworkCost, measured: NetworkCost) 
     warnings.warn(deviation, stacklevel=5)
 
 
+def _warn_if_worse_than_predicted(measured: Fidelity) -> None:
+    """Warn of a network that is much further from the dense one than its plan says."""
+    expected = measured.predicted
+    if expected is None or measured.relative_error <= max(_LARGE, _FURTHER * expected):
+        return
+    warnings.warn(
+        f"the compressed network is {measured.relative_error:.3g} off (relative error) where its plan promises "
+        f"{expected:.3g}. Likely reasons: the budget is too small for this network, errors that grow from layer to "
+        "layer, or layers that pass more than their outputs on. Give a larger budget, or leave layers out (exclude=..)",
+        stacklevel=5,
+    )
+
+
 def _warn_if_worse_with_data(measured: Fidelity) -> None:
     """Warn if weights approximated by themselves, without the data, come nearer to the dense network on these data."""
     plain = measured.plain
@@ -149,29 +206,33 @@ def _outputs(model: nn.Module, batch: Inputs, position: int) -> Any:
 
 
 def _floats(outputs: Any) -> list[Tensor]:
-    return [torch.atleast_1d(tensor.detach()) for tensor in tensors(outputs) if tensor.is_floating_point()]
+    real = (torch.view_as_real(tensor) if tensor.is_complex() else tensor for tensor in tensors(outputs))
+    return [torch.atleast_1d(tensor.detach()) for tensor in real if tensor.is_floating_point()]
 
 
-def _compared(dense: Sequence[Any], small: Sequence[Any], samples: int) -> Fidelity | None:
-    pairs = [(_floats(first), _floats(second)) for first, second in zip(dense, small, strict=True)]
-    shapes = [[tensor.shape[1:] for tensor in tensors_] for both in pairs for tensors_ in both]
-    if any(shape != shapes[0] for shape in shapes) or not shapes[0]:
+def _joined(batches: Sequence[Any]) -> list[Tensor]:
+    """Each tensor of the outputs, of all batches together, float64; none where shapes depend on values."""
+    rows = [_floats(outputs) for outputs in batches]
+    shapes = {tuple(tensor.shape[1:] for tensor in tensors_) for tensors_ in rows}
+    return [torch.cat(parts).double() for parts in zip(*rows, strict=True)] if len(shapes) == 1 else []
+
+
+def _relative_error(dense: Sequence[Tensor], small: Sequence[Tensor], energy: float) -> float | None:
+    """The root of the squared differences over `energy`; None for outputs of other shapes."""
+    if [tensor.shape for tensor in dense] != [tensor.shape for tensor in small]:
         return None
-    lost = varying = 0.0
-    for place in range(len(shapes[0])):
-        first, second = (torch.cat([both[side][place].double() for both in pairs]) for side in (0, 1))
-        if first.shape != second.shape:
-            return None
-        lost += float((first - second).square().nan_to_num(0.0).sum())
-        varying += float((first - first.mean(dim=0)).square().nan_to_num(0.0).sum())
-    if not 0 < varying < float("inf"):
-        return None
-    return Fidelity(relative_error=(lost / varying) ** 0.5, agreement=_agreement(dense, small), samples=samples)
+    pairs = zip(dense, small, strict=True)
+    lost = sum(float((a - b).square().nan_to_num(0.0).sum()) for a, b in pairs)
+    return math.sqrt(lost / energy)
 
 
 def _agreement(dense: Sequence[Any], small: Sequence[Any]) -> float | None:
     first, second = ([logits_of(outputs) for outputs in each] for each in (dense, small))
-    if not all(isinstance(scores, Tensor) and scores.ndim == 2 and scores.shape[1] > 1 for scores in first):
+    if not all(map(_are_scores, first)):
         return None
     same = torch.cat([a.argmax(dim=1) == b.argmax(dim=1) for a, b in zip(first, second, strict=True)])
     return float(same.double().mean())
+
+
+def _are_scores(outputs: Any) -> bool:
+    return isinstance(outputs, Tensor) and outputs.ndim == 2 and outputs.shape[1] > 1 and not outputs.is_complex()

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from dataclasses import dataclass, field
 from numbers import Number
 from typing import Any
 
@@ -17,6 +18,8 @@ _LABELS = ("labels", "label")
 """Entries of a mapping that are labels, and no inputs."""
 
 _UNLABELLED = object()
+
+_ASIDE_OF, _LEAST_ASIDE, _MOST_ASIDE = 16, 8, 256
 
 
 def batches_of(data: Iterable[Any], *, what: str = "the data") -> Iterator[Any]:
@@ -55,6 +58,38 @@ def length_of(data: object) -> int:
         return len(data) if isinstance(data, Sized) else 0
     except TypeError:
         return 0
+
+
+@dataclass(frozen=True, eq=False)
+class ReservedBatches:
+    """Calibration batches to look at the result with.
+
+    Attributes:
+        aside: Every sixteenth one, up to 256 samples, which nothing else is done with; none if these would be fewer
+            than 8 samples.
+        first: The first ones of the others, of at least 8 samples.
+    """
+
+    aside: list[Inputs] = field(default_factory=list)
+    first: list[Inputs] = field(default_factory=list)
+
+    def taken_from(self, batches: Iterable[Inputs]) -> Iterator[Inputs]:
+        """The others, as they come."""
+        for position, batch in enumerate(batches, 1):
+            if position % _ASIDE_OF == 0 and _samples(self.aside) < _MOST_ASIDE:
+                self.aside.append(batch)
+                continue
+            if _samples(self.first) < _LEAST_ASIDE:
+                self.first.append(batch)
+            yield batch
+        if _samples(self.aside) < _LEAST_ASIDE:
+            too_few = self.aside.copy()
+            self.aside.clear()
+            yield from too_few
+
+
+def _samples(batches: Iterable[Inputs]) -> int:
+    return sum(batch.samples for batch in batches)
 
 
 def without_labels(data: Iterable[Any], *, like: Inputs, what: str = "the calibration data") -> Iterator[Inputs]:

@@ -1,6 +1,7 @@
 """Layers exchanged for others in a model, all or none: factors in the place of dense layers, and the way back."""
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -16,6 +17,8 @@ from spectrim.layers.types import layer_type_of
 from spectrim.linalg import Factors, Ranks, balanced, to_float64
 
 _BLOCK = 1024
+_PROBED, _MOST_ROUNDED = 16, 0.05
+"""So many outputs of a weight are looked at for what rounding to its number type has lost, and so much may be."""
 
 
 def replace(model: nn.Module, replacements: Mapping[str, nn.Module]) -> None:
@@ -112,6 +115,10 @@ def factored_at(
         raise ModelError(f"the factors of {names[0]} overflow {reference.dtype}; convert the model to float32 first")
     # of the factors as stored, so that in half precision the mean correction covers their rounding as well
     whole = blank.kernels([to_float64(weight) for weight in shared]).flatten(2)
+    few = (*factors[:-1], factors[-1][:, :_PROBED])
+    _require_rounded(
+        whole[:, :_PROBED], blank.composed(tuple(map(to_float64, few))).flatten(2), name=names[0], dtype=reference.dtype
+    )
 
     def factored(name: str, module: nn.Module) -> nn.Module:
         value = bias(name, module, whole)
@@ -194,7 +201,11 @@ def _bias_like(module: nn.Module, value: Tensor) -> nn.Parameter:
 
 @checked
 def merge(model: nn.Module) -> nn.Module:
-    """A copy of `model` in which every factored layer is one dense layer again, ties between layers included."""
+    """A copy of `model` in which every factored layer is one dense layer again, ties between layers included.
+
+    Raises:
+        ModelError: a product that the factors' number type cannot hold.
+    """
     merged = duplicate(model)
     replacements: dict[str, nn.Module] = {}
     weights: dict[tuple[int, ...], nn.Parameter] = {}
@@ -202,12 +213,25 @@ def merge(model: nn.Module) -> nn.Module:
         parts = [part.get_parameter("weight") for part in module.chain]
         key = tuple(id(weight) for weight in parts)
         if key not in weights:
-            weights[key] = _parameter_like(parts[-1], module.product([to_float64(weight) for weight in parts]))
+            whole = module.product([to_float64(weight) for weight in parts])
+            weights[key] = _parameter_like(parts[-1], whole)
+            name = names_of(merged, module)[0]
+            _require_rounded(to_float64(weights[key]), whole, name=name, dtype=weights[key].dtype)
         dense = module.empty_dense()
         dense._parameters.update(weight=weights[key], bias=module.chain[-1]._parameters.get("bias"))
         replacements |= dict.fromkeys(names_of(merged, module), dense.train(module.training))
     replace(merged, replacements)
     return merged
+
+
+def _require_rounded(stored: Tensor, exact: Tensor, *, name: str, dtype: torch.dtype) -> None:
+    """Raise `ModelError` where the number type has lost more than rounding of a weight."""
+    size = float(exact.norm())
+    if math.isfinite(size) and not float((stored - exact).norm()) <= _MOST_ROUNDED * size:
+        raise ModelError(
+            f"the weight of {name} does not survive {dtype}: it overflows, vanishes, or its factors cancel each other; "
+            "convert the model to float32 first"
+        )
 
 
 def _parameter_like(reference: Tensor, value: Tensor) -> nn.Parameter:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import warnings
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -30,6 +31,7 @@ class _LowRank(Frozen):
     bias: bool
     layer_type: str | None = None
     overrides: tuple[str, ...] = ()
+    options: dict[str, str] = Field(default_factory=dict)
 
     @field_validator("form")
     @classmethod
@@ -77,6 +79,7 @@ def save(model: nn.Module, path: str | Path) -> Path:
             bias=module.bias is not None,
             layer_type=layer_type.name,
             overrides=layer_type.overrides(dense),
+            options=_options_of(dense),
         )
         same_layer |= dict.fromkeys(names_of(model, module)[1:], name)
     structure = _Structure(low_rank=low_rank, same_layer=same_layer, same_tensor=aliases, digest=_digest(stored))
@@ -110,7 +113,20 @@ def load(path: str | Path, model: nn.Module) -> nn.Module:
         replacements[name] = replacements[first]
     replace(rebuilt, replacements)
     _fill(rebuilt, tensors, structure.same_tensor, path)
+    broken = [
+        name for name, tensor in tensors.items() if name.startswith(tuple(structure.low_rank)) and _is_broken(tensor)
+    ]
+    if broken:
+        warnings.warn(f"{path} holds NaN or infinite values in {broken[0]}; they were saved so", stacklevel=3)
     return rebuilt
+
+
+def _options_of(dense: nn.Module) -> dict[str, str]:
+    return {name: str(getattr(dense, name)) for name in layer_type_of(dense).options}
+
+
+def _is_broken(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and not bool(torch.isfinite(tensor).all())
 
 
 def _file(path: str | Path) -> Path:
@@ -151,6 +167,13 @@ def _dense_at(model: nn.Module, name: str, layer: _LowRank, path: Path) -> nn.Mo
             f"{path} is for another network: {name!r} of {type(model).__name__} has a {min(own)} of its own "
             f"({type(module).__name__}), which the layer that was saved did not have"
         )
+    own_options = _options_of(module)
+    for option, value in layer.options.items():
+        if own_options.get(option) != value:
+            raise FileError(
+                f"{path} is for another network: the layer {name!r} was saved with {option}={value}, and that of "
+                f"{type(model).__name__} has {option}={own_options.get(option)}"
+            )
     return module
 
 

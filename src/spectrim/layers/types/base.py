@@ -105,9 +105,11 @@ class LayerType(ABC):
         name: The class of the layers, for messages and tables.
         methods: Methods that a subclass must not override to count as one of these layers: the forward pass and what
             it calls.
+        options: Attributes that say how the weight is used, besides its sizes and groups.
     """
 
     name: ClassVar[str]
+    options: ClassVar[tuple[str, ...]] = ()
     methods: ClassVar[tuple[str, ...]] = ("forward",)
 
     @abstractmethod
