@@ -115,7 +115,7 @@ def test_a_shown_recipe_can_be_edited_and_run_and_verified(mine: Path) -> None:
         (("run", "mnist-mpl"), "there is no recipe 'mnist-mpl'; near names: mnist-mlp"),
         (("run", "mine.toml", "--seeds", "0,0"), "not a list of different whole numbers"),
         (("run", "mine.toml", "--weights", "x.safetensors"), "--weights is for recipes of the kind classifier"),
-        (("resnet18-cifar10", "--weights", "x.pt"), "is a pickle"),
+        (("resnet18-cifar10", "--weights", "x.pt"), "cannot read x.pt"),
         (("resnet18-cifar10", "--weights", "x.safetensors"), "cannot read x.safetensors"),
         (("verify", "nowhere"), "holds no finished run"),
     ],

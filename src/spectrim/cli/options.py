@@ -140,7 +140,7 @@ class Source:
         Path | None,
         _network(
             metavar="FILE|DIR",
-            help="Its trained weights, a .safetensors file; for a compressed network the folder that `spectrim "
+            help="Its trained weights: .safetensors, or .pt and the like; for a compressed network the folder that `spectrim "
             "compress` or `spectrim finetune` wrote, or the file in it.",
         ),
     ] = None

@@ -58,7 +58,7 @@ class RunOptions:
         str | None,
         typer.Option(
             metavar="FILE",
-            help="The trained network as a .safetensors file; or `imagenet` to begin with torchvision's own weights.",
+            help="The trained network (.safetensors, .pt, ..); or `imagenet` to begin with torchvision's own weights.",
         ),
     ] = None
     quick: Annotated[bool, typer.Option("--quick", help="Little data, few epochs, one seed: to see it work.")] = False

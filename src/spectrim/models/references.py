@@ -33,7 +33,8 @@ def resolve(reference: str, *, weights: Path | None = None, options: _Options | 
 
     Args:
         reference: One of the above.
-        weights: A `.safetensors` file of the network's whole `state_dict()`. Pickles (`.pt`, `.pth`, ..) are refused.
+        weights: A file of the network's whole `state_dict()`: `.safetensors`, or `.pt` and the like from `torch.save`,
+            which are read without running any code of theirs, and may be checkpoints with other entries.
         options: Keyword arguments of the factory, such as `{"outputs": 47}`.
 
     Returns:
@@ -42,7 +43,7 @@ def resolve(reference: str, *, weights: Path | None = None, options: _Options | 
     Raises:
         ModelError: an unknown or malformed reference, a missing optional dependency, options that the factory does not
             take, a factory that fails or returns something else than an `nn.Module`.
-        FileError: weights that are missing, damaged, a pickle, or for another network.
+        FileError: weights that are missing, damaged, unreadable without running code, or for another network.
     """
     source, _, name = reference.partition(":")
     if not (source and name):

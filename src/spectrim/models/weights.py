@@ -1,10 +1,12 @@
-"""A plain state into a network: from a safetensors file, never a pickle, or ImageNet's from torchvision."""
+"""A plain state into a network: from a safetensors file, one that torch saved, or ImageNet's from torchvision."""
 
 import importlib
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -12,25 +14,65 @@ from torch.nn.parameter import is_lazy
 
 from spectrim.core.errors import DependencyError, FileError, ModelError
 
-_PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
+_TORCH_FILES = (".pt", ".pth", ".bin", ".ckpt", ".tar", ".pkl", ".pickle")
+_ENTRIES = ("state_dict", "model_state_dict", "model", "module", "net", "network", "weights", "params")
+"""Where a checkpoint keeps the network's state beside other things, the most explicit name first."""
+
+_WRAPPERS = ("module", "_orig_mod", "model", "net", "network")
+"""What `DataParallel`, `torch.compile` and training frameworks put in front of all names."""
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
-    """The tensors of a `.safetensors` file by name.
+    """The tensors of a network by name, from a `.safetensors` file or one that torch saved (`.pt`, `.pth`, ..).
 
-    Raises `FileError` for a file that is missing, damaged or of another kind. A pickle can run code when it is opened,
-    so it is never opened; the message holds the command that converts it.
+    What torch saved is read with `weights_only=True`, which runs none of the file's code. It may be a checkpoint that
+    holds the state in an entry such as "state_dict" or "model".
+
+    Raises `FileError` for a file that is missing, damaged, of another kind, or could be read only by running its code.
     """
     path = Path(path)
     suffix = path.suffix.lower()
-    if suffix in _PICKLES:
-        raise FileError(_how_to_convert(path))
+    if suffix in _TORCH_FILES:
+        return _state_in(_read_torch_file(path), path)
     if suffix != ".safetensors":
-        raise FileError(f"{path} is not a .safetensors file; weights are read from that format only")
+        raise FileError(f"{path} is neither a .safetensors file nor one that torch saved ({', '.join(_TORCH_FILES)})")
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
         raise FileError(f"cannot read {path}: {error}; it is missing, cut short, or not a safetensors file") from error
+
+
+def _read_torch_file(path: Path) -> object:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise FileError(f"cannot read {path}: {error}; it is missing, or no file") from error
+    except Exception as error:  # of the unpickler, or of what a damaged file holds
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise FileError(
+            f"cannot read {path} without running code that it may hold, which is never done: {reason}. If you trust "
+            "it, load it where it was made and save the state alone: torch.save(model.state_dict(), 'weights.pt')"
+        ) from error
+
+
+def _state_in(value: object, path: Path) -> dict[str, Tensor]:
+    """The network's state, or the entry of a checkpoint that is one."""
+    if _is_state(value):
+        return dict(value)  # type: ignore[call-overload,no-any-return]
+    entries = {name: entry for name, entry in value.items() if _is_state(entry)} if isinstance(value, Mapping) else {}
+    names = [name for name in _ENTRIES if name in entries] or (list(entries) if len(entries) == 1 else [])
+    if not names:
+        entries_of = f"entries {', '.join(map(repr, list(value)[:5]))}" if isinstance(value, Mapping) else "no entries"
+        raise FileError(
+            f"{path} holds a {type(value).__name__} with {entries_of}, of which none is a network's state; save that "
+            "alone: torch.save(model.state_dict(), 'weights.pt')"
+        )
+    return dict(entries[names[0]])
+
+
+def _is_state(value: object) -> bool:
+    entries = value.items() if isinstance(value, Mapping) else ()
+    return bool(entries) and all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in entries)
 
 
 def is_saved(path: Path) -> bool:
@@ -46,7 +88,8 @@ def fill_(model: nn.Module, state: Mapping[str, Tensor], *, origin: Path) -> Non
     """Load `state`, from the file `origin`, into `model`, strictly: every tensor of the network, and no other.
 
     As in `load_state_dict`, number types are those of the model, and the batch counters of normalisation layers may be
-    missing. A tensor that the model has under several names needs only one of them. After an error the model is not to
+    missing. A tensor that the model has under several names needs only one of them. Prefixes that wrappers give to all
+    names, such as `module.`, are left out with a warning if no name fits with them. After an error the model is not to
     be used.
 
     Raises `FileError`, with at most three names of each fault, for a file of another network, and `ModelError` for a
@@ -55,6 +98,7 @@ def fill_(model: nn.Module, state: Mapping[str, Tensor], *, origin: Path) -> Non
     expected = {name: value for name, value in model.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
     if any(tensor.is_meta for tensor in expected.values()):
         raise ModelError(f"the network is on the meta device and cannot take the weights of {origin}; make it on a CPU")
+    state = _without_wrappers(state, expected, origin=origin)
     _require_none(_misfits(state, expected), origin=origin)
     # a safetensors file holds a tied weight under one of its names
     stored = {id(expected[name]): tensor for name, tensor in state.items() if name in expected}
@@ -90,6 +134,23 @@ def fill_imagenet_(model: nn.Module, reference: str, *, head: str) -> None:
     model.load_state_dict(fetched, strict=False)
 
 
+def _without_wrappers(
+    state: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, origin: Path
+) -> dict[str, Tensor]:
+    """The state with names as the network's, if it was saved from inside of wrappers."""
+    prefix = ""
+    names = {name: name for name in state}
+    while names and not expected.keys() & set(names.values()):
+        first = {name.partition(".")[0] for name in names.values()}
+        if len(first) != 1 or not first <= set(_WRAPPERS):
+            return dict(state)
+        prefix += f"{first.pop()}."
+        names = {name: name.removeprefix(prefix) for name in state}
+    if prefix:
+        warnings.warn(f"{origin} was saved from a wrapper: {prefix!r} is left out of all names", stacklevel=4)
+    return {inner: state[name] for name, inner in names.items()}
+
+
 def _misfits(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, list[str]]:
     """Mismatches that torch would report at length, or cast silently."""
     shapes, types = [], []
@@ -119,20 +180,6 @@ def _require_none(faults: Mapping[str, list[str]], *, origin: Path) -> None:
         else "Names and shapes must be those of the network's state_dict(); do its options, such as outputs, fit?"
     )
     raise FileError(f"{origin} is for another network: {'; '.join(texts)}. {advice}")
-
-
-def _how_to_convert(path: Path) -> str:
-    """One line; the copies untie tensors that share memory, which safetensors does not save."""
-    target = path.with_suffix(".safetensors")
-    code = (
-        "import torch; from safetensors.torch import save_file; "
-        f"state = torch.load({str(path)!r}, map_location='cpu', weights_only=True); "
-        f"save_file({{name: value.contiguous().clone() for name, value in state.items()}}, {str(target)!r})"
-    )
-    return (
-        f"{path} is a pickle, which can run code when it is opened; if it holds a state_dict, convert it once and "
-        f'give {target}: python -c "{code}"'
-    )
 
 
 def _fetch_imagenet(name: str) -> dict[str, Any]:
