@@ -140,8 +140,8 @@ class Source:
         Path | None,
         _network(
             metavar="FILE|DIR",
-            help="Its trained weights: .safetensors, or .pt and the like; for a compressed network the folder that `spectrim "
-            "compress` or `spectrim finetune` wrote, or the file in it.",
+            help="Its trained weights: .safetensors, or .pt and the like; for a compressed network the folder that "
+            "`spectrim compress` or `spectrim finetune` wrote, or the file in it.",
         ),
     ] = None
     option: Annotated[
