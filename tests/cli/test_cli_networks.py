@@ -167,6 +167,20 @@ def test_compress_writes_the_network_that_it_measured(run: Run, tmp_path: Path) 
     assert Measured.load(small / "measurement.json") == record
 
 
+@pytest.mark.parametrize(("batch", "aside"), [(64, "kept aside"), (256, "used")])
+def test_the_distance_to_the_dense_network_is_said(run: Run, tmp_path: Path, batch: int, aside: str) -> None:
+    result = run("compress", *TRAINED, "--macs", 0.6, "--images", 1024, "--batch", batch, "--no-test", "--out", "small")
+    assert result.code == 0, result.err
+    fidelity = Measured.load(tmp_path / "small" / "measurement.json").fidelity
+    assert fidelity is not None
+    assert fidelity.plain is not None
+    assert fidelity.held_out == (aside == "kept aside")
+    assert (
+        f"Outputs on {min(batch, 256)} calibration images {aside}: {100 * fidelity.relative_error:.1f} %" in result.out
+    )
+    assert f"Without data: {100 * fidelity.plain.relative_error:.1f} % off." in result.out
+
+
 def test_each_stage_is_a_line_where_there_is_no_terminal(run: Run) -> None:
     result = run("compress", *RESNET, "--data", "digits", "--images", 64, "--macs", 0.6, "--out", "small")
     assert result.code == 0, result.err

@@ -10,6 +10,7 @@ import typer
 
 from spectrim.analysis.calibration import calibrate
 from spectrim.analysis.spectra import Analysis, analyze_selected
+from spectrim.benchmark.fidelity import Fidelity
 from spectrim.benchmark.measurement import Measurement
 from spectrim.cli.loading import Loaded, load_source
 from spectrim.cli.options import Goal, Invocation, Layers, Source, Test, unfolded
@@ -34,6 +35,7 @@ class Measured(Record):
     dense: Measurement
     compressed: Measurement
     model_sha256: str
+    fidelity: Fidelity | None = None
 
 
 @unfolded
@@ -128,7 +130,7 @@ def compress_network(
             network.model,
             decision.plan,
             example_inputs=network.example,
-            data=decision.batches or None,
+            data=network.calibration,
             analysis=decision.analysis,
             reconstruct="auto" if reconstruct is None else reconstruct,
             cache=source.cache_bytes,
@@ -141,7 +143,11 @@ def compress_network(
         save(small.model, folder / MODEL)
         small.plan.save(folder / PLAN)
         record = Measured(
-            command=str(invocation), dense=dense, compressed=compressed, model_sha256=sha256_of(folder / MODEL)
+            command=str(invocation),
+            dense=dense,
+            compressed=compressed,
+            model_sha256=sha256_of(folder / MODEL),
+            fidelity=small.fidelity,
         )
         record.save(folder / MEASURED)
         results = Results.of_network(
@@ -153,7 +159,8 @@ def compress_network(
             command=record.command,
         )
         report(results, folder / _REPORT)
-    show(table(small.plan), _times(small.plan), table(compressed), _accuracy(record, network, untested=untested))
+    show(table(small.plan), _times(small.plan), table(compressed))
+    show(_fidelity(small.fidelity), _accuracy(record, network, untested=untested))
     show_files(out, files)
     _show_how_to_load(source, network, out=out)
 
@@ -231,6 +238,21 @@ def _times(plan: Plan) -> Listing | None:
     return Listing(
         f"Latency in {note.runtime}, {words.threads(note.threads)}{batch}", columns, tuple(rows), note=below or ""
     )
+
+
+def _fidelity(measured: Fidelity | None) -> str | None:
+    """The distance to the dense network, beside what the plan predicts and what no data would give."""
+    if measured is None:
+        return None
+    aside = "kept aside" if measured.held_out else "used"
+    distance, predicted, same = (
+        words.percent(share, places=1) for share in (measured.relative_error, measured.predicted, measured.agreement)
+    )
+    text = f"Outputs on {measured.samples} calibration images {aside}: {distance} off the dense network's"
+    text += "" if measured.predicted is None else f", {predicted} predicted"
+    text += "." if measured.agreement is None else f"; the same class for {same}."
+    plain = measured.plain and f" Without data: {words.percent(measured.plain.relative_error, places=1)} off."
+    return text + (plain or "")
 
 
 def _accuracy(record: Measured, network: Loaded, *, untested: str | None) -> str:
