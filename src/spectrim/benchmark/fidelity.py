@@ -106,25 +106,39 @@ def require_sound(dense: Any, small: Any) -> None:
         )
 
 
+_DEVIATIONS = {
+    "macs": "multiplies {:,} times, and {:,} were planned: it does something with its layers besides calling them, or "
+    "how much it works depends on values",
+    "params": "has {:,} parameters, and {:,} were planned: layers share some that the plan takes for their own",
+    "bytes": "takes {:,} bytes in a file, and {:,} were planned: its tensors are of other types than the layers' "
+    "weights, or layers share some that the plan takes for their own",
+}
+"""What to say of more than was planned, by cost."""
+
+
 def require_planned_cost(plan: Plan, dense: NetworkCost, measured: NetworkCost) -> None:
     """Hold the counted cost against the plan's.
 
-    Warns if more is multiplied than the plan says.
+    Of bytes a plan says only what they are limited to. MACs that cannot be counted are not looked at.
+
+    Warns if the network multiplies more, or has more parameters, than the plan says.
 
     Raises:
-        ModelError: so much that a budget of MACs is missed.
+        ModelError: so much more that a budget of MACs, parameters or bytes is missed.
     """
-    planned = dense.macs - sum(layer.dense.macs - layer.kept.macs for layer in plan)
-    if measured.macs <= planned * (1 + _CLEARLY_OFF):
-        return
-    deviation = (
-        f"the compressed network multiplies {measured.macs:,} times, and {planned:,} were planned: it does something "
-        "with its layers besides calling them, or how much it works depends on values"
-    )
-    share = plan.rule.macs if isinstance(plan.rule, Budget) else None
-    if share is not None and measured.macs > dense.macs * (share + _OVER_BUDGET):
-        raise ModelError(f"{deviation}. Limit params=, bytes= or latency= instead, or leave layers out (exclude=..)")
-    warnings.warn(deviation, stacklevel=5)
+    for cost, deviation in _DEVIATIONS.items():
+        before, after = getattr(dense, cost), getattr(measured, cost)
+        share = getattr(plan.rule, cost) if isinstance(plan.rule, Budget) else None
+        if cost == "bytes":
+            planned = after if share is None else int(before * share)
+        else:
+            planned = before - sum(getattr(layer.dense, cost) - getattr(layer.kept, cost) for layer in plan)
+        if after <= planned * (1 + _CLEARLY_OFF) or (cost == "macs" and dense.uncounted_weights):
+            continue
+        message = f"the compressed network {deviation.format(after, planned)}"
+        if share is not None and after > before * (share + _OVER_BUDGET):
+            raise ModelError(f"{message}. Limit another of macs=, params=, bytes= or latency=, or leave layers out")
+        warnings.warn(message, stacklevel=5)
 
 
 def _warn_if_worse_with_data(measured: Fidelity) -> None:
