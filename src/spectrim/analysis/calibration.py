@@ -16,7 +16,7 @@ from spectrim.core.batches import batches_of, inputs_of
 from spectrim.core.distributed import Accelerator, all_reduce, if_distributed, shard
 from spectrim.core.errors import DataError, ModelError
 from spectrim.core.execution import Inputs, call, evaluating, on_device_of, temporary
-from spectrim.core.nested import tensors
+from spectrim.core.nested import joined, tensors
 from spectrim.layers.tracing import typed_layers, watching
 from spectrim.layers.types import layer_type_of
 
@@ -164,8 +164,8 @@ def add_gradients(
                 ) from error
             for (name, layer, output), gradient in zip(taps, gradients, strict=True):
                 if gradient is not None:
-                    rows = layer_type_of(layer).output_rows(layer, gradient, positions=None)
-                    sums.setdefault(name, RunningGradients()).add(rows, samples=inputs.samples, size=len(output))
+                    rows = layer_type_of(layer).output_rows(layer, joined(gradient), positions=None)
+                    sums.setdefault(name, RunningGradients()).add(rows, samples=inputs.samples, size=output.size(0))
 
 
 def _reduced(

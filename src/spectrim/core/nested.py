@@ -28,9 +28,14 @@ def tensors(value: Any, *, floats: bool = False) -> Iterator[Tensor]:
             yield from tensors([getattr(leaf, field.name, None) for field in fields(leaf)], floats=floats)
 
 
+def joined(value: Tensor) -> Tensor:
+    """The parts of a nested tensor one after the other; any other tensor as it is."""
+    return torch.cat(value.unbind()) if value.is_nested else value
+
+
 def extent(value: Tensor) -> range:
-    """The addresses between which the values of a matrix lie; none for vectors, which are no weights."""
-    if value.ndim > 1 and value.numel():
+    """The addresses between which the values of a matrix lie; none for vectors and nested tensors, no weights."""
+    if not value.is_nested and value.ndim > 1 and value.numel():
         with suppress(RuntimeError, NotImplementedError):  # a tensor without a storage of its own, such as a sparse one
             places = 1 + sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
             start = value.data_ptr()
@@ -97,6 +102,8 @@ def logits_of(outputs: Any) -> Any:
 
 def describe(value: Any, *, most: int = 8) -> str:
     """Types and shapes, for messages; of long sequences and mappings the first entries."""
+    if isinstance(value, Tensor) and value.is_nested:
+        return f"nested {describe(list(value.unbind()), most=most)}"
     if isinstance(value, Tensor | np.ndarray):
         kind = str(value.dtype).removeprefix("torch.")
         return f"{kind} {list(value.shape)}" if isinstance(value, Tensor) else f"array of {kind} {list(value.shape)}"
