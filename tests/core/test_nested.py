@@ -1,8 +1,11 @@
 """Nested tensors, in a network's forward pass and as its inputs."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 import spectrim as st
 
@@ -58,3 +61,47 @@ def test_macs_of_nested_tensors_are_counted_or_named_as_not_counted(layout: torc
 def test_a_message_names_the_parts(layout: torch.layout) -> None:
     with pytest.raises(st.errors.ModelError, match=r"nested list\(float32 \[5, 9\], float32 \[3, 9\]\)"):
         st.analyze(Ragged(), ragged(torch.randn(2, 5, 9), layout=layout))
+
+
+class Reader(nn.Module):
+    """Classes from the last state of each text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read, self.hidden, self.last = nn.LSTM(8, 32), nn.Linear(32, 32), nn.Linear(32, 4)
+
+    def forward(self, texts: PackedSequence) -> Tensor:
+        return self.last(torch.relu(self.hidden(self.read(texts)[1][0][-1])))
+
+
+def packed(seed: int) -> PackedSequence:
+    generator = torch.Generator().manual_seed(seed)
+    return pack_sequence([torch.randn(size, 8, generator=generator) for size in (5, 3, 4) * 5], enforce_sorted=False)
+
+
+@pytest.mark.parametrize("labels", [False, True])
+def test_packed_sequences_are_inputs_and_batches(labels: bool) -> None:
+    torch.manual_seed(0)
+    network = Reader()
+    data = [(packed(seed), torch.arange(15) % 4) if labels else packed(seed) for seed in range(9)]
+    compressed = st.compress(network, st.Budget(params=0.9), example_inputs=packed(0), data=data)
+    assert compressed.plan.factored
+    assert compressed.fidelity
+    assert compressed.fidelity.samples == 9 * 15
+    if labels:
+        assert st.accuracy(compressed.model, data).total == 9 * 15
+        assert len(st.finetune(compressed.model, data, epochs=1).history) == 1
+
+
+def test_copies_of_packed_sequences_do_not_differ() -> None:
+    alike = pack_sequence([torch.arange(24.0).reshape(3, 8)] * 4)
+    with pytest.warns(UserWarning, match="8 times the same sample"):
+        st.compress(Reader(), st.Rank(2), example_inputs=alike, data=[alike] * 2)
+
+
+def test_ragged_samples_are_not_captured_and_not_repeated(tmp_path: Path) -> None:
+    for export in (st.export_onnx, st.export_program):
+        with pytest.raises(st.errors.ModelError, match="give a network that takes padded tensors"):
+            export(Reader(), tmp_path / "written.onnx", packed(0))
+    with pytest.raises(st.errors.DataError, match="have samples of one size to repeat"):
+        st.measure(Reader(), packed(0), batch=4)

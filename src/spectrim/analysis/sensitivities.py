@@ -136,7 +136,7 @@ def subset(batches: Sequence[Inputs], *, samples: int) -> list[Inputs]:
         if taken >= samples:
             break
         used.append(batch)
-        taken += max((len(tensor) for tensor in batch.tensors() if tensor.ndim), default=1)
+        taken += batch.samples
     return used
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import DataLoader, Dataset
 
 from spectrim.core.errors import DataError, SpectrimError
@@ -205,6 +206,8 @@ def _fits(value: Any, example: Any, *, same_length: bool = True, inner: bool = T
     """
     if isinstance(example, Tensor):
         return isinstance(value, Tensor) and value.ndim == example.ndim
+    if isinstance(example, PackedSequence):
+        return isinstance(value, PackedSequence)
     if isinstance(example, Mapping):
         known = isinstance(value, Mapping) and all(name in value for name in example)
         return known and all(_fits(value[name], example[name], same_length=inner, inner=inner) for name in example)
@@ -244,4 +247,4 @@ def _difference(readings: Sequence[tuple[Inputs, Any]], like: Inputs) -> str:
 
 
 def _is_sequence(value: object) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes | PackedSequence)
