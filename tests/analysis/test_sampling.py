@@ -5,7 +5,8 @@ import torch
 from torch import Tensor, nn
 
 import spectrim as st
-from spectrim.analysis.sampling import SamplingError, shrinkage
+from spectrim.analysis.sampling import SampleCount, SamplingError, shrinkage
+from spectrim.core.execution import as_inputs
 from spectrim.linalg import LowRankCovariance, matrix_of, shrunk, square_of
 
 WIDTH = 24
@@ -90,3 +91,20 @@ def test_few_samples_are_hardly_worse_than_none(number: int) -> None:
         for seed in range(3)
     ]
     assert sum(errors) / len(errors) <= 1.1 * without
+
+
+COPIES = {
+    "rows": (torch.ones(4, 6),),
+    "a mask and texts": (torch.eye(9), torch.ones(4, 9)),
+    "missing values": (torch.full((4, 6), torch.nan),),
+}
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_copies_of_one_sample_do_not_differ(name: str) -> None:
+    samples = SampleCount()
+    for _ in range(3):
+        samples.add(as_inputs(COPIES[name]))
+    assert str(samples) == "12 times the same sample"
+    samples.add(as_inputs((*COPIES[name][:-1], torch.zeros_like(COPIES[name][-1]))))
+    assert str(samples) == "16 samples"

@@ -18,7 +18,7 @@ _FEW, _ENOUGH = 16, 128
 
 @dataclass(eq=False)
 class SampleCount:
-    """How many samples there are, and whether any two differ; they lie along the first dimension."""
+    """How many samples there are, and whether any two differ; see `Inputs.samples`."""
 
     number: int = 0
     differ: bool = False
@@ -26,23 +26,27 @@ class SampleCount:
 
     def add(self, batch: Inputs) -> None:
         """Count a batch."""
-        self.number += batch.samples
-        batched = [tensor if tensor.layout == torch.strided else tensor.to_dense() for tensor in batch.tensors()]
-        batched = [tensor for tensor in batched if tensor.ndim]
-        if not batch.samples or self.differ:
+        samples = batch.samples
+        self.number += samples
+        if not samples or self.differ:
             return
-        if self._first is None:
-            self._first = [tensor[:1].clone() for tensor in batched]
-        self.differ = any(
-            tensor.shape[1:] != first.shape[1:] or not torch.equal(tensor, first.expand_as(tensor))
-            for tensor, first in zip(batched, self._first, strict=False)
-        )
+        dense = [tensor if tensor.layout == torch.strided else tensor.to_dense() for tensor in batch.rows()]
+        if self._first is None:  # of what has no rows of samples, such as a mask, all
+            self._first = [(tensor[:1] if len(tensor) == samples else tensor).clone() for tensor in dense]
+        self.differ = any(not _repeats(tensor, first) for tensor, first in zip(dense, self._first, strict=False))
 
     def __str__(self) -> str:
         """For messages."""
         if self.differ:
             return f"{self.number} samples"
         return "one sample" if self.number == 1 else f"{self.number} times the same sample"
+
+
+def _repeats(tensor: Tensor, first: Tensor) -> bool:
+    """Whether a tensor is another one, or copies of its only row; NaN equals itself."""
+    if tensor.shape[1:] != first.shape[1:] or len(first) not in (1, len(tensor)):
+        return False
+    return bool(((tensor == first) | ((tensor != tensor) & (first != first))).all())
 
 
 def warn_of_few(samples: SampleCount, metric: str | None) -> None:
