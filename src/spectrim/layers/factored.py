@@ -99,12 +99,17 @@ class FactoredLayer(nn.Module, ABC):
         return cast(Tensor | None, self.chain[-1].bias)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("weight", "bias"):
-            raise ModelError(
-                f"a factored layer has no {name} to exchange; set those of its factors, layer.chain, or make it dense "
-                "again with st.merge(model)"
-            )
+        _require_other_than_weight(name)
         super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        _require_other_than_weight(name)
+        super().__delattr__(name)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As `nn.Module`; raises `ModelError` for a `weight_orig` and the like, as pruning makes it."""
+        _require_other_than_weight(name.partition("_")[0])
+        super().register_parameter(name, param)
 
     def product(self, weights: Sequence[Tensor]) -> Tensor:
         """The dense weight that these weights of the chain (of any number type) stand for."""
@@ -178,6 +183,14 @@ def low_rank_layers(model: nn.Module) -> dict[str, FactoredLayer]:
 def is_low_rank(module: nn.Module) -> bool:
     """Whether `module` is one of the factored layers."""
     return isinstance(module, FactoredLayer)
+
+
+def _require_other_than_weight(name: str) -> None:
+    if name in ("weight", "bias"):
+        raise ModelError(
+            f"a factored layer has no {name} to exchange; set or prune those of its factors, layer.chain, or make it "
+            "dense again with st.merge(model)"
+        )
 
 
 def _has_bias(layer: nn.Module) -> bool:
