@@ -108,3 +108,20 @@ def test_copies_of_one_sample_do_not_differ(name: str) -> None:
     assert str(samples) == "12 times the same sample"
     samples.add(as_inputs((*COPIES[name][:-1], torch.zeros_like(COPIES[name][-1]))))
     assert str(samples) == "16 samples"
+
+
+@pytest.mark.parametrize("scale", [1e-36, 1e-20, 1e20, 1e25, 1e36])
+def test_the_unit_of_the_outputs_does_not_matter(scale: float) -> None:
+    model, data = Narrow().eval(), [drawn(64, seed=seed).float() for seed in range(4)]
+    budget = st.Budget(macs=0.5)
+    expected = st.compress(model, budget, example_inputs=data[0], data=data)
+    assert expected.plan.metric == "loss"
+    for parameter in model.layers[-1].parameters():
+        parameter.data *= scale
+    scaled = st.compress(model, budget, example_inputs=data[0], data=data)
+    assert [(layer.ranks, layer.metric) for layer in scaled.plan] == [
+        (layer.ranks, layer.metric) for layer in expected.plan
+    ]
+    assert scaled.fidelity
+    assert expected.fidelity
+    assert scaled.fidelity.relative_error == pytest.approx(expected.fidelity.relative_error, rel=0.02)

@@ -1,5 +1,6 @@
 """How far statistics of few samples can be trusted, and what to put in the place of what they do not know."""
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from spectrim.linalg import Covariance, mean_variance, square_of
 
 _ALIKE = 1e-5
 _FEW, _ENOUGH = 16, 128
+_SAFE, _MOST = 24, 126
+"""Powers of two whose fourth power float32 holds, and which it holds themselves."""
 
 
 @dataclass(eq=False)
@@ -92,11 +95,12 @@ class SamplingError:
     def add(self, rows: Tensor, *, samples: int) -> None:
         """Add vectors (groups, n, width), those of a sample one after the other, around a point that stays the same."""
         groups, number, width = rows.shape
+        rows, scale = in_range(rows)
         samples = max(1, min(samples, number))
         each = -(-number // samples)
         rows = functional.pad(rows, (0, 0, 0, samples * each - number)).reshape(groups, samples, each, width)
         products = rows @ rows.mT if each < width else rows.mT @ rows
-        self.squares += float(torch.linalg.vector_norm(products, dtype=torch.float64)) ** 2 / each**2
+        self.squares += float(torch.linalg.vector_norm(products, dtype=torch.float64)) ** 2 / each**2 * scale**4
         self.samples += samples
 
     def variation(self, square: float) -> float:
@@ -105,6 +109,13 @@ class SamplingError:
         `square` is the squared Frobenius norm of that mean.
         """
         return max(0.0, self.squares - self.samples * square)
+
+
+def in_range(rows: Tensor) -> tuple[Tensor, float]:
+    """Vectors divided by a power of two, where their squares would leave the range of their type, and this power."""
+    low, high = (float(value) for value in rows.aminmax()) if rows.numel() else (0.0, 0.0)
+    exponent = max(-_MOST, min(math.frexp(max(-low, high))[1], _MOST))
+    return (rows, 1.0) if abs(exponent) < _SAFE else (torch.ldexp(rows, torch.tensor(-exponent)), 2.0**exponent)
 
 
 def shrinkage(moment: Covariance, *, samples: int, variation: float) -> float:
