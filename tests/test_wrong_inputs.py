@@ -178,12 +178,6 @@ QUICK = (
 )
 """Functions that take long once they work, and what they have to refuse before."""
 
-KNOWN = {
-    # the number of batches is checked where they are read
-    *(("compress", "max_batches", "-1"), ("calibrate", "max_batches", "-1"), ("quantize", "max_batches", "-1")),
-}
-"""What is refused by an error of torch or Python still."""
-
 LIMITS = ("macs", "params", "bytes", "latency")
 
 
@@ -206,7 +200,7 @@ def test_a_wrong_argument_is_refused_by_an_error_of_ours(
     before = state(usual["model"]) if "model" in usual else {}
     for parameter in inspect.signature(function).parameters:
         for label, value in {} if parameter in DATA else wrong_values.items():
-            if (name, parameter, label) in KNOWN or (name in EXPORTS and label not in QUICK):
+            if name in EXPORTS and label not in QUICK:
                 continue
             if parameter.startswith("on_") and callable(value):
                 continue  # what a function of the caller raises is the caller's
@@ -251,3 +245,9 @@ def test_an_analysis_of_another_model_is_refused() -> None:
     ):
         with pytest.raises(st.errors.PlanError, match="analysis is of another model"):
             call()
+
+
+@pytest.mark.parametrize("number", [0, -1])
+def test_no_batches_are_refused(number: int) -> None:
+    with pytest.raises(st.errors.DataError, match=f"max_batches={number}: give at least 1, or None for all"):
+        st.calibrate(model(), [example()], max_batches=number)

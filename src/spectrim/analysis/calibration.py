@@ -3,7 +3,6 @@
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
 from typing import Any
 
 import torch
@@ -96,7 +95,7 @@ def calibrate(
 
     seen = samples = 0
     with evaluating(model), watching(model, add_rows):
-        data = islice(batches_of(batches, what="the calibration data"), max_batches)
+        data = batches_of(batches, what="the calibration data", max_batches=max_batches)
         for position, batch, is_own in shard(data, accelerator):
             seen = position + 1
             if not is_own:

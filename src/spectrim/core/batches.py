@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from itertools import islice
 from numbers import Number
 from typing import Any
 
@@ -20,13 +21,15 @@ _LABELS = ("labels", "label")
 _UNLABELLED = object()
 
 
-def batches_of(data: Iterable[Any], *, what: str = "the data") -> Iterator[Any]:
-    """The batches in turn; `what` names the data in messages.
+def batches_of(data: Iterable[Any], *, what: str = "the data", max_batches: int | None = None) -> Iterator[Any]:
+    """The batches in turn, at most so many; `what` names the data in messages.
 
     Raises `DataError` at once for what gives no batches, and later for a batch that a `DataLoader` cannot make.
     """
     require_batches(data, what=what)
-    return _each(data, what)
+    if max_batches is not None and max_batches < 1:
+        raise DataError(f"max_batches={max_batches}: give at least 1, or None for all")
+    return islice(_each(data, what), max_batches)
 
 
 def require_batches(data: object, *, what: str) -> None:
