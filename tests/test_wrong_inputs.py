@@ -144,13 +144,8 @@ def right(folder: Path) -> dict[str, Any]:
 
 
 FUNCTIONS = {name: value for name in st.__all__ if inspect.isfunction(value := getattr(st, name))}
-# training checks its arguments itself: a history's `load` and `finetune` are not held to this yet
-del FUNCTIONS["finetune"]
-FUNCTIONS |= {
-    f"{name}.load": kind.load
-    for name in st.__all__
-    if hasattr(kind := getattr(st, name), "load") and kind is not st.History
-}
+FUNCTIONS |= {f"{name}.load": kind.load for name in st.__all__ if hasattr(kind := getattr(st, name), "load")}
+CLASSES = {name: value for name in st.__all__ if inspect.isclass(value := getattr(st, name))}
 
 
 def arguments(function: Callable[..., Any], folder: Path) -> dict[str, Any]:
@@ -214,6 +209,21 @@ def test_a_wrong_argument_is_refused_by_an_error_of_ours(
                 usual["model"] = model()
     assert not foreign, "\n" + "\n".join(foreign)
     assert not before or same_state(usual["model"], before)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.filterwarnings("ignore")
+def test_a_wrong_value_of_a_class_is_refused_by_an_error_of_ours(name: str, wrong_values: dict[str, Any]) -> None:
+    parameters = [parameter for parameter in inspect.signature(CLASSES[name]).parameters if parameter[0] != "_"]
+    foreign = []
+    for label, value in wrong_values.items():
+        try:
+            CLASSES[name](**dict.fromkeys(parameters, value))
+        except st.errors.SpectrimError:
+            pass
+        except Exception as error:
+            foreign.append(f"{label}: {type(error).__name__}: {error}"[:240])
+    assert not foreign, "\n" + "\n".join(foreign)
 
 
 @pytest.mark.parametrize("rule", [st.Rank, st.Ratio, st.Energy, *map(limited_by, LIMITS)])

@@ -636,7 +636,7 @@ BAD: dict[str, tuple[Callable[[nn.Module], object], type[errors.SpectrimError], 
     "the best of nothing": (lambda m: st.finetune(m, B, keep="best"), errors.TrainingError, r"keep='best'.*held_out="),
     "patience for nothing": (lambda m: st.finetune(m, B, patience=2), errors.TrainingError, r"patience=2 .*held_out="),
     "epochs": (lambda m: st.finetune(m, B, epochs=0), errors.TrainingError, "epochs=0: give at least one epoch"),
-    "half an epoch": (lambda m: st.finetune(m, B, epochs=0.5), errors.TrainingError, r"epochs=0\.5"),
+    "half an epoch": (lambda m: st.finetune(m, B, epochs=0.5), errors.ArgumentError, r"epochs=0\.5: give a whole"),
     "lr": (lambda m: st.finetune(m, B, lr=0.0), errors.TrainingError, r"lr=0\.0: give a learning rate above 0"),
     "infinite lr": (lambda m: st.finetune(m, B, lr=math.inf), errors.TrainingError, "lr=inf"),
     "label_weight": (

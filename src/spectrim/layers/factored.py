@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.core.errors import ModelError
+from spectrim.core.nested import describe
 from spectrim.layers.product import ProductTensor
-from spectrim.layers.types import Geometry, layer_type_of
+from spectrim.layers.types import Geometry, find_layer_type, layer_type_of
 from spectrim.linalg import Factors, Ranks
 
 
@@ -40,6 +41,9 @@ class FactoredLayer(nn.Module, ABC):
 
     def __init__(self, chain: Sequence[nn.Module], dense: nn.Module | None) -> None:
         super().__init__()
+        unknown = [part for part in (*chain, *([] if dense is None else [dense])) if find_layer_type(part) is None]
+        if unknown:
+            raise ModelError(f"{describe(unknown[0])} has no weight to factor; give Linear or convolution layers")
         for first, second in pairwise(chain):
             sizes, following = geometry_of(first), geometry_of(second)
             if (sizes.out, sizes.groups) != (following.into, following.groups) or _has_bias(first):
