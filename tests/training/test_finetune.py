@@ -666,6 +666,13 @@ BAD: dict[str, tuple[Callable[[nn.Module], object], type[errors.SpectrimError], 
         errors.DataError,
         "held_out is a list_iterator, which is exhausted",
     ),
+    "no held-out samples": (
+        lambda m: st.finetune(
+            m, [(x, torch.zeros(len(x), 4)) for x, _ in B], held_out=[(B[0][0][:0], torch.zeros(0, 4))], loss="mse"
+        ),
+        errors.DataError,
+        "held_out has no samples",
+    ),
     "no data at all": (lambda m: st.finetune(m, None), errors.DataError, "the training data is a NoneType"),
 }
 
