@@ -15,7 +15,7 @@ from spectrim.core.batches import batches_of, inputs_of
 from spectrim.core.distributed import Accelerator, all_reduce, if_distributed, shard
 from spectrim.core.errors import DataError, ModelError
 from spectrim.core.execution import Inputs, call, evaluating, on_device_of, temporary
-from spectrim.core.nested import joined, tensors
+from spectrim.core.nested import fractions, joined
 from spectrim.layers.tracing import typed_layers, watching
 from spectrim.layers.types import layer_type_of
 
@@ -147,7 +147,7 @@ def add_gradients(
     with temporary(layer.register_forward_hook(partial(tap, name)) for name, layer in chosen), torch.enable_grad():
         # gradients flow from the inputs, so that layers with frozen weights are reached as well
         own = on_device_of(model, inputs).map(lambda x: x.detach().requires_grad_() if x.is_floating_point() else x)
-        values = [tensor for tensor in tensors(call(model, own, what=what, hint=hint)) if tensor.is_floating_point()]
+        values = fractions(call(model, own, what=what, hint=hint))
         taps = tuple(outputs)  # where activations are computed again for the gradient, hooks run again
         for probe in range(PROBES):
             total = sum(((_signs(value, signs) * value).sum() for value in values), torch.zeros(()))

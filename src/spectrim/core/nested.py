@@ -26,6 +26,12 @@ def tensors(value: Any, *, floats: bool = False) -> Iterator[Tensor]:
             yield torch.tensor(leaf)
 
 
+def fractions(value: Any) -> list[Tensor]:
+    """Every tensor in `value` that holds fractions; a complex one as (.., 2) real and imaginary parts."""
+    parts = (torch.view_as_real(part.resolve_conj()) if part.is_complex() else part for part in tensors(value))
+    return [part for part in parts if part.is_floating_point()]
+
+
 def rows(value: Any) -> Iterator[Tensor]:
     """As `tensors`, but of nested tensors and packed sequences one row (flat, padded) for each part."""
     for leaf in _leaves(value):
