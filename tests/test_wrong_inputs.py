@@ -144,13 +144,8 @@ def right(folder: Path) -> dict[str, Any]:
 
 
 FUNCTIONS = {name: value for name in st.__all__ if inspect.isfunction(value := getattr(st, name))}
-# training checks its arguments itself: a history's `load` and `finetune` are not held to this yet
-del FUNCTIONS["finetune"]
-FUNCTIONS |= {
-    f"{name}.load": kind.load
-    for name in st.__all__
-    if hasattr(kind := getattr(st, name), "load") and kind is not st.History
-}
+FUNCTIONS |= {f"{name}.load": kind.load for name in st.__all__ if hasattr(kind := getattr(st, name), "load")}
+CLASSES = {name: value for name in st.__all__ if inspect.isclass(value := getattr(st, name))}
 
 
 def arguments(function: Callable[..., Any], folder: Path) -> dict[str, Any]:
@@ -178,12 +173,6 @@ QUICK = (
 )
 """Functions that take long once they work, and what they have to refuse before."""
 
-KNOWN = {
-    # the number of batches is checked where they are read
-    *(("compress", "max_batches", "-1"), ("calibrate", "max_batches", "-1"), ("quantize", "max_batches", "-1")),
-}
-"""What is refused by an error of torch or Python still."""
-
 LIMITS = ("macs", "params", "bytes", "latency")
 
 
@@ -206,7 +195,7 @@ def test_a_wrong_argument_is_refused_by_an_error_of_ours(
     before = state(usual["model"]) if "model" in usual else {}
     for parameter in inspect.signature(function).parameters:
         for label, value in {} if parameter in DATA else wrong_values.items():
-            if (name, parameter, label) in KNOWN or (name in EXPORTS and label not in QUICK):
+            if name in EXPORTS and label not in QUICK:
                 continue
             if parameter.startswith("on_") and callable(value):
                 continue  # what a function of the caller raises is the caller's
@@ -220,6 +209,21 @@ def test_a_wrong_argument_is_refused_by_an_error_of_ours(
                 usual["model"] = model()
     assert not foreign, "\n" + "\n".join(foreign)
     assert not before or same_state(usual["model"], before)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.filterwarnings("ignore")
+def test_a_wrong_value_of_a_class_is_refused_by_an_error_of_ours(name: str, wrong_values: dict[str, Any]) -> None:
+    parameters = [parameter for parameter in inspect.signature(CLASSES[name]).parameters if parameter[0] != "_"]
+    foreign = []
+    for label, value in wrong_values.items():
+        try:
+            CLASSES[name](**dict.fromkeys(parameters, value))
+        except st.errors.SpectrimError:
+            pass
+        except Exception as error:
+            foreign.append(f"{label}: {type(error).__name__}: {error}"[:240])
+    assert not foreign, "\n" + "\n".join(foreign)
 
 
 @pytest.mark.parametrize("rule", [st.Rank, st.Ratio, st.Energy, *map(limited_by, LIMITS)])
@@ -251,3 +255,9 @@ def test_an_analysis_of_another_model_is_refused() -> None:
     ):
         with pytest.raises(st.errors.PlanError, match="analysis is of another model"):
             call()
+
+
+@pytest.mark.parametrize("number", [0, -1])
+def test_no_batches_are_refused(number: int) -> None:
+    with pytest.raises(st.errors.DataError, match=f"max_batches={number}: give at least 1, or None for all"):
+        st.calibrate(model(), [example()], max_batches=number)

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain, islice
+from itertools import chain
 from typing import Any, Literal
 
 from torch import nn
@@ -163,7 +163,7 @@ def compress(
             "an analysis already has its layers; give include, exclude, keep_last, treat_as to st.analyze instead"
         )
     if data is not None and max_batches is not None:
-        data = islice(batches_of(data, what="the calibration data"), max_batches)
+        data = batches_of(data, what="the calibration data", max_batches=max_batches)
     decision = decide(
         model,
         rule_or_plan,

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor, nn
 
 import spectrim as st
-from spectrim.analysis.sampling import SamplingError, shrinkage
+from spectrim.analysis.sampling import SampleCount, SamplingError, shrinkage
+from spectrim.core.execution import as_inputs
 from spectrim.linalg import LowRankCovariance, matrix_of, shrunk, square_of
 
 WIDTH = 24
@@ -90,3 +91,37 @@ def test_few_samples_are_hardly_worse_than_none(number: int) -> None:
         for seed in range(3)
     ]
     assert sum(errors) / len(errors) <= 1.1 * without
+
+
+COPIES = {
+    "rows": (torch.ones(4, 6),),
+    "a mask and texts": (torch.eye(9), torch.ones(4, 9)),
+    "missing values": (torch.full((4, 6), torch.nan),),
+}
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_copies_of_one_sample_do_not_differ(name: str) -> None:
+    samples = SampleCount()
+    for _ in range(3):
+        samples.add(as_inputs(COPIES[name]))
+    assert str(samples) == "12 times the same sample"
+    samples.add(as_inputs((*COPIES[name][:-1], torch.zeros_like(COPIES[name][-1]))))
+    assert str(samples) == "16 samples"
+
+
+@pytest.mark.parametrize("scale", [1e-36, 1e-20, 1e20, 1e25, 1e36])
+def test_the_unit_of_the_outputs_does_not_matter(scale: float) -> None:
+    model, data = Narrow().eval(), [drawn(64, seed=seed).float() for seed in range(4)]
+    budget = st.Budget(macs=0.5)
+    expected = st.compress(model, budget, example_inputs=data[0], data=data)
+    assert expected.plan.metric == "loss"
+    for parameter in model.layers[-1].parameters():
+        parameter.data *= scale
+    scaled = st.compress(model, budget, example_inputs=data[0], data=data)
+    assert [(layer.ranks, layer.metric) for layer in scaled.plan] == [
+        (layer.ranks, layer.metric) for layer in expected.plan
+    ]
+    assert scaled.fidelity
+    assert expected.fidelity
+    assert scaled.fidelity.relative_error == pytest.approx(expected.fidelity.relative_error, rel=0.02)

@@ -207,3 +207,22 @@ def test_a_layer_that_a_batch_reaches_with_no_rows() -> None:
     none[:, 0], all_of_them[:, 0] = -1, 1
     result = st.compress(Experts(), st.Budget(macs=0.8), example_inputs=all_of_them, data=[none, all_of_them])
     assert torch.isfinite(result.model(x)).all()
+
+
+class Spectral(nn.Module):
+    """Complex outputs, conjugated without being computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.down(torch.relu(self.up(x)))
+        return torch.complex(y, -y).conj()
+
+
+def test_complex_outputs_are_differentiated_and_compared() -> None:
+    torch.manual_seed(0)
+    data = [torch.randn(32, 16) for _ in range(8)]
+    plan = st.compress(Spectral(), st.Budget(macs=0.5), example_inputs=data[0], data=data).plan
+    assert plan.metric == "loss"

@@ -18,7 +18,6 @@ from spectrim.benchmark.fidelity import (
     require_sound,
 )
 from spectrim.core.execution import as_inputs
-from spectrim.layers.cost import NetworkCost
 
 
 def classifier() -> nn.Sequential:
@@ -60,6 +59,11 @@ def test_values_have_no_agreement_and_outputs_of_varying_shapes_no_distance() ->
 BROKEN: dict[str, tuple[Any, Any]] = {
     "not finite": (torch.ones(2), torch.tensor([1.0, torch.inf])),
     "not a number": (torch.tensor([1.0, -torch.inf]), torch.tensor([torch.nan, -torch.inf])),
+    "not finite in another entry": (
+        (torch.tensor([-torch.inf]), torch.ones(1)),
+        (torch.zeros(1), torch.tensor([torch.inf])),
+    ),
+    "other whole numbers": (torch.ones(2).long(), torch.ones(2).int()),
     "not finite, complex": (torch.ones(2) * 1j, torch.tensor([1.0, torch.inf]) * 1j),
     "another type": (torch.ones(2), torch.ones(2).half()),
     "another structure": ((torch.ones(2),), [torch.ones(2)]),
@@ -133,17 +137,33 @@ def test_a_network_much_further_away_than_predicted_is_said() -> None:
         _warn_if_worse_than_predicted(Fidelity(relative_error=0.2, predicted=0.01, samples=4))
 
 
-def test_more_macs_than_planned_are_an_error_over_the_budget_and_a_warning_below() -> None:
+@pytest.mark.parametrize("cost", ["macs", "params", "bytes"])
+def test_more_than_planned_is_an_error_over_the_budget(cost: str) -> None:
     x = inputs(4, 12)
-    result = st.compress(small_mlp(), st.Budget(macs=0.8), example_inputs=x)
+    result = st.compress(small_mlp(), st.Budget(**{cost: 0.8}), example_inputs=x)
     dense = st.measure(small_mlp(), x, latency=False)
-    planned = NetworkCost(params=1, bytes=1, macs=result.measurement.macs)
-    require_planned_cost(result.plan, dense, planned)
-    with pytest.raises(st.errors.ModelError, match=r"multiplies .* times, and .* were planned"):
-        require_planned_cost(result.plan, dense, planned.model_copy(update={"macs": dense.macs}))
-    other = st.compress(small_mlp(), st.Rank(3), example_inputs=x)
+    require_planned_cost(result.plan, dense, result.measurement)
+    with pytest.raises(st.errors.ModelError, match=r"the compressed network .* were planned"):
+        require_planned_cost(
+            result.plan, dense, result.measurement.model_copy(update={cost: round(getattr(dense, cost) * 0.806)})
+        )
+
+
+@pytest.mark.parametrize("cost", ["macs", "params"])
+def test_more_than_planned_is_a_warning_without_a_budget(cost: str) -> None:
+    x = inputs(4, 12)
+    result = st.compress(small_mlp(), st.Rank(3), example_inputs=x)
+    dense = st.measure(small_mlp(), x, latency=False)
     with pytest.warns(UserWarning, match="were planned"):
-        require_planned_cost(other.plan, dense, planned.model_copy(update={"macs": dense.macs}))
+        require_planned_cost(result.plan, dense, result.measurement.model_copy(update={cost: getattr(dense, cost)}))
+
+
+def test_a_bias_of_two_layers_is_not_shared_by_their_factors() -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32))
+    network[2].bias = network[0].bias
+    with pytest.warns(UserWarning, match="has 576 parameters, and 544 were planned: layers share some"):
+        st.compress(network, st.Rank(4), example_inputs=torch.zeros(1, 32), data=[torch.randn(64, 32)])
 
 
 def test_data_that_make_it_worse_are_said() -> None:

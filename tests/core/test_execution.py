@@ -572,3 +572,44 @@ def test_an_error_inside_the_model_is_one_line_that_names_the_inputs() -> None:
     with pytest.raises(errors.ModelError, match=r"Failing cannot run batch 3 \(float64 \[24, 12\], scale=") as caught:
         call(Failing(), Inputs((X,), {"scale": X}), what="batch 3")
     assert "\n" not in str(caught.value)
+
+
+SAMPLES = {
+    "a table, then images": ((torch.zeros(9), torch.zeros(4, 3, 8, 8)), 4),
+    "a scalar, then images": ((torch.tensor(1.0), torch.zeros(4, 3, 8, 8)), 4),
+    "a mask, then texts": ((torch.zeros(9, 9), torch.zeros(4, 9)), 4),
+    "texts, then a mask": ((torch.zeros(4, 9), torch.zeros(9, 9)), 4),
+    "one text, then a mask": ((torch.zeros(1, 9), torch.zeros(9, 9)), 1),
+    "positions, then texts": ((torch.zeros(1, 9), torch.zeros(4, 9), torch.zeros(4, 9)), 4),
+    "edges, then nodes": ((torch.zeros(2, 30), torch.zeros(9, 5)), 2),
+    "texts with lengths": ((torch.zeros(4, 9), torch.zeros(4)), 4),
+    "two vectors": ((torch.zeros(4), torch.zeros(4)), 4),
+    "a square batch": ((torch.zeros(4, 4),), 4),
+    "no boxes": ((torch.zeros(0, 4), torch.zeros(4, 3, 8, 8)), 4),
+    "no samples": ((torch.zeros(0, 4),), 0),
+    "no tensors": ((1.0,), 1),
+    "jagged texts": ((torch.nested.nested_tensor([torch.zeros(5, 3), torch.zeros(2, 3)], layout=torch.jagged),), 2),
+    "packed texts": ((pack_sequence([torch.zeros(5, 3), torch.zeros(2, 3)]),), 2),
+}
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_samples_lie_along_the_dimension_that_tensors_share(name: str) -> None:
+    inputs, number = SAMPLES[name]
+    assert as_inputs(inputs).samples == number
+
+
+def test_vectors_of_one_image_are_not_taken_for_samples() -> None:
+    """A mask of places comes before the texts."""
+
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(16, 64), nn.Linear(64, 16)
+
+        def forward(self, mask: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+            return torch.softmax(mask, dim=1) @ self.down(torch.relu(self.up(x)))
+
+    example = (torch.zeros(200, 200), torch.randn(1, 200, 16))
+    with pytest.warns(UserWarning, match="the calibration data are one sample"):
+        st.compress(Masked(), st.Rank(4), example_inputs=example, data=[example])

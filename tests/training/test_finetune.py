@@ -636,7 +636,7 @@ BAD: dict[str, tuple[Callable[[nn.Module], object], type[errors.SpectrimError], 
     "the best of nothing": (lambda m: st.finetune(m, B, keep="best"), errors.TrainingError, r"keep='best'.*held_out="),
     "patience for nothing": (lambda m: st.finetune(m, B, patience=2), errors.TrainingError, r"patience=2 .*held_out="),
     "epochs": (lambda m: st.finetune(m, B, epochs=0), errors.TrainingError, "epochs=0: give at least one epoch"),
-    "half an epoch": (lambda m: st.finetune(m, B, epochs=0.5), errors.TrainingError, r"epochs=0\.5"),
+    "half an epoch": (lambda m: st.finetune(m, B, epochs=0.5), errors.ArgumentError, r"epochs=0\.5: give a whole"),
     "lr": (lambda m: st.finetune(m, B, lr=0.0), errors.TrainingError, r"lr=0\.0: give a learning rate above 0"),
     "infinite lr": (lambda m: st.finetune(m, B, lr=math.inf), errors.TrainingError, "lr=inf"),
     "label_weight": (
@@ -665,6 +665,13 @@ BAD: dict[str, tuple[Callable[[nn.Module], object], type[errors.SpectrimError], 
         lambda m: st.finetune(m, B, held_out=iter(B)),
         errors.DataError,
         "held_out is a list_iterator, which is exhausted",
+    ),
+    "no held-out samples": (
+        lambda m: st.finetune(
+            m, [(x, torch.zeros(len(x), 4)) for x, _ in B], held_out=[(B[0][0][:0], torch.zeros(0, 4))], loss="mse"
+        ),
+        errors.DataError,
+        "held_out has no samples",
     ),
     "no data at all": (lambda m: st.finetune(m, None), errors.DataError, "the training data is a NoneType"),
 }

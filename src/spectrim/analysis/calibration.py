@@ -3,7 +3,6 @@
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from spectrim.core.batches import batches_of, inputs_of
 from spectrim.core.distributed import Accelerator, all_reduce, if_distributed, shard
 from spectrim.core.errors import DataError, ModelError
 from spectrim.core.execution import Inputs, call, evaluating, on_device_of, temporary
-from spectrim.core.nested import tensors
+from spectrim.core.nested import fractions, joined
 from spectrim.layers.tracing import typed_layers, watching
 from spectrim.layers.types import layer_type_of
 
@@ -96,7 +95,7 @@ def calibrate(
 
     seen = samples = 0
     with evaluating(model), watching(model, add_rows):
-        data = islice(batches_of(batches, what="the calibration data"), max_batches)
+        data = batches_of(batches, what="the calibration data", max_batches=max_batches)
         for position, batch, is_own in shard(data, accelerator):
             seen = position + 1
             if not is_own:
@@ -148,7 +147,7 @@ def add_gradients(
     with temporary(layer.register_forward_hook(partial(tap, name)) for name, layer in chosen), torch.enable_grad():
         # gradients flow from the inputs, so that layers with frozen weights are reached as well
         own = on_device_of(model, inputs).map(lambda x: x.detach().requires_grad_() if x.is_floating_point() else x)
-        values = [tensor for tensor in tensors(call(model, own, what=what, hint=hint)) if tensor.is_floating_point()]
+        values = fractions(call(model, own, what=what, hint=hint))
         taps = tuple(outputs)  # where activations are computed again for the gradient, hooks run again
         for probe in range(PROBES):
             total = sum(((_signs(value, signs) * value).sum() for value in values), torch.zeros(()))
@@ -164,8 +163,8 @@ def add_gradients(
                 ) from error
             for (name, layer, output), gradient in zip(taps, gradients, strict=True):
                 if gradient is not None:
-                    rows = layer_type_of(layer).output_rows(layer, gradient, positions=None)
-                    sums.setdefault(name, RunningGradients()).add(rows, samples=inputs.samples, size=len(output))
+                    rows = layer_type_of(layer).output_rows(layer, joined(gradient), positions=None)
+                    sums.setdefault(name, RunningGradients()).add(rows, samples=inputs.samples, size=output.size(0))
 
 
 def _reduced(

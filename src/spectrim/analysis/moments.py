@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from spectrim.analysis.sampling import SamplingError, shrinkage
+from spectrim.analysis.sampling import SamplingError, in_range, shrinkage
 from spectrim.core.errors import DataError
 from spectrim.linalg import Covariance, LowRankCovariance, add_covariances, matrix_of, square_of, to_float64
 from spectrim.linalg.covariance import add_outer
@@ -104,9 +104,10 @@ class RunningGradients:
     def add(self, rows: Tensor, *, samples: int, size: int) -> None:
         """Add gradients (groups, n, out) of so many samples, with respect to a layer's batch of a size."""
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-        self.total = self.total + to_float64(rows.mT @ rows) / (PROBES * size)
-        self.count += 1
         self.error.add(rows * (rows.shape[1] / size) ** 0.5, samples=samples)
+        rows, scale = in_range(rows)
+        self.total = self.total + to_float64(rows.mT @ rows) / (PROBES * size) * scale**2
+        self.count += 1
 
     @property
     def tells(self) -> bool:

@@ -1,5 +1,6 @@
 """How far statistics of few samples can be trusted, and what to put in the place of what they do not know."""
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,11 +15,13 @@ from spectrim.linalg import Covariance, mean_variance, square_of
 
 _ALIKE = 1e-5
 _FEW, _ENOUGH = 16, 128
+_SAFE, _MOST = 24, 126
+"""Powers of two whose fourth power float32 holds, and which it holds themselves."""
 
 
 @dataclass(eq=False)
 class SampleCount:
-    """How many samples there are, and whether any two differ; they lie along the first dimension."""
+    """How many samples there are, and whether any two differ; see `Inputs.samples`."""
 
     number: int = 0
     differ: bool = False
@@ -26,23 +29,27 @@ class SampleCount:
 
     def add(self, batch: Inputs) -> None:
         """Count a batch."""
-        self.number += batch.samples
-        batched = [tensor if tensor.layout == torch.strided else tensor.to_dense() for tensor in batch.tensors()]
-        batched = [tensor for tensor in batched if tensor.ndim]
-        if not batch.samples or self.differ:
+        samples = batch.samples
+        self.number += samples
+        if not samples or self.differ:
             return
-        if self._first is None:
-            self._first = [tensor[:1].clone() for tensor in batched]
-        self.differ = any(
-            tensor.shape[1:] != first.shape[1:] or not torch.equal(tensor, first.expand_as(tensor))
-            for tensor, first in zip(batched, self._first, strict=False)
-        )
+        dense = [tensor if tensor.layout == torch.strided else tensor.to_dense() for tensor in batch.rows()]
+        if self._first is None:  # of what has no rows of samples, such as a mask, all
+            self._first = [(tensor[:1] if len(tensor) == samples else tensor).clone() for tensor in dense]
+        self.differ = any(not _repeats(tensor, first) for tensor, first in zip(dense, self._first, strict=False))
 
     def __str__(self) -> str:
         """For messages."""
         if self.differ:
             return f"{self.number} samples"
         return "one sample" if self.number == 1 else f"{self.number} times the same sample"
+
+
+def _repeats(tensor: Tensor, first: Tensor) -> bool:
+    """Whether a tensor is another one, or copies of its only row; NaN equals itself."""
+    if tensor.shape[1:] != first.shape[1:] or len(first) not in (1, len(tensor)):
+        return False
+    return bool(((tensor == first) | ((tensor != tensor) & (first != first))).all())
 
 
 def warn_of_few(samples: SampleCount, metric: str | None) -> None:
@@ -88,11 +95,12 @@ class SamplingError:
     def add(self, rows: Tensor, *, samples: int) -> None:
         """Add vectors (groups, n, width), those of a sample one after the other, around a point that stays the same."""
         groups, number, width = rows.shape
+        rows, scale = in_range(rows)
         samples = max(1, min(samples, number))
         each = -(-number // samples)
         rows = functional.pad(rows, (0, 0, 0, samples * each - number)).reshape(groups, samples, each, width)
         products = rows @ rows.mT if each < width else rows.mT @ rows
-        self.squares += float(torch.linalg.vector_norm(products, dtype=torch.float64)) ** 2 / each**2
+        self.squares += float(torch.linalg.vector_norm(products, dtype=torch.float64)) ** 2 / each**2 * scale**4
         self.samples += samples
 
     def variation(self, square: float) -> float:
@@ -101,6 +109,13 @@ class SamplingError:
         `square` is the squared Frobenius norm of that mean.
         """
         return max(0.0, self.squares - self.samples * square)
+
+
+def in_range(rows: Tensor) -> tuple[Tensor, float]:
+    """Vectors divided by a power of two, where their squares would leave the range of their type, and this power."""
+    low, high = (float(value) for value in rows.aminmax()) if rows.numel() else (0.0, 0.0)
+    exponent = max(-_MOST, min(math.frexp(max(-low, high))[1], _MOST))
+    return (rows, 1.0) if abs(exponent) < _SAFE else (torch.ldexp(rows, torch.tensor(-exponent)), 2.0**exponent)
 
 
 def shrinkage(moment: Covariance, *, samples: int, variation: float) -> float:

@@ -17,7 +17,7 @@ from spectrim.core.arguments import checked
 from spectrim.core.batches import batches_of, inputs_of
 from spectrim.core.errors import DataError, ModelError, PlanError
 from spectrim.core.execution import Inputs, ProgressCallback, call, evaluating, temporary
-from spectrim.core.nested import tensors
+from spectrim.core.nested import fractions
 from spectrim.core.plans import Metric
 from spectrim.layers.replacement import factored_at, mean_corrections, product, replace
 from spectrim.linalg import Factors
@@ -136,7 +136,7 @@ def subset(batches: Sequence[Inputs], *, samples: int) -> list[Inputs]:
         if taken >= samples:
             break
         used.append(batch)
-        taken += max((len(tensor) for tensor in batch.tensors() if tensor.ndim), default=1)
+        taken += batch.samples
     return used
 
 
@@ -217,6 +217,5 @@ def _by_sample(first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
 def _outputs(model: nn.Module, batch: Inputs, position: int, *, hint: str = "") -> list[Tensor]:
     with evaluating(model):
         result = call(model, batch, what=f"batch {position}", hint=hint)
-    real = [torch.view_as_real(tensor) if tensor.is_complex() else tensor for tensor in tensors(result)]
-    floats = [tensor.detach() for tensor in real if tensor.is_floating_point()]
+    floats = [tensor.detach() for tensor in fractions(result)]
     return [tensor.to(torch.promote_types(tensor.dtype, torch.float32), copy=True) for tensor in floats]

@@ -14,7 +14,7 @@ from spectrim.analysis.spectra import Analysis
 from spectrim.core.errors import ModelError
 from spectrim.core.execution import Inputs, call, evaluating
 from spectrim.core.files import Frozen
-from spectrim.core.nested import describe, logits_of, tensors
+from spectrim.core.nested import describe, fractions, logits_of, tensors
 from spectrim.core.plans import Budget, Plan
 from spectrim.layers.cost import NetworkCost
 from spectrim.layers.replacement import duplicate, factorize
@@ -132,43 +132,63 @@ def fidelity(
 
 
 def require_sound(dense: Any, small: Any) -> None:
-    """Raise `ModelError` for outputs of another type than the dense network's, or not finite where those are."""
-    first, second = _floats(dense), _floats(small)
-    if type(dense) is not type(small) or {tensor.dtype for tensor in first} != {tensor.dtype for tensor in second}:
+    """Raise `ModelError` for outputs of another type than the dense network's, or not finite where those are.
+
+    Of a tensor that holds infinite values in the dense network, as masked scores do, others may be infinite.
+    """
+    kinds = [{tensor.dtype for tensor in tensors(outputs)} for outputs in (dense, small)]
+    if type(dense) is not type(small) or kinds[0] != kinds[1]:
         raise ModelError(
             f"the compressed network gives {describe(small)} where the dense one gives {describe(dense)}; it looks at "
             "more of its layers than their outputs. Leave them out (exclude=..)"
         )
-    infinite, undefined = (
-        [any(bool(test(tensor).any()) for tensor in side) for side in (first, second)]
-        for test in (torch.isinf, torch.isnan)
-    )
-    if any(after and not before for before, after in (infinite, undefined)):
+    if any(_is_broken(*pair) for pair in zip(fractions(dense), fractions(small), strict=False)):
         raise ModelError(
             "the compressed network's outputs are NaN or infinite, and the dense one's are not; in half precision "
             "convert the model to float32 first"
         )
 
 
+def _is_broken(dense: Tensor, small: Tensor) -> bool:
+    if torch.isfinite(small).all():
+        return False
+    new = small.isnan() & ~dense.isnan() if dense.shape == small.shape else small.isnan() & ~dense.isnan().any()
+    return bool(new.any() or (small.isinf().any() and not dense.isinf().any()))
+
+
+_DEVIATIONS = {
+    "macs": "multiplies {:,} times, and {:,} were planned: it does something with its layers besides calling them, or "
+    "how much it works depends on values",
+    "params": "has {:,} parameters, and {:,} were planned: layers share some that the plan takes for their own",
+    "bytes": "takes {:,} bytes in a file, and {:,} were planned: its tensors are of other types than the layers' "
+    "weights, or layers share some that the plan takes for their own",
+}
+"""What to say of more than was planned, by cost."""
+
+
 def require_planned_cost(plan: Plan, dense: NetworkCost, measured: NetworkCost) -> None:
     """Hold the counted cost against the plan's.
 
-    Warns if more is multiplied than the plan says.
+    Of bytes a plan says only what they are limited to. MACs that cannot be counted are not looked at.
+
+    Warns if the network multiplies more, or has more parameters, than the plan says.
 
     Raises:
-        ModelError: so much that a budget of MACs is missed.
+        ModelError: so much more that a budget of MACs, parameters or bytes is missed.
     """
-    planned = dense.macs - sum(layer.dense.macs - layer.kept.macs for layer in plan)
-    if measured.macs <= planned * (1 + _CLEARLY_OFF):
-        return
-    deviation = (
-        f"the compressed network multiplies {measured.macs:,} times, and {planned:,} were planned: it does something "
-        "with its layers besides calling them, or how much it works depends on values"
-    )
-    share = plan.rule.macs if isinstance(plan.rule, Budget) else None
-    if share is not None and measured.macs > dense.macs * (share + _OVER_BUDGET):
-        raise ModelError(f"{deviation}. Limit params=, bytes= or latency= instead, or leave layers out (exclude=..)")
-    warnings.warn(deviation, stacklevel=5)
+    for cost, deviation in _DEVIATIONS.items():
+        before, after = getattr(dense, cost), getattr(measured, cost)
+        share = getattr(plan.rule, cost) if isinstance(plan.rule, Budget) else None
+        if cost == "bytes":
+            planned = after if share is None else int(before * share)
+        else:
+            planned = before - sum(getattr(layer.dense, cost) - getattr(layer.kept, cost) for layer in plan)
+        if after <= planned * (1 + _CLEARLY_OFF) or (cost == "macs" and dense.uncounted_weights):
+            continue
+        message = f"the compressed network {deviation.format(after, planned)}"
+        if share is not None and after > before * (share + _OVER_BUDGET):
+            raise ModelError(f"{message}. Limit another of macs=, params=, bytes= or latency=, or leave layers out")
+        warnings.warn(message, stacklevel=5)
 
 
 def _warn_if_worse_than_predicted(measured: Fidelity) -> None:
@@ -205,14 +225,9 @@ def _outputs(model: nn.Module, batch: Inputs, position: int) -> Any:
         return call(model, batch, what=f"batch {position}")
 
 
-def _floats(outputs: Any) -> list[Tensor]:
-    real = (torch.view_as_real(tensor) if tensor.is_complex() else tensor for tensor in tensors(outputs))
-    return [torch.atleast_1d(tensor.detach()) for tensor in real if tensor.is_floating_point()]
-
-
 def _joined(batches: Sequence[Any]) -> list[Tensor]:
     """Each tensor of the outputs, of all batches together, float64; none where shapes depend on values."""
-    rows = [_floats(outputs) for outputs in batches]
+    rows = [[torch.atleast_1d(tensor.detach()) for tensor in fractions(outputs)] for outputs in batches]
     shapes = {tuple(tensor.shape[1:] for tensor in tensors_) for tensors_ in rows}
     return [torch.cat(parts).double() for parts in zip(*rows, strict=True)] if len(shapes) == 1 else []
 

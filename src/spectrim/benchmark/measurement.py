@@ -244,8 +244,10 @@ def resized(inputs: Inputs, batch: int | None) -> Inputs:
     if batch is None:
         return inputs
     sizes = [len(tensor) for tensor in inputs.tensors() if tensor.ndim]
-    if not sizes or not sizes[0] or batch < 1:
-        raise DataError(f"batch={batch}: it must be at least 1, and {inputs.describe()} have samples to repeat")
+    if not sizes or not sizes[0] or batch < 1 or inputs.is_ragged:
+        raise DataError(
+            f"batch={batch}: it must be at least 1, and {inputs.describe()} have samples of one size to repeat"
+        )
 
     def repeated(tensor: Tensor) -> Tensor:
         if not tensor.ndim or len(tensor) != sizes[0]:

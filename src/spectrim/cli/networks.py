@@ -16,7 +16,7 @@ from spectrim.cli.loading import Loaded, load_source
 from spectrim.cli.options import Goal, Invocation, Layers, Source, Test, unfolded
 from spectrim.cli.outputs import MEASURED, MODEL, PLAN, OutputFiles, Record, has_checksum, is_page, outputs
 from spectrim.cli.stages import Stages, show, show_files, stages
-from spectrim.compression import Decision, compress, decide
+from spectrim.compression import Compressed, Decision, compress, decide
 from spectrim.core.files import sha256_of
 from spectrim.core.plans import Budget, Plan
 from spectrim.layers.saving import save
@@ -140,16 +140,7 @@ def compress_network(
         dense = measured(network.model, "dense network")
         compressed = measured(small.model, "compressed network", dense=network.model)
         progress.begin("write")
-        save(small.model, folder / MODEL)
-        small.plan.save(folder / PLAN)
-        record = Measured(
-            command=str(invocation),
-            dense=dense,
-            compressed=compressed,
-            model_sha256=sha256_of(folder / MODEL),
-            fidelity=small.fidelity,
-        )
-        record.save(folder / MEASURED)
+        record = _write(folder, small, dense=dense, compressed=compressed, command=str(invocation))
         results = Results.of_network(
             f"{source.model}, compressed",
             dense=dense,
@@ -163,6 +154,21 @@ def compress_network(
     show(_fidelity(small.fidelity), _accuracy(record, network, untested=untested))
     show_files(out, files)
     _show_how_to_load(source, network, out=out)
+
+
+def _write(folder: Path, small: Compressed, *, dense: Measurement, compressed: Measurement, command: str) -> Measured:
+    """Write the network, its plan and what was measured of it."""
+    save(small.model, folder / MODEL)
+    small.plan.save(folder / PLAN)
+    record = Measured(
+        command=command,
+        dense=dense,
+        compressed=compressed,
+        model_sha256=sha256_of(folder / MODEL),
+        fidelity=small.fidelity,
+    )
+    record.save(folder / MEASURED)
+    return record
 
 
 def _decide(

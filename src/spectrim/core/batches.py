@@ -3,11 +3,13 @@
 import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
+from itertools import islice
 from numbers import Number
 from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import DataLoader, Dataset
 
 from spectrim.core.errors import DataError, SpectrimError
@@ -22,13 +24,15 @@ _UNLABELLED = object()
 _ASIDE_OF, _LEAST_ASIDE, _MOST_ASIDE = 16, 8, 256
 
 
-def batches_of(data: Iterable[Any], *, what: str = "the data") -> Iterator[Any]:
-    """The batches in turn; `what` names the data in messages.
+def batches_of(data: Iterable[Any], *, what: str = "the data", max_batches: int | None = None) -> Iterator[Any]:
+    """The batches in turn, at most so many; `what` names the data in messages.
 
     Raises `DataError` at once for what gives no batches, and later for a batch that a `DataLoader` cannot make.
     """
     require_batches(data, what=what)
-    return _each(data, what)
+    if max_batches is not None and max_batches < 1:
+        raise DataError(f"max_batches={max_batches}: give at least 1, or None for all")
+    return islice(_each(data, what), max_batches)
 
 
 def require_batches(data: object, *, what: str) -> None:
@@ -240,6 +244,8 @@ def _fits(value: Any, example: Any, *, same_length: bool = True, inner: bool = T
     """
     if isinstance(example, Tensor):
         return isinstance(value, Tensor) and value.ndim == example.ndim
+    if isinstance(example, PackedSequence):
+        return isinstance(value, PackedSequence)
     if isinstance(example, Mapping):
         known = isinstance(value, Mapping) and all(name in value for name in example)
         return known and all(_fits(value[name], example[name], same_length=inner, inner=inner) for name in example)
@@ -279,4 +285,4 @@ def _difference(readings: Sequence[tuple[Inputs, Any]], like: Inputs) -> str:
 
 
 def _is_sequence(value: object) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes | PackedSequence)

@@ -8,8 +8,8 @@ class SpectrimError(Exception):
     """Base of every error that Spectrim raises on purpose."""
 
 
-class ArgumentError(SpectrimError, TypeError):
-    """An argument of another type than the function takes."""
+class ArgumentError(SpectrimError, TypeError, ValueError):
+    """An argument of another type than the function takes, or a field of another type or range than the value has."""
 
 
 class RuleError(SpectrimError, ValueError):

@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils.hooks import RemovableHandle
 
 from spectrim.core.errors import ModelError
-from spectrim.core.nested import describe, from_numpy, map_tensors, tensors
+from spectrim.core.nested import describe, from_numpy, has_ragged, map_tensors, rows, tensors
 
 ProgressCallback = Callable[[str, int, int], None]
 """Called with the name of what is done next, how many steps are done, and of how many, or of at least how many."""
@@ -42,10 +43,26 @@ class Inputs:
         """Every tensor, positional arguments first."""
         return list(tensors((self.args, dict(self.kwargs))))
 
+    def rows(self) -> list[Tensor]:
+        """Every tensor that has dimensions; nested tensors and packed sequences as matrices of one row a part."""
+        return [tensor for tensor in rows((self.args, dict(self.kwargs))) if tensor.ndim]
+
+    @property
+    def is_ragged(self) -> bool:
+        """Whether there is a nested tensor or a packed sequence, whose samples are of different sizes."""
+        return has_ragged((self.args, dict(self.kwargs)))
+
     @property
     def samples(self) -> int:
-        """The size of the first dimension of the first tensor that has one; 1 without such a tensor."""
-        return next((len(tensor) for tensor in self.tensors() if tensor.ndim), 1)
+        """The size of the first dimension that most tensors have; the smallest of several, and 1 without any.
+
+        Vectors, such as tables, and square matrices, such as masks, count only where there is nothing else.
+        """
+        rows = self.rows()
+        likely = [tensor for tensor in rows if tensor.ndim > 2 or len(set(tensor.shape)) == 2]
+        sizes = Counter(len(tensor) for tensor in likely or rows if len(tensor))
+        most = max(sizes.values(), default=0)
+        return min((size for size, number in sizes.items() if number == most), default=0 if rows else 1)
 
 
 def as_inputs(value: Any) -> Inputs:
@@ -58,7 +75,7 @@ def as_inputs(value: Any) -> Inputs:
     value = from_numpy(value)
     if isinstance(value, Mapping):
         return Inputs((), dict(value))
-    if isinstance(value, Sequence) and not isinstance(value, str):
+    if isinstance(value, Sequence) and not isinstance(value, str | PackedSequence):
         return Inputs(tuple(value), {})
     return Inputs((value,), {})
 

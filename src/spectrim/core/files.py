@@ -5,20 +5,34 @@ import secrets
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from spectrim.core.arguments import checked
-from spectrim.core.errors import FileError
+from spectrim.core.errors import ArgumentError, FileError
 
 _Value = TypeVar("_Value", bound=BaseModel)
 
 
 class Frozen(BaseModel):
-    """A value that is checked when it is made, cannot change afterwards, and goes to JSON and back."""
+    """A value that is checked when it is made, cannot change afterwards, and goes to JSON and back.
+
+    Raises:
+        ArgumentError: a field is missing, unknown, or of another type or range than it has.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, serialize_by_alias=True)
+
+    def __init__(self, /, **fields: Any) -> None:
+        try:
+            super().__init__(**fields)
+        except ValidationError as error:
+            fault = error.errors()[0]
+            place = ".".join(map(str, fault["loc"]))
+            raise ArgumentError(f"{type(self).__name__}({place}=..): {fault['msg']}") from error
+
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]  # values inside others are not made by it
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> Path:

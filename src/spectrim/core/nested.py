@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import PackedSequence
+from torch.nn.utils.rnn import PackedSequence, pad_sequence, unpack_sequence
 from torch.utils import _pytree as pytree
 
 from spectrim.core.errors import DataError
@@ -17,20 +17,62 @@ from spectrim.core.errors import DataError
 
 def tensors(value: Any, *, floats: bool = False) -> Iterator[Tensor]:
     """Every tensor in `value`, in order; of a nested tensor those inside it. With `floats` a float counts as well."""
-    for leaf in pytree.tree_leaves(value):
+    for leaf in _leaves(value):
         if isinstance(leaf, Tensor):
             yield from leaf.unbind() if leaf.is_nested else (leaf,)
+        elif isinstance(leaf, PackedSequence):
+            yield from (part for part in leaf if part is not None)
         elif floats and isinstance(leaf, float):
             yield torch.tensor(leaf)
-        elif isinstance(leaf, Mapping):  # of a type that torch does not know, such as a tokenizer's batch
-            yield from tensors(list(leaf.values()), floats=floats)
+
+
+def fractions(value: Any) -> list[Tensor]:
+    """Every tensor in `value` that holds fractions; a complex one as (.., 2) real and imaginary parts."""
+    parts = (torch.view_as_real(part.resolve_conj()) if part.is_complex() else part for part in tensors(value))
+    return [part for part in parts if part.is_floating_point()]
+
+
+def rows(value: Any) -> Iterator[Tensor]:
+    """As `tensors`, but of nested tensors and packed sequences one row (flat, padded) for each part."""
+    for leaf in _leaves(value):
+        if _is_ragged(leaf):
+            parts = unpack_sequence(leaf) if isinstance(leaf, PackedSequence) else leaf.unbind()
+            yield pad_sequence([part.flatten() for part in parts], batch_first=True)
+        elif isinstance(leaf, Tensor):
+            yield leaf
+
+
+def joined(value: Tensor) -> Tensor:
+    """The parts of a nested tensor one after the other; any other tensor as it is."""
+    return torch.cat(value.unbind()) if value.is_nested else value
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    for leaf in pytree.tree_leaves(value, is_leaf=_is_packed):
+        if isinstance(leaf, Mapping):  # of a type that torch does not know, such as a tokenizer's batch
+            yield from _leaves(list(leaf.values()))
         elif is_dataclass(leaf) and not isinstance(leaf, type):
-            yield from tensors([getattr(leaf, field.name, None) for field in fields(leaf)], floats=floats)
+            yield from _leaves([getattr(leaf, field.name, None) for field in fields(leaf)])
+        else:
+            yield leaf
+
+
+def has_ragged(value: Any) -> bool:
+    """Whether there is a nested tensor or a packed sequence in `value`."""
+    return any(map(_is_ragged, _leaves(value)))
+
+
+def _is_ragged(leaf: Any) -> bool:
+    return leaf.is_nested if isinstance(leaf, Tensor) else _is_packed(leaf)
+
+
+def _is_packed(value: Any) -> bool:
+    return isinstance(value, PackedSequence)  # a tuple, whose entries have no meaning of their own
 
 
 def extent(value: Tensor) -> range:
-    """The addresses between which the values of a matrix lie; none for vectors, which are no weights."""
-    if value.ndim > 1 and value.numel():
+    """The addresses between which the values of a matrix lie; none for vectors and nested tensors, no weights."""
+    if not value.is_nested and value.ndim > 1 and value.numel():
         with suppress(RuntimeError, NotImplementedError):  # a tensor without a storage of its own, such as a sparse one
             places = 1 + sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
             start = value.data_ptr()
@@ -66,7 +108,7 @@ def map_tensors(value: Any, change: Callable[[Tensor], Any], *, other: Callable[
             return {key: map_tensors(item, change, other=other) for key, item in leaf.items()}
         return other(leaf)
 
-    return pytree.tree_map(at, value, is_leaf=lambda leaf: isinstance(leaf, PackedSequence))
+    return pytree.tree_map(at, value, is_leaf=_is_packed)
 
 
 def from_numpy(value: Any) -> Any:
@@ -84,8 +126,7 @@ def from_numpy(value: Any) -> Any:
         except TypeError as error:
             raise DataError(f"an array of {leaf.dtype} {list(leaf.shape)} makes no tensor; give numbers") from error
 
-    leaves = pytree.tree_leaves(value)
-    if not any(isinstance(leaf, np.ndarray | Mapping) for leaf in leaves):
+    if not any(isinstance(leaf, np.ndarray | Mapping) for leaf in pytree.tree_leaves(value)):
         return value
     return map_tensors(value, lambda tensor: tensor, other=as_tensor)
 
@@ -97,6 +138,8 @@ def logits_of(outputs: Any) -> Any:
 
 def describe(value: Any, *, most: int = 8) -> str:
     """Types and shapes, for messages; of long sequences and mappings the first entries."""
+    if isinstance(value, Tensor) and value.is_nested:
+        return f"nested {describe(list(value.unbind()), most=most)}"
     if isinstance(value, Tensor | np.ndarray):
         kind = str(value.dtype).removeprefix("torch.")
         return f"{kind} {list(value.shape)}" if isinstance(value, Tensor) else f"array of {kind} {list(value.shape)}"

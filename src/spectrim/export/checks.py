@@ -64,7 +64,7 @@ class Reference:
     @property
     def batch(self) -> int:
         """The batch size of the example; 1 for inputs without a first dimension."""
-        return self.inputs.samples or 1
+        return batch_size(self.inputs) if self.dynamic_batch else self.inputs.samples or 1
 
     def check_file(self, path: Path, ports: Sequence[Port], *, runtime: str) -> Check:
         """Run a file in ONNX Runtime or OpenVINO in float32; `ports` are all its inputs, also unused ones.

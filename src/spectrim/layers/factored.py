@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.core.errors import ModelError
+from spectrim.core.nested import describe
 from spectrim.layers.product import ProductTensor
-from spectrim.layers.types import Geometry, layer_type_of
+from spectrim.layers.types import Geometry, find_layer_type, layer_type_of
 from spectrim.linalg import Factors, Ranks
 
 
@@ -40,6 +41,9 @@ class FactoredLayer(nn.Module, ABC):
 
     def __init__(self, chain: Sequence[nn.Module], dense: nn.Module | None) -> None:
         super().__init__()
+        unknown = [part for part in (*chain, *([] if dense is None else [dense])) if find_layer_type(part) is None]
+        if unknown:
+            raise ModelError(f"{describe(unknown[0])} has no weight to factor; give Linear or convolution layers")
         for first, second in pairwise(chain):
             sizes, following = geometry_of(first), geometry_of(second)
             if (sizes.out, sizes.groups) != (following.into, following.groups) or _has_bias(first):
@@ -99,12 +103,17 @@ class FactoredLayer(nn.Module, ABC):
         return cast(Tensor | None, self.chain[-1].bias)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("weight", "bias"):
-            raise ModelError(
-                f"a factored layer has no {name} to exchange; set those of its factors, layer.chain, or make it dense "
-                "again with st.merge(model)"
-            )
+        _require_other_than_weight(name)
         super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        _require_other_than_weight(name)
+        super().__delattr__(name)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As `nn.Module`; raises `ModelError` for a `weight_orig` and the like, as pruning makes it."""
+        _require_other_than_weight(name.partition("_")[0])
+        super().register_parameter(name, param)
 
     def product(self, weights: Sequence[Tensor]) -> Tensor:
         """The dense weight that these weights of the chain (of any number type) stand for."""
@@ -178,6 +187,14 @@ def low_rank_layers(model: nn.Module) -> dict[str, FactoredLayer]:
 def is_low_rank(module: nn.Module) -> bool:
     """Whether `module` is one of the factored layers."""
     return isinstance(module, FactoredLayer)
+
+
+def _require_other_than_weight(name: str) -> None:
+    if name in ("weight", "bias"):
+        raise ModelError(
+            f"a factored layer has no {name} to exchange; set or prune those of its factors, layer.chain, or make it "
+            "dense again with st.merge(model)"
+        )
 
 
 def _has_bias(layer: nn.Module) -> bool:

@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import sdpa_flop
 
 from spectrim.core.nested import extent, extents, overlap
@@ -97,12 +99,16 @@ class UncountedOperators(TorchDispatchMode):
     ) -> Any:
         """Run the operator, and note its name if it is not counted."""
         name = operator.name().partition(".")[0]
-        if _is_uncounted(name):
+        nested = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.is_nested]
+        if any(leaf.layout == torch.jagged for leaf in nested):
+            return NotImplemented  # it comes again with the values inside, whose sizes torch's counter can read
+        if nested or _is_uncounted(name):
             self.names[name] = None
             operands = extents((args, kwargs))
             if any(overlap(extent(weight), operand) for weight in self._weights for operand in operands):
                 self.weighted[name] = None
-        return operator(*args, **(kwargs or {}))
+        with _disable_current_modes() if nested else nullcontext():
+            return operator(*args, **(kwargs or {}))
 
 
 def _is_uncounted(name: str) -> bool:

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from spectrim.core.errors import ModelError
 from spectrim.core.execution import Inputs, alike, call, evaluating, require_unwrapped, require_values, temporary
-from spectrim.core.nested import extent, extents, overlap
+from spectrim.core.nested import extent, extents, joined, overlap
 from spectrim.layers.factored import attributes_of
 from spectrim.layers.selection import TreatAs
 from spectrim.layers.types import LayerType, Positions, find_layer_type, layer_type_of
@@ -38,6 +38,8 @@ def typed_layers(model: nn.Module) -> dict[str, LayerType]:
 def watching(model: nn.Module, on_call: CallHook) -> Iterator[None]:
     """Call `on_call(name, layer, input, output)` after each call of a layer that holds a matrix, in execution order.
 
+    Of nested tensors it gets the parts one after the other.
+
     Raises:
         ModelError: the model has weights without values.
     """
@@ -48,7 +50,7 @@ def watching(model: nn.Module, on_call: CallHook) -> Iterator[None]:
         def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             x = args[0] if args else kwargs.get("input", kwargs.get("x"))
             if isinstance(x, Tensor) and isinstance(output, Tensor) and x.ndim and output.ndim:
-                on_call(name, layer, x, output)
+                on_call(name, layer, joined(x), joined(output))
 
         return hook
 

@@ -8,6 +8,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from spectrim.core.errors import ArgumentError
+from spectrim.core.nested import describe
+
 FloatArray = npt.NDArray[np.float64]
 
 
@@ -27,7 +30,12 @@ class Spectrum:
     values: FloatArray
 
     def __post_init__(self) -> None:
-        values = np.array(self.values, dtype=np.float64)
+        try:
+            values = np.array(self.values, dtype=np.float64)
+        except (TypeError, ValueError, RuntimeError):
+            values = np.empty(())
+        if values.ndim != 1:
+            raise ArgumentError(f"Spectrum({describe(self.values)}): give singular values, (k,)")
         values.flags.writeable = False
         object.__setattr__(self, "values", values)
 

@@ -138,16 +138,16 @@ def _without_wrappers(
     state: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, origin: Path
 ) -> dict[str, Tensor]:
     """The state with names as the network's, if it was saved from inside of wrappers."""
-    prefix = ""
+    wrappers = ""
     names = {name: name for name in state}
     while names and not expected.keys() & set(names.values()):
         first = {name.partition(".")[0] for name in names.values()}
         if len(first) != 1 or not first <= set(_WRAPPERS):
             return dict(state)
-        prefix += f"{first.pop()}."
-        names = {name: name.removeprefix(prefix) for name in state}
-    if prefix:
-        warnings.warn(f"{origin} was saved from a wrapper: {prefix!r} is left out of all names", stacklevel=4)
+        wrappers += f"{first.pop()}."
+        names = {name: name.removeprefix(wrappers) for name in state}
+    if wrappers:
+        warnings.warn(f"{origin} was saved from a wrapper: {wrappers!r} is left out of all names", stacklevel=4)
     return {inner: state[name] for name, inner in names.items()}
 
 

@@ -5,7 +5,6 @@ import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -124,7 +123,7 @@ def quantize(
     if target.suffix.lower() != ".onnx" or target.is_dir():
         raise FileError(f"{target} is no name of an ONNX file; give a path that ends in .onnx")
     require_quantizer()
-    batches = None if data is None else islice(batches_of(data, what="the calibration data"), max_batches)
+    batches = None if data is None else batches_of(data, what="the calibration data", max_batches=max_batches)
     source = Source.of(model, example_inputs, data=batches, dynamic_batch=dynamic_batch)
     return quantized_file(source, chosen, path=target, test=test, weight_range=weight_range)
 

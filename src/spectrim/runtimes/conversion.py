@@ -187,6 +187,8 @@ def _example(model: nn.Module, example_inputs: Any, *, dynamic_batch: bool) -> t
         raise ModelError("the model is TorchScript, which cannot be captured; give the module it was made from")
     require_values(model)
     inputs = on_device_of(model, _ordered(model, as_inputs(example_inputs)))
+    if inputs.is_ragged:
+        raise ModelError(f"{inputs.describe()} cannot be captured; give a network that takes padded tensors")
     if not dynamic_batch:
         return inputs, None, ""
     batch, hint = batch_size(inputs), ""

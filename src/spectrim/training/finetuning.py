@@ -10,9 +10,10 @@ from typing import Any, Literal
 
 from torch import nn
 
+from spectrim.core.arguments import checked
 from spectrim.core.distributed import Accelerator
 from spectrim.core.errors import PatternError, TrainingError, near
-from spectrim.core.execution import device_of, evaluating
+from spectrim.core.execution import device_of, evaluating, require_unwrapped, require_values
 from spectrim.layers.factored import is_low_rank, low_rank_layers
 from spectrim.layers.replacement import duplicate
 from spectrim.layers.selection import Patterns
@@ -32,6 +33,7 @@ class Finetuned:
     history: History
 
 
+@checked
 def finetune(
     model: nn.Module,
     data: Iterable[Any] | EpochData,
@@ -100,6 +102,10 @@ def finetune(
         DataError: empty data, an iterator that gives only one epoch, or labels that do not fit the outputs.
         FileError: a checkpoint that cannot be written, is damaged, or is of another run.
     """
+    for network in (model, teacher):
+        if network is not None:
+            require_unwrapped(network)
+            require_values(network)
     arguments = locals()  # as the fields of Settings are named
     options = {name: arguments[name] for name in Settings.model_fields}
     function = loss if callable(loss) else None

@@ -1,13 +1,14 @@
 """What a training run reports afterwards."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import Field
 
 from spectrim.benchmark.measurement import Epoch
+from spectrim.core.arguments import checked
 from spectrim.core.errors import FileError
 from spectrim.core.files import Frozen, parse, read_text, write_text
 
@@ -43,11 +44,12 @@ class History(tuple[Epoch, ...]):
     stopped_early: bool
     weights_of: int | None
 
+    @checked
     def __new__(
         cls,
-        epochs: Iterable[Epoch] = (),
+        epochs: Collection[Epoch] = (),
         *,
-        lr: Iterable[float] = (),
+        lr: Collection[float] = (),
         stopped_early: bool = False,
         weights_of: int | None = None,
     ) -> Self:
@@ -81,6 +83,7 @@ class History(tuple[Epoch, ...]):
         )
 
     @classmethod
+    @checked
     def from_json(cls, text: str, *, origin: str = "the text") -> "History":
         """The history in JSON `text`; `origin` names the text in messages. Raises `FileError` if it is not one."""
         file = parse(_File, text, origin=origin)
@@ -88,11 +91,13 @@ class History(tuple[Epoch, ...]):
             raise FileError(f"{origin} is not a valid history: {len(file.epochs)} epochs, lr and kept do not fit them")
         return cls(file.epochs, lr=file.lr, stopped_early=file.stopped_early, weights_of=file.kept)
 
+    @checked
     def save(self, path: str | Path) -> Path:
         """Write JSON, wholly or not at all. Raises `FileError` if that is not possible."""
         return write_text(Path(path), self.to_json() + "\n")
 
     @classmethod
+    @checked
     def load(cls, path: str | Path) -> "History":
         """Read JSON. Raises `FileError` for a missing, cut or invalid file."""
         return cls.from_json(read_text(Path(path)), origin=str(path))

@@ -89,6 +89,8 @@ class Objective:
                 outputs, taught = self._outputs(model, inputs, position)
                 total += float(self._loss(outputs, labels, taught, position)) * inputs.samples
                 samples += inputs.samples
+        if not samples:
+            raise DataError("held_out has no samples in its batches; give at least one")
         return None, total / samples
 
     def _has_accuracy(self, model: nn.Module, batch: Any) -> bool:
