@@ -8,8 +8,16 @@ from torch import Tensor
 
 from spectrim.analysis.sampling import SamplingError, shrinkage
 from spectrim.core.errors import DataError
-from spectrim.linalg import Covariance, LowRankCovariance, add_covariances, matrix_of, square_of, to_float64
-from spectrim.linalg.covariance import add_outer
+from spectrim.core.memory import IN_PLACE, Storage
+from spectrim.linalg import (
+    Covariance,
+    LowRankCovariance,
+    add_covariances,
+    matrix_of,
+    square_around,
+    square_of,
+    to_float64,
+)
 
 PROBES = 2
 """Random combinations of the outputs that gradients are taken of."""
@@ -58,6 +66,11 @@ class Moments:
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
+def covariance_bytes(width: int, *, vectors: int, itemsize: int) -> int:
+    """What `Moments.compact` takes of a group: the vectors where they are held, of `itemsize`, else the matrix."""
+    return vectors * width * itemsize if width > _WIDE and vectors < width else 8 * width**2
+
+
 @dataclass(frozen=True, eq=False)
 class PooledCovariance:
     """Statistics of the inputs of several call sites, each around its own mean, as each gets a bias of its own.
@@ -100,11 +113,13 @@ class RunningGradients:
     count: int = 0
     total: Tensor = field(default_factory=lambda: torch.zeros(()).double())
     error: SamplingError = field(default_factory=SamplingError)
+    storage: Storage = IN_PLACE
 
     def add(self, rows: Tensor, *, samples: int, size: int) -> None:
         """Add gradients (groups, n, out) of so many samples, with respect to a layer's batch of a size."""
-        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-        self.total = self.total + to_float64(rows.mT @ rows) / (PROBES * size)
+        rows = self.storage.move(rows).to(torch.promote_types(rows.dtype, torch.float32))
+        total = to_float64(rows.mT @ rows) / (PROBES * size)
+        self.total = self.total.add_(total) if self.count else self.storage.keep(total)
         self.count += 1
         self.error.add(rows * (rows.shape[1] / size) ** 0.5, samples=samples)
 
@@ -134,6 +149,7 @@ class RunningCovariance:
     batches: list[Tensor] = field(default_factory=list)
     centre: Tensor = field(default_factory=lambda: torch.empty(0))
     error: SamplingError = field(default_factory=SamplingError)
+    storage: Storage = IN_PLACE
 
     def add(self, rows: Tensor, *, samples: int) -> None:
         """Add input vectors (groups, n, in) of so many samples, those of each one after the other.
@@ -141,7 +157,7 @@ class RunningCovariance:
         Products are summed in at least float32, batches are merged in float64.
         """
         number, width = rows.shape[1:]
-        rows = rows.detach().to(torch.promote_types(rows.dtype, torch.float32))
+        rows = self.storage.move(rows.detach()).to(torch.promote_types(rows.dtype, torch.float32))
         self.rounding_tolerance = max(self.rounding_tolerance, 4 * torch.finfo(rows.dtype).eps)
         self.count += number
         if number:
@@ -169,7 +185,7 @@ class RunningCovariance:
         centred = rows - mean.unsqueeze(1)
         scatter, mean = centred.mT @ centred, to_float64(mean)
         if self.count == number:
-            self.mean, self.scatter = mean, to_float64(scatter)
+            self.mean, self.scatter = mean, self.storage.keep(to_float64(scatter))
             return
         shift = mean - self.mean
         # in place, since these are the largest arrays there are
@@ -183,10 +199,11 @@ class RunningCovariance:
         return self.scatter + self.count * shift.unsqueeze(2) * shift.unsqueeze(1)
 
     def finish(self, name: str) -> Moments:
-        """The moments; `name` is for the message when they are not finite."""
-        mean, compact = self._compact() if self.batches else (self.mean, self.scatter / self.count)
+        """The moments, which take the place of the sums; `name` is for the message when they are not finite."""
+        mean, compact = self._compact() if self.batches else (self.mean, self.scatter.div_(self.count))
         values = compact if isinstance(compact, Tensor) else compact.rows
-        if not torch.isfinite(values).all():
+        # the extremes are not numbers if any entry is not, and take no memory
+        if values.numel() and not torch.isfinite(torch.stack(torch.aminmax(values))).all():
             raise DataError(f"the inputs of layer {name!r} are NaN or infinite on the calibration data; check the data")
         samples = self.error.samples
         share = shrinkage(compact, samples=samples, variation=self.variation(mean, compact))
@@ -195,11 +212,12 @@ class RunningCovariance:
     def variation(self, mean: Tensor, covariance: Covariance) -> float:
         """How much the samples differ, see `SamplingError`."""
         away = mean - self.centre.to(mean)
-        return self.error.variation(square_of(add_outer(covariance, away)))
+        return self.error.variation(square_around(covariance, away))
 
     def _compact(self) -> tuple[Tensor, LowRankCovariance]:
         """The mean, and the vectors around it."""
         mean = torch.stack([to_float64(rows).sum(dim=1) for rows in self.batches]).sum(dim=0) / self.count
         middle, root = mean.unsqueeze(1), self.count**0.5
         rows = torch.cat([((to_float64(rows) - middle) / root).to(rows.dtype) for rows in self.batches], dim=1)
-        return mean, LowRankCovariance(rows, mean.new_zeros(len(mean)))
+        self.batches = []
+        return mean, LowRankCovariance(self.storage.keep(rows), mean.new_zeros(len(mean)))

@@ -20,6 +20,7 @@ from spectrim.core.files import sha256_of
 from spectrim.core.plans import Budget, Plan
 from spectrim.layers.saving import save
 from spectrim.planning.decisions import PlanOptions
+from spectrim.planning.resources import RunOptions
 from spectrim.reporting import Results, report, table, words
 from spectrim.reporting.tables import Column, Listing
 from spectrim.runtimes.rank_grid import Grid, probe
@@ -169,7 +170,7 @@ def _decide(
         data=network.calibration,
         layers=layers.selection,
         options=PlanOptions(metric=goal.metric, forms=goal.forms, rank_multiple=_rank_multiple(goal, progress)),
-        cache=source.cache_bytes,
+        run=RunOptions(cache=source.cache_bytes),
         on_progress=progress.follow,
     )
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from spectrim.linalg.covariance import Covariance, inner
-from spectrim.linalg.problem import Decomposition, Factors, Problem, Ranks
+from spectrim.linalg.problem import Decomposition, Factors, Problem, Ranks, is_wide
 from spectrim.linalg.spectra import FloatArray, Spectrum, over_groups
 from spectrim.linalg.subspace import leading_vectors
 
@@ -37,6 +37,29 @@ class ChannelDecomposition(Decomposition):
     def of(cls, problem: Problem, *, near: Factors = ()) -> Self:
         """The best basis for every rank, worked out when first asked for; `near` is not needed."""
         return cls(problem)
+
+    @classmethod
+    def kept_numbers(cls, shape: Sequence[int], *, rank: int | None = None) -> int:
+        """The basis, with as many columns as are asked for."""
+        (full,) = cls.full_ranks(shape)
+        return shape[0] * shape[1] * (rank if rank is not None and _is_truncated(shape, rank) else full)
+
+    @classmethod
+    def working_numbers(cls, shape: Sequence[int], *, vectors: int | None, rank: int | None = None) -> int:
+        """The matrices, what `torch.linalg` copies of them, and C where it is a matrix."""
+        groups, out, n = shape[0], shape[1], prod(shape[2:])
+        full, whole = min(out, n), out * n
+        is_matrix = vectors is not None and vectors >= n
+        if rank is not None and _is_truncated(shape, rank) and not is_matrix:
+            # the weight and its root in the metric, a subspace of at most half of the space, and its Gram matrix
+            return 2 * whole + (vectors or 0) * (out + n) + full * (full + n) // 2 + 5 * (full // 2) ** 2
+        if vectors is None and not is_wide(shape):
+            return groups * (whole + full * (out + n)) + 5 * full**2
+        # QR of a tall weight, the Gram matrix with eigenvectors and LAPACK's workspace of two more
+        solved = whole + (whole + n * n if out > n else 0) + 6 * full**2
+        if is_matrix:
+            return (groups + 1) * n * n + 2 * full * n + solved
+        return solved + (vectors or 0) * (full + n)
 
     @property
     def basis(self) -> Tensor:
@@ -93,7 +116,7 @@ class ChannelDecomposition(Decomposition):
         So they are where they are known already, where the weight is not wide or the rank not small, and where the
         outputs do not vary in so many directions.
         """
-        if "_solved" in self.__dict__ or not self.problem.is_wide or 8 * rank > self.full_ranks(self._shape)[0]:
+        if "_solved" in self.__dict__ or not _is_truncated(self._shape, rank):
             return None
         if rank not in self._truncated:
             self._truncated[rank] = _truncate(self.problem, rank)
@@ -102,6 +125,11 @@ class ChannelDecomposition(Decomposition):
     @property
     def _shape(self) -> torch.Size:
         return self.problem.weight.shape
+
+
+def _is_truncated(shape: Sequence[int], rank: int) -> bool:
+    """Whether the weight is wide, and the rank so small that it is worked out without the others."""
+    return is_wide(shape) and 8 * rank <= ChannelDecomposition.full_ranks(shape)[0]
 
 
 def _truncate(problem: Problem, rank: int) -> tuple[Tensor, float] | None:

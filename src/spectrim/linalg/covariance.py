@@ -73,6 +73,12 @@ def square_of(C: Covariance) -> float:
     return float(gram.square().sum() + (2 * ridge * trace + C.rows.shape[-1] * ridge.square()).sum())
 
 
+def square_around(C: Covariance, v: Tensor) -> float:
+    """The squared Frobenius norm of C + v v^T, v (groups, n), which is not formed."""
+    row = v.unsqueeze(1)
+    return square_of(C) + float((2 * (times(row, C) * row).sum(dim=(1, 2)) + v.square().sum(dim=1).square()).sum())
+
+
 def shrunk(C: Covariance, share: float) -> Covariance:
     """C with a share of it exchanged for its mean variance, or for 1 where that is 0."""
     if not share:
