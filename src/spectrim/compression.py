@@ -184,11 +184,12 @@ def compress(
         run=run,
         on_progress=on_progress,
     )
-    fitted = _is_fitted(decision.plan, reconstruct=reconstruct)
+    fitted, example = _is_fitted(decision.plan, reconstruct=reconstruct), as_inputs(example_inputs)
     smaller = _built(model, decision, fitted=fitted, cache=cache, on_progress=on_progress)
-    own = decision.batches or [as_inputs(example_inputs)]
-    measured = measured_fidelity(model, smaller, own, plan=decision.plan, analysis=decision.analysis)
-    compressed = _counted(model, smaller, decision.plan, as_inputs(example_inputs), inplace=inplace)
+    measured = measured_fidelity(
+        model, smaller, decision.batches or [example], plan=decision.plan, analysis=decision.analysis
+    )
+    compressed = _counted(model, smaller, decision.plan, example, inplace=inplace)
     return replace(compressed, fidelity=measured if decision.batches else None)
 
 
@@ -286,10 +287,8 @@ class _Stages:
         And the batches, or none where nothing can be learnt from them.
         """
         rule, model, metric = self.rule_or_plan, self.model, self.options.metric
-        budgeted, metrics = isinstance(rule, Budget), self.metrics
-        layers = _call_sites(bare, rule)
-        samples = SampleCount()
-        storage = self.run.storage
+        budgeted, metrics, storage = isinstance(rule, Budget), self.metrics, self.run.storage
+        layers, samples = _call_sites(bare, rule), SampleCount()
         reported = self._reported(batches, samples)
         statistics = calibrate(model, reported, layers=layers, device=storage.device, offload=storage.folder)
         warn_of_few(samples, metric)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.utils.hooks import RemovableHandle
 
-from spectrim.core.errors import ModelError
+from spectrim.core.errors import FileError, ModelError
 from spectrim.core.nested import describe, from_numpy, map_tensors, tensors
 
 ProgressCallback = Callable[[str, int, int], None]
@@ -163,6 +163,8 @@ def call(model: nn.Module, inputs: Inputs, *, what: str = "example_inputs", hint
     try:
         own = on_device_of(model, inputs)
         return model(*own.args, **own.kwargs)
+    except FileError:  # of a hook that writes, such as statistics on a full disk
+        raise
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(

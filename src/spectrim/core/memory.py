@@ -17,7 +17,7 @@ from spectrim.core.files import require_writable_folder
 MAPPED_BYTES = 2**24
 """Size from which a tensor is worth a file: 16 MiB."""
 
-_CGROUPS = Path("/sys/fs/cgroup")
+_CGROUPS, _OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def _free_in_containers() -> list[int]:
     """What the control groups of this process leave it (versions 2 and 1), their file caches counted as free."""
     free = []
     with suppress(OSError, ValueError):
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
+        for line in _OWN_GROUPS.read_text().splitlines():
             _, controllers, path = line.split(":", 2)
             if controllers not in ("", "memory"):
                 continue

@@ -20,11 +20,13 @@ class Allocations:
     Attributes:
         alive: The most that are alive together.
         total: All of them.
+        operator: The most that one operator reads and writes, which it may copy into a layout of its own.
         outputs: Those that the network returns.
     """
 
     alive: int
     total: int
+    operator: int
     outputs: int
 
     @classmethod
@@ -33,7 +35,7 @@ class Allocations:
         counter = _AllocationCounter(model)
         with evaluating(model), counter:
             outputs = call(model, example)
-        return cls(counter.most, counter.total, sum(tensor.nbytes for tensor in tensors(outputs)))
+        return cls(counter.most, counter.total, counter.operator, sum(tensor.nbytes for tensor in tensors(outputs)))
 
 
 class _AllocationCounter(TorchDispatchMode):
@@ -41,14 +43,17 @@ class _AllocationCounter(TorchDispatchMode):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.alive = self.most = self.total = 0
-        self._known = {_storage_of(tensor) for tensor in (*model.parameters(), *model.buffers())}
+        self.alive = self.most = self.total = self.operator = 0
+        self._weights = {_storage_of(tensor) for tensor in (*model.parameters(), *model.buffers())}
+        self._known = set(self._weights)
 
     def __torch_dispatch__(
         self, operator: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Run the operator, and look at what it gives."""
         result = operator(*args, **(kwargs or {}))
+        used = (tensor for tensor in tensors((args, kwargs, result)) if _storage_of(tensor) not in self._weights)
+        self.operator = max(self.operator, sum(tensor.nbytes for tensor in used))
         for tensor in tensors(result):
             key = _storage_of(tensor)
             if key not in self._known:

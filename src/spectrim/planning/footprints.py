@@ -280,7 +280,7 @@ class Stages:
     @property
     def forward(self) -> int:
         """One pass over a batch."""
-        return self._of_samples(self.allocations.alive, self.work.batch)
+        return self._of_samples(self.allocations.alive + self.allocations.operator, self.work.batch)
 
     @property
     def backward(self) -> int:

@@ -21,8 +21,8 @@ from spectrim.layers.units import Unit, find_units
 from spectrim.planning.footprints import Stages, Work
 from spectrim.planning.resources import DataSize, RunOptions
 
-_MARGIN = 1.15
-"""What is taken beyond the tensors, for `MemoryEstimate.peak`: by the allocator, and by libraries as they work."""
+_MARGIN, _LIBRARIES = 1.2, 2**26
+"""What `MemoryEstimate.peak` has beyond the tensors: for gaps between them, and for what libraries take."""
 
 
 class MemoryEstimate(Frozen):
@@ -62,23 +62,23 @@ class MemoryEstimate(Frozen):
         """Raise `ResourceError` if even without the margin this is more than is free."""
         if self.tensors <= self.available:
             return
-        parts = {name: getattr(self, name) for name in self.PARTS}
-        largest = max(parts, key=lambda name: parts[name])
+        largest = max(self.PARTS, key=lambda name: int(getattr(self, name)))
         layer = f", most for the layer {self.widest!r}" if largest in ("statistics", "decompositions") else ""
         exclude = f"leave that layer dense (exclude=[{self.widest!r}]), " if self.widest else ""
+        needed, free, part = map(_megabytes, (self.tensors, self.available, getattr(self, largest)))
         raise ResourceError(
-            f"this needs about {_gib(self.tensors)}, and {_gib(self.available)} are free; the {largest} take "
-            f"{_gib(parts[largest])}{layer}. To need less: {exclude}give fewer calibration samples (max_batches=) or a "
-            "smaller cache=, keep statistics on a disk (offload=), or use Rank instead of a Budget"
+            f"this needs about {needed} of memory, and {free} are free; the {largest} take {part}{layer}. "
+            f"To need less: {exclude}give fewer calibration samples (max_batches=) or a smaller cache=, "
+            "keep statistics on a disk (offload=), or use Rank instead of a Budget"
         )
 
     def __str__(self) -> str:
-        parts = ", ".join(f"{name} {_gib(getattr(self, name))}" for name in self.PARTS)
-        return f"about {_gib(self.peak)} of {_gib(self.available)} that are free ({parts})"
+        parts = ", ".join(f"{name} {_megabytes(getattr(self, name))}" for name in self.PARTS)
+        return f"about {_megabytes(self.peak)} of {_megabytes(self.available)} that are free ({parts})"
 
 
-def _gib(number: int) -> str:
-    return f"{number / 2**30:.2f} GiB"
+def _megabytes(number: int) -> str:
+    return f"{number / 1e6:,.0f} MB"
 
 
 @checked
@@ -148,7 +148,7 @@ def estimated(model: nn.Module, example: Inputs, units: Sequence[Unit], work: Wo
         decompositions=stages.bases + stages.most("fitting" if work.is_fitted else "working"),
         batches=stages.batches,
         activations=stages.cache + max(stages.forward, stages.backward),
-        peak=int(_MARGIN * top),
+        peak=int(_MARGIN * top) + _LIBRARIES,
         tensors=top,
         widest=widest.unit.name if widest else None,
         available=free_bytes(work.run.storage.device_for(model)),
