@@ -33,8 +33,8 @@ class Moments:
     Attributes:
         count: Number of input vectors.
         mean: Their mean, float64 (groups, in); a convolution's input vectors are the patches that its kernel sees.
-        compact: Their covariance (divided by `count`): a matrix in float64, or of fewer vectors than inputs of a wide
-            layer the vectors themselves, in the type in which the layer got them.
+        compact: Their covariance (divided by `count`): a matrix in float64, and of a wide layer in the type in which
+            it got its inputs, at least float32; of fewer vectors than inputs of a wide layer the vectors themselves.
         rounding_tolerance: Relative rounding error of the covariance, from the precision it was summed in.
         samples: Number of samples (images, texts) that the vectors are of.
         shrinkage: Share of the covariance, from 0 to 1, that is better exchanged for the mean variance, as in the plain
@@ -67,8 +67,8 @@ class Moments:
 
 
 def covariance_bytes(width: int, *, vectors: int, itemsize: int) -> int:
-    """What `Moments.compact` takes of a group: the vectors where they are held, of `itemsize`, else the matrix."""
-    return vectors * width * itemsize if width > _WIDE and vectors < width else 8 * width**2
+    """What `Moments.compact` takes of a group, from vectors of `itemsize` bytes a number: these, or the matrix."""
+    return itemsize * width * min(vectors, width) if width > _WIDE else 8 * width**2
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,6 +147,7 @@ class RunningCovariance:
     mean: Tensor = field(default_factory=lambda: torch.empty(0))
     scatter: Tensor = field(default_factory=lambda: torch.empty(0))
     batches: list[Tensor] = field(default_factory=list)
+    merged: int = 0
     centre: Tensor = field(default_factory=lambda: torch.empty(0))
     error: SamplingError = field(default_factory=SamplingError)
     storage: Storage = IN_PLACE
@@ -154,7 +155,7 @@ class RunningCovariance:
     def add(self, rows: Tensor, *, samples: int) -> None:
         """Add input vectors (groups, n, in) of so many samples, those of each one after the other.
 
-        Products are summed in at least float32, batches are merged in float64.
+        Products are summed in at least float32; batches are merged in float64, of a wide layer in the products' type.
         """
         number, width = rows.shape[1:]
         rows = self.storage.move(rows.detach()).to(torch.promote_types(rows.dtype, torch.float32))
@@ -185,12 +186,19 @@ class RunningCovariance:
         centred = rows - mean.unsqueeze(1)
         scatter, mean = centred.mT @ centred, to_float64(mean)
         if self.count == number:
-            self.mean, self.scatter = mean, self.storage.keep(to_float64(scatter))
+            # half the memory of a wide layer, whose products are in float32 in any case
+            scatter = scatter if rows.shape[2] > _WIDE else to_float64(scatter)
+            self.mean, self.scatter = mean, self.storage.keep(scatter)
             return
         shift = mean - self.mean
         # in place, since these are the largest arrays there are
         self.scatter += scatter.to(self.scatter.device)
-        self.scatter.baddbmm_(shift.unsqueeze(2), shift.unsqueeze(1), alpha=(self.count - number) * number / self.count)
+        step = shift.to(self.scatter.dtype)
+        self.scatter.baddbmm_(step.unsqueeze(2), step.unsqueeze(1), alpha=(self.count - number) * number / self.count)
+        # rounding of single sums adds up like a random walk: measured at 0.14 epsilon times the root of their number
+        self.merged += 1
+        rounding = self.merged**0.5 / 2 * torch.finfo(self.scatter.dtype).eps
+        self.rounding_tolerance = max(self.rounding_tolerance, rounding)
         self.mean = self.mean + shift * (number / self.count)
 
     def around(self, mean: Tensor) -> Tensor:

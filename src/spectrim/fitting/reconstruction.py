@@ -304,6 +304,7 @@ class _Fit:
         W = to_float64(layer_type_of(layer).kernels(layer)).flatten(2).to(device)
         together = pooled(list(moments.values()), name=next(iter(inputs)), width=W.shape[2])
         C = together.covariance.to(W.device)
+        C = to_float64(C) if isinstance(C, Tensor) else C
         means = {site: of_site.mean.to(W.device) for site, of_site in moments.items()}
         if not biased:
             total = sum(of_site.count for of_site in moments.values())

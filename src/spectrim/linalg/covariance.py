@@ -87,7 +87,7 @@ def shrunk(C: Covariance, share: float) -> Covariance:
     by = share * torch.where(mean > 0, mean, torch.ones_like(mean))
     if isinstance(C, LowRankCovariance):
         return LowRankCovariance(C.rows * (1 - share) ** 0.5, (1 - share) * C.ridge + by.to(C.ridge.device))
-    part = to_float64(C) * (1 - share)
+    part = C.to(torch.float64, copy=True).mul_(1 - share)
     part.diagonal(dim1=-2, dim2=-1).add_(by.unsqueeze(-1))
     return part
 
@@ -95,7 +95,7 @@ def shrunk(C: Covariance, share: float) -> Covariance:
 def times(M: Tensor, C: Covariance) -> Tensor:
     """M C in float64, of M (groups, k, n)."""
     if isinstance(C, Tensor):
-        return M @ C
+        return M @ C.to(M.dtype)
     rows = to_float64(C.rows)
     return (M @ rows.mT) @ rows + C.ridge[:, None, None] * M
 
