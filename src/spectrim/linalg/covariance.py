@@ -87,7 +87,8 @@ def shrunk(C: Covariance, share: float) -> Covariance:
     by = share * torch.where(mean > 0, mean, torch.ones_like(mean))
     if isinstance(C, LowRankCovariance):
         return LowRankCovariance(C.rows * (1 - share) ** 0.5, (1 - share) * C.ridge + by.to(C.ridge.device))
-    part = C.to(torch.float64, copy=True).mul_(1 - share)
+    part = to_float64(C)
+    part = part * (1 - share) if part is C or C.dtype == part.dtype else part.mul_(1 - share)
     part.diagonal(dim1=-2, dim2=-1).add_(by.unsqueeze(-1))
     return part
 

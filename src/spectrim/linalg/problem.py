@@ -67,20 +67,20 @@ class Decomposition(ABC):
         """The factors of these ranks."""
 
     @classmethod
-    def kept_numbers(cls, shape: Sequence[int], *, rank: int | None = None) -> int:
-        """Float64 numbers that a decomposition keeps of such a weight: its bases.
+    def kept_bytes(cls, shape: Sequence[int], *, itemsize: int, rank: int | None = None) -> int:
+        """What a decomposition of a weight with numbers of `itemsize` bytes keeps: its bases.
 
         With `rank` only that one is asked for, without all the others being worked out.
         """
-        return prod(shape)
+        return 8 * prod(shape)
 
     @classmethod
-    def working_numbers(cls, shape: Sequence[int], *, vectors: int | None, rank: int | None = None) -> int:
-        """Float64 numbers that are held at most while it is worked out, what is kept of it aside.
+    def working_bytes(cls, shape: Sequence[int], *, vectors: int | None, rank: int | None = None) -> int:
+        """What is held at most while it is worked out, what is kept of it aside.
 
         `vectors` is how many the covariance is made of; None in the plain metric.
         """
-        return 6 * prod(shape) + (0 if vectors is None else 4 * shape[0] * prod(shape[2:]) ** 2)
+        return 8 * (6 * prod(shape) + (0 if vectors is None else 4 * shape[0] * prod(shape[2:]) ** 2))
 
     def tail_at(self, ranks: Ranks) -> float:
         """Energy lost at `ranks`; between the ranks of a coarse grid that of the next smaller ones, if there are."""

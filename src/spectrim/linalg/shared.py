@@ -37,20 +37,20 @@ class SharedProjection(Decomposition):
     first_shared: ClassVar[int]
 
     @classmethod
-    def kept_numbers(cls, shape: Sequence[int], *, rank: int | None = None) -> int:
+    def kept_bytes(cls, shape: Sequence[int], *, itemsize: int, rank: int | None = None) -> int:
         """The start."""
         P, Q = prod(shape[2 : cls.first_shared]), prod(shape[cls.first_shared :])
-        return shape[0] * min(P, shape[1] * Q) * P
+        return 8 * shape[0] * min(P, shape[1] * Q) * P
 
     @classmethod
-    def working_numbers(cls, shape: Sequence[int], *, vectors: int | None, rank: int | None = None) -> int:
+    def working_bytes(cls, shape: Sequence[int], *, vectors: int | None, rank: int | None = None) -> int:
         """The metric with its floor and its Cholesky factor, and of one group T A, T A T^T and its factor."""
         groups, out, n = shape[0], shape[1], prod(shape[2:])
         P, Q = prod(shape[2 : cls.first_shared]), prod(shape[cls.first_shared :])
         rows = min(P, out * Q) * Q
         if vectors is None:
-            return 2 * groups * out * n + 3 * out * rows + 5 * P * P
-        return groups * 3 * n * n + 2 * rows * n + 3 * rows * rows + 3 * out * max(rows, n) + 5 * P * P
+            return 8 * (2 * groups * out * n + 3 * out * rows + 5 * P * P)
+        return 8 * (3 * groups * n * n + 2 * rows * n + 3 * rows * rows + 3 * out * max(rows, n) + 5 * P * P)
 
     @abstractmethod
     def fit(self, M: Tensor, A: Tensor | None, V: Tensor, rank: int) -> tuple[tuple[Tensor, ...], Tensor]:

@@ -159,9 +159,9 @@ class Layer:
         if not each:
             return 0
         metrics, copies = sum(each), 8 * self.entries * (not self._is_wide)
-        if self.work.is_budget and self.work.uses_data:
-            return metrics + each[0] + copies * (3 if self.work.has_gradients else 2)
-        return metrics + copies
+        if self.work.has_gradients:  # the roots of the metric of the outputs, and what layers are weighed in
+            metrics, copies = metrics + 2 * 8 * self.size[0] * self.size[1] ** 2, 2 * copies
+        return metrics + copies + (each[0] if self.work.is_budget and self.work.has_gradients else 0)
 
     @property
     def factors(self) -> int:
@@ -186,7 +186,9 @@ class Layer:
         vectors, rank = (self.vectors if self.work.uses_data else None), self.work.rank
         forms = self.work.forms_of(self.unit)
         solving = [form.working_bytes(self.unit, vectors=vectors, rank=rank) for form in forms]
-        return max([*solving, 2 * 8 * self.entries], default=0) if forms else 0
+        # the matrices, with or without the metric of the outputs, and the product of factors
+        building = 8 * self.entries * (2 if self.work.has_gradients else 1)
+        return max([*solving, building]) if forms else 0
 
     @property
     def weighing(self) -> int:

@@ -147,10 +147,11 @@ class SingleWeightForm(Form):
         return RankCosts(self.name, ranks, np.asarray(sum(params, start=biases)), np.asarray(macs))
 
     def kept_bytes(self, unit: Unit, *, rank: int | None = None) -> int:
-        return 8 * self.decomposition.kept_numbers(_geometry(unit).shape, rank=rank)
+        (weight,) = unit.weights
+        return self.decomposition.kept_bytes(_geometry(unit).shape, itemsize=weight.itemsize, rank=rank)
 
     def working_bytes(self, unit: Unit, *, vectors: int | None, rank: int | None = None) -> int:
-        return 8 * self.decomposition.working_numbers(_geometry(unit).shape, vectors=vectors, rank=rank)
+        return self.decomposition.working_bytes(_geometry(unit).shape, vectors=vectors, rank=rank)
 
     def decompose(self, problem: Problem, *, near: Factors = ()) -> Decomposition:
         return self.decomposition.of(problem, near=near)
