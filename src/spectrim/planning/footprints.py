@@ -201,7 +201,8 @@ class Layer:
         groups, out, n = self.size
         rows = self.itemsize * groups * self.vectors * (n + 3 * out)
         moments = 3 * groups * covariance_bytes(n, vectors=self.vectors, itemsize=8)
-        return rows + moments + 5 * 8 * self.entries + self.working
+        roots = 2 * 8 * groups * out * out if self.work.has_gradients else 0
+        return rows + moments + roots + 5 * 8 * self.entries + self.working
 
     @property
     def _is_wide(self) -> bool:
