@@ -161,7 +161,7 @@ def compress(
         The model (in the same training mode), the plan, and the counted costs.
 
     Raises:
-        SpectrimError: one of its kinds, before anything has been changed; `ResourceError` where memory does not suffice.
+        SpectrimError: one of its kinds, before anything has been changed; `ResourceError` where memory is short.
     """
     run = RunOptions(cache, Storage.of(device, offload), max_batches, reconstruct)
     if reconstruct not in ("auto", True, False):
