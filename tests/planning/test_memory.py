@@ -134,6 +134,9 @@ def test_it_is_shown() -> None:
 def test_wrong_arguments_are_refused() -> None:
     with pytest.raises(st.errors.PlanError, match="cache"):
         estimate(cache=-1)
+    for options in ({"samples": -1}, {"data": [X], "max_batches": -1}):
+        with pytest.raises(st.errors.DataError, match="at least 0"):
+            estimate(**options)
     with pytest.raises(st.errors.PatternError):
         estimate(exclude="nothing")
     with pytest.raises(st.errors.ModelError):

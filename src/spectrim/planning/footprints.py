@@ -106,7 +106,7 @@ class Layer:
         return self._vectors_of(self.work.samples)
 
     def _vectors_of(self, samples: int) -> int:
-        places = -(-self.unit.weights[0].positions.kernel // (self.example_samples * len(self.unit.call_sites)))
+        places = -(-self.unit.weights[0].positions.kernel // (max(1, self.example_samples) * len(self.unit.call_sites)))
         return samples * min(places, POSITIONS)
 
     @cached_property

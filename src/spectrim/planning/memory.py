@@ -123,6 +123,8 @@ def estimate_memory(
         FileError: an offload folder that cannot be written to.
     """
     require_cache_bytes(cache)
+    if min(0 if max_batches is None else max_batches, 0 if samples is None else samples) < 0:
+        raise DataError(f"samples={samples}, max_batches={max_batches}: give numbers of at least 0")
     run = RunOptions(cache, Storage.of(device, offload), max_batches, reconstruct)
     example = as_inputs(example_inputs)
     size: DataSize | None = None
