@@ -25,6 +25,7 @@ from spectrim.layers.replacement import merge
 from spectrim.layers.saving import load, save
 from spectrim.linalg import Spectrum
 from spectrim.planning.budgets import Curve, pareto
+from spectrim.planning.memory import MemoryEstimate, estimate_memory
 from spectrim.planning.rules import plan
 from spectrim.quantization import Quantized, QuantizedRow, QuantizedTable, compare_quantized, onnx_accuracy, quantize
 from spectrim.reporting import (
@@ -81,6 +82,7 @@ __all__ = [
     "LowRankConvTranspose2d",
     "LowRankLinear",
     "Measurement",
+    "MemoryEstimate",
     "Plan",
     "Published",
     "PublishedPoint",
@@ -101,6 +103,7 @@ __all__ = [
     "compare_quantized",
     "compress",
     "errors",
+    "estimate_memory",
     "export_onnx",
     "export_openvino",
     "export_program",

@@ -1,21 +1,25 @@
 """The one-call path: calibrate, analyse, plan, replace, count what was gained."""
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from dataclasses import replace as with_changes
 from itertools import chain
+from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
-from spectrim.analysis.calibration import Calibration, calibrate
+from spectrim.analysis.calibration import calibrate
 from spectrim.analysis.sampling import SampleCount, warn_of_few
 from spectrim.analysis.sensitivities import (
     cache_bytes_of,
     require_cache_bytes,
     sensitivity,
     with_output_grads,
+    without_blocked_loss,
 )
-from spectrim.analysis.spectra import Analysis, analyze_selected
+from spectrim.analysis.spectra import Analysis, analyze_selected, with_statistics
 from spectrim.benchmark.fidelity import Fidelity, measured_fidelity, require_planned_cost
 from spectrim.benchmark.latencies import LatencyTable
 from spectrim.benchmark.measurement import Measurement, count
@@ -23,13 +27,16 @@ from spectrim.core.arguments import checked
 from spectrim.core.batches import ReservedBatches, batches_of, without_labels
 from spectrim.core.errors import DataError, PlanError, RuleError
 from spectrim.core.execution import Inputs, ProgressCallback, as_inputs, require_repeatable
+from spectrim.core.memory import Storage
 from spectrim.core.plans import Budget, Metric, Plan, Rule
 from spectrim.fitting.reconstruction import reconstruct as fit
-from spectrim.layers.replacement import duplicate, factorize
-from spectrim.layers.replacement import replace as replace_layers
+from spectrim.layers.replacement import duplicate, factorize, replace
 from spectrim.layers.selection import LayerSelection, Patterns, TreatAs
 from spectrim.planning.decisions import PlanOptions
+from spectrim.planning.footprints import Work
 from spectrim.planning.latency_budget import plan_latency, refused
+from spectrim.planning.memory import estimated
+from spectrim.planning.resources import DataSize, RunOptions
 from spectrim.planning.rules import plan_with, refresh, require_possible
 from spectrim.runtimes.rank_grid import Grid, probe
 from spectrim.runtimes.sessions import require_runtime
@@ -78,6 +85,11 @@ class Decision:
     batches: Sequence[Inputs]
     reserved: ReservedBatches
 
+    @property
+    def seen(self) -> tuple[Sequence[Inputs], bool]:
+        """Batches to look at the result with, and whether they were kept aside."""
+        return self.reserved.aside or self.batches or self.reserved.first, bool(self.reserved.aside)
+
 
 @checked
 def compress(
@@ -99,6 +111,8 @@ def compress(
     latencies: LatencyTable | None = None,
     reconstruct: Literal["auto"] | bool = "auto",
     cache: int | None = None,
+    device: str | torch.device | None = None,
+    offload: str | Path | None = None,
     inplace: bool = False,
     on_progress: ProgressCallback | None = None,
 ) -> Compressed:
@@ -129,9 +143,8 @@ def compress(
         max_batches: Use at most so many calibration batches.
         metric: `plain`, `activation` or `loss`; with `data`, by default loss under a `Budget` and activation otherwise.
         forms: Which of `channel`, `spatial`, `tucker2` convolutions may take; see `st.plan`.
-        rank_multiple: Use only ranks that are multiples of this number, and full ones. `auto` probes the step of this
-            hardware (`st.probe`), in the budget's runtime or else in torch; for another runtime give what `st.probe`
-            returns. By default 1, and `auto` under a budget of latency.
+        rank_multiple: Use only ranks that are multiples of this number, and full ones. `auto`, the default under a
+            budget of latency, probes the step of this hardware in the budget's runtime or torch (see `st.probe`).
         include: Patterns of layer names to factor, as in a shell.
         exclude: Patterns of layer names to leave dense, and as they are.
         keep_last: Leave the last layer that the model calls dense, and as it is.
@@ -144,6 +157,9 @@ def compress(
             `Budget` with `data`.
         cache: Bytes of activations that weighing and fitting may keep, so that not every pass has to begin at the first
             layer; saves time only. By default what the statistics take, at least 160 MiB.
+        device: Where statistics are added up and weights decomposed, such as `"cpu"`; by default where the model is.
+        offload: A folder on a fast disk, in which statistics of 16 MiB or more are files that are mapped into memory;
+            nothing is left in it. The result is the same.
         inplace: Change `model` itself and return it.
         on_progress: Called with what is done next, how many steps of this stage are done, and of how many.
 
@@ -151,8 +167,9 @@ def compress(
         The model (in the same training mode), the plan, and the counted costs.
 
     Raises:
-        SpectrimError: one of its kinds, before anything has been changed.
+        SpectrimError: one of its kinds, before anything has been changed; `ResourceError` where memory is short.
     """
+    run = RunOptions(cache, Storage.of(device, offload), max_batches, reconstruct)
     if reconstruct not in ("auto", True, False):
         raise RuleError(f"reconstruct={reconstruct!r}: give 'auto', True or False")
     if reconstruct is True and (data is None or metric == "plain"):
@@ -162,32 +179,23 @@ def compress(
         raise PlanError(
             "an analysis already has its layers; give include, exclude, keep_last, treat_as to st.analyze instead"
         )
-    if data is not None and max_batches is not None:
-        data = batches_of(data, what="the calibration data", max_batches=max_batches)
     decision = decide(
         model,
         rule_or_plan,
         example_inputs=example_inputs,
-        data=list(batches_of(data, what="the calibration data")) if data is not None and reconstruct is True else data,
+        data=data,
         options=PlanOptions(metric, forms, rank_multiple, allow_growth, latencies),
         layers=selection if analysis is None else analysis,
-        cache=cache,
+        run=run,
         on_progress=on_progress,
     )
-    fitted = _is_fitted(decision.plan, reconstruct=reconstruct)
+    fitted, example = _is_fitted(decision.plan, reconstruct=reconstruct), as_inputs(example_inputs)
     smaller = _built(model, decision, fitted=fitted, cache=cache, on_progress=on_progress)
-    aside = decision.reserved.aside
-    seen = aside or decision.batches or decision.reserved.first
-    measured = measured_fidelity(
-        model,
-        smaller,
-        seen or [as_inputs(example_inputs)],
-        plan=decision.plan,
-        analysis=decision.analysis,
-        held_out=bool(aside),
-    )
-    compressed = _counted(model, smaller, decision.plan, as_inputs(example_inputs), inplace=inplace)
-    return replace(compressed, fidelity=measured if seen else None)
+    seen, held_out = decision.seen
+    plan, known = decision.plan, decision.analysis
+    measured = measured_fidelity(model, smaller, seen or [example], plan=plan, analysis=known, held_out=held_out)
+    compressed = _counted(model, smaller, plan, example, inplace=inplace)
+    return with_changes(compressed, fidelity=measured if seen else None)
 
 
 def decide(
@@ -198,7 +206,7 @@ def decide(
     data: Iterable[Any] | None = None,
     layers: LayerSelection | Analysis = LayerSelection(),  # noqa: B008  # frozen
     options: PlanOptions = PlanOptions(),  # noqa: B008  # frozen
-    cache: int | None = None,
+    run: RunOptions = RunOptions(),  # noqa: B008  # frozen
     on_progress: ProgressCallback | None = None,
 ) -> Decision:
     """The first half of `compress`: calibrate, analyse and plan; the model stays as it is.
@@ -206,13 +214,13 @@ def decide(
     Arguments and errors are those of `compress`; an analysis has its layers already. `on_progress` is called for
     `calibrate`, `analyse`, `weigh LAYER`, `plan`, `time LAYER` and `verify in RUNTIME`.
     """
-    require_cache_bytes(cache)
+    require_cache_bytes(run.cache)
     selected = isinstance(layers, LayerSelection) and not layers.takes_all
     if isinstance(rule_or_plan, Plan) and (selected or not options.is_default):
         raise PlanError("a plan already says which layers, forms and metric; give these options to st.plan instead")
     if isinstance(rule_or_plan, Budget) and rule_or_plan.runtime and rule_or_plan.threads:
         require_runtime(rule_or_plan.runtime, threads=rule_or_plan.threads)
-    stages = _Stages(model, as_inputs(example_inputs), rule_or_plan, options, cache, on_progress)
+    stages = _Stages(model, as_inputs(example_inputs), rule_or_plan, options, run, on_progress)
     if isinstance(layers, Analysis):
         layers.require_model(model)
         in_memory = _in_memory(stages.batches(data))
@@ -221,9 +229,10 @@ def decide(
     if not isinstance(rule_or_plan, Plan):
         usual: Metric = "plain" if data is None else "activation"
         require_possible(analysis, rule_or_plan, options, metric=options.metric or usual)
+    stages.require_memory(analysis, data)
     batches: Iterable[Inputs] = stages.batches(data)
     if batches:
-        analysis, batches = stages.informed(analysis, layers, batches)
+        analysis, batches = stages.informed(analysis, batches)
     return Decision(analysis, stages.planned(analysis), _in_memory(batches), stages.reserved)
 
 
@@ -239,14 +248,20 @@ class _Stages:
     example: Inputs
     rule_or_plan: Rule | Plan
     options: PlanOptions
-    cache: int | None
+    run: RunOptions
     on_progress: ProgressCallback | None
     reserved: ReservedBatches = field(default_factory=ReservedBatches)
 
-    def analysed(self, selection: LayerSelection, calibration: Calibration | None = None) -> Analysis:
-        """The analysis, with statistics if there are any."""
+    def analysed(self, selection: LayerSelection) -> Analysis:
+        """The analysis, without statistics."""
         self._begin("analyse")
-        return analyze_selected(self.model, self.example, selection=selection, calibration=calibration)
+        return analyze_selected(self.model, self.example, selection=selection, device=self.run.storage.device)
+
+    def require_memory(self, bare: Analysis, data: Iterable[Any] | None) -> None:
+        """Raise `ResourceError` if all that follows needs more than is free."""
+        size = DataSize.least(data, self.example, self.run.max_batches)
+        work = Work(self.rule_or_plan, self.options.metric, self.options.forms, size, self.run)
+        estimated(self.model, self.example, [layer.unit for layer in bare], work).require()
 
     def batches(self, data: Iterable[Any] | None) -> Sequence[Inputs] | Iterator[Inputs]:
         """The calibration batches, none where no data are needed; raises as `compress` does.
@@ -256,12 +271,13 @@ class _Stages:
         if data is None or self.metrics <= {"plain"}:
             return []
         require_repeatable(self.model, self.example)
-        batches = without_labels(data, like=self.example)
+        limited = batches_of(data, what="the calibration data", max_batches=self.run.max_batches)
+        batches = without_labels(limited, like=self.example)
         first = next(batches, None)
         if first is None:
             raise DataError("the calibration data is empty; give at least one batch")
         rule = self.rule_or_plan.rule if isinstance(self.rule_or_plan, Plan) else self.rule_or_plan
-        several_passes = isinstance(rule, Budget) or "loss" in self.metrics
+        several_passes = isinstance(rule, Budget) or "loss" in self.metrics or self.run.reconstruct is True
         batches = self.reserved.taken_from(chain([first], batches))
         return list(batches) if several_passes or isinstance(data, Sequence) else batches
 
@@ -271,33 +287,30 @@ class _Stages:
         plan = self.rule_or_plan
         return {layer.metric for layer in plan.factored} if isinstance(plan, Plan) else {self.options.metric}
 
-    def informed(
-        self, bare: Analysis, selection: LayerSelection, batches: Iterable[Inputs]
-    ) -> tuple[Analysis, Iterable[Inputs]]:
+    def informed(self, bare: Analysis, batches: Iterable[Inputs]) -> tuple[Analysis, Iterable[Inputs]]:
         """The analysis with statistics of the layers that need them, and under a budget with their sensitivities.
 
         And the batches, or none where nothing can be learnt from them.
         """
         rule, model, metric = self.rule_or_plan, self.model, self.options.metric
-        budgeted, metrics = isinstance(rule, Budget), self.metrics
-        layers = _call_sites(bare, rule)
-        samples = SampleCount()
-        statistics = calibrate(model, self._reported(batches, samples), layers=layers)
+        budgeted, metrics, storage = isinstance(rule, Budget), self.metrics, self.run.storage
+        layers, samples = _call_sites(bare, rule), SampleCount()
+        reported = self._reported(batches, samples)
+        statistics = calibrate(model, reported, layers=layers, device=storage.device, offload=storage.folder)
         warn_of_few(samples, metric)
         if not samples.differ and not isinstance(rule, Plan):
             return bare, []
         if "loss" in metrics or (budgeted and metric is None):
             statistics = with_output_grads(
-                model, statistics, _in_memory(batches), layers=layers, required="loss" in metrics
+                model, statistics, _in_memory(batches), layers=layers, required="loss" in metrics, storage=storage
             )
-        analysis = self.analysed(selection, statistics)
+        self._begin("analyse")
+        analysis = with_statistics(bare, statistics)
         if not budgeted:
             return analysis, batches
-        weighed = sensitivity(
-            model, analysis, _in_memory(batches), cache=self.cache, on_progress=_progress_of("weigh", self.on_progress)
-        )
-        blocked = metric is None and _has_blocked_gradients(weighed)
-        return _without_loss_metric(weighed) if blocked else weighed, batches
+        weighing = _progress_of("weigh", self.on_progress)
+        weighed = sensitivity(model, analysis, _in_memory(batches), cache=self.run.cache, on_progress=weighing)
+        return weighed if metric else without_blocked_loss(weighed), batches
 
     def planned(self, analysis: Analysis) -> Plan:
         """The plan, with what has to be timed on this machine."""
@@ -310,7 +323,7 @@ class _Stages:
                 self.model, self.example, rule, analysis=analysis, options=options, on_progress=self.on_progress
             )
         grid = probe() if options.rank_multiple == "auto" else options.rank_multiple
-        return plan_with(analysis, rule, replace(options, rank_multiple=grid))
+        return plan_with(analysis, rule, with_changes(options, rank_multiple=grid))
 
     def _reported(self, batches: Iterable[Inputs], samples: SampleCount) -> Iterator[Inputs]:
         number = len(_in_memory(batches))  # of batches that come one by one it is not known
@@ -323,16 +336,6 @@ class _Stages:
     def _begin(self, stage: str) -> None:
         if self.on_progress is not None:
             self.on_progress(stage, 0, 1)
-
-
-def _has_blocked_gradients(analysis: Analysis) -> bool:
-    """Whether a layer matters to the outputs, but no gradient reaches it, as below `no_grad` or `detach`."""
-    without = (layer for layer in analysis if "activation" in layer.problems and "loss" not in layer.problems)
-    return "loss" in analysis.metrics and any(analysis.sensitivity.get(layer.name, 0) > 0 for layer in without)
-
-
-def _without_loss_metric(analysis: Analysis) -> Analysis:
-    return replace(analysis, metrics=tuple(metric for metric in analysis.metrics if metric != "loss"))
 
 
 def _built(
@@ -382,7 +385,7 @@ def _counted(model: nn.Module, smaller: nn.Module, plan: Plan, example: Inputs, 
         return Compressed(smaller, plan, measurement)
     if not _is_refused(plan):
         names = [name for layer in plan if not layer.frozen for name in layer.names]
-        replace_layers(model, {name: smaller.get_submodule(name) for name in names})
+        replace(model, {name: smaller.get_submodule(name) for name in names})
     return Compressed(model, plan, measurement)
 
 

@@ -20,6 +20,7 @@ from spectrim.cli import networks
 from spectrim.cli.app import app
 from spectrim.cli.loading import Preparation
 from spectrim.cli.networks import Measured
+from spectrim.planning import memory
 
 MLP = ("--model", "spectrim:mlp", "--option", "inputs=64", "--option", "width=48", "--option", "hidden=2")
 TRAINED = (*MLP, "--weights", "mlp.safetensors", "--data", "digits")
@@ -446,3 +447,20 @@ def test_help_says_that_a_factory_runs_code() -> None:
         assert result.exit_code == 0
         assert "RUNS THE CODE" in result.output
         assert "cifar_inputs" in result.output
+
+
+def test_the_memory_is_shown_without_work(run: Run, tmp_path: Path) -> None:
+    before = files(tmp_path)
+    ended = run("compress", *TRAINED, "--macs", 0.5, "--out", "small", "--estimate")
+    assert ended.code == 0, ended.err
+    assert re.search(r"At the highest +[\d.]+ [kM]B", ended.out)
+    assert {name: content for name, content in files(tmp_path).items() if "cache" not in name} == before
+
+
+def test_what_does_not_fit_is_one_message(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "free_bytes", lambda _: 1000)
+    ended = run("compress", *TRAINED, "--macs", 0.5, "--out", "small")
+    assert ended.code == 1
+    assert "of memory, and 0 MB are free" in ended.err
+    assert "Traceback" not in ended.err
+    assert not (tmp_path / "small").exists()

@@ -107,6 +107,24 @@ def test_few_vectors_are_held_until_they_are_as_many_as_the_inputs(number: int) 
     torch.testing.assert_close(moments.covariance[0], torch.cov(x.T, correction=0), rtol=1e-10, atol=1e-10)
 
 
+def test_a_wide_covariance_in_float32_loses_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(96, 64)
+    x = inputs(4000, 96) * torch.logspace(0, -3, 96) + 2
+    exact = torch.cov(x.float().double().T, correction=0)
+    W, lost = layer.weight.detach().double(), []
+    for wide in (2**30, 0):
+        monkeypatch.setattr(moments, "_WIDE", wide)
+        seen = st.calibrate(layer, x.float().split(20)).moments[""]
+        assert seen.compact.dtype is (torch.float32 if wide == 0 else torch.float64)
+        solved = ChannelDecomposition(
+            Problem(layer.weight[None], seen.compact, rounding_tolerance=seen.rounding_tolerance)
+        )
+        misses = [W - (up @ down)[0] for down, up in map(solved.factors, [(4,), (16,), (40,), (60,)])]
+        lost.append([float(((miss @ exact) * miss).sum()) for miss in misses])
+    assert lost[1] == pytest.approx(lost[0], rel=1e-4)
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("rule", [st.Rank(6), st.Ratio(1.0), st.Budget(params=0.6)], ids=str)
 def test_a_network_comes_out_as_without_the_shortcuts(

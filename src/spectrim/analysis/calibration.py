@@ -3,6 +3,7 @@
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,9 +16,13 @@ from spectrim.core.batches import batches_of, inputs_of
 from spectrim.core.distributed import Accelerator, all_reduce, if_distributed, shard
 from spectrim.core.errors import DataError, ModelError
 from spectrim.core.execution import Inputs, call, evaluating, on_device_of, temporary
+from spectrim.core.memory import IN_PLACE, Storage
 from spectrim.core.nested import fractions, joined
 from spectrim.layers.tracing import typed_layers, watching
 from spectrim.layers.types import layer_type_of
+
+POSITIONS = 64
+"""Places that are looked at in each sample, if nothing else is said."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,9 +64,11 @@ def calibrate(
     max_batches: int | None = None,
     labels: bool = False,
     layers: Collection[str] | None = None,
-    positions: int | None = 64,
+    positions: int | None = POSITIONS,
     gradients: bool = False,
     accelerator: Accelerator | None = None,
+    device: str | torch.device | None = None,
+    offload: str | Path | None = None,
 ) -> Calibration:
     """Run batches through the model and stream the statistics of every Linear and convolution layer's input.
 
@@ -81,17 +88,24 @@ def calibrate(
             as long. No labels are used.
         accelerator: An `accelerate.Accelerator`, under `torchrun`: every process is given the same batches and runs
             those that are its turn, and all get the statistics of all, equal to one process's up to rounding.
+        device: Where the statistics are added up; by default where the model is.
+        offload: A folder on a fast disk, in which statistics of 16 MiB or more are files that are mapped into memory.
+            They have no names, and their space is free again once the statistics are no longer used. The values are
+            the same.
 
     Raises:
         DataError: no batches, a batch the model cannot run, or activations that are NaN or infinite.
+        EngineError: a device that this machine does not have.
+        FileError: a folder that cannot be written to, or that has no space left.
     """
+    storage = Storage.of(device, offload)
     sums: dict[str, RunningCovariance] = {}
     gradient_sums: dict[str, RunningGradients] = {}
 
     def add_rows(name: str, layer: nn.Module, x: Tensor, output: Tensor) -> None:
         if (layers is None or name in layers) and x.is_floating_point():
             rows = layer_type_of(layer).input_rows(layer, x.detach(), output=output, positions=positions)
-            sums.setdefault(name, RunningCovariance()).add(rows, samples=samples)
+            sums.setdefault(name, RunningCovariance(storage=storage)).add(rows, samples=samples)
 
     seen = samples = 0
     with evaluating(model), watching(model, add_rows):
@@ -104,7 +118,8 @@ def calibrate(
             samples = inputs.samples
             try:
                 if gradients:
-                    add_gradients(model, inputs, layers, gradient_sums, what=f"batch {position}", hint=hint)
+                    named = {"what": f"batch {position}", "hint": hint}
+                    add_gradients(model, inputs, layers, gradient_sums, storage=storage, **named)
                 else:
                     call(model, inputs, what=f"batch {position}", hint=hint)
             except ModelError as error:
@@ -126,6 +141,7 @@ def add_gradients(
     *,
     what: str,
     hint: str = "",
+    storage: Storage = IN_PLACE,
 ) -> None:
     """Add to `sums`, by layer name, one batch's share of `Moments.output_grad_covariance`.
 
@@ -164,7 +180,9 @@ def add_gradients(
             for (name, layer, output), gradient in zip(taps, gradients, strict=True):
                 if gradient is not None:
                     rows = layer_type_of(layer).output_rows(layer, joined(gradient), positions=None)
-                    sums.setdefault(name, RunningGradients()).add(rows, samples=inputs.samples, size=output.size(0))
+                    sums.setdefault(name, RunningGradients(storage=storage)).add(
+                        rows, samples=inputs.samples, size=output.size(0)
+                    )
 
 
 def _reduced(

@@ -8,8 +8,16 @@ from torch import Tensor
 
 from spectrim.analysis.sampling import SamplingError, in_range, shrinkage
 from spectrim.core.errors import DataError
-from spectrim.linalg import Covariance, LowRankCovariance, add_covariances, matrix_of, square_of, to_float64
-from spectrim.linalg.covariance import add_outer
+from spectrim.core.memory import IN_PLACE, Storage
+from spectrim.linalg import (
+    Covariance,
+    LowRankCovariance,
+    add_covariances,
+    matrix_of,
+    square_around,
+    square_of,
+    to_float64,
+)
 
 PROBES = 2
 """Random combinations of the outputs that gradients are taken of."""
@@ -25,8 +33,8 @@ class Moments:
     Attributes:
         count: Number of input vectors.
         mean: Their mean, float64 (groups, in); a convolution's input vectors are the patches that its kernel sees.
-        compact: Their covariance (divided by `count`): a matrix in float64, or of fewer vectors than inputs of a wide
-            layer the vectors themselves, in the type in which the layer got them.
+        compact: Their covariance (divided by `count`): a matrix in float64, and of a wide layer in the type in which
+            it got its inputs, at least float32; of fewer vectors than inputs of a wide layer the vectors themselves.
         rounding_tolerance: Relative rounding error of the covariance, from the precision it was summed in.
         samples: Number of samples (images, texts) that the vectors are of.
         shrinkage: Share of the covariance, from 0 to 1, that is better exchanged for the mean variance, as in the plain
@@ -56,6 +64,11 @@ class Moments:
         compact = vars(self.compact).values() if isinstance(self.compact, LowRankCovariance) else [self.compact]
         tensors = [tensor for tensor in (*compact, self.mean, self.output_grad_covariance) if tensor is not None]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def covariance_bytes(width: int, *, vectors: int, itemsize: int) -> int:
+    """What `Moments.compact` takes of a group, from vectors of `itemsize` bytes a number: these, or the matrix."""
+    return itemsize * width * min(vectors, width) if width > _WIDE else 8 * width**2
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,13 +113,15 @@ class RunningGradients:
     count: int = 0
     total: Tensor = field(default_factory=lambda: torch.zeros(()).double())
     error: SamplingError = field(default_factory=SamplingError)
+    storage: Storage = IN_PLACE
 
     def add(self, rows: Tensor, *, samples: int, size: int) -> None:
         """Add gradients (groups, n, out) of so many samples, with respect to a layer's batch of a size."""
-        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        rows = self.storage.move(rows).to(torch.promote_types(rows.dtype, torch.float32))
         self.error.add(rows * (rows.shape[1] / size) ** 0.5, samples=samples)
         rows, scale = in_range(rows)
-        self.total = self.total + to_float64(rows.mT @ rows) / (PROBES * size) * scale**2
+        total = to_float64(rows.mT @ rows) / (PROBES * size) * scale**2
+        self.total = self.total.add_(total) if self.count else self.storage.keep(total)
         self.count += 1
 
     @property
@@ -133,16 +148,18 @@ class RunningCovariance:
     mean: Tensor = field(default_factory=lambda: torch.empty(0))
     scatter: Tensor = field(default_factory=lambda: torch.empty(0))
     batches: list[Tensor] = field(default_factory=list)
+    merged: int = 0
     centre: Tensor = field(default_factory=lambda: torch.empty(0))
     error: SamplingError = field(default_factory=SamplingError)
+    storage: Storage = IN_PLACE
 
     def add(self, rows: Tensor, *, samples: int) -> None:
         """Add input vectors (groups, n, in) of so many samples, those of each one after the other.
 
-        Products are summed in at least float32, batches are merged in float64.
+        Products are summed in at least float32; batches are merged in float64, of a wide layer in the products' type.
         """
         number, width = rows.shape[1:]
-        rows = rows.detach().to(torch.promote_types(rows.dtype, torch.float32))
+        rows = self.storage.move(rows.detach()).to(torch.promote_types(rows.dtype, torch.float32))
         self.rounding_tolerance = max(self.rounding_tolerance, 4 * torch.finfo(rows.dtype).eps)
         self.count += number
         if number:
@@ -170,12 +187,19 @@ class RunningCovariance:
         centred = rows - mean.unsqueeze(1)
         scatter, mean = centred.mT @ centred, to_float64(mean)
         if self.count == number:
-            self.mean, self.scatter = mean, to_float64(scatter)
+            # half the memory of a wide layer, whose products are in float32 in any case
+            scatter = scatter if rows.shape[2] > _WIDE else to_float64(scatter)
+            self.mean, self.scatter = mean, self.storage.keep(scatter)
             return
         shift = mean - self.mean
         # in place, since these are the largest arrays there are
         self.scatter += scatter.to(self.scatter.device)
-        self.scatter.baddbmm_(shift.unsqueeze(2), shift.unsqueeze(1), alpha=(self.count - number) * number / self.count)
+        step = shift.to(self.scatter.dtype)
+        self.scatter.baddbmm_(step.unsqueeze(2), step.unsqueeze(1), alpha=(self.count - number) * number / self.count)
+        # rounding of single sums adds up like a random walk: measured at 0.14 epsilon times the root of their number
+        self.merged += 1
+        rounding = self.merged**0.5 / 2 * torch.finfo(self.scatter.dtype).eps
+        self.rounding_tolerance = max(self.rounding_tolerance, rounding)
         self.mean = self.mean + shift * (number / self.count)
 
     def around(self, mean: Tensor) -> Tensor:
@@ -184,10 +208,11 @@ class RunningCovariance:
         return self.scatter + self.count * shift.unsqueeze(2) * shift.unsqueeze(1)
 
     def finish(self, name: str) -> Moments:
-        """The moments; `name` is for the message when they are not finite."""
-        mean, compact = self._compact() if self.batches else (self.mean, self.scatter / self.count)
+        """The moments, which take the place of the sums; `name` is for the message when they are not finite."""
+        mean, compact = self._compact() if self.batches else (self.mean, self.scatter.div_(self.count))
         values = compact if isinstance(compact, Tensor) else compact.rows
-        if not torch.isfinite(values).all():
+        # the extremes are not numbers if any entry is not, and take no memory
+        if values.numel() and not torch.isfinite(torch.stack(torch.aminmax(values))).all():
             raise DataError(f"the inputs of layer {name!r} are NaN or infinite on the calibration data; check the data")
         samples = self.error.samples
         share = shrinkage(compact, samples=samples, variation=self.variation(mean, compact))
@@ -196,11 +221,12 @@ class RunningCovariance:
     def variation(self, mean: Tensor, covariance: Covariance) -> float:
         """How much the samples differ, see `SamplingError`."""
         away = mean - self.centre.to(mean)
-        return self.error.variation(square_of(add_outer(covariance, away)))
+        return self.error.variation(square_around(covariance, away))
 
     def _compact(self) -> tuple[Tensor, LowRankCovariance]:
         """The mean, and the vectors around it."""
         mean = torch.stack([to_float64(rows).sum(dim=1) for rows in self.batches]).sum(dim=0) / self.count
         middle, root = mean.unsqueeze(1), self.count**0.5
         rows = torch.cat([((to_float64(rows) - middle) / root).to(rows.dtype) for rows in self.batches], dim=1)
-        return mean, LowRankCovariance(rows, mean.new_zeros(len(mean)))
+        self.batches = []
+        return mean, LowRankCovariance(self.storage.keep(rows), mean.new_zeros(len(mean)))

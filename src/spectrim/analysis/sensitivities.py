@@ -17,6 +17,7 @@ from spectrim.core.arguments import checked
 from spectrim.core.batches import batches_of, inputs_of
 from spectrim.core.errors import DataError, ModelError, PlanError
 from spectrim.core.execution import Inputs, ProgressCallback, call, evaluating, temporary
+from spectrim.core.memory import IN_PLACE, Storage
 from spectrim.core.nested import fractions
 from spectrim.core.plans import Metric
 from spectrim.layers.replacement import factored_at, mean_corrections, product, replace
@@ -97,6 +98,7 @@ def with_output_grads(
     *,
     layers: Collection[str] | None = None,
     required: bool = True,
+    storage: Storage = IN_PLACE,
 ) -> Calibration:
     """The statistics with the gradients' moments that the loss metric needs, from about 128 samples.
 
@@ -107,12 +109,20 @@ def with_output_grads(
     try:
         with evaluating(model):
             for position, batch in enumerate(subset(batches, samples=_GRADIENTS)):
-                add_gradients(model, batch, layers, sums, what=f"batch {position}")
+                add_gradients(model, batch, layers, sums, what=f"batch {position}", storage=storage)
     except (DataError, ModelError):
         if required:
             raise
         return statistics
     return statistics.with_output_grads({name: part for name, part in sums.items() if part.tells})
+
+
+def without_blocked_loss(analysis: Analysis) -> Analysis:
+    """The analysis, without the loss metric if a layer matters that no gradient reaches, as below `no_grad`."""
+    without = (layer for layer in analysis if "activation" in layer.problems and "loss" not in layer.problems)
+    if not any(analysis.sensitivity.get(layer.name, 0) > 0 for layer in without):
+        return analysis
+    return with_changes(analysis, metrics=tuple(metric for metric in analysis.metrics if metric != "loss"))
 
 
 def require_cache_bytes(cache: int | None) -> None:

@@ -1,6 +1,6 @@
 """Analysis: the spectrum of every unit in every metric, what it costs, and why a layer cannot be factored."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Generic, TypeVar, get_args
@@ -264,17 +264,37 @@ def analyze(
 
 
 def analyze_selected(
-    model: nn.Module, example_inputs: Any, *, selection: LayerSelection, calibration: Calibration | None = None
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    selection: LayerSelection,
+    calibration: Calibration | None = None,
+    device: torch.device | None = None,
 ) -> Analysis:
-    """As `analyze`."""
+    """As `analyze`; the weights are decomposed on `device`, by default on the model's."""
     seen = trace(model, as_inputs(example_inputs), treat_as=selection.treat_as)
     units = find_units(model, seen, selection)
-    layers = tuple(_layer(model, unit, calibration) for unit in units)
-    metrics = 1 if calibration is None else 2 + any("loss" in layer.problems for layer in layers)
-    return Analysis(layers, get_args(Metric)[:metrics], count(model, example_inputs), calibration)
+    layers = tuple(_layer(model, unit, calibration, device) for unit in units)
+    return Analysis(layers, _metrics(layers, calibration), count(model, example_inputs), calibration)
 
 
-def _layer(model: nn.Module, unit: Unit, calibration: Calibration | None) -> LayerAnalysis:
+def with_statistics(bare: Analysis, calibration: Calibration) -> Analysis:
+    """An analysis without statistics with those of a calibration; the weights are not copied again."""
+    layers = tuple(
+        LayerAnalysis(layer.unit, layer.forms, _problems(layer.unit, layer.problems["plain"].weight, calibration))
+        if layer.problems
+        else layer
+        for layer in bare
+    )
+    return replace(bare, layers=layers, metrics=_metrics(layers, calibration), calibration=calibration)
+
+
+def _metrics(layers: Sequence[LayerAnalysis], calibration: Calibration | None) -> tuple[Metric, ...]:
+    number = 1 if calibration is None else 2 + any("loss" in layer.problems for layer in layers)
+    return get_args(Metric)[:number]
+
+
+def _layer(model: nn.Module, unit: Unit, calibration: Calibration | None, device: torch.device | None) -> LayerAnalysis:
     assert isinstance(unit, SingleWeight)
     layer, forms = model.get_submodule(unit.name), tuple(form.name for form in forms_of(unit))
     for name, parameter in layer.named_parameters(recurse=False):
@@ -286,14 +306,16 @@ def _layer(model: nn.Module, unit: Unit, calibration: Calibration | None) -> Lay
     if unit.weight.geometry is None:
         return LayerAnalysis(unit, forms, {})
     # a copy, since factors may be asked for after the model has been trained on
-    kernels = layer_type_of(layer).kernels(layer).detach().clone()
+    kernels = layer_type_of(layer).kernels(layer).detach()
+    kernels = kernels.clone() if device is None else kernels.to(device, copy=True)
     if unit.skip_reason is not None:
         return LayerAnalysis(unit, forms, {}, kernels.flatten(2))
     return LayerAnalysis(unit, forms, _problems(unit, kernels, calibration))
 
 
-def _problems(unit: SingleWeight, kernels: Tensor, calibration: Calibration | None) -> dict[Metric, Problem]:
+def _problems(unit: Unit, kernels: Tensor, calibration: Calibration | None) -> dict[Metric, Problem]:
     """What there is to approximate in every metric."""
+    assert isinstance(unit, SingleWeight)
     problems: dict[Metric, Problem] = {"plain": Problem(kernels)}
     if calibration and all(site in calibration.moments for site in unit.call_sites):
         moments = [calibration.moments[site] for site in unit.call_sites]

@@ -22,7 +22,7 @@ from spectrim.layers.replacement import duplicate, factorize
 _WORSE, _NEAR, _FAR = 1.2, 0.02, 0.9
 _FURTHER, _LARGE = 3.0, 0.3
 _CLEARLY_OFF, _OVER_BUDGET = 1e-3, 5e-3
-_SAMPLES = 256
+SAMPLES = 256
 
 
 class Fidelity(Frozen):
@@ -37,7 +37,7 @@ class Fidelity(Frozen):
         predicted: The relative error that the plan's losses and sensitivities add up to, before weights are fitted
             anew; None where no sensitivities were measured.
         plain: The same of a network with the same forms and ranks, whose weights are approximated by themselves;
-            None if no other metric was used.
+            None if no other metric was used, or where a weight is so wide that this would take as long again.
     """
 
     relative_error: float = Field(ge=0)
@@ -64,10 +64,11 @@ def measured_fidelity(
     """
     layers = tuple(layer.model_copy(update={"metric": "plain"}) if layer.is_factored else layer for layer in plan)
     plain = None
-    if any(layer.metric != "plain" for layer in plan.factored):
+    wide = any(analysis[layer.name].problems["plain"].is_wide for layer in plan.factored)
+    if not wide and any(layer.metric != "plain" for layer in plan.factored):
         plain = factorize(duplicate(model), plan.model_copy(update={"layers": layers}), factors=analysis.factors)
     measured = fidelity(
-        model, small, subset(batches, samples=_SAMPLES), plain=plain, predicted=_predicted_square(plan, analysis)
+        model, small, subset(batches, samples=SAMPLES), plain=plain, predicted=_predicted_square(plan, analysis)
     )
     if measured is None:
         return None

@@ -2,6 +2,7 @@
 
 import shlex
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
@@ -21,10 +22,14 @@ from spectrim.core.files import sha256_of
 from spectrim.core.plans import Budget, Plan
 from spectrim.layers.saving import save
 from spectrim.planning.decisions import PlanOptions
+from spectrim.planning.memory import estimate_memory
+from spectrim.planning.resources import RunOptions
 from spectrim.reporting import Results, report, table, words
 from spectrim.reporting.tables import Column, Listing
 from spectrim.runtimes.rank_grid import Grid, probe
 from spectrim.runtimes.sessions import require_runtime
+
+Fitted = Literal["auto"] | bool
 
 _REPORT, _PAGE = "report.html", "spectra.html"
 
@@ -87,15 +92,13 @@ def plan_network(
     show("Apply it:", f"  {command} DIR")
 
 
-@unfolded
-def compress_network(
-    *,
-    source: Source,
-    layers: Layers,
-    goal: Goal,
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """What `spectrim compress` does: a plan instead of a rule, and whether layers are fitted."""
+
     plan: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Apply this plan instead of a rule; `spectrim plan` writes one.")
-    ] = None,
+    ] = None
     reconstruct: Annotated[
         bool | None,
         typer.Option(
@@ -103,8 +106,25 @@ def compress_network(
             help="Fit each layer to what it receives in the compressed network (default for --macs, --params, --bytes "
             "and --latency, where there is --data).",
         ),
-    ] = None,
+    ] = None
+
+    @property
+    def fitted(self) -> Fitted:
+        """As the library takes it."""
+        return "auto" if self.reconstruct is None else self.reconstruct
+
+
+@unfolded
+def compress_network(
+    *,
+    source: Source,
+    layers: Layers,
+    goal: Goal,
+    method: Method,
     test: Test = None,
+    estimate: Annotated[
+        bool, typer.Option("--estimate", help="Only show how much memory this takes; nothing is written.")
+    ] = False,
     out: Annotated[
         Path,
         typer.Option(
@@ -115,11 +135,13 @@ def compress_network(
     invocation: Invocation,
 ) -> None:
     """Make a network smaller: factor its layers, measure the result, and write it as files."""
-    edited = None if plan is None else _load_plan(plan, invocation)
+    edited = None if method.plan is None else _load_plan(method.plan, invocation)
     if edited is None:
         _check(goal, source)
-    if reconstruct and (source.data is None or (edited or goal).metric == "plain"):
+    if method.reconstruct and (source.data is None or (edited or goal).metric == "plain"):
         raise typer.BadParameter("--reconstruct needs images: give --data, and another metric than plain")
+    if estimate:
+        return _show_memory(source, layers, goal, edited=edited, fitted=method.fitted)
     files = _files(out)
     with stages() as progress, outputs(out, files) as folder:
         network = load_source(source, progress)
@@ -132,7 +154,7 @@ def compress_network(
             example_inputs=network.example,
             data=network.calibration,
             analysis=decision.analysis,
-            reconstruct="auto" if reconstruct is None else reconstruct,
+            reconstruct=method.fitted,
             cache=source.cache_bytes,
             on_progress=progress.follow,
         )
@@ -153,7 +175,7 @@ def compress_network(
     show(table(small.plan), _times(small.plan), table(compressed))
     show(_fidelity(small.fidelity), _accuracy(record, network, untested=untested))
     show_files(out, files)
-    _show_how_to_load(source, network, out=out)
+    return _show_how_to_load(source, network, out=out)
 
 
 def _write(folder: Path, small: Compressed, *, dense: Measurement, compressed: Measurement, command: str) -> Measured:
@@ -182,9 +204,28 @@ def _decide(
         data=network.calibration,
         layers=layers.selection,
         options=PlanOptions(metric=goal.metric, forms=goal.forms, rank_multiple=_rank_multiple(goal, progress)),
-        cache=source.cache_bytes,
+        run=RunOptions(cache=source.cache_bytes),
         on_progress=progress.follow,
     )
+
+
+def _show_memory(source: Source, layers: Layers, goal: Goal, *, edited: Plan | None, fitted: Fitted) -> None:
+    """The memory that `compress` takes with these options."""
+    with stages() as progress:
+        network = load_source(source, progress)
+        progress.begin("estimate")
+        estimate = estimate_memory(
+            network.model,
+            edited or goal.rule,
+            example_inputs=network.example,
+            data=network.calibration,
+            metric=goal.metric,
+            forms=goal.forms,
+            **vars(layers.selection),
+            reconstruct=fitted,
+            cache=source.cache_bytes,
+        )
+    show(table(estimate))
 
 
 def _rank_multiple(goal: Goal, progress: Stages) -> int | Grid | Literal["auto"] | None:

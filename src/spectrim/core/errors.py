@@ -48,6 +48,10 @@ class EngineError(SpectrimError, RuntimeError):
     """A runtime that cannot do what was asked: unknown, more threads than cores, outputs that change between runs."""
 
 
+class ResourceError(SpectrimError, MemoryError):
+    """Work that needs more memory than is free; the message says how much, and what would need less."""
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """`did you mean 'a' or 'b'? ` for a message, or nothing where no known name is near."""
     close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)

@@ -16,7 +16,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils.hooks import RemovableHandle
 
-from spectrim.core.errors import ModelError
+from spectrim.core.errors import FileError, ModelError
 from spectrim.core.nested import describe, from_numpy, has_ragged, map_tensors, rows, tensors
 
 ProgressCallback = Callable[[str, int, int], None]
@@ -180,6 +180,8 @@ def call(model: nn.Module, inputs: Inputs, *, what: str = "example_inputs", hint
     try:
         own = on_device_of(model, inputs)
         return model(*own.args, **own.kwargs)
+    except FileError:  # of a hook that writes, such as statistics on a full disk
+        raise
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(

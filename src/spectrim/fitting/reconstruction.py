@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.analysis.activation_cache import DEFAULT_BYTES, ActivationCache
+from spectrim.analysis.calibration import POSITIONS
 from spectrim.analysis.moments import RunningCovariance, pooled
 from spectrim.analysis.spectra import Analysis
 from spectrim.core.execution import Inputs, ProgressCallback, call
@@ -21,8 +22,6 @@ from spectrim.linalg.covariance import add_outer, solver, times
 from spectrim.linalg.problem import ridged
 
 _RIDGE, _MOST_RIDGE = 1e-2, 1e4
-_POSITIONS = 64
-"""Places looked at in each sample."""
 
 
 class _PassEnded(BaseException):
@@ -50,6 +49,14 @@ class _Seen:
     outputs: list[Tensor] = field(default_factory=list)
     residuals: list[Tensor] = field(default_factory=list)
     dense_residuals: list[Tensor] = field(default_factory=list)
+
+    def to(self, device: torch.device) -> "_Seen":
+        """On another device."""
+        inputs, outputs, *branches = (
+            [rows.to(device) for rows in own]
+            for own in (self.inputs, self.outputs, self.residuals, self.dense_residuals)
+        )
+        return _Seen(inputs, self.samples, outputs, *branches)
 
     @property
     def is_paired(self) -> bool:
@@ -176,11 +183,11 @@ def _record(
 
     def on_call(name: str, layer: nn.Module, _: Tensor, output: Tensor) -> None:
         if order[name] < end:
-            seen[name].outputs.append(layer_type_of(layer).output_rows(layer, output, positions=_POSITIONS))
+            seen[name].outputs.append(layer_type_of(layer).output_rows(layer, output, positions=POSITIONS))
 
     def on_residual(name: str, layer: nn.Module, residual: Tensor) -> None:
         if order[name] < end and name in adding:
-            seen[name].dense_residuals.append(layer_type_of(layer).output_rows(layer, residual, positions=_POSITIONS))
+            seen[name].dense_residuals.append(layer_type_of(layer).output_rows(layer, residual, positions=POSITIONS))
 
     for position, batch in enumerate(batches):
         with following(model, order, on_call=on_call, on_residual=on_residual):
@@ -209,7 +216,7 @@ def _collect(cache: ActivationCache, place: _Place, seen: Mapping[str, _Seen], b
 
     def on_call(name: str, layer: nn.Module, x: Tensor, output: Tensor) -> None:
         reached()
-        rows = layer_type_of(layer).input_rows(layer, x, output=output, positions=_POSITIONS)
+        rows = layer_type_of(layer).input_rows(layer, x, output=output, positions=POSITIONS)
         seen[name].inputs.append(rows.clone() if rows.data_ptr() == x.data_ptr() else rows)
         seen[name].samples.append(batches[position].samples)
         pending[name] -= 1
@@ -217,7 +224,7 @@ def _collect(cache: ActivationCache, place: _Place, seen: Mapping[str, _Seen], b
             raise _PassEnded
 
     def on_residual(name: str, layer: nn.Module, residual: Tensor) -> None:
-        seen[name].residuals.append(layer_type_of(layer).output_rows(layer, residual, positions=_POSITIONS))
+        seen[name].residuals.append(layer_type_of(layer).output_rows(layer, residual, positions=POSITIONS))
         raise _PassEnded
 
     for position, batch in enumerate(batches):
@@ -232,6 +239,8 @@ def _collect(cache: ActivationCache, place: _Place, seen: Mapping[str, _Seen], b
 def _fitted(small: nn.Module, place: _Place, seen: Mapping[str, _Seen], *, analysis: Analysis) -> dict[str, nn.Module]:
     """The replacement for a place, fitted to its rows in its metric, or as planned if that is no worse."""
     layer, plan = small.get_submodule(place.plan.name), place.plan
+    # where the analysis decomposes, which may be on another device than the network
+    seen = {site: rows.to(analysis[plan.name].problems["plain"].device) for site, rows in seen.items()}
     shape = layer_type_of(layer).geometry(layer).shape
     G = analysis[plan.name].problems["loss"].output if plan.metric == "loss" else None
     # a layer that stays dense stays as it is built: without a bias, moments are taken around zero
@@ -291,9 +300,11 @@ class _Fit:
             for rows, samples in zip(own.inputs, own.samples, strict=True):
                 statistics.add(rows, samples=samples)
             moments[site] = statistics.finish(site)
-        W = to_float64(layer_type_of(layer).kernels(layer)).flatten(2)
+        device = next(rows.device for own in seen.values() for rows in own.inputs)
+        W = to_float64(layer_type_of(layer).kernels(layer)).flatten(2).to(device)
         together = pooled(list(moments.values()), name=next(iter(inputs)), width=W.shape[2])
         C = together.covariance.to(W.device)
+        C = to_float64(C) if isinstance(C, Tensor) else C
         means = {site: of_site.mean.to(W.device) for site, of_site in moments.items()}
         if not biased:
             total = sum(of_site.count for of_site in moments.values())
@@ -329,7 +340,7 @@ class _Fit:
         """(out,): what makes the mean output exact for the weight `whole`, (groups, out, n); zero without a bias."""
         if not self.biased:
             return torch.zeros_like(whole[..., 0]).flatten()
-        return (_mean(targets) - (whole @ self.means[site].unsqueeze(-1)).squeeze(-1)).flatten()
+        return (_mean(targets) - (whole.to(self.dense.device) @ self.means[site].unsqueeze(-1)).squeeze(-1)).flatten()
 
 
 def _mean(batches: Sequence[Tensor]) -> Tensor:

@@ -11,9 +11,10 @@ from spectrim.linalg.covariance import (
     matrix_of,
     mean_variance,
     shrunk,
+    square_around,
     square_of,
 )
-from spectrim.linalg.problem import Decomposition, Factors, Problem, Ranks, balanced
+from spectrim.linalg.problem import Decomposition, Factors, Problem, Ranks, balanced, is_wide
 from spectrim.linalg.spatial import SpatialDecomposition
 from spectrim.linalg.spectra import FloatArray, Spectrum, spectrum, to_float64
 from spectrim.linalg.subspace import Truncated, truncate, truncate_exactly
@@ -34,10 +35,12 @@ __all__ = [
     "Tucker2Decomposition",
     "add_covariances",
     "balanced",
+    "is_wide",
     "matrix_of",
     "mean_variance",
     "shrunk",
     "spectrum",
+    "square_around",
     "square_of",
     "to_float64",
     "truncate",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from spectrim.linalg.covariance import Covariance, inner
-from spectrim.linalg.problem import Decomposition, Factors, Problem, Ranks
+from spectrim.linalg.problem import Decomposition, Factors, Problem, Ranks, is_wide
 from spectrim.linalg.spectra import FloatArray, Spectrum, over_groups
 from spectrim.linalg.subspace import leading_vectors
 
@@ -38,9 +38,36 @@ class ChannelDecomposition(Decomposition):
         """The best basis for every rank, worked out when first asked for; `near` is not needed."""
         return cls(problem)
 
+    @classmethod
+    def kept_bytes(cls, shape: Sequence[int], *, itemsize: int, rank: int | None = None) -> int:
+        """The basis, with as many columns as are asked for."""
+        columns = rank if rank is not None and _is_truncated(shape, rank) else cls.full_ranks(shape)[0]
+        return shape[0] * shape[1] * columns * (max(4, itemsize) if is_wide(shape) and columns != rank else 8)
+
+    @classmethod
+    def working_bytes(cls, shape: Sequence[int], *, vectors: int | None, rank: int | None = None) -> int:
+        """The matrices, what `torch.linalg` copies of them, and C where it is a matrix."""
+        groups, out, n = shape[0], shape[1], prod(shape[2:])
+        full, whole = min(out, n), out * n
+        is_matrix = vectors is not None and vectors >= n
+        if rank is not None and _is_truncated(shape, rank) and not is_matrix:
+            # the root in the metric as it is made, or a subspace of at most half of the space, and its Gram matrix
+            root = 0 if vectors is None else 5 * whole // 2 + vectors * (2 * out + n)
+            return 8 * max(root, full**2 + 5 * (full // 2) ** 2)
+        if vectors is None and not is_wide(shape):
+            return 8 * (groups * (whole + full * (out + n)) + 5 * full**2)
+        # QR of a tall weight, the Gram matrix with eigenvectors and LAPACK's workspace of two more
+        solved = whole + (whole + n * n if out > n else 0) + 6 * full**2
+        if is_matrix:
+            return 8 * ((groups + 1) * n * n + 2 * full * n + solved)
+        return 8 * (solved + (vectors or 0) * (full + n))
+
     @property
     def basis(self) -> Tensor:
-        """float64 (groups, out, k), k = min(out, in); each group's weight lies in its span: rank k loses nothing."""
+        """(groups, out, k), k = min(out, in); each group's weight lies in its span: rank k loses nothing.
+
+        Float64, and of a wide weight in its own type, at least float32: these are as large as the weight, and kept.
+        """
         return self._solved[0]
 
     @property
@@ -61,7 +88,7 @@ class ChannelDecomposition(Decomposition):
     def factors(self, ranks: Ranks) -> Factors:
         """(down, up), (groups, rank, in, *kernel) and (groups, out, rank), with up @ down = U_r U_r^T W."""
         truncated = self._truncated_at(ranks[0])
-        up = self.basis[:, :, : ranks[0]] if truncated is None else truncated[0]
+        up = self.basis[:, :, : ranks[0]].double() if truncated is None else truncated[0]
         down = up.mT @ self.problem.matrices
         groups, _, *sizes = self.problem.weight.shape
         return down.reshape(groups, ranks[0], *sizes), self.problem.unweighted(up)
@@ -79,13 +106,13 @@ class ChannelDecomposition(Decomposition):
         problem = self.problem
         if problem.covariance is None:
             bases, values = _left_vectors(problem.matrices, wide=problem.is_wide)
-            return bases, over_groups(values)
+            return bases.to(self._kept_type), over_groups(values)
         each = zip(problem.matrices, problem.covariances, strict=True)
         solved = [
             _metric_basis(weight, C, tolerance=problem.rounding_tolerance, wide=problem.is_wide) for weight, C in each
         ]
         bases, values = (torch.stack(parts) for parts in zip(*solved, strict=True))
-        return bases, over_groups(values)
+        return bases.to(self._kept_type), over_groups(values)
 
     def _truncated_at(self, rank: int) -> tuple[Tensor, float] | None:
         """The first columns of the bases, (groups, out, rank), and their energy; None where all are to be worked out.
@@ -93,15 +120,25 @@ class ChannelDecomposition(Decomposition):
         So they are where they are known already, where the weight is not wide or the rank not small, and where the
         outputs do not vary in so many directions.
         """
-        if "_solved" in self.__dict__ or not self.problem.is_wide or 8 * rank > self.full_ranks(self._shape)[0]:
+        if "_solved" in self.__dict__ or not _is_truncated(self._shape, rank):
             return None
         if rank not in self._truncated:
             self._truncated[rank] = _truncate(self.problem, rank)
         return self._truncated[rank]
 
     @property
+    def _kept_type(self) -> torch.dtype:
+        weight = self.problem.weight
+        return torch.promote_types(weight.dtype, torch.float32) if self.problem.is_wide else torch.float64
+
+    @property
     def _shape(self) -> torch.Size:
         return self.problem.weight.shape
+
+
+def _is_truncated(shape: Sequence[int], rank: int) -> bool:
+    """Whether the weight is wide, and the rank so small that it is worked out without the others."""
+    return is_wide(shape) and 8 * rank <= ChannelDecomposition.full_ranks(shape)[0]
 
 
 def _truncate(problem: Problem, rank: int) -> tuple[Tensor, float] | None:

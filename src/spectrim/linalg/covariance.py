@@ -73,6 +73,12 @@ def square_of(C: Covariance) -> float:
     return float(gram.square().sum() + (2 * ridge * trace + C.rows.shape[-1] * ridge.square()).sum())
 
 
+def square_around(C: Covariance, v: Tensor) -> float:
+    """The squared Frobenius norm of C + v v^T, v (groups, n), which is not formed."""
+    row = v.unsqueeze(1)
+    return square_of(C) + float((2 * (times(row, C) * row).sum(dim=(1, 2)) + v.square().sum(dim=1).square()).sum())
+
+
 def shrunk(C: Covariance, share: float) -> Covariance:
     """C with a share of it exchanged for its mean variance, or for 1 where that is 0."""
     if not share:
@@ -81,7 +87,8 @@ def shrunk(C: Covariance, share: float) -> Covariance:
     by = share * torch.where(mean > 0, mean, torch.ones_like(mean))
     if isinstance(C, LowRankCovariance):
         return LowRankCovariance(C.rows * (1 - share) ** 0.5, (1 - share) * C.ridge + by.to(C.ridge.device))
-    part = to_float64(C) * (1 - share)
+    part = to_float64(C)
+    part = part * (1 - share) if part is C or C.dtype == part.dtype else part.mul_(1 - share)
     part.diagonal(dim1=-2, dim2=-1).add_(by.unsqueeze(-1))
     return part
 
@@ -89,7 +96,7 @@ def shrunk(C: Covariance, share: float) -> Covariance:
 def times(M: Tensor, C: Covariance) -> Tensor:
     """M C in float64, of M (groups, k, n)."""
     if isinstance(C, Tensor):
-        return M @ C
+        return M @ C.to(M.dtype)
     rows = to_float64(C.rows)
     return (M @ rows.mT) @ rows + C.ridge[:, None, None] * M
 

@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import prod
 from typing import Self
 
 import numpy as np
@@ -20,9 +21,14 @@ Ranks = tuple[int, ...]
 Factors = tuple[Tensor, ...]
 """The factors of one layer from its input to its output, each with the groups first."""
 
-_FLOOR = 1e-7
+_FLOOR, _BLOCK = 1e-7, 1024
 _WIDE = 2**22
 """Entries of a matrix above which a full singular value decomposition takes minutes, and copies are not kept."""
+
+
+def is_wide(shape: Sequence[int]) -> bool:
+    """Whether a full decomposition of a weight (groups, out, in, *kernel) takes minutes."""
+    return prod(shape[1:]) > _WIDE
 
 
 class Decomposition(ABC):
@@ -60,6 +66,22 @@ class Decomposition(ABC):
     def factors(self, ranks: Ranks) -> Factors:
         """The factors of these ranks."""
 
+    @classmethod
+    def kept_bytes(cls, shape: Sequence[int], *, itemsize: int, rank: int | None = None) -> int:
+        """What a decomposition of a weight with numbers of `itemsize` bytes keeps: its bases.
+
+        With `rank` only that one is asked for, without all the others being worked out.
+        """
+        return 8 * prod(shape)
+
+    @classmethod
+    def working_bytes(cls, shape: Sequence[int], *, vectors: int | None, rank: int | None = None) -> int:
+        """What is held at most while it is worked out, what is kept of it aside.
+
+        `vectors` is how many the covariance is made of; None in the plain metric.
+        """
+        return 8 * (6 * prod(shape) + (0 if vectors is None else 4 * shape[0] * prod(shape[2:]) ** 2))
+
     def tail_at(self, ranks: Ranks) -> float:
         """Energy lost at `ranks`; between the ranks of a coarse grid that of the next smaller ones, if there are."""
         below = (self.rank_grid(self.problem.weight.shape) <= np.array(ranks)).all(axis=1)
@@ -90,7 +112,12 @@ class Problem:
     @property
     def is_wide(self) -> bool:
         """Whether a full decomposition takes minutes."""
-        return self.weight[0].numel() > _WIDE
+        return is_wide(self.weight.shape)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the algebra is done: that of the weight if it has float64."""
+        return to_float64(self.weight[:0]).device
 
     @property
     def matrices(self) -> Tensor:
@@ -107,9 +134,9 @@ class Problem:
 
     @property
     def shrunk_covariance(self) -> Covariance:
-        """C with its share exchanged, on the device of `matrices`; not of the plain metric. Large, so never kept."""
+        """C with its share exchanged, on `device`; not of the plain metric. Large, so never kept."""
         assert self.covariance is not None
-        return shrunk(self.covariance, self.shrinkage).to(self.matrices.device)
+        return shrunk(self.covariance, self.shrinkage).to(self.device)
 
     @property
     def roots(self) -> Sequence[Tensor] | None:
@@ -135,11 +162,11 @@ class Problem:
 
     @property
     def metric(self) -> Tensor:
-        """C with its share exchanged, as matrices in float64, (groups, n, n), on the device of `matrices`."""
+        """C with its share exchanged, as matrices in float64, (groups, n, n), on `device`."""
         if self.covariance is not None:
             return matrix_of(self.shrunk_covariance)
-        groups, _, n = self.matrices.shape
-        return torch.eye(n, dtype=torch.float64, device=self.matrices.device).expand(groups, n, n)
+        groups, _, n = self.weight.flatten(2).shape
+        return torch.eye(n, dtype=torch.float64, device=self.device).expand(groups, n, n)
 
     @property
     def metrics(self) -> Sequence[Tensor | None]:
@@ -162,11 +189,17 @@ class Problem:
 
     def seen_error(self, product: Tensor | int) -> float:
         """The energy that a product (groups, out, n), or 0, loses on the very inputs that C was taken from."""
-        lost = to_float64(self.weight).flatten(2) - product
-        if self.covariance is None:
-            return float(lost.square().sum())
-        C = self.covariance.to(lost.device)
-        return float((times(lost, C if isinstance(C, LowRankCovariance) else to_float64(C)) * lost).sum())
+        C, weight = self.covariance, self.weight.flatten(2)
+        if isinstance(product, int):
+            product = weight.new_zeros(()).expand(weight.shape)
+        if C is not None:
+            C = C.to(self.device) if isinstance(C, LowRankCovariance) else to_float64(C.to(self.device))
+        energy = 0.0
+        # by blocks of outputs, since the difference of the whole matrices may be the largest array of all
+        for dense, low in zip(weight.split(_BLOCK, dim=1), product.split(_BLOCK, dim=1), strict=True):
+            lost = to_float64(dense) - low
+            energy += float(((lost if C is None else times(lost, C)) * lost).sum())
+        return energy
 
     def unweighted(self, last: Tensor) -> Tensor:
         """G^-1/2 times the last factor (groups, out, ..), back from the metric of `matrices`."""

@@ -7,7 +7,7 @@ form. Everything is for one group, in float64.
 """
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import ClassVar, Self, cast
@@ -35,6 +35,22 @@ class SharedProjection(Decomposition):
     problem: Problem
     basis: Tensor
     first_shared: ClassVar[int]
+
+    @classmethod
+    def kept_bytes(cls, shape: Sequence[int], *, itemsize: int, rank: int | None = None) -> int:
+        """The start."""
+        P, Q = prod(shape[2 : cls.first_shared]), prod(shape[cls.first_shared :])
+        return 8 * shape[0] * min(P, shape[1] * Q) * P
+
+    @classmethod
+    def working_bytes(cls, shape: Sequence[int], *, vectors: int | None, rank: int | None = None) -> int:
+        """The metric with its floor and its Cholesky factor, and of one group T A, T A T^T and its factor."""
+        groups, out, n = shape[0], shape[1], prod(shape[2:])
+        P, Q = prod(shape[2 : cls.first_shared]), prod(shape[cls.first_shared :])
+        rows = min(P, out * Q) * Q
+        if vectors is None:
+            return 8 * (2 * groups * out * n + 3 * out * rows + 5 * P * P)
+        return 8 * (3 * groups * n * n + 2 * rows * n + 3 * rows * rows + 3 * out * max(rows, n) + 5 * P * P)
 
     @abstractmethod
     def fit(self, M: Tensor, A: Tensor | None, V: Tensor, rank: int) -> tuple[tuple[Tensor, ...], Tensor]:

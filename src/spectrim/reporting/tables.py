@@ -19,6 +19,7 @@ from spectrim.core.errors import DataError
 from spectrim.core.plans import Cost, LayerPlan, Metric, Plan
 from spectrim.linalg import Spectrum
 from spectrim.planning.decisions import listed
+from spectrim.planning.memory import MemoryEstimate
 from spectrim.reporting import words
 from spectrim.reporting.results import Changes, ClassChange, Published, PublishedPoint, Results, Tally, Variant
 
@@ -126,12 +127,12 @@ def _clean(cell: str) -> str:
     return "".join(sign if sign.isprintable() or sign == "\n" else "�" for sign in cell)
 
 
-Showable = Analysis | Plan | Measurement | Results
+Showable = Analysis | Plan | Measurement | Results | MemoryEstimate
 
 
 @checked
 def table(value: Showable) -> Listing:
-    """A table of an `Analysis`, `Plan`, `Measurement` or `Results`, to be printed by a `rich.console.Console`.
+    """A table of an `Analysis`, `Plan`, `Measurement`, `Results` or `MemoryEstimate`, for a `rich.console.Console`.
 
     It fits itself to the console: columns that matter less are left out, and named below, before a number would break.
     Raises `DataError` for any other value.
@@ -145,7 +146,11 @@ def table(value: Showable) -> Listing:
             return _of_measurement(value)
         case Results():
             return _of_results(value)
-    raise DataError(f"a table shows an Analysis, a Plan, a Measurement or Results, and got {type(value).__name__}")
+        case MemoryEstimate():
+            return _of_memory(value)
+    raise DataError(
+        f"a table shows an Analysis, Plan, Measurement, Results or MemoryEstimate, and got {type(value).__name__}"
+    )
 
 
 @checked
@@ -154,6 +159,16 @@ def text(value: Showable, *, width: int = 100) -> str:
     printed = io.StringIO()
     Console(file=printed, width=width, color_system=None, legacy_windows=False).print(table(value))
     return "\n".join(line.rstrip() for line in printed.getvalue().splitlines())
+
+
+def _of_memory(estimate: MemoryEstimate) -> Listing:
+    parts = {name.capitalize(): getattr(estimate, name) for name in estimate.PARTS}
+    rows = {**parts, "At the highest": estimate.peak, "Free": estimate.available}
+    columns = (Column("", number=False), Column("Memory"))
+    note = "Not all parts are held together, and the model is not counted."
+    widest = f" The layer that takes most is {estimate.widest}." if estimate.widest else ""
+    cells = tuple((name, words.size(number)) for name, number in rows.items())
+    return Listing("Memory that this takes", columns, cells, frozenset({len(parts)}), note + widest)
 
 
 def _of_analysis(analysis: Analysis) -> Listing:

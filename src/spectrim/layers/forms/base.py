@@ -84,6 +84,14 @@ class Form(ABC):
         own rank, and save finding one: `near`.
         """
 
+    def kept_bytes(self, unit: Unit, *, rank: int | None = None) -> int:
+        """Bytes of a decomposition, or of what it keeps for one rank; 0 where that is not known."""
+        return 0
+
+    def working_bytes(self, unit: Unit, *, vectors: int | None, rank: int | None = None) -> int:
+        """Bytes held at most while it is worked out in the metric of so many vectors; None is the plain metric."""
+        return 0
+
     @abstractmethod
     def build(self, layer: nn.Module, *, layer_type: LayerType, ranks: Ranks, bias: bool) -> FactoredLayer:
         """An unset replacement for `layer`, with its options, device, type and flags. Draws no random numbers."""
@@ -137,6 +145,13 @@ class SingleWeightForm(Form):
         macs = sum(number * places for number, places in zip(params, positions, strict=True))
         biases = weight.bias_cost.params if bias else 0
         return RankCosts(self.name, ranks, np.asarray(sum(params, start=biases)), np.asarray(macs))
+
+    def kept_bytes(self, unit: Unit, *, rank: int | None = None) -> int:
+        (weight,) = unit.weights
+        return self.decomposition.kept_bytes(_geometry(unit).shape, itemsize=weight.itemsize, rank=rank)
+
+    def working_bytes(self, unit: Unit, *, vectors: int | None, rank: int | None = None) -> int:
+        return self.decomposition.working_bytes(_geometry(unit).shape, vectors=vectors, rank=rank)
 
     def decompose(self, problem: Problem, *, near: Factors = ()) -> Decomposition:
         return self.decomposition.of(problem, near=near)

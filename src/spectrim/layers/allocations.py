@@ -1,0 +1,79 @@
+"""What a pass through a network allocates."""
+
+import weakref
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from spectrim.core.execution import Inputs, call, evaluating
+from spectrim.core.nested import tensors
+
+
+@dataclass(frozen=True)
+class Allocations:
+    """Bytes of the tensors of one pass over the example, without gradients.
+
+    Attributes:
+        alive: The most that are alive together.
+        total: All of them.
+        operator: The most that one operator reads and writes, which it may copy into a layout of its own.
+        outputs: Those that the network returns.
+    """
+
+    alive: int
+    total: int
+    operator: int
+    outputs: int
+
+    @classmethod
+    def of(cls, model: nn.Module, example: Inputs) -> "Allocations":
+        """Run the model once."""
+        counter = _AllocationCounter(model)
+        with evaluating(model), counter:
+            outputs = call(model, example)
+        return cls(counter.most, counter.total, counter.operator, sum(tensor.nbytes for tensor in tensors(outputs)))
+
+
+class _AllocationCounter(TorchDispatchMode):
+    """Counts the memory of new tensors, and takes it off again where it is freed."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.alive = self.most = self.total = self.operator = 0
+        self._weights = {_storage_of(tensor) for tensor in (*model.parameters(), *model.buffers())}
+        self._known = set(self._weights)
+
+    def __torch_dispatch__(
+        self, operator: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Run the operator, and look at what it gives."""
+        result = operator(*args, **(kwargs or {}))
+        used = (tensor for tensor in tensors((args, kwargs, result)) if _storage_of(tensor) not in self._weights)
+        self.operator = max(self.operator, sum(tensor.nbytes for tensor in used))
+        for tensor in tensors(result):
+            key = _storage_of(tensor)
+            if key not in self._known:
+                storage = tensor.untyped_storage()
+                self._known.add(key)
+                self._count(storage.nbytes())
+                weakref.finalize(storage, self._forget, key, storage.nbytes())
+        return result
+
+    def _count(self, size: int) -> None:
+        self.alive, self.total = self.alive + size, self.total + size
+        self.most = max(self.most, self.alive)
+
+    def _forget(self, key: int | None, size: int) -> None:
+        self._known.discard(key)
+        self.alive -= size
+
+
+def _storage_of(tensor: Tensor) -> int | None:
+    """What tells a tensor's memory from that of others; None for a tensor without its own, as a sparse one."""
+    with suppress(RuntimeError, NotImplementedError):
+        return int(tensor.untyped_storage()._cdata)
+    return None
