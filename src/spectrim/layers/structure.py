@@ -61,7 +61,7 @@ def structure_of(model: nn.Module) -> Structure:
     """Describe the factored layers of `model`.
 
     Raises:
-        ModelError: a factor that is no ordinary layer, as one with an adapter.
+        ModelError: a factor that is no ordinary layer, as one with an adapter, or a piece of one.
     """
     low_rank: dict[str, LowRank] = {}
     same_layer: dict[str, str] = {}
@@ -104,10 +104,16 @@ def rebuild(model: nn.Module, structure: Structure, *, origin: str) -> None:
 
 def _require_ordinary_factors(name: str, layer: FactoredLayer) -> None:
     for part in layer.chain:
-        if find_layer_type(part) is None:
+        layer_type = find_layer_type(part)
+        if layer_type is None:
             raise ModelError(
                 f"{name} has a {type(part).__name__} of {type(part).__module__} among its factors, which cannot be "
                 "saved in a factored layer; merge adapters first (merge_and_unload() of PEFT), or save them alone"
+            )
+        if (weight := part.get_parameter("weight")).ndim != layer_type.weight_dims:
+            raise ModelError(
+                f"{name} has a factor with a weight {list(weight.shape)}, as FSDP and DeepSpeed ZeRO-3 keep a piece of "
+                "it in each process; save a model that has its whole weights"
             )
 
 
