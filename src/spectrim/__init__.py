@@ -13,6 +13,7 @@ from spectrim.compression import Compressed, compress
 from spectrim.core import errors
 from spectrim.core.plans import Budget, Cost, Energy, LatencyNote, LayerPlan, Plan, Rank, Ratio
 from spectrim.export import Exported, export_onnx, export_openvino, export_program
+from spectrim.integrations.registration import register
 from spectrim.layers.forms import (
     LowRankConv1d,
     LowRankConv2d,
@@ -54,6 +55,8 @@ from spectrim.training import Finetuned, History, finetune
 __version__ = "0.1.0"
 
 sys.modules[f"{__name__}.errors"] = errors  # `from spectrim.errors import ModelError` works as well
+register()
+del register
 
 __all__ = [
     "Accuracy",

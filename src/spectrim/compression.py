@@ -46,11 +46,9 @@ from spectrim.runtimes.sessions import require_runtime
 class Compressed:
     """A compressed model, the plan it was made by, and what it costs against its dense self.
 
-    Times are measured under a budget of latency only, and stand in `plan.latency`.
-
     Attributes:
         model: An ordinary module.
-        plan: Form and ranks of every layer.
+        plan: Form and ranks of every layer; under a budget of latency with the times that were measured.
         measurement: Counted costs, with their ratios to the dense network's.
         fidelity: How near its outputs are to the dense network's on up to 256 calibration samples, kept aside where
             there are 16 batches or more; None without data, where the shapes of the outputs depend on values, or where
@@ -223,8 +221,7 @@ def decide(
     stages = _Stages(model, as_inputs(example_inputs), rule_or_plan, options, run, on_progress)
     if isinstance(layers, Analysis):
         layers.require_model(model)
-        in_memory = _in_memory(stages.batches(data))
-        return Decision(layers, stages.planned(layers), in_memory, stages.reserved)
+        return stages.decided(layers, stages.batches(data))
     analysis = stages.analysed(layers)
     if not isinstance(rule_or_plan, Plan):
         usual: Metric = "plain" if data is None else "activation"
@@ -233,7 +230,7 @@ def decide(
     batches: Iterable[Inputs] = stages.batches(data)
     if batches:
         analysis, batches = stages.informed(analysis, batches)
-    return Decision(analysis, stages.planned(analysis), _in_memory(batches), stages.reserved)
+    return stages.decided(analysis, batches)
 
 
 def _in_memory(batches: Iterable[Inputs]) -> Sequence[Inputs]:
@@ -324,6 +321,10 @@ class _Stages:
             )
         grid = probe() if options.rank_multiple == "auto" else options.rank_multiple
         return plan_with(analysis, rule, with_changes(options, rank_multiple=grid))
+
+    def decided(self, analysis: Analysis, batches: Iterable[Inputs]) -> Decision:
+        """The plan, and what it was made on."""
+        return Decision(analysis, self.planned(analysis), _in_memory(batches), self.reserved)
 
     def _reported(self, batches: Iterable[Inputs], samples: SampleCount) -> Iterator[Inputs]:
         number = len(_in_memory(batches))  # of batches that come one by one it is not known

@@ -89,6 +89,18 @@ def test_saving_again_needs_no_memory_of_the_old_file(tmp_path: Path) -> None:
         assert torch.equal(loaded(X), before)
 
 
+def test_a_factor_that_is_no_ordinary_layer(tmp_path: Path) -> None:
+    model = compressed()
+    model[0].up = nn.Sequential(model[0].up)  # as adapters wrap it
+    with pytest.raises(errors.ModelError, match="merge adapters first"):
+        st.save(model, tmp_path)
+    model = compressed()
+    model[0].up.weight = nn.Parameter(torch.empty(0))  # as DeepSpeed leaves it
+    with pytest.raises(errors.ModelError, match="whole weights"):
+        st.save(model, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 class TestDamage:
     def test_a_missing_file(self, tmp_path: Path) -> None:
         with pytest.raises(errors.FileError, match="missing"):

@@ -1,1 +1,1 @@
-"""Spectrim inside other frameworks; each module needs its extra, and nothing else imports it."""
+"""Spectrim inside other frameworks; each module but `registration` needs its extra, and only that imports one."""

@@ -40,6 +40,7 @@ class ProductTensor(Tensor):
     """
 
     _multiply: Callable[[], Tensor]
+    _is_hf_initialized = True  # transformers writes random numbers into weights that do not say so
 
     @staticmethod
     def __new__(cls, multiply: Callable[[], Tensor], *, like: Tensor, shape: torch.Size) -> "ProductTensor":

@@ -4,48 +4,23 @@ import hashlib
 import json
 import warnings
 from pathlib import Path
-from typing import Annotated, Literal
 
 import torch
-from pydantic import Field, field_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from spectrim.core.arguments import checked
-from spectrim.core.errors import FileError, ModelError, PlanError
+from spectrim.core.errors import FileError, ModelError
 from spectrim.core.execution import device_of, unique_tensors
-from spectrim.core.files import Frozen, parse, write_atomically
-from spectrim.layers.factored import low_rank_layers
-from spectrim.layers.forms import form_named
-from spectrim.layers.replacement import duplicate, names_of, replace
-from spectrim.layers.types import find_layer_type, layer_type_of
+from spectrim.core.files import parse, write_atomically
+from spectrim.layers.replacement import duplicate
+from spectrim.layers.structure import Structure, rebuild, structure_of
 
 _KEY = "spectrim"
 
 
-class _LowRank(Frozen):
-    shape: tuple[int, ...]
-    form: str
-    ranks: tuple[Annotated[int, Field(ge=1)], ...]
-    bias: bool
-    layer_type: str | None = None
-    overrides: tuple[str, ...] = ()
-    options: dict[str, str] = Field(default_factory=dict)
-
-    @field_validator("form")
-    @classmethod
-    def _known(cls, name: str) -> str:
-        try:
-            return form_named(name).name
-        except PlanError as error:
-            raise ValueError(str(error)) from error
-
-
-class _Structure(Frozen):
-    version: Literal[1] = 1
-    low_rank: dict[str, _LowRank]
-    same_layer: dict[str, str]
+class _Header(Structure):
     same_tensor: dict[str, str]
     digest: str
 
@@ -67,24 +42,12 @@ def save(model: nn.Module, path: str | Path) -> Path:
         if tensor.is_meta or tensor.is_quantized or tensor.layout != torch.strided:
             raise ModelError(f"{name} is a {tensor.layout} tensor on {tensor.device}, which cannot be saved")
     stored = {name: tensor.detach().to("cpu").contiguous().clone() for name, tensor in tensors.items()}
-    low_rank: dict[str, _LowRank] = {}
-    same_layer: dict[str, str] = {}
-    for name, module in low_rank_layers(model).items():
-        dense = module.empty_dense()
-        layer_type = layer_type_of(dense)
-        low_rank[name] = _LowRank(
-            shape=tuple(dense.get_parameter("weight").shape),
-            form=module.form,
-            ranks=module.ranks,
-            bias=module.bias is not None,
-            layer_type=layer_type.name,
-            overrides=layer_type.overrides(dense),
-            options=_options_of(dense),
-        )
-        same_layer |= dict.fromkeys(names_of(model, module)[1:], name)
-    structure = _Structure(low_rank=low_rank, same_layer=same_layer, same_tensor=aliases, digest=_digest(stored))
+    structure = structure_of(model)
+    header = _Header(
+        low_rank=structure.low_rank, same_layer=structure.same_layer, same_tensor=aliases, digest=_digest(stored)
+    )
     # one entry only: safetensors writes several in random order, and equal models shall give equal files
-    metadata = {_KEY: structure.model_dump_json()}
+    metadata = {_KEY: header.model_dump_json()}
     return write_atomically(_file(path), lambda part: save_file(stored, part, metadata=metadata))
 
 
@@ -103,26 +66,16 @@ def load(path: str | Path, model: nn.Module) -> nn.Module:
         FileError: a missing, cut, changed or foreign file, or one for another network.
     """
     path = _file(path)
-    structure, tensors = _read(path)
+    header, tensors = _read(path)
     rebuilt = duplicate(model)
-    replacements: dict[str, nn.Module] = {}
-    for name, layer in structure.low_rank.items():
-        dense, form = _dense_at(rebuilt, name, layer, path), form_named(layer.form)
-        replacements[name] = form.build(dense, layer_type=layer_type_of(dense), ranks=layer.ranks, bias=layer.bias)
-    for name, first in structure.same_layer.items():
-        replacements[name] = replacements[first]
-    replace(rebuilt, replacements)
-    _fill(rebuilt, tensors, structure.same_tensor, path)
+    rebuild(rebuilt, header, origin=str(path))
+    _fill(rebuilt, tensors, header.same_tensor, path)
     broken = [
-        name for name, tensor in tensors.items() if name.startswith(tuple(structure.low_rank)) and _is_broken(tensor)
+        name for name, tensor in tensors.items() if name.startswith(tuple(header.low_rank)) and _is_broken(tensor)
     ]
     if broken:
         warnings.warn(f"{path} holds NaN or infinite values in {broken[0]}; they were saved so", stacklevel=3)
     return rebuilt
-
-
-def _options_of(dense: nn.Module) -> dict[str, str]:
-    return {name: str(getattr(dense, name)) for name in layer_type_of(dense).options}
 
 
 def _is_broken(tensor: Tensor) -> bool:
@@ -134,7 +87,7 @@ def _file(path: str | Path) -> Path:
     return path / "model.safetensors" if path.is_dir() else path
 
 
-def _read(path: Path) -> tuple[_Structure, dict[str, Tensor]]:
+def _read(path: Path) -> tuple[_Header, dict[str, Tensor]]:
     try:
         with safe_open(path, framework="pt") as opened:
             metadata = opened.metadata() or {}
@@ -144,37 +97,10 @@ def _read(path: Path) -> tuple[_Structure, dict[str, Tensor]]:
         raise FileError(f"cannot read {path}: {error}; it is missing, cut short, or not a safetensors file") from error
     if _KEY not in metadata:
         raise FileError(f"{path} was not written by spectrim.save; load a plain state with safetensors.torch.load_file")
-    structure = parse(_Structure, metadata[_KEY], origin=f"the header of {path}")
-    if structure.digest != _digest(tensors):
+    header = parse(_Header, metadata[_KEY], origin=f"the header of {path}")
+    if header.digest != _digest(tensors):
         raise FileError(f"{path} was changed after it was saved (its checksum differs); save the model again")
-    return structure, tensors
-
-
-def _dense_at(model: nn.Module, name: str, layer: _LowRank, path: Path) -> nn.Module:
-    try:
-        module = model.get_submodule(name)
-    except AttributeError:
-        module = nn.Identity()
-    layer_type, weight = find_layer_type(module), module._parameters.get("weight")
-    fits = layer_type is not None and weight is not None and tuple(weight.shape) == layer.shape
-    if not fits or layer_type is None or layer.layer_type not in (None, layer_type.name):
-        raise FileError(
-            f"{path} is for another network: it wants a layer with a weight {list(layer.shape)} at {name!r}, "
-            f"and {type(model).__name__} has {module if not isinstance(module, nn.Identity) else 'none'}"
-        )
-    if own := set(layer_type.overrides(module)) - set(layer.overrides):
-        raise FileError(
-            f"{path} is for another network: {name!r} of {type(model).__name__} has a {min(own)} of its own "
-            f"({type(module).__name__}), which the layer that was saved did not have"
-        )
-    own_options = _options_of(module)
-    for option, value in layer.options.items():
-        if own_options.get(option) != value:
-            raise FileError(
-                f"{path} is for another network: the layer {name!r} was saved with {option}={value}, and that of "
-                f"{type(model).__name__} has {option}={own_options.get(option)}"
-            )
-    return module
+    return header, tensors
 
 
 def _fill(model: nn.Module, tensors: dict[str, Tensor], aliases: dict[str, str], path: Path) -> None:

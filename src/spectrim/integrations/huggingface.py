@@ -1,0 +1,242 @@
+"""Hugging Face folders: `save_pretrained` and `from_pretrained` of transformers, for models with factored layers.
+
+`import spectrim` imports this module as soon as transformers is imported, before or after it. Then every
+`PreTrainedModel` with factored layers has an `hf_quantizer`, which transformers asks for whatever it saves: it puts the
+structure into `config.json` as `quantization_config`, with the `quant_method` "spectrim", and next to the factors of
+each layer one number under the name of the dense weight. A program that does not import spectrim stops at the wrong
+size of that number, where it would only warn of weights that are missing, and make random ones.
+
+Tested with transformers 4.57.6, 5.17 and 5.24, accelerate 1.15 and PEFT 0.21, in one process. Folders of 4.57 are read
+by 5.24, and the other way round.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+import transformers
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers.modeling_utils import PreTrainedModel
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from spectrim.core.errors import FileError, ModelError
+from spectrim.core.execution import unique_tensors
+from spectrim.core.files import parse
+from spectrim.layers.factored import low_rank_layers
+from spectrim.layers.structure import Structure, rebuild, structure_of
+
+_METHOD = "spectrim"
+_MAJOR = int(transformers.__version__.partition(".")[0])
+if _MAJOR >= 5:
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key, revert_weight_conversion
+_WAY_OUT = "keep it with st.save(model, path), or make it dense: st.merge(model).save_pretrained(folder)"
+
+
+@register_quantization_config(_METHOD)
+class FactoredConfig(QuantizationConfigMixin):
+    """The `quantization_config` of a model with factored layers.
+
+    Attributes:
+        structure: A `Structure` as JSON.
+        quant_method: `spectrim`.
+    """
+
+    def __init__(self, structure: dict[str, Any], quant_method: str = _METHOD) -> None:
+        self.structure = structure
+        self.quant_method: Any = quant_method
+
+
+@register_quantizer(_METHOD)
+class FactoredQuantizer(HfQuantizer):
+    """Builds factored layers before weights are loaded, and describes those of a model that is saved.
+
+    For transformers all that changes layers between a configuration and its weights is a quantizer; no bits are lost.
+    """
+
+    quantization_config: FactoredConfig
+    requires_calibration = True  # refuses a FactoredConfig for a folder of dense weights
+    is_trainable = True
+    is_qat_trainable = True
+    is_compileable = True
+
+    def is_serializable(self, safe_serialization: Any = None) -> bool:
+        """Whether the model can be saved.
+
+        Raises:
+            ModelError: transformers is too old to be told what to write.
+        """
+        if not hasattr(HfQuantizer, "get_state_dict_and_metadata"):
+            raise ModelError(f"this version of transformers cannot save factored layers, 4.57 can; or {_WAY_OUT}")
+        return True
+
+    def get_state_dict_and_metadata(
+        self, model: Any, safe_serialization: Any = None
+    ) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
+        """What `save_pretrained` is to write; sets the model's `quantization_config`, or removes one that is not true.
+
+        Raises:
+            ModelError: factored layers that are tied to others, have adapters in them, or that transformers 5 splits
+                in files.
+        """
+        if getattr(model, "_hf_peft_config_loaded", False):  # of which only the adapter is saved
+            return None, {}
+        structure = structure_of(model)
+        _require_untied(model, structure)
+        stored = _names_in_file(model, list(structure.low_rank))
+        state: dict[str, Tensor] = model.state_dict()
+        if structure.low_rank and _MAJOR < 5 and any(tensor.is_meta for tensor in state.values()):
+            raise ModelError("transformers 4 cannot save factored layers that are offloaded; load without device_map")
+        for module in model.modules():
+            if _is_described(module):
+                del module.config.quantization_config
+                vars(module.config).pop("_pre_quantization_dtype", None)  # transformers 4 fails to write it alone
+        if not structure.low_rank:
+            return None, {}
+        described = Structure(
+            low_rank={stored[name]: layer for name, layer in structure.low_rank.items()}, same_layer={}
+        )
+        model.config.quantization_config = FactoredConfig(described.model_dump(mode="json"))
+        markers = {f"{name}.weight": torch.full((1,), torch.nan) for name in structure.low_rank}
+        return state | markers, {}
+
+    def update_missing_keys(self, model: Any, missing_keys: list[str], base_model_prefix: str) -> list[str]:
+        """Of transformers 4, which does not show its files: refuses those that miss a factor.
+
+        Raises:
+            FileError: one is missing.
+        """
+        factors = tuple(f"{name}." for name in low_rank_layers(model))
+        if missing := [key for key in missing_keys if key.startswith(factors)]:
+            raise _other_weights(missing[0], "not in", model)
+        return missing_keys
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        origin = str(getattr(model.config, "name_or_path", "") or type(model).__name__)
+        if getattr(model.config, "distributed_config", None) is not None:
+            raise ModelError(
+                f"factored layers of {origin} are not split over devices by tp_plan or distributed_config; load it "
+                "without, on one device or by device_map"
+            )
+        described = json.dumps(self.quantization_config.structure)
+        saved = parse(Structure, described, origin=f"the quantization_config of {origin}")
+        places = _places(model, list(saved.low_rank))
+        low_rank = {place: saved.low_rank[name] for name, place in places.items()}
+        rebuild(model, saved.model_copy(update={"low_rank": low_rank}), origin=origin)
+        _require_factors(kwargs.get("checkpoint_files") or (), model, places)
+        ignored = model._keys_to_ignore_on_load_unexpected
+        kind = list if ignored is None else type(ignored)
+        # in a file of the model's body alone, names begin after the prefix
+        names = [place.removeprefix(f"{model.base_model_prefix}.") for place in places.values()]
+        markers = [rf"(^|\.){re.escape(name)}\.weight$" for name in names]
+        model._keys_to_ignore_on_load_unexpected = kind([*(ignored or ()), *markers])
+        return model
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        model.is_quantized = False  # its weights are ordinary ones: it may be cast, and trained
+        return model
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        raise ModelError("factored layers are made dense in a copy of the model: st.merge(model)")
+
+
+class _QuantizerOfFactored:
+    """`model.hf_quantizer` of each model with factored layers, whoever put them there, or with a config that says so.
+
+    One that `from_pretrained` has set on the model itself comes first.
+    """
+
+    def __get__(self, model: Any | None, owner: type[PreTrainedModel]) -> FactoredQuantizer:
+        if model is None or not (low_rank_layers(model) or _is_described(model)):
+            raise AttributeError("hf_quantizer")
+        return FactoredQuantizer(FactoredConfig({}))
+
+
+PreTrainedModel.hf_quantizer = _QuantizerOfFactored()  # type: ignore[attr-defined, unused-ignore]
+
+
+def _is_described(module: nn.Module) -> bool:
+    """Whether its configuration speaks of factored layers."""
+    described = getattr(getattr(module, "config", None), "quantization_config", None)
+    method = described.get("quant_method") if isinstance(described, dict) else getattr(described, "quant_method", None)
+    return bool(method == _METHOD)
+
+
+def _require_factors(files: Iterable[str], model: PreTrainedModel, places: Mapping[str, str]) -> None:
+    """Raise `FileError` where files have a dense weight, which would be passed over as a marker, or miss a factor."""
+    shapes: dict[str, list[int]] = {}
+    for file in (file for file in files if str(file).endswith(".safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            shapes |= {key: opened.get_slice(key).get_shape() for key in opened.keys()}  # noqa: SIM118
+    for name, place in places.items():
+        if shape := shapes.get(f"{name}.weight"):
+            missing = {f"{name}.{part}" for part in model.get_submodule(place).state_dict()} - set(shapes)
+            if missing or shape != [1]:
+                raise _other_weights(min(missing, default=name), "not in" if missing else "dense in", model)
+
+
+def _other_weights(key: str, state: str, model: PreTrainedModel) -> FileError:
+    return FileError(
+        f"{key} is {state} the weights of {model.config.name_or_path}, and its config.json says that this layer is "
+        "factored; save the model again, or if its weights are dense, delete quantization_config from config.json"
+    )
+
+
+def _require_untied(model: nn.Module, structure: Structure) -> None:
+    factored = tuple(f"{name}." for name in structure.low_rank)
+    _, aliases = unique_tensors(model) if factored else ({}, {})
+    tied = [(name, first) for name, first in aliases.items() if name.startswith(factored) or first.startswith(factored)]
+    tied += list(structure.same_layer.items())
+    if tied:
+        raise ModelError(
+            f"{tied[0][0]} and {tied[0][1]} are one, and save_pretrained cannot say so of factored layers; {_WAY_OUT}"
+        )
+
+
+def _names_in_file(model: PreTrainedModel, names: Sequence[str]) -> dict[str, str]:
+    """The names that layers get in a file: transformers 5 writes those of older versions where it has renamed some."""
+    if _MAJOR < 5:
+        return dict(zip(names, names, strict=True))
+    numbers = {f"{name}.weight": torch.tensor([number]) for number, name in enumerate(names)}
+    try:
+        reverted = {names[int(number)]: key for key, number in revert_weight_conversion(model, numbers).items()}
+    except Exception as error:  # an operation on whole weights
+        raise ModelError(f"{type(model).__name__} has weights that transformers splits in files; {_WAY_OUT}") from error
+    return {name: key.removesuffix(".weight") for name, key in reverted.items()}
+
+
+def _places(model: PreTrainedModel, names: Sequence[str]) -> dict[str, str]:
+    """By the names of layers in a file, theirs in `model`, which may be the saved model's body, or hold it.
+
+    As with dense weights, a head that `model` does not have is left out.
+    """
+    body, rename, places = f"{model.base_model_prefix}.", _renaming(model), {}
+    for name in names:
+        new = rename(name)
+        possible = [new, new.removeprefix(body), body + new, name]
+        place = next((place for place in possible if _has_module(model, place)), None)
+        parents = {place.partition(".")[0] for place in possible}
+        if place or name.startswith(body) or any(_has_module(model.base_model, parent) for parent in parents):
+            places[name] = place or new
+    return places
+
+
+def _renaming(model: PreTrainedModel) -> Callable[[str], str]:
+    """What turns names in files into those of this version of transformers."""
+    if _MAJOR < 5:
+        return str
+    renamings = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)]
+    return lambda name: rename_source_key(f"{name}.weight", renamings, [])[0].removesuffix(".weight")
+
+
+def _has_module(model: nn.Module, name: str) -> bool:
+    try:
+        model.get_submodule(name)
+    except AttributeError:
+        return False
+    return True

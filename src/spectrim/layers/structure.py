@@ -1,0 +1,148 @@
+"""Which layers of a model are factored, and how: a value that goes into files, and is carried out on a dense model."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator
+from torch import nn
+
+from spectrim.core.errors import FileError, ModelError, PlanError
+from spectrim.core.files import Frozen
+from spectrim.layers.factored import FactoredLayer, low_rank_layers
+from spectrim.layers.forms import form_named
+from spectrim.layers.replacement import names_of, replace
+from spectrim.layers.types import find_layer_type, layer_type_of
+
+
+class LowRank(Frozen):
+    """One factored layer, and what the dense layer it stands for must be like.
+
+    Attributes:
+        shape: Shape of the dense weight.
+        form: Name of the form.
+        ranks: Singular values kept (in each group).
+        bias: Whether it adds one.
+        layer_type: Name of the dense layer's type; None in files that were written before it was noted.
+        overrides: Methods that the dense layer's class has replaced.
+        options: Attributes of the dense layer that say how its weight is used.
+    """
+
+    shape: tuple[int, ...]
+    form: str
+    ranks: tuple[Annotated[int, Field(ge=1)], ...]
+    bias: bool
+    layer_type: str | None = None
+    overrides: tuple[str, ...] = ()
+    options: dict[str, str] = Field(default_factory=dict)
+
+    @field_validator("form")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        try:
+            return form_named(name).name
+        except PlanError as error:
+            raise ValueError(str(error)) from error
+
+
+class Structure(Frozen):
+    """All factored layers of a model.
+
+    Attributes:
+        version: Of this description.
+        low_rank: Each layer by its first name.
+        same_layer: By each further name of a layer, its first one.
+    """
+
+    version: Literal[1] = 1
+    low_rank: dict[str, LowRank]
+    same_layer: dict[str, str]
+
+
+def structure_of(model: nn.Module) -> Structure:
+    """Describe the factored layers of `model`.
+
+    Raises:
+        ModelError: a factor that is no ordinary layer, as one with an adapter, or a piece of one.
+    """
+    low_rank: dict[str, LowRank] = {}
+    same_layer: dict[str, str] = {}
+    for name, module in low_rank_layers(model).items():
+        _require_ordinary_factors(name, module)
+        dense = module.empty_dense()
+        layer_type = layer_type_of(dense)
+        low_rank[name] = LowRank(
+            shape=tuple(dense.get_parameter("weight").shape),
+            form=module.form,
+            ranks=module.ranks,
+            bias=module.bias is not None,
+            layer_type=layer_type.name,
+            overrides=layer_type.overrides(dense),
+            options=_options_of(dense),
+        )
+        same_layer |= dict.fromkeys(names_of(model, module)[1:], name)
+    return Structure(low_rank=low_rank, same_layer=same_layer)
+
+
+def rebuild(model: nn.Module, structure: Structure, *, origin: str) -> None:
+    """Put unset factored layers in the places of dense ones, in `model` itself, all of them or none.
+
+    Args:
+        model: The dense network.
+        structure: The layers.
+        origin: Where that was read, for messages.
+
+    Raises:
+        FileError: the structure is that of another network.
+    """
+    replacements: dict[str, nn.Module] = {}
+    for name, layer in structure.low_rank.items():
+        dense, form = _dense_at(model, name, layer, origin), form_named(layer.form)
+        replacements[name] = form.build(dense, layer_type=layer_type_of(dense), ranks=layer.ranks, bias=layer.bias)
+    for name, first in structure.same_layer.items():
+        replacements[name] = replacements[first]
+    replace(model, replacements)
+
+
+def _require_ordinary_factors(name: str, layer: FactoredLayer) -> None:
+    for part in layer.chain:
+        layer_type = find_layer_type(part)
+        if layer_type is None:
+            raise ModelError(
+                f"{name} has a {type(part).__name__} of {type(part).__module__} among its factors, which cannot be "
+                "saved in a factored layer; merge adapters first (merge_and_unload() of PEFT), or save them alone"
+            )
+        if (weight := part.get_parameter("weight")).ndim != layer_type.weight_dims:
+            raise ModelError(
+                f"{name} has a factor with a weight {list(weight.shape)}, as FSDP and DeepSpeed ZeRO-3 keep a piece of "
+                "it in each process; save a model that has its whole weights"
+            )
+
+
+def _options_of(dense: nn.Module) -> dict[str, str]:
+    return {name: str(getattr(dense, name)) for name in layer_type_of(dense).options}
+
+
+def _dense_at(model: nn.Module, name: str, layer: LowRank, origin: str) -> nn.Module:
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        module = nn.Identity()
+    layer_type, weight = find_layer_type(module), module._parameters.get("weight")
+    fits = layer_type is not None and weight is not None and tuple(weight.shape) == layer.shape
+    if not fits or layer_type is None or layer.layer_type not in (None, layer_type.name):
+        raise FileError(
+            f"{origin} is for another network: it wants a layer with a weight {list(layer.shape)} at {name!r}, "
+            f"and {type(model).__name__} has {module if not isinstance(module, nn.Identity) else 'none'}"
+        )
+    if own := set(layer_type.overrides(module)) - set(layer.overrides):
+        raise FileError(
+            f"{origin} is for another network: {name!r} of {type(model).__name__} has a {min(own)} of its own "
+            f"({type(module).__name__}), which the layer that was saved did not have"
+        )
+    own_options = _options_of(module)
+    for option, value in layer.options.items():
+        if own_options.get(option) != value:
+            raise FileError(
+                f"{origin} is for another network: the layer {name!r} was saved with {option}={value}, and that of "
+                f"{type(model).__name__} has {option}={own_options.get(option)}"
+            )
+    return module
