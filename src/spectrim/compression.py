@@ -71,10 +71,9 @@ class Decision:
     """What is to be done to a model, and what that was decided on.
 
     Attributes:
-        analysis: With the statistics and sensitivities that the rule or plan needs.
+        analysis: With the statistics and sensitivities that are needed.
         plan: Form and ranks of every layer.
-        batches: The calibration batches that are in memory: all that were read under a `Budget` or for the loss metric,
-            or those of a list or tuple; else none.
+        batches: The calibration batches that are in memory; none of those that are read one by one.
         reserved: Those to look at the result with.
     """
 
@@ -125,10 +124,9 @@ def compress(
     what it receives in the compressed network (`reconstruct`). No labels are used.
 
     Under a budget of latency every layer is timed by itself in every form (`st.latency_table`), forms and ranks are
-    chosen by these times, and the network they give is timed against the dense one, in turn, in the runtime named. If
-    its time is more than 5 % off the prediction, or misses the target, they are chosen once more. The target may still
-    be missed: `plan.latency` says what was measured. Where nothing is surely faster, or the file would grow, the model
-    comes back as it was, and `Compressed.refused` and the plan say why.
+    chosen by these times, and the network they give is timed against the dense one, in turn, in the runtime named; if
+    that is more than 5 % off the prediction, or misses the target, they are chosen once more (`plan.latency`). Where
+    nothing is surely faster, or the file would grow, the model comes back as it was, and `Compressed.refused` says why.
 
     Args:
         model: A trained module; left bit-identical unless `inplace`.
@@ -224,8 +222,8 @@ def decide(
         return stages.decided(layers, stages.batches(data))
     analysis = stages.analysed(layers)
     if not isinstance(rule_or_plan, Plan):
-        usual: Metric = "plain" if data is None else "activation"
-        require_possible(analysis, rule_or_plan, options, metric=options.metric or usual)
+        metric = options.metric or ("plain" if data is None else "activation")
+        require_possible(analysis, rule_or_plan, options, metric=metric)
     stages.require_memory(analysis, data)
     batches: Iterable[Inputs] = stages.batches(data)
     if batches:
