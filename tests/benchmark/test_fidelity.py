@@ -170,3 +170,11 @@ def test_data_that_make_it_worse_are_said() -> None:
     plain = Fidelity(relative_error=0.1, samples=4)
     with pytest.warns(UserWarning, match=r"0.3 off .* and 0.1 without these data"):
         _warn_if_worse_with_data(Fidelity(relative_error=0.3, samples=4, plain=plain))
+
+
+def test_a_network_in_which_nothing_can_be_factored_is_said() -> None:
+    model = classifier()
+    for layer in (model[0], model[2], model[4]):
+        layer.register_forward_hook(lambda *_: None)
+    with pytest.warns(UserWarning, match=r"no layer of this network can be factored.* 0: it carries hooks"):
+        st.compress(model, st.Rank(2), example_inputs=torch.randn(2, 12))

@@ -168,7 +168,7 @@ _DEVIATIONS = {
 
 
 def require_planned_cost(plan: Plan, dense: NetworkCost, measured: NetworkCost) -> None:
-    """Hold the counted cost against the plan's.
+    """Hold the counted cost against the plan's; warns of a plan by which no layer can be factored.
 
     Of bytes a plan says only what they are limited to. MACs that cannot be counted are not looked at.
 
@@ -177,6 +177,9 @@ def require_planned_cost(plan: Plan, dense: NetworkCost, measured: NetworkCost) 
     Raises:
         ModelError: so much more that a budget of MACs, parameters or bytes is missed.
     """
+    if plan.layers and all(layer.frozen for layer in plan):
+        reasons = "; ".join(f"{layer.name}: {layer.reason}" for layer in plan.layers[:3])
+        warnings.warn(f"no layer of this network can be factored, and it stays as it is. {reasons}", stacklevel=5)
     for cost, deviation in _DEVIATIONS.items():
         before, after = getattr(dense, cost), getattr(measured, cost)
         share = getattr(plan.rule, cost) if isinstance(plan.rule, Budget) else None

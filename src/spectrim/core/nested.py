@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_sequence, unpack_sequence
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from spectrim.core.errors import DataError
 
@@ -68,6 +69,20 @@ def _is_ragged(leaf: Any) -> bool:
 
 def _is_packed(value: Any) -> bool:
     return isinstance(value, PackedSequence)  # a tuple, whose entries have no meaning of their own
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether it is of torch's own classes, and not of one with values of its own kind, such as quantised ones."""
+    return type(tensor) in (Tensor, nn.Parameter, nn.Buffer) or not is_traceable_wrapper_subclass(tensor)
+
+
+def stored_tensors(value: Any) -> Iterator[Tensor]:
+    """Every tensor in `value`; of one of another package's class those that it is made of."""
+    for tensor in tensors(value):
+        if is_plain(tensor):
+            yield tensor
+        else:
+            yield from stored_tensors([getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]])  # type: ignore[attr-defined]
 
 
 def extent(value: Tensor) -> range:

@@ -5,12 +5,13 @@ import math
 from typing import Any, Self
 
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.module_tracker import ModuleTracker
 
-from spectrim.core.execution import as_inputs, call, evaluating, require_shapes, unique_tensors
+from spectrim.core.execution import as_inputs, call, evaluating, require_shapes
 from spectrim.core.files import Frozen
+from spectrim.core.nested import stored_tensors, tensors
 from spectrim.layers.operators import UncountedOperators, formulas
 
 
@@ -38,14 +39,13 @@ class NetworkCost(Frozen):
 def count(model: nn.Module, example_inputs: Any) -> NetworkCost:
     """Parameters, bytes and MACs: what can be known without timing or data."""
     require_shapes(model)
-    params = sum(parameter.numel() for parameter in model.parameters())
     uncounted = UncountedOperators(model.parameters())
     counter = FlopCounterMode(display=False, custom_mapping=dict(formulas()))
     counter.mod_tracker = _WholeNetwork()
     with evaluating(model), counter, uncounted:
         call(model, as_inputs(example_inputs))
     return NetworkCost(
-        params=params,
+        params=_params(model),
         bytes=file_size(model),
         macs=int(counter.get_total_flops()) // 2,
         uncounted=tuple(uncounted.names) or None,
@@ -69,11 +69,32 @@ def count_macs(model: nn.Module, example_inputs: Any) -> int:
 
 
 def file_size(model: nn.Module) -> int:
-    """Bytes of the model as a plain safetensors file: header and every distinct tensor once."""
+    """Bytes of the model as a plain safetensors file: header and every distinct tensor once.
+
+    Of quantised layers and tensors, what their values are stored in.
+    """
     header: dict[str, Any] = {}
     end = 0
-    for name, tensor in unique_tensors(model)[0].items():
-        start, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [start, end]}
+    for name, value in _distinct_state(model).items():
+        for tensor in stored_tensors(value):
+            start, end = end, end + tensor.numel() * tensor.element_size()
+            header[f"{name}.{len(header)}" if name in header else name] = {
+                "dtype": "F32",
+                "shape": list(tensor.shape),
+                "data_offsets": [start, end],
+            }
     text = len(json.dumps(header, separators=(",", ":")))
     return 8 + math.ceil(text / 8) * 8 + end
+
+
+def _distinct_state(model: nn.Module) -> dict[str, Any]:
+    """The state by name, what is shared under its first name only."""
+    state = model.state_dict(keep_vars=True)
+    first = {id(value): name for name, value in reversed(state.items())}
+    return {name: value for name, value in state.items() if first[id(value)] == name}
+
+
+def _params(model: nn.Module) -> int:
+    """Numbers in parameters, and in weights that torch's quantised layers pack into their state."""
+    packed = (value for value in _distinct_state(model).values() if not isinstance(value, Tensor))
+    return sum(tensor.numel() for tensor in [*model.parameters(), *tensors(list(packed))])

@@ -10,8 +10,9 @@ from torch.nn import functional
 
 from spectrim.core.arguments import checked
 from spectrim.core.errors import ModelError
+from spectrim.core.nested import is_plain
 from spectrim.core.plans import LayerPlan, Plan
-from spectrim.layers.factored import geometry_of, low_rank_layers, shallow_copy
+from spectrim.layers.factored import FactoredLayer, geometry_of, low_rank_layers, shallow_copy
 from spectrim.layers.forms import form_named
 from spectrim.layers.types import layer_type_of
 from spectrim.linalg import Factors, Ranks, balanced, to_float64
@@ -210,7 +211,7 @@ def merge(model: nn.Module) -> nn.Module:
     replacements: dict[str, nn.Module] = {}
     weights: dict[tuple[int, ...], nn.Parameter] = {}
     for module in low_rank_layers(merged).values():
-        parts = [part.get_parameter("weight") for part in module.chain]
+        parts = [part.get_parameter("weight") for part in _plain_chain(merged, module)]
         key = tuple(id(weight) for weight in parts)
         if key not in weights:
             whole = module.product([to_float64(weight) for weight in parts])
@@ -222,6 +223,19 @@ def merge(model: nn.Module) -> nn.Module:
         replacements |= dict.fromkeys(names_of(merged, module), dense.train(module.training))
     replace(merged, replacements)
     return merged
+
+
+def _plain_chain(model: nn.Module, module: FactoredLayer) -> tuple[nn.Module, ...]:
+    """The layers of the chain; raises `ModelError` where their weights cannot be multiplied here."""
+    for part in module.chain:
+        weight = part._parameters.get("weight")
+        if weight is None or not is_plain(weight):
+            kind = type(part).__name__ if weight is None else type(weight).__name__
+            raise ModelError(
+                f"the factors of {names_of(model, module)[0]} are quantised or distributed ({kind}); merge the model "
+                "before that is done to it"
+            )
+    return module.chain
 
 
 def _require_rounded(stored: Tensor, exact: Tensor, *, name: str, dtype: torch.dtype) -> None:

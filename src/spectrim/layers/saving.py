@@ -14,6 +14,7 @@ from spectrim.core.arguments import checked
 from spectrim.core.errors import FileError, ModelError
 from spectrim.core.execution import device_of, unique_tensors
 from spectrim.core.files import parse, write_atomically
+from spectrim.core.nested import is_plain
 from spectrim.layers.replacement import duplicate
 from spectrim.layers.structure import Structure, rebuild, structure_of
 
@@ -39,6 +40,11 @@ def save(model: nn.Module, path: str | Path) -> Path:
     """
     tensors, aliases = unique_tensors(model)
     for name, tensor in tensors.items():
+        if not is_plain(tensor):
+            raise ModelError(
+                f"{name} is a {type(tensor).__name__}, which a safetensors file cannot hold; save the model before it "
+                "is quantised or distributed, and do that after st.load"
+            )
         if tensor.is_meta or tensor.is_quantized or tensor.layout != torch.strided:
             raise ModelError(f"{name} is a {tensor.layout} tensor on {tensor.device}, which cannot be saved")
     stored = {name: tensor.detach().to("cpu").contiguous().clone() for name, tensor in tensors.items()}

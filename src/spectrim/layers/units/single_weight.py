@@ -9,6 +9,7 @@ from torch.nn.utils import parametrize
 
 from spectrim.core.errors import ModelError
 from spectrim.core.execution import unique_tensors
+from spectrim.core.nested import is_plain
 from spectrim.layers.factored import low_rank_layers
 from spectrim.layers.selection import LayerSelection
 from spectrim.layers.tracing import Trace
@@ -196,7 +197,6 @@ def _unfit_tensors(module: nn.Module) -> str | None:
     if module._parameters.get("weight") is None:
         return "its weight is not a parameter"
     for name, value in module._parameters.items():
-        # a tensor subclass (quantised, distributed) has a floating-point type, and values of its own kind
         if value is not None and (type(value) is not nn.Parameter or not _is_ordinary(value)):
             layout = "" if value.layout == torch.strided else f"{str(value.layout).removeprefix('torch.')} "
             kind = f"{type(value).__name__} {layout}{str(value.dtype).removeprefix('torch.')} on {value.device}"
@@ -205,8 +205,12 @@ def _unfit_tensors(module: nn.Module) -> str | None:
 
 
 def _is_ordinary(tensor: Tensor) -> bool:
-    """Whether it has values that can be computed with: not sparse, not on meta, and of at least two bytes each."""
-    is_strided = tensor.layout == torch.strided and not tensor.is_meta
+    """Whether it has values that can be computed with.
+
+    Not so if it is sparse, on meta, of less than two bytes each, or of a class with values of its own kind, such as
+    quantised or distributed ones.
+    """
+    is_strided = is_plain(tensor) and tensor.layout == torch.strided and not tensor.is_meta
     return is_strided and tensor.is_floating_point() and tensor.element_size() > 1
 
 
