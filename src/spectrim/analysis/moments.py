@@ -209,7 +209,9 @@ class RunningCovariance:
 
     def finish(self, name: str) -> Moments:
         """The moments, which take the place of the sums; `name` is for the message when they are not finite."""
-        mean, compact = self._compact() if self.batches else (self.mean, self.scatter.div_(self.count))
+        # what was summed in inference mode takes no writing outside of it
+        scatter = self.scatter.clone() if self.scatter.is_inference() else self.scatter
+        mean, compact = self._compact() if self.batches else (self.mean, scatter.div_(self.count))
         values = compact if isinstance(compact, Tensor) else compact.rows
         # the extremes are not numbers if any entry is not, and take no memory
         if values.numel() and not torch.isfinite(torch.stack(torch.aminmax(values))).all():

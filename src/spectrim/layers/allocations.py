@@ -6,8 +6,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from spectrim.core.execution import Inputs, call, evaluating
 from spectrim.core.nested import tensors
@@ -51,10 +53,12 @@ class _AllocationCounter(TorchDispatchMode):
         self, operator: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Run the operator, and look at what it gives."""
+        if any(tensor.is_nested and tensor.layout == torch.jagged for tensor in _tensors((args, kwargs))):
+            return NotImplemented  # it comes again with the values inside
         result = operator(*args, **(kwargs or {}))
-        used = (tensor for tensor in tensors((args, kwargs, result)) if _storage_of(tensor) not in self._weights)
-        self.operator = max(self.operator, sum(tensor.nbytes for tensor in used))
-        for tensor in tensors(result):
+        used = (tensor for tensor in _tensors((args, kwargs, result)) if _storage_of(tensor) not in self._weights)
+        self.operator = max(self.operator, sum(tensor.nbytes for tensor in used if not tensor.is_nested))
+        for tensor in _tensors(result):
             key = _storage_of(tensor)
             if key not in self._known:
                 storage = tensor.untyped_storage()
@@ -70,6 +74,11 @@ class _AllocationCounter(TorchDispatchMode):
     def _forget(self, key: int | None, size: int) -> None:
         self._known.discard(key)
         self.alive -= size
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """Those in what an operator is given or gives, nested ones as they are."""
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
 def _storage_of(tensor: Tensor) -> int | None:
