@@ -18,8 +18,8 @@ import spectrim as st
 ROOT = Path(__file__).resolve().parent.parent
 OPTIONAL = {"torchvision", "PIL", "onnx", "onnxruntime", "openvino", "torchao"}
 PUBLIC = """
-Accuracy Analysis Budget Calibration Changes Comparison Compressed Cost Curve Energy Epoch Exported Finetuned Grid
-History Interval LatencyNote LatencyTable LayerAnalysis LayerPlan LayerSpectrum LowRankConv1d LowRankConv2d
+Accuracy Analysis Budget Calibration Changes Comparison Compressed Cost Curve Energy Epoch Exported Fidelity Finetuned
+Grid History Interval LatencyNote LatencyTable LayerAnalysis LayerPlan LayerSpectrum LowRankConv1d LowRankConv2d
 LowRankConvTranspose2d LowRankLinear Measurement MemoryEstimate Plan Published PublishedPoint Quantized QuantizedRow
 QuantizedTable Rank Ratio Results Run SpatialConv2d Spectrum Tucker2Conv2d Variant accuracy analyze calibrate
 compare_quantized compress errors estimate_memory export_onnx export_openvino export_program finetune latency_table

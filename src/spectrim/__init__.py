@@ -6,6 +6,7 @@ from spectrim import training
 from spectrim.analysis.calibration import Calibration, calibrate
 from spectrim.analysis.sensitivities import sensitivity
 from spectrim.analysis.spectra import Analysis, LayerAnalysis, analyze
+from spectrim.benchmark.fidelity import Fidelity
 from spectrim.benchmark.latencies import LatencyTable
 from spectrim.benchmark.latency_table import latency_table
 from spectrim.benchmark.measurement import Accuracy, Epoch, Measurement, accuracy, measure, runtime_gain
@@ -71,6 +72,7 @@ __all__ = [
     "Energy",
     "Epoch",
     "Exported",
+    "Fidelity",
     "Finetuned",
     "Grid",
     "History",

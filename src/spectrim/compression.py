@@ -24,7 +24,7 @@ from spectrim.benchmark.fidelity import Fidelity, measured_fidelity, require_pla
 from spectrim.benchmark.latencies import LatencyTable
 from spectrim.benchmark.measurement import Measurement, count
 from spectrim.core.arguments import checked
-from spectrim.core.batches import ReservedBatches, batches_of, without_labels
+from spectrim.core.batches import ReservedBatches, batches_of, held, without_labels
 from spectrim.core.errors import DataError, PlanError, RuleError
 from spectrim.core.execution import Inputs, ProgressCallback, as_inputs, require_repeatable
 from spectrim.core.memory import Storage
@@ -154,16 +154,15 @@ def compress(
         cache: Bytes of activations that weighing and fitting may keep, so that not every pass has to begin at the first
             layer; saves time only. By default what the statistics take, at least 160 MiB.
         device: Where statistics are added up and weights decomposed, such as `"cpu"`; by default where the model is.
-        offload: A folder on a fast disk, in which statistics of 16 MiB or more are files that are mapped into memory;
-            nothing is left in it. The result is the same.
-        inplace: Change `model` itself and return it.
+        offload: A folder on a fast disk, in which statistics of 16 MiB or more are kept until the end; saves memory.
+        inplace: Change `model` itself, and return it.
         on_progress: Called with what is done next, how many steps of this stage are done, and of how many.
 
     Returns:
         The model (in the same training mode), the plan, and the counted costs.
 
     Raises:
-        SpectrimError: one of its kinds, before anything has been changed; `ResourceError` where memory is short.
+        SpectrimError: one of its kinds, before anything has been changed.
     """
     run = RunOptions(cache, Storage.of(device, offload), max_batches, reconstruct)
     if reconstruct not in ("auto", True, False):
@@ -231,10 +230,6 @@ def decide(
     return stages.decided(analysis, batches)
 
 
-def _in_memory(batches: Iterable[Inputs]) -> Sequence[Inputs]:
-    return batches if isinstance(batches, Sequence) else []
-
-
 @dataclass(frozen=True, eq=False)
 class _Stages:
     """The stages of one decision, and what they share."""
@@ -255,7 +250,8 @@ class _Stages:
     def require_memory(self, bare: Analysis, data: Iterable[Any] | None) -> None:
         """Raise `ResourceError` if all that follows needs more than is free."""
         size = DataSize.least(data, self.example, self.run.max_batches)
-        work = Work(self.rule_or_plan, self.options.metric, self.options.forms, size, self.run)
+        run = with_changes(self.run, cache=self.run.cache or 0)  # without a cache it works as well
+        work = Work(self.rule_or_plan, self.options.metric, self.options.forms, size, run)
         estimated(self.model, self.example, [layer.unit for layer in bare], work).require()
 
     def batches(self, data: Iterable[Any] | None) -> Sequence[Inputs] | Iterator[Inputs]:
@@ -274,7 +270,7 @@ class _Stages:
         rule = self.rule_or_plan.rule if isinstance(self.rule_or_plan, Plan) else self.rule_or_plan
         several_passes = isinstance(rule, Budget) or "loss" in self.metrics or self.run.reconstruct is True
         batches = self.reserved.taken_from(chain([first], batches))
-        return list(batches) if several_passes or isinstance(data, Sequence) else batches
+        return held(batches) if several_passes or isinstance(data, Sequence) else batches
 
     @property
     def metrics(self) -> set[Metric | None]:
@@ -386,6 +382,10 @@ def _counted(model: nn.Module, smaller: nn.Module, plan: Plan, example: Inputs, 
         names = [name for layer in plan if not layer.frozen for name in layer.names]
         replace(model, {name: smaller.get_submodule(name) for name in names})
     return Compressed(model, plan, measurement)
+
+
+def _in_memory(batches: Iterable[Inputs]) -> Sequence[Inputs]:
+    return batches if isinstance(batches, Sequence) else []
 
 
 def _is_refused(plan: Plan) -> bool:

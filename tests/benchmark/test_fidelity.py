@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import spectrim as st
 from spectrim.benchmark.fidelity import (
     Fidelity,
+    _warn_if_little_is_left,
     _warn_if_worse_than_predicted,
     _warn_if_worse_with_data,
     fidelity,
@@ -162,8 +163,11 @@ def test_a_bias_of_two_layers_is_not_shared_by_their_factors() -> None:
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32))
     network[2].bias = network[0].bias
-    with pytest.warns(UserWarning, match="has 576 parameters, and 544 were planned: layers share some"):
-        st.compress(network, st.Rank(4), example_inputs=torch.zeros(1, 32), data=[torch.randn(64, 32)])
+    result = st.compress(network, st.Rank(4), example_inputs=torch.zeros(1, 32), data=[torch.randn(64, 32)])
+    assert result.measurement.params == result.plan.kept_cost.params == 576
+    half = st.compress(network, st.Budget(params=0.3), example_inputs=torch.zeros(1, 32), data=[torch.randn(64, 32)])
+    assert half.measurement.params_ratio is not None
+    assert half.measurement.params_ratio <= 0.3
 
 
 def test_data_that_make_it_worse_are_said() -> None:
@@ -178,3 +182,19 @@ def test_a_network_in_which_nothing_can_be_factored_is_said() -> None:
         layer.register_forward_hook(lambda *_: None)
     with pytest.warns(UserWarning, match=r"no layer of this network can be factored.* 0: it carries hooks"):
         st.compress(model, st.Rank(2), example_inputs=torch.randn(2, 12))
+
+
+@pytest.mark.parametrize(("error", "agreement"), [(0.95, 1.0), (0.95, None), (0.2, 0.4)])
+def test_a_network_of_which_little_is_left_is_said(error: float, agreement: float | None) -> None:
+    with pytest.warns(UserWarning, match=r"little is left of the network: .* fine-tune it"):
+        _warn_if_little_is_left(Fidelity(relative_error=error, agreement=agreement, samples=4))
+
+
+def test_it_prints_what_a_reader_needs() -> None:
+    plain = Fidelity(relative_error=0.4, samples=64)
+    measured = Fidelity(relative_error=0.1834, agreement=0.984, samples=64, held_out=True, predicted=0.239, plain=plain)
+    assert str(measured) == (
+        "Outputs on 64 calibration samples kept aside: 18.3% off the dense ones, 23.9% predicted; the same largest "
+        "one for 98.4%. Without data: 40.0% off."
+    )
+    assert "samples that the network was fitted to, so that others are further off: 40.0% off" in str(plain)

@@ -168,7 +168,7 @@ def test_compress_writes_the_network_that_it_measured(run: Run, tmp_path: Path) 
     assert Measured.load(small / "measurement.json") == record
 
 
-@pytest.mark.parametrize(("batch", "aside"), [(64, "kept aside"), (256, "used")])
+@pytest.mark.parametrize(("batch", "aside"), [(64, "kept aside"), (256, "that the network was fitted to")])
 def test_the_distance_to_the_dense_network_is_said(run: Run, tmp_path: Path, batch: int, aside: str) -> None:
     result = run("compress", *TRAINED, "--macs", 0.6, "--images", 1024, "--batch", batch, "--no-test", "--out", "small")
     assert result.code == 0, result.err

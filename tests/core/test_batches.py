@@ -158,7 +158,7 @@ CALLS: dict[str, Callable[[nn.Module, Any], object]] = {
 NO_DATA: dict[str, tuple[Any, str]] = {
     "a data set": (TensorDataset(A, Y), "TensorDataset, which gives single samples; give .*DataLoader"),
     "an endless data set": (Flow(None), "Flow, which gives single samples"),
-    "a tensor": (A, r"one Tensor, float32 \[24, 12\].*without a batch dimension; give a list of batches: \[data\]"),
+    "a tensor": (A, r"one Tensor, float32 \[24, 12\].*sample by sample; give a list of batches: \[data\], .*split"),
     "an array": (A.numpy(), r"one ndarray, array of float32 \[24, 12\].*give a list of batches"),
     "a batch": ({"x": A, "labels": Y}, r"dict, which is one batch; give a list of batches: \[batch\]"),
     "a string": ("cifar10", "is a str; give batches"),
@@ -234,3 +234,28 @@ def test_the_hint_of_labels_stands_where_there_is_that_argument() -> None:
     with pytest.raises(errors.DataError) as caught:
         st.compress(model, st.Rank(2), example_inputs=A[:1], data=[A[:, :5]])
     assert "labels=True" not in str(caught.value)
+
+
+def test_batches_that_are_written_into_one_memory_are_refused() -> None:
+    def batches() -> Iterator[Tensor]:
+        memory = torch.empty(16, 12)
+        for seed in range(4):
+            memory.copy_(torch.randn(16, 12, generator=torch.Generator().manual_seed(seed)))
+            yield memory
+
+    model, example = small_mlp(dtype=torch.float32), torch.randn(1, 12)
+    with pytest.raises(errors.DataError, match="written into the same memory"):
+        st.compress(model, st.Budget(params=0.6), example_inputs=example, data=batches())
+    one_by_one = st.compress(model, st.Rank(3), example_inputs=example, data=batches()).fidelity
+    again = st.compress(model, st.Rank(3), example_inputs=example, data=[batch.clone() for batch in batches()])
+    assert one_by_one is not None
+    assert one_by_one.relative_error != 0
+    assert again.fidelity is not None
+
+
+def test_endless_batches_that_are_kept_end_where_memory_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("spectrim.core.batches.free_bytes", lambda device: 10_000_000)
+    endless = (torch.randn(1000, 12) for _ in itertools.count())
+    model, example = small_mlp(dtype=torch.float32), torch.randn(1, 12)
+    with pytest.raises(errors.ResourceError, match=r"209 calibration batches .* give max_batches="):
+        st.compress(model, st.Budget(params=0.6), example_inputs=example, data=endless)

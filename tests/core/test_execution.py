@@ -424,8 +424,14 @@ def compiled_in_place(model: nn.Module) -> nn.Module:
 @pytest.mark.parametrize(
     ("wrap", "message"),
     [
-        (nn.DataParallel, r"the model is a DataParallel; give what it wraps, model\.module, and wrap the result again"),
-        (lambda model: nn.Sequential(nn.DataParallel(model)), r"model's '0' is a DataParallel.*model\.0\.module"),
+        (
+            nn.DataParallel,
+            r"of class DataParallel; give what it wraps, model\.module, and wrap that again",
+        ),
+        (
+            lambda model: nn.Sequential(nn.DataParallel(model)),
+            r"model's '0' is of class DataParallel.*model\.0\.module",
+        ),
         (lambda model: torch.compile(model, backend="eager"), r"OptimizedModule.*model\._orig_mod, and compile"),
         (compiled_in_place, r"'2' is compiled.*set model\.2\._compiled_call_impl = None"),
         (lambda model: torch.jit.trace(model, X), "the model is TorchScript.*give the module it was made from"),

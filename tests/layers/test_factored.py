@@ -164,3 +164,13 @@ def test_factors_that_cancel_each_other_are_not_stored_in_half_precision() -> No
     factored_at(dense, ["0"], form="linear", factors=(down, up), bias=own_bias)
     with pytest.raises(errors.ModelError, match=r"0 does not survive torch\.float16"):
         factored_at(dense.half(), ["0"], form="linear", factors=(down, up), bias=own_bias)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-6])
+def test_outputs_of_nearly_nothing_are_stored_in_half_precision(scale: float) -> None:
+    first = nn.Linear(64, 64)
+    with torch.no_grad():
+        first.weight[:32] *= scale
+    model = nn.Sequential(first, nn.ReLU(), nn.Linear(64, 8)).half()
+    small = st.compress(model, st.Rank(8), example_inputs=torch.randn(4, 64).half(), include=["0"])
+    assert small.plan["0"].is_factored

@@ -19,6 +19,7 @@ from spectrim import data, models
 from spectrim.core.errors import DataError, FileError, ModelError, SpectrimError
 from spectrim.models import NETWORKS, resolve
 from spectrim.models.networks import PaddedShortcut
+from spectrim.models.weights import fill_, read_state
 
 PUBLISHED = Path(__file__).parents[1] / "files"
 
@@ -579,14 +580,20 @@ class TestWeights:
             lambda state: {"state_dict": state, "epoch": 3},
             lambda state: {"epoch": 3, "model": state, "optimizer": {"state": {}, "param_groups": [{"lr": 0.1}]}},
             lambda state: {"weights_of_the_best_epoch": state, "loss": 0.5},
-            lambda state: {"ema": {"weight": torch.ones(3)}, "model": state},
         ],
-        ids=["state", "state_dict", "model", "other name", "two states"],
+        ids=["state", "state_dict", "model", "other name"],
     )
     def test_what_torch_saved_is_read(self, here: Path, name: str, wrap: Callable[[Any], Any]) -> None:
         tied = resolve("models_test_nets:tied")
         torch.save(wrap(tied.state_dict()), here / name)
         assert same_state(resolve("models_test_nets:tied", weights=here / name), state(tied))
+
+    def test_which_of_two_states_is_taken_is_said(self, here: Path) -> None:
+        tied = resolve("models_test_nets:tied")
+        torch.save({"ema": {"weight": torch.ones(3)}, "model": tied.state_dict()}, here / "w.pt")
+        with pytest.warns(UserWarning, match="its entry 'model'; it also has 'ema'"):
+            loaded = resolve("models_test_nets:tied", weights=here / "w.pt")
+        assert same_state(loaded, state(tied))
 
     @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.", "module._orig_mod.", "model.net."])
     def test_prefixes_of_wrappers_are_left_out_and_named(self, here: Path, prefix: str) -> None:
@@ -595,6 +602,19 @@ class TestWeights:
         with pytest.warns(UserWarning, match=rf"'{prefix}' is left out of all names"):
             loaded = resolve("models_test_nets:tied", weights=here / "w.pt")
         assert same_state(loaded, state(tied))
+
+    @pytest.mark.parametrize("name", ["model", "net", "module"])
+    def test_a_tensor_named_as_a_wrapper_is_an_error(self, here: Path, name: str) -> None:
+        torch.save({name: torch.zeros(3)}, here / "w.pt")
+        message = error_of(lambda: resolve("models_test_nets:tied", weights=here / "w.pt"), kind=FileError)
+        assert f"not in the network: {name}" in message
+
+    def test_values_that_the_network_cannot_hold(self, here: Path) -> None:
+        torch.save({"weight": torch.full((2, 3), 1e6), "bias": torch.zeros(2)}, here / "w.pt")
+        message = error_of(
+            lambda: fill_(nn.Linear(3, 2).half(), read_state(here / "w.pt"), origin=here / "w.pt"), kind=FileError
+        )
+        assert "of another type: weight torch.float32, the network's is torch.float16" in message
 
     def test_another_prefix_is_an_error(self, here: Path) -> None:
         tied = resolve("models_test_nets:tied")

@@ -119,7 +119,7 @@ class LayerAnalysis:
     def rank_costs(self, form: str, metric: Metric) -> RankCosts:
         """Every rank of a form with its cost; nothing is decomposed for it."""
         chosen = form_named(form)
-        return chosen.costs(self.unit, chosen.rank_grid(self.unit), bias=self._has_bias(metric))
+        return chosen.costs(self.unit, chosen.rank_grid(self.unit), biases=self._biases(metric))
 
     def rank_errors(self, form: str, metric: Metric) -> RankErrors:
         """Every rank of a form with its cost and its error."""
@@ -137,7 +137,7 @@ class LayerAnalysis:
 
     def cost(self, form: str, ranks: Ranks, metric: Metric) -> Cost:
         """The cost of the factors at `ranks`, biases included."""
-        return form_named(form).cost(self.unit, ranks, bias=self._has_bias(metric))
+        return form_named(form).cost(self.unit, ranks, biases=self._biases(metric))
 
     def break_even(self, form: str, metric: Metric) -> int:
         """The largest rank at which the factors are smaller than the layer, and no slower; 0 when none are.
@@ -148,7 +148,7 @@ class LayerAnalysis:
             return 0
         chosen = form_named(form)
         equal = np.arange(1, max(chosen.full_ranks(self.unit)) + 1, dtype=np.int64)
-        costs = chosen.costs(self.unit, np.stack([equal] * chosen.rank_count, axis=1), bias=self._has_bias(metric))
+        costs = chosen.costs(self.unit, np.stack([equal] * chosen.rank_count, axis=1), biases=self._biases(metric))
         smaller = (costs.params < self.dense.params) & (costs.macs <= self.dense.macs)
         return int(np.argmin([*smaller, False]))
 
@@ -156,8 +156,9 @@ class LayerAnalysis:
         """Whether a cost is below the layer's own."""
         return cost.params < self.dense.params and cost.macs <= self.dense.macs
 
-    def _has_bias(self, metric: Metric) -> bool:
-        return self.weight.has_bias or metric != "plain"
+    def _biases(self, metric: Metric) -> int:
+        """How many the factors have: a data metric corrects the mean at every call site."""
+        return self.weight.biases if metric == "plain" else len(self.call_sites)
 
 
 @dataclass(frozen=True, eq=False)

@@ -21,6 +21,7 @@ from spectrim.layers.replacement import duplicate, factorize
 
 _WORSE, _NEAR, _FAR = 1.2, 0.02, 0.9
 _FURTHER, _LARGE = 3.0, 0.3
+_LITTLE_AGREEMENT = 0.5
 _CLEARLY_OFF, _OVER_BUDGET = 1e-3, 5e-3
 SAMPLES = 256
 
@@ -29,8 +30,8 @@ class Fidelity(Frozen):
     """How near a compressed network's outputs are to those of the dense one, on the same inputs.
 
     Attributes:
-        relative_error: Norm of the differences over the norm of the dense outputs around their mean over the samples;
-            1 is as far off as that mean.
+        relative_error: Norm of the differences over the norm of the dense outputs around their mean over the samples:
+            1 is as far off as that mean; below 0.05 a classifier has usually lost nothing.
         agreement: Of scores (batch, classes) the share of samples with the same largest one; None for other outputs.
         samples: How many samples were looked at.
         held_out: Whether they were kept aside; if not, weights may have been fitted to these very samples.
@@ -46,6 +47,14 @@ class Fidelity(Frozen):
     held_out: bool = False
     predicted: float | None = None
     plain: "Fidelity | None" = None
+
+    def __str__(self) -> str:
+        """One or two sentences, for people."""
+        seen = "kept aside" if self.held_out else "that the network was fitted to, so that others are further off"
+        text = f"Outputs on {self.samples} calibration samples {seen}: {self.relative_error:.1%} off the dense ones"
+        text += "" if self.predicted is None else f", {self.predicted:.1%} predicted"
+        text += "." if self.agreement is None else f"; the same largest one for {self.agreement:.1%}."
+        return text if self.plain is None else f"{text} Without data: {self.plain.relative_error:.1%} off."
 
 
 def measured_fidelity(
@@ -72,6 +81,7 @@ def measured_fidelity(
     )
     if measured is None:
         return None
+    _warn_if_little_is_left(measured)
     _warn_if_worse_with_data(measured)
     _warn_if_worse_than_predicted(measured)
     others = measured.plain and measured.plain.model_copy(update={"held_out": held_out})
@@ -118,7 +128,7 @@ def fidelity(
             outputs.append(_outputs(network, batch, position))
         require_sound(dense[-1], others[0][-1])
     reference = _joined(dense)
-    energy = sum(float((each - each.mean(dim=0)).square().nan_to_num(0.0).sum()) for each in reference)
+    energy = sum(float((each - each.mean(dim=0)).nan_to_num(0.0, 0.0, 0.0).square().sum()) for each in reference)
     if not 0 < energy < float("inf"):
         return None
     compared = []
@@ -195,6 +205,18 @@ def require_planned_cost(plan: Plan, dense: NetworkCost, measured: NetworkCost) 
         warnings.warn(message, stacklevel=5)
 
 
+def _warn_if_little_is_left(measured: Fidelity) -> None:
+    """Warn of a network that is hardly nearer to the dense one than a constant, or mostly answers otherwise."""
+    if measured.relative_error <= _FAR and (measured.agreement is None or measured.agreement >= _LITTLE_AGREEMENT):
+        return
+    same = "" if measured.agreement is None else f", and the same largest output for {measured.agreement:.0%}"
+    warnings.warn(
+        f"little is left of the network: its outputs are {measured.relative_error:.0%} off the dense one's{same} of "
+        f"{measured.samples} samples. Give a larger budget or rank, or fine-tune it (st.finetune)",
+        stacklevel=5,
+    )
+
+
 def _warn_if_worse_than_predicted(measured: Fidelity) -> None:
     """Warn of a network that is much further from the dense one than its plan says."""
     expected = measured.predicted
@@ -241,7 +263,7 @@ def _relative_error(dense: Sequence[Tensor], small: Sequence[Tensor], energy: fl
     if [tensor.shape for tensor in dense] != [tensor.shape for tensor in small]:
         return None
     pairs = zip(dense, small, strict=True)
-    lost = sum(float((a - b).square().nan_to_num(0.0).sum()) for a, b in pairs)
+    lost = sum(float((a - b).nan_to_num(0.0, 0.0, 0.0).square().sum()) for a, b in pairs)
     return math.sqrt(lost / energy)
 
 

@@ -173,7 +173,7 @@ def compress_network(
         )
         report(results, folder / _REPORT)
     show(table(small.plan), _times(small.plan), table(compressed))
-    show(_fidelity(small.fidelity), _accuracy(record, network, untested=untested))
+    show(str(small.fidelity) if small.fidelity else None, _accuracy(record, network, untested=untested))
     show_files(out, files)
     return _show_how_to_load(source, network, out=out)
 
@@ -285,21 +285,6 @@ def _times(plan: Plan) -> Listing | None:
     return Listing(
         f"Latency in {note.runtime}, {words.threads(note.threads)}{batch}", columns, tuple(rows), note=below or ""
     )
-
-
-def _fidelity(measured: Fidelity | None) -> str | None:
-    """The distance to the dense network, beside what the plan predicts and what no data would give."""
-    if measured is None:
-        return None
-    aside = "kept aside" if measured.held_out else "used"
-    distance, predicted, same = (
-        words.percent(share, places=1) for share in (measured.relative_error, measured.predicted, measured.agreement)
-    )
-    text = f"Outputs on {measured.samples} calibration images {aside}: {distance} off the dense network's"
-    text += "" if measured.predicted is None else f", {predicted} predicted"
-    text += "." if measured.agreement is None else f"; the same class for {same}."
-    plain = measured.plain and f" Without data: {words.percent(measured.plain.relative_error, places=1)} off."
-    return text + (plain or "")
 
 
 def _accuracy(record: Measured, network: Loaded, *, untested: str | None) -> str:

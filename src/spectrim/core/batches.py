@@ -8,12 +8,14 @@ from numbers import Number
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import DataLoader, Dataset
 
-from spectrim.core.errors import DataError, SpectrimError
+from spectrim.core.errors import DataError, ResourceError, SpectrimError
 from spectrim.core.execution import Inputs, as_inputs
+from spectrim.core.memory import free_bytes
 from spectrim.core.nested import describe, from_numpy
 
 _LABELS = ("labels", "label")
@@ -40,8 +42,8 @@ def require_batches(data: object, *, what: str) -> None:
     kind = f"{what} is a {type(data).__name__}"
     if isinstance(data, Tensor | np.ndarray):
         raise DataError(
-            f"{what} is one {type(data).__name__}, {describe(data)}, which gives single samples without a batch "
-            "dimension; give a list of batches: [data], or list(data) if its first dimension counts batches"
+            f"{what} is one {type(data).__name__}, {describe(data)}, which would be run sample by sample; give a list "
+            "of batches: [data], or of many samples data.split(64) (torch) or numpy.array_split(data, len(data) // 64)"
         )
     if isinstance(data, Dataset):
         raise DataError(
@@ -81,15 +83,38 @@ class ReservedBatches:
         """The others, as they come."""
         for position, batch in enumerate(batches, 1):
             if position % _ASIDE_OF == 0 and _samples(self.aside) < _MOST_ASIDE:
-                self.aside.append(batch)
+                self.aside.append(batch.map(torch.clone))  # the memory may be used again for the next batch
                 continue
             if _samples(self.first) < _LEAST_ASIDE:
-                self.first.append(batch)
+                self.first.append(batch.map(torch.clone))
             yield batch
         if _samples(self.aside) < _LEAST_ASIDE:
             too_few = self.aside.copy()
             self.aside.clear()
             yield from too_few
+
+
+def held(batches: Iterable[Inputs]) -> list[Inputs]:
+    """The batches in memory.
+
+    Raises:
+        ResourceError: they take more than is free, as those of an endless iterable do.
+        DataError: they are written into one memory, each over the one before.
+    """
+    free, result, versions = free_bytes(torch.device("cpu")), [], []
+    for batch in batches:
+        result.append(batch)
+        versions.append(_versions(batch))
+        free -= sum(tensor.nbytes for tensor in batch.tensors())
+        if free < 0:
+            raise ResourceError(f"{len(result)} calibration batches take all memory that is free; give max_batches=")
+    if any(_versions(batch) != version for batch, version in zip(result, versions, strict=True)):
+        raise DataError("the calibration batches are written into the same memory one after the other; yield clones")
+    return result
+
+
+def _versions(batch: Inputs) -> list[int]:
+    return [tensor._version for tensor in batch.tensors() if not tensor.is_inference()]
 
 
 def _samples(batches: Iterable[Inputs]) -> int:
@@ -219,7 +244,8 @@ def _by_example(batch: Any, like: Inputs, position: int) -> tuple[Inputs, Any]:
             return named, own if labels is _UNLABELLED else labels
     raise DataError(
         f"batch {position} is {describe(batch)}, which does not fit the example inputs ({like.describe()})"
-        f"{_difference(readings, like)}; give batches like the example, with or without labels after the inputs"
+        f"{_difference(readings, like)}; give batches like the example, with or without labels after the inputs; one "
+        "batch alone goes into a list, [(inputs, labels)]"
     )
 
 

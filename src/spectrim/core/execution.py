@@ -295,7 +295,9 @@ def require_unwrapped(model: nn.Module) -> None:
         wrapper = next((base.__name__ for base in type(module).__mro__ if base.__name__ in _WRAPPERS), None)
         if wrapper is not None:
             inner, make = _WRAPPERS[wrapper]
-            raise ModelError(f"{where} is a {wrapper}; give what it wraps, {path}.{inner}, and {make} the result again")
+            raise ModelError(
+                f"{where} is of class {wrapper}; give what it wraps, {path}.{inner}, and {make} that again"
+            )
         if getattr(module, "_compiled_call_impl", None) is not None:
             raise ModelError(
                 f"{where} is compiled (by its compile method), and its layers cannot be followed; set "

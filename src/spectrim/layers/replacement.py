@@ -116,10 +116,10 @@ def factored_at(
         raise ModelError(f"the factors of {names[0]} overflow {reference.dtype}; convert the model to float32 first")
     # of the factors as stored, so that in half precision the mean correction covers their rounding as well
     whole = blank.kernels([to_float64(weight) for weight in shared]).flatten(2)
-    few = (*factors[:-1], factors[-1][:, :_PROBED])
-    _require_rounded(
-        whole[:, :_PROBED], blank.composed(tuple(map(to_float64, few))).flatten(2), name=names[0], dtype=reference.dtype
-    )
+    largest = whole.square().sum(dim=(0, 2)).topk(min(_PROBED, whole.shape[1])).indices
+    few = [to_float64(part) for part in (*factors[:-1], factors[-1][:, largest])]
+    exact = blank.composed(tuple(few)).flatten(2)
+    _require_rounded(whole[:, largest], exact, name=names[0], dtype=reference.dtype)
 
     def factored(name: str, module: nn.Module) -> nn.Module:
         value = bias(name, module, whole)

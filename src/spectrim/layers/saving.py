@@ -76,16 +76,15 @@ def load(path: str | Path, model: nn.Module) -> nn.Module:
     rebuilt = duplicate(model)
     rebuild(rebuilt, header, origin=str(path))
     _fill(rebuilt, tensors, header.same_tensor, path)
-    broken = [
-        name for name, tensor in tensors.items() if name.startswith(tuple(header.low_rank)) and _is_broken(tensor)
-    ]
+    prefixes = tuple(f"{name}." for name in header.low_rank)
+    broken = [name for name, tensor in tensors.items() if name.startswith(prefixes) and _is_broken(tensor)]
     if broken:
         warnings.warn(f"{path} holds NaN or infinite values in {broken[0]}; they were saved so", stacklevel=3)
     return rebuilt
 
 
 def _is_broken(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() and not bool(torch.isfinite(tensor).all())
+    return tensor.is_floating_point() and tensor.itemsize > 1 and not bool(torch.isfinite(tensor).all())
 
 
 def _file(path: str | Path) -> Path:
@@ -100,7 +99,10 @@ def _read(path: Path) -> tuple[_Header, dict[str, Tensor]]:
             # a copy, since what safetensors gives may look into the file itself
             tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise FileError(f"cannot read {path}: {error}; it is missing, cut short, or not a safetensors file") from error
+        raise FileError(
+            f"cannot read {path}: {error}; it is missing, cut short, or not a file of spectrim.save "
+            "(what torch.save wrote goes into a network with load_state_dict)"
+        ) from error
     if _KEY not in metadata:
         raise FileError(f"{path} was not written by spectrim.save; load a plain state with safetensors.torch.load_file")
     header = parse(_Header, metadata[_KEY], origin=f"the header of {path}")

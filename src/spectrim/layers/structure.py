@@ -118,7 +118,12 @@ def _require_ordinary_factors(name: str, layer: FactoredLayer) -> None:
 
 
 def _options_of(dense: nn.Module) -> dict[str, str]:
-    return {name: str(getattr(dense, name)) for name in layer_type_of(dense).options}
+    values = {name: getattr(dense, name) for name in layer_type_of(dense).options}
+    # numbers of other types are equal ones
+    return {
+        name: str(tuple(map(int, value)) if isinstance(value, list | tuple) else value)
+        for name, value in values.items()
+    }
 
 
 def _dense_at(model: nn.Module, name: str, layer: LowRank, origin: str) -> nn.Module:

@@ -1,6 +1,8 @@
 """A plain state into a network: from a safetensors file, one that torch saved, or ImageNet's from torchvision."""
 
 import importlib
+import pickle
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -47,12 +49,15 @@ def _read_torch_file(path: Path) -> object:
         return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise FileError(f"cannot read {path}: {error}; it is missing, or no file") from error
-    except Exception as error:  # of the unpickler, or of what a damaged file holds
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    except pickle.UnpicklingError as error:
+        reason = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().splitlines() or [type(error).__name__]
         raise FileError(
-            f"cannot read {path} without running code that it may hold, which is never done: {reason}. If you trust "
-            "it, load it where it was made and save the state alone: torch.save(model.state_dict(), 'weights.pt')"
+            f"cannot read {path} without running code that it may hold, never done ({reason[0][:99]}). If you "
+            "trust it, load it where it was made and save the state alone: torch.save(model.state_dict(), 'weights.pt')"
         ) from error
+    except Exception as error:  # whatever a damaged file leads to
+        kind = type(error).__name__
+        raise FileError(f"cannot read {path}: it is damaged, cut short, or no file of torch.save ({kind})") from error
 
 
 def _state_in(value: object, path: Path) -> dict[str, Tensor]:
@@ -67,6 +72,9 @@ def _state_in(value: object, path: Path) -> dict[str, Tensor]:
             f"{path} holds a {type(value).__name__} with {entries_of}, of which none is a network's state; save that "
             "alone: torch.save(model.state_dict(), 'weights.pt')"
         )
+    if len(entries) > 1:
+        others = ", ".join(repr(name) for name in entries if name != names[0])
+        warnings.warn(f"{path}: the weights are those of its entry {names[0]!r}; it also has {others}", stacklevel=4)
     return dict(entries[names[0]])
 
 
@@ -141,7 +149,7 @@ def _without_wrappers(
     wrappers = ""
     names = {name: name for name in state}
     while names and not expected.keys() & set(names.values()):
-        first = {name.partition(".")[0] for name in names.values()}
+        first = {name.rpartition(".")[0].partition(".")[0] for name in names.values()}
         if len(first) != 1 or not first <= set(_WRAPPERS):
             return dict(state)
         wrappers += f"{first.pop()}."
@@ -158,11 +166,19 @@ def _misfits(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dic
         if name not in state or is_lazy(tensor):
             continue
         stored = state[name]
-        if stored.shape != tensor.shape:
-            shapes.append(f"{name} {list(stored.shape)}, the network's is {list(tensor.shape)}")
-        elif stored.is_floating_point() != tensor.is_floating_point():
+        if stored.is_nested or stored.shape != tensor.shape:
+            sizes = "nested" if stored.is_nested else list(stored.shape)
+            shapes.append(f"{name} {sizes}, the network's is {list(tensor.shape)}")
+        elif stored.is_floating_point() != tensor.is_floating_point() or _overflows(stored, tensor.dtype):
             types.append(f"{name} {stored.dtype}, the network's is {tensor.dtype}")
     return {"of another shape": shapes, "of another type": types}
+
+
+def _overflows(stored: Tensor, dtype: torch.dtype) -> bool:
+    """Whether finite values become infinite in a number type."""
+    if not stored.is_floating_point() or torch.finfo(stored.dtype).max <= torch.finfo(dtype).max:
+        return False
+    return bool((stored.to(dtype).isinf() & ~stored.isinf()).any())
 
 
 def _require_none(faults: Mapping[str, list[str]], *, origin: Path) -> None:

@@ -253,7 +253,7 @@ class Candidates:
         if self.cost == "macs":
             return rank_costs.macs
         # each tensor of a file has an entry in its header
-        tensors = len(rank_costs.ranks[0]) + (not layer.weight.has_bias and self.metric != "plain")
+        tensors = len(rank_costs.ranks[0]) + (layer.weight.biases < len(layer.call_sites) and self.metric != "plain")
         entries = tensors * (len(layer.name) + 120) if self.cost == "bytes" else 0
         return rank_costs.params * self._unit(layer) + entries * (1 + len(layer.tied_names))
 

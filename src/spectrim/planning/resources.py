@@ -59,7 +59,9 @@ class DataSize:
         number = min(number, max_batches) if max_batches is not None and number else number or max_batches or 0
         if not (samples or number):
             return None
-        return cls(samples or number * size, min(size, samples or size), resident=False)
+        most = length_of(getattr(data, "dataset", None)) or number * size
+        total = samples or min(number * size, most)
+        return cls(total, min(size, total), resident=False)
 
     @classmethod
     def least(cls, data: Iterable[Any] | None, example: Inputs, max_batches: int | None) -> Self | None:

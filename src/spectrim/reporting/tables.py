@@ -163,9 +163,13 @@ def text(value: Showable, *, width: int = 100) -> str:
 
 def _of_memory(estimate: MemoryEstimate) -> Listing:
     parts = {name.capitalize(): getattr(estimate, name) for name in estimate.PARTS}
-    rows = {**parts, "At the highest": estimate.peak, "Free": estimate.available}
+    margin = estimate.peak - estimate.tensors
+    rows = {**parts, "At the highest": estimate.tensors, "With a margin": estimate.peak, "Free": estimate.available}
     columns = (Column("", number=False), Column("Memory"))
-    note = "Not all parts are held together, and the model is not counted."
+    note = (
+        "Not all parts are held together, and the model is not counted. The margin is for what libraries and gaps "
+        f"take ({words.size(margin)})."
+    )
     widest = f" The layer that takes most is {estimate.widest}." if estimate.widest else ""
     cells = tuple((name, words.size(number)) for name, number in rows.items())
     return Listing("Memory that this takes", columns, cells, frozenset({len(parts)}), note + widest)

@@ -68,12 +68,12 @@ class Form(ABC):
         """Every rank that is looked at, (n, rank_count): that of each entry in a decomposition's `tails`."""
 
     @abstractmethod
-    def costs(self, unit: Unit, ranks: npt.NDArray[np.int64], *, bias: bool = False) -> RankCosts:
+    def costs(self, unit: Unit, ranks: npt.NDArray[np.int64], *, biases: int = 0) -> RankCosts:
         """The cost at each of some ranks (n, rank_count), with or without biases."""
 
-    def cost(self, unit: Unit, ranks: Ranks, *, bias: bool = False) -> Cost:
+    def cost(self, unit: Unit, ranks: Ranks, *, biases: int = 0) -> Cost:
         """The cost at `ranks`."""
-        costs = self.costs(unit, np.array([ranks], dtype=np.int64), bias=bias)
+        costs = self.costs(unit, np.array([ranks], dtype=np.int64), biases=biases)
         return Cost(params=int(costs.params[0]), macs=int(costs.macs[0]))
 
     @abstractmethod
@@ -138,13 +138,13 @@ class SingleWeightForm(Form):
     def rank_grid(self, unit: Unit) -> npt.NDArray[np.int64]:
         return self.decomposition.rank_grid(_geometry(unit).shape)
 
-    def costs(self, unit: Unit, ranks: npt.NDArray[np.int64], *, bias: bool = False) -> RankCosts:
+    def costs(self, unit: Unit, ranks: npt.NDArray[np.int64], *, biases: int = 0) -> RankCosts:
         geometry, (weight,) = _geometry(unit), unit.weights
         params = [geometry.groups * prod(shape) for shape in self.factor_shapes(geometry, list(ranks.T))]
         positions = self.factor_positions(weight.positions)
         macs = sum(number * places for number, places in zip(params, positions, strict=True))
-        biases = weight.bias_cost.params if bias else 0
-        return RankCosts(self.name, ranks, np.asarray(sum(params, start=biases)), np.asarray(macs))
+        stored = sum(params, start=biases * geometry.outputs)
+        return RankCosts(self.name, ranks, np.asarray(stored), np.asarray(macs))
 
     def kept_bytes(self, unit: Unit, *, rank: int | None = None) -> int:
         (weight,) = unit.weights

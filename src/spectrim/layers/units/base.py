@@ -20,7 +20,7 @@ class Weight:
         layer_type: How the layer holds a matrix; None for one of no known type.
         geometry: Sizes of that matrix; None where there is none, or none that can be computed with.
         positions: Vectors handled in the traced pass, all uses together; none where no pass was traced.
-        has_bias: Whether the layer adds one; each call site keeps its own.
+        biases: How many the call sites have together that no unit before counts; one that they share counts once.
         params: Numbers that the layer stores.
         itemsize: Bytes of one of them.
     """
@@ -33,7 +33,7 @@ class Weight:
     layer_type: LayerType | None
     geometry: Geometry | None
     positions: Positions
-    has_bias: bool
+    biases: int
     params: int
     itemsize: int
 
@@ -43,17 +43,11 @@ class Weight:
         return self.name, *self.tied_names
 
     @property
-    def bias_cost(self) -> Cost:
-        """Of a bias at every call site."""
-        return Cost(params=len(self.call_sites) * self.geometry.outputs if self.geometry else 0, macs=0)
-
-    @property
     def dense_cost(self) -> Cost:
         """Its cost as it is, biases included."""
         if self.geometry is None:
             return Cost(params=self.params, macs=0)
-        cost = self.geometry.dense_cost(self.positions)
-        return cost + self.bias_cost if self.has_bias else cost
+        return self.geometry.dense_cost(self.positions) + Cost(params=self.biases * self.geometry.outputs, macs=0)
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,7 @@ def find_single_weights(model: nn.Module, trace: Trace, selection: LayerSelectio
     last = next(reversed(list(trace.calls)), None) if selection.keep_last else None
     order = {name: place for place, name in enumerate(trace.calls)}
     inside = _already_handled(model)
-    units = []
+    units, counted = [], set[int]()
     for group in _tied(layers):
         call_sites = sorted((names[module][0] for module in group), key=lambda name: order.get(name, len(order)))
         tied = [name for module in group for name in names[module]]
@@ -89,13 +89,20 @@ def find_single_weights(model: nn.Module, trace: Trace, selection: LayerSelectio
             or next((_DIFFERS for name in call_sites if name in trace.differing), None)
             or next((_SPECIAL for name in call_sites if name in trace.special), None)
         )
-        weight = _weight(model.get_submodule(call_sites[0]), tied, call_sites, trace.positions)
+        biases = {id(bias) for module in group if (bias := getattr(module, "bias", None)) is not None} - counted
+        counted |= biases
+        weight = _weight(model.get_submodule(call_sites[0]), tied, call_sites, trace.positions, biases=len(biases))
         units.append(SingleWeight((weight,), reason))
     return tuple(sorted(units, key=lambda unit: order.get(unit.name, len(order))))
 
 
 def _weight(
-    layer: nn.Module, tied: Sequence[str], call_sites: Sequence[str], positions: Mapping[str, Positions]
+    layer: nn.Module,
+    tied: Sequence[str],
+    call_sites: Sequence[str],
+    positions: Mapping[str, Positions],
+    *,
+    biases: int,
 ) -> Weight:
     layer_type, own = find_layer_type(layer), list(layer.parameters(recurse=False))
     # a subclass or a parametrised layer cannot be exchanged, but its weight has a spectrum all the same
@@ -116,7 +123,7 @@ def _weight(
         layer_type=layer_type,
         geometry=layer_type.geometry(layer) if layer_type and whole else None,
         positions=sum((positions.get(site, Positions()) for site in call_sites), Positions()),
-        has_bias=getattr(layer, "bias", None) is not None,
+        biases=biases,
         params=sum(parameter.numel() for parameter in own),
         itemsize=next((parameter.element_size() for parameter in own), 4),
     )
