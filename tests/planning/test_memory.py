@@ -102,7 +102,7 @@ def test_what_does_not_fit_is_refused_before_data_are_run(
     data: list[Tensor] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = network()
-    whole = estimate(data=data)
+    whole = estimate(data=data, cache=0)
 
     def compress() -> st.Compressed:
         return st.compress(model, st.Budget(params=0.6), example_inputs=X[:1], data=data)
