@@ -3,6 +3,7 @@
 import json
 import struct
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 
 import spectrim as st
 from spectrim import errors
+from spectrim.models.weights import fill_, read_state
 
 X = inputs(7, 12)
 
@@ -198,3 +200,26 @@ def test_values_that_were_saved_broken_are_said(tmp_path: Path) -> None:
         model[0].down.weight[0, 0] = torch.nan
     with pytest.warns(UserWarning, match=r"NaN or infinite values in 0\.down\.weight"):
         st.load(st.save(model, tmp_path), small_mlp())
+
+
+class Versioned(nn.Sequential):
+    """Converts states of its first version, and wants to know which one it is given."""
+
+    _version = 2
+
+    def _load_from_state_dict(self, state: Any, prefix: str, metadata: Any, *rest: Any) -> None:
+        if metadata.get("version") not in (1, 2):
+            raise ValueError("version should be set to 1 or 2")
+        super()._load_from_state_dict(state, prefix, metadata, *rest)
+
+
+def test_a_network_that_wants_the_version_of_a_state_is_loaded(tmp_path: Path) -> None:
+    model = Versioned(nn.Linear(12, 9), nn.ReLU(), nn.Linear(9, 4)).double().eval()
+    small = st.compress(model, st.Rank(3), example_inputs=X).model
+    loaded = st.load(st.save(small, tmp_path), Versioned(nn.Linear(12, 9), nn.ReLU(), nn.Linear(9, 4)))
+    with torch.no_grad():
+        assert torch.equal(loaded(X), small(X))
+    save_file(model.state_dict(), tmp_path / "plain.safetensors")
+    plain = Versioned(nn.Linear(12, 9), nn.ReLU(), nn.Linear(9, 4))
+    fill_(plain, read_state(tmp_path / "plain.safetensors"), origin=tmp_path)
+    assert torch.equal(plain[0].weight, model[0].weight.float())

@@ -1,7 +1,7 @@
 """Running a user's model without side effects."""
 
 import random
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -102,6 +102,13 @@ def temporary(handles: Iterable[RemovableHandle]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def fill_state(model: nn.Module, state: Mapping[str, Tensor], *, strict: bool = True, assign: bool = False) -> Any:
+    """As `model.load_state_dict`, for a state that is of the model's own version: some networks convert older ones."""
+    versioned = OrderedDict(state)
+    versioned._metadata = getattr(model.state_dict(), "_metadata", None)  # type: ignore[attr-defined]
+    return model.load_state_dict(versioned, strict=strict, assign=assign)
 
 
 def unique_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from spectrim.core.arguments import checked
 from spectrim.core.errors import FileError, ModelError
-from spectrim.core.execution import device_of, unique_tensors
+from spectrim.core.execution import device_of, fill_state, unique_tensors
 from spectrim.core.files import parse, write_atomically
 from spectrim.core.nested import is_plain
 from spectrim.layers.replacement import duplicate
@@ -126,7 +126,7 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], aliases: dict[str, str],
             raise FileError(f"{path} is for another network: {name} is {list(tensor.shape)}, not {list(old.shape)}")
         moved = tensor.to(default if old.is_meta else old.device)
         ready[name] = nn.Parameter(moved, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else moved
-    model.load_state_dict(ready | {name: ready[first] for name, first in aliases.items()}, strict=True, assign=True)
+    fill_state(model, ready | {name: ready[first] for name, first in aliases.items()}, assign=True)
 
 
 def _digest(tensors: dict[str, Tensor]) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from spectrim.core.errors import DependencyError, FileError, ModelError
+from spectrim.core.execution import fill_state
 
 _TORCH_FILES = (".pt", ".pth", ".bin", ".ckpt", ".tar", ".pkl", ".pickle")
 _ENTRIES = ("state_dict", "model_state_dict", "model", "module", "net", "network", "weights", "params")
@@ -112,7 +113,7 @@ def fill_(model: nn.Module, state: Mapping[str, Tensor], *, origin: Path) -> Non
     stored = {id(expected[name]): tensor for name, tensor in state.items() if name in expected}
     tied = {name: stored[id(tensor)] for name, tensor in expected.items() if id(tensor) in stored}
     try:
-        keys = model.load_state_dict({**tied, **state}, strict=False)
+        keys = fill_state(model, {**tied, **state}, strict=False)
     except RuntimeError as error:
         raise FileError(f"{origin} is for another network: {error}") from error
     _require_none({"missing": keys.missing_keys, "not in the network": keys.unexpected_keys}, origin=origin)
