@@ -16,6 +16,7 @@ QUICK = (
     *("hf/AlbertForMaskedLM", "hf/DebertaV2ForMaskedLM", "hf/GPT2LMHeadModel", "hf/MixtralForCausalLM"),
     *("hf/MambaForCausalLM", "hf/ConvNextForImageClassification", "hf/BartForConditionalGeneration"),
     *("hf/Wav2Vec2ForCTC", "hf/ASTForAudioClassification", "hf/BlipModel"),
+    *("hf/T5ForConditionalGeneration", "timm/xcit", "torchvision/mnasnet0_5"),
     *("timm/cait", "timm/convit", "timm/deit", "timm/resnetv2", "timm/swin_transformer_v2", "timm/twins"),
 )
 PACKAGES = {"hf": "transformers"}
