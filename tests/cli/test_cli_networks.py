@@ -176,10 +176,9 @@ def test_the_distance_to_the_dense_network_is_said(run: Run, tmp_path: Path, bat
     assert fidelity is not None
     assert fidelity.plain is not None
     assert fidelity.held_out == (aside == "kept aside")
-    assert (
-        f"Outputs on {min(batch, 256)} calibration images {aside}: {100 * fidelity.relative_error:.1f} %" in result.out
-    )
-    assert f"Without data: {100 * fidelity.plain.relative_error:.1f} % off." in result.out
+    assert f"Outputs on {min(batch, 256)} calibration samples {aside}" in result.out
+    assert f": {fidelity.relative_error:.1%} off the dense ones, {fidelity.predicted:.1%} predicted" in result.out
+    assert f"Without data: {fidelity.plain.relative_error:.1%} off." in result.out
 
 
 def test_each_stage_is_a_line_where_there_is_no_terminal(run: Run) -> None:
