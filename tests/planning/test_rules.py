@@ -413,3 +413,10 @@ def test_the_full_rank_is_that_of_the_form() -> None:
     assert (small.plan["0"].form, small.plan["0"].rank) == ("spatial", 9)
     with pytest.raises(st.errors.RuleError, match="has full rank 8"):
         st.compress(model, st.Rank(9), example_inputs=x, include="0")
+
+
+def test_a_budget_out_of_reach_says_what_stays_dense_and_why() -> None:
+    model, x = small_mlp(), inputs(4, 12)
+    model[0].register_forward_hook(lambda *_: None)
+    with pytest.raises(errors.RuleError, match=r"cannot be reached: .*; 1 layers stay dense, .* 0: it carries hooks"):
+        st.compress(model, st.Budget(macs=0.05), example_inputs=x)

@@ -353,4 +353,15 @@ def out_of_reach(candidates: Candidates, rule: Budget, least: float, *, how: str
         f"{rule} cannot be reached: the {smallest} this model can be is Budget({rule.limits}={share:g}), with all "
         f"{open_to} layers that can shrink at {at}; "
         f"{max(0, candidates.outside) / candidates.whole:.1%} of the {outside} outside the layers that were looked at"
+        f"{_first_reason(candidates)}"
     )
+
+
+def _first_reason(candidates: Candidates) -> str:
+    """Why the largest of the layers that stay dense does, if there are any."""
+    metric = candidates.metric if candidates.metric in candidates.analysis.metrics else "plain"
+    reasons = {layer: reason for layer in candidates.analysis if (reason := why_impossible(layer, metric))}
+    if not reasons:
+        return ""
+    largest = max(reasons, key=lambda layer: layer.dense.macs)
+    return f"; {len(reasons)} layers stay dense, the largest of them {largest.name}: {reasons[largest]}"
