@@ -150,7 +150,7 @@ def test_every_page_can_be_reached_from_the_readme() -> None:
 def test_the_two_commands_stand_where_continuous_integration_reads_them() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert "<!-- demo-command -->\n```sh\npip install . && spectrim demo\n```" in text
-    assert '<!-- test-command -->\n```sh\npip install ".[all,test]" && pytest\n```' in text
+    assert '<!-- test-command -->\n```sh\npip install ".[all,test]" && pytest -n auto\n```' in text
 
 
 def test_one_version_everywhere() -> None:

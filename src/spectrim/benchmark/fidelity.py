@@ -22,6 +22,7 @@ from spectrim.layers.replacement import duplicate, factorize
 _WORSE, _NEAR, _FAR = 1.2, 0.02, 0.9
 _FURTHER, _LARGE = 3.0, 0.3
 _LITTLE_AGREEMENT = 0.5
+_ROUNDING = 1e-12
 _CLEARLY_OFF, _OVER_BUDGET = 1e-3, 5e-3
 SAMPLES = 256
 
@@ -129,7 +130,8 @@ def fidelity(
         require_sound(dense[-1], others[0][-1])
     reference = _joined(dense)
     energy = sum(float((each - each.mean(dim=0)).nan_to_num(0.0, 0.0, 0.0).square().sum()) for each in reference)
-    if not 0 < energy < float("inf"):
+    total = sum(float(each.nan_to_num(0.0, 0.0, 0.0).square().sum()) for each in reference)
+    if not _ROUNDING * total < energy < float("inf"):
         return None
     compared = []
     for outputs in others:

@@ -105,7 +105,7 @@ def held(batches: Iterable[Inputs]) -> list[Inputs]:
     for batch in batches:
         result.append(batch)
         versions.append(_versions(batch))
-        free -= sum(tensor.nbytes for tensor in batch.tensors())
+        free -= sum(tensor.nbytes for tensor in batch.tensors() if tensor.layout == torch.strided)
         if free < 0:
             raise ResourceError(f"{len(result)} calibration batches take all memory that is free; give max_batches=")
     if any(_versions(batch) != version for batch, version in zip(result, versions, strict=True)):

@@ -113,7 +113,7 @@ def fill_(model: nn.Module, state: Mapping[str, Tensor], *, origin: Path) -> Non
     stored = {id(expected[name]): tensor for name, tensor in state.items() if name in expected}
     tied = {name: stored[id(tensor)] for name, tensor in expected.items() if id(tensor) in stored}
     try:
-        keys = fill_state(model, {**tied, **state}, strict=False)
+        keys = _load({**tied, **state}, model)
     except RuntimeError as error:
         raise FileError(f"{origin} is for another network: {error}") from error
     _require_none({"missing": keys.missing_keys, "not in the network": keys.unexpected_keys}, origin=origin)
@@ -173,6 +173,14 @@ def _misfits(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dic
         elif stored.is_floating_point() != tensor.is_floating_point() or _overflows(stored, tensor.dtype):
             types.append(f"{name} {stored.dtype}, the network's is {tensor.dtype}")
     return {"of another shape": shapes, "of another type": types}
+
+
+def _load(state: Mapping[str, Tensor], model: nn.Module) -> Any:
+    """As `load_state_dict` without `strict`; the state has no version, which some networks want to know."""
+    try:
+        return model.load_state_dict(state, strict=False)
+    except ValueError:
+        return fill_state(model, state, strict=False)
 
 
 def _overflows(stored: Tensor, dtype: torch.dtype) -> bool:
