@@ -1,6 +1,7 @@
-"""Nested tensors, in a network's forward pass and as its inputs."""
+"""Nested and sparse tensors, in a network's forward pass, as its inputs and outputs."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 import spectrim as st
+from spectrim.core.nested import extent, size_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*nested tensors is in prototype stage")
 LAYOUTS = [torch.jagged, torch.strided]
@@ -105,3 +107,32 @@ def test_ragged_samples_are_not_captured_and_not_repeated(tmp_path: Path) -> Non
             export(Reader(), tmp_path / "written.onnx", packed(0))
     with pytest.raises(st.errors.DataError, match="have samples of one size to repeat"):
         st.measure(Reader(), packed(0), batch=4)
+
+
+class MakesSparse(nn.Sequential):
+    """Has sparse activations, and gives its input back as a sparse tensor."""
+
+    def forward(self, x: Tensor) -> Any:
+        hidden = torch.relu(self[0](x))
+        mixed = torch.sparse.mm(hidden.to_sparse(), torch.eye(hidden.shape[1]))
+        return self[2](torch.relu(self[1](mixed))), x.to_sparse()
+
+
+@pytest.mark.parametrize("rule", [st.Rank(4), st.Budget(params=0.6)], ids=str)
+def test_a_network_with_sparse_activations_and_outputs_is_compressed(rule: st.Rank | st.Budget) -> None:
+    torch.manual_seed(0)
+    network = MakesSparse(nn.Linear(32, 64), nn.Linear(64, 64), nn.Linear(64, 8)).eval()
+    x = torch.randn(64, 32)
+    for data in (None, x.split(16)):
+        result = st.compress(network, rule, example_inputs=x[:4], data=data)
+        assert result.plan.factored
+        assert (result.fidelity is None) == (data is None)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+def test_bytes_are_those_that_tensors_are_stored_in() -> None:
+    dense = torch.zeros(100, 100)
+    dense[3, 4] = 1
+    assert size_of([dense, (dense.to_sparse(), {"a": dense.to_sparse_csr()})]) == 40_000 + (16 + 4) + (808 + 8 + 4)
+    assert extent(dense.to_sparse()) == extent(dense[0]) == range(0)
+    assert len(extent(dense[2:4, :3])) == 4 * 103

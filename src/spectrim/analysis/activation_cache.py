@@ -1,7 +1,7 @@
 """Repeated passes over the same beginning of a network, without computing it each time."""
 
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
@@ -52,10 +52,11 @@ class ActivationCache:
         if self.tried_on is None or self.free_bytes <= 0:
             return frozenset()
         names = [name for name, module in self.model.named_modules() if name and _is_block(module)]
-        with evaluating(self.model), suppress(RuntimeError):  # inputs that cannot be cut or rolled: nested, sparse
+        if self.tried_on.is_ragged or any(tensor.layout != torch.strided for tensor in self.tried_on.tensors()):
+            return frozenset()  # such inputs cannot be cut or rolled
+        with evaluating(self.model):
             few = self._few(self.tried_on)
             return frozenset(name for name in names if self._can_be_recalled(name, few))
-        return frozenset()
 
     def _few(self, inputs: Inputs) -> Inputs:
         """A few of the samples, if the network takes them."""

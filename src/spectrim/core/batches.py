@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from spectrim.core.errors import DataError, ResourceError, SpectrimError
 from spectrim.core.execution import Inputs, as_inputs
 from spectrim.core.memory import free_bytes
-from spectrim.core.nested import describe, from_numpy
+from spectrim.core.nested import describe, from_numpy, size_of
 
 _LABELS = ("labels", "label")
 """Entries of a mapping that are labels, and no inputs."""
@@ -105,7 +105,7 @@ def held(batches: Iterable[Inputs]) -> list[Inputs]:
     for batch in batches:
         result.append(batch)
         versions.append(_versions(batch))
-        free -= sum(tensor.nbytes for tensor in batch.tensors() if tensor.layout == torch.strided)
+        free -= size_of(batch.tensors())
         if free < 0:
             raise ResourceError(f"{len(result)} calibration batches take all memory that is free; give max_batches=")
     if any(_versions(batch) != version for batch, version in zip(result, versions, strict=True)):

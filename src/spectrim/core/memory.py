@@ -44,8 +44,8 @@ class Storage:
         if device is not None:
             try:
                 device = torch.empty(0, device=device).device
-            except (RuntimeError, AssertionError, NotImplementedError) as error:
-                reason = str(error).strip().splitlines()[0]
+            except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for a device
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
                 raise EngineError(
                     f"device={str(device)!r} cannot be used: {reason}; give 'cpu' or leave it out"
                 ) from error

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, UntypedStorage
 from torch.nn.utils.rnn import PackedSequence, pad_sequence, unpack_sequence
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -28,8 +28,9 @@ def tensors(value: Any, *, floats: bool = False) -> Iterator[Tensor]:
 
 
 def fractions(value: Any) -> list[Tensor]:
-    """Every tensor in `value` that holds fractions; a complex one as (.., 2) real and imaginary parts."""
-    parts = (torch.view_as_real(part.resolve_conj()) if part.is_complex() else part for part in tensors(value))
+    """Every tensor in `value` that holds fractions, dense; a complex one as (.., 2) real and imaginary parts."""
+    dense = (part if part.layout == torch.strided else part.to_dense() for part in tensors(value))
+    parts = (torch.view_as_real(part.resolve_conj()) if part.is_complex() else part for part in dense)
     return [part for part in parts if part.is_floating_point()]
 
 
@@ -73,26 +74,52 @@ def _is_packed(value: Any) -> bool:
 
 def is_plain(tensor: Tensor) -> bool:
     """Whether it is of torch's own classes, and not of one with values of its own kind, such as quantised ones."""
-    return type(tensor) in (Tensor, nn.Parameter, nn.Buffer) or not is_traceable_wrapper_subclass(tensor)
+    return not is_traceable_wrapper_subclass(tensor)
+
+
+_SPARSE_PARTS = {
+    torch.sparse_coo: (Tensor._indices, Tensor._values),
+    **dict.fromkeys((torch.sparse_csr, torch.sparse_bsr), (Tensor.crow_indices, Tensor.col_indices, Tensor.values)),
+    **dict.fromkeys((torch.sparse_csc, torch.sparse_bsc), (Tensor.ccol_indices, Tensor.row_indices, Tensor.values)),
+}
 
 
 def stored_tensors(value: Any) -> Iterator[Tensor]:
-    """Every tensor in `value`; of one of another package's class those that it is made of."""
+    """The dense tensors that those in `value` consist of: sparse and nested ones, and other packages', of several."""
     for tensor in tensors(value):
-        if is_plain(tensor):
-            yield tensor
-        else:
+        if not is_plain(tensor):
             yield from stored_tensors([getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]])  # type: ignore[attr-defined]
+        else:
+            parts = _SPARSE_PARTS.get(tensor.layout)
+            yield from (tensor,) if parts is None else (part(tensor) for part in parts)
+
+
+def size_of(value: Any) -> int:
+    """Bytes of all tensors in `value`."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in stored_tensors(value))
+
+
+def storage_of(tensor: Tensor) -> UntypedStorage | None:
+    """The memory that a tensor looks into; None for one without, as a sparse one."""
+    try:
+        return tensor.untyped_storage()
+    except NotImplementedError:
+        return None
 
 
 def extent(value: Tensor) -> range:
-    """The addresses between which the values of a matrix lie; none for vectors and nested tensors, no weights."""
-    if not value.is_nested and value.ndim > 1 and value.numel():
-        with suppress(RuntimeError, NotImplementedError):  # a tensor without a storage of its own, such as a sparse one
-            places = 1 + sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
-            start = value.data_ptr()
-            return range(start, start + places * value.element_size() if start else 0)
-    return range(0)
+    """The addresses between which the values of a matrix lie; none for vectors and for tensors that are no weights.
+
+    These are nested and sparse ones, and those of other packages, whose values lie elsewhere.
+    """
+    dense = value.layout == torch.strided and not value.is_nested and is_plain(value)
+    if not dense or value.ndim < 2 or not value.numel():
+        return range(0)
+    places = 1 + sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
+    start = 0
+    with suppress(RuntimeError):  # classes of other packages need not have values
+        start = value.data_ptr()
+    return range(start, start + places * value.element_size() if start else 0)
 
 
 def extents(values: Any) -> list[range]:

@@ -2,7 +2,6 @@
 
 import weakref
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from spectrim.core.execution import Inputs, call, evaluating
-from spectrim.core.nested import tensors
+from spectrim.core.nested import size_of, storage_of, stored_tensors
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class Allocations:
         counter = _AllocationCounter(model)
         with evaluating(model), counter:
             outputs = call(model, example)
-        return cls(counter.most, counter.total, counter.operator, sum(tensor.nbytes for tensor in tensors(outputs)))
+        return cls(counter.most, counter.total, counter.operator, size_of(outputs))
 
 
 class _AllocationCounter(TorchDispatchMode):
@@ -46,22 +45,21 @@ class _AllocationCounter(TorchDispatchMode):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.alive = self.most = self.total = self.operator = 0
-        self._weights = {_storage_of(tensor) for tensor in (*model.parameters(), *model.buffers())}
+        self._weights = {_key(tensor) for tensor in _stored([*model.parameters(), *model.buffers()])}
         self._known = set(self._weights)
 
     def __torch_dispatch__(
         self, operator: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Run the operator, and look at what it gives."""
-        if any(tensor.is_nested and tensor.layout == torch.jagged for tensor in _tensors((args, kwargs))):
+        if any(isinstance(leaf, Tensor) and leaf.layout == torch.jagged for leaf in tree_leaves((args, kwargs))):
             return NotImplemented  # it comes again with the values inside
         result = operator(*args, **(kwargs or {}))
-        used = (tensor for tensor in _tensors((args, kwargs, result)) if _storage_of(tensor) not in self._weights)
-        self.operator = max(self.operator, sum(tensor.nbytes for tensor in used if not tensor.is_nested))
-        for tensor in _tensors(result):
-            key = _storage_of(tensor)
-            if key not in self._known:
-                storage = tensor.untyped_storage()
+        used = [tensor for tensor in _stored((args, kwargs, result)) if _key(tensor) not in self._weights]
+        self.operator = max(self.operator, size_of(used))
+        for tensor in _stored(result):
+            key, storage = _key(tensor), storage_of(tensor)
+            if storage is not None and key not in self._known:
                 self._known.add(key)
                 self._count(storage.nbytes())
                 weakref.finalize(storage, self._forget, key, storage.nbytes())
@@ -76,13 +74,13 @@ class _AllocationCounter(TorchDispatchMode):
         self.alive -= size
 
 
-def _tensors(value: Any) -> list[Tensor]:
-    """Those in what an operator is given or gives, nested ones as they are."""
-    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+def _stored(value: Any) -> list[Tensor]:
+    """The dense tensors in what an operator is given or gives; none of nested ones."""
+    leaves = (leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor) and not leaf.is_nested)
+    return list(stored_tensors(list(leaves)))
 
 
-def _storage_of(tensor: Tensor) -> int | None:
-    """What tells a tensor's memory from that of others; None for a tensor without its own, as a sparse one."""
-    with suppress(RuntimeError, NotImplementedError):
-        return int(tensor.untyped_storage()._cdata)
-    return None
+def _key(tensor: Tensor) -> int | None:
+    """What tells a tensor's memory from that of others."""
+    storage = storage_of(tensor)
+    return None if storage is None else int(storage._cdata)

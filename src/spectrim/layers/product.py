@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from typing import Any, Self
 
 import numpy as np
@@ -11,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from spectrim.core.errors import ModelError
-from spectrim.core.nested import map_tensors, tensors
+from spectrim.core.nested import map_tensors, storage_of, tensors
 
 _SIZES = frozenset(
     {getattr(Tensor, name).__get__ for name in ("dtype", "shape", "device", "layout", "ndim", "requires_grad")}
@@ -121,9 +120,8 @@ def _read_only_error() -> ModelError:
 
 def _shares(value: Tensor, products: Sequence[Tensor]) -> bool:
     """Whether a tensor lies in the memory of a product."""
-    with suppress(RuntimeError):  # it has no memory of its own, such as a sparse one
-        return any(value.untyped_storage()._cdata == product.untyped_storage()._cdata for product in products)
-    return False
+    storage = storage_of(value)
+    return storage is not None and any(storage._cdata == product.untyped_storage()._cdata for product in products)
 
 
 def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, list[Tensor]]:

@@ -12,6 +12,7 @@ from spectrim.analysis.moments import covariance_bytes
 from spectrim.benchmark.fidelity import SAMPLES
 from spectrim.core.execution import Inputs
 from spectrim.core.memory import MAPPED_BYTES
+from spectrim.core.nested import size_of
 from spectrim.core.plans import Budget, Metric, Plan, Rank, Rule
 from spectrim.layers.allocations import Allocations
 from spectrim.layers.forms import Form, form_named, forms_of, selected_forms
@@ -252,7 +253,7 @@ class Stages:
     @cached_property
     def copy(self) -> int:
         """The compressed network before its layers are exchanged, and their factors."""
-        whole = sum(tensor.nbytes for tensor in (*self.model.parameters(), *self.model.buffers()))
+        whole = size_of([*self.model.parameters(), *self.model.buffers()])
         return whole + sum(layer.factors for layer in self.decomposed)
 
     @cached_property
@@ -278,7 +279,7 @@ class Stages:
         data = self.work.data
         if data is None or data.resident or not self.work.keeps_batches:
             return 0
-        return self._of_samples(sum(tensor.nbytes for tensor in self.example.tensors()), data.samples)
+        return self._of_samples(size_of(self.example.tensors()), data.samples)
 
     @property
     def forward(self) -> int:
