@@ -24,7 +24,7 @@ from spectrim.benchmark.fidelity import Fidelity, measured_fidelity, require_pla
 from spectrim.benchmark.latencies import LatencyTable
 from spectrim.benchmark.measurement import Measurement, count
 from spectrim.core.arguments import checked
-from spectrim.core.batches import ReservedBatches, batches_of, held, without_labels
+from spectrim.core.batches import ReservedBatches, batches_of, collected, without_labels
 from spectrim.core.errors import DataError, PlanError, RuleError
 from spectrim.core.execution import Inputs, ProgressCallback, as_inputs, require_repeatable
 from spectrim.core.memory import Storage
@@ -187,8 +187,8 @@ def compress(
     fitted, example = _is_fitted(decision.plan, reconstruct=reconstruct), as_inputs(example_inputs)
     smaller = _built(model, decision, fitted=fitted, cache=cache, on_progress=on_progress)
     seen, held_out = decision.seen
-    plan, known = decision.plan, decision.analysis
-    measured = measured_fidelity(model, smaller, seen or [example], plan=plan, analysis=known, held_out=held_out)
+    plan, analysis = decision.plan, decision.analysis
+    measured = measured_fidelity(model, smaller, seen or [example], plan=plan, analysis=analysis, held_out=held_out)
     compressed = _counted(model, smaller, plan, example, inplace=inplace)
     return with_changes(compressed, fidelity=measured if seen else None)
 
@@ -270,7 +270,7 @@ class _Stages:
         rule = self.rule_or_plan.rule if isinstance(self.rule_or_plan, Plan) else self.rule_or_plan
         several_passes = isinstance(rule, Budget) or "loss" in self.metrics or self.run.reconstruct is True
         batches = self.reserved.taken_from(chain([first], batches))
-        return held(batches) if several_passes or isinstance(data, Sequence) else batches
+        return collected(batches) if several_passes or isinstance(data, Sequence) else batches
 
     @property
     def metrics(self) -> set[Metric | None]:

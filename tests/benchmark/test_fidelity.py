@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import spectrim as st
 from spectrim.benchmark.fidelity import (
     Fidelity,
-    _warn_if_little_is_left,
+    _warn_if_useless,
     _warn_if_worse_than_predicted,
     _warn_if_worse_with_data,
     fidelity,
@@ -187,7 +187,7 @@ def test_a_network_in_which_nothing_can_be_factored_is_said() -> None:
 @pytest.mark.parametrize(("error", "agreement"), [(0.95, 1.0), (0.95, None), (0.2, 0.4)])
 def test_a_network_of_which_little_is_left_is_said(error: float, agreement: float | None) -> None:
     with pytest.warns(UserWarning, match=r"little is left of the network: .* fine-tune it"):
-        _warn_if_little_is_left(Fidelity(relative_error=error, agreement=agreement, samples=4))
+        _warn_if_useless(Fidelity(relative_error=error, agreement=agreement, samples=4))
 
 
 def test_it_prints_what_a_reader_needs() -> None:

@@ -134,10 +134,19 @@ def test_it_is_shown() -> None:
 def test_wrong_arguments_are_refused() -> None:
     with pytest.raises(st.errors.PlanError, match="cache"):
         estimate(cache=-1)
-    for options in ({"samples": -1}, {"data": [X], "max_batches": -1}):
-        with pytest.raises(st.errors.DataError, match="at least 0"):
+    wrong = [{"samples": -1}, {"samples": 0}, {"data": [X], "max_batches": -1}, {"data": [X], "max_batches": 0}]
+    for options in (*wrong, {"data": []}, {"data": X}):
+        with pytest.raises(st.errors.DataError, match="at least 1|empty|sample by sample"):
             estimate(**options)
     with pytest.raises(st.errors.PatternError):
         estimate(exclude="nothing")
     with pytest.raises(st.errors.ModelError):
         st.estimate_memory(network(), st.Rank(2), example_inputs=X[:, :3])
+
+
+def test_a_loader_of_one_batch_is_no_larger_than_its_data() -> None:
+    data = TensorDataset(torch.zeros(96, 24))
+    result = estimate(st.Budget(params=0.6), data=DataLoader(data, batch_size=10**9))
+    assert result == estimate(st.Budget(params=0.6), data=DataLoader(data, batch_size=96)).model_copy(
+        update={"available": result.available}
+    )

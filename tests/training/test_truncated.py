@@ -148,6 +148,19 @@ def test_remove_gives_back_the_plain_layers_with_the_same_outputs() -> None:
             end()
 
 
+def test_factors_that_do_not_fit_the_number_type_leave_plain_layers_with_the_same_outputs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, x = small_mlp(dtype=torch.float32), inputs(6, 12, dtype=torch.float32)
+    truncation = truncated_(model, st.Rank(3))
+    expected = model.eval()(x)
+    monkeypatch.setattr("spectrim.layers.replacement._MOST_ROUNDED", -1.0)  # no rounding is allowed at all
+    with pytest.raises(errors.ModelError, match="does not survive"):
+        truncation.finish()
+    assert [type(model[place]) for place in (0, 2, 4)] == [nn.Linear] * 3
+    torch.testing.assert_close(model(x), expected)
+
+
 def test_it_learns_and_the_decayed_residual_is_smaller_than_that_of_the_published_method() -> None:
     outside = {}
     for decay in (0.0, 0.1):

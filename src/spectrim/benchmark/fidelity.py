@@ -82,7 +82,7 @@ def measured_fidelity(
     )
     if measured is None:
         return None
-    _warn_if_little_is_left(measured)
+    _warn_if_useless(measured)
     _warn_if_worse_with_data(measured)
     _warn_if_worse_than_predicted(measured)
     others = measured.plain and measured.plain.model_copy(update={"held_out": held_out})
@@ -207,7 +207,7 @@ def require_planned_cost(plan: Plan, dense: NetworkCost, measured: NetworkCost) 
         warnings.warn(message, stacklevel=5)
 
 
-def _warn_if_little_is_left(measured: Fidelity) -> None:
+def _warn_if_useless(measured: Fidelity) -> None:
     """Warn of a network that is hardly nearer to the dense one than a constant, or mostly answers otherwise."""
     if measured.relative_error <= _FAR and (measured.agreement is None or measured.agreement >= _LITTLE_AGREEMENT):
         return

@@ -94,7 +94,7 @@ class ReservedBatches:
             yield from too_few
 
 
-def held(batches: Iterable[Inputs]) -> list[Inputs]:
+def collected(batches: Iterable[Inputs]) -> list[Inputs]:
     """The batches in memory.
 
     Raises:

@@ -120,10 +120,8 @@ def unique_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]
     Raises:
         ModelError: a state that is not a tensor, as quantised layers have, or one without a shape, as lazy layers have.
     """
-    names: dict[int, str] = {}
-    unique: dict[str, Tensor] = {}
-    aliases: dict[str, str] = {}
-    for name, value in model.state_dict(keep_vars=True).items():
+    state, aliases = distinct_state(model)
+    for name, value in state.items():
         if not isinstance(value, Tensor):
             raise ModelError(
                 f"the model's state {name!r} is a {type(value).__name__}, not a tensor, and cannot be saved; "
@@ -131,12 +129,15 @@ def unique_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]
             )
         if isinstance(value, UninitializedParameter | UninitializedBuffer):
             raise ModelError(f"the model's state {name!r} has no shape yet; run the model once")
-        first = names.setdefault(id(value), name)
-        if first == name:
-            unique[name] = value.detach()
-        else:
-            aliases[name] = first
-    return unique, aliases
+    return {name: value.detach() for name, value in state.items()}, aliases
+
+
+def distinct_state(model: nn.Module) -> tuple[dict[str, Any], dict[str, str]]:
+    """As `unique_tensors`, with whatever else the state holds."""
+    state = model.state_dict(keep_vars=True)
+    first = {id(value): name for name, value in reversed(state.items())}
+    aliases = {name: first[id(value)] for name, value in state.items() if first[id(value)] != name}
+    return {name: value for name, value in state.items() if name not in aliases}, aliases
 
 
 @contextmanager

@@ -114,10 +114,10 @@ def _free_in_containers() -> list[int]:
     with suppress(OSError, ValueError):
         for line in _OWN_GROUPS.read_text().splitlines():
             _, controllers, path = line.split(":", 2)
-            if controllers not in ("", "memory"):
+            if controllers and "memory" not in controllers.split(","):
                 continue
             names = ("memory.max", "memory.current") if not controllers else _VERSION_1
-            top = _CGROUPS / controllers
+            top = _CGROUPS / "memory" if controllers else _CGROUPS
             own = top / path.lstrip("/")
             for group in (own, *own.parents):
                 if group.is_relative_to(top):
@@ -131,7 +131,8 @@ _VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes")
 def _free_in(group: Path, limit: str, usage: str) -> list[int]:
     try:
         stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        cached = sum(int(stat.get(name, 0)) for name in ("active_file", "inactive_file"))
+        # version 1 has the files of groups inside this one under names of their own
+        cached = sum(int(stat.get(f"total_{name}", stat.get(name, 0))) for name in ("active_file", "inactive_file"))
         return [max(0, int((group / limit).read_text()) - int((group / usage).read_text()) + cached)]
     except (OSError, ValueError):  # without a limit ("max"), or not to be read
         return []

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.module_tracker import ModuleTracker
 
-from spectrim.core.execution import as_inputs, call, evaluating, require_shapes
+from spectrim.core.execution import as_inputs, call, distinct_state, evaluating, require_shapes
 from spectrim.core.files import Frozen
 from spectrim.core.nested import stored_tensors, tensors
 from spectrim.layers.operators import UncountedOperators, formulas
@@ -75,7 +75,7 @@ def file_size(model: nn.Module) -> int:
     """
     header: dict[str, Any] = {}
     end = 0
-    for name, value in _distinct_state(model).items():
+    for name, value in distinct_state(model)[0].items():
         for tensor in stored_tensors(value):
             start, end = end, end + tensor.numel() * tensor.element_size()
             header[f"{name}.{len(header)}" if name in header else name] = {
@@ -87,14 +87,7 @@ def file_size(model: nn.Module) -> int:
     return 8 + math.ceil(text / 8) * 8 + end
 
 
-def _distinct_state(model: nn.Module) -> dict[str, Any]:
-    """The state by name, what is shared under its first name only."""
-    state = model.state_dict(keep_vars=True)
-    first = {id(value): name for name, value in reversed(state.items())}
-    return {name: value for name, value in state.items() if first[id(value)] == name}
-
-
 def _params(model: nn.Module) -> int:
     """Numbers in parameters, and in weights that torch's quantised layers pack into their state."""
-    packed = (value for value in _distinct_state(model).values() if not isinstance(value, Tensor))
+    packed = (value for value in distinct_state(model)[0].values() if not isinstance(value, Tensor))
     return sum(tensor.numel() for tensor in [*model.parameters(), *tensors(list(packed))])

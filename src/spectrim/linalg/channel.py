@@ -39,7 +39,7 @@ class ChannelDecomposition(Decomposition):
         return cls(problem)
 
     @classmethod
-    def kept_bytes(cls, shape: Sequence[int], *, itemsize: int, rank: int | None = None) -> int:
+    def basis_bytes(cls, shape: Sequence[int], *, itemsize: int, rank: int | None = None) -> int:
         """The basis, with as many columns as are asked for."""
         columns = rank if rank is not None and _is_truncated(shape, rank) else cls.full_ranks(shape)[0]
         return shape[0] * shape[1] * columns * (max(4, itemsize) if is_wide(shape) and columns != rank else 8)
@@ -106,13 +106,13 @@ class ChannelDecomposition(Decomposition):
         problem = self.problem
         if problem.covariance is None:
             bases, values = _left_vectors(problem.matrices, wide=problem.is_wide)
-            return bases.to(self._kept_type), over_groups(values)
+            return bases.to(self._basis_type), over_groups(values)
         each = zip(problem.matrices, problem.covariances, strict=True)
         solved = [
             _metric_basis(weight, C, tolerance=problem.rounding_tolerance, wide=problem.is_wide) for weight, C in each
         ]
         bases, values = (torch.stack(parts) for parts in zip(*solved, strict=True))
-        return bases.to(self._kept_type), over_groups(values)
+        return bases.to(self._basis_type), over_groups(values)
 
     def _truncated_at(self, rank: int) -> tuple[Tensor, float] | None:
         """The first columns of the bases, (groups, out, rank), and their energy; None where all are to be worked out.
@@ -127,7 +127,7 @@ class ChannelDecomposition(Decomposition):
         return self._truncated[rank]
 
     @property
-    def _kept_type(self) -> torch.dtype:
+    def _basis_type(self) -> torch.dtype:
         weight = self.problem.weight
         return torch.promote_types(weight.dtype, torch.float32) if self.problem.is_wide else torch.float64
 

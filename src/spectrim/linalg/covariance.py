@@ -88,7 +88,7 @@ def shrunk(C: Covariance, share: float) -> Covariance:
     if isinstance(C, LowRankCovariance):
         return LowRankCovariance(C.rows * (1 - share) ** 0.5, (1 - share) * C.ridge + by.to(C.ridge.device))
     part = to_float64(C)
-    part = part * (1 - share) if part is C or C.dtype == part.dtype else part.mul_(1 - share)
+    part = part * (1 - share) if C.dtype == part.dtype else part.mul_(1 - share)  # of a copy, in place
     part.diagonal(dim1=-2, dim2=-1).add_(by.unsqueeze(-1))
     return part
 

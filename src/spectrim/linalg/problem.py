@@ -67,7 +67,7 @@ class Decomposition(ABC):
         """The factors of these ranks."""
 
     @classmethod
-    def kept_bytes(cls, shape: Sequence[int], *, itemsize: int, rank: int | None = None) -> int:
+    def basis_bytes(cls, shape: Sequence[int], *, itemsize: int, rank: int | None = None) -> int:
         """What a decomposition of a weight with numbers of `itemsize` bytes keeps: its bases.
 
         With `rank` only that one is asked for, without all the others being worked out.

@@ -37,7 +37,7 @@ class SharedProjection(Decomposition):
     first_shared: ClassVar[int]
 
     @classmethod
-    def kept_bytes(cls, shape: Sequence[int], *, itemsize: int, rank: int | None = None) -> int:
+    def basis_bytes(cls, shape: Sequence[int], *, itemsize: int, rank: int | None = None) -> int:
         """The start."""
         P, Q = prod(shape[2 : cls.first_shared]), prod(shape[cls.first_shared :])
         return 8 * shape[0] * min(P, shape[1] * Q) * P

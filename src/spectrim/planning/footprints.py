@@ -156,7 +156,7 @@ class Layer:
     def bases(self) -> int:
         """Decompositions that are kept once layers have been decided on, and their matrices in float64."""
         forms = self.work.forms_of(self.unit)
-        each = [form.kept_bytes(self.unit, rank=self.work.rank) for form in forms]
+        each = [form.basis_bytes(self.unit, rank=self.work.rank) for form in forms]
         if not each:
             return 0
         metrics, copies = sum(each), 8 * self.entries * (not self._is_wide)
@@ -179,7 +179,7 @@ class Layer:
         if not self.work.uses_data or self._is_wide:
             return 0
         forms = self.work.forms_of(self.unit)
-        return max((form.kept_bytes(self.unit, rank=self.work.rank) for form in forms), default=0) + 8 * self.entries
+        return max((form.basis_bytes(self.unit, rank=self.work.rank) for form in forms), default=0) + 8 * self.entries
 
     @cached_property
     def working(self) -> int:

@@ -10,6 +10,7 @@ from torch import nn
 
 from spectrim.analysis.sensitivities import require_cache_bytes
 from spectrim.core.arguments import checked
+from spectrim.core.batches import batches_of
 from spectrim.core.errors import DataError, ResourceError
 from spectrim.core.execution import Inputs, as_inputs
 from spectrim.core.files import Frozen
@@ -123,8 +124,9 @@ def estimate_memory(
         FileError: an offload folder that cannot be written to.
     """
     require_cache_bytes(cache)
-    if min(0 if max_batches is None else max_batches, 0 if samples is None else samples) < 0:
-        raise DataError(f"samples={samples}, max_batches={max_batches}: give numbers of at least 0")
+    if samples is not None and samples < 1:
+        raise DataError(f"samples={samples}: give at least 1, or None where the data tell it")
+    batches_of([] if data is None else data, what="the calibration data", max_batches=max_batches)
     run = RunOptions(cache, Storage.of(device, offload), max_batches, reconstruct)
     example = as_inputs(example_inputs)
     size: DataSize | None = None
@@ -132,6 +134,8 @@ def estimate_memory(
         size = DataSize.of([] if data is None else data, example, max_batches=max_batches, samples=samples)
         if data is None and samples:
             size = DataSize(samples, min(example.samples, samples), resident=False)
+        if size is not None and not size.samples:
+            raise DataError("the calibration data is empty; give at least one batch")
         if size is None:
             raise DataError("how many samples the data have cannot be known without reading them; give samples=")
     selection = LayerSelection(include, exclude, keep_last, {} if treat_as is None else treat_as)

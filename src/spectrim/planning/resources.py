@@ -55,12 +55,11 @@ class DataSize:
             return cls(sum(sizes), max(sizes, default=0), resident=True)
         size = data.batch_size if isinstance(data, DataLoader) else None
         size = size or getattr(getattr(data, "batch_sampler", None), "batch_size", None) or example.samples
-        number = length_of(data)
-        number = min(number, max_batches) if max_batches is not None and number else number or max_batches or 0
-        if not (samples or number):
+        numbers = [number for number in (length_of(data), max_batches) if number]
+        if not (samples or numbers):
             return None
-        most = length_of(getattr(data, "dataset", None)) or number * size
-        total = samples or min(number * size, most)
+        counted = size * min(numbers, default=0)
+        total = samples or min(counted, length_of(getattr(data, "sampler", None)) or counted)
         return cls(total, min(size, total), resident=False)
 
     @classmethod

@@ -187,16 +187,17 @@ class Truncation:
         """Replace the truncated layers by balanced factors, with the same outputs up to rounding; returns the model.
 
         Layers that stay dense (see `stays_dense`) become plain layers again, with W_D as their weight.
+
+        Raises:
+            ModelError: factors that the layers' number type cannot hold; all layers are then as `remove` leaves them.
         """
+        weights = self.weights()
+        ranks = {name: rank for name, rank in self.ranks.items() if not self.stays_dense(name, rank)}
+        factors = {name: self._layers[name].factors(weights[name]) for name in ranks}
+        self.remove()
         replacements: dict[str, nn.Module] = {}
-        for name, weight in self._end().items():
-            unit, layer = self.units[name], self._layers[name]
-            if self.stays_dense(name, layer.present_rank()):
-                self._make_plain(name, weight)
-                continue
-            factors = layer.factors(weight)
-            self._unregister(unit)
-            replacements |= factored(self.model, unit, factors)
+        for name in ranks:
+            replacements |= factored(self.model, self.units[name], factors[name])
         replace(self.model, replacements)
         return self.model
 

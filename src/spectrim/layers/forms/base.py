@@ -69,10 +69,10 @@ class Form(ABC):
 
     @abstractmethod
     def costs(self, unit: Unit, ranks: npt.NDArray[np.int64], *, biases: int = 0) -> RankCosts:
-        """The cost at each of some ranks (n, rank_count), with or without biases."""
+        """The cost at each of some ranks (n, rank_count), with so many biases."""
 
     def cost(self, unit: Unit, ranks: Ranks, *, biases: int = 0) -> Cost:
-        """The cost at `ranks`."""
+        """The cost at `ranks`, with so many biases."""
         costs = self.costs(unit, np.array([ranks], dtype=np.int64), biases=biases)
         return Cost(params=int(costs.params[0]), macs=int(costs.macs[0]))
 
@@ -84,7 +84,7 @@ class Form(ABC):
         own rank, and save finding one: `near`.
         """
 
-    def kept_bytes(self, unit: Unit, *, rank: int | None = None) -> int:
+    def basis_bytes(self, unit: Unit, *, rank: int | None = None) -> int:
         """Bytes of a decomposition, or of what it keeps for one rank; 0 where that is not known."""
         return 0
 
@@ -146,9 +146,9 @@ class SingleWeightForm(Form):
         stored = sum(params, start=biases * geometry.outputs)
         return RankCosts(self.name, ranks, np.asarray(stored), np.asarray(macs))
 
-    def kept_bytes(self, unit: Unit, *, rank: int | None = None) -> int:
+    def basis_bytes(self, unit: Unit, *, rank: int | None = None) -> int:
         (weight,) = unit.weights
-        return self.decomposition.kept_bytes(_geometry(unit).shape, itemsize=weight.itemsize, rank=rank)
+        return self.decomposition.basis_bytes(_geometry(unit).shape, itemsize=weight.itemsize, rank=rank)
 
     def working_bytes(self, unit: Unit, *, vectors: int | None, rank: int | None = None) -> int:
         return self.decomposition.working_bytes(_geometry(unit).shape, vectors=vectors, rank=rank)
