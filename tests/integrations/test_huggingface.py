@@ -142,6 +142,17 @@ def test_a_variant(tmp_path: Path) -> None:
     assert torch.equal(logits(loaded(type(small), tmp_path, variant="fp32"), "llama"), logits(small, "llama"))
 
 
+def test_a_state_is_saved_in_place_of_the_weights(tmp_path: Path) -> None:
+    """As with weights averaged over training."""
+    small = compressed("llama")
+    halved = {name: tensor / 2 for name, tensor in small.state_dict().items()}
+    small.save_pretrained(tmp_path, state_dict=halved)
+    again = loaded(type(small), tmp_path)
+    assert all(torch.equal(tensor, halved[name]) for name, tensor in again.state_dict().items())
+    small.save_pretrained(tmp_path)
+    assert same_state(loaded(type(small), tmp_path), state(small))
+
+
 def test_tied_embeddings_are_tied_again(tmp_path: Path) -> None:
     compressed("t5").save_pretrained(tmp_path)
     again = loaded(transformers.T5ForConditionalGeneration, tmp_path)

@@ -136,7 +136,7 @@ def test_wrong_arguments_are_refused() -> None:
         estimate(cache=-1)
     wrong = [{"samples": -1}, {"samples": 0}, {"data": [X], "max_batches": -1}, {"data": [X], "max_batches": 0}]
     for options in (*wrong, {"data": []}, {"data": X}):
-        with pytest.raises(st.errors.DataError, match="at least 1|empty|sample by sample"):
+        with pytest.raises(st.errors.DataError, match=r"at least 1|empty|sample by sample"):
             estimate(**options)
     with pytest.raises(st.errors.PatternError):
         estimate(exclude="nothing")

@@ -10,9 +10,12 @@ Tested with transformers 4.57.6, 5.17 and 5.24, accelerate 1.15 and PEFT 0.21, i
 by 5.24, and the other way round.
 """
 
+import functools
+import inspect
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -84,12 +87,13 @@ class FactoredQuantizer(HfQuantizer):
             ModelError: factored layers that are tied to others, have adapters in them, or that transformers 5 splits
                 in files.
         """
+        own_state = _STATE_TO_SAVE.get()
         if getattr(model, "_hf_peft_config_loaded", False):  # of which only the adapter is saved
-            return None, {}
+            return own_state, {}
         structure = structure_of(model)
         _require_untied(model, structure)
         stored = _names_in_file(model, list(structure.low_rank))
-        state: dict[str, Tensor] = model.state_dict()
+        state: dict[str, Tensor] = model.state_dict() if own_state is None else own_state
         if structure.low_rank and _MAJOR < 5 and any(tensor.is_meta for tensor in state.values()):
             raise ModelError("transformers 4 cannot save factored layers that are offloaded; load without device_map")
         for module in model.modules():
@@ -97,7 +101,7 @@ class FactoredQuantizer(HfQuantizer):
                 del module.config.quantization_config
                 vars(module.config).pop("_pre_quantization_dtype", None)  # transformers 4 fails to write it alone
         if not structure.low_rank:
-            return None, {}
+            return own_state, {}
         described = Structure(
             low_rank={stored[name]: layer for name, layer in structure.low_rank.items()}, same_layer={}
         )
@@ -157,6 +161,25 @@ class _QuantizerOfFactored:
         return FactoredQuantizer(FactoredConfig({}))
 
 
+_STATE_TO_SAVE: ContextVar[dict[str, Tensor] | None] = ContextVar("state_to_save", default=None)
+"""The `state_dict` that `save_pretrained` was given, which it forgets once there is a quantizer."""
+
+
+def _remembering_state(save: Callable[..., Any]) -> Callable[..., Any]:
+    parameters = inspect.signature(save)
+
+    @functools.wraps(save)
+    def save_pretrained(*args: Any, **kwargs: Any) -> Any:
+        token = _STATE_TO_SAVE.set(parameters.bind(*args, **kwargs).arguments.get("state_dict"))
+        try:
+            return save(*args, **kwargs)
+        finally:
+            _STATE_TO_SAVE.reset(token)
+
+    return save_pretrained
+
+
+PreTrainedModel.save_pretrained = _remembering_state(PreTrainedModel.save_pretrained)  # type: ignore[method-assign, unused-ignore]
 PreTrainedModel.hf_quantizer = _QuantizerOfFactored()  # type: ignore[attr-defined, unused-ignore]
 
 
