@@ -21,7 +21,7 @@ from spectrim import errors
 from spectrim.benchmark.latencies import FormTimes, LatencyTable, LayerTimes
 from spectrim.core.plans import LatencyNote
 
-compress_module = sys.modules["spectrim.compression"]
+pipeline = sys.modules["spectrim.planning.pipeline"]
 
 
 def answer(model: nn.Module, *args: Any) -> Tensor:
@@ -478,8 +478,8 @@ class TestPlanAndData:
 
     def test_layers_that_stay_dense_cost_no_statistics(self, monkeypatch: pytest.MonkeyPatch) -> None:
         seen: list[st.Calibration] = []
-        real = compress_module.calibrate
-        monkeypatch.setattr(compress_module, "calibrate", lambda *a, **k: seen.append(real(*a, **k)) or seen[-1])
+        real = pipeline.calibrate
+        monkeypatch.setattr(pipeline, "calibrate", lambda *a, **k: seen.append(real(*a, **k)) or seen[-1])
         st.compress(small_mlp(), st.Rank(2), example_inputs=X, data=[X], exclude="2", keep_last=True)
         assert set(seen[0].moments) == {"0"}
 

@@ -1,45 +1,32 @@
-"""The one-call path: calibrate, analyse, plan, replace, count what was gained."""
+"""The one-call path: decide, replace, fit, look at what came out and count what was gained."""
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from dataclasses import replace as with_changes
-from itertools import chain
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from spectrim.analysis.calibration import calibrate
-from spectrim.analysis.sampling import SampleCount, warn_of_few
-from spectrim.analysis.sensitivities import (
-    cache_bytes_of,
-    require_cache_bytes,
-    sensitivity,
-    with_output_grads,
-    without_blocked_loss,
-)
-from spectrim.analysis.spectra import Analysis, analyze_selected, with_statistics
+from spectrim.analysis.sensitivities import cache_bytes_of
+from spectrim.analysis.spectra import Analysis
 from spectrim.benchmark.fidelity import Fidelity, measured_fidelity, require_planned_cost
 from spectrim.benchmark.latencies import LatencyTable
 from spectrim.benchmark.measurement import Measurement, count
 from spectrim.core.arguments import checked
-from spectrim.core.batches import ReservedBatches, batches_of, collected, without_labels
 from spectrim.core.errors import DataError, PlanError, RuleError
-from spectrim.core.execution import Inputs, ProgressCallback, as_inputs, require_repeatable
+from spectrim.core.execution import Inputs, ProgressCallback, as_inputs
 from spectrim.core.memory import Storage
 from spectrim.core.plans import Budget, Metric, Plan, Rule
 from spectrim.fitting.reconstruction import reconstruct as fit
-from spectrim.layers.replacement import duplicate, factorize, replace
+from spectrim.layers.replacement import duplicate, factorize
+from spectrim.layers.replacement import replace as replace_layers
 from spectrim.layers.selection import LayerSelection, Patterns, TreatAs
 from spectrim.planning.decisions import PlanOptions
-from spectrim.planning.footprints import Work
-from spectrim.planning.latency_budget import plan_latency, refused
-from spectrim.planning.memory import estimated
-from spectrim.planning.resources import DataSize, RunOptions
-from spectrim.planning.rules import plan_with, refresh, require_possible
-from spectrim.runtimes.rank_grid import Grid, probe
-from spectrim.runtimes.sessions import require_runtime
+from spectrim.planning.latency_budget import refused
+from spectrim.planning.pipeline import Decision, decide, progress_of
+from spectrim.planning.resources import RunOptions
+from spectrim.runtimes.rank_grid import Grid
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,28 +51,6 @@ class Compressed:
     def refused(self) -> str | None:
         """Why the model came back as it was, under a budget of latency; None if it was compressed."""
         return self.plan.latency.refused if self.plan.latency else None
-
-
-@dataclass(frozen=True, eq=False)
-class Decision:
-    """What is to be done to a model, and what that was decided on.
-
-    Attributes:
-        analysis: With the statistics and sensitivities that are needed.
-        plan: Form and ranks of every layer.
-        batches: The calibration batches that are in memory; none of those that are read one by one.
-        reserved: Those to look at the result with.
-    """
-
-    analysis: Analysis
-    plan: Plan
-    batches: Sequence[Inputs]
-    reserved: ReservedBatches
-
-    @property
-    def seen(self) -> tuple[Sequence[Inputs], bool]:
-        """Batches to look at the result with, and whether they were kept aside."""
-        return self.reserved.aside or self.batches or self.reserved.first, bool(self.reserved.aside)
 
 
 @checked
@@ -184,153 +149,38 @@ def compress(
         run=run,
         on_progress=on_progress,
     )
-    fitted, example = _is_fitted(decision.plan, reconstruct=reconstruct), as_inputs(example_inputs)
-    smaller = _built(model, decision, fitted=fitted, cache=cache, on_progress=on_progress)
-    seen, held_out = decision.seen
-    plan, analysis = decision.plan, decision.analysis
-    measured = measured_fidelity(model, smaller, seen or [example], plan=plan, analysis=analysis, held_out=held_out)
-    compressed = _counted(model, smaller, plan, example, inplace=inplace)
-    return with_changes(compressed, fidelity=measured if seen else None)
+    return carry_out(
+        model,
+        decision,
+        example_inputs=example_inputs,
+        reconstruct=reconstruct,
+        cache=cache,
+        inplace=inplace,
+        on_progress=on_progress,
+    )
 
 
-def decide(
+def carry_out(
     model: nn.Module,
-    rule_or_plan: Rule | Plan,
+    decision: Decision,
     *,
     example_inputs: Any,
-    data: Iterable[Any] | None = None,
-    layers: LayerSelection | Analysis = LayerSelection(),  # noqa: B008  # frozen
-    options: PlanOptions = PlanOptions(),  # noqa: B008  # frozen
-    run: RunOptions = RunOptions(),  # noqa: B008  # frozen
+    reconstruct: Literal["auto"] | bool = "auto",
+    cache: int | None = None,
+    inplace: bool = False,
     on_progress: ProgressCallback | None = None,
-) -> Decision:
-    """The first half of `compress`: calibrate, analyse and plan; the model stays as it is.
+) -> Compressed:
+    """The second half of `compress`: replace, fit, look at the result.
 
-    Arguments and errors are those of `compress`; an analysis has its layers already. `on_progress` is called for
-    `calibrate`, `analyse`, `weigh LAYER`, `plan`, `time LAYER` and `verify in RUNTIME`.
+    Arguments and errors are those of `compress`; `on_progress` is called for `fit LAYER`.
     """
-    require_cache_bytes(run.cache)
-    selected = isinstance(layers, LayerSelection) and not layers.takes_all
-    if isinstance(rule_or_plan, Plan) and (selected or not options.is_default):
-        raise PlanError("a plan already says which layers, forms and metric; give these options to st.plan instead")
-    if isinstance(rule_or_plan, Budget) and rule_or_plan.runtime and rule_or_plan.threads:
-        require_runtime(rule_or_plan.runtime, threads=rule_or_plan.threads)
-    stages = _Stages(model, as_inputs(example_inputs), rule_or_plan, options, run, on_progress)
-    if isinstance(layers, Analysis):
-        layers.require_model(model)
-        return stages.decided(layers, stages.batches(data))
-    analysis = stages.analysed(layers)
-    if not isinstance(rule_or_plan, Plan):
-        metric = options.metric or ("plain" if data is None else "activation")
-        require_possible(analysis, rule_or_plan, options, metric=metric)
-    stages.require_memory(analysis, data)
-    batches: Iterable[Inputs] = stages.batches(data)
-    if batches:
-        analysis, batches = stages.informed(analysis, batches)
-    return stages.decided(analysis, batches)
-
-
-@dataclass(frozen=True, eq=False)
-class _Stages:
-    """The stages of one decision, and what they share."""
-
-    model: nn.Module
-    example: Inputs
-    rule_or_plan: Rule | Plan
-    options: PlanOptions
-    run: RunOptions
-    on_progress: ProgressCallback | None
-    reserved: ReservedBatches = field(default_factory=ReservedBatches)
-
-    def analysed(self, selection: LayerSelection) -> Analysis:
-        """The analysis, without statistics."""
-        self._begin("analyse")
-        return analyze_selected(self.model, self.example, selection=selection, device=self.run.storage.device)
-
-    def require_memory(self, bare: Analysis, data: Iterable[Any] | None) -> None:
-        """Raise `ResourceError` if all that follows needs more than is free."""
-        size = DataSize.least(data, self.example, self.run.max_batches)
-        run = with_changes(self.run, cache=self.run.cache or 0)  # without a cache it works as well
-        work = Work(self.rule_or_plan, self.options.metric, self.options.forms, size, run)
-        estimated(self.model, self.example, [layer.unit for layer in bare], work).require()
-
-    def batches(self, data: Iterable[Any] | None) -> Sequence[Inputs] | Iterator[Inputs]:
-        """The calibration batches, none where no data are needed; raises as `compress` does.
-
-        Data that are not in memory already are read once, batch by batch, if one pass is enough.
-        """
-        if data is None or self.metrics <= {"plain"}:
-            return []
-        require_repeatable(self.model, self.example)
-        limited = batches_of(data, what="the calibration data", max_batches=self.run.max_batches)
-        batches = without_labels(limited, like=self.example)
-        first = next(batches, None)
-        if first is None:
-            raise DataError("the calibration data is empty; give at least one batch")
-        rule = self.rule_or_plan.rule if isinstance(self.rule_or_plan, Plan) else self.rule_or_plan
-        several_passes = isinstance(rule, Budget) or "loss" in self.metrics or self.run.reconstruct is True
-        batches = self.reserved.taken_from(chain([first], batches))
-        return collected(batches) if several_passes or isinstance(data, Sequence) else batches
-
-    @property
-    def metrics(self) -> set[Metric | None]:
-        """The metrics in which layers are to be factored; None for the usual one."""
-        plan = self.rule_or_plan
-        return {layer.metric for layer in plan.factored} if isinstance(plan, Plan) else {self.options.metric}
-
-    def informed(self, bare: Analysis, batches: Iterable[Inputs]) -> tuple[Analysis, Iterable[Inputs]]:
-        """The analysis with statistics of the layers that need them, and under a budget with their sensitivities.
-
-        And the batches, or none where nothing can be learnt from them.
-        """
-        rule, model, metric = self.rule_or_plan, self.model, self.options.metric
-        budgeted, metrics, storage = isinstance(rule, Budget), self.metrics, self.run.storage
-        layers, samples = _call_sites(bare, rule), SampleCount()
-        reported = self._reported(batches, samples)
-        statistics = calibrate(model, reported, layers=layers, device=storage.device, offload=storage.folder)
-        warn_of_few(samples, metric)
-        if not samples.differ and not isinstance(rule, Plan):
-            return bare, []
-        if "loss" in metrics or (budgeted and metric is None):
-            statistics = with_output_grads(
-                model, statistics, _in_memory(batches), layers=layers, required="loss" in metrics, storage=storage
-            )
-        self._begin("analyse")
-        analysis = with_statistics(bare, statistics)
-        if not budgeted:
-            return analysis, batches
-        weighing = _progress_of("weigh", self.on_progress)
-        weighed = sensitivity(model, analysis, _in_memory(batches), cache=self.run.cache, on_progress=weighing)
-        return weighed if metric else without_blocked_loss(weighed), batches
-
-    def planned(self, analysis: Analysis) -> Plan:
-        """The plan, with what has to be timed on this machine."""
-        rule, options = self.rule_or_plan, self.options
-        if isinstance(rule, Plan):
-            return refresh(rule, analysis)
-        self._begin("plan")
-        if isinstance(rule, Budget) and rule.latency is not None:
-            return plan_latency(
-                self.model, self.example, rule, analysis=analysis, options=options, on_progress=self.on_progress
-            )
-        grid = probe() if options.rank_multiple == "auto" else options.rank_multiple
-        return plan_with(analysis, rule, with_changes(options, rank_multiple=grid))
-
-    def decided(self, analysis: Analysis, batches: Iterable[Inputs]) -> Decision:
-        """The plan, and what it was made on."""
-        return Decision(analysis, self.planned(analysis), _in_memory(batches), self.reserved)
-
-    def _reported(self, batches: Iterable[Inputs], samples: SampleCount) -> Iterator[Inputs]:
-        number = len(_in_memory(batches))  # of batches that come one by one it is not known
-        for done, batch in enumerate(batches):
-            if self.on_progress is not None:
-                self.on_progress("calibrate", done, max(number, done + 1))
-            yield batch
-            samples.add(batch)
-
-    def _begin(self, stage: str) -> None:
-        if self.on_progress is not None:
-            self.on_progress(stage, 0, 1)
+    plan, analysis, example = decision.plan, decision.analysis, as_inputs(example_inputs)
+    fitted = _is_fitted(plan, reconstruct=reconstruct)
+    smaller = _built(model, decision, fitted=fitted, cache=cache, on_progress=on_progress)
+    seen, held_out = decision.seen
+    measured = measured_fidelity(model, smaller, seen or [example], plan=plan, analysis=analysis, held_out=held_out)
+    compressed = _counted(model, smaller, plan, example, inplace=inplace)
+    return replace(compressed, fidelity=measured if seen else None)
 
 
 def _built(
@@ -352,13 +202,8 @@ def _built(
         analysis=analysis,
         batches=decision.batches,
         cache_bytes=cache_bytes_of(analysis, cache),
-        on_progress=_progress_of("fit", on_progress),
+        on_progress=progress_of("fit", on_progress),
     )
-
-
-def _progress_of(verb: str, callback: ProgressCallback | None) -> ProgressCallback | None:
-    """Progress with the stage in front of the layer's name."""
-    return callback and (lambda name, done, of: callback(f"{verb} {name}".strip(), done, of))
 
 
 def _is_fitted(plan: Plan, *, reconstruct: Literal["auto"] | bool) -> bool:
@@ -380,21 +225,9 @@ def _counted(model: nn.Module, smaller: nn.Module, plan: Plan, example: Inputs, 
         return Compressed(smaller, plan, measurement)
     if not _is_refused(plan):
         names = [name for layer in plan if not layer.frozen for name in layer.names]
-        replace(model, {name: smaller.get_submodule(name) for name in names})
+        replace_layers(model, {name: smaller.get_submodule(name) for name in names})
     return Compressed(model, plan, measurement)
-
-
-def _in_memory(batches: Iterable[Inputs]) -> Sequence[Inputs]:
-    return batches if isinstance(batches, Sequence) else []
 
 
 def _is_refused(plan: Plan) -> bool:
     return plan.latency is not None and plan.latency.refused is not None
-
-
-def _call_sites(analysis: Analysis, rule_or_plan: Rule | Plan) -> Collection[str]:
-    """Names of the layers that need statistics."""
-    if not isinstance(rule_or_plan, Plan) or isinstance(rule_or_plan.rule, Budget):
-        return analysis.call_sites
-    planned = {layer.name for layer in rule_or_plan.factored if layer.metric != "plain"}
-    return {site for layer in analysis if layer.name in planned for site in layer.call_sites}

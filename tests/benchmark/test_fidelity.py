@@ -108,6 +108,18 @@ def test_every_sixteenth_batch_is_kept_aside(rule: st.Rank | st.Budget, streamed
         assert same == (other is changed)
 
 
+def test_nothing_is_kept_aside_of_an_analysis_that_has_statistics() -> None:
+    """They may be of these very batches."""
+    model, data = classifier(), torch.randn(264, 12, generator=torch.Generator().manual_seed(1)).split(8)
+    analysis = st.analyze(model, data[0], calibration=st.calibrate(model, data))
+    result = st.compress(model, st.Budget(macs=0.4), example_inputs=data[0], data=data, analysis=analysis)
+    assert result.fidelity is not None
+    assert (result.fidelity.samples, result.fidelity.held_out) == (256, False)
+    bare = st.analyze(model, data[0])
+    held_out = st.compress(model, st.Rank(4), example_inputs=data[0], data=data, analysis=bare, metric="plain").fidelity
+    assert held_out is None
+
+
 def test_fewer_than_eight_samples_are_not_kept_aside() -> None:
     x = torch.randn(40, 12)
     single = st.compress(classifier(), st.Rank(4), example_inputs=x[:1], data=iter(x.split(1)))

@@ -17,12 +17,13 @@ from spectrim.cli.loading import Loaded, load_source
 from spectrim.cli.options import Goal, Invocation, Layers, Source, Test, unfolded
 from spectrim.cli.outputs import MEASURED, MODEL, PLAN, OutputFiles, Record, has_checksum, is_page, outputs
 from spectrim.cli.stages import Stages, show, show_files, stages
-from spectrim.compression import Compressed, Decision, compress, decide
+from spectrim.compression import Compressed, carry_out
 from spectrim.core.files import sha256_of
 from spectrim.core.plans import Budget, Plan
 from spectrim.layers.saving import save
 from spectrim.planning.decisions import PlanOptions
 from spectrim.planning.memory import estimate_memory
+from spectrim.planning.pipeline import Decision, decide
 from spectrim.planning.resources import RunOptions
 from spectrim.reporting import Results, report, table, words
 from spectrim.reporting.tables import Column, Listing
@@ -146,14 +147,14 @@ def compress_network(
     with stages() as progress, outputs(out, files) as folder:
         network = load_source(source, progress)
         untested = network.why_untested(asked=test)
-        decision = _decide(network, goal, source=source, layers=layers, progress=progress, edited=edited)
+        decision = _decide(
+            network, goal, source=source, layers=layers, progress=progress, edited=edited, fitted=method.fitted
+        )
         progress.begin("compress")
-        small = compress(
+        small = carry_out(
             network.model,
-            decision.plan,
+            decision,
             example_inputs=network.example,
-            data=network.calibration,
-            analysis=decision.analysis,
             reconstruct=method.fitted,
             cache=source.cache_bytes,
             on_progress=progress.follow,
@@ -194,7 +195,14 @@ def _write(folder: Path, small: Compressed, *, dense: Measurement, compressed: M
 
 
 def _decide(
-    network: Loaded, goal: Goal, *, source: Source, layers: Layers, progress: Stages, edited: Plan | None = None
+    network: Loaded,
+    goal: Goal,
+    *,
+    source: Source,
+    layers: Layers,
+    progress: Stages,
+    edited: Plan | None = None,
+    fitted: Fitted = "auto",
 ) -> Decision:
     """The analysis, and the plan that the rule gives, or the one that was edited."""
     return decide(
@@ -204,7 +212,7 @@ def _decide(
         data=network.calibration,
         layers=layers.selection,
         options=PlanOptions(metric=goal.metric, forms=goal.forms, rank_multiple=_rank_multiple(goal, progress)),
-        run=RunOptions(cache=source.cache_bytes),
+        run=RunOptions(cache=source.cache_bytes, reconstruct=fitted),
         on_progress=progress.follow,
     )
 
