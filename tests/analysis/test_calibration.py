@@ -81,3 +81,29 @@ def test_empty_data_is_an_error(data: Any) -> None:
 def test_labels_need_pairs() -> None:
     with pytest.raises(errors.DataError, match="pairs"):
         st.calibrate(small_mlp(), [inputs(3, 12)], labels=True)
+
+
+class InTransform(nn.Module):
+    """A network that calls one of its layers inside of a transform of `torch.func`, which hides the values."""
+
+    def __init__(self, transform: str) -> None:
+        super().__init__()
+        self.before, self.hidden, self.last = nn.Linear(24, 24), nn.Linear(24, 24), nn.Linear(24, 10)
+        self.transform = transform
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.before(x)
+        if self.transform == "vmap":
+            return self.last(torch.func.vmap(self.hidden)(x))
+        return self.last(torch.func.jvp(self.hidden, (x,), (torch.ones_like(x),))[1])
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
+@pytest.mark.parametrize("transform", ["vmap", "jvp"])
+def test_layers_that_are_called_inside_of_a_transform_have_no_statistics(transform: str) -> None:
+    data = torch.randn(64, 24).split(8)
+    model = InTransform(transform).eval()
+    assert set(st.calibrate(model, data).moments) == {"before", "last"}
+    compressed = st.compress(model, st.Energy(0.5), example_inputs=data[0], data=data)
+    assert "torch.func" in compressed.plan["hidden"].reason
+    assert compressed.plan["last"].is_factored

@@ -496,7 +496,7 @@ class TestData:
 
         model = Forked()
         compressed = st.compress(model, st.Rank(1), example_inputs=X, data=DATA, reconstruct=reconstruct)
-        assert compressed.plan["small"].reason == "the calibration data did not reach it"
+        assert compressed.plan["small"].reason.startswith("the calibration data did not reach it")
         assert same_state(compressed.model.small, state(model.small))
 
     @pytest.mark.filterwarnings("ignore:the compressed network multiplies")  # more rows than the dense one

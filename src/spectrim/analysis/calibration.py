@@ -17,7 +17,7 @@ from spectrim.core.distributed import Accelerator, all_reduce, if_distributed, s
 from spectrim.core.errors import DataError, ModelError
 from spectrim.core.execution import Inputs, call, evaluating, on_device_of, temporary
 from spectrim.core.memory import IN_PLACE, Storage
-from spectrim.core.nested import fractions, joined
+from spectrim.core.nested import fractions, is_in_transform, joined
 from spectrim.layers.tracing import typed_layers, watching
 from spectrim.layers.types import layer_type_of
 
@@ -103,7 +103,7 @@ def calibrate(
     gradient_sums: dict[str, RunningGradients] = {}
 
     def add_rows(name: str, layer: nn.Module, x: Tensor, output: Tensor) -> None:
-        if (layers is None or name in layers) and x.is_floating_point():
+        if (layers is None or name in layers) and x.is_floating_point() and not is_in_transform(x):
             rows = layer_type_of(layer).input_rows(layer, x.detach(), output=output, positions=positions)
             sums.setdefault(name, RunningCovariance(storage=storage)).add(rows, samples=samples)
 
@@ -153,7 +153,7 @@ def add_gradients(
     outputs: list[tuple[str, nn.Module, Tensor]] = []
 
     def tap(name: str, layer: nn.Module, _: Any, output: Any) -> Tensor | None:
-        if not isinstance(output, Tensor) or not output.requires_grad or not output.numel():
+        if not isinstance(output, Tensor) or not output.requires_grad or not output.numel() or is_in_transform(output):
             return None
         outputs.append((name, layer, output))
         return output.clone()  # what follows may work in place

@@ -44,6 +44,11 @@ def rows(value: Any) -> Iterator[Tensor]:
             yield leaf
 
 
+def is_in_transform(value: Tensor) -> bool:
+    """Whether this tensor stands for others inside of vmap, grad or jvp of `torch.func`, where its values are hidden."""
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(value))
+
+
 def joined(value: Tensor) -> Tensor:
     """The parts of a nested tensor one after the other; any other tensor as it is."""
     return torch.cat(value.unbind()) if value.is_nested else value

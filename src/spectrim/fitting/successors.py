@@ -11,7 +11,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from spectrim.core.execution import Inputs, call, evaluating
-from spectrim.core.nested import tensors
+from spectrim.core.nested import is_in_transform, tensors
 from spectrim.layers.tracing import CallHook, watching
 from spectrim.layers.types import layer_type_of
 
@@ -150,7 +150,7 @@ def following(
     follower = _Follower(on_residual)
 
     def begin(name: str, layer: nn.Module, x: Tensor, output: Tensor) -> None:
-        if name in call_sites:
+        if name in call_sites and not is_in_transform(x):
             follower.begin(name, layer, output)
             if on_call is not None:
                 on_call(name, layer, x, output)

@@ -67,7 +67,7 @@ def why_impossible(layer: LayerAnalysis, metric: Metric) -> str | None:
     if metric in layer.problems:
         return None
     reached = metric == "loss" and "activation" in layer.problems
-    return "no gradient of the network's outputs reaches it" if reached else "the calibration data did not reach it"
+    return "no gradient of the network's outputs reaches it" if reached else "the calibration data did not reach it, or only inside of torch.func"
 
 
 def factored(layer: LayerAnalysis, form: str, ranks: Ranks, *, metric: Metric, reason: str) -> LayerPlan:
