@@ -45,7 +45,7 @@ def rows(value: Any) -> Iterator[Tensor]:
 
 
 def is_in_transform(value: Tensor) -> bool:
-    """Whether this tensor stands for others inside of vmap, grad or jvp of `torch.func`, where its values are hidden."""
+    """Whether a tensor hides its values, as inside of vmap, grad or jvp of `torch.func`."""
     return bool(torch._C._functorch.is_functorch_wrapped_tensor(value))
 
 

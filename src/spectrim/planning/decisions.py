@@ -66,8 +66,9 @@ def why_impossible(layer: LayerAnalysis, metric: Metric) -> str | None:
         return layer.skip_reason or "it has no factored form"
     if metric in layer.problems:
         return None
-    reached = metric == "loss" and "activation" in layer.problems
-    return "no gradient of the network's outputs reaches it" if reached else "the calibration data did not reach it, or only inside of torch.func"
+    if metric == "loss" and "activation" in layer.problems:
+        return "no gradient of the network's outputs reaches it"
+    return "the calibration data did not reach it, or only inside of torch.func"
 
 
 def factored(layer: LayerAnalysis, form: str, ranks: Ranks, *, metric: Metric, reason: str) -> LayerPlan:
