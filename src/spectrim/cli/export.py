@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from spectrim.benchmark.measurement import resized
 from spectrim.cli.loading import load_source
 from spectrim.cli.options import NO_DATA, Group, Source, unfolded, whole_or_auto
 from spectrim.cli.outputs import OutputFiles, outputs
@@ -116,7 +117,7 @@ def export_network(
         exported = write(
             network.model,
             folder / target.file.name,
-            network.example.repeat(target.batch, *[1] * (network.example.ndim - 1)),
+            resized(network.example, target.batch),
             dynamic_batch=not target.fixed_batch,
             pad=pad,
             check=target.check,

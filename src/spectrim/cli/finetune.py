@@ -1,21 +1,23 @@
 """`spectrim finetune`: train a compressed network so that it regains what compression lost."""
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from torch import nn
 
 from spectrim.benchmark.measurement import Accuracy, Measurement, accuracy
-from spectrim.cli.loading import Batches, Images, Loaded, load_network, load_source
+from spectrim.cli.data_reference import has_values
+from spectrim.cli.loading import Loaded, load_network, load_source
 from spectrim.cli.options import DATA, NETWORK, Group, Invocation, Source, unfolded
 from spectrim.cli.outputs import MEASURED, MODEL, OutputFiles, Record, has_checksum, is_page, outputs
+from spectrim.cli.samples import Data
 from spectrim.cli.stages import Stages, show, show_files, stages
+from spectrim.core.batches import length_of
 from spectrim.core.errors import DataError
 from spectrim.core.files import sha256_of, write_text
 from spectrim.layers.saving import save
@@ -23,15 +25,16 @@ from spectrim.reporting import plot_history, words
 from spectrim.reporting.tables import Column, Listing, listing
 from spectrim.training import Checkpoint, Finetuned, History, Step, finetune
 from spectrim.training.checkpoint import identity
+from spectrim.training.losses import Objective
 from spectrim.training.settings import Settings
 
 _HISTORY, _PAGE, _UNFINISHED = "history.json", "history.html", "unfinished.safetensors"
 _MARK = "<!-- Made by Spectrim. -->"
 _PARTS = ("all", "factors", "head")
-_Row = tuple[str, Measurement, Accuracy | None]
+_Row = tuple[str, Measurement, Accuracy | float | None]
 _what, _how = (partial(typer.Option, rich_help_panel=panel) for panel in ("What is trained", "How it is trained"))
 
-_SOURCE = Group(without=("input", "images", "cache"), required=("weights", "data"), defaults={"batch": 128})
+_SOURCE = Group(without=("images", "cache"), required=("weights", "data"), defaults={"batch": 128})
 _SETTINGS = Group(
     without=("clip", "seed", "axis"),
     defaults={"keep": "best"},
@@ -59,13 +62,15 @@ _SETTINGS = Group(
 class Tuned(Record):
     """What `spectrim finetune` writes as measurement.json: the network before and after, and the teacher.
 
-    Their accuracies are on the test images; those of `held_out`, before and after, on the held-out training images.
+    Their accuracies are on the test data; those of `held_out`, before and after, on the held-out training data, of
+    which there is only a loss where labels are no class indices.
     """
 
     before: Measurement
     after: Measurement
     teacher: Measurement | None = None
-    held_out: tuple[Accuracy, Accuracy]
+    held_out: tuple[Accuracy, Accuracy] | None = None
+    held_out_loss: tuple[float, float] | None = None
     model_sha256: str
 
 
@@ -137,18 +142,19 @@ def finetune_network(
     _ = tuning.trained, source.options
     if settings.label_weight > 0 and tuning.teacher_weights is None:
         raise typer.BadParameter("--label-weight needs a teacher: give --teacher-weights")
-    if settings.loss not in (None, "cross_entropy") and tuning.teacher_weights is None:
+    if settings.loss not in (None, "cross_entropy") and tuning.teacher_weights is None and not has_values(source):
         raise typer.BadParameter(f"--loss {settings.loss} compares with a teacher: give --teacher-weights")
     if settings.loss in ("mse", "bce") and settings.label_weight > 0:
         raise typer.BadParameter(f"--loss {settings.loss} takes no class indices: leave --label-weight out")
     unfinished, files = out / _UNFINISHED, _files(out)
     with stages(state=lambda: _state(unfinished)) as progress, outputs(out, files) as folder:
         task = _load(source, tuning, progress=progress)
-        first = accuracy(task.network.model, task.held_out)
+        first = task.held_out_accuracy(task.network.model), task.held_out_loss(task.network.model, settings)
         checkpoint = _checkpoint(task, unfinished, options=invocation.values)
         result = _finetune(task, tuning, settings=settings, progress=progress, checkpoint=checkpoint)
-        held_out = first, accuracy(result.model, task.held_out)
-        measured = partial(task.network.measured, progress=progress, tested=test)
+        last = task.held_out_accuracy(result.model), task.held_out_loss(result.model, settings)
+        tested = test and task.network.why_untested() is None
+        measured = partial(task.network.measured, progress=progress, tested=tested)
         before = measured(task.network.model, "network before")
         after = measured(result.model, "network after")
         teacher = measured(task.teacher, "teacher") if task.teacher else None
@@ -161,12 +167,13 @@ def finetune_network(
             before=before,
             after=after,
             teacher=teacher,
-            held_out=held_out,
+            held_out=(first[0], last[0]) if first[0] and last[0] else None,
+            held_out_loss=(first[1], last[1]) if first[1] is not None and last[1] is not None else None,
             model_sha256=sha256_of(folder / MODEL),
         )
         record.save(folder / MEASURED)
     unfinished.unlink(missing_ok=True)
-    _show(record, result.history, images=task.images)
+    _show(record, result.history, data=task.data)
     show_files(out, files)
 
 
@@ -176,34 +183,36 @@ class _Task:
 
     network: Loaded
     teacher: nn.Module | None
-    images: Images
-    train: Callable[[int], Batches]
-    held_out: Batches
+    data: Data
+    train: Callable[[int], Iterable[Any]]
+    held_out: Iterable[Any]
+
+    def held_out_accuracy(self, model: nn.Module) -> Accuracy | None:
+        """On what is held out; None where labels are no class indices."""
+        return accuracy(model, self.held_out) if self.network.why_unscored is None else None
+
+    def held_out_loss(self, model: nn.Module, settings: Settings) -> float | None:
+        """The same of the loss, where there is no accuracy."""
+        if self.network.why_unscored is None:
+            return None
+        return Objective(settings, teacher=self.teacher).held_out(model, self.held_out)[1]
 
 
 def _load(source: Source, tuning: Tuning, *, progress: Stages) -> _Task:
     network = load_source(source, progress)
     teacher = load_network(source, tuning.teacher_weights) if tuning.teacher_weights else None
-    images, reason = network.images, network.why_untested()
-    if images is None or reason is not None:
+    data, reason = network.data, network.why_unscored
+    if data is None or (reason is not None and data.classes):
         raise DataError(f"the labels cannot be learnt: {reason}; do --option and --data fit the network?")
-    total = len(images.train)
-    held_out = min(5000, math.ceil(total / 10)) if tuning.held_out is None else tuning.held_out
-    if held_out >= total:
-        raise DataError(f"{source.data} has {total} training images; --held-out {held_out} leaves none to train on")
-    part = partial(Batches, images.train, prepare=images.prepare)
-
-    def epoch(number: int) -> Batches:
-        return part(images.order[held_out:], size=source.batch, seed=source.seed * 1_000_003 + number)
-
-    return _Task(network, teacher, images, epoch, part(images.order[:held_out], size=max(256, source.batch)))
+    train = partial(data.training, held_out=tuning.held_out)
+    return _Task(network, teacher, data, train, data.held_out(tuning.held_out))
 
 
 def _checkpoint(task: _Task, path: Path, *, options: Mapping[str, object]) -> Checkpoint:
     """The state of a run with these networks, images and options, wherever the files are."""
     paths = {"weights", "teacher_weights", "data_folder", "save_every", "test", "out"}
     settings = {name: value for name, value in options.items() if name not in paths}
-    run = identity(task.network.model, task.teacher, {"images": task.images.train.checksum, **settings})
+    run = identity(task.network.model, task.teacher, {"images": task.data.checksum, **settings})
     return Checkpoint(path, run=run, unfit="refuse")
 
 
@@ -211,7 +220,8 @@ def _finetune(
     task: _Task, tuning: Tuning, *, settings: Settings, progress: Stages, checkpoint: Checkpoint
 ) -> Finetuned:
     """Train, or go on with a run of the same options that was stopped."""
-    progress.begin("train", total=settings.epochs * len(task.train(0)))
+    batches = length_of(task.train(0))
+    progress.begin("train", total=settings.epochs * batches or None)
     return finetune(
         task.network.model,
         task.train,
@@ -251,32 +261,38 @@ def _state(unfinished: Path) -> str:
     return f"{unfinished} holds what is done, and the same command goes on from there"
 
 
-def _show(record: Tuned, history: History, *, images: Images) -> None:
+def _show(record: Tuned, history: History, *, data: Data) -> None:
     why = "loss no longer fell" if history.measured_by == "loss" else "accuracy no longer rose"
     stopped = f"Stopped after {len(history)} epochs: the held-out {why}."
     epoch = history.weights_of
     best = epoch if epoch is not None and epoch + 1 < len(history) else None
     show(
-        _table(record, images),
+        _table(record, data),
         stopped if history.stopped_early else None,
-        None if best is None else f"Saved is epoch {best + 1}, the best on the held-out images.",
+        None if best is None else f"Saved is epoch {best + 1}, the best on the held-out {data.noun}.",
     )
 
 
-def _table(record: Tuned, images: Images) -> Listing:
-    before, after = record.held_out
+def _table(record: Tuned, data: Data) -> Listing:
+    before, after = record.held_out or record.held_out_loss or (None, None)
     rows: list[_Row] = [("before", record.before, before), ("after", record.after, after)]
+    kind = "accuracy" if record.held_out else "loss"
     columns: dict[Column, Callable[[_Row], str]] = {
         Column("Network", number=False): lambda row: row[0],
         Column("Params", 1): lambda row: words.count(row[1].params),
         Column("MACs", 2): lambda row: words.count(row[1].macs),
-        Column("Held-out\naccuracy"): lambda row: words.percent(row[2].value if row[2] else None),
+        Column(f"Held-out\n{kind}"): lambda row: _held_out(row[2]),
         Column("Test\naccuracy"): lambda row: words.percent(row[1].accuracy.value if row[1].accuracy else None),
     }
-    tested = f"{record.after.accuracy.total:,} test images" if record.after.accuracy else "not tested (--no-test)"
-    note = f"{before.total:,} held-out training images of {images.info.name}; {tested}."
+    tested = f"{record.after.accuracy.total:,} test {data.noun}" if record.after.accuracy else "not tested"
+    total = f"{record.held_out[0].total:,} held-out" if record.held_out else "Held-out"
     rows += [("teacher", record.teacher, None)] if record.teacher else []
+    note = f"{total} training {data.noun} of {data.name}; {tested}."
     return listing("Fine-tuning", rows, columns, strong=lambda row: row[0] == "after", note=note)
+
+
+def _held_out(value: Accuracy | float | None) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else words.percent(value.value if value else None)
 
 
 def _files(out: Path) -> OutputFiles:

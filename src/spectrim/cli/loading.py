@@ -1,159 +1,124 @@
-"""What the commands work on: a network, one input, and the images of a data set as the network takes them."""
+"""What the commands work on: a network, one input, and data as the network takes them."""
 
-import math
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cached_property
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import typer
 from torch import Tensor, nn
 
-from spectrim import data
-from spectrim.benchmark.measurement import Measurement, measure
-from spectrim.cli.options import Source, numbers
+from spectrim.benchmark.measurement import Accuracy, Measurement, measure
+from spectrim.cli.data_reference import data_reference, load_data, load_loaders, preparation
+from spectrim.cli.options import Source
+from spectrim.cli.samples import Data, LoaderData, Preparation, StoredData
 from spectrim.cli.stages import Stages
-from spectrim.core.errors import DataError
-from spectrim.core.execution import as_inputs, call, evaluating
+from spectrim.core.batches import split_labels
+from spectrim.core.execution import Inputs, as_inputs, call, evaluating
+from spectrim.core.nested import describe, logits_of
 from spectrim.layers.saving import load
 from spectrim.models import CIFAR_MEAN, CIFAR_STD, resolve
 from spectrim.models.weights import is_saved
+from spectrim.reporting import words
 
-
-@dataclass(frozen=True)
-class Preparation:
-    """From pixels, uint8 (batch, C, H, W), to what the network takes: (pixel / 255 - mean) / std."""
-
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    flatten: bool
-
-    def __call__(self, pixels: Tensor) -> Tensor:
-        """Float32 of the same shape, or (batch, C * H * W)."""
-        mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
-        normalised = (pixels / 255 - mean) / std
-        return normalised.flatten(1) if self.flatten else normalised
-
-    def __str__(self) -> str:
-        plain = self.mean == (0.0,) and self.std == (1.0,)
-        return "pixel / 255" if plain else f"(pixel / 255 - {_listed(self.mean)}) / {_listed(self.std)}"
-
-
-@dataclass(frozen=True, eq=False)
-class Batches:
-    """Labelled images in batches of float32 (batch, ..) and int64 (batch,), prepared as they are asked for.
-
-    With a `seed` they are shuffled, and a short last batch is left out.
-    """
-
-    split: data.Dataset
-    indices: Tensor
-    prepare: Preparation
-    size: int
-    seed: int | None = None
-
-    def __len__(self) -> int:
-        if self.seed is None:
-            return math.ceil(len(self.indices) / self.size)
-        return max(1, len(self.indices) // self.size)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        indices = self.indices
-        if self.seed is not None:
-            indices = indices[torch.randperm(len(indices), generator=torch.Generator().manual_seed(self.seed))]
-        for part in indices.split(self.size)[: len(self)]:
-            yield self.prepare(self.split.images[part]), self.split.labels[part]
-
-
-@dataclass(frozen=True, eq=False)
-class Images:
-    """A data set as the options ask for it, obtained.
-
-    `prepare` turns its pixels into the network's inputs; `order` has the indices of all training images, drawn by the
-    seed.
-    """
-
-    info: data.DatasetInfo
-    source: Source
-    prepare: Preparation
-    train: data.Dataset
-    order: Tensor
-
-    @cached_property
-    def calibration(self) -> tuple[Tensor, ...]:
-        """The calibration batches: the first images of the order."""
-        batches = Batches(self.train, self.order[: self.source.images], self.prepare, self.source.batch)
-        return tuple(images for images, _ in batches)
-
-    def tests(self) -> Batches:
-        """The test split."""
-        split = data.load(self.info.name, split="test", folder=self.source.data_folder)
-        return Batches(split, torch.arange(len(split)), self.prepare, self.source.batch)
+_CHECKED, _GUESSING, _BELOW, _SEPARABLE = 128, 0.1, 0.02, 0.7
+_USUAL = (
+    Preparation(),
+    Preparation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    Preparation(CIFAR_MEAN, CIFAR_STD),
+    Preparation((0.5,), (0.5,)),
+    Preparation((0.1307,), (0.3081,)),
+    Preparation((0.0,), (1 / 255,)),
+)
+"""What networks are often trained on: the pixel's share, ImageNet, CIFAR-10, -1 to 1, MNIST, and pixels as they are."""
 
 
 @dataclass(frozen=True, eq=False)
 class Loaded:
-    """A network in evaluation mode, one input, the network's output for that, and its images if there is data."""
+    """A network in evaluation mode, one input, the network's output for that, and its data if there are some."""
 
     model: nn.Module
-    example: Tensor
+    example: Inputs
     output: object
-    images: Images | None
+    data: Data | None
 
     @property
-    def calibration(self) -> tuple[Tensor, ...] | None:
-        """The calibration batches, if there is data."""
-        return self.images.calibration if self.images else None
+    def calibration(self) -> tuple[Inputs, ...] | None:
+        """The calibration batches, if there are data."""
+        return self.data.calibration if self.data else None
 
     def why_untested(self, *, asked: bool | None = None) -> str | None:
         """Why no accuracy is measured, or None if it is. Raises `BadParameter` if one is asked for all the same."""
         if asked is False:
             return "--no-test"
-        reason: str | None = "there is no --data"
-        if self.images:
-            info, shape = self.images.info, list(getattr(self.output, "shape", ()))
-            gives = f"outputs {shape}" if shape else f"a {type(self.output).__name__}"
-            reason = f"{info.name} has {len(info.classes)} classes, and for one image the network gives {gives}"
-            reason = None if shape == [1, len(info.classes)] else reason
+        reason = "there is no --data" if self.data is None else self._why_unscored(self.data)
+        if reason is None and isinstance(self.data, LoaderData) and self.data.tests() is None:
+            reason = f"{self.data.name} returns no test data"
         if asked and reason is not None:
             raise typer.BadParameter(f"--test: {reason}")
         return reason
 
+    @property
+    def why_unscored(self) -> str | None:
+        """Why outputs and labels give no accuracy, or None if they do."""
+        return "there is no --data" if self.data is None else self._why_unscored(self.data)
+
+    def _why_unscored(self, data: Data) -> str | None:
+        scores = logits_of(self.output)
+        shape = list(getattr(scores, "shape", ()))
+        gives = f"gives outputs {shape}" if shape else f"gives a {type(scores).__name__}"
+        if isinstance(data, LoaderData):
+            labels = split_labels(data.first(1)[0], position=0, model=self.model, required=False)[1]
+            is_index = isinstance(labels, Tensor) and labels.ndim == 1 and not labels.is_floating_point()
+            fits = is_index and len(shape) == 2 and shape[1] > 1
+            return None if fits else f"{data.name} gives labels {describe(labels)}, and the network {gives}"
+        if not data.classes:
+            return f"{data.name} has no class indices as labels"
+        fits = len(shape) == 2 and (shape[1] == data.classes or (data.is_open and shape[1] > data.classes))
+        text = f"{data.name} has {data.classes} classes, and for one {data.noun[:-1]} the network {gives}"
+        return None if fits else text
+
     def measured(
         self, network: nn.Module, name: str, *, progress: Stages, tested: bool, dense: nn.Module | None = None
     ) -> Measurement:
-        """What a network costs, in relation to `dense` if given, with its accuracy on the test images if `tested`."""
-        tests = self.images.tests() if tested and self.images else None
+        """What a network costs, in relation to `dense` if given, with its accuracy on the test data if `tested`."""
+        tests = self.data.tests() if tested and self.data else None
         if tests is not None:
-            progress.begin(f"test the {name}", total=len(tests))
+            progress.begin(f"test the {name}", total=_length(tests))
         batches = None if tests is None else progress.each(tests)
         return measure(network, self.example, reference=dense, data=batches, latency=False)
 
 
 def load_source(source: Source, progress: Stages) -> Loaded:
-    """Make the network and obtain the images; mistakes that need neither are reported first.
+    """Make the network and obtain the data; mistakes that need neither are reported first.
 
     Raises a `SpectrimError` where they cannot be had or do not fit together.
     """
-    info = _dataset(source)
-    shape = _shape(source, info)
-    prepare = _preparation(source, info)
-    _ = source.options
-    images = _images(source, info, prepare=prepare, progress=progress) if info else None
+    reference = data_reference(source)
+    shape = source.shape if reference is None else ()
+    _ = source.options, source.expected, preparation(source, None)
+    stored = load_data(reference, source, progress) if reference and reference.kind != "loaders" else None
     progress.begin(f"load {source.model}")
     if source.model.partition(":")[0] not in ("spectrim", "torchvision", "timm"):
         progress.say(f"--model {source.model} runs the code of that module")
     elif source.weights is None:
         progress.say("without --weights this network is untrained")
     model = load_network(source, source.weights)
-    example = images.prepare(images.train.images[images.order[:1]]) if images else torch.zeros(1, *shape)
-    if source.flatten:
-        example = example.flatten(1)
+    data: Data | None = stored
+    if reference is not None and stored is None:
+        progress.say(f"--data {source.data} runs the code of that module")
+        data = load_loaders(reference, source, model)
+    zeros = torch.zeros(1, *shape)
+    example = data.example if data else as_inputs(zeros.flatten(1) if source.flatten else zeros)
     hint = " Does the network want other images or shapes? See --data, --input, --flatten and --option."
     with evaluating(model):
-        output = call(model, as_inputs(example), what="one image" if images else "--input", hint=hint)
-    return Loaded(model, example, output, images)
+        output = call(model, example, what="one input" if data else "--input", hint=hint)
+    network = Loaded(model, example, output, data)
+    if source.weights is not None or source.expect is not None:
+        _check_accuracy(network, source, progress)
+    return network
 
 
 def load_network(source: Source, weights: Path | None) -> nn.Module:
@@ -163,56 +128,67 @@ def load_network(source: Source, weights: Path | None) -> nn.Module:
     return resolve(source.model, weights=weights, options=source.options).eval()
 
 
-def _dataset(source: Source) -> data.DatasetInfo | None:
-    if source.data is None:
+def _check_accuracy(network: Loaded, source: Source, progress: Stages) -> None:
+    """Warn, before time is spent, of a network that guesses, or is far below what the user says it has."""
+    data, expected = network.data, source.expected
+    if data is None or network.why_unscored is not None:
+        return
+    progress.begin("check the network")
+    scores, labels = _scored(network.model, data.first(_CHECKED))
+    own = _accuracy(scores, labels)
+    baseline = max(1 / scores.shape[1], max(Counter(labels.tolist()).values()) / len(labels))
+    guesses = own.value - baseline < _GUESSING * (1 - baseline)
+    below = expected is not None and own.interval.high < expected - _BELOW
+    if not guesses and not below:
+        return
+    text = f"warning: the network has {words.percent(own.value)} on {own.total} training samples of {data.name}"
+    text += ", little more than by guessing" if guesses else ""
+    text += f", and --expect says {words.percent(expected)}" if below and expected is not None else ""
+    progress.say(f"{text}. {_likely_cause(network.model, data, own, scores=scores, labels=labels)}")
+
+
+def _likely_cause(model: nn.Module, data: Data, own: Accuracy, *, scores: Tensor, labels: Tensor) -> str:
+    """What would mend it, if that can be seen: other mean and deviation, or another order of the classes."""
+    if isinstance(data, StoredData) and data.is_pixels:
+        tried = []
+        for usual in _USUAL:
+            prepare = replace(usual, flatten=data.prepare.flatten)
+            if prepare != data.prepare and len(prepare.mean) in (1, data.channels):
+                tried.append((_accuracy(*_scored(model, data.first(_CHECKED, prepare))), prepare))
+        best, prepare = max(tried, key=lambda pair: pair[0].value)
+        if best.interval.low > own.interval.high:
+            return f"With {prepare.options} it has {words.percent(best.value)}: give these"
+    predictions = scores.argmax(dim=1)
+    numbers = {
+        int(each): Counter(labels[predictions == each].tolist()).most_common(1)[0][0] for each in predictions.unique()
+    }
+    right = [numbers[int(prediction)] == int(label) for prediction, label in zip(predictions, labels, strict=True)]
+    share = sum(right) / len(right)
+    if share > max(_SEPARABLE, own.interval.high) and len(set(numbers.values())) == len(numbers):
+        pairs = ", ".join(f"{label} comes out as {prediction}" for prediction, label in sorted(numbers.items())[:3])
+        return (
+            f"It tells the classes apart ({words.percent(share)}), but numbers them in another order ({pairs}, ..): "
+            "number them as in training; class folders are numbered in the order of their names"
+        )
+    return "Are --weights, --mean and --std those it was trained with, and classes numbered as in training?"
+
+
+def _scored(model: nn.Module, batches: Iterable[Any]) -> tuple[Tensor, Tensor]:
+    """Logits (samples, classes) and labels (samples,)."""
+    rows = []
+    with evaluating(model):
+        for position, batch in enumerate(batches):
+            inputs, labels = split_labels(batch, position=position, model=model)
+            rows.append((logits_of(call(model, inputs, what=f"batch {position}")).float().cpu(), labels.cpu()))
+    return torch.cat([scores for scores, _ in rows]), torch.cat([labels for _, labels in rows])
+
+
+def _accuracy(scores: Tensor, labels: Tensor) -> Accuracy:
+    return Accuracy(correct=int((scores.argmax(dim=1) == labels).sum()), total=len(labels))
+
+
+def _length(batches: Iterable[Any]) -> int | None:
+    try:
+        return len(batches)  # type: ignore[arg-type]
+    except TypeError:
         return None
-    names = {info.name: info for info in data.available()}
-    if source.data not in names and Path(source.data).is_dir():
-        raise DataError(
-            f"--data {source.data} is a folder; name the data set ({', '.join(names)}) and give --data-folder"
-        )
-    data.locate(source.data)  # knows near names of an unknown one
-    return names[source.data]
-
-
-def _shape(source: Source, info: data.DatasetInfo | None) -> tuple[int, ...]:
-    if info is None:
-        if source.mean is not None or source.std is not None or source.data_folder is not None:
-            raise typer.BadParameter("--mean, --std and --data-folder go with --data")
-        return source.shape
-    if source.input is not None:
-        raise typer.BadParameter(f"give --data or --input, not both: images of {info.name} are {_listed(info.shape)}")
-    return info.shape
-
-
-def _preparation(source: Source, info: data.DatasetInfo | None) -> Preparation:
-    if (source.mean is None) != (source.std is None):
-        raise typer.BadParameter("give both --mean and --std, or neither")
-    if source.mean is None or source.std is None:
-        if info is not None and info.name == "cifar10":
-            return Preparation(CIFAR_MEAN, CIFAR_STD, flatten=source.flatten)
-        return Preparation((0.0,), (1.0,), flatten=source.flatten)
-    mean, std = numbers(source.mean, option="--mean"), numbers(source.std, option="--std")
-    channels = info.shape[0] if info else 1
-    if {len(mean), len(std)} - {1, channels} or min(std) <= 0:
-        count = "one value" if channels == 1 else f"one value or {channels}"
-        raise typer.BadParameter(f"--mean and --std take {count}, and no deviation is 0 or below")
-    return Preparation(mean, std, flatten=source.flatten)
-
-
-def _images(source: Source, info: data.DatasetInfo, *, prepare: Preparation, progress: Stages) -> Images:
-    """The images in the order drawn by the seed; a data set that is not there yet is obtained."""
-    progress.begin(f"load {info.name}")
-    if data.locate(info.name) is None:
-        data.obtain(
-            info.name,
-            folder=source.data_folder,
-            on_event=lambda event: progress.update(detail=f"{info.name}: {event.text}"),
-        )
-    train = data.load(info.name, split="train", folder=source.data_folder)
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(source.seed))
-    return Images(info, source, prepare, train, order)
-
-
-def _listed(values: tuple[float, ...]) -> str:
-    return ",".join(f"{value:g}" for value in values)

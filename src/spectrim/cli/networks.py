@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+from torch import Tensor
 
 from spectrim.analysis.calibration import calibrate
 from spectrim.analysis.spectra import Analysis, analyze_selected
@@ -140,7 +141,7 @@ def compress_network(
     if edited is None:
         _check(goal, source)
     if method.reconstruct and (source.data is None or (edited or goal).metric == "plain"):
-        raise typer.BadParameter("--reconstruct needs images: give --data, and another metric than plain")
+        raise typer.BadParameter("--reconstruct needs data: give --data, and another metric than plain")
     if estimate:
         return _show_memory(source, layers, goal, edited=edited, fitted=method.fitted)
     files = _files(out)
@@ -245,7 +246,7 @@ def _rank_multiple(goal: Goal, progress: Stages) -> int | Grid | Literal["auto"]
 
 
 def _analysis(network: Loaded, layers: Layers, *, progress: Stages) -> Analysis:
-    """The analysis, in the activation metric where there are images."""
+    """The analysis, in the activation metric where there are data."""
     selected = partial(analyze_selected, network.model, network.example, selection=layers.selection)
     if network.calibration is None:
         progress.begin("analyse")
@@ -262,7 +263,7 @@ def _check(goal: Goal, source: Source) -> None:
     if goal.runtime is not None or goal.latency is not None:
         require_runtime(goal.runtime or "torch", threads=goal.threads or 1)
     if goal.metric not in (None, "plain") and source.data is None:
-        raise typer.BadParameter(f"--metric {goal.metric} needs images: give --data")
+        raise typer.BadParameter(f"--metric {goal.metric} needs data: give --data")
 
 
 def _load_plan(path: Path, invocation: Invocation) -> Plan:
@@ -297,14 +298,14 @@ def _times(plan: Plan) -> Listing | None:
 
 def _accuracy(record: Measured, network: Loaded, *, untested: str | None) -> str:
     before, after = record.dense.accuracy, record.compressed.accuracy
-    if before is None or after is None or network.images is None:
+    if before is None or after is None or network.data is None:
         return f"Accuracy not measured: {untested}."
-    info = network.images.info
     text = (
-        f"Accuracy on the {after.total:,} test images of {info.name}: dense {words.percent(before.value)}, compressed "
-        f"{words.percent(after.value)} ({words.points(after.value - before.value)} points)."
+        f"Accuracy on the {after.total:,} test {network.data.noun} of {network.data.name}: dense "
+        f"{words.percent(before.value)}, compressed {words.percent(after.value)} "
+        f"({words.points(after.value - before.value)} points)."
     )
-    if before.interval.low <= 1 / len(info.classes):
+    if network.data.classes and before.interval.low <= 1 / network.data.classes:
         text += "\nThe dense network only guesses: are --weights, --mean and --std those it was trained with?"
     return text
 
@@ -312,15 +313,19 @@ def _accuracy(record: Measured, network: Loaded, *, untested: str | None) -> str
 def _show_how_to_load(source: Source, network: Loaded, *, out: Path) -> None:
     """How Python loads the network."""
     options = f", options={source.options!r}" if source.options else ""
-    shape = ", ".join(["batch", *map(str, network.example.shape[1:])])
-    preparation = f", {network.images.prepare}" if network.images else ""
+    takes = network.example.describe()
+    if len(network.example.args) == 1 and isinstance(network.example.args[0], Tensor):
+        shape = ", ".join(["batch", *map(str, network.example.args[0].shape[1:])])
+        takes = f"{str(network.example.args[0].dtype).removeprefix('torch.')} ({shape})"
+    prepare = network.data.prepare if network.data else None
+    preparation = "" if prepare is None else f", {prepare}"
     show(
         "In Python:",
         "  import spectrim",
         "  from spectrim.models import resolve",
         f"  network = resolve({source.model!r}{options})",
         f"  network = spectrim.load({str(out / MODEL)!r}, network).eval()",
-        f"  # takes float32 ({shape}){preparation}",
+        f"  # takes {takes}{preparation}",
     )
 
 

@@ -60,7 +60,7 @@ class Group:
         return parameters
 
 
-NO_DATA = ("data", "data_folder", "images", "batch", "seed", "cache", "mean", "std")
+NO_DATA = ("data", "tokenizer", "resize", "expect", "data_folder", "images", "batch", "seed", "cache", "mean", "std")
 """What a command that runs a network on random inputs leaves out of `Source`."""
 
 
@@ -148,19 +148,49 @@ class Source:
         list[str] | None,
         _network(metavar="NAME=VALUE", help="An argument of its factory, such as outputs=47. Can be repeated."),
     ] = None
-    input: Annotated[str | None, _network(metavar="3,32,32", help="Shape of one input, without --data.")] = None
+    input: Annotated[
+        str | None,
+        _network(
+            metavar="3,32,32", help="Shape of one input: without --data, of images in folders, or tokens of a text."
+        ),
+    ] = None
     flatten: Annotated[bool, _network("--flatten", help="The network takes vectors: (batch, C * H * W).")] = False
     data: Annotated[
         str | None,
         _data(
-            metavar="NAME",
-            help="A data set of `spectrim data list`, obtained first if need be. Its training split is for calibration "
-            "and training, and its test split for the final accuracy only. Without --data only the weights are used.",
+            metavar="NAME|folder:PATH|FILE.npz|text:FILE|pkg.module:factory",
+            help="A data set of `spectrim data list`, obtained first if need be; images in class folders "
+            "(train/CLASS/.. and test/CLASS/.., or CLASS/..); arrays x_train, y_train, x_test, y_test; a text; or a "
+            "function that returns loaders of (inputs, labels), which RUNS THE CODE of its module. The training split "
+            "is for calibration and training, the test split for the final accuracy only. Without --data only the "
+            "weights are used.",
+        ),
+    ] = None
+    tokenizer: Annotated[
+        str | None,
+        _data(metavar="DIR|FILE|bytes", help="For a text: a folder with a tokenizer, its tokenizer.json, or bytes."),
+    ] = None
+    resize: Annotated[
+        int | None,
+        _data(
+            metavar="N",
+            min=1,
+            help="For images in folders, with --input: scale the shorter side to N before the centre is cut out; by "
+            "default just enough.",
+        ),
+    ] = None
+    expect: Annotated[
+        float | None,
+        _data(
+            metavar="PERCENT",
+            min=0,
+            max=100,
+            help="The accuracy that the network has, such as 91.7: a warning before any work if it is far from it.",
         ),
     ] = None
     data_folder: Annotated[Path | None, _data(metavar="DIR", help="Where its raw files lie, if you have them.")] = None
-    images: Annotated[int, _data(metavar="N", min=1, help="Calibration images.")] = 1024
-    batch: Annotated[int, _data(metavar="N", min=1, help="Images at a time.")] = 256
+    images: Annotated[int, _data(metavar="N", min=1, help="Calibration samples.")] = 1024
+    batch: Annotated[int, _data(metavar="N", min=1, help="Samples at a time.")] = 256
     seed: Annotated[int, _data(metavar="N", min=0, help="Seed of the choice of images, their order and dropout.")] = 0
     cache: Annotated[
         int | None,
@@ -186,6 +216,11 @@ class Source:
     def cache_bytes(self) -> int | None:
         """The bytes of activations that are kept."""
         return None if self.cache is None else self.cache * 10**6
+
+    @property
+    def expected(self) -> float | None:
+        """The accuracy that the network should have, in [0, 1]."""
+        return self.expect / 100 if self.expect is not None and self.expect > 1 else self.expect
 
     @property
     def options(self) -> dict[str, object]:

@@ -5,10 +5,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
-from torch import Tensor, nn
+from torch import nn
 
 from spectrim.cli.loading import Loaded, load_network, load_source
 from spectrim.cli.options import NETWORK, Group, Invocation, Source, Test, unfolded
@@ -79,7 +79,7 @@ def quantize_network(
     """Write a network as an ONNX file with int8 or bfloat16 weights, and show what that and low rank gain."""
     scheme, path = quantization.scheme, out.with_suffix(".json")
     if scheme == "int8-static" and source.data is None:
-        raise typer.BadParameter("--scheme int8-static takes the ranges of activations from images: give --data")
+        raise typer.BadParameter("--scheme int8-static takes the ranges of activations from data: give --data")
     if out.suffix.lower() != ".onnx":
         raise typer.BadParameter(f"--out {out}: give a file that ends in .onnx")
     require_runtime(quantization.runtime, threads=quantization.threads)
@@ -92,7 +92,7 @@ def quantize_network(
         network = load_source(source, progress)
         dense = load_network(source, quantization.dense_weights) if quantization.dense_weights else None
         untested = network.why_untested(asked=test)
-        tests = list(network.images.tests()) if untested is None and network.images else None
+        tests = list(network.data.tests() or ()) if untested is None and network.data else None
         progress.begin(f"quantise to {scheme}")
         quantised = quantize(
             network.model, network.example, path=folder / out.name, scheme=scheme, data=network.calibration, test=tests
@@ -113,7 +113,7 @@ def quantize_network(
 
 
 def _compare(
-    dense: nn.Module, network: Loaded, *, quantization: Quantization, tests: list[tuple[Tensor, Tensor]] | None
+    dense: nn.Module, network: Loaded, *, quantization: Quantization, tests: list[Any] | None
 ) -> QuantizedTable:
     with tempfile.TemporaryDirectory(prefix="spectrim-") as folder:
         table = compare_quantized(

@@ -12,7 +12,7 @@ from types import ModuleType
 
 from torch import nn
 
-from spectrim.core.errors import ModelError, did_you_mean
+from spectrim.core.errors import ModelError, SpectrimError, did_you_mean
 from spectrim.models.networks import NETWORKS
 from spectrim.models.weights import fill_, read_state
 
@@ -65,7 +65,7 @@ def _from_spectrim(reference: str, name: str, options: _Options) -> nn.Module:
     if name not in NETWORKS:
         near = did_you_mean(name, NETWORKS)
         raise ModelError(f"spectrim has no network {name!r}; {near}it has {', '.join(NETWORKS)}")
-    return _call(reference, NETWORKS[name], options)
+    return _network(reference, _call(reference, NETWORKS[name], options))
 
 
 def _from_torchvision(reference: str, name: str, options: _Options) -> nn.Module:
@@ -78,7 +78,7 @@ def _from_torchvision(reference: str, name: str, options: _Options) -> nn.Module
     # the backbones of detection and segmentation networks would be downloaded even for weights=None
     parameters = inspect.signature(models.get_model_builder(name)).parameters
     none = {parameter: None for parameter in parameters if parameter.startswith("weights")}
-    return _call(reference, functools.partial(models.get_model, name, **none), options)
+    return _network(reference, _call(reference, functools.partial(models.get_model, name, **none), options))
 
 
 def _from_timm(reference: str, name: str, options: _Options) -> nn.Module:
@@ -89,19 +89,29 @@ def _from_timm(reference: str, name: str, options: _Options) -> nn.Module:
         near = did_you_mean(name, timm.list_models())
         raise ModelError(f"timm has no network {name!r}; {near}timm.list_models() names all")
     _refuse_weights(reference, options)
-    return _call(reference, functools.partial(timm.create_model, name, pretrained=False), options)
+    return _network(reference, _call(reference, functools.partial(timm.create_model, name, pretrained=False), options))
 
 
 def _from_module(reference: str, name: str, options: _Options) -> nn.Module:
     module = reference.partition(":")[0]
     if module.endswith(".py") or not all(part.isidentifier() for part in module.split(".")):
         raise ModelError(_malformed(reference))
+    return _network(reference, made_by(reference, options, what="a network"))
+
+
+def made_by(reference: str, options: _Options, *, what: str) -> object:
+    """What `pkg.module:factory` returns. THIS RUNS THE CODE OF THAT MODULE; `what` says what it makes, for messages.
+
+    Raises:
+        ModelError: there is no such module or function, it does not take the options, or it fails.
+    """
+    module, _, name = reference.partition(":")
     with _current_folder_importable():
         factory = _attribute(reference, _imported(module), name)
         if isinstance(factory, nn.Module) or not callable(factory):
             kind = type(factory).__name__
-            raise ModelError(f"{reference} is a {kind}, not a function; name a function that makes the network")
-        return _call(reference, factory, options)
+            raise ModelError(f"{reference} is a {kind}, not a function; name a function that makes {what}")
+        return _call(reference, factory, options, what=what)
 
 
 _LOADERS: Mapping[str, Callable[[str, str, _Options], nn.Module]] = {
@@ -111,8 +121,8 @@ _LOADERS: Mapping[str, Callable[[str, str, _Options], nn.Module]] = {
 }
 
 
-def _call(reference: str, factory: Callable[..., object], options: _Options) -> nn.Module:
-    """What the factory returns, once it is known to take the options and to have returned a module."""
+def _call(reference: str, factory: Callable[..., object], options: _Options, *, what: str = "a network") -> object:
+    """What the factory returns, once it is known to take the options."""
     signature: inspect.Signature | None = None
     with contextlib.suppress(TypeError, ValueError):  # of the few callables written in C that have none
         signature = inspect.signature(factory)
@@ -123,11 +133,14 @@ def _call(reference: str, factory: Callable[..., object], options: _Options) -> 
             names = ", ".join(map(str, options)) or "no options"
             raise ModelError(f"{reference} cannot be called with {names}: {error}; it takes {signature}") from error
     try:
-        model = factory(**options)
-    except ModelError:
+        return factory(**options)
+    except SpectrimError:
         raise
     except (Exception, SystemExit) as error:
-        raise ModelError(f"{reference} failed to make a network: {_text(error)}") from error
+        raise ModelError(f"{reference} failed to make {what}: {_text(error)}") from error
+
+
+def _network(reference: str, model: object) -> nn.Module:
     if not isinstance(model, nn.Module):
         kind = type(model).__name__
         raise ModelError(f"{reference} returned a {kind}, not a torch.nn.Module; return the network itself")
