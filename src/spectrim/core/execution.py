@@ -296,7 +296,10 @@ def require_unwrapped(model: nn.Module) -> None:
     hooks, and TorchScript.
     """
     if isinstance(model, torch.jit.ScriptModule):
-        raise ModelError("the model is TorchScript, whose layers cannot be replaced; give the module it was made from")
+        raise ModelError(
+            "the model is TorchScript, whose layers cannot be replaced; give the module it was made from, with its "
+            "weights: network.load_state_dict(model.state_dict())"
+        )
     for name, module in model.named_modules():
         where = f"the model's {name!r}" if name else "the model"
         path = f"model.{name}" if name else "model"
