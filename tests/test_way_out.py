@@ -37,10 +37,10 @@ class Images(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layers = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))
-        self.head = nn.Linear(8, 4)
+        self.head = nn.Linear(128, 4)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.layers(images).mean((-2, -1)).view(-1, 8))
+        return self.head(self.layers(images).flatten(1))
 
 
 class Named(nn.Module):
@@ -52,6 +52,13 @@ class Named(nn.Module):
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:
         return {"scores": self.net(image)}
+
+
+class Whole(Named):
+    """Takes the batch itself."""
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:  # type: ignore[override]
+        return {"scores": self.net(batch["image"])}
 
 
 @dataclass(frozen=True)
@@ -99,7 +106,14 @@ def names() -> dict[str, Any]:
             "Path": Path,
             "save_file": save_file,
         },
-        **{"network": network, "Images": Images, "Named": Named, "Settings": Settings, "Compressed": st.Compressed},
+        **{
+            "network": network,
+            "Images": Images,
+            "Named": Named,
+            "Whole": Whole,
+            "Settings": Settings,
+            "Compressed": st.Compressed,
+        },
         **{"trained": trained, "model": trained, "state": trained.state_dict(), "same": same},
         **{"x": x, "y": torch.arange(8) % 4, "images": images, "pixels": (images * 255).byte(), "rank": st.Rank(2)},
     }
@@ -223,14 +237,6 @@ FILES = {
         call="st.load('gan.pt', network())",
         error=FileError,
         says="'generator', 'discriminator'",
-        way_out=SAVED,
-        then=LOADED,
-    ),
-    "a part of another network": Case(
-        make="torch.save({'head.bias': x} | {f'backbone.{name}': value for name, value in state.items()}, 'b.pt')",
-        call="st.load('b.pt', network())",
-        error=FileError,
-        says=r"'backbone\.'",
         way_out=SAVED,
         then=LOADED,
     ),
@@ -410,7 +416,224 @@ MODELS = {
     ),
 }
 
-CASES = FILES | MODELS
+RUNS = r"can run (.+?)(?:\.$|, normalised)"
+EXAMPLES = {
+    "pixels": Case(
+        call="st.compress(Images(), rank, example_inputs=pixels)",
+        error=ModelError,
+        says=r"uint8 \[4, 3, 8, 8\]",
+        way_out=RUNS,
+        then="st.compress(Images(), rank, example_inputs=pasted)",
+        make="example_inputs = pixels",
+    ),
+    "pixels of NumPy, channels last": Case(
+        call="st.compress(Images(), rank, example_inputs=example_inputs)",
+        error=ModelError,
+        says=r"uint8 \[4, 8, 8, 3\]",
+        way_out=RUNS,
+        then="st.compress(Images(), rank, example_inputs=pasted)",
+        make="example_inputs = pixels.movedim(1, -1).numpy()",
+    ),
+    "an array of doubles": Case(
+        call="st.compress(trained, rank, example_inputs=example_inputs)",
+        error=ModelError,
+        says=r"float64 \[8, 12\]",
+        way_out=RUNS,
+        then="st.compress(trained, rank, example_inputs=pasted)",
+        make="example_inputs = x.double().numpy()",
+    ),
+    "one image without a batch": Case(
+        call="st.compress(Images(), rank, example_inputs=images[0])",
+        error=ModelError,
+        says=r"float32 \[3, 8, 8\]",
+        way_out=RUNS,
+        then="st.compress(Images(), rank, example_inputs=pasted)",
+        make="example_inputs = images[0]",
+    ),
+    "an example with its labels": Case(
+        call="st.compress(trained, rank, example_inputs=(x, y))",
+        error=ModelError,
+        says=r"float32 \[8, 12\], int64 \[8\]",
+        way_out=RUNS,
+        then="st.compress(trained, rank, example_inputs=pasted)",
+        make="example_inputs = (x, y)",
+    ),
+    "an example by name with its labels": Case(
+        call="st.measure(Named(), example_inputs, latency=False)",
+        error=ModelError,
+        says="labels=int64",
+        way_out=RUNS,
+        then="st.measure(Named(), pasted, latency=False)",
+        make="example_inputs = {'image': x, 'labels': y}",
+    ),
+    "50 percent": Case(
+        call="st.Budget(macs=50)",
+        error=RuleError,
+        says="between 0 and 1",
+        way_out=r": (Budget\(macs=0\.5\))$",
+        then="assert pasted == st.Budget(macs=0.5)",
+        make="Budget = st.Budget",
+    ),
+    "the whole network": Case(
+        call="st.Budget(macs=1.0)",
+        error=RuleError,
+        says="between 0 and 1",
+        way_out=r": (Budget\(macs=0\.5\))$",
+        then="assert pasted == st.Budget(macs=0.5)",
+        make="Budget = st.Budget",
+    ),
+    "a number in the place of a rule": Case(
+        call="st.compress(trained, 0.5, example_inputs=x)",
+        error=RuleError,
+        says="not a rule",
+        way_out=r"(Budget\(macs=0\.5\))",
+        then="st.compress(trained, pasted, example_inputs=x)",
+        make="Budget = st.Budget",
+    ),
+    "a device that is not there": Case(
+        call="st.compress(trained, rank, example_inputs=x, device='gpu')",
+        error=st.errors.EngineError,
+        says="'gpu'",
+        way_out=r"give ('cpu')",
+        then="st.compress(trained, rank, example_inputs=x, device=pasted)",
+    ),
+    "a network that is compressed already": Case(
+        call="st.compress(small, st.Budget(macs=0.5), example_inputs=x, data=[x])",
+        error=RuleError,
+        says="already a low-rank factor",
+        way_out=r"(st\.merge\(model\))",
+        then="st.compress(pasted, rank, example_inputs=x)",
+        make="model = small = st.compress(trained, rank, example_inputs=x).model",
+    ),
+}
+
+DATA = {
+    "one whole tensor": Case(
+        call="st.compress(trained, rank, example_inputs=x, data=data)",
+        error=DataError,
+        says=r"one Tensor, float32 \[8, 12\]",
+        way_out=r"(data\.split\(64\))",
+        then="st.compress(trained, rank, example_inputs=x, data=pasted)",
+        make="data = x",
+    ),
+    "one whole array": Case(
+        call="st.calibrate(trained, data)",
+        error=DataError,
+        says="one ndarray",
+        way_out=r"(numpy\.array_split\(.+\))",
+        then="st.calibrate(trained, pasted)",
+        make="data = np.zeros((128, 12), np.float32)",
+    ),
+    "inputs and labels as two tensors": Case(
+        call="st.accuracy(trained, data)",
+        error=DataError,
+        says="one batch",
+        way_out=r"(\[data\])",
+        then="st.accuracy(trained, pasted)",
+        make="data = (x, y)",
+    ),
+    "one batch by name": Case(
+        call="st.finetune(Named(), data, epochs=1)",
+        error=DataError,
+        says="one batch",
+        way_out=r"(\[data\])",
+        then="st.finetune(Named(), pasted, epochs=1)",
+        make="data = {'image': x, 'labels': y}",
+    ),
+    "a data set": Case(
+        call="st.compress(trained, rank, example_inputs=x, data=dataset)",
+        error=DataError,
+        says="single samples",
+        way_out=r"(torch\.utils\.data\.DataLoader\(dataset, batch_size=64\))",
+        then="st.compress(trained, rank, example_inputs=x, data=pasted)",
+        make="dataset = torch.utils.data.TensorDataset(x, y)",
+    ),
+    "samples in the place of batches": Case(
+        call="st.compress(trained, rank, example_inputs=x, data=data)",
+        error=DataError,
+        says="batch dimension is missing",
+        way_out=r"(\[batch\[None\] for batch in data\])",
+        then="st.compress(trained, rank, example_inputs=x, data=pasted)",
+        make="data = list(x)",
+    ),
+    "pixels to calibrate with": Case(
+        call="st.calibrate(Images(), [inputs])",
+        error=DataError,
+        says=r"uint8 \[4, 3, 8, 8\](?!.*labels=True)",
+        way_out=RUNS,
+        then="st.calibrate(Images(), [pasted])",
+        make="inputs = pixels.numpy()",
+    ),
+    "doubles as data": Case(
+        call="st.compress(trained, rank, example_inputs=x, data=[inputs])",
+        error=DataError,
+        says=r"float64 \[8, 12\](?!.*labels=True)",
+        way_out=RUNS,
+        then="st.compress(trained, rank, example_inputs=x, data=[pasted])",
+        make="inputs = x.double()",
+    ),
+    "pairs to calibrate with": Case(
+        call="st.calibrate(trained, [(x, y)])",
+        error=DataError,
+        says="pairs of inputs and labels",
+        way_out=r"pass (labels=True)",
+        then="st.calibrate(trained, [(x, y)], labels=labels)",
+    ),
+    "pixels with labels": Case(
+        call="st.finetune(Images(), [(inputs, y[:4])], epochs=1)",
+        error=ModelError,
+        says="uint8",
+        way_out=RUNS,
+        then="st.finetune(Images(), [(pasted, y[:4])], epochs=1)",
+        make="inputs = pixels",
+    ),
+    "labels under another name": Case(
+        call="st.finetune(Named(), data, epochs=1)",
+        error=DataError,
+        says="without labels",
+        way_out=r": (\[\(.+ for batch in data\])",
+        then="st.finetune(Named(), pasted, epochs=1); st.accuracy(Named(), pasted)",
+        make="data = [{'image': x, 'target': y}]",
+    ),
+    "a model that takes the batch itself": Case(
+        call="st.accuracy(Whole(), [(inputs, y)])",
+        error=ModelError,
+        says="image=float32",
+        way_out=RUNS,
+        then="st.accuracy(Whole(), [(pasted, y)]); st.finetune(Whole(), [(pasted, y)], epochs=1)",
+        make="inputs = {'image': x}",
+    ),
+    "labels as vectors": Case(
+        call="st.accuracy(trained, [(x, labels)])",
+        error=DataError,
+        says=r"labels int64 \[8, 4\]",
+        way_out=r"(labels\.argmax\(dim=1\))",
+        then="st.accuracy(trained, [(x, pasted)])",
+        make="labels = nn.functional.one_hot(y, 4)",
+    ),
+    "labels as a column": Case(
+        call="st.accuracy(trained, [(x, labels)])",
+        error=DataError,
+        says=r"labels int64 \[8, 1\]",
+        way_out=r"(labels\.flatten\(\))",
+        then="st.accuracy(trained, [(x, pasted)])",
+        make="labels = y[:, None]",
+    ),
+    "labels as fractions": Case(
+        call="st.finetune(trained, [(x, labels)], epochs=1)",
+        error=DataError,
+        says=r"float32 \[8\]",
+        way_out=r"(labels\.long\(\))",
+        then="st.finetune(trained, [(x, pasted)], epochs=1)",
+        make="labels = y.float()",
+    ),
+}
+
+CASES = FILES | MODELS | EXAMPLES | DATA
+
+
+def test_there_are_enough() -> None:
+    assert len(CASES) >= 25
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -618,6 +618,13 @@ class TestWeights:
         )
         assert "of another type: weight torch.float32, the network's is torch.float16" in message
 
+    def test_what_lies_beside_the_network_is_left_out_and_named(self, here: Path) -> None:
+        tied = resolve("models_test_nets:tied")
+        inner = {f"model.{name}": tensor for name, tensor in tied.state_dict().items()}
+        torch.save({"state_dict": {**inner, "criterion.weight": torch.ones(3)}}, here / "w.ckpt")
+        with pytest.warns(UserWarning, match=r"'model\.' is left out .* such as 'criterion\.weight'"):
+            assert same_state(resolve("models_test_nets:tied", weights=here / "w.ckpt"), state(tied))
+
     def test_a_checkpoint_in_a_checkpoint(self, here: Path) -> None:
         tied = resolve("models_test_nets:tied")
         torch.save({"ema": {"module": tied.state_dict(), "decay": 0.9}, "optimizer": {"state": {}}}, here / "w.pt")
@@ -656,11 +663,11 @@ class TestWeights:
 
         assert message(tmp_path).endswith("is a folder without weights")
         (tmp_path / "w.txt").write_text("no weights")
-        assert "neither a safetensors file nor one that torch saved" in message(tmp_path / "w.txt")
-        assert "cannot read" in message(tmp_path / "none.pt")
+        assert "or holds no weights" in message(tmp_path / "w.txt")
+        assert "is missing; " in message(tmp_path / "none.pt")
         (tmp_path / "cut.pt").write_bytes(b"PK\x03\x04 cut")
         assert "cannot read" in message(tmp_path / "cut.pt")
-        assert "cannot read" in message(tmp_path / "none.safetensors")
+        assert "is missing; " in message(tmp_path / "none.safetensors")
         (tmp_path / "w.safetensors").write_bytes(b"PK\x03\x04 a pickle in disguise")
         assert "no file of torch.save" in message(tmp_path / "w.safetensors")
         (tmp_path / "folder.safetensors").mkdir()

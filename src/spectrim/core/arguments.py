@@ -112,23 +112,18 @@ def _hint(value: object, kind: Any) -> str:
     options: Iterable[Any] = get_args(kind) or (kind,)
     if isinstance(value, type) and any(option in value.__mro__ for option in options):
         return f"; this is the class, make one: {value.__name__}(..)"
-    return _way_to_a_model(value) if nn.Module in options else ""
-
-
-def _way_to_a_model(value: Any) -> str:
-    """How to make a model of what stands in the place of one."""
+    if nn.Module not in options:
+        return ""
     if isinstance(value, Mapping):
         entries = [f"checkpoint[{name!r}]" for name in STATES if isinstance(value.get(name), Mapping)]
         return f"; this is a state, which goes into your network: model.load_state_dict({(*entries, 'state')[0]})"
+    if isinstance(value, str | Path) and not Path(value).exists():
+        name = str(value) if ":" in str(value) else f"torchvision:{value}"
+        other = f"or transformers.AutoModel.from_pretrained({str(value)!r})"
+        return f"; there is no such file; a network by name: spectrim.models.resolve({name!r}) {other}"
     if isinstance(value, str | Path):
-        if reason := why_no_weights(value):
-            return f"; {str(value)!r} is {reason}"
-        if Path(value).is_file():
-            return f"; load it into your network: st.load({str(value)!r}, model)"
-        named = f"spectrim.models.resolve({str(value)!r})"
-        torchvision = f"spectrim.models.resolve('torchvision:{value}')"
-        other = f"{torchvision} or transformers.AutoModel.from_pretrained({str(value)!r})"
-        return f"; there is no such file; a network by name: {named if ':' in str(value) else other}"
+        reason = why_no_weights(value)
+        return f"; it is {reason}" if reason else f"; load it into your network: st.load({str(value)!r}, model)"
     if isinstance(getattr(value, "model", None), nn.Module):
         return "; give the network in it: result.model"
     return f"; call it: {value.__name__}()" if inspect.isfunction(value) else ""

@@ -22,6 +22,11 @@ def why_no_weights(path: str | Path) -> str | None:
         return f"an address; download it: torch.hub.download_url_to_file({address!r}, 'weights{path.suffix}')"
     if path.is_dir():
         return _in_folder(path)
+    if not path.exists():
+        if address.startswith("~/") and path.expanduser().exists():
+            return f"missing; give os.path.expanduser({address!r})"
+        near = did_you_mean(address, map(str, path.parent.glob("*")))
+        return f"missing; {near}the current folder is {Path.cwd()}"
     start, members = b"", ""
     with suppress(OSError, zipfile.BadZipFile):
         with path.open("rb") as opened:
@@ -43,21 +48,8 @@ def _in_folder(path: Path) -> str:
     return "a folder" + (f"; name a file in it: {', '.join(map(repr, weights[:3]))}" if weights else " without weights")
 
 
-def where_instead(path: Path) -> str:
-    """Of a file that is missing, a path like it that is there, for a message."""
-    with suppress(OSError):
-        if path.expanduser().exists():
-            return f"give os.path.expanduser({str(path)!r})"
-        near = did_you_mean(str(path), [str(path.with_name(each.name)) for each in path.parent.iterdir()])
-        return f"{near}the current folder is {Path.cwd()}"
-    return "its folder is missing too"
-
-
 def conversion_of(path: Path) -> str:
-    """The line that saves the state alone of a pickle that only running it could read.
-
-    What the line has to take out is told by the strings in the pickle, which is not run.
-    """
+    """The line that saves the state alone of a pickle, told by the strings in it: it is not run."""
     steps: list[tuple[str, object]] = []
     name, archive, pickles = repr(str(path)), None, 0
     with suppress(ValueError, OSError, KeyError, zipfile.BadZipFile), path.open("rb") as opened:
@@ -67,8 +59,11 @@ def conversion_of(path: Path) -> str:
         while pickles < 4:  # in torch's older format it is the fourth
             steps = [(code.name, value) for code, value, _ in pickletools.genops(content)]
             pickles += 1
-    whole = f"torch.load({name}, map_location='cpu', weights_only=False)"
-    whole = whole if archive or pickles > 1 else f"pickle.load(open({name}, 'rb'))"
+    whole = (
+        f"torch.load({name}, 'cpu', weights_only=False)"
+        if archive or pickles > 1
+        else f"pickle.load(open({name}, 'rb'))"
+    )
     first = next((code for code, _ in steps if code not in ("PROTO", "FRAME", "MARK")), "")
     words = [value for _, value in steps if isinstance(value, str)]
     entry = next((entry for entry in STATES if entry in words and "DICT" in first), None)

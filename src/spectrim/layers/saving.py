@@ -64,9 +64,8 @@ def save(model: nn.Module, path: str | Path) -> Path:
 def load(path: str | Path, model: nn.Module) -> nn.Module:
     """Rebuild a saved model from a dense instance of the same network; outputs are bit-equal to the saved model's.
 
-    A file that `st.save` did not write goes into a copy of the network strictly, as with `load_state_dict`: safetensors
-    or what torch saved, a checkpoint's entry too, read without running code. Prefixes such as `module.` are left out
-    with a warning, and number types are those of `model`.
+    Any other safetensors file, or a state or checkpoint that torch saved (read without running code), goes into a copy
+    of the network strictly, in its number types; prefixes such as `module.` are left out with a warning.
 
     Args:
         path: The file, or the folder that holds `model.safetensors`.
@@ -105,11 +104,8 @@ def _target(path: str | Path) -> Path:
     if path.is_dir() or not path.suffix:
         return path / _NAME
     if path.suffix.lower() != ".safetensors":
-        stem = path.with_suffix("") if path.suffix[1:].isalpha() else path  # and not of net.v2
-        raise FileError(
-            f"{path}: a safetensors file is written, and no program expects one under {path.suffix}; give "
-            f"st.save(model, {f'{stem}.safetensors'!r})"
-        )
+        name = f"{path.with_suffix('') if path.suffix[1:].isalpha() else path}.safetensors"  # net.v2 is whole
+        raise FileError(f"{path}: what is written is a safetensors file; name it so: st.save(model, {name!r})")
     return path
 
 

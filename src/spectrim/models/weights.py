@@ -16,7 +16,7 @@ from torch.nn.parameter import is_lazy
 
 from spectrim.core.errors import DependencyError, FileError, ModelError
 from spectrim.core.execution import fill_state
-from spectrim.core.file_kinds import SAVE_STATE, STATES, conversion_of, where_instead, why_no_weights
+from spectrim.core.file_kinds import SAVE_STATE, STATES, conversion_of, why_no_weights
 
 _AROUND = (*STATES, "ema", "model_ema", "checkpoint")
 
@@ -30,22 +30,17 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     Raises `FileError` for a file that is missing, damaged, of another kind, or could be read only by running its code.
     """
     if reason := why_no_weights(path):
-        raise FileError(f"{path} is {reason}")
+        raise FileError(f"cannot read {path}: it is {reason}")
     path = Path(path)
     try:
         with path.open("rb") as opened:
             start = opened.read(9)
         if start[4:] == b"\0\0\0\0{":  # the rest of the header's length, and the header
             return load_file(path)
-    except FileNotFoundError as error:
-        raise FileError(f"cannot read {path}: it is missing; {where_instead(path)}") from error
     except (SafetensorError, OSError) as error:
         raise FileError(f"cannot read {path}: {error}; it is cut short, damaged, or no file") from error
     if start[:2] != b"PK" and start[:1] != b"\x80":
-        raise FileError(
-            f"cannot read {path}: it is empty, cut short, or neither a safetensors file nor one that torch saved; save "
-            f"the network's weights: {SAVE_STATE}"
-        )
+        raise FileError(f"cannot read {path}: it is empty, cut short, or holds no weights; save them: {SAVE_STATE}")
     return _state_in(_read_torch_file(path), path)
 
 
@@ -56,9 +51,8 @@ def _read_torch_file(path: Path) -> object:
             return torch.load(opened, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         kinds = re.findall(r"(?:GLOBAL|global:?) ([\w.]+\.[\w.]+)", str(error))
-        objects = f" of {kinds[0]}" if kinds else ""
         raise FileError(
-            f"cannot read {path} without running code that it may hold, never done: it has objects{objects}. If you "
+            f"cannot read {path} without running code that it may hold, never done ({(*kinds, 'objects')[0]}). If you "
             f"trust it, save the state alone: {conversion_of(path)}"
         ) from error
     except Exception as error:  # whatever a damaged file leads to
@@ -72,14 +66,14 @@ def _state_in(value: object, path: Path) -> dict[str, Tensor]:
         entries = value if isinstance(value, Mapping) else {}
         tensors = {name: entry for name, entry in entries.items() if isinstance(entry, Tensor)}
         others = [repr(name) for name in entries if name not in tensors]
-        if tensors and len(others) < len(tensors) and all(isinstance(name, str) for name in tensors):
+        if len(others) < len(tensors) and _is_state(tensors):
             if others:
                 warnings.warn(f"{path}: {', '.join(others[:3])} beside the weights are left out", stacklevel=4)
             return tensors
         states = [name for name, entry in entries.items() if _is_state(entry)]
         known = [name for name in _AROUND if name in states or (not states and isinstance(entries.get(name), Mapping))]
         name = next(iter(known or states), None)
-        if name is None or (not known and len(states) > 1):
+        if name is None or (len(states) > 1 and not known):
             break
         if len(states) > 1:
             rest = ", ".join(repr(state) for state in states if state != name)
@@ -87,10 +81,7 @@ def _state_in(value: object, path: Path) -> dict[str, Tensor]:
         value = entries[name]
     listed = f"entries {', '.join(map(repr, list(entries)[:5]))}" if entries else "no entries"
     advice = f"torch.save(torch.load({str(path)!r}, weights_only=True)[{name!r}], 'weights.pt')" if name else SAVE_STATE
-    raise FileError(
-        f"{path} holds a {type(value).__name__} with {listed}, of which {'several' if name else 'none'} can be a "
-        f"network's state; save that alone: {advice}"
-    )
+    raise FileError(f"{path} holds a {type(value).__name__} with {listed}, not one state; save it alone: {advice}")
 
 
 def _is_state(value: object) -> bool:
@@ -166,18 +157,14 @@ def _renamed(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, ori
         covered = {id(expected[name]) for name in needed if front + name in state}
         return all(id(expected[name]) in covered for name in needed)
 
-    front = next(filter(fits, ("", *fronts)), "")
-    if not front:
+    fitting = list(filter(fits, ("", *fronts)))
+    if fitting == [""] or len(fitting) != 1:
         return dict(state)
-    others = [name for name in state if not name.startswith(front)]
-    if others:
-        raise FileError(
-            f"{origin} has the network's weights behind {front!r}, and others, such as {others[0]!r}; save its own: "
-            f"torch.save({{name.removeprefix({front!r}): value for name, value in spectrim.models.read_state("
-            f"{str(origin)!r}).items() if name.startswith({front!r})}}, 'weights.pt')"
-        )
-    warnings.warn(f"{origin} was saved from a wrapper: {front!r} is left out of all names", stacklevel=4)
-    return {name.removeprefix(front): tensor for name, tensor in state.items()}
+    (front,) = fitting
+    others = [repr(name) for name in state if not name.startswith(front)]
+    left_out = f"; so are others without it, such as {others[0]}" if others else ""
+    warnings.warn(f"{origin} was saved from a wrapper: {front!r} is left out of all names{left_out}", stacklevel=4)
+    return {name.removeprefix(front): tensor for name, tensor in state.items() if name.startswith(front)}
 
 
 def _misfits(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, list[str]]:
