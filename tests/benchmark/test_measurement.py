@@ -84,7 +84,7 @@ def test_accuracy_counts_over_batches() -> None:
     )
     with pytest.raises(errors.DataError, match="empty"):
         st.accuracy(Echo(), [])
-    with pytest.raises(errors.DataError, match=r"outputs \[4, 4\] and labels \[3\]"):
+    with pytest.raises(errors.DataError, match=r"outputs float\d+ \[4, 4\] and labels float32 \[3\]"):
         st.accuracy(Echo(), [(x, torch.zeros(3))])
     with pytest.raises(errors.DataError, match="pairs"):
         st.accuracy(Echo(), [x])

@@ -244,7 +244,7 @@ def test_a_loss_that_is_not_finite_names_what_is_kept(run: Run, tmp_path: Path) 
         ((*SMALL, "--option", "outputs=7"), 1, "is for another network"),
         ((*SMALL, "--mean", "0.3"), 2, "both --mean and --std"),
         (("finetune", *MLP, "--data", "digit", "--weights", "small"), 1, "did you mean 'digits'"),
-        (("finetune", *DIGITS, "--weights", "nowhere"), 1, "nowhere is neither a .safetensors file nor"),
+        (("finetune", *DIGITS, "--weights", "nowhere"), 1, "cannot read nowhere: it is missing"),
         (("finetune", *DIGITS, "--weights", "nowhere.safetensors"), 1, "cannot read nowhere.safetensors"),
         ((*SMALL, "--teacher-weights", "mlp.pt"), 1, "cannot read mlp.pt"),
         (("finetune", *DIGITS, "--weights", "mlp.safetensors", "--train", "factors"), 1, "no factored layer"),

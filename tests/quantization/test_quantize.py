@@ -307,7 +307,7 @@ def test_accuracy_counts_the_right_answers(chooser: Path) -> None:
     [
         ([], "empty"),
         ([torch.zeros(3, 2, 2)], "labels"),
-        ([(torch.zeros(3, 2, 2), torch.zeros(2))], "labels \\[2\\]"),
+        ([(torch.zeros(3, 2, 2), torch.zeros(2))], "labels float32 \\[2\\]"),
         ([(torch.zeros(3, 5), torch.zeros(3))], "batch 0"),
         ([(torch.zeros(3, 2, 2), torch.zeros(3, 2, 2), torch.zeros(3))], "2 tensors"),
     ],

@@ -15,7 +15,7 @@ from spectrim.core.batches import batches_of, split_labels
 from spectrim.core.errors import DataError
 from spectrim.core.execution import Inputs, as_inputs, call, evaluating, require_repeatable, require_values
 from spectrim.core.files import Frozen
-from spectrim.core.nested import logits_of
+from spectrim.core.nested import describe, logits_of, tensor_of
 from spectrim.layers.cost import NetworkCost
 from spectrim.layers.cost import count as count_cost
 from spectrim.runtimes.sessions import Runtime, RuntimeName, require_runtime, timed_together
@@ -296,15 +296,15 @@ def top1(
     correct = total = 0
     for position, batch in enumerate(batches_of(data, what="the data for the accuracy")):
         inputs, labels = split_labels(batch, position=position, like=like, model=model)
-        outputs, labels = logits_of(scores_of(inputs, f"batch {position}")), torch.as_tensor(labels)
-        if not isinstance(outputs, Tensor) or outputs.ndim != 2 or outputs.shape[:1] != labels.shape:
-            shape = list(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+        outputs, known = logits_of(scores_of(inputs, f"batch {position}")), tensor_of(labels)
+        if known is None or not isinstance(outputs, Tensor) or outputs.ndim != 2 or outputs.shape[:1] != known.shape:
             raise DataError(
-                f"batch {position}: outputs {shape} and labels {list(labels.shape)} do not give an accuracy; "
-                "it needs outputs (batch, classes) and labels (batch,)"
+                f"batch {position}: outputs {describe(outputs)} and labels {describe(labels)} do not give an accuracy; "
+                "it needs outputs (batch, classes) and labels (batch,), such as labels.flatten() or, of vectors, "
+                "labels.argmax(dim=1)"
             )
-        correct += int((outputs.argmax(dim=1) == labels.to(outputs.device)).sum())
-        total += len(labels)
+        correct += int((outputs.argmax(dim=1) == known.to(outputs.device)).sum())
+        total += len(known)
     if not total:
         raise DataError("the data for the accuracy is empty; give at least one batch")
     return Accuracy(correct=correct, total=total)

@@ -4,6 +4,7 @@ import functools
 import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping
 from numbers import Integral, Real
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin
 
@@ -11,6 +12,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from spectrim.core.errors import ArgumentError
+from spectrim.core.file_kinds import STATES, why_no_weights
 from spectrim.core.nested import describe
 
 _P = ParamSpec("_P")
@@ -108,11 +110,26 @@ def _in_words(kind: Any) -> str:
 
 def _hint(value: object, kind: Any) -> str:
     options: Iterable[Any] = get_args(kind) or (kind,)
-    is_class = isinstance(value, type) and any(option in value.__mro__ for option in options)
-    return f"; this is the class, make one: {value.__name__}(..)" if is_class and isinstance(value, type) else ""
+    if isinstance(value, type) and any(option in value.__mro__ for option in options):
+        return f"; this is the class, make one: {value.__name__}(..)"
+    if nn.Module not in options:
+        return ""
+    if isinstance(value, Mapping):
+        entries = [f"checkpoint[{name!r}]" for name in STATES if isinstance(value.get(name), Mapping)]
+        return f"; this is a state, which goes into your network: model.load_state_dict({(*entries, 'state')[0]})"
+    if isinstance(value, str | Path) and not Path(value).exists():
+        name = str(value) if ":" in str(value) else f"torchvision:{value}"
+        other = f"or transformers.AutoModel.from_pretrained({str(value)!r})"
+        return f"; there is no such file; a network by name: spectrim.models.resolve({name!r}) {other}"
+    if isinstance(value, str | Path):
+        reason = why_no_weights(value)
+        return f"; it is {reason}" if reason else f"; load it into your network: st.load({str(value)!r}, model)"
+    if isinstance(getattr(value, "model", None), nn.Module):
+        return "; give the network in it: result.model"
+    return f"; call it: {value.__name__}()" if inspect.isfunction(value) else ""
 
 
 def _shortened(value: object) -> str:
-    plain = isinstance(value, str | bytes | int | float | type | NoneType)
+    plain = isinstance(value, str | bytes | int | float | type | NoneType | Path)
     text = repr(value) if plain else describe(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

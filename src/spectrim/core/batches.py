@@ -14,12 +14,9 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import DataLoader, Dataset
 
 from spectrim.core.errors import DataError, ResourceError, SpectrimError
-from spectrim.core.execution import Inputs, as_inputs
+from spectrim.core.execution import LABELS, Inputs, as_inputs
 from spectrim.core.memory import free_bytes
 from spectrim.core.nested import describe, from_numpy, size_of
-
-_LABELS = ("labels", "label")
-"""Entries of a mapping that are labels, and no inputs."""
 
 _UNLABELLED = object()
 
@@ -50,8 +47,9 @@ def require_batches(data: object, *, what: str) -> None:
             f"{kind}, which gives single samples; give torch.utils.data.DataLoader(dataset, batch_size=64), or "
             "DataLoader(dataset, batch_size=None) if its items are whole batches"
         )
-    if isinstance(data, Mapping | Inputs):
-        raise DataError(f"{kind}, which is one batch; give a list of batches: [batch]")
+    ranks = {getattr(part, "ndim", 0) for part in data} if isinstance(data, tuple) else ()
+    if isinstance(data, Mapping | Inputs) or len(ranks) > 1:
+        raise DataError(f"{kind}, which is one batch, {describe(data)}; give a list of batches: [data]")
     # by its type alone: to begin an iteration may draw random numbers
     can_iterate = hasattr(type(data), "__iter__") or hasattr(type(data), "__getitem__")
     if not can_iterate or isinstance(data, nn.Module | str | bytes):
@@ -141,7 +139,8 @@ def inputs_of(batch: Any, model: nn.Module, *, position: int, labels: bool) -> t
         return split_labels(batch, position=position, model=model)[0], ""
     if batch is None or isinstance(batch, str | bytes | Number | nn.Module):
         raise DataError(f"batch {position} is a {describe(batch)}; give tensors, tuples of them, or mappings by name")
-    hint = " If the batches are pairs of inputs and labels, pass labels=True."
+    single = isinstance(batch, Tensor | np.ndarray)
+    hint = "" if single else " If the batches are pairs of inputs and labels, pass labels=True."
     return _as_one_argument(as_inputs(batch), model), hint
 
 
@@ -178,9 +177,11 @@ def split_labels(
     else:
         inputs, labels = as_inputs(batch), _UNLABELLED
     if labels is _UNLABELLED and required:
+        last = repr(list(batch)[-1] if isinstance(batch, Mapping) and batch else "..")
+        pairs = f"({{name: batch[name] for name in batch if name != {last}}}, batch[{last}])"
         raise DataError(
-            f"batch {position} is {describe(batch)}, without labels; give pairs (inputs, labels) "
-            'or mappings with the entry "labels"'
+            f"batch {position} is {describe(batch)}, without labels; give pairs (inputs, labels) or mappings with the "
+            f'entry "labels"{f": [{pairs} for batch in data]" if isinstance(batch, Mapping) else ""}'
         )
     if like is None and model is not None:
         inputs = _as_one_argument(inputs, model)
@@ -208,7 +209,7 @@ def _each(data: Iterable[Any], what: str) -> Iterator[Any]:
 
 def _from_mapping(batch: Mapping[Any, Any]) -> tuple[Inputs, Any]:
     """By name, with the entry that is the labels."""
-    names = [name for name in _LABELS if name in batch]
+    names = [name for name in LABELS if name in batch]
     if len(names) != 1:
         return as_inputs(batch), _UNLABELLED
     return as_inputs({name: value for name, value in batch.items() if name not in names}), from_numpy(batch[names[0]])
@@ -291,7 +292,7 @@ def _selected(inputs: Inputs, like: Inputs, labels: Any) -> tuple[Inputs, Any]:
         if not isinstance(example, Mapping):
             return value
         if labels is _UNLABELLED:
-            labels = next((value[name] for name in _LABELS if name in value and name not in example), _UNLABELLED)
+            labels = next((value[name] for name in LABELS if name in value and name not in example), _UNLABELLED)
         return {name: value[name] for name in example}
 
     args = tuple(known(*pair) for pair in zip(inputs.args, like.args, strict=True))
@@ -306,7 +307,7 @@ def _difference(readings: Sequence[tuple[Inputs, Any]], like: Inputs) -> str:
             return f": it has no {', '.join(missing)}"
         pairs = list(zip(inputs.tensors(), like.tensors(), strict=False))
         if len(inputs.args) == len(like.args) and all(own.ndim + 1 == other.ndim for own, other in pairs) and pairs:
-            return ": the batch dimension is missing"
+            return ": the batch dimension is missing, which [batch[None] for batch in data] adds"
     return ""
 
 

@@ -3,7 +3,7 @@
 import random
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -18,6 +18,9 @@ from torch.utils.hooks import RemovableHandle
 
 from spectrim.core.errors import FileError, ModelError
 from spectrim.core.nested import describe, from_numpy, has_ragged, map_tensors, rows, tensors
+
+LABELS = ("labels", "label")
+"""Entries of a mapping that are labels, and no inputs."""
 
 ProgressCallback = Callable[[str, int, int], None]
 """Called with the name of what is done next, how many steps are done, and of how many, or of at least how many."""
@@ -194,8 +197,33 @@ def call(model: nn.Module, inputs: Inputs, *, what: str = "example_inputs", hint
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
             f"{type(model).__name__} cannot run {what} ({inputs.describe()}): {reason}."
-            f"{hint or ' Give inputs as the model takes them.'}"
+            f"{_conversion(model, inputs, what) + hint or ' Give inputs as the model takes them.'}"
         ) from error
+
+
+def _conversion(model: nn.Module, inputs: Inputs, what: str) -> str:
+    """What of these inputs the model can run, as an expression for a message; empty if none of the usual ones is."""
+    name = "example_inputs" if what == "example_inputs" else "inputs"
+    first, conversions = next(iter(inputs.args), None), list[tuple[str, Callable[[], Inputs]]]()
+    if inputs.kwargs:
+        names = [key for key in inputs.kwargs if key not in LABELS]
+        named = f"{{name: {name}[name] for name in {names}}}"
+        conversions = [(named, lambda: Inputs((), {key: inputs.kwargs[key] for key in names}))]
+        conversions += [(f"({name},)", lambda: Inputs((inputs.kwargs,), {}))]
+    elif isinstance(first, Tensor):
+        dtype = next((weight.dtype for weight in model.parameters() if weight.is_floating_point()), first.dtype)
+        text = f"{name}[0]" if len(inputs.args) > 1 else f"torch.as_tensor({name})"
+        if first.dtype != dtype and not first.is_complex():
+            scale = 255 if first.dtype == torch.uint8 else 1
+            first, text = first.to(dtype) / scale, f"{text}.to({dtype})" + (" / 255" if scale > 1 else "")
+        conversions = [(text, lambda: as_inputs(first)), (f"({text})[None]", lambda: as_inputs(first[None]))]
+        conversions += [(f"({text}).movedim(-1, 1)", lambda: as_inputs(first.movedim(-1, 1)))]
+    for expression, converted in conversions:
+        with suppress(Exception), evaluating(model):
+            own = on_device_of(model, converted())
+            model(*own.args, **own.kwargs)
+            return f" It can run {expression}" + (", normalised as in training." if "255" in expression else ".")
+    return ""
 
 
 def require_repeatable(model: nn.Module, inputs: Inputs) -> None:
@@ -296,7 +324,8 @@ def require_unwrapped(model: nn.Module) -> None:
     hooks, and TorchScript.
     """
     if isinstance(model, torch.jit.ScriptModule):
-        raise ModelError("the model is TorchScript, whose layers cannot be replaced; give the module it was made from")
+        advice = "give the module it was made from, filled: network.load_state_dict(model.state_dict())"
+        raise ModelError(f"the model is TorchScript, whose layers cannot be replaced; {advice}")
     for name, module in model.named_modules():
         where = f"the model's {name!r}" if name else "the model"
         path = f"model.{name}" if name else "model"

@@ -179,8 +179,17 @@ def from_numpy(value: Any) -> Any:
 
 
 def logits_of(outputs: Any) -> Any:
-    """The entry "logits" of a mapping of outputs, as Hugging Face's models return; other outputs as they are."""
-    return outputs["logits"] if isinstance(outputs, Mapping) and "logits" in outputs else outputs
+    """The entry "logits" of a mapping of outputs, or its only one; other outputs as they are."""
+    entries = list(outputs.values()) if isinstance(outputs, Mapping) and len(outputs) == 1 else [outputs]
+    return outputs["logits"] if isinstance(outputs, Mapping) and "logits" in outputs else entries[0]
+
+
+def tensor_of(labels: Any) -> Tensor | None:
+    """The labels as a tensor, if they make one."""
+    try:
+        return None if labels is None else torch.as_tensor(labels)
+    except (TypeError, ValueError, RuntimeError):
+        return None
 
 
 def describe(value: Any, *, most: int = 8) -> str:

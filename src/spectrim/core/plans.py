@@ -110,7 +110,9 @@ class Budget(_InFile):
             raise RuleError(f"a Budget limits exactly one of {', '.join(_LIMITS)}, not {len(limits)}: Budget(macs=0.5)")
         ((name, value),) = limits.items()
         if not _is_share(value) or value == 1:
-            raise RuleError(f"Budget({name}={value!r}): a budget is a share of the dense network, between 0 and 1")
+            example = f"Budget({name}={value / 100 if _is_whole(value) and 1 < value < 100 else 0.5:g})"
+            fault = "a budget is a share of the dense network, between 0 and 1"
+            raise RuleError(f"Budget({name}={value!r}): {fault}: {example}")
         if self.latency is None and timing:
             named = ", ".join(f"{name}={value!r}" for name, value in timing.items())
             raise RuleError(f"{named} belongs to a latency; leave it out, or give Budget(latency=.., {named})")

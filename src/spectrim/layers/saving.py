@@ -6,7 +6,7 @@ import warnings
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -17,8 +17,10 @@ from spectrim.core.files import parse, write_atomically
 from spectrim.core.nested import is_plain
 from spectrim.layers.replacement import duplicate
 from spectrim.layers.structure import Structure, rebuild, structure_of
+from spectrim.models.weights import fill_, is_saved, read_state
 
 _KEY = "spectrim"
+_NAME = "model.safetensors"
 
 
 class _Header(Structure):
@@ -32,12 +34,13 @@ def save(model: nn.Module, path: str | Path) -> Path:
 
     Args:
         model: Any module, factored or not.
-        path: The file; an existing folder stands for `model.safetensors` in it.
+        path: The file, `.safetensors`; a folder, or a name without a suffix, stands for `model.safetensors` in it.
 
     Raises:
-        FileError: the file cannot be written; an older one is left as it was.
+        FileError: a name of another kind of file, or one that cannot be written; an older one is left as it was.
         ModelError: state that is not an ordinary tensor.
     """
+    path = _target(path)
     tensors, aliases = unique_tensors(model)
     for name, tensor in tensors.items():
         if not is_plain(tensor):
@@ -54,12 +57,15 @@ def save(model: nn.Module, path: str | Path) -> Path:
     )
     # one entry only: safetensors writes several in random order, and equal models shall give equal files
     metadata = {_KEY: header.model_dump_json()}
-    return write_atomically(_file(path), lambda part: save_file(stored, part, metadata=metadata))
+    return write_atomically(path, lambda part: save_file(stored, part, metadata=metadata))
 
 
 @checked
 def load(path: str | Path, model: nn.Module) -> nn.Module:
     """Rebuild a saved model from a dense instance of the same network; outputs are bit-equal to the saved model's.
+
+    Any other safetensors file, or a state or checkpoint that torch saved (read without running code), goes into a copy
+    of the network strictly, in its number types; prefixes such as `module.` are left out with a warning.
 
     Args:
         path: The file, or the folder that holds `model.safetensors`.
@@ -71,7 +77,13 @@ def load(path: str | Path, model: nn.Module) -> nn.Module:
     Raises:
         FileError: a missing, cut, changed or foreign file, or one for another network.
     """
-    path = _file(path)
+    folder = Path(path)
+    path = folder / _NAME if (folder / _NAME).is_file() else path
+    if not is_saved(Path(path)):
+        filled = duplicate(model)
+        fill_(filled, read_state(path), origin=Path(path))
+        return filled
+    path = Path(path)
     header, tensors = _read(path)
     rebuilt = duplicate(model)
     rebuild(rebuilt, header, origin=str(path))
@@ -87,24 +99,21 @@ def _is_broken(tensor: Tensor) -> bool:
     return tensor.is_floating_point() and tensor.itemsize > 1 and not bool(torch.isfinite(tensor).all())
 
 
-def _file(path: str | Path) -> Path:
+def _target(path: str | Path) -> Path:
     path = Path(path)
-    return path / "model.safetensors" if path.is_dir() else path
+    if path.is_dir() or not path.suffix:
+        return path / _NAME
+    if path.suffix.lower() != ".safetensors":
+        name = f"{path.with_suffix('') if path.suffix[1:].isalpha() else path}.safetensors"  # net.v2 is whole
+        raise FileError(f"{path}: what is written is a safetensors file; name it so: st.save(model, {name!r})")
+    return path
 
 
 def _read(path: Path) -> tuple[_Header, dict[str, Tensor]]:
-    try:
-        with safe_open(path, framework="pt") as opened:
-            metadata = opened.metadata() or {}
-            # a copy, since what safetensors gives may look into the file itself
-            tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise FileError(
-            f"cannot read {path}: {error}; it is missing, cut short, or not a file of spectrim.save "
-            "(what torch.save wrote goes into a network with load_state_dict)"
-        ) from error
-    if _KEY not in metadata:
-        raise FileError(f"{path} was not written by spectrim.save; load a plain state with safetensors.torch.load_file")
+    with safe_open(path, framework="pt") as opened:
+        metadata = opened.metadata()
+        # a copy, since what safetensors gives may look into the file itself
+        tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118
     header = parse(_Header, metadata[_KEY], origin=f"the header of {path}")
     if header.digest != _digest(tensors):
         raise FileError(f"{path} was changed after it was saved (its checksum differs); save the model again")

@@ -1,4 +1,4 @@
-"""Small reference networks for studies and tests, and `resolve`, which makes a network from its name."""
+"""Small reference networks for studies and tests, `resolve`, which makes a network from its name, and `read_state`."""
 
 from spectrim.models.networks import (
     CIFAR_MEAN,
@@ -13,6 +13,7 @@ from spectrim.models.networks import (
     resnet56,
 )
 from spectrim.models.references import resolve
+from spectrim.models.weights import read_state
 
 __all__ = [
     "CIFAR_MEAN",
@@ -21,6 +22,7 @@ __all__ = [
     "cifar_inputs",
     "mini_resnet",
     "mlp",
+    "read_state",
     "resnet20",
     "resnet32",
     "resnet44",

@@ -22,7 +22,7 @@ _WEIGHT_OPTIONS = ("weights", "pretrained", "checkpoint")
 _Options = Mapping[str, object]
 
 
-def resolve(reference: str, *, weights: Path | None = None, options: _Options | None = None) -> nn.Module:
+def resolve(reference: str, *, weights: str | Path | None = None, options: _Options | None = None) -> nn.Module:
     """The network that `reference` names, with the weights of a file if one is given.
 
     - `spectrim:resnet20`: one of `spectrim.models.NETWORKS`.
@@ -54,7 +54,7 @@ def resolve(reference: str, *, weights: Path | None = None, options: _Options | 
             f"as pkg.module:factory. Supported are {_KINDS}"
         )
     # before the network, which may take long to make or may run code
-    state = read_state(Path(weights)) if weights is not None else None
+    state = read_state(weights) if weights is not None else None
     model = _LOADERS.get(source, _from_module)(reference, name, options or {})
     if state is not None and weights is not None:
         fill_(model, state, origin=Path(weights))

@@ -16,45 +16,44 @@ from torch.nn.parameter import is_lazy
 
 from spectrim.core.errors import DependencyError, FileError, ModelError
 from spectrim.core.execution import fill_state
+from spectrim.core.file_kinds import SAVE_STATE, STATES, conversion_of, why_no_weights
 
-_TORCH_FILES = (".pt", ".pth", ".bin", ".ckpt", ".tar", ".pkl", ".pickle")
-_ENTRIES = ("state_dict", "model_state_dict", "model", "module", "net", "network", "weights", "params")
-"""Where a checkpoint keeps the network's state beside other things, the most explicit name first."""
-
-_WRAPPERS = ("module", "_orig_mod", "model", "net", "network")
-"""What `DataParallel`, `torch.compile` and training frameworks put in front of all names."""
+_AROUND = (*STATES, "ema", "model_ema", "checkpoint")
 
 
-def read_state(path: Path) -> dict[str, Tensor]:
-    """The tensors of a network by name, from a `.safetensors` file or one that torch saved (`.pt`, `.pth`, ..).
+def read_state(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a network by name, from a safetensors file or one that torch saved (`.pt`, `.pth`, ..).
 
     What torch saved is read with `weights_only=True`, which runs none of the file's code. It may be a checkpoint that
-    holds the state in an entry such as "state_dict" or "model".
+    holds the state in an entry such as "state_dict" or "model", or in an entry of one.
 
     Raises `FileError` for a file that is missing, damaged, of another kind, or could be read only by running its code.
     """
+    if reason := why_no_weights(path):
+        raise FileError(f"cannot read {path}: it is {reason}")
     path = Path(path)
-    suffix = path.suffix.lower()
-    if suffix in _TORCH_FILES:
-        return _state_in(_read_torch_file(path), path)
-    if suffix != ".safetensors":
-        raise FileError(f"{path} is neither a .safetensors file nor one that torch saved ({', '.join(_TORCH_FILES)})")
     try:
-        return load_file(path)
+        with path.open("rb") as opened:
+            start = opened.read(9)
+        if start[4:] == b"\0\0\0\0{":  # the rest of the header's length, and the header
+            return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise FileError(f"cannot read {path}: {error}; it is missing, cut short, or not a safetensors file") from error
+        raise FileError(f"cannot read {path}: {error}; it is cut short, damaged, or no file") from error
+    if start[:2] != b"PK" and start[:1] != b"\x80":
+        raise FileError(f"cannot read {path}: it is empty, cut short, or holds no weights; save them: {SAVE_STATE}")
+    return _state_in(_read_torch_file(path), path)
 
 
 def _read_torch_file(path: Path) -> object:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise FileError(f"cannot read {path}: {error}; it is missing, or no file") from error
+        # torch goes by the name of a path; it warns of pickles by other programs
+        with warnings.catch_warnings(action="ignore"), path.open("rb") as opened:
+            return torch.load(opened, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().splitlines() or [type(error).__name__]
+        kinds = re.findall(r"(?:GLOBAL|global:?) ([\w.]+\.[\w.]+)", str(error))
         raise FileError(
-            f"cannot read {path} without running code that it may hold, never done ({reason[0][:99]}). If you "
-            "trust it, load it where it was made and save the state alone: torch.save(model.state_dict(), 'weights.pt')"
+            f"cannot read {path} without running code that it may hold, never done ({(*kinds, 'objects')[0]}). If you "
+            f"trust it, save the state alone: {conversion_of(path)}"
         ) from error
     except Exception as error:  # whatever a damaged file leads to
         kind = type(error).__name__
@@ -63,20 +62,26 @@ def _read_torch_file(path: Path) -> object:
 
 def _state_in(value: object, path: Path) -> dict[str, Tensor]:
     """The network's state, or the entry of a checkpoint that is one."""
-    if _is_state(value):
-        return dict(value)  # type: ignore[call-overload,no-any-return]
-    entries = {name: entry for name, entry in value.items() if _is_state(entry)} if isinstance(value, Mapping) else {}
-    names = [name for name in _ENTRIES if name in entries] or (list(entries) if len(entries) == 1 else [])
-    if not names:
-        entries_of = f"entries {', '.join(map(repr, list(value)[:5]))}" if isinstance(value, Mapping) else "no entries"
-        raise FileError(
-            f"{path} holds a {type(value).__name__} with {entries_of}, of which none is a network's state; save that "
-            "alone: torch.save(model.state_dict(), 'weights.pt')"
-        )
-    if len(entries) > 1:
-        others = ", ".join(repr(name) for name in entries if name != names[0])
-        warnings.warn(f"{path}: the weights are those of its entry {names[0]!r}; it also has {others}", stacklevel=4)
-    return dict(entries[names[0]])
+    for _ in range(4):
+        entries = value if isinstance(value, Mapping) else {}
+        tensors = {name: entry for name, entry in entries.items() if isinstance(entry, Tensor)}
+        others = [repr(name) for name in entries if name not in tensors]
+        if len(others) < len(tensors) and _is_state(tensors):
+            if others:
+                warnings.warn(f"{path}: {', '.join(others[:3])} beside the weights are left out", stacklevel=4)
+            return tensors
+        states = [name for name, entry in entries.items() if _is_state(entry)]
+        known = [name for name in _AROUND if name in states or (not states and isinstance(entries.get(name), Mapping))]
+        name = next(iter(known or states), None)
+        if name is None or (len(states) > 1 and not known):
+            break
+        if len(states) > 1:
+            rest = ", ".join(repr(state) for state in states if state != name)
+            warnings.warn(f"{path}: the weights are those of its entry {name!r}; it also has {rest}", stacklevel=4)
+        value = entries[name]
+    listed = f"entries {', '.join(map(repr, list(entries)[:5]))}" if entries else "no entries"
+    advice = f"torch.save(torch.load({str(path)!r}, weights_only=True)[{name!r}], 'weights.pt')" if name else SAVE_STATE
+    raise FileError(f"{path} holds a {type(value).__name__} with {listed}, not one state; save it alone: {advice}")
 
 
 def _is_state(value: object) -> bool:
@@ -97,8 +102,8 @@ def fill_(model: nn.Module, state: Mapping[str, Tensor], *, origin: Path) -> Non
     """Load `state`, from the file `origin`, into `model`, strictly: every tensor of the network, and no other.
 
     As in `load_state_dict`, number types are those of the model, and the batch counters of normalisation layers may be
-    missing. A tensor that the model has under several names needs only one of them. Prefixes that wrappers give to all
-    names, such as `module.`, are left out with a warning if no name fits with them. After an error the model is not to
+    missing. A tensor that the model has under several names needs only one of them. What stands in front of all names,
+    such as `module.`, is left out with a warning. After an error the model is not to
     be used.
 
     Raises `FileError`, with at most three names of each fault, for a file of another network, and `ModelError` for a
@@ -107,7 +112,7 @@ def fill_(model: nn.Module, state: Mapping[str, Tensor], *, origin: Path) -> Non
     expected = {name: value for name, value in model.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
     if any(tensor.is_meta for tensor in expected.values()):
         raise ModelError(f"the network is on the meta device and cannot take the weights of {origin}; make it on a CPU")
-    state = _without_wrappers(state, expected, origin=origin)
+    state = _renamed(state, expected, origin=origin)
     _require_none(_misfits(state, expected), origin=origin)
     # a safetensors file holds a tied weight under one of its names
     stored = {id(expected[name]): tensor for name, tensor in state.items() if name in expected}
@@ -143,21 +148,23 @@ def fill_imagenet_(model: nn.Module, reference: str, *, head: str) -> None:
     model.load_state_dict(fetched, strict=False)
 
 
-def _without_wrappers(
-    state: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, origin: Path
-) -> dict[str, Tensor]:
-    """The state with names as the network's, if it was saved from inside of wrappers."""
-    wrappers = ""
-    names = {name: name for name in state}
-    while names and not expected.keys() & set(names.values()):
-        first = {name.rpartition(".")[0].partition(".")[0] for name in names.values()}
-        if len(first) != 1 or not first <= set(_WRAPPERS):
-            return dict(state)
-        wrappers += f"{first.pop()}."
-        names = {name: name.removeprefix(wrappers) for name in state}
-    if wrappers:
-        warnings.warn(f"{origin} was saved from a wrapper: {wrappers!r} is left out of all names", stacklevel=4)
-    return {inner: state[name] for name, inner in names.items()}
+def _renamed(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, origin: Path) -> dict[str, Tensor]:
+    """The state with names as the network's, if something stands in front of all of them, as wrappers put there."""
+    needed = [name for name in expected if not name.endswith("num_batches_tracked")]
+    fronts = {stored.removesuffix(name): 0 for name in needed for stored in state if stored.endswith(f".{name}")}
+
+    def fits(front: str) -> bool:  # of a tied weight one name is enough
+        covered = {id(expected[name]) for name in needed if front + name in state}
+        return all(id(expected[name]) in covered for name in needed)
+
+    fitting = list(filter(fits, ("", *fronts)))
+    if fitting == [""] or len(fitting) != 1:
+        return dict(state)
+    (front,) = fitting
+    others = [repr(name) for name in state if not name.startswith(front)]
+    left_out = f"; so are others without it, such as {others[0]}" if others else ""
+    warnings.warn(f"{origin} was saved from a wrapper: {front!r} is left out of all names{left_out}", stacklevel=4)
+    return {name.removeprefix(front): tensor for name, tensor in state.items() if name.startswith(front)}
 
 
 def _misfits(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, list[str]]:
@@ -199,11 +206,11 @@ def _require_none(faults: Mapping[str, list[str]], *, origin: Path) -> None:
         for fault, names in faults.items()
         if names
     ]
-    advice = (
-        "spectrim.save wrote it: make the network without weights, then spectrim.load(file, network)"
-        if is_saved(origin)
-        else "Names and shapes must be those of the network's state_dict(); do its options, such as outputs, fit?"
-    )
+    advice = "Names and shapes must be those of the network's state_dict(); do its options, such as outputs, fit?"
+    if is_saved(origin):
+        advice = "spectrim.save wrote it: make the network without weights, then spectrim.load(file, network)"
+    elif (origin.parent / "config.json").is_file():
+        advice = f"It lies in {why_no_weights(origin.parent)}"
     raise FileError(f"{origin} is for another network: {'; '.join(texts)}. {advice}")
 
 

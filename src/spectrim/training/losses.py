@@ -13,7 +13,7 @@ from spectrim.benchmark.measurement import accuracy
 from spectrim.core.batches import batches_of, split_labels
 from spectrim.core.errors import DataError, ModelError, TrainingError
 from spectrim.core.execution import Inputs, call, device_of, evaluating
-from spectrim.core.nested import describe, logits_of, map_tensors, tensors
+from spectrim.core.nested import describe, logits_of, map_tensors, tensor_of, tensors
 from spectrim.training.settings import Settings
 
 LossFunction = Callable[[Any, Any], Tensor]
@@ -98,7 +98,7 @@ class Objective:
         if self.function is not None or self.settings.loss in ("mse", "bce"):
             return False
         inputs, labels = split_labels(batch, position=0, model=model, required=self.needs_labels)
-        outputs, known = logits_of(call(model, inputs, what="batch 0 of held_out")), _tensor(labels)
+        outputs, known = logits_of(call(model, inputs, what="batch 0 of held_out")), tensor_of(labels)
         return isinstance(outputs, Tensor) and outputs.ndim == 2 and known is not None and known.ndim == 1
 
     def _outputs(self, model: nn.Module, inputs: Inputs, position: int) -> tuple[Any, Any]:
@@ -128,7 +128,7 @@ class Objective:
             error = functional.mse_loss if name == "mse" else _bce
             pairs = _pairs(outputs, labels, position)
             return _mean([error(own, target) for own, target in pairs])
-        known = _tensor(labels)
+        known = tensor_of(labels)
         if known is None:
             raise DataError(f"the labels of batch {position}, {describe(labels)}, make no tensor; give class indices")
         if name is None:
@@ -145,7 +145,7 @@ class Objective:
         """The loss against the teacher's outputs."""
         if self.function is not None:
             return _called(self.function, outputs, taught, position)
-        name, known = self.settings.loss, _tensor(labels)
+        name, known = self.settings.loss, tensor_of(labels)
         if name in ("mse", "bce"):
             pairs = _pairs(outputs, taught, position, whose="the teacher's")
             if name == "mse":
@@ -199,7 +199,7 @@ class Objective:
 
     def _right(self, outputs: Any, labels: Any) -> tuple[int | None, int]:
         """How many places are right, and how many have a class as their label."""
-        logits, known = logits_of(outputs), _tensor(labels)
+        logits, known = logits_of(outputs), tensor_of(labels)
         if self.function is not None or self.settings.loss in ("mse", "bce") or known is None or not _is_whole(known):
             return None, 0
         axis = 1 if getattr(logits, "ndim", 0) == 2 else self._axis
@@ -264,7 +264,7 @@ def _pairs(outputs: Any, targets: Any, position: int, *, whose: str = "the label
     if isinstance(outputs, Mapping) and isinstance(targets, Mapping) and outputs.keys() == targets.keys():
         targets = {name: targets[name] for name in outputs}
     own = _floats(outputs)
-    others = list(tensors(logits_of(targets))) or [tensor for tensor in (_tensor(targets),) if tensor is not None]
+    others = list(tensors(logits_of(targets))) or [tensor for tensor in (tensor_of(targets),) if tensor is not None]
     if whose != "the labels":
         others = _floats(targets)
     fits = len(own) == len(others) and bool(own)
@@ -301,14 +301,6 @@ def _mean(losses: Sequence[Tensor]) -> Tensor:
     return losses[0] if len(losses) == 1 else torch.stack(list(losses)).mean()
 
 
-def _tensor(labels: Any) -> Tensor | None:
-    """The labels as a tensor, if they make one."""
-    try:
-        return None if labels is None else torch.as_tensor(labels)
-    except (TypeError, ValueError, RuntimeError):
-        return None
-
-
 def _require_clear(outputs: Any, labels: Tensor, position: int) -> None:
     """Labels of the outputs' own shape may be values, masks or logits: raise unless something says which."""
     logits = logits_of(outputs)
@@ -322,7 +314,7 @@ def _require_clear(outputs: Any, labels: Tensor, position: int) -> None:
 
 def _require_other_labels(inputs: Inputs, labels: Any, position: int) -> None:
     """Raise for labels that are the inputs: the losses of Hugging Face's language models shift them, these do not."""
-    known = _tensor(labels)
+    known = tensor_of(labels)
     if known is None or known.ndim < 2 or not _is_whole(known):
         return
     for tensor in inputs.tensors():

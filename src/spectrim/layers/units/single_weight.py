@@ -174,7 +174,7 @@ def _already_handled(model: nn.Module) -> dict[nn.Module, str]:
             for inner in module.modules():
                 reasons[inner] = "nn.MultiheadAttention reads its weights itself, without calling a layer"
     for layer in low_rank_layers(model).values():
-        reasons |= dict.fromkeys(layer.chain, "already a low-rank factor")
+        reasons |= dict.fromkeys(layer.chain, "already a low-rank factor; st.merge(model) undoes it")
     return reasons
 
 
