@@ -14,6 +14,7 @@ from spectrim.benchmark.fidelity import Fidelity, measured_fidelity, require_pla
 from spectrim.benchmark.latencies import LatencyTable
 from spectrim.benchmark.measurement import Measurement, count
 from spectrim.core.arguments import checked
+from spectrim.core.display import Displayed
 from spectrim.core.errors import DataError, PlanError, RuleError
 from spectrim.core.execution import Inputs, ProgressCallback, as_inputs
 from spectrim.core.memory import Storage
@@ -30,7 +31,7 @@ from spectrim.runtimes.rank_grid import Grid
 
 
 @dataclass(frozen=True, eq=False)
-class Compressed:
+class Compressed(Displayed):
     """A compressed model, the plan it was made by, and what it costs against its dense self.
 
     Attributes:

@@ -13,6 +13,7 @@ from spectrim.analysis.moments import PROBES, Moments, RunningCovariance, Runnin
 from spectrim.analysis.sampling import SamplingError
 from spectrim.core.arguments import checked
 from spectrim.core.batches import batches_of, inputs_of
+from spectrim.core.display import Displayed
 from spectrim.core.distributed import Accelerator, all_reduce, if_distributed, shard
 from spectrim.core.errors import DataError, ModelError
 from spectrim.core.execution import Inputs, call, evaluating, on_device_of, temporary
@@ -26,7 +27,7 @@ POSITIONS = 64
 
 
 @dataclass(frozen=True, eq=False)
-class Calibration:
+class Calibration(Displayed):
     """Statistics of every layer with a weight matrix that was called.
 
     Attributes:
