@@ -11,15 +11,15 @@ class Displayed:
     """
 
     def __str__(self) -> str:
-        return str(self._table())
+        return str(self._table().text())
 
     def _repr_html_(self) -> str:
         """What a notebook shows."""
-        return str(self._table()._repr_html_())
+        return str(self._table().html())
 
-    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:  # noqa: FBT001  # as IPython calls it
-        """What IPython shows, and a notebook's file holds, as text."""
-        printer.text(str(self))
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
+        """What IPython shows as text, and a notebook's file holds, in the place of the long `repr`."""
+        return {"text/plain": str(self)}
 
     def _table(self) -> Any:
         return import_module("spectrim.reporting.tables").table(self)

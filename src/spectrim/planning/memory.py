@@ -74,10 +74,6 @@ class MemoryEstimate(Displayed, Frozen):
             "keep statistics on a disk (offload=), or use Rank instead of a Budget"
         )
 
-    def __str__(self) -> str:
-        parts = ", ".join(f"{name} {_megabytes(getattr(self, name))}" for name in self.PARTS)
-        return f"about {_megabytes(self.peak)} of {_megabytes(self.available)} that are free ({parts})"
-
 
 def _megabytes(number: int) -> str:
     return f"{number / 1e6:,.0f} MB"

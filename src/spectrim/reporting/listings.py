@@ -57,10 +57,8 @@ class Listing(Displayed):
         console.print(self)
         return "\n".join(line.rstrip() for line in printed.getvalue().splitlines())
 
-    def __str__(self) -> str:
-        return self.text()
-
-    def _repr_html_(self) -> str:
+    def html(self) -> str:
+        """For a notebook, in its own colours; every value is escaped."""
         macros: Any = template("table.html.j2").module
         return str(macros.notebook(self))
 
@@ -129,16 +127,10 @@ def _clean(cell: str) -> str:
     return "".join(sign if sign.isprintable() or sign == "\n" else "�" for sign in cell)
 
 
+@cache
 def template(name: str) -> Template:
     """One of the templates in this folder; they escape every value."""
-    return _environment().get_template(name)
-
-
-@cache
-def _environment() -> Environment:
     loader = FileSystemLoader(Path(__file__).parent)
-    environment = Environment(
-        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
-    return environment
+    jinja = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    jinja.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
+    return jinja.get_template(name)

@@ -1,10 +1,10 @@
 """Tables of every value: in a terminal, at any width, in scripts and on the page."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from operator import methodcaller
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
-from spectrim.analysis.calibration import Calibration
 from spectrim.analysis.spectra import Analysis, LayerAnalysis
 from spectrim.benchmark.fidelity import Fidelity
 from spectrim.benchmark.measurement import Measurement
@@ -48,13 +48,6 @@ def table(value: Displayed) -> Listing:
 def text(value: Displayed, *, width: int = 100) -> str:
     """The table as plain text of at most `width` columns, without colours: `print(text(plan))`; raises as `table`."""
     return table(value).text(width=width)
-
-
-def _of_calibration(calibration: Calibration) -> Listing:
-    rows = [(name, words.shape(seen.mean.shape), f"{seen.count:,}") for name, seen in calibration.moments.items()]
-    columns = (Column("Layer", number=False), Column(f"Groups{words.TIMES}inputs"), Column("Input vectors"))
-    title = f"Statistics of {calibration.batches} batches, {words.size(calibration.bytes)}"
-    return Listing(title, columns, tuple(rows))
 
 
 def _of_memory(estimate: MemoryEstimate) -> Listing:
@@ -158,10 +151,12 @@ def _change(before: int, after: int) -> str:
 
 
 def _of_measurement(measurement: Measurement) -> Listing:
-    rows = [
-        (name, value, words.share(ratio), "" if ratio is None else words.smaller(ratio))
-        for name, (value, ratio) in words.costs(measurement).items()
-    ]
+    ratios = {name: getattr(measurement, f"{name}_ratio") or 1 for name in ("params", "bytes", "macs")}
+    whole = {name: round(getattr(measurement, name) / ratio) for name, ratio in ratios.items()}
+    before, rows = words.costs(measurement.model_copy(update=whole)), []
+    for name, (value, ratio) in words.costs(measurement).items():
+        change = value if before[name][0] == value else f"{before[name][0]} → {value}"
+        rows.append((name, change, words.share(ratio), "" if ratio is None else words.smaller(ratio)))
     if measurement.uncounted:
         rows.append(("Not in the MACs", ", ".join(measurement.uncounted), "", ""))
     if measurement.latency_ms is not None:
@@ -175,29 +170,12 @@ def _of_measurement(measurement: Measurement) -> Listing:
     return Listing("Measurement", columns, tuple(rows))
 
 
-def _of_fidelity(fidelity: Fidelity) -> Listing:
-    shares = {
-        "Relative error": fidelity.relative_error,
-        "Relative error predicted": fidelity.predicted,
-        "Relative error without data": fidelity.plain.relative_error if fidelity.plain else None,
-        "Samples with the same largest output": fidelity.agreement,
-    }
-    rows = tuple((name, words.percent(share, places=1)) for name, share in shares.items() if share is not None)
-    columns = (Column("", number=False), Column("Share"))
-    note = f"On {fidelity.samples} calibration samples{', kept aside' if fidelity.held_out else ''}."
-    return Listing("Outputs against dense", columns, rows, note=note)
-
-
 def _of_compressed(small: _Compressed) -> Listing:
-    after, names = small.measurement, ("params", "bytes", "macs")
-    whole = {name: round(getattr(after, name) / (getattr(after, f"{name}_ratio") or 1)) for name in names}
-    dense = words.costs(after.model_copy(update=whole))
-    rows = [(name, dense[name][0], value, words.share(ratio)) for name, (value, ratio) in words.costs(after).items()]
-    columns = (Column("", number=False), Column("Dense"), Column("Compressed"), Column("Kept / dense"))
     latency = small.plan.latency
     refused = f"It is as it was: {latency.refused}." if latency and latency.refused else ""
     notes = (refused, str(small.fidelity or ""), 'Keep it with st.save(small.model, "small.safetensors").')
-    return Listing(_plan_title(small.plan), columns, tuple(rows), note="\n".join(filter(None, notes)))
+    note = "\n".join(filter(None, notes))
+    return replace(_of_measurement(small.measurement), title=_plan_title(small.plan), note=note)
 
 
 def quantized_table(rows: Sequence[QuantizedRow], *, comparison: QuantizedTable | None = None) -> Listing:
@@ -342,11 +320,10 @@ def changes_table(changes: Changes) -> Listing:
 
 _TABLES: Mapping[type, Callable[[Any], Listing]] = {
     Analysis: _of_analysis,
-    Calibration: _of_calibration,
     Plan: _of_plan,
     _Compressed: _of_compressed,
     Measurement: _of_measurement,
-    Fidelity: _of_fidelity,
+    Fidelity: lambda fidelity: Listing("Fidelity", (), (), note=str(fidelity)),
     Results: _of_results,
     MemoryEstimate: _of_memory,
     QuantizedTable: lambda table: quantized_table(table.rows, comparison=table),
