@@ -319,21 +319,20 @@ class _Loop:
         )
 
     def _report(self) -> None:
-        """Report, and call `on_step`. What it does, such as a projection of the weights, is part of the step."""
+        """Call `on_step`, whose work, such as a projection of the weights, is part of the step; then `on_progress`."""
         run, progress = self.run, self.progress
         self.taken += 1
         epoch, epochs, seconds_left = len(progress.curve), run.settings.epochs, None
-        steps, note = progress.steps or progress.step, f"epoch {epoch + 1}/{epochs}, loss {self.latest:.3g}"
+        if run.on_step is not None:
+            if progress.steps:
+                ahead = (epochs - epoch) * progress.steps - progress.step
+                seconds_left = (time.perf_counter() - self.started) / self.taken * ahead
+            right = progress.correct / progress.labelled if progress.labelled else None
+            run.on_step(Step(epoch, epochs, progress.step - 1, progress.steps, self.latest, right, seconds_left))
+            self.saved = replace(self.saved, rng=self._rng())
         if run.on_progress is not None:
+            steps, note = progress.steps or progress.step, f"epoch {epoch + 1}/{epochs}, loss {self.latest:.3g}"
             run.on_progress(note, epoch * steps + progress.step, epochs * steps)
-        if run.on_step is None:
-            return
-        if progress.steps:
-            ahead = (epochs - epoch) * progress.steps - progress.step
-            seconds_left = (time.perf_counter() - self.started) / self.taken * ahead
-        right = progress.correct / progress.labelled if progress.labelled else None
-        run.on_step(Step(epoch, epochs, progress.step - 1, progress.steps, self.latest, right, seconds_left))
-        self.saved = replace(self.saved, rng=self._rng())
 
     def _rng(self) -> RngState:
         return RngState.now(self.run.model) if self.run.checkpoint else RngState()
