@@ -14,10 +14,12 @@ from spectrim.benchmark.fidelity import Fidelity, measured_fidelity, require_pla
 from spectrim.benchmark.latencies import LatencyTable
 from spectrim.benchmark.measurement import Measurement, count
 from spectrim.core.arguments import checked
+from spectrim.core.display import Displayed
 from spectrim.core.errors import DataError, PlanError, RuleError
 from spectrim.core.execution import Inputs, ProgressCallback, as_inputs
 from spectrim.core.memory import Storage
 from spectrim.core.plans import Budget, Metric, Plan, Rule
+from spectrim.core.progress import progress_callback
 from spectrim.fitting.reconstruction import reconstruct as fit
 from spectrim.layers.replacement import duplicate, factorize
 from spectrim.layers.replacement import replace as replace_layers
@@ -30,7 +32,7 @@ from spectrim.runtimes.rank_grid import Grid
 
 
 @dataclass(frozen=True, eq=False)
-class Compressed:
+class Compressed(Displayed):
     """A compressed model, the plan it was made by, and what it costs against its dense self.
 
     Attributes:
@@ -77,6 +79,7 @@ def compress(
     offload: str | Path | None = None,
     inplace: bool = False,
     on_progress: ProgressCallback | None = None,
+    progress: bool = False,
 ) -> Compressed:
     """Replace the layers of a trained network by low-rank factors.
 
@@ -122,6 +125,7 @@ def compress(
         offload: A folder on a fast disk, in which statistics of 16 MiB or more are kept until the end; saves memory.
         inplace: Change `model` itself, and return it.
         on_progress: Called with what is done next, how many steps of this stage are done, and of how many.
+        progress: Show the same on standard error: a bar in a terminal, a line in a notebook, lines in a log.
 
     Returns:
         The model (in the same training mode), the plan, and the counted costs.
@@ -139,25 +143,26 @@ def compress(
         raise PlanError(
             "an analysis already has its layers; give include, exclude, keep_last, treat_as to st.analyze instead"
         )
-    decision = decide(
-        model,
-        rule_or_plan,
-        example_inputs=example_inputs,
-        data=data,
-        options=PlanOptions(metric, forms, rank_multiple, allow_growth, latencies),
-        layers=selection if analysis is None else analysis,
-        run=run,
-        on_progress=on_progress,
-    )
-    return carry_out(
-        model,
-        decision,
-        example_inputs=example_inputs,
-        reconstruct=reconstruct,
-        cache=cache,
-        inplace=inplace,
-        on_progress=on_progress,
-    )
+    with progress_callback(on_progress, progress=progress) as report:
+        decision = decide(
+            model,
+            rule_or_plan,
+            example_inputs=example_inputs,
+            data=data,
+            options=PlanOptions(metric, forms, rank_multiple, allow_growth, latencies),
+            layers=selection if analysis is None else analysis,
+            run=run,
+            on_progress=report,
+        )
+        return carry_out(
+            model,
+            decision,
+            example_inputs=example_inputs,
+            reconstruct=reconstruct,
+            cache=cache,
+            inplace=inplace,
+            on_progress=report,
+        )
 
 
 def carry_out(

@@ -124,7 +124,7 @@ def test_what_does_not_fit_is_refused_before_data_are_run(
 
 def test_it_is_shown() -> None:
     result = estimate(data=[X])
-    assert "decompositions" in str(result)
+    assert "Decompositions" in str(result)
     shown_text = st.text(result)
     assert "At the highest" in shown_text
     assert f"is {result.widest}." in shown_text

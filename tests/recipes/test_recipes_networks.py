@@ -436,7 +436,7 @@ def test_a_scan_keeps_what_the_network_needs() -> None:
     part = Split(inputs, model(inputs).argmax(dim=1))
     analysis = st.analyze(model, inputs[:1])
     scored: list[int] = []
-    plan = held_out_plan(model, analysis, part, share=0.5, on_progress=lambda done, _: scored.append(done))
+    plan = held_out_plan(model, analysis, part, share=0.5, on_progress=lambda _, done, __: scored.append(done))
     assert plan["1"].rank == 2
     assert plan.kept_cost.params <= 0.5 * plan.dense_cost.params
     assert scored == list(range(len(scored)))

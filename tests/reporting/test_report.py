@@ -1,6 +1,7 @@
 """Tables, figures and the page, from the values of a small study that was really measured."""
 
 import base64
+import dataclasses
 import io
 import json
 import re
@@ -983,3 +984,79 @@ def test_every_metric_can_be_shown(metric: Metric, results: Results, tmp_path: P
     study = results.model_copy(update={"spectra": (spectrum,), "variants": variants, "chosen": None, "changes": None})
     page = st.report(study, tmp_path / "page.html")
     assert f"{metric} metric" in page.read_text(encoding="utf-8")
+
+
+# -------------------------------------------------------------------------------------------------- in a notebook
+
+
+@pytest.fixture(scope="module")
+def small() -> st.Compressed:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 48), nn.ReLU(), nn.Linear(48, 48), nn.ReLU(), nn.Linear(48, 4))
+    data = [torch.randn(64, 16) for _ in range(3)]
+    return st.compress(model, st.Rank(8), example_inputs=data[0], data=data, keep_last=True)
+
+
+def test_values_are_shown_as_their_tables(analysis: st.Analysis, results: Results, small: st.Compressed) -> None:
+    for value in (analysis, small.plan, small.measurement, small.fidelity, small, results, st.table(results)):
+        listing, markup = st.table(value), value._repr_html_()
+        assert listing.title.replace("<", "&lt;") in markup
+        assert all(row[0].split("\n")[0] in markup for row in listing.rows)
+        assert not re.search(r"background|(?<!-)color:", markup)  # of the notebook's theme
+        assert value._repr_mimebundle_() == {"text/plain": str(value)}
+    assert str(small.plan) == st.text(small.plan)
+    assert str(small.fidelity) in st.text(small.fidelity, width=1000)
+
+
+def test_what_compress_returns_is_printed_in_a_few_lines(small: st.Compressed) -> None:
+    text = str(small)
+    assert len(text.splitlines()) <= 10
+    assert "Rank 8, activation metric: 2 of 3 factored" in text
+    assert re.search(r"Parameters +3.36 k → 1.57 k +47 % +2.1\S smaller", text)
+    assert str(small.fidelity) in " ".join(text.split())
+    assert 'st.save(small.model, "small.safetensors")' in text
+
+
+def test_a_latency_that_was_refused_is_said(small: st.Compressed) -> None:
+    note = st.LatencyNote(
+        runtime="torch", threads=1, dense_ms=1.0, predicted=1.0, refused="nothing is faster", fingerprint=""
+    )
+    plan = small.plan.model_copy(update={"latency": note})
+    assert "It is as it was: nothing is faster." in st.text(dataclasses.replace(small, plan=plan))
+
+
+def test_hostile_names_are_only_text_in_a_notebook(results: Results) -> None:
+    markup = hostile(results)._repr_html_()
+    assert "<script" not in markup
+    assert "<img" not in markup
+    assert "&lt;script&gt;" in markup
+
+
+# ------------------------------------------------------------------------------------ what is printed is what is meant
+
+
+@pytest.mark.parametrize(
+    ("values", "ticks"),
+    [((1.0, 0.9, 0.5), {"nticks": 6}), ((1.0, 0.1, 0.01), {"dtick": "D2"}), ((1.0, 1e-3, 1e-6), {"dtick": 1})],
+)
+def test_labels_of_logarithmic_axes_do_not_touch(results: Results, values: tuple[float, ...], ticks: dict) -> None:
+    """Left to itself, plotly labels each of 0.01, 0.02, 0.03, .. 0.9, 1 where there are one to six powers of ten."""
+    spectrum = st.LayerSpectrum(layer="0", kind="Linear", shape=(3, 3), metric="plain", values=values)
+    axis = st.plot_spectra(results.model_copy(update={"spectra": (spectrum,)})).layout.yaxis
+    assert {name: getattr(axis, name) for name in ticks} == ticks
+    epochs = [st.Epoch(epoch=at, loss=loss, seconds=0.1) for at, loss in enumerate(values)]
+    axis = st.plot_history(epochs).layout.yaxis
+    assert {name: getattr(axis, name) for name in ticks} == ticks
+
+
+def test_speed_is_named_only_where_it_was_measured(results: Results, tmp_path: Path) -> None:
+    assert "Accuracy against size and speed" in page_of(results, tmp_path).words
+
+    def untimed(variant: Variant) -> Variant:
+        blank = dict.fromkeys(("latency_ms", "reference_ms", "speedup"))
+        return variant.model_copy(update={"measurement": variant.measurement.model_copy(update=blank)})
+
+    networks = {"dense": untimed(results.dense), "variants": tuple(map(untimed, results.variants))}
+    page = page_of(results.model_copy(update=networks), tmp_path)
+    assert "Accuracy against size" in page.words
+    assert "size and speed" not in page.words

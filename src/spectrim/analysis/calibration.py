@@ -1,7 +1,7 @@
 """Calibration: streamed means and covariances of the inputs of a trained network's layers; no activation is kept."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from spectrim.analysis.moments import PROBES, Moments, RunningCovariance, RunningGradients
 from spectrim.analysis.sampling import SamplingError
 from spectrim.core.arguments import checked
-from spectrim.core.batches import batches_of, inputs_of
+from spectrim.core.batches import batches_of, inputs_of, length_of
 from spectrim.core.distributed import Accelerator, all_reduce, if_distributed, shard
 from spectrim.core.errors import DataError, ModelError
 from spectrim.core.execution import Inputs, call, evaluating, on_device_of, temporary
 from spectrim.core.memory import IN_PLACE, Storage
 from spectrim.core.nested import fractions, is_in_transform, joined
+from spectrim.core.progress import progress_callback
 from spectrim.layers.tracing import typed_layers, watching
 from spectrim.layers.types import layer_type_of
 
@@ -34,7 +35,7 @@ class Calibration:
         batches: How many batches were run.
     """
 
-    moments: Mapping[str, Moments]
+    moments: Mapping[str, Moments] = field(repr=False)
     batches: int
 
     @property
@@ -69,6 +70,7 @@ def calibrate(
     accelerator: Accelerator | None = None,
     device: str | torch.device | None = None,
     offload: str | Path | None = None,
+    progress: bool = False,
 ) -> Calibration:
     """Run batches through the model and stream the statistics of every Linear and convolution layer's input.
 
@@ -92,6 +94,7 @@ def calibrate(
         offload: A folder on a fast disk, in which statistics of 16 MiB or more are files that are mapped into memory.
             They have no names, and their space is free again once the statistics are no longer used. The values are
             the same.
+        progress: Show how far it is, as `st.compress` does.
 
     Raises:
         DataError: no batches, a batch the model cannot run, or activations that are NaN or infinite.
@@ -108,9 +111,11 @@ def calibrate(
             sums.setdefault(name, RunningCovariance(storage=storage)).add(rows, samples=samples)
 
     seen = samples = 0
-    with evaluating(model), watching(model, add_rows):
+    number, visible = length_of(batches), progress and not (accelerator and accelerator.process_index)
+    with evaluating(model), watching(model, add_rows), progress_callback(progress=visible) as report:
         data = batches_of(batches, what="the calibration data", max_batches=max_batches)
         for position, batch, is_own in shard(data, accelerator):
+            report("calibrate", position, max(number, position + 1))
             seen = position + 1
             if not is_own:
                 continue

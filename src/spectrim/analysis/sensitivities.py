@@ -20,6 +20,7 @@ from spectrim.core.execution import Inputs, ProgressCallback, call, evaluating, 
 from spectrim.core.memory import IN_PLACE, Storage
 from spectrim.core.nested import fractions
 from spectrim.core.plans import Metric
+from spectrim.core.progress import progress_callback
 from spectrim.layers.replacement import factored_at, mean_corrections, product, replace
 from spectrim.linalg import Factors
 
@@ -39,6 +40,7 @@ def sensitivity(
     metric: Metric = "activation",
     cache: int | None = None,
     on_progress: ProgressCallback | None = None,
+    progress: bool = False,
 ) -> Analysis:
     """The analysis with `sensitivity`: squared error of the network's outputs for each share of energy a layer loses.
 
@@ -55,6 +57,7 @@ def sensitivity(
         cache: Bytes of blocks' outputs that may be kept, so that not every pass has to begin at the first layer.
             By default what the statistics take, at least 160 MiB.
         on_progress: Called with each layer's name, how many are done, and of how many.
+        progress: Show the same on standard error, as `st.compress` does.
 
     Raises:
         DataError: no batches.
@@ -71,19 +74,19 @@ def sensitivity(
     activations = ActivationCache(model, cache_bytes_of(analysis, cache), used[0])
     runs = _SingleLayerRuns(activations, used, metric, analysis.means, hint=read[0][1])
     sensitivities: dict[str, float] = {}
-    for done, layer in enumerate(layers):
-        if on_progress is not None:
-            on_progress(layer.name, done, len(layers))
-        try:
-            sensitivities[layer.name] = runs.measure(layer)
-        except _NoDistanceError as error:
-            warnings.warn(
-                f"{str(error).format(type(model).__name__)}, so that no distance to the dense network can be measured; "
-                "all layers count alike. A wrapper that returns what comes before a selection (scores and boxes of all "
-                "places, say) makes budgets better",
-                stacklevel=3,
-            )
-            return with_changes(analysis, sensitivity={})
+    try:
+        with progress_callback(on_progress, progress=progress) as report:
+            for done, layer in enumerate(layers):
+                report(layer.name, done, len(layers))
+                sensitivities[layer.name] = runs.measure(layer)
+    except _NoDistanceError as error:
+        warnings.warn(
+            f"{str(error).format(type(model).__name__)}, so that no distance to the dense network can be measured; "
+            "all layers count alike. A wrapper that returns what comes before a selection (scores and boxes of all "
+            "places, say) makes budgets better",
+            stacklevel=3,
+        )
+        sensitivities = {}
     return with_changes(analysis, sensitivity=sensitivities)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from spectrim.analysis.calibration import Calibration
 from spectrim.analysis.moments import pooled
 from spectrim.core.arguments import checked
+from spectrim.core.display import Displayed
 from spectrim.core.errors import ModelError, PlanError
 from spectrim.core.execution import as_inputs, require_unwrapped, require_values
 from spectrim.core.plans import Cost, CostName, LayerPlan, Metric
@@ -162,7 +163,7 @@ class LayerAnalysis:
 
 
 @dataclass(frozen=True, eq=False)
-class Analysis:
+class Analysis(Displayed):
     """The units of one model in order of execution, with all that factors of any form and rank are made from.
 
     Attributes:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from spectrim.analysis.sensitivities import subset
 from spectrim.analysis.spectra import Analysis
+from spectrim.core.display import Displayed
 from spectrim.core.errors import ModelError
 from spectrim.core.execution import Inputs, call, evaluating
 from spectrim.core.files import Frozen
@@ -27,7 +28,7 @@ _CLEARLY_OFF, _OVER_BUDGET = 1e-3, 5e-3
 SAMPLES = 256
 
 
-class Fidelity(Frozen):
+class Fidelity(Displayed, Frozen):
     """How near a compressed network's outputs are to those of the dense one, on the same inputs.
 
     Attributes:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from spectrim.core.arguments import checked
 from spectrim.core.batches import batches_of, split_labels
+from spectrim.core.display import Displayed
 from spectrim.core.errors import DataError
 from spectrim.core.execution import Inputs, as_inputs, call, evaluating, require_repeatable, require_values
 from spectrim.core.files import Frozen
@@ -53,7 +54,7 @@ class Epoch(Frozen):
     seconds: float
 
 
-class Measurement(NetworkCost):
+class Measurement(Displayed, NetworkCost):
     """One model, measured; against a reference also the ratios. Its params, bytes and MACs are as in `NetworkCost`.
 
     Attributes:

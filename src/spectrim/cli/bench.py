@@ -24,7 +24,7 @@ from spectrim.cli.stages import Stages, show, show_files, stages
 from spectrim.core.errors import DependencyError, EngineError, ModelError
 from spectrim.core.files import Frozen
 from spectrim.reporting import words
-from spectrim.reporting.tables import Column, Listing, listing
+from spectrim.reporting.listings import Column, Listing, listing
 from spectrim.runtimes.sessions import RUNTIMES, RuntimeName, require_runtime, require_threads
 from spectrim.runtimes.timing import Comparison
 

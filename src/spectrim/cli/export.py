@@ -15,7 +15,7 @@ from spectrim.cli.outputs import OutputFiles, outputs
 from spectrim.cli.stages import show, show_files, stages
 from spectrim.export import Exported, export_onnx, export_openvino, export_program, is_exported
 from spectrim.reporting import words
-from spectrim.reporting.tables import Column, Listing, listing
+from spectrim.reporting.listings import Column, Listing, listing
 from spectrim.runtimes.sessions import RUNTIMES, RuntimeName, require_runtime
 
 Format = Literal["onnx", "program", "openvino"]

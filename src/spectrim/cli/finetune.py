@@ -22,7 +22,7 @@ from spectrim.core.errors import DataError
 from spectrim.core.files import sha256_of, write_text
 from spectrim.layers.saving import save
 from spectrim.reporting import plot_history, words
-from spectrim.reporting.tables import Column, Listing, listing
+from spectrim.reporting.listings import Column, Listing, listing
 from spectrim.training import Checkpoint, Finetuned, History, Step, finetune
 from spectrim.training.checkpoint import identity
 from spectrim.training.losses import Objective

@@ -27,7 +27,7 @@ from spectrim.planning.memory import estimate_memory
 from spectrim.planning.pipeline import Decision, decide
 from spectrim.planning.resources import RunOptions
 from spectrim.reporting import Results, report, table, words
-from spectrim.reporting.tables import Column, Listing
+from spectrim.reporting.listings import Column, Listing
 from spectrim.runtimes.rank_grid import Grid, probe
 from spectrim.runtimes.sessions import require_runtime
 

@@ -1,7 +1,6 @@
 """`spectrim quantize`: a network as an ONNX file with weights of fewer bits, compared with the dense network."""
 
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,8 +15,7 @@ from spectrim.cli.outputs import OutputFiles, Record, has_checksum, outputs
 from spectrim.cli.stages import show, show_files, stages
 from spectrim.core.files import sha256_of
 from spectrim.quantization import SCHEMES, Quantized, QuantizedRow, QuantizedTable, Scheme, compare_quantized, quantize
-from spectrim.reporting import words
-from spectrim.reporting.tables import Column, Listing, listing
+from spectrim.reporting.tables import quantized_table
 from spectrim.runtimes.sessions import require_runtime
 
 _SOURCE = Group(without=("cache",), required=("weights",), defaults={"images": 512, "batch": 64})
@@ -133,29 +131,13 @@ def _compare(
 
 
 def _show(record: Bits, untested: str | None) -> None:
+    table, alone = record.table, record.quantised.model_dump(exclude={"quantised", "float32"})
     show(
-        _listing(record),
+        quantized_table(
+            table.rows if table else [QuantizedRow(network="low rank", runtime="", **alone)], comparison=table
+        ),
+        None if table else "Give --dense-weights to see it beside the dense network.",
         f"Still float32: {', '.join(record.quantised.float32)}." if record.quantised.float32 else None,
-        *(record.table.verdicts if record.table else ()),
+        *(table.verdicts if table else ()),
         None if untested is None else f"Accuracy not measured: {untested}.",
     )
-
-
-def _listing(record: Bits) -> Listing:
-    table, alone = record.table, record.quantised.model_dump(exclude={"quantised", "float32"})
-    rows = table.rows if table else (QuantizedRow(network="low rank", runtime="", **alone),)
-    columns: dict[Column, Callable[[QuantizedRow], str]] = {
-        Column("Network", number=False): lambda row: row.name if table else str(row.scheme),
-        Column("Bytes"): lambda row: f"{row.bytes:,}",
-        Column("Smaller", 1, optional=True): lambda row: f"{table.rows[0].bytes / row.bytes:.2f}x" if table else "",
-        Column("ms", 2, optional=True): lambda row: f"{row.latency_ms:.3g}" if row.latency_ms else words.NOTHING,
-        Column("Faster", 2, optional=True): lambda row: f"{row.speedup.value:.2f}x" if row.speedup else words.NOTHING,
-        Column("Accuracy"): lambda row: words.percent(row.accuracy.value if row.accuracy else None),
-        Column("Largest\ndifference", 1): lambda row: words.percent(row.difference if row.scheme else None),
-    }
-    note = "Difference of outputs to the same network in float32, as a share of the largest output. " + (
-        f"Smaller and faster than dense; {table.runtime}, one input, {words.threads(table.threads)}."
-        if table
-        else "Give --dense-weights to see it beside the dense network."
-    )
-    return listing("Quantised", rows, columns, strong=lambda row: table is not None and row is rows[-1], note=note)

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 
 from spectrim.cli.outputs import OutputFiles
-from spectrim.reporting.tables import Listing
+from spectrim.reporting.listings import Listing
 
 _Item = TypeVar("_Item")
 _TITLES = {

@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args
 
 from pydantic import AliasChoices, ConfigDict, Field, model_validator
 
+from spectrim.core.display import Displayed
 from spectrim.core.errors import RuleError
 from spectrim.core.files import Frozen, FrozenFile
 
@@ -276,7 +277,7 @@ class LatencyNote(Frozen):
         return self.measured is not None
 
 
-class Plan(FrozenFile):
+class Plan(Displayed, FrozenFile):
     """What happens to every layer of one model. Made by `st.plan`, applied by `st.compress`, edited by hand as JSON.
 
     Attributes:

@@ -11,6 +11,7 @@ from torch import nn
 from spectrim.analysis.sensitivities import require_cache_bytes
 from spectrim.core.arguments import checked
 from spectrim.core.batches import batches_of
+from spectrim.core.display import Displayed
 from spectrim.core.errors import DataError, ResourceError
 from spectrim.core.execution import Inputs, as_inputs
 from spectrim.core.files import Frozen
@@ -26,7 +27,7 @@ _MARGIN, _LIBRARIES = 1.2, 2**26
 """What `MemoryEstimate.peak` has beyond the tensors: for gaps between them, and for what libraries take."""
 
 
-class MemoryEstimate(Frozen):
+class MemoryEstimate(Displayed, Frozen):
     """Bytes that a compression takes besides the model, in its parts and at its highest.
 
     Attributes:
@@ -72,10 +73,6 @@ class MemoryEstimate(Frozen):
             f"To need less: {exclude}give fewer calibration samples (max_batches=) or a smaller cache=, "
             "keep statistics on a disk (offload=), or use Rank instead of a Budget"
         )
-
-    def __str__(self) -> str:
-        parts = ", ".join(f"{name} {_megabytes(getattr(self, name))}" for name in self.PARTS)
-        return f"about {_megabytes(self.peak)} of {_megabytes(self.available)} that are free ({parts})"
 
 
 def _megabytes(number: int) -> str:

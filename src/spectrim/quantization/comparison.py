@@ -12,6 +12,7 @@ from torch import nn
 from spectrim.benchmark.measurement import Accuracy
 from spectrim.core.arguments import checked
 from spectrim.core.batches import batches_of, require_batches
+from spectrim.core.display import Displayed
 from spectrim.core.errors import DataError
 from spectrim.core.files import Frozen
 from spectrim.quantization.evaluation import require_quantizer
@@ -62,7 +63,7 @@ class QuantizedRow(Frozen):
         return self.against_dense.ratio if self.against_dense else None
 
 
-class QuantizedTable(Frozen):
+class QuantizedTable(Displayed, Frozen):
     """What quantisation does alone, what low rank does alone, and what they do together.
 
     Attributes:

@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Annotated, Literal
 
@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from spectrim.analysis.spectra import Analysis, LayerAnalysis, analyze
 from spectrim.compression import Compressed, compress
-from spectrim.core.execution import evaluating
+from spectrim.core.execution import ProgressCallback, evaluating
 from spectrim.core.plans import Budget, Energy, LayerPlan, Metric, Plan
 from spectrim.layers.replacement import duplicate, factored_at, own_bias, replace
 from spectrim.linalg import Spectrum
@@ -75,7 +75,7 @@ def held_out_plan(
     images: Split,
     *,
     share: float,
-    on_progress: Callable[[int, int], None] = lambda done, of: None,
+    on_progress: ProgressCallback = lambda note, done, of: None,
 ) -> Plan:
     """Every layer at the smallest rank whose harm stays below one threshold, chosen for `share` of the parameters.
 
@@ -89,7 +89,7 @@ def held_out_plan(
     dense_loss = _loss(model, images)
     harms: dict[str, dict[int, float]] = {}
     for done, (layer, rank) in enumerate(tried):
-        on_progress(done, len(tried))
+        on_progress("scanning the layers", done, len(tried))
         small, form, names = duplicate(model), layer.forms[0], layer.names
         factors = layer.decomposition(form, "plain").factors((rank,))
         replace(small, factored_at(small, names, form=form, factors=factors, bias=own_bias))
@@ -198,7 +198,7 @@ class ConvolutionalStudy(Study, ABC):
             metric=metric,
             forms=forms,
             rank_multiple=multiple,
-            on_progress=lambda note, done, of: run.progress.update(done, of=of, note=note),
+            on_progress=run.progress.update,
         )
 
 
@@ -281,15 +281,14 @@ class MiniResNetStudy(ConvolutionalStudy):
     def _by_threshold(self, run: SeedRun, *, threshold: Threshold) -> Iterator[Network]:
         share, images = self.budgets[0], self.threshold_images
 
-        def on_progress(done: int, of: int) -> None:
-            run.progress.update(done, of=of, note="scanning the layers")
-
         def make() -> Compressed:
             if threshold != "held-out":
                 return run.compressed_by(spectral_plan(run.analysis, threshold))
             held_out = run.images.held_out.sample(images, seed=0)
-            scanned = held_out_plan(run.dense, run.analysis, held_out, share=share, on_progress=on_progress)
-            return run.compressed_by(scanned)
+            progress = run.progress.update
+            return run.compressed_by(
+                held_out_plan(run.dense, run.analysis, held_out, share=share, on_progress=progress)
+            )
 
         rule = Budget(params=share) if threshold == "held-out" else None
         candidate = Candidate(run, MEANING[threshold], rule, "plain")

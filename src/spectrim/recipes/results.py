@@ -84,7 +84,7 @@ class Evaluation:
         done, of = itertools.count(), len(distinct) * len(self.runtimes) + len(timed_as)
 
         def note(text: str) -> None:
-            self.progress.update(next(done), of=of, note=text)
+            self.progress.update(text, next(done), of)
 
         measured = {dense.name: self.measure(dense.model), **self.measure_against(dense.model, distinct, note=note)}
         variants = []

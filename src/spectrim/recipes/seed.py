@@ -158,7 +158,7 @@ class SeedRun:
             "held_out": self._held_out,
             "seed": self.seed,
             "checkpoint": checkpoint,
-            "on_step": self.progress.training_step,
+            "on_progress": self.progress.update,
         }
 
     def key(self, *, start: nn.Module | None = None, **settings: object) -> str:
@@ -234,11 +234,6 @@ class SeedRun:
         as a part of every optimiser step; where its state is more than a checkpoint holds, nothing is `resumable`.
         """
 
-        def on_step(step: Step) -> None:
-            if after_step is not None:
-                after_step(step)
-            self.progress.training_step(step)
-
         def train(checkpoint: Checkpoint) -> Part:
             own = phase.model_dump(exclude={"batch"}) | {"loss": None if temperature is None else "kl"}
             training = TrainingRun(
@@ -247,7 +242,8 @@ class SeedRun:
                 settings=Settings(clip=None, temperature=temperature or 1.0, keep=keep, seed=self.seed, **own),
                 held_out=self._held_out,
                 checkpoint=checkpoint if resumable else None,
-                on_step=on_step,
+                on_step=after_step,
+                on_progress=self.progress.update,
             )
             return Part(model, train_in_place(training))
 

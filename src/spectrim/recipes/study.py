@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from spectrim.recipes.seed import Network, SeedRun
 from dataclasses import dataclass, field
 
-from spectrim.training import Step
-
 Task = Callable[["SeedRun"], Iterable["Network"]]
 
 QUICK = " (quick look: little data, few epochs)"
@@ -233,20 +231,14 @@ class ProgressReporter:
         """Start a new part; the one before it is finished."""
         self._finished += bool(self._part)
         self._part = part
-        self.update(0, of=1)
+        self.update("", 0, 1)
 
-    def update(self, done: int, *, of: int, note: str = "") -> None:
-        """`done` of `of` steps of the current part are finished."""
+    def update(self, note: str, done: int, of: int) -> None:
+        """`done` of `of` steps of the current part are finished; what the library reports its progress to."""
         if self.callback is not None:
             self.callback(Progress(self._part, done, of, note, self._finished, self.parts))
-
-    def training_step(self, step: Step) -> None:
-        """A step of training, as `on_step` is called with it."""
-        done = step.epoch * step.steps + step.step + 1
-        note = f"epoch {step.epoch + 1}/{step.epochs}, loss {step.loss:.3f}"
-        self.update(done, of=step.epochs * step.steps, note=note)
 
     def end(self) -> None:
         """Everything is done."""
         self._part, self._finished = "done", self.parts
-        self.update(1, of=1)
+        self.update("", 1, 1)

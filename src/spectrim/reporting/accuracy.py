@@ -69,9 +69,7 @@ def plot_accuracy(results: Results, *, against: Against = "rank") -> go.Figure:
         ticks = sorted({int(x) for x in places.values()})
         scale: dict[str, Any] = {"tickvals": ticks, "ticktext": [str(tick) for tick in ticks]}
     else:
-        everywhere = [x for trace in traces for x in trace["x"] if x]
-        digits_1_2_5 = {"dtick": "D2"} if max(everywhere) > 4 * min(everywhere) else {}
-        scale = {"tickformat": "~g" if against == "latency" else "~s", **digits_1_2_5}
+        scale = {"tickformat": "~g" if against == "latency" else "~s"}
     scale |= {"type": "log", "title": axis.title}
     return build(traces, x=scale, y=[{"title": "Test accuracy (%)"}], layout={"meta": _zoom(results, variants)})
 

@@ -1,12 +1,10 @@
 """One self-contained page from the results of a study. It shows values and computes nothing about networks."""
 
 import json
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import plotly.graph_objects as go
-from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
@@ -16,8 +14,9 @@ from spectrim.core.files import write_text
 from spectrim.reporting import words
 from spectrim.reporting.accuracy import AXES, available, plot_accuracy, plot_classes
 from spectrim.reporting.figures import plot_curves, plot_spectra, relevant_plans
+from spectrim.reporting.listings import Listing, template
 from spectrim.reporting.results import Results, Variant
-from spectrim.reporting.tables import Listing, changes_table, published_table, runtimes_table, table
+from spectrim.reporting.tables import changes_table, published_table, runtimes_table, table
 
 
 @checked
@@ -40,7 +39,7 @@ def report(results: Results, path: str | Path) -> Path:
     study = table(results)
     changes = results.changes if results.changes is not None and results.changes.whole.total else None
     finding, curves = words.accuracy_finding(results), words.curves_finding(results)
-    page = _template().render(
+    page = template("template.html.j2").render(
         results=results,
         words=words,
         glances=_glances(results),
@@ -68,14 +67,6 @@ class _Card(NamedTuple):
     small: str
     more: str = ""
     ratio: float | None = None
-
-
-@cache
-def _template() -> Template:
-    source = Path(__file__).with_name("template.html.j2").read_text(encoding="utf-8")
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
-    return environment.from_string(source)
 
 
 def _glances(results: Results) -> list[tuple[Variant, list[_Card]]]:

@@ -8,6 +8,7 @@ from pydantic import ConfigDict, Field, model_validator
 
 from spectrim.analysis.spectra import Analysis
 from spectrim.benchmark.measurement import Accuracy, Epoch, Measurement
+from spectrim.core.display import Displayed
 from spectrim.core.files import Frozen, FrozenFile
 from spectrim.core.plans import Metric, Plan, Rule
 from spectrim.runtimes.timing import Z95, Interval
@@ -277,7 +278,7 @@ class Changes(Frozen):
         return Tally(**{name: sum(getattr(tally, name) for tally in self.classes) for name in Tally.model_fields})
 
 
-class Results(FrozenFile):
+class Results(Displayed, FrozenFile):
     """A study, measured.
 
     Attributes:

@@ -2,6 +2,7 @@
 
 import copy
 import html
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -85,11 +86,22 @@ def build(
     """
     figure = copy.deepcopy(_grid(len(y)))
     everything = figure.layout.to_plotly_json() | dict(layout or {})
+    traces = list(traces)
     for number, axis in zip(("", "2"), y, strict=False):
-        everything[f"xaxis{number}"] |= x
-        everything[f"yaxis{number}"] |= axis
+        for side, options in (("x", x), ("y", axis)):
+            values = [value for trace in traces if trace.get("yaxis", "y") == f"y{number}" for value in trace[side]]
+            everything[f"{side}axis{number}"] |= (
+                _log_ticks(values) | options if options.get("type") == "log" else options
+            )
     figure.layout = everything
-    return figure.add_traces(list(traces))
+    return figure.add_traces(traces)
+
+
+def _log_ticks(values: Iterable[float | None]) -> dict[str, Any]:
+    """So few labels on a logarithmic axis that they do not touch; plotly itself would write every digit."""
+    positive = [value for value in values if value and value > 0] or [1.0]
+    decades = math.log10(max(positive) / min(positive))
+    return {"dtick": 1} if decades > 4 else {"dtick": "D2"} if decades > 0.6 else {"nticks": 6}
 
 
 @cache

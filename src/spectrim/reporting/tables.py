@@ -1,164 +1,53 @@
 """Tables of every value: in a terminal, at any width, in scripts and on the page."""
 
-import io
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from operator import methodcaller
-from typing import Literal, NamedTuple, TypeVar
-
-from rich import box
-from rich.cells import cell_len
-from rich.console import Console, ConsoleOptions, RenderResult
-from rich.table import Table
-from rich.text import Text
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 from spectrim.analysis.spectra import Analysis, LayerAnalysis
+from spectrim.benchmark.fidelity import Fidelity
 from spectrim.benchmark.measurement import Measurement
 from spectrim.core.arguments import checked
+from spectrim.core.display import Displayed
 from spectrim.core.errors import DataError
 from spectrim.core.plans import Cost, LayerPlan, Metric, Plan
 from spectrim.linalg import Spectrum
 from spectrim.planning.decisions import listed
 from spectrim.planning.memory import MemoryEstimate
+from spectrim.quantization.comparison import QuantizedRow, QuantizedTable
 from spectrim.reporting import words
+from spectrim.reporting.listings import Column, Listing, listing
 from spectrim.reporting.results import Changes, ClassChange, Published, PublishedPoint, Results, Tally, Variant
 
-_Item = TypeVar("_Item")
 
-_GAP, _FOLD = 2, 20
+@runtime_checkable
+class _Compressed(Protocol):
+    """What `compress` returns: it has no name here, as its module is on the same level as this room."""
 
-
-@dataclass(frozen=True)
-class Column:
-    """A column; where the width is short, the one with the highest `level` goes first, and level 0 always stays.
-
-    An `optional` one is left out where no row has anything to say in it.
-    """
-
-    head: str
-    level: int = 0
-    number: bool = True
-    narrow: int = 0
-    optional: bool = False
-
-
-@dataclass(frozen=True)
-class Listing:
-    """A table as a value. `rich` prints it at any width; lines within a cell are separated by newlines.
-
-    The first cell of a row names it; `strong` are the positions of rows that stand out; `note` is a line below.
-    """
-
-    title: str
-    columns: tuple[Column, ...]
-    rows: tuple[tuple[str, ...], ...]
-    strong: frozenset[int] = frozenset()
-    note: str = ""
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        sizes = [self._size(at) for at in range(len(self.columns))]
-        visible, hidden = list(range(len(self.columns))), []
-        while (spare := options.max_width - sum(sizes[at][0] + _GAP for at in visible) + _GAP) < 0:
-            last = max(visible, key=lambda at: self.columns[at].level)
-            if self.columns[last].level == 0:
-                break
-            visible.remove(last)
-            hidden.append(self.columns[last].head.replace("\n", " "))
-        widths: dict[int, int] = {}
-        for at in visible:
-            least, whole = sizes[at]
-            widths[at] = least + min(max(spare, 0), whole - least)
-            spare -= widths[at] - least
-        omitted = f"Not shown at this width: {', '.join(hidden)}." if hidden else ""
-        yield self._drawn(widths, note=" ".join(filter(None, (self.note, omitted))))
-
-    def _size(self, at: int) -> tuple[int, int]:
-        """The least and the full width of a column: numbers stay whole, words wrap, and a long name folds."""
-        column = self.columns[at]
-        lines = [line for cell in (column.head, *(row[at] for row in self.rows)) for line in _clean(cell).split("\n")]
-        whole = max(map(cell_len, lines))
-        longest = max((cell_len(word) for line in lines for word in line.split()), default=0)
-        return whole if column.number else min(whole, max(column.narrow, min(longest, _FOLD))), whole
-
-    def _drawn(self, widths: Mapping[int, int], *, note: str) -> Table:
-        table = Table(
-            title=_plain(self.title),
-            caption=_plain(note) if note else None,
-            box=box.SIMPLE_HEAD,
-            show_edge=False,
-            pad_edge=False,
-            collapse_padding=True,
-            title_justify="left",
-            caption_justify="left",
-            title_style="bold",
-        )
-        for at, width in widths.items():
-            head, number = _plain(self.columns[at].head), self.columns[at].number
-            justify: Literal["left", "right"] = "right" if number else "left"
-            table.add_column(head, justify=justify, no_wrap=number, overflow="fold", width=width)
-        for position, row in enumerate(self.rows):
-            table.add_row(*(_plain(row[at]) for at in widths), style="bold" if position in self.strong else None)
-        return table
-
-
-def listing(
-    title: str,
-    items: Sequence[_Item],
-    columns: Mapping[Column, Callable[[_Item], str]],
-    *,
-    strong: Callable[[_Item], bool] = lambda item: False,
-    note: str = "",
-) -> Listing:
-    """One row per item, its cells made by the functions of the columns; `strong` says which ones stand out."""
-    cells = {column: [cell(item) for item in items] for column, cell in columns.items()}
-    silent = {"", words.NOTHING}
-    used = {column: texts for column, texts in cells.items() if not (column.optional and silent.issuperset(texts))}
-    positions = frozenset(at for at, item in enumerate(items) if strong(item))
-    return Listing(title, tuple(used), tuple(zip(*used.values(), strict=True)), strong=positions, note=note)
-
-
-def _plain(cell: str) -> Text:
-    """Text without markup: a name may hold brackets."""
-    return Text(_clean(cell))
-
-
-def _clean(cell: str) -> str:
-    """Without control characters, which could change the terminal."""
-    return "".join(sign if sign.isprintable() or sign == "\n" else "�" for sign in cell)
-
-
-Showable = Analysis | Plan | Measurement | Results | MemoryEstimate
+    plan: Plan
+    measurement: Measurement
+    fidelity: Fidelity | None
 
 
 @checked
-def table(value: Showable) -> Listing:
-    """A table of an `Analysis`, `Plan`, `Measurement`, `Results` or `MemoryEstimate`, for a `rich.console.Console`.
+def table(value: Displayed) -> Listing:
+    """A table of an `Analysis`, `Plan`, `Measurement`, `Results` or what else a cell of a notebook shows as one.
 
-    It fits itself to the console: columns that matter less are left out, and named below, before a number would break.
-    Raises `DataError` for any other value.
+    A `rich.console.Console` prints it, and it fits itself to the console: columns that matter less are left out, and
+    named below, before a number would break. Raises `DataError` for values that have none.
     """
-    match value:
-        case Analysis():
-            return _of_analysis(value)
-        case Plan():
-            return _of_plan(value)
-        case Measurement():
-            return _of_measurement(value)
-        case Results():
-            return _of_results(value)
-        case MemoryEstimate():
-            return _of_memory(value)
-    raise DataError(
-        f"a table shows an Analysis, Plan, Measurement, Results or MemoryEstimate, and got {type(value).__name__}"
-    )
+    for kind, of_kind in _TABLES.items():
+        if isinstance(value, kind):
+            return of_kind(value)
+    names = ", ".join(kind.__name__.strip("_") for kind in _TABLES)
+    raise DataError(f"a table shows one of {names}, and this is a value of type {type(value).__name__}")
 
 
 @checked
-def text(value: Showable, *, width: int = 100) -> str:
+def text(value: Displayed, *, width: int = 100) -> str:
     """The table as plain text of at most `width` columns, without colours: `print(text(plan))`; raises as `table`."""
-    printed = io.StringIO()
-    Console(file=printed, width=width, color_system=None, legacy_windows=False).print(table(value))
-    return "\n".join(line.rstrip() for line in printed.getvalue().splitlines())
+    return table(value).text(width=width)
 
 
 def _of_memory(estimate: MemoryEstimate) -> Listing:
@@ -229,13 +118,16 @@ def _of_plan(plan: Plan) -> Listing:
         Column("Share of\nMACs", 8): lambda layer: _shares(layer, (before, after), "macs"),
         Column("Reason", 4, number=False, narrow=24): lambda layer: layer.reason,
     }
-    rule = words.sentence(words.rule_text(plan.rule))
     note = (
         f"All layers: {words.count(before.params)} → {words.count(after.params)} parameters, "
         f"{words.count(before.macs)} → {words.count(after.macs)} MACs. Shares are of these sums, before and after."
     )
-    title = f"{rule}, {plan.metric} metric: {len(plan.factored)} of {len(plan)} factored"
-    return listing(title, plan.layers, columns, note=note)
+    return listing(_plan_title(plan), plan.layers, columns, note=note)
+
+
+def _plan_title(plan: Plan) -> str:
+    rule = words.sentence(words.rule_text(plan.rule))
+    return f"{rule}, {plan.metric} metric: {len(plan.factored)} of {len(plan)} factored"
 
 
 def _plan_ranks(layer: LayerPlan) -> str:
@@ -259,10 +151,12 @@ def _change(before: int, after: int) -> str:
 
 
 def _of_measurement(measurement: Measurement) -> Listing:
-    rows = [
-        (name, value, words.share(ratio), "" if ratio is None else words.smaller(ratio))
-        for name, (value, ratio) in words.costs(measurement).items()
-    ]
+    ratios = {name: getattr(measurement, f"{name}_ratio") or 1 for name in ("params", "bytes", "macs")}
+    whole = {name: round(getattr(measurement, name) / ratio) for name, ratio in ratios.items()}
+    before, rows = words.costs(measurement.model_copy(update=whole)), []
+    for name, (value, ratio) in words.costs(measurement).items():
+        change = value if before[name][0] == value else f"{before[name][0]} → {value}"
+        rows.append((name, change, words.share(ratio), "" if ratio is None else words.smaller(ratio)))
     if measurement.uncounted:
         rows.append(("Not in the MACs", ", ".join(measurement.uncounted), "", ""))
     if measurement.latency_ms is not None:
@@ -274,6 +168,33 @@ def _of_measurement(measurement: Measurement) -> Listing:
         rows.append(("Accuracy", words.percent(accuracy.value), "", interval))
     columns = (Column("", number=False), Column("Value"), Column("Kept /\ndense"), Column("", number=False, narrow=20))
     return Listing("Measurement", columns, tuple(rows))
+
+
+def _of_compressed(small: _Compressed) -> Listing:
+    latency = small.plan.latency
+    refused = f"It is as it was: {latency.refused}." if latency and latency.refused else ""
+    notes = (refused, str(small.fidelity or ""), 'Keep it with st.save(small.model, "small.safetensors").')
+    note = "\n".join(filter(None, notes))
+    return replace(_of_measurement(small.measurement), title=_plan_title(small.plan), note=note)
+
+
+def quantized_table(rows: Sequence[QuantizedRow], *, comparison: QuantizedTable | None = None) -> Listing:
+    """Networks in few bits, or, in a comparison, each of them against the dense one in float32, the last one strong."""
+    columns: dict[Column, Callable[[QuantizedRow], str]] = {
+        Column("Network", number=False): lambda row: row.name if comparison else str(row.scheme),
+        Column("Bytes"): lambda row: f"{row.bytes:,}",
+        Column("Smaller", 1, optional=True): lambda row: f"{rows[0].bytes / row.bytes:.2f}x" if comparison else "",
+        Column("ms", 2, optional=True): lambda row: f"{row.latency_ms:.3g}" if row.latency_ms else words.NOTHING,
+        Column("Faster", 2, optional=True): lambda row: f"{row.speedup.value:.2f}x" if row.speedup else words.NOTHING,
+        Column("Accuracy"): lambda row: words.percent(row.accuracy.value if row.accuracy else None),
+        Column("Largest\ndifference", 1): lambda row: words.percent(row.difference if row.scheme else None),
+    }
+    note = "Difference of outputs to the same network in float32, as a share of the largest output. "
+    if comparison:
+        threads = words.threads(comparison.threads)
+        note += f"Smaller and faster than dense; {comparison.runtime}, one input, {threads}."
+    strong = rows[-1] if comparison else None
+    return listing("Quantised", rows, columns, strong=lambda row: row is strong, note=note)
 
 
 def _of_results(results: Results) -> Listing:
@@ -395,3 +316,16 @@ def changes_table(changes: Changes) -> Listing:
     note = f"Both networks on the same test images{seeds}; the interval is that of the difference."
     title = f"Accuracy of every class, {changes.variant}"
     return listing(title, tallies, columns, strong=lambda tally: not isinstance(tally, ClassChange), note=note)
+
+
+_TABLES: Mapping[type, Callable[[Any], Listing]] = {
+    Analysis: _of_analysis,
+    Plan: _of_plan,
+    _Compressed: _of_compressed,
+    Measurement: _of_measurement,
+    Fidelity: lambda fidelity: Listing("Fidelity", (), (), note=str(fidelity)),
+    Results: _of_results,
+    MemoryEstimate: _of_memory,
+    QuantizedTable: lambda table: quantized_table(table.rows, comparison=table),
+    Listing: lambda listing: listing,
+}

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from itertools import accumulate
 from pathlib import Path
@@ -13,7 +13,8 @@ from torch import nn
 from spectrim.core.arguments import checked
 from spectrim.core.distributed import Accelerator
 from spectrim.core.errors import PatternError, TrainingError, near
-from spectrim.core.execution import device_of, evaluating, require_unwrapped, require_values
+from spectrim.core.execution import ProgressCallback, device_of, evaluating, require_unwrapped, require_values
+from spectrim.core.progress import progress_callback
 from spectrim.layers.factored import is_low_rank, low_rank_layers
 from spectrim.layers.replacement import duplicate
 from spectrim.layers.selection import Patterns
@@ -61,6 +62,8 @@ def finetune(
     save_every: int | None = None,
     on_step: Callable[[Step], None] | None = None,
     accelerator: Accelerator | None = None,
+    on_progress: ProgressCallback | None = None,
+    progress: bool = False,
 ) -> Finetuned:
     """Train a copy of a compressed network so that it regains what compression lost.
 
@@ -89,11 +92,13 @@ def finetune(
             on one thread. A path belongs to this network, teacher and settings; a file that is damaged or of others is
             an error. A `Checkpoint` says itself what identifies the run, and what to do with such a file.
         save_every: Steps between two saves within an epoch as well; None for none.
-        on_step: Called after each step, for a progress bar.
+        on_step: Called after each step, with all that is known of it.
         accelerator: An `accelerate.Accelerator`, under `torchrun`: every process is given the same batches, trains on
             its share of each, and ends with the same network, that of one process up to rounding. (Dropout draws, and
             BatchNorm statistics that are not frozen, are each process's own.) The main process writes the checkpoint,
             which all read, and calls `on_step`. A teacher has to be on the accelerator's device.
+        on_progress: Called after each step with the epoch and the loss, how many steps are done, and of how many.
+        progress: Show the same on standard error, as `st.compress` does.
 
     Raises:
         TrainingError: a setting that is not allowed, nothing to train, a batch too small for BatchNorm, labels that may
@@ -143,8 +148,10 @@ def finetune(
         on_step=on_step,
         accelerator=accelerator,
     )
-    with evaluating(teacher) if teacher is not None else nullcontext():
-        return Finetuned(student, train_in_place(run))
+    teaching = evaluating(teacher) if teacher is not None else nullcontext()
+    visible = progress and not (accelerator and accelerator.process_index)
+    with teaching, progress_callback(on_progress, progress=visible) as report:
+        return Finetuned(student, train_in_place(replace(run, on_progress=report)))
 
 
 def _name_of(function: LossFunction | None) -> str | None:

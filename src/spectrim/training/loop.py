@@ -17,7 +17,7 @@ from spectrim.benchmark.measurement import Epoch
 from spectrim.core.batches import batches_of, length_of, require_batches, split_labels
 from spectrim.core.distributed import Accelerator, ddp, if_distributed, share_of, total
 from spectrim.core.errors import DataError, TrainingError
-from spectrim.core.execution import unique_tensors
+from spectrim.core.execution import ProgressCallback, unique_tensors
 from spectrim.core.nested import from_numpy
 from spectrim.training.checkpoint import Checkpoint, Progress, RngState, Saved, generators, restore, seeded, states
 from spectrim.training.history import History
@@ -81,7 +81,8 @@ class TrainingRun:
     held_out: Iterable[Any] | None = None
     checkpoint: Checkpoint | None = None
     save_every: int | None = None
-    on_step: Callable[[Step], None] | None = None
+    on_step: Callable[[Step], object] | None = None
+    on_progress: ProgressCallback | None = None
     accelerator: Accelerator | None = None
 
     def __post_init__(self) -> None:
@@ -318,18 +319,20 @@ class _Loop:
         )
 
     def _report(self) -> None:
-        """Call `on_step`. What it does, such as a projection of the weights, is part of the step."""
+        """Call `on_step`, whose work, such as a projection of the weights, is part of the step; then `on_progress`."""
         run, progress = self.run, self.progress
         self.taken += 1
-        if run.on_step is None:
-            return
         epoch, epochs, seconds_left = len(progress.curve), run.settings.epochs, None
-        if progress.steps:
-            ahead = (epochs - epoch) * progress.steps - progress.step
-            seconds_left = (time.perf_counter() - self.started) / self.taken * ahead
-        right = progress.correct / progress.labelled if progress.labelled else None
-        run.on_step(Step(epoch, epochs, progress.step - 1, progress.steps, self.latest, right, seconds_left))
-        self.saved = replace(self.saved, rng=self._rng())
+        if run.on_step is not None:
+            if progress.steps:
+                ahead = (epochs - epoch) * progress.steps - progress.step
+                seconds_left = (time.perf_counter() - self.started) / self.taken * ahead
+            right = progress.correct / progress.labelled if progress.labelled else None
+            run.on_step(Step(epoch, epochs, progress.step - 1, progress.steps, self.latest, right, seconds_left))
+            self.saved = replace(self.saved, rng=self._rng())
+        if run.on_progress is not None:
+            steps, note = progress.steps or progress.step, f"epoch {epoch + 1}/{epochs}, loss {self.latest:.3g}"
+            run.on_progress(note, epoch * steps + progress.step, epochs * steps)
 
     def _rng(self) -> RngState:
         return RngState.now(self.run.model) if self.run.checkpoint else RngState()
