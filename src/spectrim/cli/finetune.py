@@ -13,10 +13,11 @@ from torch import nn
 
 from spectrim.benchmark.measurement import Accuracy, Measurement, accuracy
 from spectrim.cli.loading import Batches, Images, Loaded, load_network, load_source
-from spectrim.cli.options import DATA, NETWORK, Group, Invocation, Source, unfolded
+from spectrim.cli.options import DATA, NETWORK, Group, Invocation, Machine, Source, unfolded
 from spectrim.cli.outputs import MEASURED, MODEL, OutputFiles, Record, has_checksum, is_page, outputs
 from spectrim.cli.stages import Stages, show, show_files, stages
 from spectrim.core.errors import DataError
+from spectrim.core.execution import device_of
 from spectrim.core.files import sha256_of, write_text
 from spectrim.layers.saving import save
 from spectrim.reporting import plot_history, words
@@ -119,6 +120,7 @@ def finetune_network(
     source: Annotated[Source, _SOURCE],
     tuning: Tuning,
     settings: Annotated[Settings, _SETTINGS],
+    machine: Machine,
     test: Annotated[
         bool, typer.Option("--test/--no-test", help="Accuracy on the test images, before and after.")
     ] = True,
@@ -143,7 +145,7 @@ def finetune_network(
         raise typer.BadParameter(f"--loss {settings.loss} takes no class indices: leave --label-weight out")
     unfinished, files = out / _UNFINISHED, _files(out)
     with stages(state=lambda: _state(unfinished)) as progress, outputs(out, files) as folder:
-        task = _load(source, tuning, progress=progress)
+        task = _load(source, tuning, machine=machine, progress=progress)
         first = accuracy(task.network.model, task.held_out)
         checkpoint = _checkpoint(task, unfinished, options=invocation.values)
         result = _finetune(task, tuning, settings=settings, progress=progress, checkpoint=checkpoint)
@@ -181,9 +183,10 @@ class _Task:
     held_out: Batches
 
 
-def _load(source: Source, tuning: Tuning, *, progress: Stages) -> _Task:
-    network = load_source(source, progress)
+def _load(source: Source, tuning: Tuning, *, machine: Machine, progress: Stages) -> _Task:
+    network = load_source(source, progress, machine)
     teacher = load_network(source, tuning.teacher_weights) if tuning.teacher_weights else None
+    teacher = teacher and teacher.to(device_of(network.model))
     images, reason = network.images, network.why_untested()
     if images is None or reason is not None:
         raise DataError(f"the labels cannot be learnt: {reason}; do --option and --data fit the network?")
@@ -201,7 +204,7 @@ def _load(source: Source, tuning: Tuning, *, progress: Stages) -> _Task:
 
 def _checkpoint(task: _Task, path: Path, *, options: Mapping[str, object]) -> Checkpoint:
     """The state of a run with these networks, images and options, wherever the files are."""
-    paths = {"weights", "teacher_weights", "data_folder", "save_every", "test", "out"}
+    paths = {"weights", "teacher_weights", "data_folder", "save_every", "test", "out", "threads", "device"}
     settings = {name: value for name, value in options.items() if name not in paths}
     run = identity(task.network.model, task.teacher, {"images": task.images.train.checksum, **settings})
     return Checkpoint(path, run=run, unfit="refuse")

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from spectrim import data
 from spectrim.benchmark.measurement import Measurement, measure
-from spectrim.cli.options import Source, numbers
+from spectrim.cli.machine import find_device, set_threads
+from spectrim.cli.options import Machine, Source, numbers
 from spectrim.cli.stages import Stages
 from spectrim.core.errors import DataError
 from spectrim.core.execution import as_inputs, call, evaluating
+from spectrim.layers.cost import count_macs
 from spectrim.layers.saving import load
 from spectrim.models import CIFAR_MEAN, CIFAR_STD, resolve
 from spectrim.models.weights import is_saved
@@ -131,12 +133,12 @@ class Loaded:
         return measure(network, self.example, reference=dense, data=batches, latency=False)
 
 
-def load_source(source: Source, progress: Stages) -> Loaded:
-    """Make the network and obtain the images; mistakes that need neither are reported first.
+def load_source(source: Source, progress: Stages, machine: Machine) -> Loaded:
+    """Make the network, on its device, and obtain the images; mistakes that need neither are reported first.
 
     Raises a `SpectrimError` where they cannot be had or do not fit together.
     """
-    info = _dataset(source)
+    device, info = find_device(machine), _dataset(source)
     shape = _shape(source, info)
     prepare = _preparation(source, info)
     _ = source.options
@@ -146,13 +148,15 @@ def load_source(source: Source, progress: Stages) -> Loaded:
         progress.say(f"--model {source.model} runs the code of that module")
     elif source.weights is None:
         progress.say("without --weights this network is untrained")
-    model = load_network(source, source.weights)
+    model = load_network(source, source.weights).to(device)
     example = images.prepare(images.train.images[images.order[:1]]) if images else torch.zeros(1, *shape)
     if source.flatten:
         example = example.flatten(1)
     hint = " Does the network want other images or shapes? See --data, --input, --flatten and --option."
     with evaluating(model):
         output = call(model, as_inputs(example), what="one image" if images else "--input", hint=hint)
+    macs = source.batch * count_macs(model, example)
+    set_threads(machine, macs, closing=progress.closing, say=progress.say)
     return Loaded(model, example, output, images)
 
 
