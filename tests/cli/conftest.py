@@ -22,6 +22,13 @@ class Ended:
 Run = Callable[..., Ended]
 
 
+@pytest.fixture(autouse=True)
+def _threads_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands leave the number of threads as it is, and what they set for OpenMP ends with the test."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+
+
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     """The whole command line as `spectrim` runs it, in an empty folder."""

@@ -156,7 +156,7 @@ def test_mistakes_are_reported_before_anything_is_loaded(here: Path) -> None:
     assert "go with --pad auto" in usage_error(*SMALL, "--out", "a.onnx", "--runtime", "torch")
     auto = (*SMALL, "--out", "a.onnx", "--pad", "auto")
     assert "'tensorrt' is not one of 'torch'" in usage_error(*auto, "--runtime", "tensorrt")
-    assert isinstance(failure(*auto, "--runtime", "torch", "--threads", "4096"), EngineError)
+    assert isinstance(failure(*auto, "--runtime", "torch", "--latency-threads", "4096"), EngineError)
     program = (*SMALL, "--out", "a.pt2", "--pad", "auto")
     assert "a torch program is timed in torch" in usage_error(*program, "--runtime", "channels_last")
     assert sorted(here.rglob("*")) == before

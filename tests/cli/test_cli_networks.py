@@ -255,7 +255,7 @@ def test_a_plan_of_latency_is_timed_shown_and_applied(run: Run, tmp_path: Path) 
 
 
 def test_the_step_of_the_hardware_is_probed(run: Run, tmp_path: Path) -> None:
-    probed = ("--ratio", 0.3, "--rank-multiple", "auto", "--runtime", "torch", "--threads", 1)
+    probed = ("--ratio", 0.3, "--rank-multiple", "auto", "--runtime", "torch", "--latency-threads", 1)
     result = run("plan", *WIDE, "--input", "64", *probed, "--out", "plan.json")
     assert result.code == 0, result.err
     assert "probe" in result.out.splitlines()
@@ -350,10 +350,14 @@ INPUT = ("compress", *MLP, "--rank", "4", "--out", "new/small", "--input", "64")
         ((*COMPRESS, "--latency", "0.5", "--macs", "0.5"), 2, "--macs and --latency are 2"),
         ((*COMPRESS, "--latency", "1.5"), 1, "a budget is a share of the dense network, between 0 and 1"),
         ((*COMPRESS, "--latency", "0.5", "--runtime", "onyx"), 1, "runtime 'onyx' is unknown"),
-        ((*COMPRESS, "--latency", "0.5", "--threads", "9999"), 1, "threads=9999"),
+        ((*COMPRESS, "--latency", "0.5", "--latency-threads", "9999"), 1, "threads=9999"),
         ((*COMPRESS, "--latency", "0.5", "--latency-batch", "0"), 2, "--latency-batch"),
         ((*COMPRESS, "--macs", "0.5", "--runtime", "torch"), 2, "--runtime say how --latency or --rank-multiple auto"),
-        ((*COMPRESS, "--rank", "4", "--threads", "1", "--latency-batch", "2"), 2, "--threads and --latency-batch say"),
+        (
+            (*COMPRESS, "--rank", "4", "--latency-threads", "1", "--latency-batch", "2"),
+            2,
+            "--latency-threads and --latency-batch say",
+        ),
         ((*COMPRESS, "--rank", "4", "--rank-multiple", "0"), 2, "--rank-multiple 0: give a whole number of at least 1"),
         ((*COMPRESS, "--rank", "4", "--rank-multiple", "some"), 2, "--rank-multiple some: give a whole number"),
         ((*COMPRESS, "--plan", "nowhere.json", "--latency", "0.5"), 2, "leave out --latency 0.5"),

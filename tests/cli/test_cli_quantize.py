@@ -115,7 +115,7 @@ def test_without_data_and_without_dense_weights(run: Run, tmp_path: Path) -> Non
         ((*SMALL, "--input", "64", "--runtime", "torch", "--out", "net.onnx"), "'torch' is not one of 'onnxruntime'"),
         ((*SMALL, "--input", "64", "--test", "--out", "net.onnx"), "there is no --data"),
         ((*MLP, "--weights", "none.safetensors", "--input", "64", "--out", "net.onnx"), "none.safetensors"),
-        ((*SMALL, "--input", "64", "--threads", "4096", "--out", "net.onnx"), "4096"),
+        ((*SMALL, "--input", "64", "--latency-threads", "4096", "--out", "net.onnx"), "4096"),
     ],
 )
 def test_a_mistake_is_reported_and_nothing_is_written(

@@ -1,5 +1,6 @@
 """The commands, and what happens when one fails."""
 
+import os
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -12,6 +13,7 @@ from spectrim.cli import data, networks
 from spectrim.cli.bench import bench_network
 from spectrim.cli.export import export_network
 from spectrim.cli.finetune import finetune_network
+from spectrim.cli.options import CPU, Machine, unfolded
 from spectrim.cli.quantize import quantize_network
 from spectrim.cli.studies import recipe, run
 from spectrim.core.errors import SpectrimError
@@ -50,19 +52,25 @@ def _options(
 
 
 @app.command()
+@unfolded
 def demo(
     *,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the report and the model.")] = Path(
         "spectrim-demo"
     ),
     quick: Annotated[bool, typer.Option("--quick", help="Few epochs: to see it work.")] = False,
+    machine: Annotated[Machine, CPU],
 ) -> None:
     """Train a network on embedded data, compress it, and show what was gained; half a minute, no network needed."""
-    run(DEMO.quick() if quick else DEMO, out=out, data_folder=None)
+    run(DEMO.quick() if quick else DEMO, out=out, data_folder=None, machine=machine)
 
 
 def main() -> None:
     """Run the command line; an error a user can cause becomes one message and a non-zero exit code."""
+    # Threads that wait busily for each other take up to 100 times as long where they have fewer cores: they sleep
+    # instead. OpenMP reads this when torch is loaded. `bench` times a pass as other programs run it.
+    if "bench" not in sys.argv[1:2]:
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     errors = Console(stderr=True, highlight=False)
     try:
         app()

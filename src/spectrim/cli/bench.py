@@ -18,7 +18,7 @@ from pydantic import Field
 
 from spectrim.benchmark.measurement import Measurement, measure, runtime_gain
 from spectrim.cli.loading import load_network, load_source
-from spectrim.cli.options import NO_DATA, Group, Invocation, Source, known_names, numbers, unfolded
+from spectrim.cli.options import NO_DATA, Group, Invocation, Machine, Source, known_names, numbers, unfolded
 from spectrim.cli.outputs import OutputFiles, Record, outputs
 from spectrim.cli.stages import Stages, show, show_files, stages
 from spectrim.core.errors import DependencyError, EngineError, ModelError
@@ -101,7 +101,7 @@ def bench_network(
         require_runtime(name, threads=timing.threads)
     files: OutputFiles = {json.name: (Benched.load, "every number")} if json else {}
     with stages() as progress, outputs(json.parent, files) if json else nullcontext() as folder:
-        load_source(source, progress)  # here a mistake is reported at once and in full
+        load_source(source, progress, Machine(threads=timing.threads))  # here a mistake is reported at once and in full
         left_out: dict[str, str] = {}
         rows = tuple(_rows(source, timing, progress=progress, left_out=left_out))
         record = Benched(command=str(invocation), threads=timing.threads, rows=rows, left_out=left_out)

@@ -10,7 +10,7 @@ import typer
 
 from spectrim.benchmark.measurement import resized
 from spectrim.cli.loading import load_source
-from spectrim.cli.options import NO_DATA, Group, Source, unfolded, whole_or_auto
+from spectrim.cli.options import CPU, NO_DATA, Group, Machine, Source, unfolded, whole_or_auto
 from spectrim.cli.outputs import OutputFiles, outputs
 from spectrim.cli.stages import show, show_files, stages
 from spectrim.export import Exported, export_onnx, export_openvino, export_program, is_exported
@@ -87,22 +87,26 @@ class Padding:
             help=f"Where --pad auto takes its times, of {', '.join(RUNTIMES)}; by default the one for the format.",
         ),
     ] = None
-    threads: Annotated[int | None, _padding(metavar="N", help="Threads of these passes; by default 1.")] = None
+    latency_threads: Annotated[int | None, _padding(metavar="N", help="Threads of these passes; by default 1.")] = None
 
     @property
     def multiple(self) -> int | Literal["auto"] | None:
         """What was asked for."""
-        if self.pad != "auto" and (self.runtime, self.threads) != (None, None):
-            raise typer.BadParameter("--runtime and --threads go with --pad auto")
+        if self.pad != "auto" and (self.runtime, self.latency_threads) != (None, None):
+            raise typer.BadParameter("--runtime and --latency-threads go with --pad auto")
         return whole_or_auto(self.pad, option="--pad")
 
 
 @unfolded
 def export_network(
-    *, source: Annotated[Source, Group(without=NO_DATA, required=("input",))], target: Target, padding: Padding
+    *,
+    source: Annotated[Source, Group(without=NO_DATA, required=("input",))],
+    target: Target,
+    padding: Padding,
+    machine: Annotated[Machine, CPU],
 ) -> None:
     """Write a network, dense or compressed, as a file for ONNX Runtime, OpenVINO or torch, and check it."""
-    name, pad, threads = target.format, padding.multiple, padding.threads or 1
+    name, pad, threads = target.format, padding.multiple, padding.latency_threads or 1
     _, write, runtime = _FORMATS[name]
     weights = [target.file.with_suffix(".bin").name] if name == "openvino" else []
     files: OutputFiles = dict.fromkeys([target.file.name, *weights], (is_exported, ""))
@@ -112,7 +116,7 @@ def export_network(
             raise typer.BadParameter(f"--runtime {padding.runtime}: a torch program is timed in torch")
         runtime = runtime and padding.runtime
     with stages() as progress, outputs(target.file.parent, files) as folder:
-        network = load_source(source, progress)
+        network = load_source(source, progress, machine)
         progress.begin(f"export to {name}" + (", and compare with torch" if target.check else ""))
         exported = write(
             network.model,

@@ -13,12 +13,13 @@ from torch import nn
 from spectrim.benchmark.measurement import Accuracy, Measurement, accuracy
 from spectrim.cli.data_reference import has_values
 from spectrim.cli.loading import Loaded, load_network, load_source
-from spectrim.cli.options import DATA, NETWORK, Group, Invocation, Source, unfolded
+from spectrim.cli.options import DATA, NETWORK, Group, Invocation, Machine, Source, unfolded
 from spectrim.cli.outputs import MEASURED, MODEL, OutputFiles, Record, has_checksum, is_page, outputs
 from spectrim.cli.samples import Data
 from spectrim.cli.stages import Stages, show, show_files, stages
 from spectrim.core.batches import length_of
 from spectrim.core.errors import DataError
+from spectrim.core.execution import device_of
 from spectrim.core.files import sha256_of, write_text
 from spectrim.layers.saving import save
 from spectrim.reporting import plot_history, words
@@ -124,6 +125,7 @@ def finetune_network(
     source: Annotated[Source, _SOURCE],
     tuning: Tuning,
     settings: Annotated[Settings, _SETTINGS],
+    machine: Machine,
     test: Annotated[
         bool, typer.Option("--test/--no-test", help="Accuracy on the test images, before and after.")
     ] = True,
@@ -148,7 +150,7 @@ def finetune_network(
         raise typer.BadParameter(f"--loss {settings.loss} takes no class indices: leave --label-weight out")
     unfinished, files = out / _UNFINISHED, _files(out)
     with stages(state=lambda: _state(unfinished)) as progress, outputs(out, files) as folder:
-        task = _load(source, tuning, progress=progress)
+        task = _load(source, tuning, machine=machine, progress=progress)
         first = task.held_out_accuracy(task.network.model), task.held_out_loss(task.network.model, settings)
         checkpoint = _checkpoint(task, unfinished, options=invocation.values)
         result = _finetune(task, tuning, settings=settings, progress=progress, checkpoint=checkpoint)
@@ -198,9 +200,10 @@ class _Task:
         return Objective(settings, teacher=self.teacher).held_out(model, self.held_out)[1]
 
 
-def _load(source: Source, tuning: Tuning, *, progress: Stages) -> _Task:
-    network = load_source(source, progress)
+def _load(source: Source, tuning: Tuning, *, machine: Machine, progress: Stages) -> _Task:
+    network = load_source(source, progress, machine)
     teacher = load_network(source, tuning.teacher_weights) if tuning.teacher_weights else None
+    teacher = teacher and teacher.to(device_of(network.model))
     data, reason = network.data, network.why_unscored
     if data is None or (reason is not None and data.classes):
         raise DataError(f"the labels cannot be learnt: {reason}; do --option and --data fit the network?")
@@ -210,7 +213,7 @@ def _load(source: Source, tuning: Tuning, *, progress: Stages) -> _Task:
 
 def _checkpoint(task: _Task, path: Path, *, options: Mapping[str, object]) -> Checkpoint:
     """The state of a run with these networks, images and options, wherever the files are."""
-    paths = {"weights", "teacher_weights", "data_folder", "save_every", "test", "out"}
+    paths = {"weights", "teacher_weights", "data_folder", "save_every", "test", "out", "threads", "device"}
     settings = {name: value for name, value in options.items() if name not in paths}
     run = identity(task.network.model, task.teacher, {"images": task.data.checksum, **settings})
     return Checkpoint(path, run=run, unfit="refuse")

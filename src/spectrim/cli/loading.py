@@ -12,12 +12,14 @@ from torch import Tensor, nn
 
 from spectrim.benchmark.measurement import Accuracy, Measurement, measure
 from spectrim.cli.data_reference import data_reference, load_data, load_loaders, preparation
-from spectrim.cli.options import Source
+from spectrim.cli.machine import find_device, set_threads
+from spectrim.cli.options import Machine, Source
 from spectrim.cli.samples import Data, LoaderData, Preparation, StoredData
 from spectrim.cli.stages import Stages
 from spectrim.core.batches import split_labels
 from spectrim.core.execution import Inputs, as_inputs, call, evaluating
 from spectrim.core.nested import describe, logits_of
+from spectrim.layers.cost import count_macs
 from spectrim.layers.saving import load
 from spectrim.models import CIFAR_MEAN, CIFAR_STD, resolve
 from spectrim.models.weights import is_saved
@@ -91,12 +93,12 @@ class Loaded:
         return measure(network, self.example, reference=dense, data=batches, latency=False)
 
 
-def load_source(source: Source, progress: Stages) -> Loaded:
-    """Make the network and obtain the data; mistakes that need neither are reported first.
+def load_source(source: Source, progress: Stages, machine: Machine) -> Loaded:
+    """Make the network, on its device, and obtain the data; mistakes that need neither are reported first.
 
     Raises a `SpectrimError` where they cannot be had or do not fit together.
     """
-    reference = data_reference(source)
+    device, reference = find_device(machine), data_reference(source)
     shape = source.shape if reference is None else ()
     _ = source.options, source.expected, preparation(source, None)
     stored = load_data(reference, source, progress) if reference and reference.kind != "loaders" else None
@@ -105,7 +107,7 @@ def load_source(source: Source, progress: Stages) -> Loaded:
         progress.say(f"--model {source.model} runs the code of that module")
     elif source.weights is None:
         progress.say("without --weights this network is untrained")
-    model = load_network(source, source.weights)
+    model = load_network(source, source.weights).to(device)
     data: Data | None = stored
     if reference is not None and stored is None:
         progress.say(f"--data {source.data} runs the code of that module")
@@ -116,6 +118,8 @@ def load_source(source: Source, progress: Stages) -> Loaded:
     with evaluating(model):
         output = call(model, example, what="one input" if data else "--input", hint=hint)
     network = Loaded(model, example, output, data)
+    macs = source.batch * count_macs(model, example)
+    set_threads(machine, macs, closing=progress.closing, say=progress.say)
     if source.weights is not None or source.expect is not None:
         _check_accuracy(network, source, progress)
     return network

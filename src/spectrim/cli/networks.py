@@ -15,7 +15,7 @@ from spectrim.analysis.spectra import Analysis, analyze_selected
 from spectrim.benchmark.fidelity import Fidelity
 from spectrim.benchmark.measurement import Measurement
 from spectrim.cli.loading import Loaded, load_source
-from spectrim.cli.options import Goal, Invocation, Layers, Source, Test, unfolded
+from spectrim.cli.options import Goal, Invocation, Layers, Machine, Source, Test, unfolded
 from spectrim.cli.outputs import MEASURED, MODEL, PLAN, OutputFiles, Record, has_checksum, is_page, outputs
 from spectrim.cli.stages import Stages, show, show_files, stages
 from spectrim.compression import Compressed, carry_out
@@ -50,6 +50,7 @@ def analyze_network(
     *,
     source: Source,
     layers: Layers,
+    machine: Machine,
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help=f"Folder for {_PAGE}: every layer's singular values, as figures.")
     ] = None,
@@ -58,7 +59,7 @@ def analyze_network(
     """Show how many dimensions each layer of a network really uses."""
     files: OutputFiles = {_PAGE: (is_page, "open this in a browser")}
     with stages() as progress, outputs(out, files) if out else nullcontext() as folder:
-        analysis = _analysis(load_source(source, progress), layers, progress=progress)
+        analysis = _analysis(load_source(source, progress, machine), layers, progress=progress)
         listing = table(analysis)
         if folder is not None:
             title = f"Singular values of {source.model}"
@@ -77,6 +78,7 @@ def plan_network(
     source: Source,
     layers: Layers,
     goal: Goal,
+    machine: Machine,
     out: Annotated[Path, typer.Option(metavar="FILE", help=f"The file to write, such as {PLAN}.")],
     invocation: Invocation,
 ) -> None:
@@ -85,7 +87,7 @@ def plan_network(
     out = out / PLAN if out.is_dir() else out
     files: OutputFiles = {out.name: (Plan.load, "the plan: edit a layer's form and rank if you like")}
     with stages() as progress, outputs(out.parent, files) as folder:
-        network = load_source(source, progress)
+        network = load_source(source, progress, machine)
         plan = _decide(network, goal, source=source, layers=layers, progress=progress).plan
         plan.save(folder / out.name)
     show(table(plan), _times(plan))
@@ -96,7 +98,7 @@ def plan_network(
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """What `spectrim compress` does: a plan instead of a rule, and whether layers are fitted."""
+    """What `spectrim compress` does: a plan instead of a rule, whether layers are fitted, or an estimate alone."""
 
     plan: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Apply this plan instead of a rule; `spectrim plan` writes one.")
@@ -109,6 +111,9 @@ class Method:
             "and --latency, where there is --data).",
         ),
     ] = None
+    estimate: Annotated[
+        bool, typer.Option("--estimate", help="Only show how much memory this takes; nothing is written.")
+    ] = False
 
     @property
     def fitted(self) -> Fitted:
@@ -123,10 +128,8 @@ def compress_network(
     layers: Layers,
     goal: Goal,
     method: Method,
+    machine: Machine,
     test: Test = None,
-    estimate: Annotated[
-        bool, typer.Option("--estimate", help="Only show how much memory this takes; nothing is written.")
-    ] = False,
     out: Annotated[
         Path,
         typer.Option(
@@ -142,11 +145,11 @@ def compress_network(
         _check(goal, source)
     if method.reconstruct and (source.data is None or (edited or goal).metric == "plain"):
         raise typer.BadParameter("--reconstruct needs data: give --data, and another metric than plain")
-    if estimate:
-        return _show_memory(source, layers, goal, edited=edited, fitted=method.fitted)
+    if method.estimate:
+        return _show_memory(source, layers, goal, machine=machine, edited=edited, fitted=method.fitted)
     files = _files(out)
     with stages() as progress, outputs(out, files) as folder:
-        network = load_source(source, progress)
+        network = load_source(source, progress, machine)
         untested = network.why_untested(asked=test)
         decision = _decide(
             network, goal, source=source, layers=layers, progress=progress, edited=edited, fitted=method.fitted
@@ -218,10 +221,12 @@ def _decide(
     )
 
 
-def _show_memory(source: Source, layers: Layers, goal: Goal, *, edited: Plan | None, fitted: Fitted) -> None:
+def _show_memory(
+    source: Source, layers: Layers, goal: Goal, *, machine: Machine, edited: Plan | None, fitted: Fitted
+) -> None:
     """The memory that `compress` takes with these options."""
     with stages() as progress:
-        network = load_source(source, progress)
+        network = load_source(source, progress, machine)
         progress.begin("estimate")
         estimate = estimate_memory(
             network.model,
@@ -242,7 +247,7 @@ def _rank_multiple(goal: Goal, progress: Stages) -> int | Grid | Literal["auto"]
     if goal.multiple != "auto" or goal.latency is not None:
         return goal.multiple
     progress.begin("probe")
-    return probe(runtime=goal.runtime or "torch", threads=goal.threads or 1, batch=goal.latency_batch or 1)
+    return probe(runtime=goal.runtime or "torch", threads=goal.latency_threads or 1, batch=goal.latency_batch or 1)
 
 
 def _analysis(network: Loaded, layers: Layers, *, progress: Stages) -> Analysis:
@@ -261,7 +266,7 @@ def _check(goal: Goal, source: Source) -> None:
     """Report mistakes in the rule before anything is loaded."""
     _ = goal.forms, goal.multiple, goal.rule
     if goal.runtime is not None or goal.latency is not None:
-        require_runtime(goal.runtime or "torch", threads=goal.threads or 1)
+        require_runtime(goal.runtime or "torch", threads=goal.latency_threads or 1)
     if goal.metric not in (None, "plain") and source.data is None:
         raise typer.BadParameter(f"--metric {goal.metric} needs data: give --data")
 

@@ -22,9 +22,9 @@ from spectrim.runtimes.sessions import RUNTIMES
 _Name = TypeVar("_Name", bound=str)
 
 NETWORK, DATA = "The network", "The data"
-_network, _data, _layers, _rule = (
+_network, _data, _layers, _rule, _machine = (
     partial(typer.Option, rich_help_panel=panel)
-    for panel in (NETWORK, DATA, "Which layers", "How small (exactly one of the first seven)")
+    for panel in (NETWORK, DATA, "Which layers", "How small (exactly one of the first seven)", "The machine")
 )
 
 Test = Annotated[
@@ -62,6 +62,10 @@ class Group:
 
 NO_DATA = ("data", "tokenizer", "resize", "expect", "data_folder", "images", "batch", "seed", "cache", "mean", "std")
 """What a command that runs a network on random inputs leaves out of `Source`."""
+
+
+CPU = Group(without=("device",))
+"""The `Machine` of a command that runs on the CPU only."""
 
 
 @dataclass(frozen=True)
@@ -262,6 +266,24 @@ class Layers:
         return LayerSelection(self.include or ("*",), self.exclude or (), self.keep_last)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """What computes."""
+
+    threads: Annotated[
+        int | None,
+        _machine(
+            metavar="N",
+            min=1,
+            help="Threads that compute; by default $OMP_NUM_THREADS, or 1 for small networks, else all free cores.",
+        ),
+    ] = None
+    device: Annotated[
+        Literal["cpu", "cuda", "mps", "auto"],
+        _machine(metavar="cpu|cuda|mps|auto", help="Where the network is run; auto: a GPU, if there is one."),
+    ] = "cpu"
+
+
 _LAYER_RULES: Mapping[str, Callable[[Any], Rule]] = {"rank": Rank, "ratio": Ratio, "energy": Energy}
 _RULES = ("macs", "params", "bytes", "latency", *_LAYER_RULES)
 
@@ -308,7 +330,9 @@ class Goal:
             help=f"What --latency, or --rank-multiple auto, is timed in: {', '.join(RUNTIMES)}; by default torch.",
         ),
     ] = None
-    threads: Annotated[int | None, _rule(metavar="N", min=1, help="Threads of a timed pass; 1 by default.")] = None
+    latency_threads: Annotated[
+        int | None, _rule(metavar="N", min=1, help="Threads of a pass that is timed; 1 by default.")
+    ] = None
     latency_batch: Annotated[
         int | None, _rule(metavar="N", min=1, help="Inputs of a pass that is timed; 1 by default.")
     ] = None
@@ -323,14 +347,14 @@ class Goal:
                 f"say how small by exactly one of {', '.join(map(_flag, _RULES))} (or a --plan); "
                 + (f"{flags} are {len(names)}" if names else "none was given")
             )
-        timing = [name for name in ("runtime", "threads", "latency_batch") if getattr(self, name) is not None]
+        timing = [name for name in ("runtime", "latency_threads", "latency_batch") if getattr(self, name) is not None]
         if timing and self.latency is None and self.multiple != "auto":
             raise typer.BadParameter(
                 f"{' and '.join(map(_flag, timing))} say how --latency or --rank-multiple auto is timed; {flags} is not"
             )
         value = getattr(self, names[0])
         if self.latency is not None:
-            return Budget(latency=value, runtime=self.runtime, threads=self.threads, batch=self.latency_batch)
+            return Budget(latency=value, runtime=self.runtime, threads=self.latency_threads, batch=self.latency_batch)
         return _LAYER_RULES[names[0]](value) if names[0] in _LAYER_RULES else Budget(**{names[0]: value})
 
     @property

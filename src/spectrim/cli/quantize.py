@@ -10,7 +10,7 @@ import typer
 from torch import nn
 
 from spectrim.cli.loading import Loaded, load_network, load_source
-from spectrim.cli.options import NETWORK, Group, Invocation, Source, Test, unfolded
+from spectrim.cli.options import CPU, NETWORK, Group, Invocation, Machine, Source, Test, unfolded
 from spectrim.cli.outputs import OutputFiles, Record, has_checksum, outputs
 from spectrim.cli.stages import show, show_files, stages
 from spectrim.core.files import sha256_of
@@ -58,7 +58,7 @@ class Quantization:
         Literal["onnxruntime", "openvino", "openvino-bf16"],
         _how(metavar="onnxruntime|openvino|openvino-bf16", help="In which the table is measured."),
     ] = "onnxruntime"
-    threads: Annotated[int, _how(metavar="N", min=1, help="Threads of that runtime.")] = 1
+    latency_threads: Annotated[int, _how(metavar="N", min=1, help="Threads of that runtime.")] = 1
     no_latency: Annotated[bool, _how("--no-latency", help="Do not time the rows of the table.")] = False
 
 
@@ -67,6 +67,7 @@ def quantize_network(
     *,
     source: Annotated[Source, _SOURCE],
     quantization: Quantization,
+    machine: Annotated[Machine, CPU],
     test: Test = None,
     out: Annotated[
         Path,
@@ -80,14 +81,14 @@ def quantize_network(
         raise typer.BadParameter("--scheme int8-static takes the ranges of activations from data: give --data")
     if out.suffix.lower() != ".onnx":
         raise typer.BadParameter(f"--out {out}: give a file that ends in .onnx")
-    require_runtime(quantization.runtime, threads=quantization.threads)
+    require_runtime(quantization.runtime, threads=quantization.latency_threads)
     recorded = has_checksum(lambda: Bits.load(path).file_sha256)
     files: OutputFiles = {
         out.name: (recorded, "the network, for ONNX Runtime and others"),
         path.name: (Bits.load, "every number"),
     }
     with stages() as progress, outputs(out.parent, files) as folder:
-        network = load_source(source, progress)
+        network = load_source(source, progress, machine)
         dense = load_network(source, quantization.dense_weights) if quantization.dense_weights else None
         untested = network.why_untested(asked=test)
         tests = list(network.data.tests() or ()) if untested is None and network.data else None
@@ -123,7 +124,7 @@ def _compare(
             test=tests,
             schemes=(quantization.scheme,),
             runtime=quantization.runtime,
-            threads=quantization.threads,
+            threads=quantization.latency_threads,
             latency=not quantization.no_latency,
         )
     rows = tuple(row.model_copy(update={"path": Path(row.path.name)}) for row in table.rows)

@@ -1,7 +1,7 @@
 """What a command shows: its progress, a bar a stage in a terminal and a line a stage elsewhere, then its results."""
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -26,10 +26,11 @@ _TITLES = {
 
 @dataclass
 class Stages:
-    """One stage after the other; the next one ends the one before."""
+    """One stage after the other; the next one ends the one before. `closing` is closed when the command ends."""
 
     console: Console
     bars: Progress
+    closing: ExitStack
     _current: TaskID | None = None
 
     def begin(self, title: str, *, total: int | None = None) -> None:
@@ -73,8 +74,9 @@ def stages(*, state: Callable[[], str] = lambda: "nothing was written") -> Itera
     """Show stages; an interrupt ends the command as in `interruptible`."""
     console = Console(highlight=False)
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
-    with interruptible(state), Progress(*columns, console=console, disable=not console.is_terminal) as bars:
-        progress = Stages(console, bars)
+    bars = Progress(*columns, console=console, disable=not console.is_terminal)
+    with interruptible(state), bars, ExitStack() as closing:
+        progress = Stages(console, bars, closing)
         yield progress
         progress.end()
 

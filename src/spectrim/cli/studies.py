@@ -1,8 +1,9 @@
 """`spectrim recipe` and what `spectrim demo` shares with it: a study with its progress and its table."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Annotated
@@ -14,7 +15,8 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 from spectrim import recipes
-from spectrim.cli.options import Group, unfolded
+from spectrim.cli.machine import SMALL_BATCH, find_device, set_threads
+from spectrim.cli.options import CPU, Group, Machine, unfolded
 from spectrim.cli.stages import interruptible, show
 from spectrim.core.errors import DataError
 from spectrim.reporting import runtimes_table, table
@@ -63,7 +65,7 @@ class RunOptions:
     ] = None
     quick: Annotated[bool, typer.Option("--quick", help="Little data, few epochs, one seed: to see it work.")] = False
 
-    def run(self, study: recipes.Study) -> None:
+    def run(self, study: recipes.Study, machine: Machine) -> None:
         """Run the study with these options."""
         if self.quick:
             study = study.quick()
@@ -76,7 +78,8 @@ class RunOptions:
                 )
             command = f"{study.command} --weights {self.weights}"
             study = study.model_copy(update={"weights": self.weights, "command": command})
-        run(study, out=self.out or Path(f"spectrim-{study.name}"), data_folder=self.data_folder)
+        out = self.out or Path(f"spectrim-{study.name}")
+        run(study, out=out, data_folder=self.data_folder, machine=machine)
 
 
 @recipe.command("run")
@@ -85,21 +88,26 @@ def run_recipe(
     what: Annotated[str, typer.Argument(metavar="FILE|NAME", help="A recipe file, or the name of a study.")],
     *,
     options: RunOptions,
+    machine: Annotated[Machine, CPU],
 ) -> None:
     """Run a recipe: a file of yours, or a study by its name."""
     is_file = Path(what).exists() or what.endswith(".toml") or "/" in what or "\\" in what
-    options.run(recipes.read_recipe(Path(what)) if is_file and what not in recipes.NAMES else recipes.find_study(what))
+    is_file = is_file and what not in recipes.NAMES
+    options.run(recipes.read_recipe(Path(what)) if is_file else recipes.find_study(what), machine)
 
 
 @recipe.command("verify")
+@unfolded
 def verify_recipe(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Of a finished run.")],
     *,
     data_folder: DataFolder = None,
+    machine: Annotated[Machine, CPU],
 ) -> None:
     """Measure again what a finished run says of itself; exit code 1 if something differs, is missing or altered."""
     console = Console(highlight=False)
-    with _bars(console) as update:
+    with _bars(console) as update, ExitStack() as closing:
+        set_threads(machine, SMALL_BATCH, closing=closing, say=console.print)
         checks = recipes.verify_run(folder, data_folder=data_folder, on_progress=update)
     rows = Table("what", "as noted", "now", "", box=box.SIMPLE_HEAD)
     for check in checks:
@@ -116,8 +124,8 @@ def _add_command(name: str) -> None:
     """Make a command of a study; its help is the remark that the recipe's file begins with."""
     without = () if isinstance(recipes.find_study(name), recipes.ClassifierStudy) else ("weights",)
 
-    def command(*, options: Annotated[RunOptions, Group(without=without)]) -> None:
-        options.run(recipes.find_study(name))
+    def command(*, options: Annotated[RunOptions, Group(without=without)], machine: Annotated[Machine, CPU]) -> None:
+        options.run(recipes.find_study(name), machine)
 
     remark = takewhile(lambda line: line.startswith("#"), recipes.recipe_file(name).splitlines())
     about = " ".join(line.removeprefix("#").strip() for line in remark)
@@ -149,13 +157,15 @@ def _bars(console: Console) -> Iterator[Callable[[recipes.Progress], None]]:
         yield update
 
 
-def run(study: recipes.Study, *, out: Path, data_folder: Path | None) -> None:
+def run(study: recipes.Study, *, out: Path, data_folder: Path | None, machine: Machine) -> None:
     """Run a study with a progress bar, then show its table and where the report is."""
+    find_device(machine)  # which is checked before anything is loaded
     console = Console(highlight=False)
     console.print(study.title, style="bold", markup=False)
     state = f"what is finished lies in {out}, and the same command goes on from there"
-    with interruptible(lambda: state), _bars(console) as update:
-        results = recipes.run_study(study, out, data_folder=data_folder, on_progress=update)
+    with interruptible(lambda: state), _bars(console) as update, ExitStack() as closing:
+        choose = partial(set_threads, machine, closing=closing, say=console.print)
+        results = recipes.run_study(study, out, data_folder=data_folder, on_progress=update, on_network=choose)
     show(table(results), runtimes_table(results) if results.dense.in_runtimes else None)
     console.print(results.summary, markup=False)
     console.print(f"Saved is {results.chosen}: {results.chosen_because}.", markup=False)

@@ -1,13 +1,14 @@
 """A study from its data to its report, and the folder that everything goes to."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from spectrim.core.errors import DataError, FileError
 from spectrim.core.files import FrozenFile, require_writable_folder, sha256_of, write_text
+from spectrim.layers.cost import count_macs
 from spectrim.layers.saving import save
 from spectrim.recipes.files import read_recipe, recipe_text
 from spectrim.recipes.images import Images, load_images
@@ -135,6 +136,7 @@ def run_study(
     parts: Path | None = None,
     data_folder: Path | None = None,
     on_progress: ProgressCallback | None = None,
+    on_network: Callable[[int], object] | None = None,
 ) -> Results:
     """Train, compress and measure, and write everything to a folder.
 
@@ -142,7 +144,8 @@ def run_study(
     seed (`models`), and the chosen one of the first seed (`model.safetensors`) with its `plan.json` if a plan made it.
     `run.json` says what all of it was made from, with the checksum of every file. The same call resumes an interrupted
     run from the trained parts, which lie in `parts`, by default `out / "parts"`; studies that share it train the dense
-    network once. The data set's files lie in `data_folder`, if not in the cache. `on_progress` is called at every step.
+    network once. The data set's files lie in `data_folder`, if not in the cache. `on_progress` is called at every step,
+    and `on_network` before any training, with the MACs of the dense network for one batch of it.
 
     Raises, before anything is trained or written, `FileError` where `out` or `parts` cannot be written to or `out`
     holds the run of another recipe, `DataError` where the data set cannot be obtained (it names the recipe that stands
@@ -157,8 +160,11 @@ def run_study(
     progress = ProgressReporter(on_progress, parts=1 + len(study.seeds) * (1 + len(study.tasks())) + 2)
     progress.begin(f"reading {study.dataset}")
     images = images_of(study, data_folder)
-    study.require_possible(study.initial_network(images), images.train.example())
+    network, example = study.initial_network(images), images.train.example()
+    study.require_possible(network, example)
     folder.claim(study)
+    if on_network is not None:
+        on_network(study.dense.batch * count_macs(network, example))
     parts = require_writable_folder(folder.path / PARTS if parts is None else parts)
     seeds = tuple(SeedRun(study, seed, images, parts / f"seed{seed}", progress).result() for seed in study.seeds)
     progress.begin("testing")

@@ -179,10 +179,15 @@ def require_runtime(name: str, *, threads: int = 1, reads_onnx: bool = False) ->
 
 def require_threads(threads: int) -> None:
     """Raises `EngineError` for less than 1 thread, or more than this process may use processor cores."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = len(own_cores())
     if not 1 <= threads <= cores:
         advice = "core; give threads=1" if cores == 1 else f"cores; give 1 to {cores} threads"
         raise EngineError(f"threads={threads}: this process may use {cores} processor {advice}")
+
+
+def own_cores() -> set[int]:
+    """The processor cores that this process may use."""
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
 
 
 def fingerprint(runtime: str, *, threads: int = 1) -> str:
