@@ -469,3 +469,44 @@ def test_a_regressor_and_a_multi_label_network_regain_what_compression_lost() ->
             tuned = st.finetune(small, data, loss=loss, epochs=4, lr=3e-3, **options).model
             assert error(tuned) < 0.9 * error(small)
         assert same_state(small, before)
+
+
+class Options(nn.Module):
+    """A network with an argument of its own, whose scores are one output among others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 3)
+
+    def forward(self, values: Tensor, *, scale: float) -> dict[str, Any]:
+        return {"scores": scale * self.layer(values), "feature": values}
+
+
+def scores(model: nn.Module, batch: Any) -> Any:
+    return model(batch["values"], scale=2.0)["scores"]
+
+
+def test_labels_by_name_and_a_call_of_ones_own() -> None:
+    torch.manual_seed(0)
+    values = torch.randn(60, 6)
+    target = (values[:, :3] + 0.1 * torch.randn(60, 3)).argmax(dim=1)
+    data = [{"values": x, "target": y} for x, y in zip(values.split(20), target.split(20), strict=True)]
+    named = {"labels": "target", "forward": scores}
+    model = Options().eval()
+    before = st.accuracy(model, data, **named).value
+    assert before == float((model.layer(values).argmax(dim=1) == target).double().mean())
+    tuned = st.finetune(model, data, epochs=8, lr=0.05, held_out=data, **named)
+    after = st.accuracy(tuned.model, data, **named).value
+    assert after == tuned.history[tuned.history.weights_of or -1].held_out
+    assert after > max(before, 0.9)
+    by_epoch = st.finetune(model, lambda epoch: data, epochs=8, lr=0.05, **named)
+    assert same_state(by_epoch.model, state(tuned.model))
+
+
+@pytest.mark.parametrize("call", [st.accuracy, st.finetune])
+def test_labels_that_batches_do_not_have(call: Any) -> None:
+    for batch in ({"values": torch.randn(4, 6)}, (torch.randn(4, 6), torch.zeros(4))):
+        with pytest.raises(errors.DataError, match="without the entry 'target' that labels= names"):
+            call(nn.Linear(6, 3), [batch], labels="target")
+    with pytest.raises(errors.ModelError, match="Forward cannot run batch 0"):
+        call(nn.Linear(6, 3), [(torch.randn(4, 6), torch.tensor([0, 1, 2, 0]))], forward=scores)

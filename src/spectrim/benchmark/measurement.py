@@ -11,10 +11,19 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from spectrim.core.arguments import checked
-from spectrim.core.batches import batches_of, split_labels
+from spectrim.core.batches import NamedLabels, batches_of, split_labels
 from spectrim.core.display import Displayed
 from spectrim.core.errors import DataError
-from spectrim.core.execution import Inputs, as_inputs, call, evaluating, require_repeatable, require_values
+from spectrim.core.execution import (
+    Forward,
+    ForwardFunction,
+    Inputs,
+    as_inputs,
+    call,
+    evaluating,
+    require_repeatable,
+    require_values,
+)
 from spectrim.core.files import Frozen
 from spectrim.core.nested import describe, logits_of, tensor_of
 from spectrim.layers.cost import NetworkCost
@@ -264,7 +273,14 @@ def count(model: nn.Module, example_inputs: Any) -> Measurement:
 
 
 @checked
-def accuracy(model: nn.Module, data: Iterable[Any], *, example_inputs: Any = None) -> Accuracy:
+def accuracy(
+    model: nn.Module,
+    data: Iterable[Any],
+    *,
+    example_inputs: Any = None,
+    labels: str | None = None,
+    forward: ForwardFunction | None = None,
+) -> Accuracy:
     """Top-1 accuracy over batches; outputs (batch, classes), or a mapping with such `logits`.
 
     Args:
@@ -272,6 +288,9 @@ def accuracy(model: nn.Module, data: Iterable[Any], *, example_inputs: Any = Non
         data: Batches (inputs.., labels), ((inputs..), labels) or ({name: input}, labels), or mappings with the entry
             "labels" or "label". Labels are class indices (batch,).
         example_inputs: One call's inputs; decides what is a label where it is not the last of a batch's parts.
+        labels: The entry of mappings that is the labels, where it has another name.
+        forward: A function of the model and a batch's inputs that gives the outputs, where the model is not called with
+            just these, or gives scores among other things: `lambda model, batch: model(batch["x"])["scores"]`.
 
     Raises:
         DataError: no batches, or outputs and labels that do not fit together.
@@ -279,8 +298,11 @@ def accuracy(model: nn.Module, data: Iterable[Any], *, example_inputs: Any = Non
     """
     require_values(model)
     like = None if example_inputs is None else as_inputs(example_inputs)
+    data = data if labels is None else NamedLabels(data, labels)
+    network = model if forward is None else Forward(model, forward)
+    signature = model if forward is None else None
     with evaluating(model):
-        return top1(data, lambda inputs, what: call(model, inputs, what=what), like=like, model=model)
+        return top1(data, lambda inputs, what: call(network, inputs, what=what), like=like, model=signature)
 
 
 def top1(

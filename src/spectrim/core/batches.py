@@ -128,6 +128,32 @@ def without_labels(data: Iterable[Any], *, like: Inputs, what: str = "the calibr
     return (_by_example(batch, like, position)[0] for position, batch in enumerate(batches))
 
 
+@dataclass(frozen=True, eq=False)
+class NamedLabels:
+    """Batches that are mappings, with their entry `name` as the labels: ({name: input}, labels).
+
+    Raises `DataError` for what gives no batches, and for batches without this entry.
+    """
+
+    data: Iterable[Any]
+    name: str
+
+    def __post_init__(self) -> None:
+        require_batches(self.data, what="the data")
+
+    def __len__(self) -> int:
+        return len(self.data)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[tuple[dict[Any, Any], Any]]:
+        for position, batch in enumerate(self.data):
+            if not isinstance(batch, Mapping) or self.name not in batch:
+                raise DataError(
+                    f"batch {position} is {describe(batch)}, without the entry {self.name!r} that labels= names; give "
+                    "mappings with this entry, or leave labels= out for pairs (inputs, labels)"
+                )
+            yield {name: value for name, value in batch.items() if name != self.name}, batch[self.name]
+
+
 def inputs_of(batch: Any, model: nn.Module, *, position: int, labels: bool) -> tuple[Inputs, str]:
     """What the model gets of a batch with or without `labels`, and what to do if it cannot run that, for a message.
 

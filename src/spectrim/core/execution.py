@@ -83,6 +83,22 @@ def as_inputs(value: Any) -> Inputs:
     return Inputs((value,), {})
 
 
+ForwardFunction = Callable[[nn.Module, Any], Any]
+"""From a network and one batch of inputs, as they come in the data, to its outputs."""
+
+
+class Forward(nn.Module):
+    """A network that is called by a function of the user's."""
+
+    def __init__(self, model: nn.Module, function: ForwardFunction) -> None:
+        super().__init__()
+        self.model, self.function = model, function
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the function gives for one argument, several as a tuple, or a mapping of those with names."""
+        return self.function(self.model, kwargs or (args[0] if len(args) == 1 else args))
+
+
 def device_of(model: nn.Module) -> torch.device:
     """Where the model's first parameter or buffer lives; the CPU for a model without either."""
     return next((tensor.device for tensor in chain(model.parameters(), model.buffers())), torch.device("cpu"))

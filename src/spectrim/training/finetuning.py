@@ -11,9 +11,17 @@ from typing import Any, Literal
 from torch import nn
 
 from spectrim.core.arguments import checked
+from spectrim.core.batches import NamedLabels
 from spectrim.core.distributed import Accelerator
 from spectrim.core.errors import PatternError, TrainingError, near
-from spectrim.core.execution import ProgressCallback, device_of, evaluating, require_unwrapped, require_values
+from spectrim.core.execution import (
+    ForwardFunction,
+    ProgressCallback,
+    device_of,
+    evaluating,
+    require_unwrapped,
+    require_values,
+)
 from spectrim.core.progress import progress_callback
 from spectrim.layers.factored import is_low_rank, low_rank_layers
 from spectrim.layers.replacement import duplicate
@@ -51,6 +59,8 @@ def finetune(
     temperature: float = 4.0,
     loss: LossName | LossFunction | None = None,
     axis: int | None = None,
+    labels: str | None = None,
+    forward: ForwardFunction | None = None,
     label_weight: float = 0.0,
     precision: Literal["float32", "bf16"] = "float32",
     frozen_norms: bool = True,
@@ -82,6 +92,9 @@ def finetune(
             cross-entropy of class indices, and KL with a teacher. Or a function from the outputs, as the network gives
             them, and the labels (or the teacher's outputs) to a scalar.
         axis: Dimension of the logits that holds the classes; for maps and sequences whose shapes do not tell it.
+        labels: The entry of batches that are mappings which is the labels, where it has another name than "labels".
+        forward: A function of the network (and the teacher) and a batch's inputs that gives the outputs, where they are
+            not called with just these: `lambda model, batch: model(batch["x"], train=False)`.
         epochs: Passes over the data. `help(spectrim.training.Settings)` explains this and `lr`, `optimizer`,
             `momentum`, `weight_decay`, `warm_up`, `clip`, `temperature`, `label_weight`, `precision`, `keep`,
             `patience` and `seed`. By default `keep` is `"best"` with `patience` and `"last"` without.
@@ -113,8 +126,7 @@ def finetune(
             require_values(network)
     arguments = locals()  # as the fields of Settings are named
     options = {name: arguments[name] for name in Settings.model_fields}
-    function = loss if callable(loss) else None
-    named = None if callable(loss) else loss
+    function, named = (loss, None) if callable(loss) else (None, loss)
     settings = Settings(**{**options, "loss": named, "keep": keep or ("last" if patience is None else "best")})
     student = duplicate(model)
     if accelerator is not None:
@@ -136,13 +148,14 @@ def finetune(
         checkpoint = Checkpoint(Path(checkpoint), run=identity(model, teacher, others), unfit="refuse")
     run = TrainingRun(
         student,
-        data,
+        _with_labels(data, labels),
         settings=settings,
         loss=function,
+        forward=forward,
         trained=list(trained.values()),
         frozen_modules=frozen,
         teacher=teacher,
-        held_out=held_out,
+        held_out=held_out if labels is None or held_out is None else NamedLabels(held_out, labels),
         checkpoint=checkpoint,
         save_every=save_every,
         on_step=on_step,
@@ -152,6 +165,12 @@ def finetune(
     visible = progress and not (accelerator and accelerator.process_index)
     with teaching, progress_callback(on_progress, progress=visible) as report:
         return Finetuned(student, train_in_place(replace(run, on_progress=report)))
+
+
+def _with_labels(data: Iterable[Any] | EpochData, labels: str | None) -> Iterable[Any] | EpochData:
+    if labels is None:
+        return data
+    return (lambda epoch: NamedLabels(data(epoch), labels)) if callable(data) else NamedLabels(data, labels)
 
 
 def _name_of(function: LossFunction | None) -> str | None:

@@ -17,7 +17,7 @@ from spectrim.benchmark.measurement import Epoch
 from spectrim.core.batches import batches_of, length_of, require_batches, split_labels
 from spectrim.core.distributed import Accelerator, ddp, if_distributed, share_of, total
 from spectrim.core.errors import DataError, TrainingError
-from spectrim.core.execution import ProgressCallback, unique_tensors
+from spectrim.core.execution import ForwardFunction, ProgressCallback, unique_tensors
 from spectrim.core.nested import from_numpy
 from spectrim.training.checkpoint import Checkpoint, Progress, RngState, Saved, generators, restore, seeded, states
 from spectrim.training.history import History
@@ -59,6 +59,7 @@ class TrainingRun:
             the same ones for an epoch.
         settings: How it is trained.
         loss: A function of the outputs and the labels that gives a scalar, in place of the loss that the settings name.
+        forward: A function of the network and a batch's inputs that gives the outputs, in place of a plain call.
         trained: The parameters that change, among those that ask for gradients; None for all of these.
         frozen_modules: Modules that stay in evaluation mode, such as norms whose statistics must not change.
         teacher: A network with the same outputs, in evaluation mode.
@@ -75,6 +76,7 @@ class TrainingRun:
     _: KW_ONLY
     settings: Settings
     loss: LossFunction | None = None
+    forward: ForwardFunction | None = None
     trained: Sequence[nn.Parameter] | None = None
     frozen_modules: Collection[nn.Module] = ()
     teacher: nn.Module | None = None
@@ -145,7 +147,7 @@ class _Loop:
         self.others = if_distributed(run.accelerator)
         self.network = ddp(run.model, self.others) if self.others else run.model
         self.optimiser = run.settings.make_optimiser(trained)
-        self.objective = Objective(run.settings, type(run.model).__name__, run.teacher, run.loss)
+        self.objective = Objective(run.settings, type(run.model).__name__, run.teacher, run.loss, run.forward)
         self.saved = Saved()
         # consistent: weights, optimiser and `saved` are of the same moment
         self.consistent = self.stepping = self.interrupted = False

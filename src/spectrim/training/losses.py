@@ -12,7 +12,7 @@ from torch.nn import functional
 from spectrim.benchmark.measurement import accuracy
 from spectrim.core.batches import batches_of, split_labels
 from spectrim.core.errors import DataError, ModelError, TrainingError
-from spectrim.core.execution import Inputs, call, device_of, evaluating
+from spectrim.core.execution import Forward, ForwardFunction, Inputs, call, device_of, evaluating
 from spectrim.core.nested import describe, logits_of, map_tensors, tensor_of, tensors
 from spectrim.training.settings import Settings
 
@@ -49,6 +49,7 @@ class Objective:
     name: str = "the network"
     teacher: nn.Module | None = None
     function: LossFunction | None = None
+    forward: ForwardFunction | None = None
     _axis: int | None = None
     _by_accuracy: bool | None = None
 
@@ -83,7 +84,7 @@ class Objective:
             if self._by_accuracy is None:
                 self._by_accuracy = self._has_accuracy(model, first)
             if self._by_accuracy:
-                return accuracy(model, batches).value, None
+                return accuracy(model, batches, forward=self.forward).value, None
             for position, batch in enumerate(batches):
                 inputs, labels = split_labels(batch, position=position, model=model, required=self.needs_labels)
                 outputs, taught = self._outputs(model, inputs, position)
@@ -98,18 +99,21 @@ class Objective:
         if self.function is not None or self.settings.loss in ("mse", "bce"):
             return False
         inputs, labels = split_labels(batch, position=0, model=model, required=self.needs_labels)
-        outputs, known = logits_of(call(model, inputs, what="batch 0 of held_out")), tensor_of(labels)
+        outputs, known = logits_of(self._run(model, inputs, 0)), tensor_of(labels)
         return isinstance(outputs, Tensor) and outputs.ndim == 2 and known is not None and known.ndim == 1
+
+    def _run(self, model: nn.Module, inputs: Inputs, position: int) -> Any:
+        return _run(model if self.forward is None else Forward(model, self.forward), inputs, position)
 
     def _outputs(self, model: nn.Module, inputs: Inputs, position: int) -> tuple[Any, Any]:
         """Of the model, and of the teacher; in low precision while training only."""
         is_low = self.settings.precision == "bf16" and torch.is_grad_enabled()
         with torch.autocast(device_of(model).type, dtype=torch.bfloat16, enabled=is_low):
-            outputs = _run(model, inputs, position)
+            outputs = self._run(model, inputs, position)
             if self.teacher is None:
                 return outputs, None
             with torch.no_grad():
-                return outputs, _run(self.teacher, inputs, position)
+                return outputs, self._run(self.teacher, inputs, position)
 
     def _loss(self, outputs: Any, labels: Any, taught: Any, position: int) -> Tensor:
         weight = self.settings.label_weight
