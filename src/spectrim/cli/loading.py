@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from spectrim import data
 from spectrim.benchmark.measurement import Measurement, measure
+from spectrim.cli.commands import MODEL
 from spectrim.cli.options import Source, numbers
 from spectrim.cli.stages import Stages
 from spectrim.core.errors import DataError
@@ -140,13 +141,13 @@ def load_source(source: Source, progress: Stages) -> Loaded:
     shape = _shape(source, info)
     prepare = _preparation(source, info)
     _ = source.options
-    images = _images(source, info, prepare=prepare, progress=progress) if info else None
     progress.begin(f"load {source.model}")
     if source.model.partition(":")[0] not in ("spectrim", "torchvision", "timm"):
         progress.say(f"--model {source.model} runs the code of that module")
     elif source.weights is None:
         progress.say("without --weights this network is untrained")
-    model = load_network(source, source.weights)
+    model = load_network(source, source.weights)  # before the images, since weights of another kind are refused at once
+    images = _images(source, info, prepare=prepare, progress=progress) if info else None
     example = images.prepare(images.train.images[images.order[:1]]) if images else torch.zeros(1, *shape)
     if source.flatten:
         example = example.flatten(1)
@@ -158,7 +159,9 @@ def load_source(source: Source, progress: Stages) -> Loaded:
 
 def load_network(source: Source, weights: Path | None) -> nn.Module:
     """The network with the weights of a file that `spectrim.save` wrote, or of a plain one; in evaluation mode."""
-    if weights is not None and (weights.is_dir() or is_saved(weights)):
+    if weights is not None and weights.is_dir():
+        weights = weights / MODEL
+    if weights is not None and is_saved(weights):
         return load(weights, resolve(source.model, options=source.options)).eval()
     return resolve(source.model, weights=weights, options=source.options).eval()
 
