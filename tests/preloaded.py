@@ -27,7 +27,7 @@ class Ended:
 def run(code: str, folder: Path, *, arguments: tuple[str, ...] = ()) -> Ended:
     """Run the code as a script in the folder, with every warning an error."""
     method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-    multiprocessing.set_forkserver_preload(["spectrim", "spectrim.cli"])
+    multiprocessing.set_forkserver_preload(["spectrim.cli.networks", "spectrim.cli.studies"])
     process = multiprocessing.get_context(method).Process(target=_execute, args=(code, folder, arguments))
     process.start()
     process.join()

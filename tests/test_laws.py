@@ -18,8 +18,7 @@ from cases import (
     state,
     taken_at_their_word,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as draw
+from hypothesis import given, settings, strategies as draw
 from torch import Tensor, nn
 
 import spectrim as st

@@ -1,8 +1,7 @@
 """Laws of compression on random networks that do what users' networks do; `benchmarks/random_graphs.py` runs more."""
 
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
-from hypothesis import strategies as draw
+from hypothesis import HealthCheck, Phase, given, settings, strategies as draw
 from network_laws import RULES, Laws
 from random_networks import BLOCKS, KNOWN, OUTPUTS, WEIGHT_READERS, Network, Step, networks
 

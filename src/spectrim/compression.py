@@ -21,8 +21,7 @@ from spectrim.core.memory import Storage
 from spectrim.core.plans import Budget, Metric, Plan, Rule
 from spectrim.core.progress import progress_callback
 from spectrim.fitting.reconstruction import reconstruct as fit
-from spectrim.layers.replacement import duplicate, factorize
-from spectrim.layers.replacement import replace as replace_layers
+from spectrim.layers.replacement import duplicate, factorize, replace as replace_layers
 from spectrim.layers.selection import LayerSelection, Patterns, TreatAs
 from spectrim.planning.decisions import PlanOptions
 from spectrim.planning.latency_budget import refused

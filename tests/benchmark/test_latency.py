@@ -23,8 +23,7 @@ from cases import (
     small_mlp,
     state,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as draw
+from hypothesis import given, settings, strategies as draw
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 

@@ -1,5 +1,7 @@
 """The command line as a person meets it: messages, exit codes, and a process that is interrupted."""
 
+import csv
+import json
 import os
 import runpy
 import signal
@@ -14,7 +16,6 @@ import pytest
 
 import spectrim as st
 from spectrim import models
-from spectrim.cli import app as commands
 from spectrim.recipes import DEMO, recipe_file
 
 Run = Callable[..., Any]
@@ -41,7 +42,7 @@ def test_the_demo_ends_with_a_table_and_goes_on_from_what_is_there(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small = DEMO.model_copy(update={"width": 128, "hidden": 2, "ranks": (20,)})  # the demo, but for its size
-    monkeypatch.setattr(commands, "DEMO", small)
+    monkeypatch.setattr("spectrim.recipes.DEMO", small)
     first = run("demo", "--quick")
     assert first.code == 0, first.err
     assert "dense" in first.out
@@ -100,7 +101,7 @@ def test_a_mistake_is_one_message_and_a_non_zero_exit_code(
     ended = run(*arguments)
     assert ended.code == 1
     assert message in ended.err
-    assert ended.err.startswith("error: ")
+    assert ended.err.splitlines()[-1].startswith("error: ")
     assert "Traceback" not in ended.err
     assert (tmp_path / "file").read_text() == "mine"
 
@@ -129,6 +130,37 @@ def test_an_interrupt_is_one_line_and_the_same_command_goes_on(run: Run, tmp_pat
     ended = run(*command)
     assert ended.code == 0, ended.err
     assert dense.stat().st_mtime_ns == stamp
+
+
+def test_the_shell_answers_before_anything_heavy_is_imported() -> None:
+    code = """
+import sys
+from spectrim.cli import main
+for words in ("--version", "--help", "compres", "compress --modl x", "compress --help", "data lst", "recipes"):
+    sys.argv = ["spectrim", *words.split()]
+    try:
+        main()
+    except SystemExit:
+        pass
+    assert not {"torch", "numpy", "plotly"} & set(sys.modules), words
+"""
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "No such command 'compres'. Did you mean 'compress'?" in done.stderr
+    assert "No such option: --modl" in done.stderr
+
+
+def test_tables_for_programs(run: Run) -> None:
+    ended = run("data", "list", "--json")
+    (table,) = json.loads(ended.out)
+    assert table["rows"][0]["Name"] == "digits"
+    assert table["rows"][0]["Training images"] == 1437
+    assert "cache: " in ended.err
+    first, *_ = csv.DictReader(run("data", "list", "--csv").out.splitlines())
+    assert {name: str(value) for name, value in table["rows"][0].items()} == first
+    both = run("recipe", "list", "--json", "--csv")
+    assert (both.code, both.out) == (2, "")
+    assert "not both" in both.err
 
 
 def test_help_version_and_unknown_commands(run: Run) -> None:

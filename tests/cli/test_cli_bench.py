@@ -10,20 +10,20 @@ from pathlib import Path
 
 import pytest
 import torch
-import typer
 from typer.testing import CliRunner, Result
 
 import spectrim as st
 from spectrim import models
 from spectrim.cli import bench
-from spectrim.cli.bench import Benched, Timing, bench_network
+from spectrim.cli.app import app
+from spectrim.cli.bench import Benched, Timing
 from spectrim.cli.options import Source
+from spectrim.cli.stages import show
 from spectrim.core.errors import DependencyError, FileError, SpectrimError
+from spectrim.core.names import RUNTIMES, RuntimeName
 
 MLP = ("--model", "spectrim:mlp", "--option", "inputs=64", "--option", "width=48", "--option", "hidden=2")
 COMMAND = (*MLP, "--input", "64", "--weights", "small", "--rounds", "5")
-app = typer.Typer()
-app.command("bench")(bench_network)
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +40,7 @@ def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(*arguments: str) -> Result:
-    return CliRunner().invoke(app, [*arguments])
+    return CliRunner().invoke(app, ["bench", *arguments])
 
 
 def failure(*arguments: str) -> SpectrimError:
@@ -49,7 +49,7 @@ def failure(*arguments: str) -> SpectrimError:
     return error
 
 
-def timed_here(source: Source, timing: Timing, *, runtime: bench.RuntimeName) -> list[bench.Row]:
+def timed_here(source: Source, timing: Timing, *, runtime: RuntimeName) -> list[bench.Row]:
     return [bench._time(source, timing, runtime=runtime, batch=batch) for batch in timing.batches]
 
 
@@ -68,7 +68,7 @@ def test_each_runtime_and_batch_is_a_row(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(bench, "_in_process", timed_here)  # saves seconds
     former = Benched(command="", threads=1, rows=(noisy_row(spread=0.01),))
     Path("speed.json").write_text(former.model_dump_json())  # one of ours, so it is replaced
-    result = run(*COMMAND, "--runtime", "channels_last", "--batch", "1,3,3", "--json", "speed.json")
+    result = run(*COMMAND, "--runtime", "channels_last", "--batch", "1,3,3", "--out", "speed.json")
     assert result.exit_code == 0, result.output
     record = Benched.load(Path("speed.json"))
     assert [(row.runtime, row.batch) for row in record.rows] == [("channels_last", 1), ("channels_last", 3)]
@@ -79,7 +79,7 @@ def test_each_runtime_and_batch_is_a_row(monkeypatch: pytest.MonkeyPatch) -> Non
         assert row.gain.ratio.value > 0
         assert bench.words.factor(measured.speedup.value) in result.output
     assert record.rows[1].measured.macs == 3 * record.rows[0].measured.macs
-    command = ["spectrim", "bench", *COMMAND, "--runtime", "channels_last", "--batch", "1,3,3", "--json", "speed.json"]
+    command = ["spectrim", "bench", *COMMAND, "--runtime", "channels_last", "--batch", "1,3,3", "--out", "speed.json"]
     assert sorted(shlex.split(record.command)) == sorted(command)
     assert "time in channels_last" in result.output
 
@@ -99,7 +99,7 @@ def test_an_interrupt_ends_it_and_its_process_and_writes_nothing() -> None:
                 return
             time.sleep(0.1)
 
-    many = ("--runtime", "torch", "--batch", ",".join(map(str, range(1, 400))), "--json", "speed.json")
+    many = ("--runtime", "torch", "--batch", ",".join(map(str, range(1, 400))), "--out", "speed.json")
     thread = threading.Thread(target=interrupt)
     thread.start()
     result = run(*COMMAND, *many)
@@ -113,10 +113,10 @@ def test_an_interrupt_ends_it_and_its_process_and_writes_nothing() -> None:
 
 
 def test_a_noisy_machine_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
-    bench._show(Benched(command="", threads=1, rows=(noisy_row(spread=0.3),)))
+    show(*bench._results(Benched(command="", threads=1, rows=(noisy_row(spread=0.3),))))
     result = capsys.readouterr().out
     assert "The machine was too noisy to tell: openvino at batch 8." in result
-    bench._show(Benched(command="", threads=1, rows=(noisy_row(spread=0.01, gain=1.7),)))
+    show(*bench._results(Benched(command="", threads=1, rows=(noisy_row(spread=0.01, gain=1.7),))))
     result = capsys.readouterr().out
     assert "noisy" not in result
     assert "0.95" in result  # 1.9 of the 2 that the MACs promise
@@ -127,19 +127,19 @@ def test_a_noisy_machine_is_reported(capsys: pytest.CaptureFixture[str]) -> None
 def test_runtimes_that_nobody_named_are_left_out_where_they_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     known = bench.require_runtime
 
-    def require(name: str, *, threads: int) -> bench.RuntimeName:
+    def require(name: str, *, threads: int) -> RuntimeName:
         if name != "channels_last":
             raise DependencyError(f'{name} needs something; pip install "spectrim[onnx]"')
         return known(name, threads=threads)
 
     monkeypatch.setattr(bench, "require_runtime", require)
     monkeypatch.setattr(bench, "_in_process", timed_here)  # saves seconds
-    result = run(*COMMAND, "--json", "speed.json")
+    result = run(*COMMAND, "--out", "speed.json")
     assert result.exit_code == 0, result.output
     assert 'Left out is openvino: openvino needs something; pip install "spectrim[onnx]".' in result.output
     record = Benched.load(Path("speed.json"))
     assert [row.runtime for row in record.rows] == ["channels_last"]
-    assert set(record.left_out) == set(bench.RUNTIMES) - {"channels_last"}
+    assert set(record.left_out) == set(RUNTIMES) - {"channels_last"}
     assert "pip install" in str(failure(*COMMAND, "--runtime", "channels_last,openvino"))
 
 
@@ -165,5 +165,5 @@ def test_mistakes_are_reported_before_anything_is_timed(monkeypatch: pytest.Monk
     assert "threads=4096" in str(failure(*COMMAND, "--threads", "4096"))
     assert isinstance(failure(*COMMAND[:-4], "--weights", "nowhere"), FileError)
     Path("notes.json").write_text("{}")
-    assert "stays as it is" in str(failure(*COMMAND, "--json", "notes.json"))
+    assert "stays as it is" in str(failure(*COMMAND, "--out", "notes.json"))
     assert Path("notes.json").read_text() == "{}"

@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import typer
 from safetensors.torch import load_file, save_file
 from torch import nn
 from typer.testing import CliRunner, Result
@@ -14,8 +13,7 @@ from typer.testing import CliRunner, Result
 import spectrim as st
 from spectrim import models
 from spectrim.cli import export
-from spectrim.cli.app import app as commands
-from spectrim.cli.export import export_network
+from spectrim.cli.app import app
 from spectrim.core.errors import DependencyError, EngineError, FileError, ModelError, SpectrimError
 from spectrim.export import Check, Exported, Port
 from spectrim.runtimes.conversion import openvino_core
@@ -33,9 +31,6 @@ class Fixed(nn.Module):
         return self.layer(x) if x.shape[0] < 6 else -self.layer(x)
 """
 
-app = typer.Typer()
-app.command("export")(export_network)
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -45,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         torch.manual_seed(0)
         save_file(models.mlp(16, width=24, hidden=2).state_dict(), place / "mlp.safetensors")
     command = ["compress", *MLP, "--input", "16", "--weights", str(place / "mlp.safetensors"), "--rank", "3"]
-    result = CliRunner().invoke(commands, [*command, "--out", str(place / "small")])
+    result = CliRunner().invoke(app, [*command, "--out", str(place / "small")])
     assert result.exit_code == 0, result.output
     return place
 
@@ -62,7 +57,7 @@ def here(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def run(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+    return CliRunner().invoke(app, ["export", *map(str, arguments)])
 
 
 def failure(*arguments: object) -> SpectrimError:
@@ -194,7 +189,7 @@ def test_what_padding_gained_is_reported(monkeypatch: pytest.MonkeyPatch) -> Non
         exported_file = Exported(path=path, bytes=2048, inputs=(port,), outputs=(port,), **brought[-1])
         return exported_file.model_copy(update={"check": Check(runtime="torch", batches=(1,), difference=1e-7)})
 
-    monkeypatch.setitem(export._FORMATS, "onnx", (".onnx", exported, "onnxruntime"))
+    monkeypatch.setitem(export._WRITERS, "onnx", (exported, "onnxruntime"))
     faster, slower = (Interval(value=value, low=value - 0.05, high=value + 0.05) for value in (1.2, 0.8))
     for padding, message in (
         (

@@ -1,5 +1,6 @@
 """`spectrim analyze`, `spectrim plan` and `spectrim compress` on real networks and the embedded digits."""
 
+import csv
 import json
 import re
 import shlex
@@ -102,7 +103,7 @@ def test_analyze_needs_no_data_and_writes_nothing_unasked(run: Run, tmp_path: Pa
     before = files(tmp_path)
     result = run("analyze", *RESNET, "--input", "1,28,28", "--include", "layer*", "--exclude", "*.shortcut.*")
     assert result.code == 0, result.err
-    assert "this network is untrained" in result.out
+    assert "this network is untrained" in result.err
     assert "plain" in result.out
     assert "12 of them can be factored" in result.out
     assert files(tmp_path) == before
@@ -186,12 +187,12 @@ def test_each_stage_is_a_line_where_there_is_no_terminal(run: Run) -> None:
     assert result.code == 0, result.err
     stages = [
         line
-        for line in result.out.splitlines()
+        for line in result.err.splitlines()
         if re.match(r"(load|calib|analyse|weigh|plan|compress|reconstruct|test|write)", line)
     ]
     assert stages == [
-        "load digits",
         "load spectrim:mini_resnet",
+        "load digits",
         "analyse",
         "calibrate",
         "analyse",
@@ -238,7 +239,7 @@ def test_a_plan_of_latency_is_timed_shown_and_applied(run: Run, tmp_path: Path) 
     timed = ("--latency", 0.7, "--runtime", "torch", "--latency-batch", 64, "--rank-multiple", 16)
     result = run("plan", *WIDE, "--input", "64", *timed, "--out", "plan.json")
     assert result.code == 0, result.err
-    stages = [line for line in result.out.splitlines() if re.match(r"(load|analyse|plan|time|verify)", line)]
+    stages = [line for line in result.err.splitlines() if re.match(r"(load|analyse|plan|time|verify)", line)]
     assert stages[:5] == ["load spectrim:mlp", "analyse", "plan", "time 3 shapes of layers", "verify in torch"]
     assert "Latency in torch, 1 thread, batch 64" in result.out
     assert all(re.search(rf"{what} +[0-9.]+ ms", result.out) for what in ("Dense", "Target", "Predicted", "Measured"))
@@ -258,7 +259,7 @@ def test_the_step_of_the_hardware_is_probed(run: Run, tmp_path: Path) -> None:
     probed = ("--ratio", 0.3, "--rank-multiple", "auto", "--runtime", "torch", "--latency-threads", 1)
     result = run("plan", *WIDE, "--input", "64", *probed, "--out", "plan.json")
     assert result.code == 0, result.err
-    assert "probe" in result.out.splitlines()
+    assert "probe" in result.err.splitlines()
     step = st.Plan.load(tmp_path / "plan.json").rank_multiple or 1
     assert all(layer.rank in (layer.full_rank, *range(step, 512, step)) for layer in st.Plan.load("plan.json").factored)
 
@@ -288,7 +289,7 @@ def test_a_network_of_vectors_wants_flatten(run: Run, tmp_path: Path) -> None:
     assert "--flatten" in wrong.err
     result = run("compress", *vectors, "--flatten", "--out", "small")
     assert result.code == 0, result.err
-    assert "--model networks_of_mine:vectors runs the code of that module" in result.out
+    assert "--model networks_of_mine:vectors runs the code of that module" in result.err
     assert "takes float32 (batch, 64)" in result.out
     assert in_python(result.out)(torch.zeros(2, 64)).shape == (2, 10)
 
@@ -313,12 +314,54 @@ def test_images_are_prepared_as_the_networks_want_them(run: Run) -> None:
     assert "takes float32 (batch, 1, 8, 8), (pixel / 255 - 0.3) / 0.4" in result.out
 
 
+def test_every_column_is_printed_where_there_is_no_terminal(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    result = run("plan", *TRAINED, "--rank", 4, "--out", "plan.json")
+    assert "Not shown" not in result.out
+    for layer in st.Plan.load("plan.json"):
+        assert re.search(rf"^{layer.name} .* {layer.form} .*{re.escape(layer.reason)}", result.out, re.MULTILINE)
+
+
+def test_tables_for_programs_hold_plain_numbers(run: Run, tmp_path: Path) -> None:
+    command = ("compress", *TRAINED, "--rank", 4, "--exclude", "head", "--out", "small")
+    result = run(*command, "--json")
+    assert result.code == 0, result.err
+    assert "In Python:" in result.err
+    plan, measurement = json.loads(result.out)
+    record = Measured.load(tmp_path / "small" / "measurement.json")
+    assert "--json" not in record.command
+    for row, layer in zip(plan["rows"], st.Plan.load(tmp_path / "small" / "plan.json"), strict=True):
+        assert (row["Layer"], row["Form"], row["Rank"]) == (layer.name, layer.form, layer.rank)
+        assert (row["Params before"], row["Params after"]) == (layer.dense.params, layer.kept.params)
+        assert row["Predicted error"] == layer.predicted_error
+    values = {row["Name"]: row["Value"] for row in measurement["rows"]}
+    assert values["MACs"] == record.compressed.macs
+    assert values["Accuracy"] == record.compressed.accuracy.value
+    tables = run("analyze", *TRAINED, "--csv").out.split("\n\n")
+    rows = list(csv.DictReader(tables[0].splitlines()))
+    assert [row["Layer"] for row in rows] == ["fc1", "fc2", "head"]
+    assert all(float(row["Effective rank"]) > 1 for row in rows)
+
+
+@pytest.mark.parametrize("name", ["mlp.onnx", "empty"])
+def test_weights_of_another_kind_are_refused_before_any_data(name: str, run: Run, tmp_path: Path) -> None:
+    (tmp_path / "mlp.onnx").write_bytes(b"")
+    (tmp_path / "empty").mkdir()
+    for command in ("analyze", "compress", "finetune", "quantize"):
+        more = {"analyze": (), "compress": ("--rank", 4), "finetune": (), "quantize": ()}[command]
+        out = "new.onnx" if command == "quantize" else "new"
+        result = run(command, *MLP, "--data", "digits", "--weights", name, *more, "--out", out)
+        assert result.code == 1
+        assert name in result.err.splitlines()[-1]
+        assert "load digits" not in result.err
+
+
 @pytest.mark.parametrize("rule", [("--macs", 0.0001), ("--rank", 60)], ids=lambda rule: rule[0])
 def test_a_rule_out_of_reach_is_reported_before_the_images_are_run(rule: tuple[str, float], run: Run) -> None:
     result = run("compress", *RESNET, "--data", "digits", *rule, "--out", "small")
     assert result.code == 1
     assert "cannot be reached" in result.err or "above what some layers can have" in result.err
-    assert "calibrate" not in result.out
+    assert "calibrate" not in result.err
 
 
 COMPRESS = ("compress", *TRAINED, "--out", "new/small")
@@ -444,7 +487,7 @@ def test_an_interrupt_is_one_line_and_leaves_nothing(run: Run, tmp_path: Path, m
     monkeypatch.setattr(networks.Measured, "save", stop)  # the last file, when the others are made
     before = files(tmp_path)
     result = run("compress", *TRAINED, "--rank", 4, "--out", "deep/small")
-    assert (result.code, result.err) == (130, "interrupted; nothing was written\n")
+    assert (result.code, result.err.splitlines()[-1]) == (130, "interrupted; nothing was written")
     assert files(tmp_path) == before
 
 

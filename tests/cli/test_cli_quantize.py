@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-import typer
 from safetensors.torch import save_file
 from torch import nn
 from typer.testing import CliRunner, Result
 
 from spectrim import data, models
-from spectrim.cli.quantize import Bits, quantize_network
+from spectrim.cli.app import app
+from spectrim.cli.quantize import Bits
 from spectrim.compression import compress
 from spectrim.core.errors import FileError, SpectrimError
 from spectrim.core.plans import Rank
@@ -26,9 +26,6 @@ MLP = ("--model", "spectrim:mlp", "--option", "inputs=64", "--option", "width=96
 SMALL = (*MLP, "--weights", "small.safetensors")
 DIGITS = ("--data", "digits", "--images", "128")
 Run = Callable[..., Result]
-
-app = typer.Typer()
-app.command()(quantize_network)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +58,7 @@ def run(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setenv("SPECTRIM_DATA", str(tmp_path / "cache"))
-    return lambda *arguments: CliRunner().invoke(app, [str(argument) for argument in arguments])
+    return lambda *arguments: CliRunner().invoke(app, ["quantize", *map(str, arguments)])
 
 
 def names(folder: Path) -> set[str]:

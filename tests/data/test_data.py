@@ -29,13 +29,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from spectrim import data
 from spectrim.core.errors import DataError, FileError
-from spectrim.data import cache as cache_module
-from spectrim.data import sources
+from spectrim.data import cache as cache_module, sources
 from spectrim.data.cache import checksum
 from spectrim.data.catalogue import ENTRIES, Entry
 from spectrim.data.formats import Raw, parse_idx

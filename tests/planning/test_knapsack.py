@@ -4,8 +4,7 @@ from itertools import product
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as draw
+from hypothesis import given, settings, strategies as draw
 
 from spectrim import errors
 from spectrim.planning.knapsack import Allocation, KnapsackItem

@@ -477,7 +477,8 @@ def test_published_figures_have_their_table(results: Results) -> None:
 def timed(runtime: str, gain: float) -> dict[str, object]:
     """What a measurement says of a runtime that is `gain` times as fast as dense."""
     speedup = st.Interval(value=gain, low=0.98 * gain, high=1.02 * gain)
-    return {"runtime": runtime, "latency_ms": 2.0, "speedup": speedup, "macs_ratio": 0.25, "threads": 1, "drift": 1.0}
+    times = {"latency_ms": 2.0, "reference_ms": 1.0, "speedup": speedup, "drift": 1.0}
+    return {"runtime": runtime, **times, "macs_ratio": 0.25, "threads": 1}
 
 
 def in_two_runtimes(results: Results) -> Results:
@@ -500,7 +501,8 @@ def test_every_runtime_has_its_row(results: Results) -> None:
     assert [row[0] for row in rows[:2]] == ["rank 8, plain"] * 2
     slower, faster = rows[:2]
     assert slower[1:] == (
-        *("torch", pretty("0.50*\n0.49_0.51"), "slower", "2.00 ms", pretty("4.0*"), pretty("12 %\n12.25_12.75")),
+        *("torch", pretty("0.50*\n0.49_0.51"), "slower", "1.00 ms →\n2.00 ms"),
+        *(pretty("4.0*"), pretty("12 %\n12.25_12.75")),
     )
     assert faster[1:4] == ("onnxruntime", pretty("3.0*\n2.94_3.06").replace("3.0", "3.00", 1), "faster")
     assert faster[6] == pretty("75 %\n73.50_76.50")
@@ -508,6 +510,14 @@ def test_every_runtime_has_its_row(results: Results) -> None:
     assert strong == {"rank 8, plain"}
     assert "Timed with 1 thread" in listing.note
     assert runtimes_table(bare(results)) is None
+
+
+def test_a_latency_stands_beside_that_of_the_dense_network_in_the_same_rounds(results: Results) -> None:
+    listing = st.table(in_two_runtimes(results))
+    at = next(at for at, column in enumerate(listing.columns) if column.head == "Latency")
+    assert listing.rows[0][at] == words.NOTHING  # timed alone, at another moment
+    assert listing.rows[1][at] == "1.00 ms →\n2.00 ms"
+    assert listing.rows[1][at].values == {"": 2.0, "dense": 1.0}
 
 
 def test_the_first_measured_runtime_is_named_at_a_glance(results: Results, tmp_path: Path) -> None:

@@ -26,8 +26,7 @@ from spectrim.core.execution import (
 )
 from spectrim.core.files import Frozen
 from spectrim.core.nested import describe, logits_of, tensor_of
-from spectrim.layers.cost import NetworkCost
-from spectrim.layers.cost import count as count_cost
+from spectrim.layers.cost import NetworkCost, count as count_cost
 from spectrim.runtimes.sessions import Runtime, RuntimeName, require_runtime, timed_together
 from spectrim.runtimes.timing import Z95, Comparison, Interval, Timing, Verdict, compare, interleaved
 

@@ -2,22 +2,32 @@
 
 import os
 import sys
-from importlib.metadata import version
+from collections.abc import MutableMapping
+from importlib import import_module
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from typer.core import TyperGroup
 
-from spectrim.cli import data, networks
-from spectrim.cli.bench import bench_network
-from spectrim.cli.export import export_network
-from spectrim.cli.finetune import finetune_network
-from spectrim.cli.options import CPU, Machine, unfolded
-from spectrim.cli.quantize import quantize_network
-from spectrim.cli.studies import recipe, run
+from spectrim import __version__
+from spectrim.cli import data
+from spectrim.cli.commands import Analyze, Compress, Finetune, Plan, Quantize
+from spectrim.cli.deployment import Bench, Export
+from spectrim.cli.options import CPU, Machine, Output, unfolded
 from spectrim.core.errors import SpectrimError
-from spectrim.recipes import DEMO
+
+_COMMANDS: dict[type, str] = {
+    Analyze: "networks",
+    Plan: "networks",
+    Compress: "networks",
+    Finetune: "finetune",
+    Export: "export",
+    Bench: "bench",
+    Quantize: "quantize",
+}
+"""The module with the function that does what the command says. Imports take seconds, and the shell shall not wait."""
 
 app = typer.Typer(
     name="spectrim",
@@ -25,20 +35,41 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Make trained neural networks smaller and faster by low-rank factorisation.",
 )
-app.command("analyze")(networks.analyze_network)
-app.command("plan")(networks.plan_network)
-app.command("compress")(networks.compress_network)
-app.command("finetune")(finetune_network)
-app.command("export")(export_network)
-app.command("bench")(bench_network)
-app.command("quantize")(quantize_network)
+
+
+def _perform(command: object) -> None:
+    name = type(command).__name__.lower()
+    getattr(import_module(f"spectrim.cli.{_COMMANDS[type(command)]}"), f"{name}_network")(command)
+
+
+for _kind in _COMMANDS:
+    app.command(_kind.__name__.lower())(unfolded(_kind, perform=_perform))
+
+
+class _Recipes(TyperGroup):
+    """The commands of `spectrim recipe`, which are imported when one of them is asked for."""
+
+    @property
+    def commands(self) -> MutableMapping[str, Any]:
+        """By their names."""
+        from spectrim.cli.studies import recipe
+
+        return typer.main.get_group(recipe).commands
+
+    @commands.setter
+    def commands(self, commands: MutableMapping[str, Any]) -> None:
+        """Typer has none to begin with."""
+
+
 app.add_typer(data.app, name="data")
-app.add_typer(recipe, name="recipe")
+app.add_typer(
+    typer.Typer(cls=_Recipes, no_args_is_help=True, help="Reproducible studies, one command each."), name="recipe"
+)
 
 
 def _show_version(version_asked: bool) -> None:  # noqa: FBT001  # typer calls it so
     if version_asked:
-        typer.echo(version("spectrim"))
+        typer.echo(__version__)
         raise typer.Exit
 
 
@@ -60,9 +91,13 @@ def demo(
     ),
     quick: Annotated[bool, typer.Option("--quick", help="Few epochs: to see it work.")] = False,
     machine: Annotated[Machine, CPU],
+    output: Output,
 ) -> None:
     """Train a network on embedded data, compress it, and show what was gained; half a minute, no network needed."""
-    run(DEMO.quick() if quick else DEMO, out=out, data_folder=None, machine=machine)
+    from spectrim.cli.studies import run
+    from spectrim.recipes import DEMO
+
+    run(DEMO.quick() if quick else DEMO, out=out, data_folder=None, machine=machine, output=output)
 
 
 def main() -> None:

@@ -6,58 +6,25 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from functools import partial
 from math import prod
-from pathlib import Path
-from typing import Annotated
 
 import torch
-import typer
 from pydantic import Field
 
 from spectrim.benchmark.measurement import Measurement, measure, runtime_gain
+from spectrim.cli.deployment import Bench, Timing
 from spectrim.cli.loading import load_network, load_source
-from spectrim.cli.options import NO_DATA, Group, Invocation, Machine, Source, known_names, numbers, unfolded
+from spectrim.cli.options import Machine, Source
 from spectrim.cli.outputs import OutputFiles, Record, outputs
-from spectrim.cli.stages import Stages, show, show_files, stages
+from spectrim.cli.stages import Stages, file_lines, show, stages
 from spectrim.core.errors import DependencyError, EngineError, ModelError
 from spectrim.core.files import Frozen
 from spectrim.reporting import words
 from spectrim.reporting.listings import Column, Listing, listing
-from spectrim.runtimes.sessions import RUNTIMES, RuntimeName, require_runtime, require_threads
+from spectrim.runtimes.sessions import RuntimeName, require_runtime, require_threads
 from spectrim.runtimes.timing import Comparison
 
 _NOISY = "too noisy to tell"
-_how = partial(typer.Option, rich_help_panel="How it is timed")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Timing:
-    """Where and how it is timed."""
-
-    runtime: Annotated[
-        str,
-        _how(
-            metavar="NAME,NAME",
-            help=f"Runtimes with commas between them, of {', '.join(RUNTIMES)}; or all that are installed.",
-        ),
-    ] = "all"
-    batch: Annotated[str, _how(metavar="1,8,64", help="Inputs of one pass, with commas between them.")] = "1"
-    threads: Annotated[int, _how(metavar="N", help="Threads of one pass.")] = 1
-    rounds: Annotated[
-        int, _how(metavar="N", min=5, help="How often both networks are timed; fewer where that takes half a minute.")
-    ] = 31
-
-    @property
-    def runtimes(self) -> tuple[RuntimeName, ...]:
-        """Those that were asked for, each once."""
-        return RUNTIMES if self.runtime == "all" else known_names(self.runtime.split(","), RUNTIMES, option="--runtime")
-
-    @property
-    def batches(self) -> tuple[int, ...]:
-        """The batch sizes, each once."""
-        return tuple(dict.fromkeys(int(size) for size in numbers(self.batch, option="--batch", whole=True)))
 
 
 class Row(Frozen):
@@ -79,39 +46,31 @@ class Row(Frozen):
 
 
 class Benched(Record):
-    """What `spectrim bench --json` writes: every row, and why runtimes that nobody named were left out."""
+    """What `spectrim bench --out` writes: every row, and why runtimes that nobody named were left out."""
 
     threads: int
     rows: tuple[Row, ...]
     left_out: dict[str, str] = Field(default_factory=dict)
 
 
-@unfolded
-def bench_network(
-    *,
-    source: Annotated[Source, Group(without=NO_DATA, required=("weights", "input"))],
-    timing: Timing,
-    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write every number there.")] = None,
-    invocation: Invocation,
-) -> None:
-    """Time a compressed network against its dense version in each runtime, and compare that with its MACs."""
+def bench_network(command: Bench) -> None:
+    """The table of every runtime, and a file of every number."""
+    source, timing, out = command.source, command.timing, command.out
     _ = source.options, timing.batches
     require_threads(timing.threads)
     for name in timing.runtimes if timing.runtime != "all" else ():
         require_runtime(name, threads=timing.threads)
-    files: OutputFiles = {json.name: (Benched.load, "every number")} if json else {}
-    with stages() as progress, outputs(json.parent, files) if json else nullcontext() as folder:
+    files: OutputFiles = {out.name: (Benched.load, "every number")} if out else {}
+    with stages() as progress, outputs(out.parent, files) if out else nullcontext() as folder:
         load_source(source, progress, Machine(threads=timing.threads))  # here a mistake is reported at once and in full
         left_out: dict[str, str] = {}
         rows = tuple(_rows(source, timing, progress=progress, left_out=left_out))
-        record = Benched(command=str(invocation), threads=timing.threads, rows=rows, left_out=left_out)
+        record = Benched(command=str(command.invocation), threads=timing.threads, rows=rows, left_out=left_out)
         if not rows:
             raise EngineError(f"no runtime could be timed: {'; '.join(f'{n}: {why}' for n, why in left_out.items())}")
-        if json is not None and folder is not None:
-            record.save(folder / json.name)
-    _show(record)
-    if json is not None:
-        show_files(json.parent, files)
+        if out is not None and folder is not None:
+            record.save(folder / out.name)
+    show(*_results(record), *(file_lines(out.parent, files) if out else ()), output=command.output)
 
 
 def _rows(source: Source, timing: Timing, *, progress: Stages, left_out: dict[str, str]) -> Iterator[Row]:
@@ -172,11 +131,12 @@ def _interrupts_held_back() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _show(record: Benched) -> None:
-    show(_table(record), *(f"Left out is {name}: {why}." for name, why in record.left_out.items()))
+def _results(record: Benched) -> Iterator[Listing | str]:
+    yield _table(record)
+    yield from (f"Left out is {name}: {why}." for name, why in record.left_out.items())
     noisy = [f"{row.runtime} at batch {row.batch}" for row in record.rows if row.noisy]
     if noisy:
-        show(f"The machine was too noisy to tell: {', '.join(noisy)}. Stop what else is running, and time again.")
+        yield f"The machine was too noisy to tell: {', '.join(noisy)}. Stop what else is running, and time again."
 
 
 def _table(record: Benched) -> Listing:
@@ -187,9 +147,7 @@ def _table(record: Benched) -> Listing:
         Column("Compressed", 2): lambda row: words.milliseconds(row.measured.latency_ms),
         Column("Speed-up\n[95 %]"): _speedup,
         Column("MACs\nspeed-up", 1): lambda row: words.factor(row.measured.macs_speedup),
-        Column("Efficiency"): lambda row: (
-            f"{row.measured.efficiency.value:.2f}" if row.measured.efficiency else words.NOTHING
-        ),
+        Column("Efficiency"): _efficiency,
         Column("Runtime's\nown gain", 1): lambda row: words.factor(row.gain.ratio.value if row.gain else None),
         Column("Verdict", 1, number=False): lambda row: str(row.measured.verdict),
     }
@@ -201,6 +159,14 @@ def _table(record: Benched) -> Listing:
     return listing("Speed", record.rows, columns, note=note)
 
 
+def _efficiency(row: Row) -> str:
+    value = row.measured.efficiency.value if row.measured.efficiency else None
+    return words.NOTHING if value is None else words.Cell(f"{value:.2f}", value)
+
+
 def _speedup(row: Row) -> str:
     speedup = row.measured.speedup
-    return words.NOTHING if speedup is None else f"{words.factor(speedup.value)} [{words.bounds(speedup)}]"
+    if speedup is None:
+        return words.NOTHING
+    text = f"{words.factor(speedup.value)} [{words.bounds(speedup)}]"
+    return words.Cell(text, **{"": speedup.value, "low": speedup.low, "high": speedup.high})

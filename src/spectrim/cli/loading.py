@@ -11,6 +11,7 @@ import typer
 from torch import Tensor, nn
 
 from spectrim.benchmark.measurement import Accuracy, Measurement, measure
+from spectrim.cli.commands import MODEL
 from spectrim.cli.data_reference import data_reference, load_data, load_loaders, preparation
 from spectrim.cli.machine import find_device, set_threads
 from spectrim.cli.options import Machine, Source
@@ -101,17 +102,18 @@ def load_source(source: Source, progress: Stages, machine: Machine) -> Loaded:
     device, reference = find_device(machine), data_reference(source)
     shape = source.shape if reference is None else ()
     _ = source.options, source.expected, preparation(source, None)
-    stored = load_data(reference, source, progress) if reference and reference.kind != "loaders" else None
     progress.begin(f"load {source.model}")
     if source.model.partition(":")[0] not in ("spectrim", "torchvision", "timm"):
         progress.say(f"--model {source.model} runs the code of that module")
     elif source.weights is None:
         progress.say("without --weights this network is untrained")
-    model = load_network(source, source.weights).to(device)
-    data: Data | None = stored
-    if reference is not None and stored is None:
+    model = load_network(source, source.weights).to(device)  # first, since weights of another kind are refused at once
+    data: Data | None = None
+    if reference is not None and reference.kind == "loaders":
         progress.say(f"--data {source.data} runs the code of that module")
         data = load_loaders(reference, source, model)
+    elif reference is not None:
+        data = load_data(reference, source, progress)
     zeros = torch.zeros(1, *shape)
     example = data.example if data else as_inputs(zeros.flatten(1) if source.flatten else zeros)
     hint = " Does the network want other images or shapes? See --data, --input, --flatten and --option."
@@ -127,7 +129,9 @@ def load_source(source: Source, progress: Stages, machine: Machine) -> Loaded:
 
 def load_network(source: Source, weights: Path | None) -> nn.Module:
     """The network with the weights of a file that `spectrim.save` wrote, or of a plain one; in evaluation mode."""
-    if weights is not None and (weights.is_dir() or is_saved(weights)):
+    if weights is not None and weights.is_dir():
+        weights = weights / MODEL
+    if weights is not None and is_saved(weights):
         return load(weights, resolve(source.model, options=source.options)).eval()
     return resolve(source.model, weights=weights, options=source.options).eval()
 

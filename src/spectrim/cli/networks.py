@@ -2,10 +2,9 @@
 
 import shlex
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import typer
 from torch import Tensor
@@ -14,10 +13,12 @@ from spectrim.analysis.calibration import calibrate
 from spectrim.analysis.spectra import Analysis, analyze_selected
 from spectrim.benchmark.fidelity import Fidelity
 from spectrim.benchmark.measurement import Measurement
+from spectrim.cli import commands
+from spectrim.cli.commands import MEASURED, MODEL, PLAN, REPORT, SPECTRA
 from spectrim.cli.loading import Loaded, load_source
-from spectrim.cli.options import Goal, Invocation, Layers, Machine, Source, Test, unfolded
-from spectrim.cli.outputs import MEASURED, MODEL, PLAN, OutputFiles, Record, has_checksum, is_page, outputs
-from spectrim.cli.stages import Stages, show, show_files, stages
+from spectrim.cli.options import Goal, Invocation, Layers, Source
+from spectrim.cli.outputs import OutputFiles, Record, has_checksum, is_page, outputs
+from spectrim.cli.stages import Stages, file_lines, show, stages
 from spectrim.compression import Compressed, carry_out
 from spectrim.core.files import sha256_of
 from spectrim.core.plans import Budget, Plan
@@ -33,8 +34,6 @@ from spectrim.runtimes.sessions import require_runtime
 
 Fitted = Literal["auto"] | bool
 
-_REPORT, _PAGE = "report.html", "spectra.html"
-
 
 class Measured(Record):
     """What `spectrim compress` writes as measurement.json: cost and accuracy of both networks."""
@@ -45,115 +44,56 @@ class Measured(Record):
     fidelity: Fidelity | None = None
 
 
-@unfolded
-def analyze_network(
-    *,
-    source: Source,
-    layers: Layers,
-    machine: Machine,
-    out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help=f"Folder for {_PAGE}: every layer's singular values, as figures.")
-    ] = None,
-    invocation: Invocation,
-) -> None:
-    """Show how many dimensions each layer of a network really uses."""
-    files: OutputFiles = {_PAGE: (is_page, "open this in a browser")}
+def analyze_network(command: commands.Analyze) -> None:
+    """The table of every layer's singular values, and their figures."""
+    source, out = command.source, command.out
+    files: OutputFiles = {SPECTRA: (is_page, "open this in a browser")}
     with stages() as progress, outputs(out, files) if out else nullcontext() as folder:
-        analysis = _analysis(load_source(source, progress, machine), layers, progress=progress)
+        analysis = _analysis(load_source(source, progress, command.machine), command.layers, progress=progress)
         listing = table(analysis)
         if folder is not None:
             title = f"Singular values of {source.model}"
             results = Results.of_network(
-                title, dense=Measurement(**analysis.whole.model_dump()), analysis=analysis, command=str(invocation)
+                title,
+                dense=Measurement(**analysis.whole.model_dump()),
+                analysis=analysis,
+                command=str(command.invocation),
             )
-            report(results, folder / _PAGE)
-    show(listing)
-    if out is not None:
-        show_files(out, files)
+            report(results, folder / SPECTRA)
+    show(listing, *(file_lines(out, files) if out else ()), output=command.output)
 
 
-@unfolded
-def plan_network(
-    *,
-    source: Source,
-    layers: Layers,
-    goal: Goal,
-    machine: Machine,
-    out: Annotated[Path, typer.Option(metavar="FILE", help=f"The file to write, such as {PLAN}.")],
-    invocation: Invocation,
-) -> None:
-    """Decide the form and rank of every layer, and write that as a file to look at, edit, and apply."""
-    _check(goal, source)
+def plan_network(command: commands.Plan) -> None:
+    """The plan, as a table and as a file."""
+    source, out = command.source, command.out
+    _check(command.goal, source)
     out = out / PLAN if out.is_dir() else out
     files: OutputFiles = {out.name: (Plan.load, "the plan: edit a layer's form and rank if you like")}
     with stages() as progress, outputs(out.parent, files) as folder:
-        network = load_source(source, progress, machine)
-        plan = _decide(network, goal, source=source, layers=layers, progress=progress).plan
+        network = load_source(source, progress, command.machine)
+        plan = _decide(network, command, progress=progress).plan
         plan.save(folder / out.name)
-    show(table(plan), _times(plan))
-    show_files(out.parent, files)
-    command = shlex.join(["spectrim", "compress", *invocation.arguments(Source), "--plan", str(out), "--out"])
-    show("Apply it:", f"  {command} DIR")
+    arguments = shlex.join([*command.invocation.arguments(Source), "--plan", str(out), "--out"])
+    hints = ("Apply it:", f"  spectrim compress {arguments} DIR")
+    show(table(plan), _times(plan), *file_lines(out.parent, files), *hints, output=command.output)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Method:
-    """What `spectrim compress` does: a plan instead of a rule, whether layers are fitted, or an estimate alone."""
-
-    plan: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Apply this plan instead of a rule; `spectrim plan` writes one.")
-    ] = None
-    reconstruct: Annotated[
-        bool | None,
-        typer.Option(
-            "--reconstruct/--no-reconstruct",
-            help="Fit each layer to what it receives in the compressed network (default for --macs, --params, --bytes "
-            "and --latency, where there is --data).",
-        ),
-    ] = None
-    estimate: Annotated[
-        bool, typer.Option("--estimate", help="Only show how much memory this takes; nothing is written.")
-    ] = False
-
-    @property
-    def fitted(self) -> Fitted:
-        """As the library takes it."""
-        return "auto" if self.reconstruct is None else self.reconstruct
-
-
-@unfolded
-def compress_network(
-    *,
-    source: Source,
-    layers: Layers,
-    goal: Goal,
-    method: Method,
-    machine: Machine,
-    test: Test = None,
-    out: Annotated[
-        Path,
-        typer.Option(
-            metavar="DIR",
-            help=f"Folder for {MODEL}, {PLAN}, {MEASURED} and {_REPORT}. Only those of an earlier run are replaced.",
-        ),
-    ],
-    invocation: Invocation,
-) -> None:
-    """Make a network smaller: factor its layers, measure the result, and write it as files."""
-    edited = None if method.plan is None else _load_plan(method.plan, invocation)
+def compress_network(command: commands.Compress) -> None:
+    """The compressed network, its plan and what was measured, as tables and as files."""
+    source, method, out = command.source, command.method, command.out
+    edited = None if method.plan is None else _load_plan(method.plan, command.invocation)
     if edited is None:
-        _check(goal, source)
-    if method.reconstruct and (source.data is None or (edited or goal).metric == "plain"):
+        _check(command.goal, source)
+    if method.reconstruct and (source.data is None or (edited or command.goal).metric == "plain"):
         raise typer.BadParameter("--reconstruct needs data: give --data, and another metric than plain")
     if method.estimate:
-        return _show_memory(source, layers, goal, machine=machine, edited=edited, fitted=method.fitted)
+        _show_memory(command, edited=edited)
+        return
     files = _files(out)
     with stages() as progress, outputs(out, files) as folder:
-        network = load_source(source, progress, machine)
-        untested = network.why_untested(asked=test)
-        decision = _decide(
-            network, goal, source=source, layers=layers, progress=progress, edited=edited, fitted=method.fitted
-        )
+        network = load_source(source, progress, command.machine)
+        untested = network.why_untested(asked=command.test)
+        decision = _decide(network, command, progress=progress, edited=edited, fitted=method.fitted)
         progress.begin("compress")
         small = carry_out(
             network.model,
@@ -167,7 +107,7 @@ def compress_network(
         dense = measured(network.model, "dense network")
         compressed = measured(small.model, "compressed network", dense=network.model)
         progress.begin("write")
-        record = _write(folder, small, dense=dense, compressed=compressed, command=str(invocation))
+        record = _write(folder, small, dense=dense, compressed=compressed, command=str(command.invocation))
         results = Results.of_network(
             f"{source.model}, compressed",
             dense=dense,
@@ -176,11 +116,10 @@ def compress_network(
             analysis=decision.analysis,
             command=record.command,
         )
-        report(results, folder / _REPORT)
-    show(table(small.plan), _times(small.plan), table(compressed))
-    show(str(small.fidelity) if small.fidelity else None, _accuracy(record, network, untested=untested))
-    show_files(out, files)
-    return _show_how_to_load(source, network, out=out)
+        report(results, folder / REPORT)
+    findings = str(small.fidelity) if small.fidelity else None, _accuracy(record, network, untested=untested)
+    hints = *file_lines(out, files), *_how_to_load(source, network, out=out)
+    show(table(small.plan), _times(small.plan), table(compressed), *findings, *hints, output=command.output)
 
 
 def _write(folder: Path, small: Compressed, *, dense: Measurement, compressed: Measurement, command: str) -> Measured:
@@ -200,33 +139,31 @@ def _write(folder: Path, small: Compressed, *, dense: Measurement, compressed: M
 
 def _decide(
     network: Loaded,
-    goal: Goal,
+    command: commands.Plan | commands.Compress,
     *,
-    source: Source,
-    layers: Layers,
     progress: Stages,
     edited: Plan | None = None,
     fitted: Fitted = "auto",
 ) -> Decision:
     """The analysis, and the plan that the rule gives, or the one that was edited."""
+    goal = command.goal
     return decide(
         network.model,
         goal.rule if edited is None else edited,
         example_inputs=network.example,
         data=network.calibration,
-        layers=layers.selection,
+        layers=command.layers.selection,
         options=PlanOptions(metric=goal.metric, forms=goal.forms, rank_multiple=_rank_multiple(goal, progress)),
-        run=RunOptions(cache=source.cache_bytes, reconstruct=fitted),
+        run=RunOptions(cache=command.source.cache_bytes, reconstruct=fitted),
         on_progress=progress.follow,
     )
 
 
-def _show_memory(
-    source: Source, layers: Layers, goal: Goal, *, machine: Machine, edited: Plan | None, fitted: Fitted
-) -> None:
+def _show_memory(command: commands.Compress, *, edited: Plan | None) -> None:
     """The memory that `compress` takes with these options."""
+    source, goal = command.source, command.goal
     with stages() as progress:
-        network = load_source(source, progress, machine)
+        network = load_source(source, progress, command.machine)
         progress.begin("estimate")
         estimate = estimate_memory(
             network.model,
@@ -235,11 +172,11 @@ def _show_memory(
             data=network.calibration,
             metric=goal.metric,
             forms=goal.forms,
-            **vars(layers.selection),
-            reconstruct=fitted,
+            **vars(command.layers.selection),
+            reconstruct=command.method.fitted,
             cache=source.cache_bytes,
         )
-    show(table(estimate))
+    show(table(estimate), output=command.output)
 
 
 def _rank_multiple(goal: Goal, progress: Stages) -> int | Grid | Literal["auto"] | None:
@@ -315,7 +252,7 @@ def _accuracy(record: Measured, network: Loaded, *, untested: str | None) -> str
     return text
 
 
-def _show_how_to_load(source: Source, network: Loaded, *, out: Path) -> None:
+def _how_to_load(source: Source, network: Loaded, *, out: Path) -> tuple[str, ...]:
     """How Python loads the network."""
     options = f", options={source.options!r}" if source.options else ""
     takes = network.example.describe()
@@ -324,7 +261,7 @@ def _show_how_to_load(source: Source, network: Loaded, *, out: Path) -> None:
         takes = f"{str(network.example.args[0].dtype).removeprefix('torch.')} ({shape})"
     prepare = network.data.prepare if network.data else None
     preparation = "" if prepare is None else f", {prepare}"
-    show(
+    return (
         "In Python:",
         "  import spectrim",
         "  from spectrim.models import resolve",
@@ -341,5 +278,5 @@ def _files(out: Path) -> OutputFiles:
         MODEL: (recorded, "the network"),
         PLAN: (Plan.load, "what was done to each layer"),
         MEASURED: (Measured.load, "every number"),
-        _REPORT: (is_page, "open this in a browser"),
+        REPORT: (is_page, "open this in a browser"),
     }

@@ -9,23 +9,42 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
 import typer
-from typer.models import OptionInfo
 
-from spectrim.core.plans import Budget, Energy, Metric, Rank, Ratio, Rule
-from spectrim.layers.forms import FORMS
-from spectrim.layers.selection import LayerSelection
-from spectrim.runtimes.sessions import RUNTIMES
+from spectrim.core.errors import FileError, did_you_mean
+from spectrim.core.names import RUNTIMES, Metric
+
+if TYPE_CHECKING:
+    from spectrim.core.plans import Rule
+    from spectrim.layers.selection import LayerSelection
 
 _Name = TypeVar("_Name", bound=str)
+_Command = TypeVar("_Command")
 
 NETWORK, DATA = "The network", "The data"
-_network, _data, _layers, _rule, _machine = (
+_network, _data, _layers, _rule, _machine, _output = (
     partial(typer.Option, rich_help_panel=panel)
-    for panel in (NETWORK, DATA, "Which layers", "How small (exactly one of the first seven)", "The machine")
+    for panel in (
+        NETWORK,
+        DATA,
+        "Which layers",
+        "How small (exactly one of the first seven)",
+        "The machine",
+        "What is printed",
+    )
 )
+
+
+def require_path(path: Path | None) -> Path | None:
+    """The path, if it was given. Raises `FileError` where nothing is."""
+    if path is not None and not path.exists():
+        siblings = map(str, path.parent.glob("*")) if path.parent.is_dir() else ()
+        hint = did_you_mean(str(path), siblings)
+        raise FileError(f"cannot read {path}: there is no such file or folder; {hint}this folder is {Path.cwd()}")
+    return path
+
 
 Test = Annotated[
     bool | None,
@@ -38,14 +57,12 @@ class Group:
     """How a command offers a group of options, where it is not as the group declares them.
 
     Fields in `without` are no options of this command and keep their defaults; those in `required` must be given;
-    others have `defaults` of their own. `options` are what typer is to know of each, for a group that does not say so
-    itself.
+    others have `defaults` of their own.
     """
 
     without: tuple[str, ...] = ()
     required: tuple[str, ...] = ()
     defaults: Mapping[str, object] = field(default_factory=dict)
-    options: Mapping[str, OptionInfo] = field(default_factory=dict)
 
     def parameters(self, kind: type) -> list[inspect.Parameter]:
         """A parameter for each option of the group."""
@@ -54,9 +71,8 @@ class Group:
         for name, parameter in inspect.signature(kind).parameters.items():
             if name in self.without:
                 continue
-            hint = Annotated[hints[name], self.options[name]] if name in self.options else hints[name]
             default = inspect.Parameter.empty if name in self.required else self.defaults.get(name, parameter.default)
-            parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint))
+            parameters.append(parameter.replace(default=default, annotation=hints[name]))
         return parameters
 
 
@@ -94,11 +110,25 @@ class Invocation:
         return shlex.join(["spectrim", self.command, *self.arguments()])
 
 
-def unfolded(command: Callable[..., None]) -> Callable[..., None]:
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """How tables are printed."""
+
+    json: Annotated[bool, _output("--json", help="The tables as JSON, and all else on standard error.")] = False
+    csv: Annotated[bool, _output("--csv", help="The tables as CSV, and all else on standard error.")] = False
+
+    def __post_init__(self) -> None:
+        if self.json and self.csv:
+            raise typer.BadParameter("give --json or --csv, not both")
+
+
+def unfolded(
+    command: Callable[..., _Command], *, perform: Callable[[_Command], None] = lambda command: None
+) -> Callable[..., None]:
     """The command with an option for every field of its groups, since typer knows no dataclasses.
 
-    A parameter that is a dataclass, or is annotated with a `Group`, is a group. One that is an `Invocation` is no
-    option: it says how the command was called.
+    `command` is a function, or a dataclass that `perform` is called with. A parameter that is a dataclass, or is
+    annotated with a `Group`, is a group. One that is an `Invocation` is no option: it says how the command was called.
     """
     hints = get_type_hints(command, include_extras=True)
     groups: dict[str, tuple[type, list[inspect.Parameter]]] = {}
@@ -115,13 +145,14 @@ def unfolded(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def run(**values: Any) -> None:
-        invocation = Invocation(command.__name__.removesuffix("_network"), dict(values), defaults)
+        written = {name: value for name, value in values.items() if name not in vars(Output())}
+        invocation = Invocation(command.__name__.lower(), written, defaults)
         grouped = {
             name: kind(**{option.name: values.pop(option.name) for option in options})
             for name, (kind, options) in groups.items()
         }
         own = {name: invocation for name, hint in hints.items() if hint is Invocation}
-        command(**grouped, **own, **values)
+        perform(command(**grouped, **own, **values))
 
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters} | {"return": None}
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # where inspect looks for it
@@ -144,6 +175,7 @@ class Source:
         Path | None,
         _network(
             metavar="FILE|DIR",
+            callback=require_path,
             help="Its trained weights: .safetensors, or .pt and the like; for a compressed network the folder that "
             "`spectrim compress` or `spectrim finetune` wrote, or the file in it.",
         ),
@@ -192,7 +224,10 @@ class Source:
             help="The accuracy that the network has, such as 91.7: a warning before any work if it is far from it.",
         ),
     ] = None
-    data_folder: Annotated[Path | None, _data(metavar="DIR", help="Where its raw files lie, if you have them.")] = None
+    data_folder: Annotated[
+        Path | None,
+        _data(metavar="DIR", exists=True, file_okay=False, help="Where its raw files lie, if you have them."),
+    ] = None
     images: Annotated[int, _data(metavar="N", min=1, help="Calibration samples.")] = 1024
     batch: Annotated[int, _data(metavar="N", min=1, help="Samples at a time.")] = 256
     seed: Annotated[int, _data(metavar="N", min=0, help="Seed of the choice of images, their order and dropout.")] = 0
@@ -261,8 +296,10 @@ class Layers:
     keep_last: Annotated[bool, _layers("--keep-last", help="Leave the last layer that is called as it is.")] = False
 
     @property
-    def selection(self) -> LayerSelection:
+    def selection(self) -> "LayerSelection":
         """As the library takes it."""
+        from spectrim.layers.selection import LayerSelection
+
         return LayerSelection(self.include or ("*",), self.exclude or (), self.keep_last)
 
 
@@ -284,7 +321,7 @@ class Machine:
     ] = "cpu"
 
 
-_LAYER_RULES: Mapping[str, Callable[[Any], Rule]] = {"rank": Rank, "ratio": Ratio, "energy": Energy}
+_LAYER_RULES = {"rank": "Rank", "ratio": "Ratio", "energy": "Energy"}
 _RULES = ("macs", "params", "bytes", "latency", *_LAYER_RULES)
 
 
@@ -303,8 +340,9 @@ class Goal:
         Metric | None,
         _rule(
             metavar="plain|activation|loss",
-            help="Errors count in the weights, in the layers' outputs on the data (default where there is --data), or "
-            "in these outputs weighted by how much the network's output depends on them.",
+            help="Errors count in the weights (default without --data), in the layers' outputs on the data (default "
+            "for --rank, --ratio and --energy), or in these outputs weighted by how much the network's output depends "
+            "on them (default for the other rules).",
         ),
     ] = None
     form: Annotated[
@@ -338,8 +376,10 @@ class Goal:
     ] = None
 
     @property
-    def rule(self) -> Rule:
+    def rule(self) -> "Rule":
         """The one rule that was given."""
+        from spectrim.core import plans
+
         names = [name for name in _RULES if getattr(self, name) is not None]
         flags = " and ".join(map(_flag, names))
         if len(names) != 1:
@@ -354,8 +394,10 @@ class Goal:
             )
         value = getattr(self, names[0])
         if self.latency is not None:
-            return Budget(latency=value, runtime=self.runtime, threads=self.latency_threads, batch=self.latency_batch)
-        return _LAYER_RULES[names[0]](value) if names[0] in _LAYER_RULES else Budget(**{names[0]: value})
+            threads, batch = self.latency_threads, self.latency_batch
+            return plans.Budget(latency=value, runtime=self.runtime, threads=threads, batch=batch)
+        rule: Rule = getattr(plans, _LAYER_RULES.get(names[0], "Budget"))(**{names[0]: value})
+        return rule
 
     @property
     def multiple(self) -> int | Literal["auto"] | None:
@@ -365,6 +407,8 @@ class Goal:
     @property
     def forms(self) -> tuple[str, ...] | None:
         """The forms, if any were named."""
+        from spectrim.layers.forms import FORMS
+
         return known_names(self.form or (), [form.name for form in FORMS], option="--form") or None
 
 

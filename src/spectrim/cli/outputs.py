@@ -9,8 +9,6 @@ from typing import Literal
 from spectrim.core.errors import FileError
 from spectrim.core.files import FrozenFile, read_text, require_writable_folder, sha256_of
 
-MODEL, PLAN, MEASURED = "model.safetensors", "plan.json", "measurement.json"
-
 OverwriteCheck = Callable[[Path], object]
 """Raises a FileError or returns False for a file that must not be replaced, since Spectrim did not write it."""
 

@@ -1,5 +1,8 @@
 """What a command shows: its progress, a bar a stage in a terminal and a line a stage elsewhere, then its results."""
 
+import csv
+import io
+import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -9,12 +12,14 @@ from typing import TypeVar
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
+from spectrim.cli.options import Output
 from spectrim.cli.outputs import OutputFiles
+from spectrim.reporting import words
 from spectrim.reporting.listings import Listing
 
 _Item = TypeVar("_Item")
+_ANY_WIDTH = 1_000_000
 _TITLES = {
     "calibrate": "calibrate",
     "weigh": "weigh {} layers",
@@ -72,7 +77,7 @@ class Stages:
 @contextmanager
 def stages(*, state: Callable[[], str] = lambda: "nothing was written") -> Iterator[Stages]:
     """Show stages; an interrupt ends the command as in `interruptible`."""
-    console = Console(highlight=False)
+    console = Console(stderr=True, highlight=False)
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
     bars = Progress(*columns, console=console, disable=not console.is_terminal)
     with interruptible(state), bars, ExitStack() as closing:
@@ -92,16 +97,51 @@ def interruptible(state: Callable[[], str]) -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
-def show(*parts: Listing | Table | str | None) -> None:
-    """Print tables, and lines of text as they are; None is nothing."""
-    console = Console(highlight=False)
+def show(*parts: Listing | str | None, output: Output | None = None) -> None:
+    """Print tables, and lines of text as they are; None is nothing. Outside of a terminal a table is as wide as it is.
+
+    Tables that `output` asks for as JSON or CSV stand alone on standard output; the text goes to standard error then.
+    """
+    machine = output is not None and (output.json or output.csv)
+    console = Console(stderr=machine, highlight=False)
+    if not console.is_terminal:
+        console.width = _ANY_WIDTH
     for part in parts:
         if isinstance(part, str):
             console.print(part, markup=False, soft_wrap=True)
         elif part is not None:
-            console.print(part)
+            console.print(part.note if machine else part)
+    tables = [part for part in parts if isinstance(part, Listing)]
+    if output is not None and output.json and tables:
+        values = [{"title": part.title, "rows": _records(part), "note": part.note} for part in tables]
+        typer.echo(json.dumps(values, indent=2, ensure_ascii=False, default=float))
+    elif machine:
+        typer.echo("\n".join(map(_as_csv, tables)), nl=False)
 
 
-def show_files(folder: Path, files: OutputFiles) -> None:
-    """Print where each file is, and what is in it."""
-    show(*(f"  {folder / name}" + (f"  ({content})" if content else "") for name, (_, content) in files.items()))
+def file_lines(folder: Path, files: OutputFiles) -> list[str]:
+    """Where each file is, and what is in it."""
+    return [f"  {folder / name}" + (f"  ({content})" if content else "") for name, (_, content) in files.items()]
+
+
+def _records(table: Listing) -> list[dict[str, object]]:
+    """The rows of a table by the names of its columns, with numbers where the cells have one, and all the same keys."""
+    records: list[dict[str, object]] = [{} for _ in table.rows]
+    for at, column in enumerate(table.columns):
+        head = column.head.partition("[")[0].replace("\n", " ").strip() or ("Remark" if at else "Name")
+        for record, row in zip(records, table.rows, strict=True):
+            cell, plain = row[at], row[at].replace(",", "")
+            text = None if cell in ("", words.NOTHING) else cell.replace("\n", " ")
+            values = {"": int(plain) if column.number and plain.isdecimal() else text}
+            for part, value in (cell.values if isinstance(cell, words.Cell) else values).items():
+                record[f"{head} {part}".strip()] = value
+    keys = dict.fromkeys(key for record in records for key in record)
+    return [{key: record.get(key) for key in keys} for record in records]
+
+
+def _as_csv(table: Listing) -> str:
+    text, records = io.StringIO(), _records(table)
+    writer = csv.DictWriter(text, records[0] if records else (), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(records)
+    return text.getvalue()

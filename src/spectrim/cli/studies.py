@@ -9,28 +9,31 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from spectrim import recipes
 from spectrim.cli.machine import SMALL_BATCH, find_device, set_threads
-from spectrim.cli.options import CPU, Group, Machine, unfolded
+from spectrim.cli.options import CPU, Group, Machine, Output, unfolded
 from spectrim.cli.stages import interruptible, show
 from spectrim.core.errors import DataError
 from spectrim.reporting import runtimes_table, table
+from spectrim.reporting.listings import Column, listing
 
 recipe = typer.Typer(no_args_is_help=True, help="Reproducible studies, one command each.")
 
 
 @recipe.command("list")
-def list_recipes() -> None:
+@unfolded
+def list_recipes(*, output: Output) -> None:
     """Show every study."""
-    rows = Table("name", "kind", "what it does", "data", box=box.SIMPLE_HEAD)
-    for study in recipes.STUDIES:
-        rows.add_row(study.name, study.kind, study.title, study.dataset)
-    show(rows)
+    columns: dict[Column, Callable[[recipes.Study], str]] = {
+        Column("Name", number=False): lambda study: study.name,
+        Column("Kind", 1, number=False): lambda study: study.kind,
+        Column("What it does", number=False, narrow=24): lambda study: study.title,
+        Column("Data", number=False): lambda study: study.dataset,
+    }
+    show(listing("Recipes", recipes.STUDIES, columns), output=output)
 
 
 @recipe.command("show")
@@ -65,7 +68,7 @@ class RunOptions:
     ] = None
     quick: Annotated[bool, typer.Option("--quick", help="Little data, few epochs, one seed: to see it work.")] = False
 
-    def run(self, study: recipes.Study, machine: Machine) -> None:
+    def run(self, study: recipes.Study, machine: Machine, *, output: Output) -> None:
         """Run the study with these options."""
         if self.quick:
             study = study.quick()
@@ -79,7 +82,7 @@ class RunOptions:
             command = f"{study.command} --weights {self.weights}"
             study = study.model_copy(update={"weights": self.weights, "command": command})
         out = self.out or Path(f"spectrim-{study.name}")
-        run(study, out=out, data_folder=self.data_folder, machine=machine)
+        run(study, out=out, data_folder=self.data_folder, machine=machine, output=output)
 
 
 @recipe.command("run")
@@ -89,11 +92,12 @@ def run_recipe(
     *,
     options: RunOptions,
     machine: Annotated[Machine, CPU],
+    output: Output,
 ) -> None:
     """Run a recipe: a file of yours, or a study by its name."""
     is_file = Path(what).exists() or what.endswith(".toml") or "/" in what or "\\" in what
     is_file = is_file and what not in recipes.NAMES
-    options.run(recipes.read_recipe(Path(what)) if is_file else recipes.find_study(what), machine)
+    options.run(recipes.read_recipe(Path(what)) if is_file else recipes.find_study(what), machine, output=output)
 
 
 @recipe.command("verify")
@@ -103,19 +107,22 @@ def verify_recipe(
     *,
     data_folder: DataFolder = None,
     machine: Annotated[Machine, CPU],
+    output: Output,
 ) -> None:
     """Measure again what a finished run says of itself; exit code 1 if something differs, is missing or altered."""
-    console = Console(highlight=False)
-    with _bars(console) as update, ExitStack() as closing:
-        set_threads(machine, SMALL_BATCH, closing=closing, say=console.print)
+    with _bars() as update, ExitStack() as closing:
+        set_threads(machine, SMALL_BATCH, closing=closing, say=_say)
         checks = recipes.verify_run(folder, data_folder=data_folder, on_progress=update)
-    rows = Table("what", "as noted", "now", "", box=box.SIMPLE_HEAD)
-    for check in checks:
-        rows.add_row(check.what, check.stored, check.measured, check.verdict, style=None if check.good else "bold red")
-    console.print(rows)
+    columns: dict[Column, Callable[[recipes.Check], str]] = {
+        Column("What", number=False): lambda check: check.what,
+        Column("As noted", number=False): lambda check: check.stored,
+        Column("Now", number=False): lambda check: check.measured,
+        Column("Verdict", number=False): lambda check: check.verdict,
+    }
     bad = sum(not check.good for check in checks)
     compared = sum(check.verdict != "not judged" for check in checks)
-    console.print(f"{bad} of {compared} do not hold" if bad else f"all {compared} hold")
+    summary = f"{bad} of {compared} do not hold" if bad else f"all {compared} hold"
+    show(listing("Measured again", checks, columns, strong=lambda check: not check.good), summary, output=output)
     if bad:
         raise typer.Exit(1)
 
@@ -124,8 +131,10 @@ def _add_command(name: str) -> None:
     """Make a command of a study; its help is the remark that the recipe's file begins with."""
     without = () if isinstance(recipes.find_study(name), recipes.ClassifierStudy) else ("weights",)
 
-    def command(*, options: Annotated[RunOptions, Group(without=without)], machine: Annotated[Machine, CPU]) -> None:
-        options.run(recipes.find_study(name), machine)
+    def command(
+        *, options: Annotated[RunOptions, Group(without=without)], machine: Annotated[Machine, CPU], output: Output
+    ) -> None:
+        options.run(recipes.find_study(name), machine, output=output)
 
     remark = takewhile(lambda line: line.startswith("#"), recipes.recipe_file(name).splitlines())
     about = " ".join(line.removeprefix("#").strip() for line in remark)
@@ -137,11 +146,16 @@ for _name in recipes.NAMES:
         _add_command(_name)
 
 
+def _say(text: str) -> None:
+    Console(stderr=True, highlight=False).print(text, markup=False, soft_wrap=True)
+
+
 @contextmanager
-def _bars(console: Console) -> Iterator[Callable[[recipes.Progress], None]]:
+def _bars() -> Iterator[Callable[[recipes.Progress], None]]:
     """A listener that shows where a study stands."""
+    console = Console(stderr=True, highlight=False)
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as bars:
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
         whole, part = bars.add_task("all", total=None), bars.add_task("", total=1)
         last = ""
 
@@ -157,18 +171,17 @@ def _bars(console: Console) -> Iterator[Callable[[recipes.Progress], None]]:
         yield update
 
 
-def run(study: recipes.Study, *, out: Path, data_folder: Path | None, machine: Machine) -> None:
+def run(study: recipes.Study, *, out: Path, data_folder: Path | None, machine: Machine, output: Output) -> None:
     """Run a study with a progress bar, then show its table and where the report is."""
     find_device(machine)  # which is checked before anything is loaded
-    console = Console(highlight=False)
-    console.print(study.title, style="bold", markup=False)
+    show(study.title, output=output)
     state = f"what is finished lies in {out}, and the same command goes on from there"
-    with interruptible(lambda: state), _bars(console) as update, ExitStack() as closing:
-        choose = partial(set_threads, machine, closing=closing, say=console.print)
+    with interruptible(lambda: state), _bars() as update, ExitStack() as closing:
+        choose = partial(set_threads, machine, closing=closing, say=_say)
         results = recipes.run_study(study, out, data_folder=data_folder, on_progress=update, on_network=choose)
-    show(table(results), runtimes_table(results) if results.dense.in_runtimes else None)
-    console.print(results.summary, markup=False)
-    console.print(f"Saved is {results.chosen}: {results.chosen_because}.", markup=False)
+    times = runtimes_table(results) if results.dense.in_runtimes else None
+    saved = f"Saved is {results.chosen}: {results.chosen_because}."
+    show(table(results), times, results.summary, saved, output=output)
     for name, content in (
         ("report.html", "open this in a browser"),
         ("model.safetensors", "the network: spectrim.load(path, network)"),
@@ -178,8 +191,8 @@ def run(study: recipes.Study, *, out: Path, data_folder: Path | None, machine: M
         ("models", "every network of every seed"),
     ):
         if name != "plan.json" or results.variant(results.chosen or "dense").plan is not None:
-            show(f"  {out / name}  ({content})")
-    show(f"  spectrim recipe verify {out}  (measure all of it again)")
+            show(f"  {out / name}  ({content})", output=output)
+    show(f"  spectrim recipe verify {out}  (measure all of it again)", output=output)
 
 
 def _seeds(text: str) -> tuple[int, ...]:

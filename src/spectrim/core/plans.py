@@ -10,10 +10,7 @@ from pydantic import AliasChoices, ConfigDict, Field, model_validator
 from spectrim.core.display import Displayed
 from spectrim.core.errors import RuleError
 from spectrim.core.files import Frozen, FrozenFile
-
-Metric = Literal["plain", "activation", "loss"]
-"""What an error is measured on: the weights alone (plain), the layer's outputs on calibration data (activation), or
-those outputs weighted by their effect on the network's outputs (loss)."""
+from spectrim.core.names import Metric as Metric
 
 DENSE = "dense"
 """The form of a layer that stays as it is; the names of the others are those of `spectrim.layers.forms`."""

@@ -4,7 +4,6 @@ import importlib
 import sys
 import warnings
 from collections.abc import Sequence
-from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
@@ -31,7 +30,7 @@ def _integrate() -> None:
         )
 
 
-class _Finder(MetaPathFinder):
+class _Finder:
     """Finds one module, where Python finds it, and has the integration imported after it."""
 
     def find_spec(

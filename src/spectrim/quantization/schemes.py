@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import AliasChoices, Field
 from torch import nn
@@ -18,6 +18,7 @@ from spectrim.core.batches import batches_of, without_labels
 from spectrim.core.errors import DataError, FileError, ModelError, RuleError
 from spectrim.core.execution import Inputs, as_inputs
 from spectrim.core.files import Frozen, write_atomically
+from spectrim.core.names import SCHEMES as SCHEMES, Scheme as Scheme
 from spectrim.core.plans import Budget
 from spectrim.quantization.evaluation import (
     Feed,
@@ -34,12 +35,6 @@ from spectrim.runtimes.faults import raised_as, unknown
 
 if TYPE_CHECKING:
     import onnx
-
-Scheme = Literal["int8-weights", "int8-dynamic", "int8-static", "bf16"]
-SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
-"""int8-weights: stored as int8, computed in float32. int8-dynamic: linear layers computed in int8, with the range of
-their inputs taken in every pass; all other weights stored as int8. int8-static: layers and what lies between computed
-in int8, with ranges from calibration data. bf16: stored as bfloat16, computed in what the runtime has."""
 
 Range = Literal["auto", "full", "reduced"]
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from operator import methodcaller
+from operator import attrgetter, methodcaller
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 from spectrim.analysis.spectra import Analysis, LayerAnalysis
@@ -74,14 +74,14 @@ def _of_analysis(analysis: Analysis) -> Listing:
         Column("Shape", 6): lambda layer: words.shape(layer.shape),
         Column("Metric", number=False, optional=True): lambda layer: (mixed and _metric(layer)) or words.NOTHING,
         Column("Full\nrank", 1): lambda layer: str(layer.full_rank or words.NOTHING),
-        Column("Effective\nrank", 4): _of_spectrum(lambda spectrum: f"{spectrum.effective_rank:.0f}"),
-        Column("Stable\nrank", 9): _of_spectrum(lambda spectrum: f"{spectrum.stable_rank:.1f}"),
+        Column("Effective\nrank", 4): _of_spectrum(attrgetter("effective_rank")),
+        Column("Stable\nrank", 9): _of_spectrum(attrgetter("stable_rank"), form=".1f"),
         **{
             Column(f"Rank for\n{energy} %", level): _of_spectrum(methodcaller("rank_for", energy / 100))
             for energy, level in levels.items()
         },
         Column("Params", 3): lambda layer: words.count(layer.dense.params),
-        Column("Share of\nMACs", 3): lambda layer: _part(layer.dense.macs, macs),
+        Column("Share of\nMACs", 3): lambda layer: words.percent(layer.dense.macs / (macs or 1), places=1),
         Column("Cannot be factored", number=False, narrow=24, optional=True): lambda layer: layer.skip_reason or "",
     }
     able = sum(layer.form is not None and layer.skip_reason is None for layer in analysis)
@@ -95,12 +95,17 @@ def _metric(layer: LayerAnalysis) -> Metric | None:
     return "activation" if "activation" in layer.spectra else "plain" if "plain" in layer.spectra else None
 
 
-def _of_spectrum(show: Callable[[Spectrum], object]) -> Callable[[LayerAnalysis], str]:
-    return lambda layer: str(show(layer.spectra[metric])) if (metric := _metric(layer)) else words.NOTHING
+def _of_spectrum(rank: Callable[[Spectrum], float], *, form: str = ".0f") -> Callable[[LayerAnalysis], str]:
+    def cell(layer: LayerAnalysis) -> str:
+        value = rank(layer.spectra[metric]) if (metric := _metric(layer)) else None
+        return words.NOTHING if value is None else words.Cell(format(value, form), value)
+
+    return cell
 
 
 def _tied_names(layer: LayerAnalysis | LayerPlan) -> str:
-    return f"{layer.name}\n(also {', '.join(layer.tied_names)})" if layer.tied_names else layer.name
+    names = f"{layer.name}\n(also {', '.join(layer.tied_names)})" if layer.tied_names else layer.name
+    return words.Cell(names, layer.name)
 
 
 def _of_plan(plan: Plan) -> Listing:
@@ -112,9 +117,9 @@ def _of_plan(plan: Plan) -> Listing:
         Column("Rank"): _plan_ranks,
         Column("Break\neven", 6): lambda layer: words.NOTHING if layer.break_even is None else str(layer.break_even),
         Column("Predicted\nerror", 2): lambda layer: words.percent(layer.predicted_error, places=1),
-        Column("Params", 1): lambda layer: _change(layer.dense.params, layer.kept.params),
+        Column("Params", 1): lambda layer: words.change(layer.dense.params, layer.kept.params),
         Column("Share of\nparams", 9): lambda layer: _shares(layer, (before, after), "params"),
-        Column("MACs", 3): lambda layer: _change(layer.dense.macs, layer.kept.macs),
+        Column("MACs", 3): lambda layer: words.change(layer.dense.macs, layer.kept.macs),
         Column("Share of\nMACs", 8): lambda layer: _shares(layer, (before, after), "macs"),
         Column("Reason", 4, number=False, narrow=24): lambda layer: layer.reason,
     }
@@ -132,22 +137,16 @@ def _plan_title(plan: Plan) -> str:
 
 def _plan_ranks(layer: LayerPlan) -> str:
     full = f" of {layer.full_rank}" if layer.full_rank and len(layer.ranks) < 2 else ""
-    return f"{listed(layer.ranks)}{full}" if layer.ranks else words.NOTHING
-
-
-def _part(part: int, whole: int) -> str:
-    return words.percent(part / whole if whole else None, places=1)
+    text = f"{listed(layer.ranks)}{full}" if layer.ranks else words.NOTHING
+    return words.Cell(text, **{"": layer.rank, "in": layer.rank_in, "full": layer.full_rank})
 
 
 def _shares(layer: LayerPlan, wholes: tuple[Cost, Cost], name: Literal["params", "macs"]) -> str:
     """The layer's share of the cost of all layers, before and after."""
     costs = zip((layer.dense, layer.kept), wholes, strict=True)
-    shares = [_part(getattr(part, name), getattr(whole, name)) for part, whole in costs]
-    return "\n→ ".join(dict.fromkeys(shares))
-
-
-def _change(before: int, after: int) -> str:
-    return words.count(before) if before == after else f"{words.count(before)} →\n{words.count(after)}"
+    shares = [getattr(part, name) / (getattr(whole, name) or 1) for part, whole in costs]
+    text = "\n→ ".join(dict.fromkeys(words.percent(share, places=1) for share in shares))
+    return words.Cell(text, before=shares[0], after=shares[1])
 
 
 def _of_measurement(measurement: Measurement) -> Listing:
@@ -199,6 +198,7 @@ def quantized_table(rows: Sequence[QuantizedRow], *, comparison: QuantizedTable 
 
 def _of_results(results: Results) -> Listing:
     dense, networks = results.dense, (results.dense, *results.variants)
+    paired = any(network.measurement.reference_ms for network in networks)
     columns: dict[Column, Callable[[Variant], str]] = {
         Column("Network", number=False, narrow=12): lambda network: network.name,
         Column("Rank", 9, optional=True): words.ranks,
@@ -211,7 +211,9 @@ def _of_results(results: Results) -> Listing:
         Column("Params", 1): lambda network: _cost_lines(network, "Parameters"),
         Column("Bytes", 6): lambda network: _cost_lines(network, "File size"),
         Column("MACs", 3): lambda network: _cost_lines(network, "MACs"),
-        Column("Latency", 7, optional=True): lambda network: words.milliseconds(network.measurement.latency_ms),
+        Column("Latency", 7, optional=True): lambda network: (
+            words.NOTHING if network is dense and paired else words.latency(network.measurement)
+        ),
         Column("Speed-up", 2, optional=True): lambda network: words.interval_lines(network.measurement.speedup),
     }
     by_seeds = any(network.spread is not None for network in networks)
@@ -227,12 +229,12 @@ def _of_results(results: Results) -> Listing:
 
 def _accuracy_lines(network: Variant) -> str:
     accuracy = network.accuracy
-    return words.NOTHING if accuracy is None else f"{words.percent(accuracy)}\n{words.uncertainty(network)}"
+    return words.NOTHING if accuracy is None else words.lines(words.percent(accuracy), words.uncertainty(network))
 
 
 def _cost_lines(network: Variant, cost: str) -> str:
     value, ratio = words.costs(network.measurement)[cost]
-    return value if ratio is None else f"{value}\n{words.smaller(ratio)}"
+    return value if ratio is None else words.lines(value, words.smaller(ratio))
 
 
 class _PublishedRow(NamedTuple):
@@ -286,7 +288,7 @@ def runtimes_table(results: Results) -> Listing | None:
         Column("Runtime", number=False): lambda row: row.measurement.runtime or words.NOTHING,
         Column("Speed-up"): lambda row: words.interval_lines(row.measurement.speedup),
         Column("Verdict", 3, number=False): lambda row: words.timing_verdict(row.measurement),
-        Column("Latency", 1): lambda row: words.milliseconds(row.measurement.latency_ms),
+        Column("Latency", 1): lambda row: words.latency(row.measurement),
         Column("Speed-up\nfrom MACs", 2): lambda row: words.factor(row.measurement.macs_speedup),
         Column("Share of it\nreached", 4): lambda row: words.interval_lines(row.measurement.efficiency, share=True),
     }

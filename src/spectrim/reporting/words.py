@@ -1,8 +1,8 @@
 """Numbers and findings in words: the same in terminal tables, figures and pages."""
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,13 +22,38 @@ TO = "\N{EN DASH}"
 NOTHING = TO
 
 
+class Cell(str):
+    """Words that keep their number, for programs: `2.57 k` that is 2570, `96.07 %` that is 0.9607.
+
+    `values` are by what each of them is, such as before and after, and by "" where there is one.
+    """
+
+    values: Mapping[str, object]
+
+    def __new__(cls, text: str, value: object = None, /, **values: object) -> Self:  # noqa: D102
+        cell = super().__new__(cls, text)
+        cell.values = values or {"": value}
+        return cell
+
+
+def lines(*cells: str) -> Cell:
+    """The cells below each other, with the numbers of all."""
+    return Cell("\n".join(cells), **dict(item for cell in cells for item in getattr(cell, "values", {}).items()))
+
+
 def count(number: float, *, unit: str = "") -> str:
     """Up to three significant digits with an SI prefix: 2570 is `2.57 k`."""
     if number < 1000:
-        return f"{number:g} {unit}".strip()
-    rounded = float(f"{number:.3g}")
-    power = min(4, int(math.log10(rounded) // 3))
-    return f"{f'{rounded / 1000**power:#.3g}'.rstrip('.')} {['', 'k', 'M', 'G', 'T'][power]}{unit}"
+        return Cell(f"{number:g} {unit}".strip(), number)
+    digits = float(f"{number:.3g}")
+    power = min(4, int(math.log10(digits) // 3))
+    return Cell(f"{f'{digits / 1000**power:#.3g}'.rstrip('.')} {['', 'k', 'M', 'G', 'T'][power]}{unit}", number)
+
+
+def change(before: int, after: int) -> str:
+    """Both numbers, or the one that stays."""
+    text = count(before) if before == after else f"{count(before)} →\n{count(after)}"
+    return Cell(text, before=before, after=after)
 
 
 def size(number: float) -> str:
@@ -38,7 +63,7 @@ def size(number: float) -> str:
 
 def percent(share: float | None, *, places: int = 2) -> str:
     """A share of 0.9607 is `96.07 %`."""
-    return NOTHING if share is None else f"{100 * share:.{places}f} %"
+    return NOTHING if share is None else Cell(f"{100 * share:.{places}f} %", share)
 
 
 def share(ratio: float | None) -> str:
@@ -51,38 +76,46 @@ def points(difference: float | None) -> str:
     if difference is None:
         return NOTHING
     signed = f"{100 * difference:+z.2f}".replace("-", "\N{MINUS SIGN}")
-    return "0.00" if signed == "+0.00" else signed
+    return Cell("0.00" if signed == "+0.00" else signed, 100 * difference)
 
 
 def factor(value: float | None) -> str:
     """A multiple: two decimals below 2, one below 100."""
-    return NOTHING if value is None else f"{value:.{2 if value < 2 else 1 if value < 100 else 0}f}{TIMES}"
+    return NOTHING if value is None else Cell(f"{value:.{2 if value < 2 else 1 if value < 100 else 0}f}{TIMES}", value)
 
 
 def smaller(ratio: float | None) -> str:
     """A ratio kept / dense in everyday words: 0.43 is `2.3× smaller`."""
     if ratio is None:
         return NOTHING
-    if ratio <= 0:
-        return "nothing left"
-    return "unchanged" if ratio == 1 else f"{factor(1 / ratio)} smaller" if ratio < 1 else f"{factor(ratio)} larger"
+    text = "nothing left" if ratio <= 0 else "unchanged" if ratio == 1 else ""
+    text = text or (f"{factor(1 / ratio)} smaller" if ratio < 1 else f"{factor(ratio)} larger")
+    return Cell(text, **{"kept / dense": ratio})
 
 
 def milliseconds(value: float | None) -> str:
     """Three significant digits: `0.0190 ms`, `123 ms`."""
     if value is None:
         return NOTHING
-    return f"{value:.0f} ms" if value >= 100 else f"{value:#.3g} ms"
+    return Cell(f"{value:.0f} ms" if value >= 100 else f"{value:#.3g} ms", value)
+
+
+def latency(measurement: Measurement) -> str:
+    """Of one pass; with that of the dense network before it, where both were timed in turn."""
+    before, after = milliseconds(measurement.reference_ms), milliseconds(measurement.latency_ms)
+    if None in (measurement.reference_ms, measurement.latency_ms):
+        return after
+    return Cell(f"{before} →\n{after}", **{"": measurement.latency_ms, "dense": measurement.reference_ms})
 
 
 def bounds(interval: Interval, *, scale: float = 1.0) -> str:
     """Both ends of an interval with two decimals."""
-    return f"{scale * interval.low:.2f}{TO}{scale * interval.high:.2f}"
+    return Cell(f"{scale * interval.low:.2f}{TO}{scale * interval.high:.2f}", low=interval.low, high=interval.high)
 
 
 def speedup(interval: Interval) -> str:
     """A speed-up with two decimals: `1.50×`."""
-    return f"{interval.value:.2f}{TIMES}"
+    return Cell(f"{interval.value:.2f}{TIMES}", interval.value)
 
 
 def interval_lines(interval: Interval | None, *, share: bool = False) -> str:
@@ -90,7 +123,7 @@ def interval_lines(interval: Interval | None, *, share: bool = False) -> str:
     if interval is None:
         return NOTHING
     value = percent(interval.value, places=0) if share else speedup(interval)
-    return f"{value}\n{bounds(interval, scale=100 if share else 1)}"
+    return lines(value, bounds(interval, scale=100 if share else 1))
 
 
 def verdict(speedup: Interval, *, word: str | None = None) -> str:
@@ -147,7 +180,7 @@ def accuracy(variant: Variant) -> str:
 def uncertainty(variant: Variant) -> str:
     """`± 0.07` over several seeds (in points), `95.67–96.44` from one."""
     if variant.spread is not None:
-        return f"± {100 * variant.spread:.2f}"
+        return Cell(f"± {100 * variant.spread:.2f}", spread=variant.spread)
     return bounds(variant.runs[0].test.interval, scale=100) if variant.runs else NOTHING
 
 
@@ -311,7 +344,7 @@ def sure_sign(tally: Tally) -> int:
 
 def points_bounds(interval: Interval) -> str:
     """Both ends of an interval in points: `−0.52 to −0.08`."""
-    return f"{points(interval.low)} to {points(interval.high)}"
+    return Cell(f"{points(interval.low)} to {points(interval.high)}", low=100 * interval.low, high=100 * interval.high)
 
 
 def points_interval(tally: Tally) -> str:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
 import torch
 from numpy.typing import NDArray
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from spectrim.core.errors import DependencyError, EngineError, ModelError
 from spectrim.core.execution import Inputs, as_inputs, call, device_of, evaluating, on_device_of, require_repeatable
+from spectrim.core.names import RUNTIMES as RUNTIMES, RuntimeName as RuntimeName
 from spectrim.core.nested import tensors
 from spectrim.runtimes.conversion import graph_inputs, optional, to_onnx
 from spectrim.runtimes.engines import Arrays, array_of, input_names, onnxruntime_session, openvino_model
@@ -31,12 +32,6 @@ from spectrim.runtimes.timing import Timing, interleaved, pass_timer
 
 if TYPE_CHECKING:
     import onnx
-
-RuntimeName = Literal["torch", "channels_last", "compile", "onnxruntime", "openvino", "openvino-bf16", "torch-bf16"]
-
-RUNTIMES: tuple[RuntimeName, ...] = get_args(RuntimeName)
-"""Every runtime: torch eager; the same with images and weights in channels_last; torch.compile with frozen weights in
-channels_last; ONNX Runtime with all its optimisations; OpenVINO in float32 and in bfloat16; torch eager in bfloat16."""
 
 ONNX_RUNTIMES: tuple[RuntimeName, ...] = ("onnxruntime", "openvino", "openvino-bf16")
 """Those that read ONNX."""

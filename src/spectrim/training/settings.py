@@ -10,8 +10,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from spectrim.core.errors import TrainingError
 from spectrim.core.files import Frozen
-
-LossName = Literal["cross_entropy", "mse", "bce", "kl"]
+from spectrim.core.names import LossName as LossName
 
 
 class Settings(Frozen):
