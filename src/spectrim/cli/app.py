@@ -15,7 +15,8 @@ from spectrim import __version__
 from spectrim.cli import data
 from spectrim.cli.commands import Analyze, Compress, Finetune, Plan, Quantize
 from spectrim.cli.deployment import Bench, Export
-from spectrim.cli.options import CPU, Machine, Output, unfolded
+from spectrim.cli.options import CPU, Machine, Output
+from spectrim.cli.signatures import unfolded
 from spectrim.core.errors import SpectrimError
 
 _COMMANDS: dict[type, str] = {

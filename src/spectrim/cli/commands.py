@@ -7,20 +7,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from spectrim.cli.options import (
-    CPU,
-    DATA,
-    NETWORK,
-    Goal,
-    Group,
-    Invocation,
-    Layers,
-    Machine,
-    Output,
-    Source,
-    Test,
-    require_path,
-)
+from spectrim.cli.options import CPU, DATA, NETWORK, Goal, Layers, Machine, Output, Source, Test, require_path
+from spectrim.cli.signatures import Group, Invocation
 from spectrim.core.names import SCHEMES, LossName, Scheme
 
 MODEL, PLAN, MEASURED = "model.safetensors", "plan.json", "measurement.json"

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from spectrim.cli.options import Output, unfolded
+from spectrim.cli.options import Output
+from spectrim.cli.signatures import unfolded
 
 if TYPE_CHECKING:
     from spectrim.data import Event

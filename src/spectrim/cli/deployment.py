@@ -8,18 +8,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from spectrim.cli.options import (
-    CPU,
-    NO_DATA,
-    Group,
-    Invocation,
-    Machine,
-    Output,
-    Source,
-    known_names,
-    numbers,
-    whole_or_auto,
-)
+from spectrim.cli.options import CPU, NO_DATA, Machine, Output, Source, known_names, numbers, whole_or_auto
+from spectrim.cli.signatures import Group, Invocation
 from spectrim.core.names import RUNTIMES, RuntimeName
 
 Format = Literal["onnx", "program", "openvino"]

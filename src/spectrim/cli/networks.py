@@ -16,8 +16,9 @@ from spectrim.benchmark.measurement import Measurement
 from spectrim.cli import commands
 from spectrim.cli.commands import MEASURED, MODEL, PLAN, REPORT, SPECTRA
 from spectrim.cli.loading import Loaded, load_source
-from spectrim.cli.options import Goal, Invocation, Layers, Source
+from spectrim.cli.options import Goal, Layers, Source
 from spectrim.cli.outputs import OutputFiles, Record, has_checksum, is_page, outputs
+from spectrim.cli.signatures import Invocation
 from spectrim.cli.stages import Stages, file_lines, show, stages
 from spectrim.compression import Compressed, carry_out
 from spectrim.core.files import sha256_of

@@ -1,18 +1,16 @@
 """The options that commands share, each declared once: dataclasses whose fields are options."""
 
 import ast
-import functools
-import inspect
 import math
-import shlex
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, TypeVar
 
 import typer
 
+from spectrim.cli.signatures import Group, flag
 from spectrim.core.errors import FileError, did_you_mean
 from spectrim.core.names import RUNTIMES, Metric
 
@@ -21,7 +19,6 @@ if TYPE_CHECKING:
     from spectrim.layers.selection import LayerSelection
 
 _Name = TypeVar("_Name", bound=str)
-_Command = TypeVar("_Command")
 
 NETWORK, DATA = "The network", "The data"
 _network, _data, _layers, _rule, _machine, _output = (
@@ -52,30 +49,6 @@ Test = Annotated[
 ]
 
 
-@dataclass(frozen=True)
-class Group:
-    """How a command offers a group of options, where it is not as the group declares them.
-
-    Fields in `without` are no options of this command and keep their defaults; those in `required` must be given;
-    others have `defaults` of their own.
-    """
-
-    without: tuple[str, ...] = ()
-    required: tuple[str, ...] = ()
-    defaults: Mapping[str, object] = field(default_factory=dict)
-
-    def parameters(self, kind: type) -> list[inspect.Parameter]:
-        """A parameter for each option of the group."""
-        hints = get_type_hints(kind, include_extras=True)
-        parameters: list[inspect.Parameter] = []
-        for name, parameter in inspect.signature(kind).parameters.items():
-            if name in self.without:
-                continue
-            default = inspect.Parameter.empty if name in self.required else self.defaults.get(name, parameter.default)
-            parameters.append(parameter.replace(default=default, annotation=hints[name]))
-        return parameters
-
-
 NO_DATA = ("data", "tokenizer", "resize", "expect", "data_folder", "images", "batch", "seed", "cache", "mean", "std")
 """What a command that runs a network on random inputs leaves out of `Source`."""
 
@@ -84,35 +57,11 @@ CPU = Group(without=("device",))
 """The `Machine` of a command that runs on the CPU only."""
 
 
-@dataclass(frozen=True)
-class Invocation:
-    """How a command was called, so that it can be called again: its name, and the value and default of every option."""
-
-    command: str
-    values: Mapping[str, object]
-    defaults: Mapping[str, object]
-
-    def arguments(self, *groups: type) -> list[str]:
-        """The arguments that give the options of these groups, or all options; none for those at their defaults."""
-        names = {option.name for group in groups for option in fields(group)} if groups else set(self.values)
-        words: list[str] = []
-        for name, value in self.values.items():
-            if name not in names or value == self.defaults[name]:
-                continue
-            if isinstance(value, bool):
-                words.append(_flag(name if value else f"no_{name}"))
-            else:
-                for item in value if isinstance(value, list) else [value]:
-                    words += [_flag(name), str(item)]
-        return words
-
-    def __str__(self) -> str:
-        return shlex.join(["spectrim", self.command, *self.arguments()])
-
-
 @dataclass(frozen=True, kw_only=True)
 class Output:
     """How tables are printed."""
+
+    is_recorded: ClassVar = False
 
     json: Annotated[bool, _output("--json", help="The tables as JSON, and all else on standard error.")] = False
     csv: Annotated[bool, _output("--csv", help="The tables as CSV, and all else on standard error.")] = False
@@ -120,43 +69,6 @@ class Output:
     def __post_init__(self) -> None:
         if self.json and self.csv:
             raise typer.BadParameter("give --json or --csv, not both")
-
-
-def unfolded(
-    command: Callable[..., _Command], *, perform: Callable[[_Command], None] = lambda command: None
-) -> Callable[..., None]:
-    """The command with an option for every field of its groups, since typer knows no dataclasses.
-
-    `command` is a function, or a dataclass that `perform` is called with. A parameter that is a dataclass, or is
-    annotated with a `Group`, is a group. One that is an `Invocation` is no option: it says how the command was called.
-    """
-    hints = get_type_hints(command, include_extras=True)
-    groups: dict[str, tuple[type, list[inspect.Parameter]]] = {}
-    parameters: list[inspect.Parameter] = []
-    for name, parameter in inspect.signature(command).parameters.items():
-        kind, *extras = get_args(hints[name]) or (hints[name],)
-        group = next((extra for extra in extras if isinstance(extra, Group)), Group())
-        if kind is Invocation:
-            continue
-        if is_dataclass(kind) or group != Group():
-            groups[name] = kind, group.parameters(kind)
-        parameters += groups[name][1] if name in groups else [parameter]
-    defaults = {parameter.name: parameter.default for parameter in parameters}
-
-    @functools.wraps(command)
-    def run(**values: Any) -> None:
-        written = {name: value for name, value in values.items() if name not in vars(Output())}
-        invocation = Invocation(command.__name__.lower(), written, defaults)
-        grouped = {
-            name: kind(**{option.name: values.pop(option.name) for option in options})
-            for name, (kind, options) in groups.items()
-        }
-        own = {name: invocation for name, hint in hints.items() if hint is Invocation}
-        perform(command(**grouped, **own, **values))
-
-    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters} | {"return": None}
-    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # where inspect looks for it
-    return run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -381,16 +293,16 @@ class Goal:
         from spectrim.core import plans
 
         names = [name for name in _RULES if getattr(self, name) is not None]
-        flags = " and ".join(map(_flag, names))
+        flags = " and ".join(map(flag, names))
         if len(names) != 1:
             raise typer.BadParameter(
-                f"say how small by exactly one of {', '.join(map(_flag, _RULES))} (or a --plan); "
+                f"say how small by exactly one of {', '.join(map(flag, _RULES))} (or a --plan); "
                 + (f"{flags} are {len(names)}" if names else "none was given")
             )
         timing = [name for name in ("runtime", "latency_threads", "latency_batch") if getattr(self, name) is not None]
         if timing and self.latency is None and self.multiple != "auto":
             raise typer.BadParameter(
-                f"{' and '.join(map(_flag, timing))} say how --latency or --rank-multiple auto is timed; {flags} is not"
+                f"{' and '.join(map(flag, timing))} say how --latency or --rank-multiple auto is timed; {flags} is not"
             )
         value = getattr(self, names[0])
         if self.latency is not None:
@@ -439,7 +351,3 @@ def whole_or_auto(text: str | None, *, option: str) -> int | Literal["auto"] | N
     if not text.isdecimal() or int(text) < 1:
         raise typer.BadParameter(f"{option} {text}: give a whole number of at least 1, or auto")
     return int(text)
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"

@@ -14,7 +14,8 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from spectrim import recipes
 from spectrim.cli.machine import SMALL_BATCH, find_device, set_threads
-from spectrim.cli.options import CPU, Group, Machine, Output, unfolded
+from spectrim.cli.options import CPU, Machine, Output
+from spectrim.cli.signatures import Group, unfolded
 from spectrim.cli.stages import interruptible, show
 from spectrim.core.errors import DataError
 from spectrim.reporting import runtimes_table, table
