@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import spectrim as st
 from spectrim import errors
+from spectrim.core import memory
 
 
 def seen_by(model: nn.Module, name: str, data: list[Tensor]) -> Tensor:
@@ -107,3 +108,13 @@ def test_layers_that_are_called_inside_of_a_transform_have_no_statistics(transfo
     compressed = st.compress(model, st.Energy(0.5), example_inputs=data[0], data=data)
     assert "torch.func" in compressed.plan["hidden"].reason
     assert compressed.plan["last"].is_factored
+
+
+def test_statistics_that_do_not_fit_into_memory_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, data = nn.Linear(1300, 4), [torch.randn(8, 1300)]
+    needed = 1300**2 * 12
+    monkeypatch.setattr(memory, "free_bytes", lambda _: needed)
+    assert set(st.calibrate(model, data).moments) == {""}
+    monkeypatch.setattr(memory, "free_bytes", lambda _: needed - 1)
+    with pytest.raises(errors.ResourceError, match=r"statistics of 1,300 inputs take 0\.02 GB"):
+        st.calibrate(model, data)

@@ -100,6 +100,7 @@ def calibrate(
         DataError: no batches, a batch the model cannot run, or activations that are NaN or infinite.
         EngineError: a device that this machine does not have.
         FileError: a folder that cannot be written to, or that has no space left.
+        ResourceError: the statistics of a layer take more memory than is free.
     """
     storage = Storage.of(device, offload)
     sums: dict[str, RunningCovariance] = {}

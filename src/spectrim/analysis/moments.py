@@ -185,6 +185,9 @@ class RunningCovariance:
         number = rows.shape[1]
         mean = rows.mean(dim=1)
         centred = rows - mean.unsqueeze(1)
+        groups, _, width = rows.shape
+        size = groups * width**2 * (4 if width > _WIDE else 12)
+        self.storage.require(size, device=rows.device, what=f"the statistics of {groups * width:,} inputs")
         scatter, mean = centred.mT @ centred, to_float64(mean)
         if self.count == number:
             # half the memory of a wide layer, whose products are in float32 in any case

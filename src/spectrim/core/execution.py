@@ -16,7 +16,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils.hooks import RemovableHandle
 
-from spectrim.core.errors import FileError, ModelError
+from spectrim.core.errors import FileError, ModelError, ResourceError
 from spectrim.core.nested import describe, from_numpy, has_ragged, map_tensors, rows, tensors
 
 LABELS = ("labels", "label")
@@ -207,7 +207,7 @@ def call(model: nn.Module, inputs: Inputs, *, what: str = "example_inputs", hint
     try:
         own = on_device_of(model, inputs)
         return model(*own.args, **own.kwargs)
-    except FileError:  # of a hook that writes, such as statistics on a full disk
+    except (FileError, ResourceError):  # of a hook that writes or counts, such as statistics on a full disk
         raise
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

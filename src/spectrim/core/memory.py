@@ -10,7 +10,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from spectrim.core.errors import ArgumentError, EngineError, FileError
+from spectrim.core.errors import ArgumentError, EngineError, FileError, ResourceError
 from spectrim.core.execution import device_of
 from spectrim.core.files import require_writable_folder
 
@@ -66,6 +66,15 @@ class Storage:
     def move(self, tensor: Tensor) -> Tensor:
         """The tensor on the device."""
         return tensor if self.device is None else tensor.to(self.device)
+
+    def require(self, size: int, *, device: torch.device, what: str) -> None:
+        """Raise `ResourceError` if a large tensor of so many bytes does not fit; `what` is its name for the message."""
+        free = free_bytes(device) if size >= MAPPED_BYTES else size
+        if size > free:
+            raise ResourceError(
+                f"{what} take {size / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free on {device}; leave its layer out "
+                "(layers=, exclude=), give fewer samples than it has inputs, or a machine with more memory"
+            )
 
     def keep(self, tensor: Tensor) -> Tensor:
         """The tensor, or if it is large and there is a folder, a copy in a file there.
