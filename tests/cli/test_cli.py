@@ -48,7 +48,7 @@ def test_the_demo_ends_with_a_table_and_goes_on_from_what_is_there(
     assert "dense" in first.out
     assert "rank 20, activation, fine-tuned" in first.out
     assert "spectrim-demo/report.html" in first.out
-    assert " free; OMP_NUM_THREADS: 1 thread\n" in first.out
+    assert " free; OMP_NUM_THREADS: 1 thread\n" in first.err
     folder = tmp_path / "spectrim-demo"
     assert {path.name for path in folder.iterdir()} == {
         "report.html",
