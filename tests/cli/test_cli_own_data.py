@@ -135,7 +135,7 @@ def test_arrays_in_a_file(run: Run) -> None:
     result = run("compress", *TRAINED, "--data", "digits.npz", *SCALE, "--macs", 0.5, "--out", "small")
     assert result.code == 0, result.err
     assert "test images of digits.npz: dense" in result.out, result.out
-    assert "warning" not in result.out
+    assert "warning" not in result.err
 
 
 def test_values_are_learnt_by_a_loss(run: Run, tmp_path: Path) -> None:
@@ -157,7 +157,7 @@ def test_loaders_of_a_function(run: Run, tmp_path: Path) -> None:
     own = ("--model", "mine:named", "--data", "mine:loaders")
     result = run("compress", *own, "--macs", 0.5, "--out", "small")
     assert result.code == 0, result.err
-    assert "--data mine:loaders runs the code of that module" in result.out
+    assert "--data mine:loaders runs the code of that module" in result.err
     assert "on the 360 test samples of mine:loaders" in result.out
     tuned = run("finetune", *own, "--weights", "small", "--epochs", 2, "--out", "tuned")
     assert tuned.code == 0, tuned.err
@@ -183,18 +183,18 @@ def test_wrong_preprocessing_is_said_before_any_work(run: Run) -> None:
     result = run(
         "compress", *TRAINED, "--data", "folder:digits", "--mean", -20, "--std", 9, "--rank", 4, "--out", "small"
     )
-    warning = result.out[result.out.index("warning:") :]
+    warning = result.err[result.err.index("warning:") :]
     assert "little more than by guessing" in warning
     assert "With --mean 0.5 --std 0.5 it has" in warning
-    assert result.out.index("warning:") < result.out.index("calibrate")
+    assert result.err.index("warning:") < result.err.index("calibrate")
 
 
 def test_an_expected_accuracy_that_is_missed_is_said(run: Run) -> None:
     own = ("compress", *TRAINED, "--data", "folder:digits", "--rank", 4)
     missed = run(*own, "--mean", 0.1, "--std", 0.6, "--expect", 97, "--out", "first")
-    assert "and --expect says 97.00 %" in missed.out
+    assert "and --expect says 97.00 %" in missed.err
     met = run(*own, *SCALE, "--expect", 95, "--out", "second")
-    assert "warning" not in met.out
+    assert "warning" not in met.err
 
 
 def test_another_order_of_classes_is_said(run: Run, tmp_path: Path) -> None:
@@ -203,7 +203,7 @@ def test_another_order_of_classes_is_said(run: Run, tmp_path: Path) -> None:
             folder = tmp_path / "digits" / split / f"digit-{label}"
             folder.rename(folder.with_name(f"{(label + 7) % 10}"))
     result = run("compress", *TRAINED, "--data", "folder:digits", *SCALE, "--rank", 4, "--out", "small")
-    assert "numbers them in another order (7 comes out as 0, 8 comes out as 1, 9 comes out as 2, ..)" in result.out
+    assert "numbers them in another order (7 comes out as 0, 8 comes out as 1, 9 comes out as 2, ..)" in result.err
 
 
 @pytest.mark.parametrize(
@@ -224,7 +224,7 @@ def test_another_order_of_classes_is_said(run: Run, tmp_path: Path) -> None:
         (("--data", "text:mine.py"), "needs --tokenizer"),
         (("--data", "digits", "--tokenizer", "bytes"), "--tokenizer does not go with --data digits, only with text"),
         (("--data", "folder:digits", "--data-folder", "digits"), "--data-folder does not go with --data folder:digits"),
-        (("--data", "digits", "--data-folder", "nowhere"), "--data-folder: there is no folder nowhere"),
+        (("--data", "digits", "--data-folder", "nowhere"), "'nowhere' does not exist"),
         (("--expect", 90, "--input", "1,8,8"), "--expect goes with --data"),
         (("--data", "folder:digits", "--mean", "0.5,0.5,0.5", "--std", 0.5), "--mean and --std take one value"),
     ],

@@ -63,8 +63,6 @@ def data_reference(source: Source) -> DataReference | None:
             "--data text:FILE needs --tokenizer: the network's folder, its tokenizer.json, or bytes for a network that "
             "reads bytes"
         )
-    if source.data_folder is not None and not source.data_folder.is_dir():
-        raise DataError(f"--data-folder: there is no folder {source.data_folder}")
     return reference
 
 

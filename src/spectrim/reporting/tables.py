@@ -152,10 +152,18 @@ def _shares(layer: LayerPlan, wholes: tuple[Cost, Cost], name: Literal["params",
 def _of_measurement(measurement: Measurement) -> Listing:
     ratios = {name: getattr(measurement, f"{name}_ratio") or 1 for name in ("params", "bytes", "macs")}
     whole = {name: round(getattr(measurement, name) / ratio) for name, ratio in ratios.items()}
-    before, rows = words.costs(measurement.model_copy(update=whole)), []
+    dense, rows = words.costs(measurement.model_copy(update=whole)), list[tuple[str, ...]]()
     for name, (value, ratio) in words.costs(measurement).items():
-        change = value if before[name][0] == value else f"{before[name][0]} → {value}"
-        rows.append((name, change, words.share(ratio), "" if ratio is None else words.smaller(ratio)))
+        before = dense[name][0]
+        change = words.Cell(f"{before} → {value}", **{"": value.values[""]}, before=before.values[""])
+        rows.append(
+            (
+                name,
+                value if before == value else change,
+                words.share(ratio),
+                "" if ratio is None else words.smaller(ratio),
+            )
+        )
     if measurement.uncounted:
         rows.append(("Not in the MACs", ", ".join(measurement.uncounted), "", ""))
     if measurement.latency_ms is not None:

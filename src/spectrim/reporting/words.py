@@ -41,7 +41,7 @@ def lines(*cells: str) -> Cell:
     return Cell("\n".join(cells), **dict(item for cell in cells for item in getattr(cell, "values", {}).items()))
 
 
-def count(number: float, *, unit: str = "") -> str:
+def count(number: float, *, unit: str = "") -> Cell:
     """Up to three significant digits with an SI prefix: 2570 is `2.57 k`."""
     if number < 1000:
         return Cell(f"{number:g} {unit}".strip(), number)
@@ -56,7 +56,7 @@ def change(before: int, after: int) -> str:
     return Cell(text, before=before, after=after)
 
 
-def size(number: float) -> str:
+def size(number: float) -> Cell:
     """Bytes in decimal units: 340448 is `340 kB`."""
     return count(number, unit="B")
 
@@ -148,7 +148,7 @@ def circumstances(measurement: Measurement) -> str:
     return ", ".join(filter(None, (threads(measurement.threads), batch)))
 
 
-def costs(measurement: Measurement) -> dict[str, tuple[str, float | None]]:
+def costs(measurement: Measurement) -> dict[str, tuple[Cell, float | None]]:
     """The value of each cost, and its ratio kept / dense."""
     return {
         "Parameters": (count(measurement.params), measurement.params_ratio),
