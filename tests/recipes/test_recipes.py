@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 import spectrim as st
 from spectrim import errors, models, recipes
 from spectrim.cli.app import app
+from spectrim.cli.options import Machine, Output
 from spectrim.cli.studies import run
 from spectrim.data import load
 from spectrim.recipes import (
@@ -515,13 +516,13 @@ def test_the_command_line_says_what_lies_where(
     shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(shared / "seed0", tmp_path / "parts/seed0")
-    run(PROJECTED, out=tmp_path, data_folder=None)
-    printed = capsys.readouterr().out
+    run(PROJECTED, out=tmp_path, data_folder=None, machine=Machine(), output=Output())
+    printed, progress = capsys.readouterr()
     assert "rank 4, projected at every epoch" in printed
     assert "model.safetensors" in printed
     assert "plan.json" not in printed
-    assert "5/5 writing" in printed
-    assert "6/5" not in printed
+    assert "5/5 writing" in progress
+    assert "6/5" not in progress
 
 
 @pytest.mark.parametrize("study", recipes.STUDIES, ids=lambda study: study.name)
