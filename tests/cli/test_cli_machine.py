@@ -75,15 +75,15 @@ def test_a_command_says_what_it_computes_with_and_puts_the_threads_back(
     before = torch.get_num_threads()
     result = run(*ANALYZE)
     assert result.code == 0, result.err
-    assert "cpu, " in result.out
-    assert " free; small network: 1 thread\n" in result.out
+    assert "cpu, " in result.err
+    assert " free; small network: 1 thread\n" in result.err
     monkeypatch.setattr(machine, "SMALL_BATCH", 0)
-    assert "free; 1 of 2 cores free: 1 thread\n" in run(*ANALYZE).out
+    assert "free; 1 of 2 cores free: 1 thread\n" in run(*ANALYZE).err
     monkeypatch.setattr(machine, "_busy", lambda: 0.0)
-    assert "free; 2 of 2 cores free: 2 threads\n" in run(*ANALYZE).out
-    assert "free; --threads: 1 thread\n" in run(*ANALYZE, "--threads", 1).out
+    assert "free; 2 of 2 cores free: 2 threads\n" in run(*ANALYZE).err
+    assert "free; --threads: 1 thread\n" in run(*ANALYZE, "--threads", 1).err
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert f"free; OMP_NUM_THREADS: {before} thread" in run(*ANALYZE).out
+    assert f"free; OMP_NUM_THREADS: {before} thread" in run(*ANALYZE).err
     assert torch.get_num_threads() == before
 
 
@@ -101,7 +101,7 @@ def test_more_threads_than_cores_are_refused_before_anything_is_loaded(
 def test_a_device_that_is_not_there_is_refused_before_anything_is_loaded(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("_dataset", "load_network"):
+    for name in ("load_data", "load_network"):
         monkeypatch.setattr(loading, name, lambda *_: pytest.fail("it was loaded"))
     compress = ("compress", *MLP, "--data", "digits", "--rank", 4, "--out", "small")
     for device, message in (("mps", "mps: this machine has cpu"), ("gpu", "'gpu' is not one of 'cpu', 'cuda', 'mps'")):
@@ -128,7 +128,7 @@ def test_auto_takes_a_gpu_before_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_network_is_compressed_on_a_gpu(run: Run) -> None:
     result = run("compress", *MLP, "--data", "digits", "--macs", 0.5, "--device", "cuda", "--out", "small")
     assert result.code == 0, result.err
-    assert torch.cuda.get_device_name() in result.out
+    assert torch.cuda.get_device_name() in result.err
     tuned = ("finetune", *MLP, "--data", "digits", "--weights", "small", "--epochs", 1, "--out", "tuned")
     assert run(*tuned, "--device", "cuda").code == 0
 
