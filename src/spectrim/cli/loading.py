@@ -17,7 +17,7 @@ from spectrim.cli.machine import find_device, set_threads
 from spectrim.cli.options import Machine, Source
 from spectrim.cli.samples import Data, LoaderData, Preparation, StoredData
 from spectrim.cli.stages import Stages
-from spectrim.core.batches import split_labels
+from spectrim.core.batches import length_of, split_labels
 from spectrim.core.execution import Inputs, as_inputs, call, evaluating
 from spectrim.core.nested import describe, logits_of
 from spectrim.layers.cost import count_macs
@@ -91,7 +91,7 @@ class Loaded:
         """What a network costs, in relation to `dense` if given, with its accuracy on the test data if `tested`."""
         tests = self.data.tests() if tested and self.data else None
         if tests is not None:
-            progress.begin(f"test the {name}", total=_length(tests))
+            progress.begin(f"test the {name}", total=length_of(tests) or None)
         batches = None if tests is None else progress.each(tests)
         return measure(network, self.example, reference=dense, data=batches, latency=False)
 
@@ -203,10 +203,3 @@ def _guessing(labels: Tensor, *, classes: int) -> float:
 
 def _accuracy(scores: Tensor, labels: Tensor) -> Accuracy:
     return Accuracy(correct=int((scores.argmax(dim=1) == labels).sum()), total=len(labels))
-
-
-def _length(batches: Iterable[Any]) -> int | None:
-    try:
-        return len(batches)  # type: ignore[arg-type]
-    except TypeError:
-        return None

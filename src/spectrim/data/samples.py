@@ -186,13 +186,13 @@ def load_arrays(path: Path | str, *, split: Split = "train") -> Samples:
             "y_test, or x and y: numpy.savez('data.npz', x_train=.., y_train=.., x_test=.., y_test=..)"
         )
     inputs, labels = _samples(arrays, whole, path)
-    tested, answers = _samples(arrays, test or whole, path)
+    tested, test_labels = _samples(arrays, test or whole, path)
     if tested.dtype != inputs.dtype:
         raise DataError(f"{path}: {whole[0]} is {inputs.dtype}, and {(test or whole)[0]} {tested.dtype}; give one type")
-    numbers = [own for own in (labels, answers) if own is not None]
+    numbers = [own for own in (labels, test_labels) if own is not None]
     classes = range(max(int(own.max()) + 1 for own in numbers)) if numbers and all(map(_are_classes, numbers)) else ()
     if split == "test" and test is not None:
-        inputs, labels = tested, answers
+        inputs, labels = tested, test_labels
     elif test is None:
         places = _places(labels if labels is not None and classes else torch.zeros(len(inputs)), split)
         inputs, labels = inputs[places], None if labels is None else labels[places]
