@@ -22,7 +22,7 @@ from spectrim.data.access import Split
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 """Those of torchvision's `ImageFolder`."""
 
-_TRAIN_FOLDERS, _TEST_FOLDERS = ("train", "training"), ("test", "testing", "val", "valid", "validation")
+_SPLIT_FOLDERS = (("train", "training"), ("test", "testing", "val", "valid", "validation"))
 _TRAIN_NAMES = (("x_train", "y_train"), ("train_images", "train_labels"), ("images_train", "labels_train"))
 _TEST_NAMES = (
     ("x_test", "y_test"),
@@ -132,17 +132,11 @@ def load_folder(
     _pillow()
     if not folder.is_dir():
         raise DataError(f"there is no folder {folder}")
-    children = {
-        child.name.lower(): child for child in folder.iterdir() if any(part.is_dir() for part in child.glob("*"))
-    }
-    train, test = (
-        next((children[name] for name in names if name in children), None) for names in (_TRAIN_FOLDERS, _TEST_FOLDERS)
-    )
+    children = {child.name.lower(): child for child in folder.iterdir() if any(map(Path.is_dir, child.glob("*")))}
+    train, test = (next((children[name] for name in names if name in children), None) for names in _SPLIT_FOLDERS)
     files = _class_files(train or folder)
-    if {name.lower() for name in files} <= {*_TRAIN_FOLDERS, *_TEST_FOLDERS}:
-        raise DataError(
-            f"{folder} has {', '.join(files)}, which are no classes; give a folder train with class folders"
-        )
+    if {name.lower() for name in files} <= {*_SPLIT_FOLDERS[0], *_SPLIT_FOLDERS[1]}:
+        raise DataError(f"{folder} has {', '.join(files)}, which are no classes; put class folders into train")
     size = shape or _image_shape(next(iter(files.values()))[0])
     test = test if train else None
     if test:
