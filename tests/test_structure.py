@@ -16,7 +16,7 @@ from structure import Figure, Module
 import spectrim as st
 
 ROOT = Path(__file__).resolve().parent.parent
-OPTIONAL = {"IPython", "torchvision", "PIL", "onnx", "onnxruntime", "openvino", "torchao"}
+OPTIONAL = {"IPython", "torchvision", "PIL", "tokenizers", "transformers", "onnx", "onnxruntime", "openvino", "torchao"}
 PUBLIC = """
 Accuracy Analysis Budget Calibration Changes Comparison Compressed Cost Curve Energy Epoch Exported Fidelity Finetuned
 Grid History Interval LatencyNote LatencyTable LayerAnalysis LayerPlan LayerSpectrum LowRankConv1d LowRankConv2d

@@ -73,6 +73,11 @@ def test_accuracy_and_its_wilson_interval() -> None:
     assert st.Accuracy(correct=10, total=10).interval.high == 1
 
 
+def test_labels_that_no_output_stands_for_are_refused() -> None:
+    with pytest.raises(errors.DataError, match="label 3, and the outputs are of 3 classes, 0 to 2"):
+        st.accuracy(nn.Identity(), [(torch.eye(3), torch.tensor([1, 2, 3]))])
+
+
 def test_accuracy_counts_over_batches() -> None:
     class Echo(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

@@ -101,7 +101,7 @@ def test_more_threads_than_cores_are_refused_before_anything_is_loaded(
 def test_a_device_that_is_not_there_is_refused_before_anything_is_loaded(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("data_reference", "load_network"):
+    for name in ("load_data", "load_network"):
         monkeypatch.setattr(loading, name, lambda *_: pytest.fail("it was loaded"))
     compress = ("compress", *MLP, "--data", "digits", "--rank", 4, "--out", "small")
     for device, message in (("mps", "mps: this machine has cpu"), ("gpu", "'gpu' is not one of 'cpu', 'cuda', 'mps'")):

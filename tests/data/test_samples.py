@@ -79,6 +79,31 @@ def test_images_are_scaled_and_cut_as_torchvision_does_it(tmp_path: Path) -> Non
     assert (own[0].int() - theirs.int()).abs().max() <= 1
 
 
+def test_images_of_the_size_that_is_cut_out_are_scaled_first_as_well(folder: Path) -> None:
+    transforms = pytest.importorskip("torchvision.transforms")
+    torch.manual_seed(0)
+    image = Image.fromarray(torch.randint(0, 256, (32, 32, 3), dtype=torch.uint8).numpy())
+    image.save(folder / "cat" / "00.png")
+    own = load_folder(folder, shape=(3, 32, 32), shorter=40).inputs[torch.tensor([0])]
+    theirs = transforms.Compose([transforms.Resize(40), transforms.CenterCrop(32), transforms.PILToTensor()])(image)
+    assert own[0].equal(theirs)
+
+
+@pytest.mark.parametrize(("first", "second"), [("Training", "Testing"), ("TRAIN", "Test")])
+def test_splits_are_no_classes_however_they_are_written(folder: Path, first: str, second: str) -> None:
+    folder.rename(folder.parent / first)
+    for name in ("cat", "dog"):
+        paint(folder.parent / second / name / "a.png", 30)
+    train, test = (load_folder(folder.parent, split=split) for split in ("train", "test"))
+    assert train.classes == ("cat", "dog")
+    assert (len(train.inputs), len(test.inputs)) == (40, 2)
+
+
+def test_a_class_may_be_called_train(folder: Path) -> None:
+    (folder / "dog").rename(folder / "train")
+    assert load_folder(folder).classes == ("cat", "train")
+
+
 def test_one_channel_is_grey(folder: Path) -> None:
     assert pixels(load_folder(folder, shape=(1, 6, 8))).shape == (36, 1, 6, 8)
 
@@ -96,6 +121,22 @@ def resize_image(folder: Path) -> None:
 def deepen(folder: Path) -> None:
     for path in (folder / "dog").iterdir():
         Image.fromarray(np.full((6, 8), 3000, dtype=np.uint16)).save(path)
+
+
+def enlarge(folder: Path) -> None:
+    Image.new("1", (20_000, 20_000)).save(folder / "cat" / "00.png")
+
+
+def only_tests(folder: Path) -> None:
+    for name in ("cat", "dog"):
+        (folder / name).rename(folder / f"moved-{name}")
+        (folder / ("test" if name == "cat" else "val") / "cat").mkdir(parents=True)
+        (folder / f"moved-{name}").rename(folder / ("test" if name == "cat" else "val") / "dog")
+
+
+def no_classes(folder: Path) -> None:
+    (folder / "cat").rename(folder / "train")
+    (folder / "dog").rename(folder / "test")
 
 
 def one_class(folder: Path) -> None:
@@ -121,6 +162,9 @@ def other_classes(folder: Path) -> None:
         (break_image, "00.png cannot be read as an image"),
         (resize_image, "--input 3,6,8"),
         (deepen, "16 bits"),
+        (enlarge, "00.png cannot be read as an image: Image size .* exceeds limit"),
+        (only_tests, "has test, val, which are no classes"),
+        (no_classes, "has test, train, which are no classes"),
         (one_class, "has 1 class folders"),
         (empty_class, "has no images"),
         (other_classes, "have other class folders: bird, dog"),
@@ -177,6 +221,11 @@ def test_arrays_without_classes(tmp_path: Path) -> None:
         ({"x": np.zeros((4, 3)), "y": np.array(["a", "b", "c", "d"])}, "numpy.unique"),
         ({"x": np.array([{}, {}], dtype=object)}, "Python objects"),
         ({"first": np.zeros((4, 3)), "second": np.zeros(4), "third": np.zeros(4)}, "name the arrays x_train"),
+        ({}, "holds nothing; name the arrays"),
+        (
+            {"x_train": np.zeros((4, 3), np.uint8), "y_train": np.zeros(4), "x_test": np.zeros((4, 3))},
+            "x_train is torch.uint8, and x_test torch.float32",
+        ),
         ({"x": np.zeros(4)}, r"give samples \(N, ..\)"),
     ],
 )
@@ -184,6 +233,14 @@ def test_arrays_that_are_refused(tmp_path: Path, arrays: dict[str, Any], message
     np.savez(tmp_path / "a.npz", **arrays)
     with pytest.raises(errors.DataError, match=message):
         load_arrays(tmp_path / "a.npz")
+
+
+def test_classes_are_those_of_both_splits_and_large_numbers_are_values(tmp_path: Path) -> None:
+    x = np.zeros((30, 5), dtype=np.float32)
+    np.savez(tmp_path / "a.npz", x_train=x, y_train=np.arange(30) % 3, x_test=x, y_test=np.arange(30) % 5)
+    np.savez(tmp_path / "prices.npz", x=x, y=np.arange(30) * 10**8)
+    assert load_arrays(tmp_path / "a.npz").classes == tuple("01234")
+    assert load_arrays(tmp_path / "prices.npz").classes == ()
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"\x80\x04K\x01.", b"text"])

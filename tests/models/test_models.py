@@ -636,6 +636,21 @@ class TestWeights:
         with pytest.warns(UserWarning, match="'epoch' beside the weights"):
             assert same_state(resolve("models_test_nets:tied", weights=here / "w.pt"), state(tied))
 
+    def test_numbers_beside_the_state_are_no_state(self, here: Path) -> None:
+        tied = resolve("models_test_nets:tied")
+        torch.save({"model": tied.state_dict(), "lr": torch.tensor(0.1), "step": torch.tensor(3)}, here / "w.pt")
+        assert same_state(resolve("models_test_nets:tied", weights=here / "w.pt"), state(tied))
+
+    def test_a_header_of_any_length_is_read(self, here: Path) -> None:
+        tied = resolve("models_test_nets:tied")
+        st.save(tied, here / "w.safetensors")
+        content = (here / "w.safetensors").read_bytes()
+        length = int.from_bytes(content[:8], "little")
+        padded = (1 << 16).to_bytes(8, "little") + content[8 : 8 + length].ljust(1 << 16) + content[8 + length :]
+        (here / "w.safetensors").write_bytes(padded)
+        assert same_state(st.load(here / "w.safetensors", tied), state(tied))
+        assert read_state(here / "w.safetensors")
+
     @pytest.mark.parametrize("suffix", [".pt", ".ckpt", ".pkl"])
     def test_code_in_a_file_is_never_run(self, here: Path, suffix: str) -> None:
         class Hostile:

@@ -309,6 +309,31 @@ def test_an_interrupt_anywhere_changes_nothing(tmp_path: Path, own: bool, place:
         path.unlink()
 
 
+def by_name(samples: list[Any]) -> dict[str, Tensor]:
+    x, y = zip(*samples, strict=True)
+    return {"x": torch.stack(x), "target": torch.stack(y)}
+
+
+def test_labels_by_name_of_a_loader_are_resumed_as_well(tmp_path: Path) -> None:
+    def call(**options: Any) -> nn.Module:
+        pairs = shuffled(own=True)
+        data = DataLoader(pairs.dataset, batch_size=20, shuffle=True, generator=pairs.generator, collate_fn=by_name)
+        return st.finetune(network(), data, labels="target", forward=lambda m, b: m(b["x"]), **options).model
+
+    whole = call(epochs=2)
+    with pytest.raises(KeyboardInterrupt):
+        call(epochs=2, checkpoint=tmp_path / "run", on_step=Stop(7))
+    assert same_state(call(epochs=2, checkpoint=tmp_path / "run"), state(whole))
+
+
+@pytest.mark.parametrize("name", ["data", "held_out"])
+def test_labels_by_name_of_a_generator_are_refused_at_once(name: str) -> None:
+    batches = [{"input": x, "target": y} for x, y in task()]
+    arguments: dict[str, Any] = {"data": batches, "held_out": batches, name: iter(batches)}
+    with pytest.raises(errors.DataError, match="exhausted after one epoch"):
+        st.finetune(network(), **arguments, labels="target", epochs=2, on_step=lambda _: pytest.fail("it trained"))
+
+
 class Signals(nn.Module):
     """Sends this process Ctrl-C in the middle of a forward pass, and as often as asked."""
 

@@ -325,6 +325,9 @@ def top1(
                 "it needs outputs (batch, classes) and labels (batch,), such as labels.flatten() or, of vectors, "
                 "labels.argmax(dim=1)"
             )
+        if len(known) and (highest := int(known.max())) >= (classes := outputs.shape[1]):
+            text = f"batch {position}: there is a label {highest}, and the outputs are of {classes} classes"
+            raise DataError(f"{text}, 0 to {classes - 1}; give labels that are numbered as in training")
         correct += int((outputs.argmax(dim=1) == known.to(outputs.device)).sum())
         total += len(known)
     if not total:

@@ -1,13 +1,14 @@
 """What `--data` names, checked before anything is read or run, and then loaded."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 import typer
-from torch import nn
+from torch import Tensor, nn
 
 from spectrim import data
 from spectrim.cli.options import Source, numbers
@@ -93,6 +94,10 @@ def load_data(reference: DataReference, source: Source, progress: Stages) -> Sto
     load = partial(_split, reference, source, progress)
     train = load("train")
     stored = StoredData(source, Preparation(), train, load)
+    inputs = train.inputs
+    if source.mean is not None and isinstance(inputs, Tensor) and inputs.dtype == torch.int64:
+        text = f"{train.name} has samples of int64, which are taken as they are, without --mean and --std"
+        raise DataError(f"{text}; save pixels as uint8: x.astype('uint8')")
     return replace(stored, prepare=preparation(source, stored.channels))
 
 
@@ -112,6 +117,9 @@ def load_loaders(reference: DataReference, source: Source, model: nn.Module) -> 
             "two may be missing, each a DataLoader or a list of batches (inputs, labels)"
         )
     for name, loader in loaders.items():
+        if isinstance(loader, Iterator):
+            kind = f"the {name} data of {reference.name} is a {type(loader).__name__}"
+            raise DataError(f"{kind}, which can be read only once; return list(..) of it")
         require_batches(loader, what=f"the {name} data of {reference.name}")
     return LoaderData(source, reference.name, loaders, model)
 

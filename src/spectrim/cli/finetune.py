@@ -126,7 +126,7 @@ def _load(command: Finetune, *, progress: Stages) -> _Task:
 
 def _checkpoint(task: _Task, path: Path, *, options: Mapping[str, object]) -> Checkpoint:
     """The state of a run with these networks, images and options, wherever the files are."""
-    paths = {"weights", "teacher_weights", "data_folder", "save_every", "test", "out", "threads", "device"}
+    paths = {"weights", "teacher_weights", "data_folder", "save_every", "test", "out", "threads", "device", "expect"}
     settings = {name: value for name, value in options.items() if name not in paths}
     run = identity(task.network.model, task.teacher, {"images": task.data.checksum, **settings})
     return Checkpoint(path, run=run, unfit="refuse")

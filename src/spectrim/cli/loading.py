@@ -17,7 +17,7 @@ from spectrim.cli.machine import find_device, set_threads
 from spectrim.cli.options import Machine, Source
 from spectrim.cli.samples import Data, LoaderData, Preparation, StoredData
 from spectrim.cli.stages import Stages
-from spectrim.core.batches import split_labels
+from spectrim.core.batches import length_of, split_labels
 from spectrim.core.execution import Inputs, as_inputs, call, evaluating
 from spectrim.core.nested import describe, logits_of
 from spectrim.layers.cost import count_macs
@@ -56,9 +56,11 @@ class Loaded:
         """Why no accuracy is measured, or None if it is. Raises `BadParameter` if one is asked for all the same."""
         if asked is False:
             return "--no-test"
-        reason = "there is no --data" if self.data is None else self._why_unscored(self.data)
-        if reason is None and isinstance(self.data, LoaderData) and self.data.tests() is None:
-            reason = f"{self.data.name} returns no test data"
+        reason = self.why_unscored
+        if reason is None and self.data is not None:
+            first = next(iter(self.data.tests() or ()), ())
+            if split_labels(first, position=0, model=self.model, required=False)[1] is None:
+                reason = f"{self.data.name} has no test data with labels"
         if asked and reason is not None:
             raise typer.BadParameter(f"--test: {reason}")
         return reason
@@ -66,9 +68,9 @@ class Loaded:
     @property
     def why_unscored(self) -> str | None:
         """Why outputs and labels give no accuracy, or None if they do."""
-        return "there is no --data" if self.data is None else self._why_unscored(self.data)
-
-    def _why_unscored(self, data: Data) -> str | None:
+        data = self.data
+        if data is None:
+            return "there is no --data"
         scores = logits_of(self.output)
         shape = list(getattr(scores, "shape", ()))
         gives = f"gives outputs {shape}" if shape else f"gives a {type(scores).__name__}"
@@ -89,7 +91,7 @@ class Loaded:
         """What a network costs, in relation to `dense` if given, with its accuracy on the test data if `tested`."""
         tests = self.data.tests() if tested and self.data else None
         if tests is not None:
-            progress.begin(f"test the {name}", total=_length(tests))
+            progress.begin(f"test the {name}", total=length_of(tests) or None)
         batches = None if tests is None else progress.each(tests)
         return measure(network, self.example, reference=dense, data=batches, latency=False)
 
@@ -140,12 +142,13 @@ def _check_accuracy(network: Loaded, source: Source, progress: Stages) -> None:
     """Warn, before time is spent, of a network that guesses, or is far below what the user says it has."""
     data, expected = network.data, source.expected
     if data is None or network.why_unscored is not None:
+        if expected is not None:
+            raise typer.BadParameter(f"--expect: {network.why_unscored}")
         return
     progress.begin("check the network")
     scores, labels = _scored(network.model, data.first(_CHECKED))
     own = _accuracy(scores, labels)
-    baseline = max(1 / scores.shape[1], max(Counter(labels.tolist()).values()) / len(labels))
-    guesses = own.value - baseline < _GUESSING * (1 - baseline)
+    guesses = own.value < _guessing(labels, classes=scores.shape[1])
     below = expected is not None and own.interval.high < expected - _BELOW
     if not guesses and not below:
         return
@@ -164,7 +167,7 @@ def _likely_cause(model: nn.Module, data: Data, own: Accuracy, *, scores: Tensor
             if prepare != data.prepare and len(prepare.mean) in (1, data.channels):
                 tried.append((_accuracy(*_scored(model, data.first(_CHECKED, prepare))), prepare))
         best, prepare = max(tried, key=lambda pair: pair[0].value)
-        if best.interval.low > own.interval.high:
+        if best.interval.low > own.interval.high and best.value > _guessing(labels, classes=scores.shape[1]):
             return f"With {prepare.options} it has {words.percent(best.value)}: give these"
     predictions = scores.argmax(dim=1)
     numbers = {
@@ -173,9 +176,10 @@ def _likely_cause(model: nn.Module, data: Data, own: Accuracy, *, scores: Tensor
     right = [numbers[int(prediction)] == int(label) for prediction, label in zip(predictions, labels, strict=True)]
     share = sum(right) / len(right)
     if share > max(_SEPARABLE, own.interval.high) and len(set(numbers.values())) == len(numbers):
-        pairs = ", ".join(f"{label} comes out as {prediction}" for prediction, label in sorted(numbers.items())[:3])
+        pairs = [f"{label} comes out as {number}" for number, label in sorted(numbers.items()) if label != number]
         return (
-            f"It tells the classes apart ({words.percent(share)}), but numbers them in another order ({pairs}, ..): "
+            f"It tells the classes apart ({words.percent(share)}), but numbers them in another order "
+            f"({', '.join([*pairs[:3], '..'][: len(pairs)])}): "
             "number them as in training; class folders are numbered in the order of their names"
         )
     return "Are --weights, --mean and --std those it was trained with, and classes numbered as in training?"
@@ -191,12 +195,11 @@ def _scored(model: nn.Module, batches: Iterable[Any]) -> tuple[Tensor, Tensor]:
     return torch.cat([scores for scores, _ in rows]), torch.cat([labels for _, labels in rows])
 
 
+def _guessing(labels: Tensor, *, classes: int) -> float:
+    """An accuracy that is little more than that of the most frequent class."""
+    baseline = max(1 / classes, max(Counter(labels.tolist()).values()) / len(labels))
+    return baseline + _GUESSING * (1 - baseline)
+
+
 def _accuracy(scores: Tensor, labels: Tensor) -> Accuracy:
     return Accuracy(correct=int((scores.argmax(dim=1) == labels).sum()), total=len(labels))
-
-
-def _length(batches: Iterable[Any]) -> int | None:
-    try:
-        return len(batches)  # type: ignore[arg-type]
-    except TypeError:
-        return None

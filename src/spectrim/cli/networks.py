@@ -18,6 +18,7 @@ from spectrim.cli.commands import MEASURED, MODEL, PLAN, REPORT, SPECTRA
 from spectrim.cli.loading import Loaded, load_source
 from spectrim.cli.options import Goal, Layers, Source
 from spectrim.cli.outputs import OutputFiles, Record, has_checksum, is_page, outputs
+from spectrim.cli.samples import StoredData
 from spectrim.cli.signatures import Invocation
 from spectrim.cli.stages import Stages, file_lines, show, stages
 from spectrim.compression import Compressed, carry_out
@@ -260,8 +261,8 @@ def _how_to_load(source: Source, network: Loaded, *, out: Path) -> tuple[str, ..
     if len(network.example.args) == 1 and isinstance(network.example.args[0], Tensor):
         shape = ", ".join(["batch", *map(str, network.example.args[0].shape[1:])])
         takes = f"{str(network.example.args[0].dtype).removeprefix('torch.')} ({shape})"
-    prepare = network.data.prepare if network.data else None
-    preparation = "" if prepare is None else f", {prepare}"
+    data = network.data
+    preparation = f", {data.prepare.formula(pixels=data.is_pixels)}" if isinstance(data, StoredData) else ""
     return (
         "In Python:",
         "  import spectrim",

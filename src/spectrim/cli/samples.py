@@ -38,9 +38,11 @@ class Preparation:
             samples = ((samples / 255 if samples.dtype == torch.uint8 else samples) - mean) / std
         return samples.flatten(1) if self.flatten else samples
 
-    def __str__(self) -> str:
-        plain = self.mean == (0.0,) and self.std == (1.0,)
-        return "pixel / 255" if plain else f"(pixel / 255 - {listed(self.mean)}) / {listed(self.std)}"
+    def formula(self, *, pixels: bool) -> str:
+        """From a pixel, or a number x, to the input."""
+        if self.mean == (0.0,) and self.std == (1.0,):
+            return "pixel / 255" if pixels else "as they are"
+        return f"({'pixel / 255' if pixels else 'x'} - {listed(self.mean)}) / {listed(self.std)}"
 
     @property
     def options(self) -> str:
@@ -114,11 +116,11 @@ class StoredData:
         return "images" if self.is_pixels else "samples"
 
     @property
-    def channels(self) -> int | None:
-        """Those of images (C, H, W)."""
+    def channels(self) -> int:
+        """Those of images (C, H, W); of other samples, the size of the last dimension."""
         inputs = self.train.inputs
         shape = inputs.shape if isinstance(inputs, ImageFiles) else tuple(inputs.shape[1:])
-        return shape[0] if len(shape) == 3 else None
+        return shape[0] if len(shape) == 3 else shape[-1]
 
     @property
     def checksum(self) -> str:
@@ -179,7 +181,6 @@ class LoaderData:
 
     noun = "samples"
     classes = None
-    prepare = None
 
     @property
     def checksum(self) -> str:

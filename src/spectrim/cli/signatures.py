@@ -84,13 +84,13 @@ def unfolded(
 
     @functools.wraps(command)
     def run(**values: Any) -> None:
-        passing = {
+        excluded = {
             option.name
             for kind, options in groups.values()
             if not getattr(kind, "is_recorded", True)
             for option in options
         }
-        written = {name: value for name, value in values.items() if name not in passing}
+        written = {name: value for name, value in values.items() if name not in excluded}
         invocation = Invocation(command.__name__.lower(), written, defaults)
         grouped = {
             name: kind(**{option.name: values.pop(option.name) for option in options})

@@ -145,13 +145,18 @@ class NamedLabels:
         return len(self.data)  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[tuple[dict[Any, Any], Any]]:
-        for position, batch in enumerate(self.data):
+        for position, batch in enumerate(_each(self.data, "the data")):
             if not isinstance(batch, Mapping) or self.name not in batch:
                 raise DataError(
                     f"batch {position} is {describe(batch)}, without the entry {self.name!r} that labels= names; give "
                     "mappings with this entry, or leave labels= out for pairs (inputs, labels)"
                 )
             yield {name: value for name, value in batch.items() if name != self.name}, batch[self.name]
+
+
+def source_of(data: object) -> object:
+    """The data, without the name of their labels."""
+    return data.data if isinstance(data, NamedLabels) else data
 
 
 def inputs_of(batch: Any, model: nn.Module, *, position: int, labels: bool) -> tuple[Inputs, str]:

@@ -33,7 +33,7 @@ def why_no_weights(path: str | Path) -> str | None:
             start = opened.read(32)
         members = "\n".join(zipfile.ZipFile(path).namelist()) if start[:2] == b"PK" else ""
     for kind in tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))["kinds"]:
-        begins, member = kind.get("begins", "\0\0").encode("latin-1"), kind.get("member", "\0")
+        begins, member = kind.get("begins", "\0" * 33).encode("latin-1"), kind.get("member", "\0")
         if address.lower().endswith(tuple(kind["suffixes"])) or start.startswith(begins) or member in members:
             return str(kind["text"].format(repr(address)))
     return None

@@ -22,7 +22,7 @@ from spectrim.data.access import Split
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 """Those of torchvision's `ImageFolder`."""
 
-_TEST_FOLDERS = ("test", "val", "valid", "validation")
+_SPLIT_FOLDERS = (("train", "training"), ("test", "testing", "val", "valid", "validation"))
 _TRAIN_NAMES = (("x_train", "y_train"), ("train_images", "train_labels"), ("images_train", "labels_train"))
 _TEST_NAMES = (
     ("x_test", "y_test"),
@@ -36,7 +36,7 @@ _CHANNELS = (1, 3, 4)
 _GREY, _DEEP = ("1", "L", "LA"), ("I", "I;16", "I;16B", "F")
 """Kinds of images, as Pillow names them."""
 
-_TESTED_OF = 10
+_TESTED_OF, _MOST_CLASSES = 10, 1_000_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +97,7 @@ class ImageFiles:
                 f"{path} is {pixels.width} x {pixels.height}, and the first image {width} x {height}; give the size "
                 f"that the network takes, to which all are scaled and cut: --input {channels},{height},{width}"
             )
-        if self.shorter is not None and pixels.size != (width, height):
+        if self.shorter is not None:
             pairs, least = list(zip(pixels.size, (width, height), strict=True)), min(pixels.size)
             shorter = max(self.shorter, *(math.ceil(part * least / side) for side, part in pairs))
             size = [max(int(shorter * side / least), part) for side, part in pairs]
@@ -115,8 +115,8 @@ def load_folder(
 ) -> Samples:
     """Images in class folders, by torchvision's conventions: `folder/train/CLASS/..` and `folder/test/CLASS/..`.
 
-    The test split may also be called `val`, `valid` or `validation`; without both, the class folders are those in
-    `folder` itself. Classes are numbered in the order of their names.
+    The splits may also be called `training`, and `testing`, `val`, `valid` or `validation`, in capitals or not; without
+    both, the class folders are those in `folder` itself. Classes are numbered in the order of their names.
 
     Args:
         folder: Where they lie.
@@ -132,20 +132,23 @@ def load_folder(
     _pillow()
     if not folder.is_dir():
         raise DataError(f"there is no folder {folder}")
-    train, tests = folder / "train", [folder / name for name in _TEST_FOLDERS if (folder / name).is_dir()]
-    files = _class_files(train if train.is_dir() else folder)
+    children = {child.name.lower(): child for child in folder.iterdir() if any(map(Path.is_dir, child.glob("*")))}
+    train, test = (next((children[name] for name in names if name in children), None) for names in _SPLIT_FOLDERS)
+    files = _class_files(train or folder)
+    if {name.lower() for name in files} <= {*_SPLIT_FOLDERS[0], *_SPLIT_FOLDERS[1]}:
+        raise DataError(f"{folder} has {', '.join(files)}, which are no classes; put class folders into train")
     size = shape or _image_shape(next(iter(files.values()))[0])
-    has_test = bool(tests) and train.is_dir()
-    if has_test:
-        tested = _class_files(tests[0])
+    test = test if train else None
+    if test:
+        tested = _class_files(test)
         if files.keys() != tested.keys():
             names = ", ".join(sorted(files.keys() ^ tested.keys())[:3])
-            raise DataError(f"{train} and {tests[0]} have other class folders: {names}")
+            raise DataError(f"{train} and {test} have other class folders: {names}")
         files = files if split == "train" else tested
     classes = tuple(files)
     paths = tuple(path for name in classes for path in files[name])
     labels = torch.tensor([label for label, name in enumerate(classes) for _ in files[name]])
-    if not has_test:
+    if not test:
         places = _places(labels, split)
         paths, labels = tuple(paths[place] for place in places.tolist()), labels[places]
     if len(size) != 3 or size[0] not in (1, 3):
@@ -169,21 +172,25 @@ def load_arrays(path: Path | str, *, split: Split = "train") -> Samples:
     names = {name.lower(): name for name in arrays}
     train, test = _named(names, _TRAIN_NAMES), _named(names, _TEST_NAMES)
     whole = train or _named(names, _WHOLE_NAMES)
-    if whole is None and len(arrays) <= 2:
+    if whole is None and 0 < len(arrays) <= 2:
         whole = next(iter(arrays)), (*arrays, "")[1]
     if whole is None:
         raise DataError(
-            f"{path} holds {', '.join(map(repr, arrays))}; name the arrays x_train, y_train, x_test and y_test, or x "
-            "and y: numpy.savez('data.npz', x_train=.., y_train=.., x_test=.., y_test=..)"
+            f"{path} holds {', '.join(map(repr, arrays)) or 'nothing'}; name the arrays x_train, y_train, x_test and "
+            "y_test, or x and y: numpy.savez('data.npz', x_train=.., y_train=.., x_test=.., y_test=..)"
         )
     inputs, labels = _samples(arrays, whole, path)
-    classes = tuple(map(str, range(int(labels.max()) + 1))) if labels is not None and _are_classes(labels) else ()
+    tested, test_labels = _samples(arrays, test or whole, path)
+    if tested.dtype != inputs.dtype:
+        raise DataError(f"{path}: {whole[0]} is {inputs.dtype}, and {(test or whole)[0]} {tested.dtype}; give one type")
+    numbers = [own for own in (labels, test_labels) if own is not None]
+    classes = range(max(int(own.max()) + 1 for own in numbers)) if numbers and all(map(_are_classes, numbers)) else ()
     if split == "test" and test is not None:
-        inputs, labels = _samples(arrays, test, path)
+        inputs, labels = tested, test_labels
     elif test is None:
         places = _places(labels if labels is not None and classes else torch.zeros(len(inputs)), split)
         inputs, labels = inputs[places], None if labels is None else labels[places]
-    return Samples(str(path), inputs, labels, classes, _digest_of_files([path]))
+    return Samples(str(path), inputs, labels, tuple(map(str, classes)), _digest_of_files([path]))
 
 
 def load_text(path: Path | str, *, tokenizer: Path | str, split: Split = "train", length: int = 128) -> Samples:
@@ -295,7 +302,8 @@ def _samples(
 
 
 def _are_classes(labels: Tensor) -> bool:
-    return labels.ndim == 1 and labels.dtype == torch.int64 and bool(len(labels)) and int(labels.min()) >= 0
+    plain = labels.ndim == 1 and labels.dtype == torch.int64 and bool(len(labels))
+    return plain and int(labels.min()) >= 0 and int(labels.max()) < _MOST_CLASSES
 
 
 def _encoder(tokenizer: Path | str) -> Callable[[str], list[int]]:
@@ -341,7 +349,7 @@ def _opened(path: Path) -> Any:
     try:
         image = _pillow().open(path)
         image.load()
-    except (OSError, SyntaxError, ValueError) as error:
+    except Exception as error:  # whatever a damaged or too large file leads to
         raise DataError(f"{path} cannot be read as an image: {error}; repair it or move it away") from error
     return image
 

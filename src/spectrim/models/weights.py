@@ -66,7 +66,7 @@ def _state_in(value: object, path: Path) -> dict[str, Tensor]:
         entries = value if isinstance(value, Mapping) else {}
         tensors = {name: entry for name, entry in entries.items() if isinstance(entry, Tensor)}
         others = [repr(name) for name in entries if name not in tensors]
-        if len(others) < len(tensors) and _is_state(tensors):
+        if len(others) < len(tensors) and _is_state(tensors) and not any(_is_state(entries.get(n)) for n in _AROUND):
             if others:
                 warnings.warn(f"{path}: {', '.join(others[:3])} beside the weights are left out", stacklevel=4)
             return tensors

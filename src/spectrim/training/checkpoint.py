@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from spectrim.benchmark.measurement import Epoch
+from spectrim.core.batches import source_of
 from spectrim.core.errors import FileError
 from spectrim.core.execution import device_of, unique_tensors
 from spectrim.core.files import Frozen, require_writable_folder, write_atomically
@@ -78,6 +79,7 @@ def seeded(model: nn.Module, seed: int) -> Iterator[None]:
 
 def generators(batches: object) -> tuple[torch.Generator, ...]:
     """The generators of its own that a `DataLoader` and its samplers draw from, each once."""
+    batches = source_of(batches)
     if not isinstance(batches, DataLoader):
         return ()
     inner = getattr(batches.batch_sampler, "sampler", None)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from spectrim.benchmark.measurement import Epoch
-from spectrim.core.batches import batches_of, length_of, require_batches, split_labels
+from spectrim.core.batches import batches_of, length_of, require_batches, source_of, split_labels
 from spectrim.core.distributed import Accelerator, ddp, if_distributed, share_of, total
 from spectrim.core.errors import DataError, TrainingError
 from spectrim.core.execution import ForwardFunction, ProgressCallback, unique_tensors
@@ -107,17 +107,18 @@ class TrainingRun:
             self.checkpoint.require_writable()
 
     def _require_data(self) -> None:
-        if isinstance(self.data, Iterator) and (self.settings.epochs > 1 or self.checkpoint):
+        data, held_out = source_of(self.data), source_of(self.held_out)
+        if isinstance(data, Iterator) and (self.settings.epochs > 1 or self.checkpoint):
             raise DataError(
-                f"the training data is a {type(self.data).__name__}, which is exhausted after one epoch; give a list, "
+                f"the training data is a {type(data).__name__}, which is exhausted after one epoch; give a list, "
                 "a DataLoader, or a function that makes the batches of an epoch: lambda epoch: .."
             )
         if isinstance(self.data, nn.Module) or not callable(self.data):
             require_batches(self.data, what="the training data")
         if self.held_out is not None:
             require_batches(self.held_out, what="held_out")
-        if isinstance(self.held_out, Iterator):
-            kind = type(self.held_out).__name__
+        if isinstance(held_out, Iterator):
+            kind = type(held_out).__name__
             raise DataError(f"held_out is a {kind}, which is exhausted after one epoch; give a list or a DataLoader")
 
 
