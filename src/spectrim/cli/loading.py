@@ -168,7 +168,7 @@ def _likely_cause(model: nn.Module, data: Data, own: Accuracy, *, scores: Tensor
                 tried.append((_accuracy(*_scored(model, data.first(_CHECKED, prepare))), prepare))
         best, prepare = max(tried, key=lambda pair: pair[0].value)
         if best.interval.low > own.interval.high and best.value > _guessing(labels, classes=scores.shape[1]):
-            return f"With {prepare.options} it has {words.percent(best.value)}: give these"
+            return f"With {prepare.options} it has {words.percent(best.value)}: give these, or those of its training"
     predictions = scores.argmax(dim=1)
     numbers = {
         int(each): Counter(labels[predictions == each].tolist()).most_common(1)[0][0] for each in predictions.unique()

@@ -250,7 +250,10 @@ def _accuracy(record: Measured, network: Loaded, *, untested: str | None) -> str
         f"({words.points(after.value - before.value)} points)."
     )
     if network.data.classes and before.interval.low <= 1 / network.data.classes:
-        text += "\nThe dense network only guesses: are --weights, --mean and --std those it was trained with?"
+        text += (
+            "\nThe dense network only guesses: are --weights, --mean and --std those it was trained with, "
+            "and the classes numbered as in training?"
+        )
     return text
 
 
