@@ -1,7 +1,6 @@
 """The one-call path: what it keeps, what it rejects, and that it leaves its arguments alone."""
 
 import copy
-import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -20,8 +19,7 @@ import spectrim as st
 from spectrim import errors
 from spectrim.benchmark.latencies import FormTimes, LatencyTable, LayerTimes
 from spectrim.core.plans import LatencyNote
-
-pipeline = sys.modules["spectrim.planning.pipeline"]
+from spectrim.planning import pipeline
 
 
 def answer(model: nn.Module, *args: Any) -> Tensor:
@@ -729,3 +727,12 @@ def test_empty_and_sparse_batches() -> None:
     torch.testing.assert_close(first_empty.model(DRAWN), sparse.model(DRAWN))
     with pytest.raises(st.errors.DataError, match="no samples"):
         st.compress(model, rule, example_inputs=example, data=[DRAWN[:0]])
+
+
+def test_data_for_a_plan_that_was_made_without_are_said_to_change_nothing() -> None:
+    torch.manual_seed(0)
+    model, data = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32)), [torch.randn(16, 32)] * 4
+    plan = st.plan(st.analyze(model, data[0]), st.Budget(macs=0.5))
+    with pytest.warns(UserWarning, match="this plan was made without data: data= changes nothing"):
+        st.compress(model, plan, example_inputs=data[0], data=data)
+    st.compress(model, st.plan(st.analyze(model, data[0]), st.Rank(4)), example_inputs=data[0], data=data)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -169,3 +170,18 @@ def test_help_version_and_unknown_commands(run: Run) -> None:
     for arguments in (["--help"], ["demo", "--help"], ["recipe", "--help"], ["recipe", "mnist-mlp", "--help"]):
         assert run(*arguments).code == 0
     assert "mnist-mlp" in run("recipe", "list").out
+
+
+def test_a_warning_is_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def warn() -> None:
+        warnings.warn("mind this", stacklevel=1)
+
+    monkeypatch.setattr("spectrim.cli.app.app", warn)
+    formatter = warnings.formatwarning
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        monkeypatch.setattr(
+            warnings, "showwarning", lambda *args: print(warnings.formatwarning(*args), file=sys.stderr)
+        )
+        assert run().err == "warning: mind this\n\n"
+    assert warnings.formatwarning is formatter

@@ -179,6 +179,16 @@ def test_mean_and_std_that_do_not_fit_arrays(run: Run, x: Any, message: str) -> 
     assert message in " ".join(result.err.replace("│", " ").split())
 
 
+def test_other_numbers_of_classes_and_outputs_are_said_before_any_work(run: Run) -> None:
+    result = run("analyze", *TRAINED, "--data", "folder:digits/train/..", "--images", 16, *SCALE)
+    assert "note" not in result.err
+    images, labels = digits("train")
+    np.savez("eleven.npz", x=images[:, 0].numpy(), y=labels.numpy() + 1)
+    result = run("analyze", *TRAINED, "--data", "eleven.npz", "--images", 16, *SCALE)
+    assert "note: there will be no accuracy, since eleven.npz has 11 classes, and for one image" in result.err
+    assert result.err.index("note:") < result.err.index("calibrate")
+
+
 def test_values_are_learnt_by_a_loss(run: Run, tmp_path: Path) -> None:
     x = np.random.default_rng(0).normal(size=(256, 64)).astype(np.float32)
     np.savez("values.npz", x=x, y=x[:, :10])

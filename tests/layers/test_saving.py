@@ -238,3 +238,10 @@ def test_a_network_that_wants_the_version_of_a_state_is_loaded(tmp_path: Path) -
     plain = Versioned(nn.Linear(12, 9), nn.ReLU(), nn.Linear(9, 4))
     fill_(plain, read_state(tmp_path / "plain.safetensors"), origin=tmp_path)
     assert torch.equal(plain[0].weight, model[0].weight.float())
+
+
+def test_others_can_read_a_file_as_they_can_any_other(tmp_path: Path) -> None:
+    plain = tmp_path / "plain"
+    plain.touch()
+    st.save(nn.Linear(4, 4), tmp_path / "model.safetensors")
+    assert (tmp_path / "model.safetensors").stat().st_mode == plain.stat().st_mode

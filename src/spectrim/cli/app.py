@@ -2,6 +2,7 @@
 
 import os
 import sys
+import warnings
 from collections.abc import MutableMapping
 from importlib import import_module
 from pathlib import Path
@@ -107,10 +108,13 @@ def main() -> None:
     # instead. OpenMP reads this when torch is loaded. `bench` times a pass as other programs run it.
     if "bench" not in sys.argv[1:2]:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    errors = Console(stderr=True, highlight=False)
+    errors, plain = Console(stderr=True, highlight=False), warnings.formatwarning
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"  # without a line of our source
     try:
         app()
     except SpectrimError as error:
         errors.print("[bold red]error:[/]", end=" ")
         errors.print(str(error), markup=False, soft_wrap=True)
         sys.exit(1)
+    finally:
+        warnings.formatwarning = plain

@@ -144,6 +144,8 @@ def _check_accuracy(network: Loaded, source: Source, progress: Stages) -> None:
     if data is None or network.why_unscored is not None:
         if expected is not None:
             raise typer.BadParameter(f"--expect: {network.why_unscored}")
+        if data is not None and data.classes:
+            progress.say(f"note: there will be no accuracy, since {network.why_unscored}")
         return
     progress.begin("check the network")
     scores, labels = _scored(network.model, data.first(_CHECKED))
@@ -159,16 +161,7 @@ def _check_accuracy(network: Loaded, source: Source, progress: Stages) -> None:
 
 
 def _likely_cause(model: nn.Module, data: Data, own: Accuracy, *, scores: Tensor, labels: Tensor) -> str:
-    """What would mend it, if that can be seen: other mean and deviation, or another order of the classes."""
-    if isinstance(data, StoredData) and data.is_pixels:
-        tried = []
-        for usual in _USUAL:
-            prepare = replace(usual, flatten=data.prepare.flatten)
-            if prepare != data.prepare and len(prepare.mean) in (1, data.channels):
-                tried.append((_accuracy(*_scored(model, data.first(_CHECKED, prepare))), prepare))
-        best, prepare = max(tried, key=lambda pair: pair[0].value)
-        if best.interval.low > own.interval.high and best.value > _guessing(labels, classes=scores.shape[1]):
-            return f"With {prepare.options} it has {words.percent(best.value)}: give these, or those of its training"
+    """What would mend it, if that can be seen: another order of the classes, or other mean and deviation."""
     predictions = scores.argmax(dim=1)
     numbers = {
         int(each): Counter(labels[predictions == each].tolist()).most_common(1)[0][0] for each in predictions.unique()
@@ -182,6 +175,15 @@ def _likely_cause(model: nn.Module, data: Data, own: Accuracy, *, scores: Tensor
             f"({', '.join([*pairs[:3], '..'][: len(pairs)])}): "
             "number them as in training; class folders are numbered in the order of their names"
         )
+    if isinstance(data, StoredData) and data.is_pixels:
+        tried = []
+        for usual in _USUAL:
+            prepare = replace(usual, flatten=data.prepare.flatten)
+            if prepare != data.prepare and len(prepare.mean) in (1, data.channels):
+                tried.append((_accuracy(*_scored(model, data.first(_CHECKED, prepare))), prepare))
+        best, prepare = max(tried, key=lambda pair: pair[0].value)
+        if best.interval.low > own.interval.high and best.value > _guessing(labels, classes=scores.shape[1]):
+            return f"With {prepare.options} it has {words.percent(best.value)}: give these, or those of its training"
     return "Are --weights, --mean and --std those it was trained with, and classes numbered as in training?"
 
 

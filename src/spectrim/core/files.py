@@ -48,8 +48,10 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch(exist_ok=False)
+        mode = temporary.stat().st_mode
         try:
             write(temporary)
+            temporary.chmod(mode)  # some writers put a file of their own in its place, which no one else can read
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)

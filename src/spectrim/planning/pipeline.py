@@ -1,5 +1,6 @@
 """The first half of a compression: calibrate, analyse, weigh and plan; the model stays as it is."""
 
+import warnings
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -115,6 +116,13 @@ class _Stages:
         Data that are not in memory already are read once, batch by batch, if one pass is enough. Without `aside` none
         are reserved, since the statistics may be of these very ones.
         """
+        plan = self.rule_or_plan
+        if data is not None and isinstance(plan, Plan) and isinstance(plan.rule, Budget) and self.metrics == {"plain"}:
+            warnings.warn(
+                "this plan was made without data: data= changes nothing in it, no layer is fitted. Make it on data: "
+                "st.plan(st.analyze(model, example, calibration=st.calibrate(model, data)), rule)",
+                stacklevel=5,
+            )
         if data is None or self.metrics <= {"plain"}:
             return []
         require_repeatable(self.model, self.example)
