@@ -696,3 +696,11 @@ class TestWeights:
         )
         assert "none.safetensors" in message
         assert "models_test_nets" not in sys.modules
+
+
+def test_factors_without_their_structure_are_known(tmp_path: Path) -> None:
+    network = nn.Sequential(nn.Linear(32, 32))
+    small = st.compress(network, st.Rank(4), example_inputs=torch.randn(1, 32)).model
+    torch.save(small.state_dict(), tmp_path / "small.pt")
+    with pytest.raises(FileError, match="factors of a compressed network without its structure"):
+        st.load(tmp_path / "small.pt", nn.Sequential(nn.Linear(32, 32)))

@@ -209,6 +209,12 @@ def _require_none(faults: Mapping[str, list[str]], *, origin: Path) -> None:
     advice = "Names and shapes must be those of the network's state_dict(); do its options, such as outputs, fit?"
     if is_saved(origin):
         advice = "spectrim.save wrote it: make the network without weights, then spectrim.load(file, network)"
+    elif any(name.endswith((".down.weight", ".up.weight")) for names in faults.values() for name in names):
+        advice = (
+            "It may hold the factors of a compressed network without its structure: keep one with st.save(model, "
+            "'small.safetensors'), or make it again by its plan, st.compress(network, plan, example_inputs=..), before "
+            "load_state_dict"
+        )
     elif (origin.parent / "config.json").is_file():
         advice = f"It lies in {why_no_weights(origin.parent)}"
     raise FileError(f"{origin} is for another network: {'; '.join(texts)}. {advice}")
