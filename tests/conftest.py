@@ -22,6 +22,12 @@ def _one_thread() -> None:
 
 
 @pytest.fixture(autouse=True)
+def _same_random_numbers() -> None:
+    """Untrained networks are the same in every run: what a test says of one must not hang on luck."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
 def _one_table_of_onnx_operators() -> None:
     """torch builds the same table for every export, which takes longer than the export of a small network."""
     registry = getattr(sys.modules.get("torch.onnx._internal.exporter._registration"), "ONNXRegistry", None)

@@ -1,5 +1,6 @@
 """The reference networks, the published weights that belong to them, and making a network from its name."""
 
+import argparse
 import pickle
 import re
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from cases import WordModel, same_state, state
@@ -20,6 +22,11 @@ from spectrim.core.errors import DataError, FileError, ModelError, SpectrimError
 from spectrim.models import NETWORKS, resolve
 from spectrim.models.networks import PaddedShortcut
 from spectrim.models.weights import fill_, read_state
+
+
+class Settings:
+    """An object of one's own in a checkpoint."""
+
 
 PUBLISHED = Path(__file__).parents[1] / "files"
 
@@ -665,6 +672,25 @@ class TestWeights:
         path.write_bytes(pickle.dumps(Hostile()))
         error_of(lambda: resolve("spectrim:mlp", weights=path), kind=FileError)
         assert not (here / "was run").exists()
+
+    @pytest.mark.parametrize(
+        "wrap",
+        [
+            lambda model: {"state_dict": model.state_dict(), "hyper_parameters": {"settings": Settings()}},
+            lambda model: {"model": model.state_dict(), "args": argparse.Namespace(lr=0.1), "best": np.float64(1.0)},
+            lambda model: {"epoch": 3, "model": model, "optimizer": None},
+            lambda model: model,
+        ],
+        ids=["object", "arguments", "module in a checkpoint", "module"],
+    )
+    def test_objects_are_passed_over(self, here: Path, wrap: Callable[[Any], Any]) -> None:
+        model = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.Sequential(nn.Linear(4, 2)))
+        model.register_buffer("scratch", torch.ones(2), persistent=False)
+        torch.save(wrap(model), here / "w.pt")
+        expected = model.state_dict()
+        stored = read_state(here / "w.pt")
+        assert stored.keys() == expected.keys()
+        assert all(torch.equal(stored[name], tensor) for name, tensor in expected.items())
 
     @pytest.mark.parametrize("value", [torch.ones(2), [1, 2], {"epoch": 1}, {}, {"a": {}}], ids=str)
     def test_a_file_without_a_state(self, tmp_path: Path, value: object) -> None:

@@ -713,7 +713,7 @@ def test_published_networks_stand_at_their_share_of_our_cost(results: Results) -
     assert "Published (a study): dense 96.00 %; 75 % energy 95.00 % with 25 % of the parameters and 50 % of" in said
 
 
-def made_by(results: Results, name: str, rule: object, metric: str, stage: str) -> Variant:
+def call_factory(results: Results, name: str, rule: object, metric: str, stage: str) -> Variant:
     update = {"name": f"{name}, {stage}", "rule": rule, "metric": metric, "stage": stage}
     return results.variants[0].model_copy(update=update)
 
@@ -727,7 +727,7 @@ def test_networks_made_in_one_way_are_one_family(results: Results) -> None:
         ("budget, 30 % of the MACs", st.Budget(macs=0.3), "activation"),
         ("budget, 20 % of the MACs", st.Budget(macs=0.2), "activation"),
     )
-    variants = [made_by(results, *study, stage) for study in studies for stage in ("zero-shot", "fine-tuned")]
+    variants = [call_factory(results, *study, stage) for study in studies for stage in ("zero-shot", "fine-tuned")]
     families = words.families(variants)
     assert [families[f"{name}, fine-tuned"] for name, _, _ in studies] == [
         *("energy, plain metric", "energy, plain metric", "largest spectral gap", "held-out"),

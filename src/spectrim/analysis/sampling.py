@@ -98,7 +98,9 @@ class SamplingError:
         rows, scale = in_range(rows)
         samples = max(1, min(samples, number))
         each = -(-number // samples)
-        rows = functional.pad(rows, (0, 0, 0, samples * each - number)).reshape(groups, samples, each, width)
+        missing = samples * each - number
+        whole = functional.pad(rows, (0, 0, 0, missing)) if missing else rows
+        rows = whole.reshape(groups, samples, each, width)
         products = rows @ rows.mT if each < width else rows.mT @ rows
         self.squares += float(torch.linalg.vector_norm(products, dtype=torch.float64)) ** 2 / each**2 * scale**4
         self.samples += samples

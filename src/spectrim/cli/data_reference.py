@@ -18,7 +18,7 @@ from spectrim.core.batches import require_batches
 from spectrim.core.errors import DataError
 from spectrim.data.samples import Samples, load_arrays, load_folder, load_text
 from spectrim.models import CIFAR_MEAN, CIFAR_STD
-from spectrim.models.references import made_by
+from spectrim.models.references import call_factory
 
 _PREPARATION = ("mean", "std", "flatten", "resize")
 """Options that say how images become inputs."""
@@ -106,7 +106,7 @@ def load_loaders(reference: DataReference, source: Source, model: nn.Module) -> 
 
     Raises `DataError` for anything else.
     """
-    value = made_by(reference.name, {}, what="the data")
+    value = call_factory(reference.name, {}, what="the data")
     if isinstance(value, tuple) and len(value) in (2, 3):
         value = dict(zip(_SPLITS if len(value) == 3 else ("train", "test"), value, strict=True))
     loaders: dict[str, Any] = dict(value) if isinstance(value, Mapping) else {"train": value}

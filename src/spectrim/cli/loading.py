@@ -58,7 +58,7 @@ class Loaded:
             return "--no-test"
         reason = self.why_unscored
         if reason is None and self.data is not None:
-            first = next(iter(self.data.tests() or ()), ())
+            first = next(iter(self.data.tests or ()), ())
             if split_labels(first, position=0, model=self.model, required=False)[1] is None:
                 reason = f"{self.data.name} has no test data with labels"
         if asked and reason is not None:
@@ -89,7 +89,7 @@ class Loaded:
         self, network: nn.Module, name: str, *, progress: Stages, tested: bool, dense: nn.Module | None = None
     ) -> Measurement:
         """What a network costs, in relation to `dense` if given, with its accuracy on the test data if `tested`."""
-        tests = self.data.tests() if tested and self.data else None
+        tests = self.data.tests if tested and self.data else None
         if tests is not None:
             progress.begin(f"test the {name}", total=length_of(tests) or None)
         batches = None if tests is None else progress.each(tests)

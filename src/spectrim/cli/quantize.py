@@ -48,7 +48,7 @@ def quantize_network(command: Quantize) -> None:
         dense = load_network(source, quantization.dense_weights) if quantization.dense_weights else None
         network = load_source(source, progress, command.machine)
         untested = network.why_untested(asked=command.test)
-        tests = list(network.data.tests() or ()) if untested is None and network.data else None
+        tests = list(network.data.tests or ()) if untested is None and network.data else None
         progress.begin(f"quantise to {scheme}")
         quantised = quantize(
             network.model, network.example, path=folder / out.name, scheme=scheme, data=network.calibration, test=tests

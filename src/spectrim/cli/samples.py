@@ -147,6 +147,7 @@ class StoredData:
         """The first samples of the order, in another preparation if need be."""
         return Batches(self.train, self.order[:samples], prepare or self.prepare, self.source.batch)
 
+    @cached_property
     def tests(self) -> Batches:
         """The test split."""
         test = self.load("test")
@@ -217,6 +218,7 @@ class LoaderData:
                 break
         return batches
 
+    @property
     def tests(self) -> Iterable[Any] | None:
         """The test batches, if there are some."""
         return self.loaders.get("test")

@@ -172,7 +172,7 @@ def inputs_of(batch: Any, model: nn.Module, *, position: int, labels: bool) -> t
         raise DataError(f"batch {position} is a {describe(batch)}; give tensors, tuples of them, or mappings by name")
     single = isinstance(batch, Tensor | np.ndarray)
     hint = "" if single else " If the batches are pairs of inputs and labels, pass labels=True."
-    return _as_one_argument(as_inputs(batch), model), hint
+    return _as_argument(as_inputs(batch), model), hint
 
 
 def split_labels(
@@ -215,7 +215,7 @@ def split_labels(
             f'entry "labels"{f": [{pairs} for batch in data]" if isinstance(batch, Mapping) else ""}'
         )
     if like is None and model is not None:
-        inputs = _as_one_argument(inputs, model)
+        inputs = _as_argument(inputs, model)
     return inputs, None if labels is _UNLABELLED else labels
 
 
@@ -246,7 +246,7 @@ def _from_mapping(batch: Mapping[Any, Any]) -> tuple[Inputs, Any]:
     return as_inputs({name: value for name, value in batch.items() if name not in names}), from_numpy(batch[names[0]])
 
 
-def _as_one_argument(inputs: Inputs, model: nn.Module) -> Inputs:
+def _as_argument(inputs: Inputs, model: nn.Module) -> Inputs:
     """The same, as one tuple if there are several and the model's forward takes one argument."""
     if len(inputs.args) < 2:
         return inputs

@@ -1,7 +1,6 @@
 """What a file of weights is, told by its name and its first bytes, and what to do with one that cannot be read."""
 
 import json
-import pickletools
 import tomllib
 import zipfile
 from contextlib import suppress
@@ -46,30 +45,3 @@ def _in_folder(path: Path) -> str:
     ends = (".index.json", ".safetensors", ".pt", ".pth", ".ckpt", ".bin")
     weights = [str(each) for end in ends for each in sorted(path.iterdir()) if each.name.endswith(end)]
     return "a folder" + (f"; name a file in it: {', '.join(map(repr, weights[:3]))}" if weights else " without weights")
-
-
-def conversion_of(path: Path) -> str:
-    """The line that saves the state alone of a pickle, told by the strings in it: it is not run."""
-    steps: list[tuple[str, object]] = []
-    name, archive, pickles = repr(str(path)), None, 0
-    with suppress(ValueError, OSError, KeyError, zipfile.BadZipFile), path.open("rb") as opened:
-        archive = zipfile.ZipFile(opened) if zipfile.is_zipfile(opened) else None
-        opened.seek(0)
-        content = archive.open(f"{archive.namelist()[0].partition('/')[0]}/data.pkl") if archive else opened
-        while pickles < 4:  # in torch's older format it is the fourth
-            steps = [(code.name, value) for code, value, _ in pickletools.genops(content)]
-            pickles += 1
-    whole = (
-        f"torch.load({name}, 'cpu', weights_only=False)"
-        if archive or pickles > 1
-        else f"pickle.load(open({name}, 'rb'))"
-    )
-    first = next((code for code, _ in steps if code not in ("PROTO", "FRAME", "MARK")), "")
-    words = [value for _, value in steps if isinstance(value, str)]
-    entry = next((entry for entry in STATES if entry in words and "DICT" in first), None)
-    whole += f"[{entry!r}]" if entry else ""
-    if entry not in STATES[:2] and any(word.startswith("torch.nn.modules") for word in words):
-        whole += ".state_dict()"
-    elif any(word.startswith("numpy") for word in words) and not entry:
-        whole = f"{{name: torch.as_tensor(value) for name, value in {whole}.items()}}"
-    return f"torch.save({whole}, 'weights.pt')"

@@ -96,10 +96,10 @@ def _from_module(reference: str, name: str, options: _Options) -> nn.Module:
     module = reference.partition(":")[0]
     if module.endswith(".py") or not all(part.isidentifier() for part in module.split(".")):
         raise ModelError(_malformed(reference))
-    return _network(reference, made_by(reference, options, what="a network"))
+    return _network(reference, call_factory(reference, options, what="a network"))
 
 
-def made_by(reference: str, options: _Options, *, what: str) -> object:
+def call_factory(reference: str, options: _Options, *, what: str) -> object:
     """What `pkg.module:factory` returns. THIS RUNS THE CODE OF THAT MODULE; `what` says what it makes, for messages.
 
     Raises:

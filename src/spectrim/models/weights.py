@@ -2,10 +2,11 @@
 
 import importlib
 import pickle
-import re
 import warnings
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,16 +17,18 @@ from torch.nn.parameter import is_lazy
 
 from spectrim.core.errors import DependencyError, FileError, ModelError
 from spectrim.core.execution import fill_state
-from spectrim.core.file_kinds import SAVE_STATE, STATES, conversion_of, why_no_weights
+from spectrim.core.file_kinds import SAVE_STATE, STATES, why_no_weights
 
 _AROUND = (*STATES, "ema", "model_ema", "checkpoint")
+_NOT_SAVED = "_non_persistent_buffers_set"
 
 
 def read_state(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a network by name, from a safetensors file or one that torch saved (`.pt`, `.pth`, ..).
 
-    What torch saved is read with `weights_only=True`, which runs none of the file's code. It may be a checkpoint that
-    holds the state in an entry such as "state_dict" or "model", or in an entry of one.
+    What torch saved is read with `weights_only=True`, which runs none of the file's code. It may be a whole module, or
+    a checkpoint that holds the state in an entry such as "state_dict" or "model", or in an entry of one. Other objects
+    in it, such as the arguments of a script, are passed over without their classes.
 
     Raises `FileError` for a file that is missing, damaged, of another kind, or could be read only by running its code.
     """
@@ -41,23 +44,64 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
         raise FileError(f"cannot read {path}: {error}; it is cut short, damaged, or no file") from error
     if start[:2] != b"PK" and start[:1] != b"\x80":
         raise FileError(f"cannot read {path}: it is empty, cut short, or holds no weights; save them: {SAVE_STATE}")
-    return _state_in(_read_torch_file(path), path)
+    return _state_in(_with_states(_read_torch_file(path)), path)
+
+
+class _Unread:
+    """In the place of an object in a file whose class is not looked up, so that no code of it runs."""
+
+    attributes: Mapping[str, Any] = MappingProxyType({})
+
+    def __new__(cls, *args: object, **kwargs: object) -> "_Unread":
+        return super().__new__(cls)
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        """As little as possible: a class may be called, or only made and given its attributes."""
+
+    def __setstate__(self, state: object) -> None:
+        self.attributes = state if isinstance(state, Mapping) else {}
 
 
 def _read_torch_file(path: Path) -> object:
+    classes: list[str] = []
     try:
         # torch goes by the name of a path; it warns of pickles by other programs
         with warnings.catch_warnings(action="ignore"), path.open("rb") as opened:
-            return torch.load(opened, map_location="cpu", weights_only=True)
+            if zipfile.is_zipfile(opened):
+                opened.seek(0)
+                classes = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(opened))
+            opened.seek(0)
+            unread: list[Any] = [(type(name, (_Unread,), {}), name) for name in classes]
+            with torch.serialization.safe_globals(unread):
+                return torch.load(opened, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        kinds = re.findall(r"(?:GLOBAL|global:?) ([\w.]+\.[\w.]+)", str(error))
+        kind = f" ({classes[0]})" if classes else ""
         raise FileError(
-            f"cannot read {path} without running code that it may hold, never done ({(*kinds, 'objects')[0]}). If you "
-            f"trust it, save the state alone: {conversion_of(path)}"
+            f"cannot read {path} without running code that it may hold, never done{kind}. In the program that wrote "
+            f"it, save the state alone: {SAVE_STATE}"
         ) from error
     except Exception as error:  # whatever a damaged file leads to
         kind = type(error).__name__
         raise FileError(f"cannot read {path}: it is damaged, cut short, or no file of torch.save ({kind})") from error
+
+
+def _with_states(value: object) -> object:
+    """The same, with its state in the place of each whole module."""
+    if isinstance(value, Mapping):
+        return {name: _with_states(entry) for name, entry in value.items()}
+    is_module = isinstance(value, _Unread) and isinstance(value.attributes.get("_modules"), Mapping)
+    return dict(_state_of(value, "")) if is_module else value
+
+
+def _state_of(module: Any, prefix: str) -> Iterator[tuple[str, Tensor]]:
+    parts = module.attributes
+    buffers = {name: tensor for name, tensor in parts["_buffers"].items() if name not in parts[_NOT_SAVED]}
+    for name, tensor in (parts["_parameters"] | buffers).items():
+        if tensor is not None:
+            yield prefix + name, tensor.detach()
+    for name, child in parts["_modules"].items():
+        if isinstance(child, _Unread):
+            yield from _state_of(child, f"{prefix}{name}.")
 
 
 def _state_in(value: object, path: Path) -> dict[str, Tensor]:

@@ -120,7 +120,7 @@ class Evaluation:
     def measure(self, model: nn.Module) -> list[Measurement]:
         """The model by itself in every runtime; its MACs are those of one image."""
         example = self.images.test.example(self.study.latency_batch)
-        return self._of_one_image(model, [measure(model, example, runtime=runtime) for runtime in self.runtimes])
+        return self._per_image(model, [measure(model, example, runtime=runtime) for runtime in self.runtimes])
 
     def measure_against(
         self, dense: nn.Module, networks: Mapping[str, nn.Module], *, note: Callable[[str], object]
@@ -135,9 +135,9 @@ class Evaluation:
 
             timings.append(measure_each(models, example, reference=dense, runtime=runtime, on_model=on_model))
         by_network = zip(networks.items(), zip(*timings, strict=True), strict=True)
-        return {name: self._of_one_image(model, measured) for (name, model), measured in by_network}
+        return {name: self._per_image(model, measured) for (name, model), measured in by_network}
 
-    def _of_one_image(self, model: nn.Module, measured: Iterable[Measurement]) -> list[Measurement]:
+    def _per_image(self, model: nn.Module, measured: Iterable[Measurement]) -> list[Measurement]:
         update = {"macs": count(model, self.images.test.example()).macs, "batch": self.study.latency_batch}
         return [measurement.model_copy(update=update) for measurement in measured]
 

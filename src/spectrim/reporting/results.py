@@ -38,7 +38,7 @@ class LayerSpectrum(Frozen):
     cumulative: tuple[float, ...] = ()
 
     @model_validator(mode="after")
-    def _one_share_a_value(self) -> Self:
+    def _check_shares(self) -> Self:
         if self.cumulative and len(self.cumulative) != len(self.values):
             raise ValueError(
                 f"layer {self.layer!r} has {len(self.values)} singular values, and {len(self.cumulative)} cumulative "

@@ -365,7 +365,7 @@ def spectrum_finding(spectra: Sequence[LayerSpectrum], plans: Sequence[Plan]) ->
         )
         energies += [
             f"{percent(held[rank - 1], places=1)} at rank {rank} ({spectrum.metric})"
-            for rank in kept_ranks(plans, layer=spectrum.layer, metric=spectrum.metric)
+            for rank in planned_ranks(plans, layer=spectrum.layer, metric=spectrum.metric)
             if rank <= len(held)
         ]
     if energies:
@@ -378,7 +378,7 @@ def explained(spectrum: LayerSpectrum) -> NDArray[np.float64]:
     return np.array(spectrum.cumulative or Spectrum(np.array(spectrum.values)).cumulative_energy, dtype=np.float64)
 
 
-def kept_ranks(plans: Iterable[Plan], *, layer: str, metric: Metric) -> tuple[int, ...]:
+def planned_ranks(plans: Iterable[Plan], *, layer: str, metric: Metric) -> tuple[int, ...]:
     """The ranks at which plans keep a layer's matrix in a metric, smallest first; other forms have other spectra."""
     forms = selected_forms(None, closed_form=True)
     decisions = (decided for plan in plans for decided in plan if decided.name == layer and decided.metric == metric)
