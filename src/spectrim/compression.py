@@ -23,6 +23,7 @@ from spectrim.core.progress import progress_callback
 from spectrim.fitting.reconstruction import reconstruct as fit
 from spectrim.layers.replacement import duplicate, factorize, replace as replace_layers
 from spectrim.layers.selection import LayerSelection, Patterns, TreatAs
+from spectrim.layers.tokens import TokenMasks
 from spectrim.planning.decisions import PlanOptions
 from spectrim.planning.latency_budget import refused
 from spectrim.planning.pipeline import Decision, decide, progress_of
@@ -62,6 +63,7 @@ def compress(
     example_inputs: Any,
     data: Iterable[Any] | None = None,
     max_batches: int | None = None,
+    mask: str | None = None,
     metric: Metric | None = None,
     forms: Sequence[str] | None = None,
     rank_multiple: int | Grid | Literal["auto"] | None = None,
@@ -104,6 +106,8 @@ def compress(
             is dropped. They are run through once; only a `Budget`, the loss metric and `reconstruct=True` keep their
             inputs in memory.
         max_batches: Use at most so many calibration batches.
+        mask: Name of the input (batch, length) that is nonzero at tokens and zero at padding, which is kept out of
+            everything; by default `attention_mask` and the like, and `src_key_padding_mask` and the like, as in torch.
         metric: `plain`, `activation` or `loss`; with `data`, by default loss under a `Budget` and activation otherwise.
         forms: Which of `channel`, `spatial`, `tucker2` convolutions may take; see `st.plan`.
         rank_multiple: Use only ranks that are multiples of this number, and full ones. `auto`, the default under a
@@ -137,6 +141,8 @@ def compress(
         raise RuleError(f"reconstruct={reconstruct!r}: give 'auto', True or False")
     if reconstruct is True and (data is None or metric == "plain"):
         raise DataError("reconstruction is done on calibration data in a data metric; pass data= and no metric='plain'")
+    example = replace(as_inputs(example_inputs), mask=mask)
+    _ = TokenMasks.of(model, example)
     selection = LayerSelection(include, exclude, keep_last, {} if treat_as is None else treat_as)
     if analysis is not None and (selection.treat_as or not selection.takes_all):
         raise PlanError(
@@ -146,7 +152,7 @@ def compress(
         decision = decide(
             model,
             rule_or_plan,
-            example_inputs=example_inputs,
+            example_inputs=example,
             data=data,
             options=PlanOptions(metric, forms, rank_multiple, allow_growth, latencies),
             layers=selection if analysis is None else analysis,
@@ -156,7 +162,7 @@ def compress(
         return carry_out(
             model,
             decision,
-            example_inputs=example_inputs,
+            example_inputs=example,
             reconstruct=reconstruct,
             cache=cache,
             inplace=inplace,

@@ -17,8 +17,9 @@ from spectrim.core.distributed import Accelerator, all_reduce, if_distributed, s
 from spectrim.core.errors import DataError, ModelError
 from spectrim.core.execution import Inputs, call, evaluating, on_device_of, temporary
 from spectrim.core.memory import IN_PLACE, Storage
-from spectrim.core.nested import fractions, is_in_transform, joined
+from spectrim.core.nested import is_in_transform, joined
 from spectrim.core.progress import progress_callback
+from spectrim.layers.tokens import TokenMasks, input_rows
 from spectrim.layers.tracing import typed_layers, watching
 from spectrim.layers.types import layer_type_of
 
@@ -64,6 +65,7 @@ def calibrate(
     *,
     max_batches: int | None = None,
     labels: bool = False,
+    mask: str | None = None,
     layers: Collection[str] | None = None,
     positions: int | None = POSITIONS,
     gradients: bool = False,
@@ -83,6 +85,8 @@ def calibrate(
         batches: Each a tensor, a tuple of positional or a mapping of keyword arguments; NumPy arrays become tensors.
         max_batches: Stop after so many.
         labels: Batches are (inputs.., labels), or mappings with the entry "labels"; the labels are set aside.
+        mask: Name of the input (batch, length) that is nonzero at tokens and zero at padding, which no statistic
+            counts; by default `attention_mask` and the like, and `src_key_padding_mask` and the like, as in torch.
         layers: Names of the layers to watch; all by default.
         positions: Places of each sample that are looked at (output pixels of a convolution, time steps of a linear
             layer), chosen at random but the same for every sample; None for all of them.
@@ -97,7 +101,8 @@ def calibrate(
         progress: Show how far it is, as `st.compress` does.
 
     Raises:
-        DataError: no batches, a batch the model cannot run, or activations that are NaN or infinite.
+        DataError: no batches, a batch the model cannot run or without the mask, or activations that are NaN or
+            infinite.
         EngineError: a device that this machine does not have.
         FileError: a folder that cannot be written to, or that has no space left.
         ResourceError: the statistics of a layer take more memory than is free.
@@ -108,10 +113,12 @@ def calibrate(
 
     def add_rows(name: str, layer: nn.Module, x: Tensor, output: Tensor) -> None:
         if (layers is None or name in layers) and x.is_floating_point() and not is_in_transform(x):
-            rows = layer_type_of(layer).input_rows(layer, x.detach(), output=output, positions=positions)
+            rows, samples = input_rows(
+                layer, x.detach(), output=output, positions=positions, masks=masks, samples=inputs.samples
+            )
             sums.setdefault(name, RunningCovariance(storage=storage)).add(rows, samples=samples)
 
-    seen = samples = 0
+    seen = 0
     number, visible = length_of(batches), progress and not (accelerator and accelerator.process_index)
     with evaluating(model), watching(model, add_rows), progress_callback(progress=visible) as report:
         data = batches_of(batches, what="the calibration data", max_batches=max_batches)
@@ -121,7 +128,8 @@ def calibrate(
             if not is_own:
                 continue
             inputs, hint = inputs_of(batch, model, position=position, labels=labels)
-            samples = inputs.samples
+            inputs = inputs if mask is None else replace(inputs, mask=mask)
+            masks = TokenMasks.of(model, inputs)
             try:
                 if gradients:
                     named = {"what": f"batch {position}", "hint": hint}
@@ -169,7 +177,7 @@ def add_gradients(
     with temporary(layer.register_forward_hook(partial(tap, name)) for name, layer in chosen), torch.enable_grad():
         # gradients flow from the inputs, so that layers with frozen weights are reached as well
         own = on_device_of(model, inputs).map(lambda x: x.detach().requires_grad_() if x.is_floating_point() else x)
-        values = fractions(call(model, own, what=what, hint=hint))
+        values = TokenMasks.of(model, inputs).taken(call(model, own, what=what, hint=hint))
         taps = tuple(outputs)  # where activations are computed again for the gradient, hooks run again
         for probe in range(PROBES):
             total = sum(((_signs(value, signs) * value).sum() for value in values), torch.zeros(()))

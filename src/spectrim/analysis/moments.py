@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from spectrim.analysis.sampling import SamplingError, in_range, shrinkage
+from spectrim.analysis.sampling import Samples, SamplingError, in_range, shrinkage
 from spectrim.core.errors import DataError
 from spectrim.core.memory import IN_PLACE, Storage
 from spectrim.linalg import (
@@ -153,7 +153,7 @@ class RunningCovariance:
     error: SamplingError = field(default_factory=SamplingError)
     storage: Storage = IN_PLACE
 
-    def add(self, rows: Tensor, *, samples: int) -> None:
+    def add(self, rows: Tensor, *, samples: Samples) -> None:
         """Add input vectors (groups, n, in) of so many samples, those of each one after the other.
 
         Products are summed in at least float32; batches are merged in float64, of a wide layer in the products' type.

@@ -19,6 +19,10 @@ _SAFE, _MOST = 24, 126
 """Powers of two whose fourth power float32 holds, and which it holds themselves."""
 
 
+Samples = int | Sequence[int]
+"""How many samples vectors are of, or how many vectors each of the samples has."""
+
+
 @dataclass(eq=False)
 class SampleCount:
     """How many samples there are, and whether any two differ; see `Inputs.samples`."""
@@ -92,18 +96,13 @@ class SamplingError:
     samples: int = 0
     squares: float = 0.0
 
-    def add(self, rows: Tensor, *, samples: int) -> None:
+    def add(self, rows: Tensor, *, samples: Samples) -> None:
         """Add vectors (groups, n, width), those of a sample one after the other, around a point that stays the same."""
-        groups, number, width = rows.shape
         rows, scale = in_range(rows)
-        samples = max(1, min(samples, number))
-        each = -(-number // samples)
-        missing = samples * each - number
-        whole = functional.pad(rows, (0, 0, 0, missing)) if missing else rows
-        rows = whole.reshape(groups, samples, each, width)
-        products = rows @ rows.mT if each < width else rows.mT @ rows
+        rows, each = _by_sample(rows, samples)
+        products = rows @ rows.mT if rows.shape[2] < rows.shape[3] else rows.mT @ rows
         self.squares += float(torch.linalg.vector_norm(products, dtype=torch.float64)) ** 2 / each**2 * scale**4
-        self.samples += samples
+        self.samples += rows.shape[1]
 
     def variation(self, square: float) -> float:
         """Sum over the samples of squared distances between each one's second moment and the mean of all.
@@ -111,6 +110,22 @@ class SamplingError:
         `square` is the squared Frobenius norm of that mean.
         """
         return max(0.0, self.squares - self.samples * square)
+
+
+def _by_sample(rows: Tensor, samples: Samples) -> tuple[Tensor, int]:
+    """Vectors (groups, n, width) as (groups, samples, each, width), and by what to divide a sample's second moment."""
+    groups, number, width = rows.shape
+    if isinstance(samples, int):
+        samples = max(1, min(samples, number))
+        each = -(-number // samples)
+        missing = samples * each - number
+        whole = functional.pad(rows, (0, 0, 0, missing)) if missing else rows
+        return whole.reshape(groups, samples, each, width), each
+    sizes = torch.tensor([size for size in samples if size], device=rows.device)
+    places = torch.arange(int(sizes.max()), device=rows.device) < sizes.unsqueeze(1)
+    whole = rows.new_zeros(groups, *places.shape, width)
+    whole[:, places] = rows / sizes.repeat_interleave(sizes).sqrt().to(rows).unsqueeze(1)
+    return whole, 1
 
 
 def in_range(rows: Tensor) -> tuple[Tensor, float]:

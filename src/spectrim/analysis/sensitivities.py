@@ -17,10 +17,10 @@ from spectrim.core.batches import batches_of, inputs_of
 from spectrim.core.errors import DataError, ModelError, PlanError
 from spectrim.core.execution import Inputs, ProgressCallback, call, evaluating, temporary
 from spectrim.core.memory import IN_PLACE, Storage
-from spectrim.core.nested import fractions
 from spectrim.core.plans import Metric
 from spectrim.core.progress import progress_callback
 from spectrim.layers.replacement import factored_at, mean_corrections, product, replace
+from spectrim.layers.tokens import TokenMasks
 from spectrim.linalg import Factors
 
 _LEAST, _MOST = 32, 256
@@ -229,5 +229,5 @@ def _by_sample(first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
 def _outputs(model: nn.Module, batch: Inputs, position: int, *, hint: str = "") -> list[Tensor]:
     with evaluating(model):
         result = call(model, batch, what=f"batch {position}", hint=hint)
-    floats = [tensor.detach() for tensor in fractions(result)]
+    floats = [tensor.detach() for tensor in TokenMasks.of(model, batch).weighed(result)]
     return [tensor.to(torch.promote_types(tensor.dtype, torch.float32), copy=True) for tensor in floats]

@@ -19,6 +19,7 @@ from spectrim.core.nested import describe, fractions, logits_of, tensors
 from spectrim.core.plans import Budget, Plan
 from spectrim.layers.cost import NetworkCost
 from spectrim.layers.replacement import duplicate, factorize
+from spectrim.layers.tokens import TokenMasks
 
 _WORSE, _NEAR, _FAR = 1.2, 0.02, 0.9
 _FURTHER, _LARGE = 3.0, 0.3
@@ -120,23 +121,24 @@ def fidelity(
     Raises:
         ModelError: outputs of `small` that are not finite where those of `model` are, or of another type.
     """
-    dense, samples = [], 0
+    dense, samples, masks = [], 0, []
     others: list[list[Any]] = [[] for network in (small, plain) if network is not None]
     for position, batch in enumerate(batches):
         samples += batch.samples
+        masks.append(TokenMasks.of(model, batch))
         dense.append(_outputs(model, batch, position))
         for network, outputs in zip((small, plain), others, strict=False):
             assert network is not None
             outputs.append(_outputs(network, batch, position))
         require_sound(dense[-1], others[0][-1])
-    reference = _joined(dense)
+    reference = _joined(dense, masks)
     energy = sum(float((each - each.mean(dim=0)).nan_to_num(0.0, 0.0, 0.0).square().sum()) for each in reference)
     total = sum(float(each.nan_to_num(0.0, 0.0, 0.0).square().sum()) for each in reference)
     if not _ROUNDING * total < energy < float("inf"):
         return None
     compared = []
     for outputs in others:
-        error = _relative_error(reference, _joined(outputs), energy)
+        error = _relative_error(reference, _joined(outputs, masks), energy)
         if error is None:
             return None
         compared.append(Fidelity(relative_error=error, agreement=_agreement(dense, outputs), samples=samples))
@@ -254,9 +256,15 @@ def _outputs(model: nn.Module, batch: Inputs, position: int) -> Any:
         return call(model, batch, what=f"batch {position}")
 
 
-def _joined(batches: Sequence[Any]) -> list[Tensor]:
-    """Each tensor of the outputs, of all batches together, float64; none where shapes depend on values."""
-    rows = [[torch.atleast_1d(tensor.detach()) for tensor in fractions(outputs)] for outputs in batches]
+def _joined(batches: Sequence[Any], masks: Sequence[TokenMasks]) -> list[Tensor]:
+    """Each tensor of the outputs, of all batches together, float64; none where shapes depend on values.
+
+    Where masks say what the tokens of sequences are, these are its rows.
+    """
+    rows = [
+        [torch.atleast_1d(tensor.detach()) for tensor in own.taken(outputs)]
+        for outputs, own in zip(batches, masks, strict=True)
+    ]
     shapes = {tuple(tensor.shape[1:] for tensor in tensors_) for tensors_ in rows}
     return [torch.cat(parts).double() for parts in zip(*rows, strict=True)] if len(shapes) == 1 else []
 

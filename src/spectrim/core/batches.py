@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from numbers import Number
 from typing import Any
@@ -256,7 +256,7 @@ def _as_argument(inputs: Inputs, model: nn.Module) -> Inputs:
         return inputs
     positional = [each.kind for each in parameters if each.kind not in (each.KEYWORD_ONLY, each.VAR_KEYWORD)]
     is_single = len(positional) == 1 and positional[0] != inspect.Parameter.VAR_POSITIONAL
-    return Inputs((inputs.args,), inputs.kwargs) if is_single else inputs
+    return replace(inputs, args=(inputs.args,)) if is_single else inputs
 
 
 def _by_example(batch: Any, like: Inputs, position: int) -> tuple[Inputs, Any]:
@@ -327,7 +327,7 @@ def _selected(inputs: Inputs, like: Inputs, labels: Any) -> tuple[Inputs, Any]:
         return {name: value[name] for name in example}
 
     args = tuple(known(*pair) for pair in zip(inputs.args, like.args, strict=True))
-    return Inputs(args, known(inputs.kwargs, like.kwargs)), labels
+    return Inputs(args, known(inputs.kwargs, like.kwargs), like.mask), labels
 
 
 def _difference(readings: Sequence[tuple[Inputs, Any]], like: Inputs) -> str:

@@ -4,7 +4,7 @@ import random
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -28,10 +28,17 @@ ProgressCallback = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Inputs:
-    """What one call of a model is given."""
+    """What one call of a model is given.
+
+    Attributes:
+        args: Positional arguments.
+        kwargs: Those with names.
+        mask: Name of the argument (batch, length) that says which positions are tokens; None for the usual names.
+    """
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
+    mask: str | None = None
 
     def describe(self) -> str:
         """Types and shapes, for messages."""
@@ -40,7 +47,7 @@ class Inputs:
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Inputs":
         """The same with `change` of every tensor."""
-        return Inputs(map_tensors(self.args, change), map_tensors(dict(self.kwargs), change))
+        return replace(self, args=map_tensors(self.args, change), kwargs=map_tensors(dict(self.kwargs), change))
 
     def tensors(self) -> list[Tensor]:
         """Every tensor, positional arguments first."""

@@ -10,12 +10,14 @@ from torch import Tensor, nn
 from spectrim.analysis.activation_cache import DEFAULT_BYTES, ActivationCache
 from spectrim.analysis.calibration import POSITIONS
 from spectrim.analysis.moments import RunningCovariance, pooled
+from spectrim.analysis.sampling import Samples
 from spectrim.analysis.spectra import Analysis
 from spectrim.core.execution import Inputs, ProgressCallback, call
 from spectrim.core.plans import LayerPlan, Plan
 from spectrim.fitting.successors import Successor, find_successors, following
 from spectrim.layers.forms import form_named
 from spectrim.layers.replacement import factored_at, factorize, product, refitted_at, replace
+from spectrim.layers.tokens import TokenMasks, input_rows, output_rows
 from spectrim.layers.types import layer_type_of
 from spectrim.linalg import Covariance, Factors, Problem, to_float64
 from spectrim.linalg.covariance import add_outer, solver, times
@@ -38,14 +40,14 @@ class _Seen:
 
     Attributes:
         inputs: Its inputs in the compressed network.
-        samples: How many samples each entry of `inputs` is of.
+        samples: How many samples each entry of `inputs` is of, or how many vectors each of them has.
         outputs: Its outputs in the dense network.
         residuals: The residual branches that are added to its outputs in the compressed network.
         dense_residuals: The same in the dense network.
     """
 
     inputs: list[Tensor] = field(default_factory=list)
-    samples: list[int] = field(default_factory=list)
+    samples: list[Samples] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)
     residuals: list[Tensor] = field(default_factory=list)
     dense_residuals: list[Tensor] = field(default_factory=list)
@@ -183,13 +185,14 @@ def _record(
 
     def on_call(name: str, layer: nn.Module, _: Tensor, output: Tensor) -> None:
         if order[name] < end:
-            seen[name].outputs.append(layer_type_of(layer).output_rows(layer, output, positions=POSITIONS))
+            seen[name].outputs.append(output_rows(layer, output, positions=POSITIONS, masks=masks))
 
     def on_residual(name: str, layer: nn.Module, residual: Tensor) -> None:
         if order[name] < end and name in adding:
-            seen[name].dense_residuals.append(layer_type_of(layer).output_rows(layer, residual, positions=POSITIONS))
+            seen[name].dense_residuals.append(output_rows(layer, residual, positions=POSITIONS, masks=masks))
 
     for position, batch in enumerate(batches):
+        masks = TokenMasks.of(model, batch)
         with following(model, order, on_call=on_call, on_residual=on_residual):
             call(model, batch, what=f"batch {position}")
         if not position:
@@ -216,19 +219,21 @@ def _collect(cache: ActivationCache, place: _Place, seen: Mapping[str, _Seen], b
 
     def on_call(name: str, layer: nn.Module, x: Tensor, output: Tensor) -> None:
         reached()
-        rows = layer_type_of(layer).input_rows(layer, x, output=output, positions=POSITIONS)
+        rows, samples = input_rows(
+            layer, x, output=output, positions=POSITIONS, masks=masks, samples=batches[position].samples
+        )
         seen[name].inputs.append(rows.clone() if rows.data_ptr() == x.data_ptr() else rows)
-        seen[name].samples.append(batches[position].samples)
+        seen[name].samples.append(samples)
         pending[name] -= 1
         if not place.successor.residual and not any(pending.values()):
             raise _PassEnded
 
     def on_residual(name: str, layer: nn.Module, residual: Tensor) -> None:
-        seen[name].residuals.append(layer_type_of(layer).output_rows(layer, residual, positions=POSITIONS))
+        seen[name].residuals.append(output_rows(layer, residual, positions=POSITIONS, masks=masks))
         raise _PassEnded
 
     for position, batch in enumerate(batches):
-        pending = dict(calls)
+        pending, masks = dict(calls), TokenMasks.of(cache.model, batch)
         watched = following(
             cache.model, seen, on_call=on_call, on_residual=on_residual if place.successor.residual else None
         )

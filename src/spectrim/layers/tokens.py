@@ -1,0 +1,165 @@
+"""Which positions of a batch's sequences are tokens: padding counts in no statistic, sensitivity or fit."""
+
+import inspect
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spectrim.core.errors import DataError
+from spectrim.core.execution import Inputs
+from spectrim.core.nested import fractions
+from spectrim.layers.types import layer_type_of
+from spectrim.layers.types.base import sample
+
+_OF_TOKENS = ("attention_mask", "decoder_attention_mask", "encoder_attention_mask")
+_OF_PADDING = ("key_padding_mask", "src_key_padding_mask", "tgt_key_padding_mask", "memory_key_padding_mask")
+"""Arguments (batch, length) of Hugging Face's models, and of torch's, where True is padding."""
+
+
+@dataclass(frozen=True, eq=False)
+class TokenPlaces:
+    """Where the tokens of a tensor are that has a sequence for each sample.
+
+    Attributes:
+        index: Places in its first two dimensions, flattened, or in its first one, of one sample after the other.
+        sizes: How many there are of each sample.
+        dims: Dimensions that the sequences take: 2, or 1 where they are flattened.
+    """
+
+    index: Tensor
+    sizes: Sequence[int]
+    dims: int
+
+    def take(self, tensor: Tensor) -> Tensor:
+        """The tokens one after the other: (n, ..)."""
+        return tensor.flatten(0, self.dims - 1)[self.index.to(tensor.device)]
+
+    def weigh(self, tensor: Tensor) -> Tensor:
+        """Zero at padding, and scaled so that a sample's mean square over all places is that over its tokens."""
+        flat = tensor.flatten(0, self.dims - 1)
+        sizes = torch.tensor(self.sizes)
+        weights = torch.zeros(len(flat), dtype=torch.float64)
+        weights[self.index] = (len(flat) / len(sizes) / sizes).sqrt().repeat_interleave(sizes).double()
+        weights = weights.to(flat).reshape(-1, *[1] * (flat.ndim - 1))
+        return torch.where(weights > 0, flat * weights, 0).reshape(tensor.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class TokenMasks:
+    """The masks of one batch, if it has any.
+
+    Attributes:
+        masks: Each (batch, length), True at tokens.
+        length_first: Whether the model's sequences are (length, batch, ..).
+    """
+
+    masks: Sequence[Tensor]
+    length_first: bool = False
+    _known: dict[Any, TokenPlaces] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: nn.Module, inputs: Inputs) -> "TokenMasks":
+        """Those among a model's inputs: `inputs.mask`, or arguments with the names that Hugging Face and torch use.
+
+        Raises:
+            DataError: there is no `inputs.mask` of the shape (batch, length).
+        """
+        named = _by_name(model, inputs)
+        names = (*_OF_TOKENS, *_OF_PADDING) if inputs.mask is None else (inputs.mask,)
+        values = {name: named[name] for name in names if isinstance(named.get(name), Tensor)}
+        masks = [_is_token(mask, name) for name, mask in values.items() if mask.ndim == 2]
+        if inputs.mask is not None and not masks:
+            raise DataError(
+                f"mask={inputs.mask!r}: the inputs ({inputs.describe()}) have no entry of this name and of shape "
+                "(batch, length); name one that is nonzero at tokens and zero at padding"
+            )
+        length_first = any(getattr(module, "batch_first", True) is False for module in model.modules())
+        return cls(masks, length_first)
+
+    def places(self, shape: Sequence[int], *, positions: int | None = None) -> TokenPlaces | None:
+        """The tokens of a tensor (batch, length, .., size) or (batch * length, size), at most so many of a sample.
+
+        They are those that the sample would have alone, without padding. None for tensors without a sequence that a
+        mask belongs to. Where several do, as of encoder and decoder, what any of them calls a token is one.
+        """
+        sequences = tuple(shape[:1] if len(shape) == 2 else shape[:2])
+        fitting = [mask for mask in self.masks if sequences in (self._order(mask).shape, (mask.numel(),))]
+        if len(shape) < 2 or not fitting:
+            return None
+        key = (sequences, positions)
+        if key not in self._known:
+            self._known[key] = self._found(torch.stack(fitting).any(dim=0), len(sequences), positions)
+        return self._known[key]
+
+    def _order(self, mask: Tensor) -> Tensor:
+        return mask.T if self.length_first else mask
+
+    def _found(self, mask: Tensor, dims: int, positions: int | None) -> TokenPlaces:
+        numbers = self._order(torch.arange(mask.numel()).reshape(self._order(mask).shape))
+        of_sample = [numbers[row, mask[row]] for row in range(len(mask))]
+        if dims == 2:
+            of_sample = [places[sample(len(places), positions)] for places in of_sample]
+        return TokenPlaces(torch.cat(of_sample), [len(places) for places in of_sample], dims)
+
+    def taken(self, outputs: Any) -> list[Tensor]:
+        """Every tensor of a model's outputs that holds fractions, those with sequences as (tokens, ..)."""
+        tensors = fractions(outputs)
+        places = [self.places(tensor.shape) for tensor in tensors]
+        return [tensor if own is None else own.take(tensor) for tensor, own in zip(tensors, places, strict=True)]
+
+    def weighed(self, outputs: Any) -> list[Tensor]:
+        """The same in their own shapes, see `TokenPlaces.weigh`."""
+        tensors = fractions(outputs)
+        places = [self.places(tensor.shape) for tensor in tensors]
+        return [tensor if own is None else own.weigh(tensor) for tensor, own in zip(tensors, places, strict=True)]
+
+    def rows_of(self, layer: nn.Module, shape: Sequence[int], *, positions: int | None) -> TokenPlaces | None:
+        """The places to look at in a call of a layer; None if that has no padding."""
+        if layer_type_of(layer).feature_dim(layer) != -1:
+            return None
+        places = self.places(shape, positions=positions)
+        whole = self.places(shape)
+        padded = whole is not None and len(whole.index) < math.prod(shape[: whole.dims])
+        return places if padded else None
+
+
+def input_rows(
+    layer: nn.Module, x: Tensor, *, output: Tensor, positions: int | None, masks: TokenMasks, samples: int
+) -> tuple[Tensor, int | Sequence[int]]:
+    """As `LayerType.input_rows`, without padding, and of how many samples, or how many of each, they are."""
+    kind = layer_type_of(layer)
+    places = masks.rows_of(layer, x.shape, positions=positions)
+    if places is None:
+        return kind.input_rows(layer, x, output=output, positions=positions), samples
+    x, output = places.take(x), places.take(output)
+    rows = kind.input_rows(layer, x.flatten(0, -2), output=output.flatten(0, -2), positions=None)
+    return rows, [size * rows.shape[1] // len(x) for size in places.sizes]
+
+
+def output_rows(layer: nn.Module, output: Tensor, *, positions: int | None, masks: TokenMasks) -> Tensor:
+    """As `LayerType.output_rows`, without padding."""
+    kind = layer_type_of(layer)
+    places = masks.rows_of(layer, output.shape, positions=positions)
+    if places is None:
+        return kind.output_rows(layer, output, positions=positions)
+    return kind.output_rows(layer, places.take(output).flatten(0, -2), positions=None)
+
+
+def _by_name(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
+    try:
+        bound = inspect.signature(model.forward).bind_partial(*inputs.args, **inputs.kwargs)
+    except (TypeError, ValueError):
+        return dict(inputs.kwargs)
+    return {**bound.arguments, **inputs.kwargs}
+
+
+def _is_token(mask: Tensor, name: str) -> Tensor:
+    """True at tokens; of a mask that is added to scores, such as 0 and minus infinity, where it adds nothing."""
+    mask = mask.detach().cpu()
+    if mask.is_floating_point() and (mask < 0).any():
+        return mask == 0
+    return mask == 0 if name.endswith("key_padding_mask") else mask != 0
