@@ -4,7 +4,7 @@ import importlib
 import pickle
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -90,18 +90,15 @@ def _with_states(value: object) -> object:
     if isinstance(value, Mapping):
         return {name: _with_states(entry) for name, entry in value.items()}
     is_module = isinstance(value, _Unread) and isinstance(value.attributes.get("_modules"), Mapping)
-    return dict(_state_of(value, "")) if is_module else value
+    return _state_of(value) if is_module else value
 
 
-def _state_of(module: Any, prefix: str) -> Iterator[tuple[str, Tensor]]:
+def _state_of(module: Any) -> dict[str, Tensor]:
     parts = module.attributes
     buffers = {name: tensor for name, tensor in parts["_buffers"].items() if name not in parts[_NOT_SAVED]}
-    for name, tensor in (parts["_parameters"] | buffers).items():
-        if tensor is not None:
-            yield prefix + name, tensor.detach()
-    for name, child in parts["_modules"].items():
-        if isinstance(child, _Unread):
-            yield from _state_of(child, f"{prefix}{name}.")
+    own = {name: tensor.detach() for name, tensor in (parts["_parameters"] | buffers).items() if tensor is not None}
+    children = {name: child for name, child in parts["_modules"].items() if isinstance(child, _Unread)}
+    return own | {f"{at}.{name}": tensor for at, child in children.items() for name, tensor in _state_of(child).items()}
 
 
 def _state_in(value: object, path: Path) -> dict[str, Tensor]:
