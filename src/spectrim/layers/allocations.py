@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from spectrim.core.dispatch import OperatorMode
 from spectrim.core.execution import Inputs, call, evaluating
 from spectrim.core.nested import size_of, storage_of, stored_tensors
 
@@ -39,11 +39,11 @@ class Allocations:
         return cls(counter.most, counter.total, counter.operator, size_of(outputs))
 
 
-class _AllocationCounter(TorchDispatchMode):
+class _AllocationCounter(OperatorMode):
     """Counts the memory of new tensors, and takes it off again where it is freed."""
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.alive = self.most = self.total = self.operator = 0
         self._weights = {_key(tensor) for tensor in _stored([*model.parameters(), *model.buffers()])}
         self._known = set(self._weights)

@@ -1,14 +1,16 @@
 """What a model costs, counted: parameters, bytes of its file, multiply-accumulates."""
 
+import inspect
 import json
 import math
 from typing import Any, Self
 
 from pydantic import Field
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, _FlopCounterMode
 from torch.utils.module_tracker import ModuleTracker
 
+from spectrim.core.dispatch import OperatorMode
 from spectrim.core.execution import as_inputs, call, distinct_state, evaluating, require_shapes
 from spectrim.core.files import Frozen
 from spectrim.core.nested import stored_tensors, tensors
@@ -42,7 +44,7 @@ def count(model: nn.Module, example_inputs: Any) -> NetworkCost:
     uncounted = UncountedOperators(model.parameters())
     counter = FlopCounterMode(display=False, custom_mapping=dict(formulas()))
     counter.mod_tracker = _WholeNetwork()
-    with evaluating(model), counter, uncounted:
+    with evaluating(model), _Multiplications(counter), uncounted:
         call(model, as_inputs(example_inputs))
     return NetworkCost(
         params=_params(model),
@@ -51,6 +53,13 @@ def count(model: nn.Module, example_inputs: Any) -> NetworkCost:
         uncounted=tuple(uncounted.names) or None,
         uncounted_weights=tuple(uncounted.weighted) or None,
     )
+
+
+class _Multiplications(_FlopCounterMode):
+    """What torch's counter enters, see `OperatorMode`."""
+
+    __torch_dispatch__ = inspect.unwrap(_FlopCounterMode.__torch_dispatch__)
+    _should_skip_dynamo = OperatorMode._should_skip_dynamo
 
 
 class _WholeNetwork(ModuleTracker):

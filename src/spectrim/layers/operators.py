@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import sdpa_flop
 
+from spectrim.core.dispatch import OperatorMode
 from spectrim.core.nested import extent, extents, overlap
 
 Shape = Sequence[int]
@@ -80,7 +81,7 @@ def _deformable(_: Shape, weight: Shape, *__: Any, out_shape: Shape, **___: Any)
     return 2 * batch * channels * math.prod(places) * math.prod(weight[1:])
 
 
-class UncountedOperators(TorchDispatchMode):
+class UncountedOperators(OperatorMode):
     """Collects what is run but not counted, although it may multiply.
 
     Attributes:
@@ -89,7 +90,7 @@ class UncountedOperators(TorchDispatchMode):
     """
 
     def __init__(self, weights: Iterable[Tensor]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.names: dict[str, None] = {}
         self.weighted: dict[str, None] = {}
         self._weights = tuple(weights)

@@ -7,8 +7,8 @@ from typing import Any, Self
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from spectrim.core.dispatch import OperatorMode
 from spectrim.core.errors import ModelError
 from spectrim.core.nested import map_tensors, storage_of, tensors
 
@@ -90,11 +90,11 @@ class ProductTensor(Tensor):
         return cls(lambda: view, like=view, shape=view.shape)
 
 
-class _WriteGuard(TorchDispatchMode):
+class _WriteGuard(OperatorMode):
     """Refuses operators that write to a product, which their names need not say."""
 
     def __init__(self, products: Sequence[Tensor]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._products = products
 
     def __torch_dispatch__(

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 
+from spectrim.core.dispatch import OperatorMode
 from spectrim.core.errors import ModelError
 from spectrim.core.execution import Inputs, alike, call, evaluating, require_unwrapped, require_values, temporary
 from spectrim.core.nested import extent, extents, joined, overlap
@@ -117,11 +117,11 @@ def trace(model: nn.Module, inputs: Inputs, *, treat_as: TreatAs | None = None) 
     )
 
 
-class _WeightReads(TorchDispatchMode):
+class _WeightReads(OperatorMode):
     """Notes the layers whose weight is given to an operator while no layer with this weight is being called."""
 
     def __init__(self, layers: Mapping[str, nn.Module]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.names: set[str] = set()
         self._layers = layers
         weights = {name: layer._parameters.get("weight") for name, layer in layers.items()}
