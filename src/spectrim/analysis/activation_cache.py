@@ -1,7 +1,9 @@
 """Repeated passes over the same beginning of a network, without computing it each time."""
 
+import math
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
@@ -11,17 +13,33 @@ from torch import Tensor, nn
 
 from spectrim.core.errors import ModelError
 from spectrim.core.execution import Inputs, call, evaluating
-from spectrim.core.nested import tensors
+from spectrim.core.nested import map_tensors, tensors
 from spectrim.layers.factored import is_low_rank
 
-DEFAULT_BYTES = 5 * 2**25
-"""Bytes of activations kept to save time, if nothing else is said: 160 MiB."""
+DEFAULT_BYTES = 2**29
+"""Bytes of activations kept to save time, if nothing else is said: 512 MiB."""
 
-_TRIED = 4
-"""Samples on which the blocks are tried."""
+_TRIED, _TRIED_PLACES = 2, 8
+"""Samples on which the blocks are tried, and numbers of a sequence."""
 
-_Outputs = dict[tuple[str, int], Tensor]
-"""By a module's name and the number of the call within one pass."""
+_Key = tuple[str, int]
+"""A module's name, and the number of the call within one pass."""
+
+_Outputs = dict[_Key, Any]
+"""Tensors, or tuples of tensors and None."""
+
+
+@dataclass(frozen=True)
+class _Blocks:
+    """What was learnt about the blocks of a network, by trying.
+
+    Attributes:
+        recallable: Those whose output may be recalled.
+        frontiers: Those of them after which nothing reads the outputs of blocks before, so that these may be forgotten.
+    """
+
+    recallable: frozenset[str] = frozenset()
+    frontiers: frozenset[str] = frozenset()
 
 
 @dataclass(eq=False)
@@ -33,7 +51,8 @@ class ActivationCache:
     modules return what is kept instead of running.
 
     A block that does more than give an output (it runs hooks, writes to its input or to what others read) has to run.
-    So each block is tried: with its output recalled, the network must give what it gives with the block run.
+    So each block is tried: with its output recalled, the network must give what it gives with the block run. Where it
+    gives the same with NaN in the place of all outputs before, as in a chain of blocks, these are not kept.
 
     Attributes:
         model: The network, whose layers may be exchanged between passes.
@@ -46,54 +65,95 @@ class ActivationCache:
     tried_on: Inputs | None
     _outputs: dict[int, _Outputs] = field(default_factory=dict)
 
-    @cached_property
+    def of(self, model: nn.Module) -> "ActivationCache":
+        """A cache of as many bytes for another network with the same blocks."""
+        other = ActivationCache(model, self.free_bytes, self.tried_on)
+        other.__dict__["_blocks"] = self._blocks
+        return other
+
+    @property
     def blocks(self) -> frozenset[str]:
         """Names of the blocks that may be recalled."""
+        return self._blocks.recallable
+
+    @cached_property
+    def _blocks(self) -> _Blocks:
         if self.tried_on is None or self.free_bytes <= 0:
-            return frozenset()
-        names = [name for name, module in self.model.named_modules() if name and _is_block(module)]
+            return _Blocks()
         if self.tried_on.is_ragged or any(tensor.layout != torch.strided for tensor in self.tried_on.tensors()):
-            return frozenset()  # such inputs cannot be cut or rolled
-        with evaluating(self.model):
+            return _Blocks()  # such inputs cannot be cut or rolled
+        names = [name for name, module in self.model.named_modules() if name and _is_block(module)]
+        names.sort(key=lambda name: name.count("."), reverse=True)
+        with evaluating(self.model), suppress(ModelError):
             few = self._few(self.tried_on)
-            return frozenset(name for name in names if self._can_be_recalled(name, few))
+            # a block is tried after a pass on other inputs, so that what it left to others is not what it leaves now
+            turns = [self._recorded(few, names), self._recorded(few.map(_rolled), names)]
+            recallable = frozenset(name for name in names if self._is_recallable(name, turns))
+            turns = [self._recorded(turn.inputs, recallable) for turn in turns]
+            return _Blocks(recallable, frozenset(name for name in recallable if self._is_frontier(name, turns)))
+        return _Blocks()
 
     def _few(self, inputs: Inputs) -> Inputs:
-        """A few of the samples, if the network takes them."""
-        few = inputs.map(lambda tensor: tensor[:_TRIED] if tensor.ndim else tensor)
-        try:
-            call(self.model, few)
-        except ModelError:
-            return inputs
-        return few
+        """A few of the samples, and of the numbers of a sequence, if the network takes them."""
+        for size in (slice(_TRIED_PLACES), slice(None)):
+            few = inputs.map(partial(_cut, places=size))
+            with suppress(ModelError):
+                call(self.model, few)
+                return few
+        return inputs
 
-    def _can_be_recalled(self, name: str, inputs: Inputs) -> bool:
-        run = _Pass({}, self.free_bytes)
+    def _recorded(self, inputs: Inputs, names: Collection[str]) -> "_Trial":
+        """A pass in which all blocks run."""
+        trial = _Trial(inputs)
+        with self._following(trial, names):
+            trial.expected = call(self.model, inputs)
+        return trial
+
+    def _is_recallable(self, name: str, turns: "list[_Trial]") -> bool:
+        """Whether the network gives the same with a block's output recalled; exchanges the trials."""
+        trial, other = turns
+        known = {key: output for key, output in trial.outputs.items() if key[0] == name}
+        if not known or max(map(_size, known.values())) > self.free_bytes:
+            return False
         try:
-            with self._following(run, {name}):
-                expected = call(self.model, inputs)
-            # other inputs, so that what a block left to others is no longer what it would leave now
-            call(self.model, inputs.map(lambda tensor: tensor.roll(1, -1) if tensor.ndim else tensor))
-            recalled = _Pass(dict(run.finished), self.free_bytes)
-            with self._following(recalled, {name}):
-                return bool(run.finished) and _equal(expected, call(self.model, inputs))
+            if any(key[0].startswith(f"{name}.") for key in trial.outputs):
+                call(self.model, other.inputs)  # in the pass before, one of the blocks in this one may not have run
+        except ModelError:
+            return False
+        turns.reverse()
+        return self._is_same(trial, known)
+
+    def _is_frontier(self, name: str, turns: "list[_Trial]") -> bool:
+        """Whether the network gives the same with a block's output recalled, and NaN for those of all blocks before."""
+        trial = turns[0]
+        key = (name, 0)
+        if key not in trial.before or (name, 1) in trial.before:
+            return False
+        turns.reverse()
+        forgotten = {earlier: _forgotten(trial.outputs[earlier]) for earlier in trial.before[key]}
+        return bool(forgotten) and self._is_same(trial, {**forgotten, key: trial.outputs[key]})
+
+    def _is_same(self, trial: "_Trial", known: _Outputs) -> bool:
+        try:
+            with self._following(_Pass(known, self.free_bytes), {name for name, _ in known}):
+                return _equal(trial.expected, call(self.model, trial.inputs))
         except ModelError:
             return False
 
     @contextmanager
     def recalling(self, batch: int) -> Iterator[Callable[[], None]]:
         """Run the network on the batch of this number within this; call what it gives where finality ends."""
-        blocks = self.blocks
-        run = _Pass(self._outputs.get(batch, {}), self.free_bytes)
+        blocks = self._blocks
+        run = _Pass(self._outputs.get(batch, {}), self.free_bytes, blocks.frontiers)
         try:
-            with self._following(run, blocks):
+            with self._following(run, blocks.recallable):
                 yield run.stop
         finally:
             if not run.final:  # a pass that never came to the layer at hand says nothing of what is final
                 self._keep(batch, run)
 
     @contextmanager
-    def _following(self, run: "_Pass", blocks: Collection[str]) -> Iterator[None]:
+    def _following(self, run: "_Pass | _Trial", blocks: Collection[str]) -> Iterator[None]:
         replaced = []
         try:
             for name, module in list(self.model.named_modules()):
@@ -119,14 +179,37 @@ class ActivationCache:
 
 
 @dataclass(eq=False)
+class _Trial:
+    """Inputs, what the network and its blocks give for them, and by block the outermost ones that finish before it."""
+
+    inputs: Inputs
+    expected: Any = None
+    outputs: _Outputs = field(default_factory=dict)
+    before: dict[_Key, list[_Key]] = field(default_factory=dict)
+    finished: list[_Key] = field(default_factory=list)
+    calls: Counter[str] = field(default_factory=Counter)
+
+    def forward(self, name: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """In place of a block's forward pass: the pass itself."""
+        key, inside = (name, self.calls[name]), len(self.finished)
+        self.calls[name] += 1
+        output = original(*args, **kwargs)
+        if _is_storable(output):
+            self.outputs[key], self.before[key] = _copied(output), self.finished[:inside]
+            self.finished[inside:] = [key]
+        return output
+
+
+@dataclass(eq=False)
 class _Pass:
     """One pass: what was known before, and which blocks have finished, outermost ones only."""
 
     known: _Outputs
     free_bytes: int
-    finished: list[tuple[tuple[str, int], Tensor]] = field(default_factory=list)
+    frontiers: frozenset[str] = frozenset()
+    finished: list[tuple[_Key, Any]] = field(default_factory=list)
     final: bool = True
-    calls: dict[str, int] = field(default_factory=dict)
+    calls: Counter[str] = field(default_factory=Counter)
 
     def stop(self) -> None:
         """What finishes from here on is not final."""
@@ -134,15 +217,17 @@ class _Pass:
 
     def forward(self, name: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """In place of a block's forward pass: the known output of this call, or the pass itself."""
-        key = (name, self.calls.get(name, 0))
-        self.calls[name] = key[1] + 1
-        inside = len(self.finished)
+        key, inside = (name, self.calls[name]), len(self.finished)
+        self.calls[name] += 1
         # copies, since what follows may work in place
-        output = self.known[key].clone() if key in self.known else original(*args, **kwargs)
+        output = _copied(self.known[key]) if key in self.known else original(*args, **kwargs)
         if self.final and key in self.known:
             self.finished[inside:] = [(key, self.known[key])]
-        elif self.final and isinstance(output, Tensor) and _size(output) <= self.free_bytes:
-            self.finished[inside:] = [(key, output.detach().clone())]
+        elif self.final and _is_storable(output) and _size(output) <= self.free_bytes:
+            before = self.finished[:inside]
+            if name in self.frontiers:
+                before = [(earlier, _forgotten(value)) for earlier, value in before]
+            self.finished = [*before, (key, _copied(output))]
         return output
 
 
@@ -151,9 +236,43 @@ def _equal(first: Any, second: Any) -> bool:
     return len(pairs[0]) == len(pairs[1]) and all(map(torch.equal, *pairs))
 
 
+def _is_storable(output: Any) -> bool:
+    parts = output if type(output) is tuple else (output,)
+    return any(isinstance(part, Tensor) for part in parts) and all(
+        part is None or (isinstance(part, Tensor) and part.layout == torch.strided and not part.is_nested)
+        for part in parts
+    )
+
+
+def _copied(output: Any) -> Any:
+    return map_tensors(output, lambda tensor: tensor.detach().clone())
+
+
+def _forgotten(output: Any) -> Any:
+    """NaN of the same shape, or zero of whole numbers, which takes no memory."""
+    return map_tensors(output, _nothing_like)
+
+
+def _nothing_like(tensor: Tensor) -> Tensor:
+    value = math.nan if tensor.is_floating_point() else 0
+    return tensor.new_full((), value).expand(tensor.shape)
+
+
+def _size(output: Any) -> int:
+    """Bytes of memory."""
+    return sum(1 if 0 in tensor.stride() else tensor.numel() * tensor.element_size() for tensor in tensors(output))
+
+
 def _is_block(module: nn.Module) -> bool:
     return not is_low_rank(module) and next(module.children(), None) is not None
 
 
-def _size(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+def _cut(tensor: Tensor, places: slice) -> Tensor:
+    """A few samples; of matrices of whole numbers, such as tokens and masks, the places as well."""
+    if tensor.ndim == 2 and not tensor.is_floating_point():
+        return tensor[:_TRIED, places]
+    return tensor[:_TRIED] if tensor.ndim else tensor
+
+
+def _rolled(tensor: Tensor) -> Tensor:
+    return tensor.roll(1, -1) if tensor.ndim else tensor

@@ -54,7 +54,7 @@ def sensitivity(
         labels: Batches have labels, as for `st.calibrate`.
         metric: In which metric the layers are factored.
         cache: Bytes of blocks' outputs that may be kept, so that not every pass has to begin at the first layer.
-            By default what the statistics take, at least 160 MiB.
+            By default what the statistics take, at least 512 MiB.
         on_progress: Called with each layer's name, how many are done, and of how many.
         progress: Show the same on standard error, as `st.compress` does.
 

@@ -1,15 +1,18 @@
 """Sequential reconstruction: every layer is fitted anew to what it receives in the compressed network."""
 
-from collections.abc import Callable, Mapping, Sequence
+import operator
+from collections import Counter
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
 from spectrim.analysis.activation_cache import DEFAULT_BYTES, ActivationCache
 from spectrim.analysis.calibration import POSITIONS
-from spectrim.analysis.moments import RunningCovariance, pooled
+from spectrim.analysis.moments import Moments, RunningCovariance, pooled
 from spectrim.analysis.sampling import Samples
 from spectrim.analysis.spectra import Analysis
 from spectrim.core.execution import Inputs, ProgressCallback, call
@@ -19,7 +22,7 @@ from spectrim.layers.forms import form_named
 from spectrim.layers.replacement import factored_at, factorize, product, refitted_at, replace
 from spectrim.layers.tokens import TokenMasks, input_rows, output_rows
 from spectrim.layers.types import layer_type_of
-from spectrim.linalg import Covariance, Factors, Problem, to_float64
+from spectrim.linalg import Covariance, Factors, to_float64
 from spectrim.linalg.covariance import add_outer, solver, times
 from spectrim.linalg.problem import ridged
 
@@ -35,35 +38,61 @@ _Rows = dict[str, list[Tensor]]
 
 
 @dataclass(eq=False)
+class _Inputs:
+    """What one call site receives in the compressed network, batch by batch: rows (groups, n, in).
+
+    Attributes:
+        rows: The vectors.
+        samples: How many samples each entry of `rows` is of, or how many vectors each of them has.
+    """
+
+    rows: list[Tensor] = field(default_factory=list)
+    samples: list[Samples] = field(default_factory=list)
+
+    def add(self, rows: Tensor, samples: Samples) -> None:
+        """Add those of a call."""
+        self.rows.append(rows)
+        self.samples.append(samples)
+
+    def to(self, device: torch.device) -> "_Inputs":
+        """On another device; itself where it is there."""
+        moved = [rows.to(device) for rows in self.rows]
+        return self if all(map(operator.is_, moved, self.rows)) else _Inputs(moved, self.samples)
+
+    @cached_property
+    def moments(self) -> Moments:
+        """Their statistics."""
+        statistics = RunningCovariance(centre=_mean(self.rows))
+        for rows, samples in zip(self.rows, self.samples, strict=True):
+            statistics.add(rows, samples=samples)
+        return statistics.finish("in the compressed network")
+
+
+@dataclass(eq=False)
 class _Seen:
     """What one call site saw, batch by batch: rows (groups, n, ..).
 
     Attributes:
-        inputs: Its inputs in the compressed network.
-        samples: How many samples each entry of `inputs` is of, or how many vectors each of them has.
+        inputs: Its inputs in the compressed network, which other sites may share.
         outputs: Its outputs in the dense network.
         residuals: The residual branches that are added to its outputs in the compressed network.
         dense_residuals: The same in the dense network.
     """
 
-    inputs: list[Tensor] = field(default_factory=list)
-    samples: list[Samples] = field(default_factory=list)
+    inputs: _Inputs = field(default_factory=_Inputs)
     outputs: list[Tensor] = field(default_factory=list)
     residuals: list[Tensor] = field(default_factory=list)
     dense_residuals: list[Tensor] = field(default_factory=list)
 
     def to(self, device: torch.device) -> "_Seen":
         """On another device."""
-        inputs, outputs, *branches = (
-            [rows.to(device) for rows in own]
-            for own in (self.inputs, self.outputs, self.residuals, self.dense_residuals)
-        )
-        return _Seen(inputs, self.samples, outputs, *branches)
+        lists = (self.outputs, self.residuals, self.dense_residuals)
+        return _Seen(self.inputs.to(device), *([rows.to(device) for rows in own] for own in lists))
 
     @property
     def is_paired(self) -> bool:
         """Whether the rows of both networks belong together, one to one."""
-        rows = [inputs.shape[1] for inputs in self.inputs]
+        rows = [inputs.shape[1] for inputs in self.inputs.rows]
         return (
             sum(rows) > 0
             and rows == [outputs.shape[1] for outputs in self.outputs]
@@ -97,7 +126,7 @@ class _Place:
         scale, shift = self._affine(rows.outputs[0])
         bias = fit.bias(site, whole, targets[site]).reshape(len(whole), 1, -1)
         revised = []
-        for position, (y, x) in enumerate(zip(rows.outputs, rows.inputs, strict=True)):
+        for position, (y, x) in enumerate(zip(rows.outputs, rows.inputs.rows, strict=True)):
             got = x.to(y.dtype) @ whole.mT.to(y.dtype) + bias.to(y.dtype)
             before = scale * y + shift + (rows.dense_residuals[position] if rows.dense_residuals else 0)
             offset = shift + (rows.residuals[position] if rows.residuals else 0)
@@ -133,7 +162,8 @@ def reconstruct(
     the planned factors come nearer to y than the fitted ones, which are drawn towards W, they are kept.
 
     Time: a run of the compressed network up to each layer, less the blocks whose outputs are kept, and one of the dense
-    network. Memory: one layer's sampled inputs and second moments, the batches, and `cache_bytes`.
+    network; layers that read one tensor share a run. Memory: one layer's sampled inputs and second moments, the
+    batches, and `cache_bytes`.
 
     Args:
         model: The dense network.
@@ -144,7 +174,7 @@ def reconstruct(
             value what they look at.
         batches: What the networks are run on.
         cache_bytes: Bytes that may be kept to save time: two fifths for sampled outputs of the dense network, which is
-            run again each time they are full, and three fifths for outputs of blocks that are finished.
+            run on each time they are full, and three tenths in each network for outputs of blocks that are finished.
         on_progress: Called with each layer's name before it is fitted, how many are done, and of how many.
     """
     chosen = [layer for layer in plan.layers if not layer.frozen and layer.metric != "plain"]
@@ -154,50 +184,90 @@ def reconstruct(
     places = [_Place(layer, call_sites[layer.name], successors.get(layer.name, nothing)) for layer in chosen]
     as_planned = [layer for layer in plan.factored if layer.metric == "plain"]
     factorize(small, plan.model_copy(update={"layers": tuple(as_planned)}), factors=analysis.factors)
-    cache = ActivationCache(small, 3 * cache_bytes // 5, batches[0])
-    start = 0
-    while start < len(places):
-        seen, end = _record(model, places, start, batches, free_bytes=2 * cache_bytes // 5)
-        for place in places[start:end]:
-            if on_progress is not None:
-                on_progress(place.plan.name, start, len(places))
-            own = {site: seen.pop(site) for site in place.call_sites}
-            _collect(cache, place, own, batches)
-            if all(site.is_paired for site in own.values()):
-                replace(small, _fitted(small, place, own, analysis=analysis))
-            else:
-                alone = plan.model_copy(update={"layers": (place.plan,)})
-                factorize(small, alone, factors=analysis.factors, means=analysis.means)
-            start += 1
+    dense = ActivationCache(model, 3 * cache_bytes // 10, batches[0])
+    compressed = dense.of(small)
+    data = [(batch, TokenMasks.of(model, batch)) for batch in batches]
+    readers = _readers(model, batches[0], places)
+    start = end = 0
+    inputs: dict[str, _Inputs] = {}
+    for start, place in enumerate(places):
+        if on_progress is not None:
+            on_progress(place.plan.name, start, len(places))
+        if start == end:
+            seen, end = _record(dense, places, start, data, free_bytes=2 * cache_bytes // 5)
+        own = {site: seen.pop(site) for site in place.call_sites}
+        first = readers.get(place.plan.name, "")
+        if first in inputs:
+            own[place.plan.name].inputs = inputs[first]
+        else:
+            _collect(compressed, place, own, data)
+            inputs = {first: own[place.plan.name].inputs} if first else {}
+        if all(site.is_paired for site in own.values()):
+            replace(small, _fitted(small, place, own, analysis=analysis))
+        else:
+            alone = plan.model_copy(update={"layers": (place.plan,)})
+            factorize(small, alone, factors=analysis.factors, means=analysis.means)
     if on_progress is not None:
         on_progress("", len(places), len(places))
     return small
 
 
+_Data = Sequence[tuple[Inputs, TokenMasks]]
+
+
+def _readers(model: nn.Module, batch: Inputs, places: Sequence[_Place]) -> dict[str, str]:
+    """By layer, the first one that reads the same tensor; of layers that are called once and add to no branch."""
+    alone = {place.plan.name for place in places if len(place.call_sites) == 1 and not place.successor.residual}
+    first: dict[Hashable, str] = {}
+    readers: dict[str, list[str]] = {}
+    alive = []
+
+    def on_call(name: str, _: nn.Module, x: Tensor, __: Tensor) -> None:
+        alive.append(x)  # so that nothing else gets its memory
+        key = (x.data_ptr(), x._version, x.shape, x.stride())
+        readers.setdefault(name, []).append(first.setdefault(key, name))
+
+    with following(model, alone, on_call=on_call):
+        call(model, batch)
+    return {name: calls[0] for name, calls in readers.items() if len(calls) == 1}
+
+
 def _record(
-    model: nn.Module, places: Sequence[_Place], start: int, batches: Sequence[Inputs], *, free_bytes: int
+    cache: ActivationCache, places: Sequence[_Place], start: int, data: _Data, *, free_bytes: int
 ) -> tuple[dict[str, _Seen], int]:
     """Outputs and residual branches of the dense network at as many places as memory allows, and where these end."""
     order = {site: number for number, place in enumerate(places) for site in place.call_sites if number >= start}
     adding = {place.plan.name for place in places if place.successor.residual}
     seen = {site: _Seen() for site in order}
+    pending: Counter[str] = Counter()
     end = len(places)
 
     def on_call(name: str, layer: nn.Module, _: Tensor, output: Tensor) -> None:
+        reached()
         if order[name] < end:
             seen[name].outputs.append(output_rows(layer, output, positions=POSITIONS, masks=masks))
+            end_if_done(name)
 
     def on_residual(name: str, layer: nn.Module, residual: Tensor) -> None:
         if order[name] < end and name in adding:
             seen[name].dense_residuals.append(output_rows(layer, residual, positions=POSITIONS, masks=masks))
+            end_if_done(name)
 
-    for position, batch in enumerate(batches):
-        masks = TokenMasks.of(model, batch)
-        with following(model, order, on_call=on_call, on_residual=on_residual):
-            call(model, batch, what=f"batch {position}")
+    def end_if_done(name: str) -> None:
+        pending[name] -= 1
+        if not any(pending.values()):
+            raise _PassEnded
+
+    for position, entry in enumerate(data):
+        batch, masks = entry
+        watched = following(cache.model, order, on_call=on_call, on_residual=on_residual)
+        with suppress(_PassEnded), cache.recalling(position) as reached, watched:
+            call(cache.model, batch, what=f"batch {position}")
         if not position:
-            end = _affordable(places, start, seen, free_bytes=free_bytes // len(batches))
+            end = _affordable(places, start, seen, free_bytes=free_bytes // len(data))
             seen = {site: rows for site, rows in seen.items() if order[site] < end}
+            events = Counter({site: len(rows.outputs) + len(rows.dense_residuals) for site, rows in seen.items()})
+        pending = events.copy()
     return seen, end
 
 
@@ -212,18 +282,15 @@ def _affordable(places: Sequence[_Place], start: int, first: Mapping[str, _Seen]
     return len(places)
 
 
-def _collect(cache: ActivationCache, place: _Place, seen: Mapping[str, _Seen], batches: Sequence[Inputs]) -> None:
+def _collect(cache: ActivationCache, place: _Place, seen: Mapping[str, _Seen], data: _Data) -> None:
     """Add the inputs and residual branches that the place sees in the network as it is now."""
-    calls = {site: len(rows.outputs) // len(batches) for site, rows in seen.items()}
+    calls = {site: len(rows.outputs) // len(data) for site, rows in seen.items()}
     pending: dict[str, int] = {}
 
     def on_call(name: str, layer: nn.Module, x: Tensor, output: Tensor) -> None:
         reached()
-        rows, samples = input_rows(
-            layer, x, output=output, positions=POSITIONS, masks=masks, samples=batches[position].samples
-        )
-        seen[name].inputs.append(rows.clone() if rows.data_ptr() == x.data_ptr() else rows)
-        seen[name].samples.append(samples)
+        rows, samples = input_rows(layer, x, output=output, positions=POSITIONS, masks=masks, samples=batch.samples)
+        seen[name].inputs.add(rows.clone() if rows.data_ptr() == x.data_ptr() else rows, samples)
         pending[name] -= 1
         if not place.successor.residual and not any(pending.values()):
             raise _PassEnded
@@ -232,8 +299,9 @@ def _collect(cache: ActivationCache, place: _Place, seen: Mapping[str, _Seen], b
         seen[name].residuals.append(output_rows(layer, residual, positions=POSITIONS, masks=masks))
         raise _PassEnded
 
-    for position, batch in enumerate(batches):
-        pending, masks = dict(calls), TokenMasks.of(cache.model, batch)
+    for position, entry in enumerate(data):
+        batch, masks = entry
+        pending = dict(calls)
         watched = following(
             cache.model, seen, on_call=on_call, on_residual=on_residual if place.successor.residual else None
         )
@@ -257,7 +325,7 @@ def _fitted(small: nn.Module, place: _Place, seen: Mapping[str, _Seen], *, analy
         cross = fit.cross(targets)
         best = fit.weight(cross)
         if plan.is_factored:
-            problem = Problem(best.reshape(shape), fit.metric, output=G)
+            problem = analysis[plan.name].problems[plan.metric or "plain"].of_weight(best.reshape(shape), fit.metric)
             factors = form_named(plan.form).decompose(problem, near=factors).factors(plan.ranks)
             best = product(layer, form=plan.form, factors=factors)
         if turn:
@@ -299,13 +367,9 @@ class _Fit:
 
     @classmethod
     def of(cls, layer: nn.Module, seen: Mapping[str, _Seen], *, biased: bool) -> "_Fit":
-        inputs, moments = {site: rows.inputs for site, rows in seen.items()}, {}
-        for site, own in seen.items():
-            statistics = RunningCovariance(centre=_mean(own.inputs))
-            for rows, samples in zip(own.inputs, own.samples, strict=True):
-                statistics.add(rows, samples=samples)
-            moments[site] = statistics.finish(site)
-        device = next(rows.device for own in seen.values() for rows in own.inputs)
+        inputs = {site: own.inputs.rows for site, own in seen.items()}
+        moments = {site: own.inputs.moments for site, own in seen.items()}
+        device = next(rows.device for own in inputs.values() for rows in own)
         W = to_float64(layer_type_of(layer).kernels(layer)).flatten(2).to(device)
         together = pooled(list(moments.values()), name=next(iter(inputs)), width=W.shape[2])
         C = together.covariance.to(W.device)

@@ -109,6 +109,13 @@ class Problem:
     rounding_tolerance: float = 0.0
     _shared: dict[str, Tensor] = field(repr=False, default_factory=dict)
 
+    def of_weight(self, weight: Tensor, covariance: Covariance) -> "Problem":
+        """Another weight and covariance, in the same metric of the outputs."""
+        other = Problem(weight, covariance, output=self.output)
+        if self.output is not None:
+            other.__dict__["_roots"] = self._roots
+        return other
+
     @property
     def is_wide(self) -> bool:
         """Whether a full decomposition takes minutes."""

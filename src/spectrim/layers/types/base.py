@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 from typing import Any, ClassVar, Protocol, cast
 
@@ -206,4 +207,9 @@ def sample(places: int, positions: int | None) -> Tensor:
     """The places that are looked at: all of them, or `positions` at random, the same ones every time."""
     if positions is None or positions >= places:
         return torch.arange(places)
+    return _drawn(places, positions)
+
+
+@lru_cache(maxsize=1024)
+def _drawn(places: int, positions: int) -> Tensor:
     return torch.randperm(places, generator=torch.Generator().manual_seed(0))[:positions]
