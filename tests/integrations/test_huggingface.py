@@ -189,12 +189,12 @@ def test_device_maps(tmp_path: Path, device_map: Any) -> None:
     assert torch.equal(logits(loaded(type(small), tmp_path / "again"), "llama"), logits(small, "llama"))
 
 
-def test_text_is_generated_as_before(tmp_path: Path) -> None:
+def test_weights_lie_where_torch_puts_them(tmp_path: Path) -> None:
+    """As views of the file they would not: a product with one row is rounded by the addresses of its weights."""
     small = compressed("llama")
     small.save_pretrained(tmp_path)
-    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
-    texts = [model.generate(IDS[:, :4], max_new_tokens=6, do_sample=False) for model in (small, again)]
-    assert torch.equal(*texts)
+    again = loaded(type(small), tmp_path)
+    assert all(tensor.data_ptr() % 64 == 0 for tensor in (*again.parameters(), *again.buffers()))
 
 
 def test_a_pipeline_reads_the_folder(tmp_path: Path) -> None:

@@ -38,6 +38,8 @@ _MAJOR = int(transformers.__version__.partition(".")[0])
 if _MAJOR >= 5:
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, rename_source_key, revert_weight_conversion
+_ALIGNMENT = 64
+"""Bytes; torch's allocator for the CPU."""
 _WAY_OUT = "keep it with st.save(model, path), or make it dense: st.merge(model).save_pretrained(folder)"
 
 
@@ -143,6 +145,7 @@ class FactoredQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         model.is_quantized = False  # its weights are ordinary ones: it may be cast, and trained
+        _align(model)
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
@@ -181,6 +184,16 @@ def _remembering_state(save: Callable[..., Any]) -> Callable[..., Any]:
 
 PreTrainedModel.save_pretrained = _remembering_state(PreTrainedModel.save_pretrained)  # type: ignore[method-assign, unused-ignore]
 PreTrainedModel.hf_quantizer = _QuantizerOfFactored()  # type: ignore[attr-defined, unused-ignore]
+
+
+def _align(model: nn.Module) -> None:
+    """Move weights that were read to where torch would put them.
+
+    They are views of a file's bytes, and how a product with a single row is rounded depends on their addresses.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu" and tensor.data_ptr() % _ALIGNMENT:
+            tensor.data = tensor.data.clone()
 
 
 def _is_described(module: nn.Module) -> bool:
