@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from spectrim.compression import Compressed, compress
     from spectrim.core.plans import Budget, Cost, Energy, LatencyNote, LayerPlan, Plan, Rank, Ratio
     from spectrim.export import Exported, export_onnx, export_openvino, export_program
+    from spectrim.integrations.cards import write_model_card
     from spectrim.layers.forms import (
         LowRankConv1d,
         LowRankConv2d,
@@ -80,6 +81,7 @@ _NAMES = {
     "compression": "Compressed compress",
     "core.plans": "Budget Cost Energy LatencyNote LayerPlan Plan Rank Ratio",
     "export": "Exported export_onnx export_openvino export_program",
+    "integrations.cards": "write_model_card",
     "layers.forms": "LowRankConv1d LowRankConv2d LowRankConvTranspose2d LowRankLinear SpatialConv2d Tucker2Conv2d",
     "layers.replacement": "merge",
     "layers.saving": "load save",
@@ -110,6 +112,7 @@ __all__ = [
     "export_program", "finetune", "latency_table", "load", "measure", "merge", "onnx_accuracy", "pareto", "plan",
     "plot_accuracy", "plot_classes", "plot_curves", "plot_history", "plot_ranks", "plot_spectra", "probe",
     "quantize", "report", "runtime_gain", "save", "save_figure", "sensitivity", "table", "text", "training",
+    "write_model_card",
 ]
 # fmt: on
 

@@ -159,7 +159,7 @@ class TestFunctions:
         data = [{"x": x[:8], "y": y[:8]}, {"x": x[8:], "y": y[8:]}]
         result = st.evaluate(model, data, score)
         assert result.metric == "mean"
-        assert result.value == pytest.approx(float((model(x)[:, 0] - y).abs().mean()), rel=1e-5)
+        assert result.value == pytest.approx(float((model(x)[:, 0] - y).abs().mean().detach()), rel=1e-5)
         assert model.training
 
     def test_intervals_cover(self) -> None:
