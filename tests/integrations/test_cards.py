@@ -33,8 +33,8 @@ def test_a_card_says_what_was_kept_and_how_to_load_it(tmp_path: Path) -> None:
     small = _compressed()
     small.model.save_pretrained(tmp_path)
     card = _card(tmp_path)
-    kept, dense = 6 * 8 * (48 + 32), 6 * 48 * 32
-    assert f"{kept:,} parameters of the\n{dense:,} of the dense weights ({kept / dense:.1%})" in card
+    factors, dense = 6 * 8 * (48 + 32), 6 * 48 * 32
+    assert f"{factors:,} parameters of the\n{dense:,} of the dense weights ({factors / dense:.1%})" in card
     assert f"The model has {small.measurement.params:,} in all" in card
     assert "| `model.layers.*.mlp.up_proj` (2) | 48\u00d732 | linear | 8 |" in card
     assert card.index("import spectrim") < card.index("LlamaForCausalLM.from_pretrained")

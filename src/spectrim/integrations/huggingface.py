@@ -28,10 +28,10 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+import spectrim
 from spectrim.core.errors import FileError, ModelError
 from spectrim.core.execution import unique_tensors
 from spectrim.core.files import parse
-from spectrim.integrations.cards import write_model_card
 from spectrim.layers.factored import low_rank_layers
 from spectrim.layers.structure import Structure, rebuild, structure_of
 
@@ -200,7 +200,7 @@ def _with_card(upload: Callable[..., Any]) -> Callable[..., Any]:
 
 def _write_card(model: Any, folder: Any) -> None:
     if Path(folder).is_dir() and not getattr(model, "_hf_peft_config_loaded", False):
-        write_model_card(model, Path(folder))
+        spectrim.write_model_card(model, Path(folder))
 
 
 PreTrainedModel.save_pretrained = _with_state_and_card(PreTrainedModel.save_pretrained)  # type: ignore[method-assign, unused-ignore]
