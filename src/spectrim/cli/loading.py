@@ -108,7 +108,8 @@ def load_source(source: Source, progress: Stages, machine: Machine) -> Loaded:
     progress.begin(f"load {source.model}")
     model = load_model(source, progress).to(device)  # first, since weights of another kind are refused at once
     data = None if reference is None else load_batches(reference, source, progress, model)
-    zeros = torch.zeros(1, *shape)
+    is_text = source.folder is not None and len(shape) == 1
+    zeros = torch.zeros(1, *shape, dtype=torch.int64 if is_text else None)
     example = data.example if data else as_inputs(zeros.flatten(1) if source.flatten else zeros)
     hint = " Does the network want other images or shapes? See --data, --input, --flatten and --option."
     with evaluating(model):

@@ -15,7 +15,7 @@ from spectrim.core.files import read_text, write_text
 from spectrim.layers.factored import FactoredLayer, low_rank_layers
 from spectrim.reporting import words
 
-NAME = "README.md"
+CARD = "README.md"
 _MARK = "<!-- Written by Spectrim, and written anew whenever the model is saved here. Without this line it stays. -->"
 _OF_TRANSFORMERS = "This model card has been automatically generated."
 
@@ -42,7 +42,7 @@ def write_model_card(
     Returns:
         Whether it was written.
     """
-    path = Path(folder) / NAME
+    path = Path(folder) / CARD
     before = read_text(path) if path.exists() else ""
     if before and _MARK not in before and _OF_TRANSFORMERS not in before:
         return False
@@ -53,6 +53,11 @@ def write_model_card(
         return False
     write_text(path, "\n".join([_metadata(before), _MARK, *_lines(model, layers, fidelity, scores or {})]))
     return True
+
+
+def is_own_card(path: Path) -> bool:
+    """Whether Spectrim wrote a README.md."""
+    return _MARK in read_text(path)
 
 
 def _metadata(before: str) -> str:

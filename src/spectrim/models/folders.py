@@ -79,10 +79,9 @@ def read_config(folder: Path) -> Mapping[str, Any]:
     return config
 
 
-def quant_method(config: Mapping[str, Any]) -> str | None:
-    """How the weights are stored, where they are not ordinary ones; "spectrim" of factored layers."""
-    described = config.get("quantization_config")
-    return None if described is None else str(dict(described).get("quant_method"))
+def is_factored(folder: Path) -> bool:
+    """Whether the folder's config.json speaks of factored layers; raises as `read_config`."""
+    return _quant_method(read_config(folder)) == _OWN_METHOD
 
 
 def other_files(folder: Path) -> list[Path]:
@@ -100,8 +99,13 @@ def other_files(folder: Path) -> list[Path]:
     ]
 
 
+def _quant_method(config: Mapping[str, Any]) -> str | None:
+    described = config.get("quantization_config")
+    return None if described is None else str(dict(described).get("quant_method"))
+
+
 def _require_plain_weights(folder: Path, config: Mapping[str, Any]) -> None:
-    method = quant_method(config)
+    method = _quant_method(config)
     if method not in (None, _OWN_METHOD):
         raise ModelError(
             f"the weights in {folder} are quantised: the quant_method in its {CONFIG} is {method!r}; give the folder "
