@@ -77,6 +77,15 @@ def test_a_plan_is_applied(folder: Run) -> None:
     assert dense - small == plan.dense_cost.params - plan.kept_cost.params > 0
 
 
+def test_a_share_of_the_body(folder: Run) -> None:
+    ended = folder("plan", *MODEL, "--params", 0.7, "--of", "body", "--out", "plan.json")
+    assert ended.code == 0, ended.err
+    assert st.Plan.load("plan.json").rule == st.Budget(params=0.7, of="body")
+    ended = folder("plan", *MODEL, "--rank", 4, "--of", "body", "--out", "rank.json")
+    assert ended.code != 0
+    assert "--of body goes with --macs or --params" in said(ended)
+
+
 def test_without_data_a_text_model_runs_on_tokens(folder: Run) -> None:
     ended = folder("analyze", "--model", "hf:dense", "--tokens", 8)
     assert ended.code == 0, ended.err

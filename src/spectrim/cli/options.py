@@ -257,6 +257,13 @@ class Goal:
     params: Annotated[float | None, _rule(metavar="SHARE", help="Keep this share of its parameters.")] = None
     bytes: Annotated[float | None, _rule(metavar="SHARE", help="Keep this share of its file size.")] = None
     latency: Annotated[float | None, _rule(metavar="SHARE", help="Keep this share of its time, see --runtime.")] = None
+    of: Annotated[
+        Literal["network", "body"],
+        _rule(
+            metavar="network|body",
+            help="What --macs and --params are a share of: the network, or the layers in it that can shrink.",
+        ),
+    ] = "network"
     rank: Annotated[int | None, _rule(metavar="N", help="Every layer at this rank.")] = None
     ratio: Annotated[float | None, _rule(metavar="SHARE", help="Keep this share of a layer's singular values.")] = None
     energy: Annotated[float | None, _rule(metavar="SHARE", help="Keep this share of each layer's energy.")] = None
@@ -320,7 +327,10 @@ class Goal:
         if self.latency is not None:
             threads, batch = self.latency_threads, self.latency_batch
             return plans.Budget(latency=value, runtime=self.runtime, threads=threads, batch=batch)
-        rule: Rule = getattr(plans, _LAYER_RULES.get(names[0], "Budget"))(**{names[0]: value})
+        if self.of == "body" and names[0] not in ("macs", "params"):
+            raise typer.BadParameter(f"--of body goes with --macs or --params; {flags} is not a share of the body")
+        part = {"of": "body"} if self.of == "body" else {}
+        rule: Rule = getattr(plans, _LAYER_RULES.get(names[0], "Budget"))(**{names[0]: value}, **part)
         return rule
 
     @property
