@@ -1,6 +1,7 @@
 """Twelve architectures, compressed with data and saved: bit-equal in a fresh process, at the planned cost."""
 
 import json
+import re
 import subprocess
 import sys
 import warnings
@@ -224,3 +225,9 @@ def test_the_planned_cost_is_the_measured_one(results: Any, name: str) -> None:
         saved = getattr(plan.dense_cost, cost) - getattr(plan.kept_cost, cost)
         assert round(after / ratio) - after == saved
     assert measured.macs_ratio <= SHARE
+
+
+def test_the_documentation_lists_them() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "transformers.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\S+) \| `(Auto\w+)` \| (yes)? ?\|$", page, re.MULTILINE)
+    assert rows == [(name, network.auto, "yes" if network.prompt else "") for name, network in NETWORKS.items()]
