@@ -181,6 +181,7 @@ class TestFunctions:
         ([{"attention_mask": ids(2), "input_ids": ids(2)[:, :1]}], "perplexity", "two tokens or more"),
         ([(ids(2), ids(2) + WORDS)], "perplexity", "there is a token"),
         ([(ids(2), ids(2)[:, :3])], "perplexity", "give no perplexity"),
+        ([ids(2)], lambda model, batch: model.nothing, "AttributeError: .*nothing"),
         ([ids(2)], lambda model, batch: 1.0, "one score for each example"),
         ([ids(2)], lambda model, batch: torch.full((2,), torch.nan), "NaN"),
     ],

@@ -221,6 +221,26 @@ def test_a_loaded_model_is_an_ordinary_one(tmp_path: Path) -> None:
         again.dequantize()
 
 
+def test_a_loaded_model_is_compressed_again_once_it_is_dense(tmp_path: Path) -> None:
+    compressed("llama").save_pretrained(tmp_path / "small")
+    again = loaded(transformers.LlamaForCausalLM, tmp_path / "small")
+    with pytest.raises(errors.RuleError, match=r"cannot be reached: .*already a low-rank factor; st\.merge"):
+        st.compress(again, st.Budget(params=0.8), example_inputs=NETWORKS["llama"][1])
+    smaller = st.compress(st.merge(again), st.Rank(2), example_inputs=NETWORKS["llama"][1]).model
+    smaller.save_pretrained(tmp_path / "smaller")
+    assert torch.equal(logits(loaded(type(again), tmp_path / "smaller"), "llama"), logits(smaller, "llama"))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_the_perplexity_is_that_of_the_models_own_loss(name: str) -> None:
+    model = compressed(name)
+    mask = (torch.arange(12) < torch.tensor([[12], [7]])).long()
+    batch = {"input_ids": IDS, "attention_mask": mask}
+    with torch.no_grad():
+        loss = model(**batch, labels=IDS.masked_fill(mask == 0, -100)).loss
+    assert st.evaluate(model, [batch], "perplexity").value == pytest.approx(float(loss.exp()), rel=1e-5)
+
+
 class TestBodiesAndHeads:
     def test_the_body_of_a_model_with_a_head(self, tmp_path: Path) -> None:
         small = compressed("bert")

@@ -262,7 +262,13 @@ def _embeddings(network: _Network, inputs: Inputs, what: str) -> Tensor:
 
 def _own(model: nn.Module, data: Iterable[Any], metric: Callable[[nn.Module, Any], Any]) -> _Rows:
     for position, batch in enumerate(batches_of(data, what="the data for the score")):
-        scores = tensor_of(metric(model, batch))
+        try:
+            scores = tensor_of(metric(model, batch))
+        except Exception as error:  # of the user's function
+            reason = f"{type(error).__name__}: {error}"
+            raise DataError(
+                f"batch {position}: the metric, called with the model and a batch, failed: {reason}"
+            ) from error
         if scores is None or scores.ndim != 1:
             raise DataError(
                 f"batch {position}: the metric gives {describe(scores)}; it is to give one score for each example, "

@@ -121,7 +121,7 @@ def compress_network(command: commands.Compress) -> None:
         )
         report(results, folder / REPORT)
     findings = str(small.fidelity) if small.fidelity else None, _accuracy(record, network, untested=untested)
-    hints = *file_lines(out, files), *_how_to_load(source, network, out=out)
+    hints = *file_lines(out, files), *_how_to_load(source, network, out=out), *_how_to_score(source, out=out)
     show(table(small.plan), _times(small.plan), table(compressed), *findings, *hints, output=command.output)
 
 
@@ -262,6 +262,25 @@ def _accuracy(record: Measured, network: Loaded, *, untested: str | None) -> str
             "and the classes numbered as in training?"
         )
     return text
+
+
+def _how_to_score(source: Source, *, out: Path) -> tuple[str, ...]:
+    """The command that compares language models on the end of a text, which nothing was calibrated on."""
+    if source.folder is None or source.data is None or not source.data.startswith("text:"):
+        return ()
+    tokens = () if source.input is None else ("--tokens", source.input)
+    arguments = (
+        "--model",
+        f"hf:{out}",
+        "--data",
+        source.data,
+        *tokens,
+        "--metric",
+        "perplexity",
+        "--against",
+        source.model,
+    )
+    return "Score it:", f"  spectrim evaluate {shlex.join(arguments)}"
 
 
 def _how_to_load(source: Source, network: Loaded, *, out: Path) -> tuple[str, ...]:

@@ -367,10 +367,14 @@ def out_of_reach(candidates: Candidates, rule: Budget, least: float, *, how: str
 
 
 def _first_reason(candidates: Candidates) -> str:
-    """Why the largest of the layers that stay dense does, if there are any."""
+    """The reason for which most of the cost stays dense, with its largest layer, if there are any."""
     metric = candidates.metric if candidates.metric in candidates.analysis.metrics else "plain"
-    reasons = {layer: reason for layer in candidates.analysis if (reason := why_impossible(layer, metric))}
-    if not reasons:
+    groups: dict[str, list[LayerAnalysis]] = {}
+    for layer in candidates.analysis:
+        if reason := why_impossible(layer, metric):
+            groups.setdefault(reason, []).append(layer)
+    if not groups:
         return ""
-    largest = max(reasons, key=candidates.dense)
-    return f"; {len(reasons)} layers stay dense, the largest of them {largest.name}: {reasons[largest]}"
+    reason, layers = max(groups.items(), key=lambda group: sum(map(candidates.dense, group[1])))
+    number, largest = sum(map(len, groups.values())), max(layers, key=candidates.dense)
+    return f"; {number} layers stay dense, {len(layers)} of them like {largest.name}: {reason}"
