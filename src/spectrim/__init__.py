@@ -17,9 +17,11 @@ if TYPE_CHECKING:
     from spectrim.benchmark.latencies import LatencyTable
     from spectrim.benchmark.latency_table import latency_table
     from spectrim.benchmark.measurement import Accuracy, Epoch, Measurement, accuracy, measure, runtime_gain
+    from spectrim.benchmark.scores import Score, evaluate
     from spectrim.compression import Compressed, compress
     from spectrim.core.plans import Budget, Cost, Energy, LatencyNote, LayerPlan, Plan, Rank, Ratio
     from spectrim.export import Exported, export_onnx, export_openvino, export_program
+    from spectrim.integrations.cards import write_model_card
     from spectrim.layers.forms import (
         LowRankConv1d,
         LowRankConv2d,
@@ -75,9 +77,11 @@ _NAMES = {
     "benchmark.latencies": "LatencyTable",
     "benchmark.latency_table": "latency_table",
     "benchmark.measurement": "Accuracy Epoch Measurement accuracy measure runtime_gain",
+    "benchmark.scores": "Score evaluate",
     "compression": "Compressed compress",
     "core.plans": "Budget Cost Energy LatencyNote LayerPlan Plan Rank Ratio",
     "export": "Exported export_onnx export_openvino export_program",
+    "integrations.cards": "write_model_card",
     "layers.forms": "LowRankConv1d LowRankConv2d LowRankConvTranspose2d LowRankLinear SpatialConv2d Tucker2Conv2d",
     "layers.replacement": "merge",
     "layers.saving": "load save",
@@ -102,12 +106,13 @@ __all__ = [
     "Energy", "Epoch", "Exported", "Fidelity", "Finetuned", "Grid", "History", "Interval", "LatencyNote",
     "LatencyTable", "LayerAnalysis", "LayerPlan", "LayerSpectrum", "LowRankConv1d", "LowRankConv2d",
     "LowRankConvTranspose2d", "LowRankLinear", "Measurement", "MemoryEstimate", "Plan", "Published",
-    "PublishedPoint", "Quantized", "QuantizedRow", "QuantizedTable", "Rank", "Ratio", "Results", "Run",
+    "PublishedPoint", "Quantized", "QuantizedRow", "QuantizedTable", "Rank", "Ratio", "Results", "Run", "Score",
     "SpatialConv2d", "Spectrum", "Tucker2Conv2d", "Variant", "accuracy", "analyze", "calibrate",
-    "compare_quantized", "compress", "errors", "estimate_memory", "export_onnx", "export_openvino",
+    "compare_quantized", "compress", "errors", "estimate_memory", "evaluate", "export_onnx", "export_openvino",
     "export_program", "finetune", "latency_table", "load", "measure", "merge", "onnx_accuracy", "pareto", "plan",
     "plot_accuracy", "plot_classes", "plot_curves", "plot_history", "plot_ranks", "plot_spectra", "probe",
     "quantize", "report", "runtime_gain", "save", "save_figure", "sensitivity", "table", "text", "training",
+    "write_model_card",
 ]
 # fmt: on
 

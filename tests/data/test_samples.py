@@ -285,7 +285,7 @@ def test_texts_that_are_refused(tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("few words")
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
     for name, tokenizer, message in (
-        ("short.txt", "bytes", "too few for 10 samples of 128; give more text, or --input 1"),
+        ("short.txt", "bytes", "too few for 10 samples of 128; give more text, or --tokens 1"),
         ("binary.txt", "bytes", "give a file in UTF-8"),
         ("none.txt", "bytes", "none.txt"),
         ("short.txt", "nowhere", "there is no tokenizer nowhere"),

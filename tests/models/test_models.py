@@ -310,7 +310,7 @@ class TestReference:
     def test_what_is_none(self, reference: str) -> None:
         message = error_of(lambda: resolve(reference))
         assert repr(reference) in message
-        assert "spectrim:NAME, pkg.module:factory, torchvision:NAME or timm:NAME" in message
+        assert "spectrim:NAME, pkg.module:factory, torchvision:NAME, timm:NAME or hf:DIR" in message
 
     @pytest.mark.parametrize(
         ("reference", "advice"),
@@ -323,12 +323,6 @@ class TestReference:
     )
     def test_what_is_nearly_one(self, reference: str, advice: str) -> None:
         assert advice in error_of(lambda: resolve(reference))
-
-    def test_hugging_face_is_not_part_of_it(self) -> None:
-        message = error_of(lambda: resolve("hf:google/vit-base"))
-        assert "hf:google/vit-base" in message
-        assert "pkg.module:factory" in message
-        assert "torchvision:NAME" in message
 
 
 class TestModule:

@@ -170,12 +170,48 @@ def test_a_layer_that_the_data_did_not_reach_has_no_rank_to_be_above() -> None:
     assert compressed.plan.layers == st.plan(known, st.Rank(5)).layers
 
 
-def test_a_budget_out_of_reach_says_what_lies_outside_the_layers() -> None:
+@pytest.mark.parametrize("exclude", [(), ("one",)])
+def test_a_budget_out_of_reach_says_how_much_cannot_shrink(exclude: tuple[str, ...]) -> None:
     model, x = Residual(), inputs(2, 3, 10, 10)
-    norms = sum(p.numel() for m in model.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters())
-    share = norms / sum(p.numel() for p in model.parameters())
-    with pytest.raises(errors.RuleError, match=f"; {share:.1%} of the params are outside"):
-        st.compress(model, st.Budget(params=0.01), example_inputs=x)
+    fixed = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    fixed += [model.get_submodule(name) for name in exclude]
+    share = sum(p.numel() for module in fixed for p in module.parameters()) / sum(p.numel() for p in model.parameters())
+    with pytest.raises(errors.RuleError, match=f"; {share:.1%} of the params are in what cannot shrink"):
+        st.compress(model, st.Budget(params=0.01), example_inputs=x, exclude=exclude)
+
+
+class TestShareOfTheBody:
+    @pytest.mark.parametrize("cost", ["params", "macs"])
+    def test_it_is_that_of_the_layers_that_can_shrink(self, cost: CostName) -> None:
+        model, x = small_mlp(), inputs(4, 12)
+        rule = st.Budget(**{cost: 0.7}, of="body")
+        small = st.compress(model, rule, example_inputs=x, exclude="0")
+        body = [layer for layer in small.plan if layer.break_even and not layer.frozen]
+        dense, after = (sum(getattr(getattr(layer, when), cost) for layer in body) for when in ("dense", "kept"))
+        assert "0" not in [layer.name for layer in body]
+        assert 0.5 * dense < after <= 0.7 * dense
+        assert ratio(small, cost) > 0.7
+        assert st.Plan.model_validate_json(small.plan.model_dump_json()).rule == rule
+        assert "of what can shrink" in str(small.plan)
+
+    def test_what_is_out_of_reach_names_the_smallest_share(self) -> None:
+        model, x = small_mlp(), inputs(4, 12)
+        with pytest.raises(errors.RuleError, match="cannot be reached") as caught:
+            st.compress(model, st.Budget(params=0.01, of="body"), example_inputs=x, exclude="0")
+        match = re.search(r"can be is Budget\(params=([0-9.]+), of='body'\)", str(caught.value))
+        assert match is not None
+        st.compress(model, st.Budget(params=float(match.group(1)), of="body"), example_inputs=x, exclude="0")
+
+    @pytest.mark.parametrize(
+        "options", [{"bytes": 0.5, "of": "body"}, {"latency": 0.5, "of": "body"}, {"params": 0.5, "of": "head"}]
+    )
+    def test_what_has_no_body(self, options: dict[str, Any]) -> None:
+        with pytest.raises(errors.RuleError, match="of the layers that can shrink is"):
+            st.Budget(**options)
+
+    def test_training_follows_the_whole_network(self) -> None:
+        with pytest.raises(errors.RuleError, match="whole network"):
+            st.training.RankSchedule(st.Budget(params=0.5, of="body"), end=9)
 
 
 @pytest.mark.parametrize("rule", [st.Budget(macs=0.7), st.Ratio(0.3), st.Energy(0.5)], ids=str)

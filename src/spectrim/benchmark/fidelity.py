@@ -202,6 +202,8 @@ def require_planned_cost(plan: Plan, dense: NetworkCost, measured: NetworkCost) 
             planned = after if share is None else int(before * share)
         else:
             planned = before - sum(getattr(layer.dense, cost) - getattr(layer.kept, cost) for layer in plan)
+            if share is not None and isinstance(plan.rule, Budget) and plan.rule.of:
+                share = planned / before
         if after <= planned * (1 + _CLEARLY_OFF) or (cost == "macs" and dense.uncounted_weights):
             continue
         message = f"the compressed network {deviation.format(after, planned)}"

@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -316,6 +316,21 @@ def top1(
     `like` and `model` are as in `split_labels`.
     """
     correct = total = 0
+    for right in correct_samples(data, scores_of, like=like, model=model):
+        correct, total = correct + int(right.sum()), total + len(right)
+    if not total:
+        raise DataError("the data for the accuracy is empty; give at least one batch")
+    return Accuracy(correct=correct, total=total)
+
+
+def correct_samples(
+    data: Iterable[Any],
+    scores_of: Callable[[Inputs, str], Any],
+    *,
+    like: Inputs | None = None,
+    model: nn.Module | None = None,
+) -> Iterator[Tensor]:
+    """Which samples of each batch are answered right, bool (batch,); arguments and errors are those of `top1`."""
     for position, batch in enumerate(batches_of(data, what="the data for the accuracy")):
         inputs, labels = split_labels(batch, position=position, like=like, model=model)
         outputs, known = logits_of(scores_of(inputs, f"batch {position}")), tensor_of(labels)
@@ -328,11 +343,19 @@ def top1(
         if len(known) and (highest := int(known.max())) >= (classes := outputs.shape[1]):
             text = f"batch {position}: there is a label {highest}, and the outputs are of {classes} classes"
             raise DataError(f"{text}, 0 to {classes - 1}; give labels that are numbered as in training")
-        correct += int((outputs.argmax(dim=1) == known.to(outputs.device)).sum())
-        total += len(known)
-    if not total:
-        raise DataError("the data for the accuracy is empty; give at least one batch")
-    return Accuracy(correct=correct, total=total)
+        yield outputs.argmax(dim=1) == known.to(outputs.device)
+
+
+def paired_difference(total: int, *, worse: int, better: int) -> Interval:
+    """Change of an accuracy in [-1, 1] with its 95 % interval, of two networks that answer the same examples.
+
+    Only examples whose answer changed add to the uncertainty (Agresti & Min 2005: the paired difference with half an
+    example added to each kind of change): `worse` became wrong, and `better` right.
+    """
+    changed, shift, enlarged = worse + better + 1, better - worse, total + 2
+    half = Z95 * math.sqrt(max(0.0, changed - shift * shift / enlarged)) / enlarged
+    value, centre = shift / max(1, total), shift / enlarged
+    return Interval(value=value, low=max(-1.0, min(value, centre - half)), high=min(1.0, max(value, centre + half)))
 
 
 def _require_enough(rounds: int, threads: int) -> None:

@@ -14,7 +14,7 @@ from typer.core import TyperGroup
 
 from spectrim import __version__
 from spectrim.cli import data
-from spectrim.cli.commands import Analyze, Compress, Finetune, Plan, Quantize
+from spectrim.cli.commands import Analyze, Compress, Evaluate, Finetune, Plan, Quantize
 from spectrim.cli.deployment import Bench, Export
 from spectrim.cli.options import CPU, Machine, Output
 from spectrim.cli.signatures import unfolded
@@ -24,6 +24,7 @@ _COMMANDS: dict[type, str] = {
     Analyze: "networks",
     Plan: "networks",
     Compress: "networks",
+    Evaluate: "evaluation",
     Finetune: "finetune",
     Export: "export",
     Bench: "bench",

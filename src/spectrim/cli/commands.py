@@ -1,4 +1,4 @@
-"""What `analyze`, `plan`, `compress`, `finetune` and `quantize` take; what they do is imported when they are called."""
+"""What `analyze`, `plan`, `compress`, `evaluate` and others take; what they do is imported when they are called."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -14,9 +14,9 @@ from spectrim.core.names import SCHEMES, LossName, Scheme
 MODEL, PLAN, MEASURED = "model.safetensors", "plan.json", "measurement.json"
 HISTORY, HISTORY_PAGE, REPORT, SPECTRA = "history.json", "history.html", "report.html", "spectra.html"
 _PARTS = ("all", "factors", "head")
-_what, _how, _scheme = (
+_what, _how, _scheme, _score = (
     partial(typer.Option, rich_help_panel=panel)
-    for panel in ("What is trained", "How it is trained", "How it is quantised")
+    for panel in ("What is trained", "How it is trained", "How it is quantised", "The score")
 )
 
 
@@ -236,4 +236,50 @@ class Quantize:
         Path,
         typer.Option(metavar="FILE.onnx", help="The file to write; every number goes into a .json file beside it."),
     ]
+    invocation: Invocation
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scoring:
+    """What is measured, on what, and what it is compared with."""
+
+    metric: Annotated[
+        str,
+        _score(
+            metavar="accuracy|perplexity|spearman|pkg.module:function",
+            help="Share of right answers; perplexity of the next token; correlation of two texts' embeddings with gold "
+            "scores, of data (inputs, inputs, scores); or the mean of what a function of the network and a batch gives "
+            "for each example, which RUNS THE CODE of its module.",
+        ),
+    ] = "accuracy"
+    against: Annotated[
+        str | None,
+        _score(metavar="REF", help="Another network, as --model names it: the difference on the same data."),
+    ] = None
+    against_weights: Annotated[
+        Path | None,
+        _score(
+            metavar="FILE|DIR",
+            callback=require_path,
+            help="The other network's weights; it is --model without --against.",
+        ),
+    ] = None
+    whole: Annotated[
+        bool, _score("--whole", help="Score all of a text; by default its end, which nothing is calibrated on.")
+    ] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """Score a network on test data, with the interval of the score, and compare it with another one."""
+
+    source: Annotated[
+        Source, Group(without=("images", "cache", "seed", "expect"), required=("data",), defaults={"batch": 16})
+    ]
+    scoring: Scoring
+    machine: Machine
+    output: Output
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write every number there, of each example too.")] = (
+        None
+    )
     invocation: Invocation

@@ -16,7 +16,7 @@ from spectrim.cli.samples import LoaderData, Preparation, StoredData, listed
 from spectrim.cli.stages import Stages
 from spectrim.core.batches import require_batches
 from spectrim.core.errors import DataError
-from spectrim.data.samples import Samples, load_arrays, load_folder, load_text
+from spectrim.data.samples import Part, Samples, load_arrays, load_folder, load_text
 from spectrim.models import CIFAR_MEAN, CIFAR_STD
 from spectrim.models.references import call_factory
 
@@ -59,7 +59,7 @@ def data_reference(source: Source) -> DataReference | None:
     named = [option for option in _PREPARATION if getattr(source, option)]
     if reference.kind in ("loaders", "text") and named:
         raise typer.BadParameter(f"--{named[0]} does not go with --data {text}, whose inputs are taken as they are")
-    if reference.kind == "text" and source.tokenizer is None:
+    if reference.kind == "text" and source.tokenizer is None and source.folder is None:
         raise typer.BadParameter(
             "--data text:FILE needs --tokenizer: the network's folder, its tokenizer.json, or bytes for a network that "
             "reads bytes"
@@ -175,15 +175,16 @@ def _why_not(option: str, reference: DataReference) -> str:
     }[option]
 
 
-def _split(reference: DataReference, source: Source, progress: Stages, split: data.access.Split) -> Samples:
+def _split(reference: DataReference, source: Source, progress: Stages, part: Part) -> Samples:
     shape = source.shape if source.input is not None else None
+    if reference.kind == "text":
+        length, tokenizer = shape[0] if shape else 128, source.tokenizer or source.folder or ""
+        return load_text(reference.name, tokenizer=tokenizer, split=part, length=length)
+    split: data.access.Split = "train" if part == "train" else "test"
     if reference.kind == "folder":
         return load_folder(reference.name, split=split, shape=shape, shorter=source.resize)
     if reference.kind == "arrays":
         return load_arrays(reference.name, split=split)
-    if reference.kind == "text":
-        length = shape[0] if shape else 128
-        return load_text(reference.name, tokenizer=source.tokenizer or "", split=split, length=length)
     if data.locate(reference.name) is None:
         data.obtain(
             reference.name,

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from spectrim.benchmark.measurement import Accuracy, Measurement, measure
 from spectrim.cli.commands import MODEL
-from spectrim.cli.data_reference import data_reference, load_data, load_loaders, preparation
+from spectrim.cli.data_reference import DataReference, data_reference, load_data, load_loaders, preparation
 from spectrim.cli.machine import find_device, set_threads
 from spectrim.cli.options import Machine, Source
 from spectrim.cli.samples import Data, LoaderData, Preparation, StoredData
 from spectrim.cli.stages import Stages
 from spectrim.core.batches import length_of, split_labels
+from spectrim.core.errors import DataError
 from spectrim.core.execution import Inputs, as_inputs, call, evaluating
 from spectrim.core.nested import describe, logits_of
 from spectrim.layers.cost import count_macs
@@ -105,18 +106,10 @@ def load_source(source: Source, progress: Stages, machine: Machine) -> Loaded:
     shape = source.shape if reference is None else ()
     _ = source.options, source.expected, preparation(source, None)
     progress.begin(f"load {source.model}")
-    if source.model.partition(":")[0] not in ("spectrim", "torchvision", "timm"):
-        progress.say(f"--model {source.model} runs the code of that module")
-    elif source.weights is None:
-        progress.say("without --weights this network is untrained")
-    model = load_network(source, source.weights).to(device)  # first, since weights of another kind are refused at once
-    data: Data | None = None
-    if reference is not None and reference.kind == "loaders":
-        progress.say(f"--data {source.data} runs the code of that module")
-        data = load_loaders(reference, source, model)
-    elif reference is not None:
-        data = load_data(reference, source, progress)
-    zeros = torch.zeros(1, *shape)
+    model = load_model(source, progress).to(device)  # first, since weights of another kind are refused at once
+    data = None if reference is None else load_batches(reference, source, progress, model)
+    is_text = source.folder is not None and len(shape) == 1
+    zeros = torch.zeros(1, *shape, dtype=torch.int64 if is_text else None)
     example = data.example if data else as_inputs(zeros.flatten(1) if source.flatten else zeros)
     hint = " Does the network want other images or shapes? See --data, --input, --flatten and --option."
     with evaluating(model):
@@ -129,8 +122,39 @@ def load_source(source: Source, progress: Stages, machine: Machine) -> Loaded:
     return network
 
 
+def load_model(source: Source, progress: Stages) -> nn.Module:
+    """The network, after what there is to say of where it comes from."""
+    if source.folder is None and source.model.partition(":")[0] not in ("spectrim", "torchvision", "timm"):
+        progress.say(f"--model {source.model} runs the code of that module")
+    elif source.folder is None and source.weights is None:
+        progress.say("without --weights this network is untrained")
+    return load_network(source, source.weights)
+
+
+def load_batches(reference: DataReference, source: Source, progress: Stages, model: nn.Module) -> Data:
+    """The data. Raises `DataError` where they cannot be had, or hold tokens that the network does not know."""
+    if reference.kind == "loaders":
+        progress.say(f"--data {source.data} runs the code of that module")
+        return load_loaders(reference, source, model)
+    data = load_data(reference, source, progress)
+    if reference.kind == "text":
+        _require_known_tokens(data.train.inputs, model, source)
+    return data
+
+
+def _require_known_tokens(tokens: Any, model: nn.Module, source: Source) -> None:
+    words, largest = getattr(getattr(model, "config", None), "vocab_size", None), int(tokens.max())
+    if words is not None and largest >= words:
+        raise DataError(
+            f"the tokenizer {source.tokenizer or source.folder} gives a token {largest}, and the network knows 0 to "
+            f"{words - 1}; give the network's own tokenizer"
+        )
+
+
 def load_network(source: Source, weights: Path | None) -> nn.Module:
     """The network with the weights of a file that `spectrim.save` wrote, or of a plain one; in evaluation mode."""
+    if weights is not None and source.folder is not None:
+        raise typer.BadParameter(f"--weights does not go with --model {source.model}: the folder holds its weights")
     if weights is not None and weights.is_dir():
         weights = weights / MODEL
     if weights is not None and is_saved(weights):

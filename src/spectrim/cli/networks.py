@@ -18,6 +18,7 @@ from spectrim.cli.commands import MEASURED, MODEL, PLAN, REPORT, SPECTRA
 from spectrim.cli.loading import Loaded, load_source
 from spectrim.cli.options import Goal, Layers, Source
 from spectrim.cli.outputs import OutputFiles, Record, has_checksum, is_page, outputs
+from spectrim.cli.pretrained import folder_files, require_dense, write_folder
 from spectrim.cli.samples import StoredData
 from spectrim.cli.signatures import Invocation
 from spectrim.cli.stages import Stages, file_lines, show, stages
@@ -91,7 +92,7 @@ def compress_network(command: commands.Compress) -> None:
     if method.estimate:
         _show_memory(command, edited=edited)
         return
-    files = _files(out)
+    files = {**_files(out), **(folder_files(source.folder, out) if source.folder else {})}
     with stages() as progress, outputs(out, files) as folder:
         network = load_source(source, progress, command.machine)
         untested = network.why_untested(asked=command.test)
@@ -109,7 +110,7 @@ def compress_network(command: commands.Compress) -> None:
         dense = measured(network.model, "dense network")
         compressed = measured(small.model, "compressed network", dense=network.model)
         progress.begin("write")
-        record = _write(folder, small, dense=dense, compressed=compressed, command=str(command.invocation))
+        record = _write(folder, small, dense=dense, compressed=compressed, command=command)
         results = Results.of_network(
             f"{source.model}, compressed",
             dense=dense,
@@ -120,16 +121,21 @@ def compress_network(command: commands.Compress) -> None:
         )
         report(results, folder / REPORT)
     findings = str(small.fidelity) if small.fidelity else None, _accuracy(record, network, untested=untested)
-    hints = *file_lines(out, files), *_how_to_load(source, network, out=out)
+    hints = *file_lines(out, files), *_how_to_load(source, network, out=out), *_how_to_score(source, out=out)
     show(table(small.plan), _times(small.plan), table(compressed), *findings, *hints, output=command.output)
 
 
-def _write(folder: Path, small: Compressed, *, dense: Measurement, compressed: Measurement, command: str) -> Measured:
+def _write(
+    folder: Path, small: Compressed, *, dense: Measurement, compressed: Measurement, command: commands.Compress
+) -> Measured:
     """Write the network, its plan and what was measured of it."""
-    save(small.model, folder / MODEL)
+    if source := command.source.folder:
+        write_folder(small.model, folder, source=source, fidelity=small.fidelity)
+    else:
+        save(small.model, folder / MODEL)
     small.plan.save(folder / PLAN)
     record = Measured(
-        command=command,
+        command=str(command.invocation),
         dense=dense,
         compressed=compressed,
         model_sha256=sha256_of(folder / MODEL),
@@ -149,6 +155,7 @@ def _decide(
 ) -> Decision:
     """The analysis, and the plan that the rule gives, or the one that was edited."""
     goal = command.goal
+    require_dense(network.model, command.source.folder)
     return decide(
         network.model,
         goal.rule if edited is None else edited,
@@ -257,8 +264,31 @@ def _accuracy(record: Measured, network: Loaded, *, untested: str | None) -> str
     return text
 
 
+def _how_to_score(source: Source, *, out: Path) -> tuple[str, ...]:
+    """The command that compares language models on the end of a text, which nothing was calibrated on."""
+    if source.folder is None or source.data is None or not source.data.startswith("text:"):
+        return ()
+    tokens = () if source.input is None else ("--tokens", source.input)
+    arguments = (
+        "--model",
+        f"hf:{out}",
+        "--data",
+        source.data,
+        *tokens,
+        "--metric",
+        "perplexity",
+        "--against",
+        source.model,
+    )
+    return "Score it:", f"  spectrim evaluate {shlex.join(arguments)}"
+
+
 def _how_to_load(source: Source, network: Loaded, *, out: Path) -> tuple[str, ...]:
     """How Python loads the network."""
+    if source.folder is not None:
+        name = type(network.model).__name__
+        loading = f"  model = {name}.from_pretrained({str(out)!r})"
+        return "In Python:", "  import spectrim", f"  from transformers import {name}", loading
     options = f", options={source.options!r}" if source.options else ""
     takes = network.example.describe()
     if len(network.example.args) == 1 and isinstance(network.example.args[0], Tensor):

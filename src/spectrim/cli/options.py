@@ -79,8 +79,8 @@ class Source:
         str,
         _network(
             metavar="REF",
-            help="spectrim:NAME, torchvision:NAME, timm:NAME, or pkg.module:factory, which RUNS THE CODE of that "
-            "module: name only code that you trust.",
+            help="spectrim:NAME, torchvision:NAME, timm:NAME; hf:DIR, a folder of Hugging Face with its weights; or "
+            "pkg.module:factory, which RUNS THE CODE of that module: name only code that you trust.",
         ),
     ]
     weights: Annotated[
@@ -99,7 +99,10 @@ class Source:
     input: Annotated[
         str | None,
         _network(
-            metavar="3,32,32", help="Shape of one input: without --data, of images in folders, or tokens of a text."
+            "--input",
+            "--tokens",
+            metavar="3,32,32",
+            help="Shape of one input: without --data, of images in folders, or tokens of a text.",
         ),
     ] = None
     flatten: Annotated[bool, _network("--flatten", help="The network takes vectors: (batch, C * H * W).")] = False
@@ -116,7 +119,10 @@ class Source:
     ] = None
     tokenizer: Annotated[
         str | None,
-        _data(metavar="DIR|FILE|bytes", help="For a text: a folder with a tokenizer, its tokenizer.json, or bytes."),
+        _data(
+            metavar="DIR|FILE|bytes",
+            help="For a text: a folder with a tokenizer, its tokenizer.json, or bytes; by default that of hf:DIR.",
+        ),
     ] = None
     resize: Annotated[
         int | None,
@@ -140,7 +146,7 @@ class Source:
         Path | None,
         _data(metavar="DIR", exists=True, file_okay=False, help="Where its raw files lie, if you have them."),
     ] = None
-    images: Annotated[int, _data(metavar="N", min=1, help="Calibration samples.")] = 1024
+    images: Annotated[int, _data("--images", "--samples", metavar="N", min=1, help="Calibration samples.")] = 1024
     batch: Annotated[int, _data(metavar="N", min=1, help="Samples at a time.")] = 256
     seed: Annotated[int, _data(metavar="N", min=0, help="Seed of the choice of images, their order and dropout.")] = 0
     cache: Annotated[
@@ -162,6 +168,12 @@ class Source:
         ),
     ] = None
     std: Annotated[str | None, _data(metavar="0.2,0.2,0.2", help="See --mean.")] = None
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder of Hugging Face that holds the network, if one does."""
+        kind, _, path = self.model.partition(":")
+        return Path(path).expanduser() if kind == "hf" else None
 
     @property
     def cache_bytes(self) -> int | None:
@@ -245,6 +257,13 @@ class Goal:
     params: Annotated[float | None, _rule(metavar="SHARE", help="Keep this share of its parameters.")] = None
     bytes: Annotated[float | None, _rule(metavar="SHARE", help="Keep this share of its file size.")] = None
     latency: Annotated[float | None, _rule(metavar="SHARE", help="Keep this share of its time, see --runtime.")] = None
+    of: Annotated[
+        Literal["network", "body"],
+        _rule(
+            metavar="network|body",
+            help="What --macs and --params are a share of: the network, or the layers in it that can shrink.",
+        ),
+    ] = "network"
     rank: Annotated[int | None, _rule(metavar="N", help="Every layer at this rank.")] = None
     ratio: Annotated[float | None, _rule(metavar="SHARE", help="Keep this share of a layer's singular values.")] = None
     energy: Annotated[float | None, _rule(metavar="SHARE", help="Keep this share of each layer's energy.")] = None
@@ -308,7 +327,10 @@ class Goal:
         if self.latency is not None:
             threads, batch = self.latency_threads, self.latency_batch
             return plans.Budget(latency=value, runtime=self.runtime, threads=threads, batch=batch)
-        rule: Rule = getattr(plans, _LAYER_RULES.get(names[0], "Budget"))(**{names[0]: value})
+        if self.of == "body" and names[0] not in ("macs", "params"):
+            raise typer.BadParameter(f"--of body goes with --macs or --params; {flags} is not a share of the body")
+        part = {"of": "body"} if self.of == "body" else {}
+        rule: Rule = getattr(plans, _LAYER_RULES.get(names[0], "Budget"))(**{names[0]: value}, **part)
         return rule
 
     @property

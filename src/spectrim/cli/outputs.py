@@ -53,12 +53,14 @@ def outputs(folder: Path, files: OutputFiles) -> Iterator[Path]:
         require_writable_folder(folder)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".spectrim-") as temporary:
             yield Path(temporary)
-            for name in files:
+            for path in sorted(path for path in Path(temporary).rglob("*") if path.is_file()):
+                target = folder / path.relative_to(temporary)
                 try:
-                    (Path(temporary) / name).replace(folder / name)
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    path.replace(target)
                 except OSError as error:
                     reason = error.strerror or error
-                    raise FileError(f"cannot write {folder / name}: {reason}; choose another --out") from error
+                    raise FileError(f"cannot write {target}: {reason}; choose another --out") from error
     except BaseException:
         for parent in new:
             with suppress(OSError):  # not made, or no longer empty

@@ -9,13 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spectrim import data
 from spectrim.benchmark.measurement import resized
 from spectrim.cli.options import Source
 from spectrim.core.batches import batches_of, split_labels
 from spectrim.core.errors import DataError
 from spectrim.core.execution import Inputs
-from spectrim.data.samples import ImageFiles, Samples
+from spectrim.data.samples import ImageFiles, Part, Samples
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ class StoredData:
     source: Source
     prepare: Preparation
     train: Samples
-    load: Callable[[data.access.Split], Samples]
+    load: Callable[[Part], Samples]
 
     @property
     def name(self) -> str:
@@ -150,8 +149,12 @@ class StoredData:
     @cached_property
     def tests(self) -> Batches:
         """The test split."""
-        test = self.load("test")
-        return Batches(test, torch.arange(len(test.inputs)), self.prepare, self.source.batch)
+        return self.split("test")
+
+    def split(self, part: Part) -> Batches:
+        """All samples of a part, in order."""
+        samples = self.load(part)
+        return Batches(samples, torch.arange(len(samples.inputs)), self.prepare, self.source.batch)
 
     def held_out(self, samples: int | None) -> Batches:
         """So many training samples, by default a tenth and at most 5000, that `training` leaves out."""

@@ -91,6 +91,8 @@ class Budget(_InFile):
         runtime: Of a latency: what runs the network, one of `spectrim.runtimes.RUNTIMES`; by default `torch`.
         batch: Of a latency: how many inputs a pass has; by default as many as the example inputs.
         threads: Of a latency: how many threads run it; by default 1.
+        of: "body": MACs or parameters are a share of those of the layers that can shrink, not of the whole network's,
+            of which embeddings may be half.
     """
 
     macs: float | None = None
@@ -100,6 +102,7 @@ class Budget(_InFile):
     runtime: str | None = None
     batch: int | None = None
     threads: int | None = None
+    of: Literal["body"] | None = None
     rule: Literal["budget"] = field(default="budget", repr=False, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -111,6 +114,10 @@ class Budget(_InFile):
             example = f"Budget({name}={value / 100 if _is_whole(value) and 1 < value < 100 else 0.5:g})"
             fault = "a budget is a share of the dense network, between 0 and 1"
             raise RuleError(f"Budget({name}={value!r}): {fault}: {example}")
+        if self.of is not None and (self.of != "body" or name not in ("macs", "params")):
+            raise RuleError(
+                f"of={self.of!r}: a share of the layers that can shrink is Budget(params=0.7, of='body') or macs="
+            )
         if self.latency is None and timing:
             named = ", ".join(f"{name}={value!r}" for name, value in timing.items())
             raise RuleError(f"{named} belongs to a latency; leave it out, or give Budget(latency=.., {named})")
@@ -140,7 +147,8 @@ class Budget(_InFile):
 
     def __str__(self) -> str:
         timing = "".join(f", {name}={value!r}" for name, value in self._set(_TIMING).items())
-        return f"Budget({self.limits}={self.share:g}{timing})"
+        body = "" if self.of is None else f", of={self.of!r}"
+        return f"Budget({self.limits}={self.share:g}{timing}{body})"
 
 
 def _is_whole(value: object) -> bool:

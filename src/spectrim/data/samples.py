@@ -10,7 +10,7 @@ import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,6 +18,9 @@ from torch import Tensor
 
 from spectrim.core.errors import DataError, DependencyError
 from spectrim.data.access import Split
+
+Part = Literal["train", "test", "whole"]
+"""Of a text also the whole."""
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 """Those of torchvision's `ImageFolder`."""
@@ -193,13 +196,13 @@ def load_arrays(path: Path | str, *, split: Split = "train") -> Samples:
     return Samples(str(path), inputs, labels, tuple(map(str, classes)), _digest_of_files([path]))
 
 
-def load_text(path: Path | str, *, tokenizer: Path | str, split: Split = "train", length: int = 128) -> Samples:
+def load_text(path: Path | str, *, tokenizer: Path | str, split: Part = "train", length: int = 128) -> Samples:
     """A text as token numbers, int64 (N, length), whose labels are the tokens that come next; the end is for testing.
 
     Args:
         path: The file, in UTF-8.
         tokenizer: A folder with a Hugging Face tokenizer, its `tokenizer.json`, or "bytes".
-        split: "train" or "test".
+        split: "train", "test" or "whole".
         length: Tokens of one sample.
 
     Raises:
@@ -212,15 +215,16 @@ def load_text(path: Path | str, *, tokenizer: Path | str, split: Split = "train"
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read {path} as text: {error}; give a file in UTF-8") from error
     numbers = torch.tensor(_encoder(tokenizer)(text), dtype=torch.int64)
-    count = (len(numbers) - 1) // length
-    if count < _TESTED_OF:
+    count, least = (len(numbers) - 1) // length, 1 if split == "whole" else _TESTED_OF
+    if count < least:
         raise DataError(
-            f"{path} has {len(numbers):,} tokens, too few for {_TESTED_OF} samples of {length}; give more text, or "
-            f"--input {max(1, (len(numbers) - 1) // _TESTED_OF)}"
+            f"{path} has {len(numbers):,} tokens, too few for {least} samples of {length}; give more text, or "
+            f"--tokens {max(1, (len(numbers) - 1) // least)}"
         )
     inputs = numbers[: count * length].view(count, length)
     following = numbers[1 : count * length + 1].view(count, length)
-    part = slice(count - count // _TESTED_OF) if split == "train" else slice(count - count // _TESTED_OF, None)
+    tested = count - count // _TESTED_OF
+    part = {"train": slice(tested), "test": slice(tested, None), "whole": slice(None)}[split]
     return Samples(f"text:{path}", inputs[part], following[part], (), _digest_of_files([path]))
 
 

@@ -16,6 +16,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+import spectrim
 from spectrim.core.errors import FileError, ModelError
 from spectrim.core.execution import unique_tensors
 from spectrim.core.files import parse
@@ -38,6 +40,8 @@ _MAJOR = int(transformers.__version__.partition(".")[0])
 if _MAJOR >= 5:
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, rename_source_key, revert_weight_conversion
+_ALIGNMENT = 64
+"""Bytes; torch's allocator for the CPU."""
 _WAY_OUT = "keep it with st.save(model, path), or make it dense: st.merge(model).save_pretrained(folder)"
 
 
@@ -143,6 +147,7 @@ class FactoredQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         model.is_quantized = False  # its weights are ordinary ones: it may be cast, and trained
+        _align(model)
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
@@ -165,22 +170,52 @@ _STATE_TO_SAVE: ContextVar[dict[str, Tensor] | None] = ContextVar("state_to_save
 """The `state_dict` that `save_pretrained` was given, which it forgets once there is a quantizer."""
 
 
-def _remembering_state(save: Callable[..., Any]) -> Callable[..., Any]:
-    parameters = inspect.signature(save)
+def _with_state_and_card(save: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(save)
 
     @functools.wraps(save)
     def save_pretrained(*args: Any, **kwargs: Any) -> Any:
-        token = _STATE_TO_SAVE.set(parameters.bind(*args, **kwargs).arguments.get("state_dict"))
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        token = _STATE_TO_SAVE.set(bound.arguments["state_dict"])
         try:
-            return save(*args, **kwargs)
+            result = save(*args, **kwargs)
         finally:
             _STATE_TO_SAVE.reset(token)
+        if bound.arguments["is_main_process"]:
+            _write_card(bound.arguments["self"], bound.arguments["save_directory"])
+        return result
 
     return save_pretrained
 
 
-PreTrainedModel.save_pretrained = _remembering_state(PreTrainedModel.save_pretrained)  # type: ignore[method-assign, unused-ignore]
+def _with_card(upload: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(upload)
+    def upload_modified_files(model: Any, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
+        _write_card(model, working_dir)  # in the place of the general one that is made for the repository
+        return upload(model, working_dir, *args, **kwargs)
+
+    return upload_modified_files
+
+
+def _write_card(model: Any, folder: Any) -> None:
+    if Path(folder).is_dir() and not getattr(model, "_hf_peft_config_loaded", False):
+        spectrim.write_model_card(model, Path(folder))
+
+
+PreTrainedModel.save_pretrained = _with_state_and_card(PreTrainedModel.save_pretrained)  # type: ignore[method-assign, unused-ignore]
+PreTrainedModel._upload_modified_files = _with_card(PreTrainedModel._upload_modified_files)  # type: ignore[method-assign, unused-ignore]
 PreTrainedModel.hf_quantizer = _QuantizerOfFactored()  # type: ignore[attr-defined, unused-ignore]
+
+
+def _align(model: nn.Module) -> None:
+    """Move weights that were read to where torch would put them.
+
+    They are views of a file's bytes, and how a product with a single row is rounded depends on their addresses.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu" and tensor.data_ptr() % _ALIGNMENT:
+            tensor.data = tensor.data.clone()
 
 
 def _is_described(module: nn.Module) -> bool:

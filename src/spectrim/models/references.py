@@ -9,14 +9,16 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from torch import nn
 
 from spectrim.core.errors import ModelError, SpectrimError, did_you_mean
+from spectrim.models.folders import load_pretrained
 from spectrim.models.networks import NETWORKS
 from spectrim.models.weights import fill_, read_state
 
-_KINDS = "spectrim:NAME, pkg.module:factory, torchvision:NAME or timm:NAME"
+_KINDS = "spectrim:NAME, pkg.module:factory, torchvision:NAME, timm:NAME or hf:DIR"
 _WEIGHT_OPTIONS = ("weights", "pretrained", "checkpoint")
 
 _Options = Mapping[str, object]
@@ -27,6 +29,7 @@ def resolve(reference: str, *, weights: str | Path | None = None, options: _Opti
 
     - `spectrim:resnet20`: one of `spectrim.models.NETWORKS`.
     - `torchvision:resnet18`, `timm:resnet18`: from an installed torchvision or timm, untrained. Nothing is downloaded.
+    - `hf:DIR`: a folder that `save_pretrained` of transformers wrote, with its weights; see `load_pretrained`.
     - `pkg.module:factory`: imports the module and calls the function or class. THIS RUNS THE CODE OF THAT MODULE, with
       all that it imports: name only code that you trust. Modules in the current folder can be named too, and win over
       installed ones; the folder is on the import path only until the factory has returned.
@@ -38,7 +41,8 @@ def resolve(reference: str, *, weights: str | Path | None = None, options: _Opti
         options: Keyword arguments of the factory, such as `{"outputs": 47}`.
 
     Returns:
-        The module as the factory made it: its training flag, device and number types are not touched.
+        The module as the factory made it: its training flag, device and number types are not touched. That of a folder
+        is in evaluation mode.
 
     Raises:
         ModelError: an unknown or malformed reference, a missing optional dependency, options that the factory does not
@@ -48,11 +52,6 @@ def resolve(reference: str, *, weights: str | Path | None = None, options: _Opti
     source, _, name = reference.partition(":")
     if not (source and name):
         raise ModelError(_malformed(reference))
-    if source == "hf":
-        raise ModelError(
-            f"{reference}: Hugging Face models are not loaded by name; write a function that returns yours and name it "
-            f"as pkg.module:factory. Supported are {_KINDS}"
-        )
     # before the network, which may take long to make or may run code
     state = read_state(weights) if weights is not None else None
     model = _LOADERS.get(source, _from_module)(reference, name, options or {})
@@ -92,6 +91,12 @@ def _from_timm(reference: str, name: str, options: _Options) -> nn.Module:
     return _network(reference, _call(reference, functools.partial(timm.create_model, name, pretrained=False), options))
 
 
+def _from_folder(reference: str, name: str, options: _Options) -> nn.Module:
+    if options:
+        raise ModelError(f"{reference} takes no options: its config.json says what the model is like")
+    return load_pretrained(name)
+
+
 def _from_module(reference: str, name: str, options: _Options) -> nn.Module:
     module = reference.partition(":")[0]
     if module.endswith(".py") or not all(part.isidentifier() for part in module.split(".")):
@@ -105,19 +110,30 @@ def call_factory(reference: str, options: _Options, *, what: str) -> object:
     Raises:
         ModelError: there is no such module or function, it does not take the options, or it fails.
     """
-    module, _, name = reference.partition(":")
     with _current_folder_importable():
-        factory = _attribute(reference, _imported(module), name)
-        if isinstance(factory, nn.Module) or not callable(factory):
-            kind = type(factory).__name__
-            raise ModelError(f"{reference} is a {kind}, not a function; name a function that makes {what}")
-        return _call(reference, factory, options, what=what)
+        return _call(reference, _function(reference, what), options, what=what)
+
+
+def load_function(reference: str, *, what: str) -> Callable[..., Any]:
+    """The function that `pkg.module:function` names. THIS RUNS THE CODE OF THAT MODULE; raises as `call_factory`."""
+    with _current_folder_importable():
+        return _function(reference, what)
+
+
+def _function(reference: str, what: str) -> Callable[..., Any]:
+    module, _, name = reference.partition(":")
+    function = _attribute(reference, _imported(module), name)
+    if isinstance(function, nn.Module) or not callable(function):
+        kind = type(function).__name__
+        raise ModelError(f"{reference} is a {kind}, not a function; name a function that makes {what}")
+    return function
 
 
 _LOADERS: Mapping[str, Callable[[str, str, _Options], nn.Module]] = {
     "spectrim": _from_spectrim,
     "torchvision": _from_torchvision,
     "timm": _from_timm,
+    "hf": _from_folder,
 }
 
 

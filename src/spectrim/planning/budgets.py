@@ -159,7 +159,7 @@ class Candidates:
     @property
     def outside(self) -> int:
         """What it costs besides the layers of the analysis; below 0 where the times of single layers add up to more."""
-        return self.whole - sum(self._dense(layer) for layer in self.analysis)
+        return self.whole - sum(self.dense(layer) for layer in self.analysis)
 
     def rule(self, share: float) -> Budget:
         """The budget of this share."""
@@ -182,18 +182,25 @@ class Candidates:
     @property
     def least(self) -> int:
         """The smallest cost that a budget can ask for."""
-        dense = {layer.name: self._dense(layer) for layer in self.analysis}
+        dense = {layer.name: self.dense(layer) for layer in self.analysis}
         return self.outside + sum(min(cost, self.cheapest.get(name, cost)) for name, cost in dense.items())
 
+    @property
+    def body(self) -> int:
+        """What the dense layers cost that can shrink."""
+        return sum(self.dense(layer) for layer in self.analysis if layer.name in self.cheapest)
+
     def require(self, rule: Budget, *, share: float) -> int:
-        """What a share of the dense network's cost is, in whole numbers.
+        """What a network costs that keeps a share of the dense one, or of its body, in whole numbers.
 
         Raises:
             RuleError: it is below what is reachable; says what is.
         """
-        budget = int(Fraction(share).limit_denominator(10**12) * self.whole)
+        part = self.body if rule.of else self.whole
+        rest = self.whole - part
+        budget = rest + int(Fraction(share).limit_denominator(10**12) * part)
         if budget < self.least:
-            raise RuleError(out_of_reach(self, rule, self.least / self.whole))
+            raise RuleError(out_of_reach(self, rule, (self.least - rest) / part if part else 1.0))
         return budget
 
     @cached_property
@@ -207,7 +214,7 @@ class Candidates:
         return [item for item, _ in self.candidates]
 
     def _candidates_of(self, layer: LayerAnalysis) -> tuple[KnapsackItem, list[tuple[str, Ranks]]]:
-        costs, losses = [np.array([self._dense(layer)])], [np.zeros(1)]
+        costs, losses = [np.array([self.dense(layer)])], [np.zeros(1)]
         usual = float(np.median([*self.analysis.sensitivity.values()])) if self.analysis.sensitivity else 1.0
         named: list[tuple[str, Ranks]] = []
         for form in self._possible(layer):
@@ -240,10 +247,11 @@ class Candidates:
         below = self.multiple if self.multiple == self.latencies.rank_multiple else 0
         fits = np.flatnonzero(times.covers(rank_costs.ranks, step=self.multiple, below=below) & small)
         costs = np.array([_nanoseconds(ms) for ms in times.at(rank_costs.ranks[fits])], dtype=np.int64)
-        faster = costs < self._dense(layer)
+        faster = costs < self.dense(layer)
         return fits[faster], costs[faster]
 
-    def _dense(self, layer: LayerAnalysis) -> int:
+    def dense(self, layer: LayerAnalysis) -> int:
+        """What a layer costs as it is."""
         if self.latencies is not None:
             times = self.latencies.of(layer.name)
             return _nanoseconds(times.dense_ms) if times else 0
@@ -348,20 +356,25 @@ def out_of_reach(candidates: Candidates, rule: Budget, least: float, *, how: str
         )
     share = math.ceil(1e4 * least) / 1e4
     smallest, at = ("fastest", f"their fastest ranks ({how})") if timed else ("smallest", f"rank {candidates.multiple}")
-    outside = "time is" if timed else f"{rule.limits} are"
+    cost = "time is" if timed else f"{rule.limits} are"
+    others = max(0, candidates.whole - candidates.body) / candidates.whole
+    of = f", of={rule.of!r}" if rule.of else ""
     return (
-        f"{rule} cannot be reached: the {smallest} this model can be is Budget({rule.limits}={share:g}), with all "
-        f"{open_to} layers that can shrink at {at}; "
-        f"{max(0, candidates.outside) / candidates.whole:.1%} of the {outside} outside the layers that were looked at"
+        f"{rule} cannot be reached: the {smallest} this model can be is Budget({rule.limits}={share:g}{of}), with all "
+        f"{open_to} layers that can shrink at {at}; {others:.1%} of the {cost} in what cannot shrink"
         f"{_first_reason(candidates)}"
     )
 
 
 def _first_reason(candidates: Candidates) -> str:
-    """Why the largest of the layers that stay dense does, if there are any."""
+    """The reason for which most of the cost stays dense, with its largest layer, if there are any."""
     metric = candidates.metric if candidates.metric in candidates.analysis.metrics else "plain"
-    reasons = {layer: reason for layer in candidates.analysis if (reason := why_impossible(layer, metric))}
-    if not reasons:
+    groups: dict[str, list[LayerAnalysis]] = {}
+    for layer in candidates.analysis:
+        if reason := why_impossible(layer, metric):
+            groups.setdefault(reason, []).append(layer)
+    if not groups:
         return ""
-    largest = max(reasons, key=lambda layer: layer.dense.macs)
-    return f"; {len(reasons)} layers stay dense, the largest of them {largest.name}: {reasons[largest]}"
+    reason, layers = max(groups.items(), key=lambda group: sum(map(candidates.dense, group[1])))
+    number, largest = sum(map(len, groups.values())), max(layers, key=candidates.dense)
+    return f"; {number} layers stay dense, {len(layers)} of them like {largest.name}: {reason}"

@@ -101,7 +101,7 @@ def require_possible(analysis: Analysis, rule: Rule, options: PlanOptions, *, me
 def candidates_of(analysis: Analysis, rule: Budget, options: PlanOptions) -> Candidates:
     """Every candidate of every layer under a budget; raises as `plan` does."""
     candidates = Candidates.of(analysis, rule.limits, options)
-    if (timed := candidates.rule(rule.share)) != rule:
+    if rule.limits == "latency" and (timed := candidates.rule(rule.share)) != rule:
         raise RuleError(f"the latency table is for {timed}, and the rule is {rule}; make a table for that")
     return candidates
 

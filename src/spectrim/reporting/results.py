@@ -7,11 +7,11 @@ from typing import Annotated, Literal, Self
 from pydantic import ConfigDict, Field, model_validator
 
 from spectrim.analysis.spectra import Analysis
-from spectrim.benchmark.measurement import Accuracy, Epoch, Measurement
+from spectrim.benchmark.measurement import Accuracy, Epoch, Measurement, paired_difference
 from spectrim.core.display import Displayed
 from spectrim.core.files import Frozen, FrozenFile
 from spectrim.core.plans import Metric, Plan, Rule
-from spectrim.runtimes.timing import Z95, Interval
+from spectrim.runtimes.timing import Interval
 
 Stage = Literal["dense", "zero-shot", "fine-tuned", "trained"]
 Kind = Literal["broken", "mended", "confused"]
@@ -202,16 +202,8 @@ class Tally(Frozen):
 
     @property
     def difference(self) -> Interval:
-        """Accuracy after less before, in [-1, 1], with its 95 % interval.
-
-        Both networks answer the same examples, so only examples whose answer changed add to the uncertainty (Agresti &
-        Min 2005: the paired difference with half an example added to each kind of change).
-        """
-        changed, shift = self.broken + self.corrected + 1, self.corrected - self.broken
-        total = self.total + 2
-        half = Z95 * math.sqrt(max(0.0, changed - shift * shift / total)) / total
-        value, centre = shift / max(1, self.total), shift / total
-        return Interval(value=value, low=max(-1.0, min(value, centre - half)), high=min(1.0, max(value, centre + half)))
+        """Accuracy after less before, in [-1, 1], with its 95 % interval; see `paired_difference`."""
+        return paired_difference(self.total, worse=self.broken, better=self.corrected)
 
 
 class ClassChange(Tally):

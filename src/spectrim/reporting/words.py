@@ -209,7 +209,7 @@ def rule_text(rule: Rule | None) -> str:
             return f"energy {percent(rule.energy, places=0)}"
         case Budget():
             cost = {"macs": "MACs", "params": "parameters", "bytes": "bytes", "latency": "time"}[rule.limits]
-            return f"{percent(rule.share, places=0)} of the {cost}"
+            return f"{percent(rule.share, places=0)} of the {cost}{' of what can shrink' if rule.of else ''}"
     return NOTHING
 
 

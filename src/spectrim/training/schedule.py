@@ -110,8 +110,10 @@ class RankSchedule:
         if not isinstance(rule, Energy | Budget | NuclearNorm):
             raise RuleError(f"{rule!r} does not move ranks; give Energy(0.9), Budget(params=0.1) or NuclearNorm(1e-3)")
         self._limits = rule.limits if isinstance(rule, Budget) else None
-        if self._limits in ("bytes", "latency"):
-            raise RuleError(f"{rule} cannot be followed in training; give params= or macs= instead")
+        if self._limits in ("bytes", "latency") or (isinstance(rule, Budget) and rule.of):
+            raise RuleError(
+                f"{rule} cannot be followed in training; give params= or macs= of the whole network instead"
+            )
         for name, value, least in (("every", self.every, 1), ("begin", self.begin, 0), ("end", end, self.begin + 1)):
             if name == "end" and end is None and self._limits is None:
                 continue

@@ -1,0 +1,50 @@
+"""A network that comes from a folder of Hugging Face goes into one again: weights, settings and tokenizer."""
+
+import filecmp
+import shutil
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from spectrim.benchmark.fidelity import Fidelity
+from spectrim.cli.outputs import OutputFiles
+from spectrim.core.errors import FileError, ModelError
+from spectrim.integrations.cards import CARD, is_own_card, write_model_card
+from spectrim.layers.factored import low_rank_layers
+from spectrim.models.folders import CONFIG, is_factored, other_files
+
+_ONE_FILE = "100TB"
+
+
+def require_dense(model: nn.Module, folder: Path | None) -> None:
+    """Raise `ModelError` for the folder of a model that was compressed already."""
+    if folder is not None and (layers := low_rank_layers(model)):
+        raise ModelError(
+            f"{folder} was compressed already: {len(layers)} of its layers are factored; give the folder of the dense "
+            "model, or make this one dense first: spectrim.merge(model).save_pretrained(..)"
+        )
+
+
+def folder_files(source: Path, out: Path) -> OutputFiles:
+    """What `write_folder` writes besides the weights, and which of it may be replaced.
+
+    Raises:
+        FileError: `out` is the folder that the network comes from.
+    """
+    if out.resolve() == source.resolve():
+        raise FileError(f"--out {out} is the folder that the network comes from, which stays as it is; choose another")
+    copied: dict[str, Any] = {
+        str(path): (lambda there, path=path: filecmp.cmp(source / path, there, shallow=False), "")
+        for path in other_files(source)
+    }
+    return copied | {CONFIG: (lambda path: is_factored(path.parent), ""), CARD: (is_own_card, "the model card")}
+
+
+def write_folder(model: Any, folder: Path, *, source: Path, fidelity: Fidelity | None) -> None:
+    """Save a model as transformers does, with all that lay beside it in `source`, and a card."""
+    model.save_pretrained(folder, max_shard_size=_ONE_FILE)
+    for path in other_files(source):
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / path, folder / path)
+    write_model_card(model, folder, fidelity=fidelity)

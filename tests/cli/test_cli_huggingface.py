@@ -1,0 +1,123 @@
+"""Folders of Hugging Face on the command line: in, and out again with all that lay beside the weights."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import spectrim as st
+
+transformers = pytest.importorskip("transformers", reason="the extra 'hf' is not installed")
+
+Run = Callable[..., Any]
+TEXT = ("--data", "text:text.txt", "--tokens", 12, "--samples", 32, "--batch", 16)
+MODEL = ("--model", "hf:dense", *TEXT)
+
+
+@pytest.fixture
+def folder(run: Run) -> Run:
+    """A model with its tokenizer in `dense`, and a text."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=24, **sizes)).save_pretrained("dense")
+    words = Tokenizer(WordLevel({str(number): number for number in range(24)}, unk_token="3"))
+    words.pre_tokenizer = Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained("dense")
+    Path("text.txt").write_text(" ".join(str(number * number % 23) for number in range(700)))
+    return run
+
+
+def said(ended: Any) -> str:
+    return " ".join(ended.err.replace("│", " ").split())
+
+
+def test_a_folder_becomes_a_smaller_one(folder: Run) -> None:
+    for _ in range(2):  # the second replaces what the first has written
+        ended = folder("compress", *MODEL, "--macs", 0.8, "--out", "small")
+        assert ended.code == 0, ended.err
+    small = transformers.AutoModelForCausalLM.from_pretrained("small")
+    measured = json.loads(Path("small/measurement.json").read_text())["compressed"]
+    assert sum(parameter.numel() for parameter in small.parameters()) == measured["params"]
+    assert measured["macs_ratio"] <= 0.8
+    tokenizer = transformers.AutoTokenizer.from_pretrained("small")
+    assert tokenizer("5 7")["input_ids"] == [5, 7]
+    assert "off the dense ones" in Path("small/README.md").read_text()
+    assert "model = LlamaForCausalLM.from_pretrained('small')" in ended.out
+
+    scoring = next(line for line in ended.out.splitlines() if line.startswith("  spectrim evaluate"))
+    ended = folder(*scoring.split()[1:], "--json")
+    assert ended.code == 0, ended.err
+    own, dense, _ = json.loads(ended.out)[0]["rows"]
+    assert own["Score"] == pytest.approx(dense["Score"], rel=0.1)
+
+    for command in (("compress", "--out", "again"), ("plan", "--out", "plan.json")):
+        ended = folder(*command, "--model", "hf:small", *TEXT, "--macs", 0.5)
+        assert ended.code == 1
+        assert "small was compressed already" in said(ended)
+        assert not Path(command[2]).exists()
+
+
+def test_a_plan_is_applied(folder: Run) -> None:
+    assert folder("plan", *MODEL, "--rank", 4, "--out", "plan.json").code == 0
+    ended = folder("compress", *MODEL, "--plan", "plan.json", "--out", "small")
+    assert ended.code == 0, ended.err
+    small, dense = (
+        sum(parameter.numel() for parameter in transformers.LlamaForCausalLM.from_pretrained(name).parameters())
+        for name in ("small", "dense")
+    )
+    plan = st.Plan.load("plan.json")
+    assert dense - small == plan.dense_cost.params - plan.kept_cost.params > 0
+
+
+def test_a_share_of_the_body(folder: Run) -> None:
+    ended = folder("plan", *MODEL, "--params", 0.7, "--of", "body", "--out", "plan.json")
+    assert ended.code == 0, ended.err
+    assert st.Plan.load("plan.json").rule == st.Budget(params=0.7, of="body")
+    ended = folder("plan", *MODEL, "--rank", 4, "--of", "body", "--out", "rank.json")
+    assert ended.code != 0
+    assert "--of body goes with --macs or --params" in said(ended)
+
+
+def test_without_data_a_text_model_runs_on_tokens(folder: Run) -> None:
+    ended = folder("analyze", "--model", "hf:dense", "--tokens", 8)
+    assert ended.code == 0, ended.err
+    assert "mlp.up_proj" in ended.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--model", "hf:none", *TEXT), "there is no folder none"),
+        ((*MODEL, "--weights", "text.txt"), "the folder holds its weights"),
+        ((*MODEL, "--tokens", 512), "too few for 10 samples of 512"),
+        ((*MODEL, "--tokenizer", "bytes"), "the tokenizer bytes gives a token 57, and the network knows 0 to 23"),
+        ((*MODEL, "--option", "layers=3"), "takes no options"),
+    ],
+)
+def test_mistakes_are_said(folder: Run, arguments: tuple[str, ...], message: str) -> None:
+    ended = folder("compress", *arguments, "--macs", 0.8, "--out", "small")
+    assert ended.code != 0
+    assert message in said(ended)
+    assert "Traceback" not in ended.err
+    assert not Path("small").exists()
+
+
+def test_files_of_others_stay(folder: Run) -> None:
+    ended = folder("compress", *MODEL, "--macs", 0.8, "--out", "dense")
+    assert "which stays as it is" in said(ended)
+    for name in ("README.md", "config.json", "tokenizer.json"):
+        other = Path("other") / name
+        other.parent.mkdir(exist_ok=True)
+        other.write_text("{}")
+        ended = folder("compress", *MODEL, "--macs", 0.8, "--out", "other")
+        assert ended.code == 1
+        assert f"{other} is there already" in said(ended)
+        assert other.read_text() == "{}"
+        other.unlink()

@@ -1,0 +1,100 @@
+"""Model cards say what was kept and how to load it, are true when the model has changed, and spare other files."""
+
+import copy
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import spectrim as st
+
+transformers = pytest.importorskip("transformers", reason="the extra 'hf' is not installed")
+
+IDS = {"input_ids": torch.arange(24).reshape(2, 12) % 19}
+
+
+@cache
+def _compressed() -> st.Compressed:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=24, **sizes)).eval()
+    data = [{"input_ids": torch.randint(0, 24, (8, 12))} for _ in range(2)]
+    return st.compress(model, st.Ratio(0.25), example_inputs=IDS, data=data, include="*mlp*")
+
+
+def _card(folder: Path) -> str:
+    return (folder / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_card_says_what_was_kept_and_how_to_load_it(tmp_path: Path) -> None:
+    small = _compressed()
+    small.model.save_pretrained(tmp_path)
+    card = _card(tmp_path)
+    factors, dense = 6 * 8 * (48 + 32), 6 * 48 * 32
+    assert f"{factors:,} parameters of the\n{dense:,} of the dense weights ({factors / dense:.1%})" in card
+    assert f"The model has {small.measurement.params:,} in all" in card
+    assert "| `model.layers.*.mlp.up_proj` (2) | 48\u00d732 | linear | 8 |" in card
+    assert card.index("import spectrim") < card.index("LlamaForCausalLM.from_pretrained")
+    assert "How good" not in card
+    assert "tags:\n- spectrim" in card
+
+
+def test_measured_quality_is_in_it_until_the_model_is_saved_again(tmp_path: Path) -> None:
+    small = _compressed()
+    small.model.save_pretrained(tmp_path)
+    score = st.evaluate(small.model, [IDS["input_ids"]], "perplexity")
+    assert st.write_model_card(small.model, tmp_path, fidelity=small.fidelity, scores={"Of the text": score})
+    assert f"- Of the text: {score}" in _card(tmp_path)
+    assert str(small.fidelity) in _card(tmp_path)
+    small.model.save_pretrained(tmp_path)
+    assert "How good" not in _card(tmp_path)
+    st.merge(small.model).save_pretrained(tmp_path)
+    assert not (tmp_path / "README.md").exists()
+
+
+def test_a_card_of_somebody_else_stays(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("# Mine\n")
+    model = copy.deepcopy(_compressed().model)
+    model.save_pretrained(tmp_path)
+    assert not st.write_model_card(model, tmp_path)
+    assert _card(tmp_path) == "# Mine\n"
+    st.merge(model).save_pretrained(tmp_path)
+    assert _card(tmp_path) == "# Mine\n"
+
+
+@pytest.mark.parametrize("how", ["push", "save"])
+def test_what_goes_to_the_hub_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    hub = pytest.importorskip("huggingface_hub")
+    uploaded = []
+
+    class Api:
+        def create_repo(self, name: str, **options: Any) -> Any:
+            return SimpleNamespace(repo_id=name)
+
+        def create_branch(self, *args: Any, **options: Any) -> None: ...
+
+        def create_commit(self, *args: Any, operations: Any, **options: Any) -> str:
+            uploaded.extend((file.path_in_repo, Path(file.path_or_fileobj).read_bytes()) for file in operations)
+            return "done"
+
+    def without_card(*args: Any, **options: Any) -> Any:
+        general = "This model card has been automatically generated."
+        return hub.ModelCard(f"---\ntags:\n- mine\nlibrary_name: transformers\n---\n{general}")
+
+    for module in (transformers.utils.hub, transformers.modeling_utils):
+        monkeypatch.setattr(module, "hf_api", Api, raising=False)
+        monkeypatch.setattr(module, "create_and_tag_model_card", without_card)
+    for name in ("create_repo", "create_commit", "create_branch"):
+        monkeypatch.setattr(transformers.utils.hub, name, getattr(Api(), name), raising=False)
+        monkeypatch.setattr(transformers.modeling_utils, name, getattr(Api(), name), raising=False)
+    model = _compressed().model
+    if how == "push":
+        model.push_to_hub("me/small")
+    else:
+        model.save_pretrained(tmp_path / "small", push_to_hub=True, repo_id="me/small")
+    card = dict(uploaded)["README.md"].decode()
+    assert "from_pretrained" in card
+    assert "- mine\n- spectrim" in card
