@@ -96,47 +96,47 @@ class ActivationCache:
     def _few(self, inputs: Inputs) -> Inputs:
         """A few of the samples, and of the numbers of a sequence, if the network takes them."""
         for size in (slice(_TRIED_PLACES), slice(None)):
-            few = inputs.map(partial(_cut, places=size))
+            few = inputs.map(partial(_first, places=size))
             with suppress(ModelError):
                 call(self.model, few)
                 return few
         return inputs
 
-    def _recorded(self, inputs: Inputs, names: Collection[str]) -> "_Trial":
+    def _recorded(self, inputs: Inputs, names: Collection[str]) -> "_RecordedPass":
         """A pass in which all blocks run."""
-        trial = _Trial(inputs)
-        with self._following(trial, names):
-            trial.expected = call(self.model, inputs)
-        return trial
+        recorded = _RecordedPass(inputs)
+        with self._following(recorded, names):
+            recorded.expected = call(self.model, inputs)
+        return recorded
 
-    def _is_recallable(self, name: str, turns: "list[_Trial]") -> bool:
-        """Whether the network gives the same with a block's output recalled; exchanges the trials."""
-        trial, other = turns
-        known = {key: output for key, output in trial.outputs.items() if key[0] == name}
+    def _is_recallable(self, name: str, turns: "list[_RecordedPass]") -> bool:
+        """Whether the network gives the same with a block's output recalled; exchanges the passes."""
+        recorded, other = turns
+        known = {key: output for key, output in recorded.outputs.items() if key[0] == name}
         if not known or max(map(_size, known.values())) > self.free_bytes:
             return False
         try:
-            if any(key[0].startswith(f"{name}.") for key in trial.outputs):
+            if any(key[0].startswith(f"{name}.") for key in recorded.outputs):
                 call(self.model, other.inputs)  # in the pass before, one of the blocks in this one may not have run
         except ModelError:
             return False
         turns.reverse()
-        return self._is_same(trial, known)
+        return self._is_same(recorded, known)
 
-    def _is_frontier(self, name: str, turns: "list[_Trial]") -> bool:
+    def _is_frontier(self, name: str, turns: "list[_RecordedPass]") -> bool:
         """Whether the network gives the same with a block's output recalled, and NaN for those of all blocks before."""
-        trial = turns[0]
+        recorded = turns[0]
         key = (name, 0)
-        if key not in trial.before or (name, 1) in trial.before:
+        if key not in recorded.before or (name, 1) in recorded.before:
             return False
         turns.reverse()
-        forgotten = {earlier: _forgotten(trial.outputs[earlier]) for earlier in trial.before[key]}
-        return bool(forgotten) and self._is_same(trial, {**forgotten, key: trial.outputs[key]})
+        forgotten = {earlier: _forgotten(recorded.outputs[earlier]) for earlier in recorded.before[key]}
+        return bool(forgotten) and self._is_same(recorded, {**forgotten, key: recorded.outputs[key]})
 
-    def _is_same(self, trial: "_Trial", known: _Outputs) -> bool:
+    def _is_same(self, recorded: "_RecordedPass", known: _Outputs) -> bool:
         try:
             with self._following(_Pass(known, self.free_bytes), {name for name, _ in known}):
-                return _equal(trial.expected, call(self.model, trial.inputs))
+                return _equal(recorded.expected, call(self.model, recorded.inputs))
         except ModelError:
             return False
 
@@ -153,7 +153,7 @@ class ActivationCache:
                 self._keep(batch, run)
 
     @contextmanager
-    def _following(self, run: "_Pass | _Trial", blocks: Collection[str]) -> Iterator[None]:
+    def _following(self, run: "_Pass | _RecordedPass", blocks: Collection[str]) -> Iterator[None]:
         replaced = []
         try:
             for name, module in list(self.model.named_modules()):
@@ -179,7 +179,7 @@ class ActivationCache:
 
 
 @dataclass(eq=False)
-class _Trial:
+class _RecordedPass:
     """Inputs, what the network and its blocks give for them, and by block the outermost ones that finish before it."""
 
     inputs: Inputs
@@ -267,7 +267,7 @@ def _is_block(module: nn.Module) -> bool:
     return not is_low_rank(module) and next(module.children(), None) is not None
 
 
-def _cut(tensor: Tensor, places: slice) -> Tensor:
+def _first(tensor: Tensor, places: slice) -> Tensor:
     """A few samples; of matrices of whole numbers, such as tokens and masks, the places as well."""
     if tensor.ndim == 2 and not tensor.is_floating_point():
         return tensor[:_TRIED, places]

@@ -1,71 +1,29 @@
 """Sequential reconstruction: every layer is fitted anew to what it receives in the compressed network."""
 
-import operator
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
 from spectrim.analysis.activation_cache import DEFAULT_BYTES, ActivationCache
 from spectrim.analysis.calibration import POSITIONS
-from spectrim.analysis.moments import Moments, RunningCovariance, pooled
-from spectrim.analysis.sampling import Samples
 from spectrim.analysis.spectra import Analysis
 from spectrim.core.execution import Inputs, ProgressCallback, call
 from spectrim.core.plans import LayerPlan, Plan
+from spectrim.fitting.regression import InputRows, RidgeFit, Rows
 from spectrim.fitting.successors import Successor, find_successors, following
 from spectrim.layers.forms import form_named
 from spectrim.layers.replacement import factored_at, factorize, product, refitted_at, replace
 from spectrim.layers.tokens import TokenMasks, input_rows, output_rows
 from spectrim.layers.types import layer_type_of
-from spectrim.linalg import Covariance, Factors, to_float64
-from spectrim.linalg.covariance import add_outer, solver, times
-from spectrim.linalg.problem import ridged
-
-_RIDGE, _MOST_RIDGE = 1e-2, 1e4
+from spectrim.linalg import Factors
 
 
 class _PassEnded(BaseException):
     """Ends a forward pass early, once all rows are collected. Not an Exception, so that no model catches it."""
-
-
-_Rows = dict[str, list[Tensor]]
-"""By call site and batch: (groups, n, ..)."""
-
-
-@dataclass(eq=False)
-class _Inputs:
-    """What one call site receives in the compressed network, batch by batch: rows (groups, n, in).
-
-    Attributes:
-        rows: The vectors.
-        samples: How many samples each entry of `rows` is of, or how many vectors each of them has.
-    """
-
-    rows: list[Tensor] = field(default_factory=list)
-    samples: list[Samples] = field(default_factory=list)
-
-    def add(self, rows: Tensor, samples: Samples) -> None:
-        """Add those of a call."""
-        self.rows.append(rows)
-        self.samples.append(samples)
-
-    def to(self, device: torch.device) -> "_Inputs":
-        """On another device; itself where it is there."""
-        moved = [rows.to(device) for rows in self.rows]
-        return self if all(map(operator.is_, moved, self.rows)) else _Inputs(moved, self.samples)
-
-    @cached_property
-    def moments(self) -> Moments:
-        """Their statistics."""
-        statistics = RunningCovariance(centre=_mean(self.rows))
-        for rows, samples in zip(self.rows, self.samples, strict=True):
-            statistics.add(rows, samples=samples)
-        return statistics.finish("in the compressed network")
 
 
 @dataclass(eq=False)
@@ -79,7 +37,7 @@ class _Seen:
         dense_residuals: The same in the dense network.
     """
 
-    inputs: _Inputs = field(default_factory=_Inputs)
+    inputs: InputRows = field(default_factory=InputRows)
     outputs: list[Tensor] = field(default_factory=list)
     residuals: list[Tensor] = field(default_factory=list)
     dense_residuals: list[Tensor] = field(default_factory=list)
@@ -111,7 +69,7 @@ class _Place:
     call_sites: tuple[str, ...]
     successor: Successor
 
-    def targets(self, seen: Mapping[str, _Seen]) -> _Rows:
+    def targets(self, seen: Mapping[str, _Seen]) -> Rows:
         """The dense outputs, and what the residual branch lacks against the dense network."""
         if not self.successor.residual:
             return {site: rows.outputs for site, rows in seen.items()}
@@ -120,7 +78,7 @@ class _Place:
         each = zip(rows.outputs, rows.dense_residuals, rows.residuals, strict=True)
         return {site: [y + (s - t) / scale for y, s, t in each]}
 
-    def revised(self, seen: Mapping[str, _Seen], targets: _Rows, *, whole: Tensor, fit: "_Fit") -> _Rows:
+    def revised(self, seen: Mapping[str, _Seen], targets: Rows, *, whole: Tensor, fit: RidgeFit) -> Rows:
         """The same, but as it comes out for `whole` where the ReLU gives zero both then and now (Zhang 2016)."""
         ((site, rows),) = seen.items()
         scale, shift = self._affine(rows.outputs[0])
@@ -189,7 +147,7 @@ def reconstruct(
     data = [(batch, TokenMasks.of(model, batch)) for batch in batches]
     readers = _readers(model, batches[0], places)
     start = end = 0
-    inputs: dict[str, _Inputs] = {}
+    inputs: dict[str, InputRows] = {}
     for start, place in enumerate(places):
         if on_progress is not None:
             on_progress(place.plan.name, start, len(places))
@@ -318,7 +276,7 @@ def _fitted(small: nn.Module, place: _Place, seen: Mapping[str, _Seen], *, analy
     G = analysis[plan.name].problems["loss"].output if plan.metric == "loss" else None
     # a layer that stays dense stays as it is built: without a bias, moments are taken around zero
     biased = plan.is_factored or layer._parameters.get("bias") is not None
-    fit = _Fit.of(layer, seen, biased=biased)
+    fit = RidgeFit.of(layer, {site: own.inputs for site, own in seen.items()}, biased=biased)
     targets = place.targets(seen)
     factors: Factors = ()
     for turn in reversed(range(1 + place.successor.relu)):
@@ -341,79 +299,3 @@ def _fitted(small: nn.Module, place: _Place, seen: Mapping[str, _Seen], *, analy
     if not plan.is_factored:
         return refitted_at(small, plan.names, weight=best.reshape(shape), bias=bias)
     return factored_at(small, plan.names, form=plan.form, factors=factors, bias=bias)
-
-
-@dataclass(frozen=True, eq=False)
-class _Fit:
-    """Ridge regression from what a weight's call sites receive to what they should give, drawn towards the weight.
-
-    Attributes:
-        dense: The weight W, (groups, out, n), float64.
-        inputs: The rows that the call sites receive.
-        means: Their means by call site, (groups, n).
-        covariance: Around each call site's own mean, since each has a bias of its own, (groups, n, n).
-        metric: The covariance with the ridge.
-        solve: Gives its argument (groups, out, n) times the inverse of that.
-        biased: Whether the call sites may have a bias; if not, moments are taken around zero.
-    """
-
-    dense: Tensor
-    inputs: _Rows
-    means: dict[str, Tensor]
-    covariance: Covariance
-    metric: Covariance
-    solve: Callable[[Tensor], Tensor]
-    biased: bool
-
-    @classmethod
-    def of(cls, layer: nn.Module, seen: Mapping[str, _Seen], *, biased: bool) -> "_Fit":
-        inputs = {site: own.inputs.rows for site, own in seen.items()}
-        moments = {site: own.inputs.moments for site, own in seen.items()}
-        device = next(rows.device for own in inputs.values() for rows in own)
-        W = to_float64(layer_type_of(layer).kernels(layer)).flatten(2).to(device)
-        together = pooled(list(moments.values()), name=next(iter(inputs)), width=W.shape[2])
-        C = together.covariance.to(W.device)
-        C = to_float64(C) if isinstance(C, Tensor) else C
-        means = {site: of_site.mean.to(W.device) for site, of_site in moments.items()}
-        if not biased:
-            total = sum(of_site.count for of_site in moments.values())
-            for site, of_site in moments.items():
-                C = add_outer(C, means[site] * (of_site.count / total) ** 0.5)
-            means = {site: torch.zeros_like(mean) for site, mean in means.items()}
-        # (1 - s) C + s I but for a factor, where s is what so few samples do not know
-        unknown = min(together.shrinkage / max(1 - together.shrinkage, 1e-9), _MOST_RIDGE)
-        metric = ridged(C, share=max(_RIDGE, unknown))
-        return cls(W, inputs, means, C, metric, solver(metric), biased)
-
-    def cross(self, targets: _Rows) -> Tensor:
-        """cov(y, x), (groups, out, n)."""
-        total = sum(rows.shape[1] for batches in self.inputs.values() for rows in batches)
-        cross = torch.zeros_like(self.dense)
-        for site, batches in self.inputs.items():
-            middle, mean = self.means[site].unsqueeze(1), _mean(targets[site]).unsqueeze(1) * self.biased
-            for x, y in zip(batches, targets[site], strict=True):
-                kind = torch.promote_types(y.dtype, torch.float32)  # sums of products overflow in half precision
-                cross += to_float64((y.to(kind) - mean.to(kind)).mT @ (x.to(kind) - middle.to(kind))) / total
-        return cross
-
-    def weight(self, cross: Tensor) -> Tensor:
-        """(cov(y, x) + r W)(cov(x) + r I)^-1, written as a correction of W."""
-        return self.dense + self.solve(cross - times(self.dense, self.covariance))
-
-    def error(self, whole: Tensor, cross: Tensor, G: Tensor | None) -> float:
-        """The mean of (y - Q x)^T G (y - Q x) for a weight Q, less what no Q changes, if the mean is exact."""
-        product = (times(whole, self.covariance) - 2 * cross) @ whole.mT
-        return float(product.diagonal(dim1=1, dim2=2).sum() if G is None else (product * G.to(product)).sum())
-
-    def bias(self, site: str, whole: Tensor, targets: Sequence[Tensor]) -> Tensor:
-        """(out,): what makes the mean output exact for the weight `whole`, (groups, out, n); zero without a bias."""
-        if not self.biased:
-            return torch.zeros_like(whole[..., 0]).flatten()
-        return (_mean(targets) - (whole.to(self.dense.device) @ self.means[site].unsqueeze(-1)).squeeze(-1)).flatten()
-
-
-def _mean(batches: Sequence[Tensor]) -> Tensor:
-    """The mean of rows (groups, n, ..) over all batches, float64."""
-    total = sum(rows.shape[1] for rows in batches)
-    means = [to_float64(rows.mean(dim=1)) * (rows.shape[1] / total) for rows in batches if rows.shape[1]]
-    return torch.stack(means).sum(dim=0)

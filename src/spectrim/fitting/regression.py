@@ -1,0 +1,129 @@
+"""Ridge regression from what a layer receives in a compressed network to what it should give."""
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from spectrim.analysis.moments import Moments, RunningCovariance, pooled
+from spectrim.analysis.sampling import Samples
+from spectrim.layers.types import layer_type_of
+from spectrim.linalg import Covariance, to_float64
+from spectrim.linalg.covariance import add_outer, solver, times
+from spectrim.linalg.problem import ridged
+
+_RIDGE, _MOST_RIDGE = 1e-2, 1e4
+
+Rows = dict[str, list[Tensor]]
+"""By call site and batch: (groups, n, ..)."""
+
+
+@dataclass(eq=False)
+class InputRows:
+    """What one call site receives in the compressed network, batch by batch: rows (groups, n, in).
+
+    Attributes:
+        rows: The vectors.
+        samples: How many samples each entry of `rows` is of, or how many vectors each of them has.
+    """
+
+    rows: list[Tensor] = field(default_factory=list)
+    samples: list[Samples] = field(default_factory=list)
+
+    def add(self, rows: Tensor, samples: Samples) -> None:
+        """Add those of a call."""
+        self.rows.append(rows)
+        self.samples.append(samples)
+
+    def to(self, device: torch.device) -> "InputRows":
+        """On another device; itself where it is there."""
+        moved = [rows.to(device) for rows in self.rows]
+        return self if all(map(operator.is_, moved, self.rows)) else InputRows(moved, self.samples)
+
+    @cached_property
+    def moments(self) -> Moments:
+        """Their statistics."""
+        statistics = RunningCovariance(centre=_mean(self.rows))
+        for rows, samples in zip(self.rows, self.samples, strict=True):
+            statistics.add(rows, samples=samples)
+        return statistics.finish("in the compressed network")
+
+
+@dataclass(frozen=True, eq=False)
+class RidgeFit:
+    """Ridge regression from what a weight's call sites receive to what they should give, drawn towards the weight.
+
+    Attributes:
+        dense: The weight W, (groups, out, n), float64.
+        inputs: The rows that the call sites receive.
+        means: Their means by call site, (groups, n).
+        covariance: Around each call site's own mean, since each has a bias of its own, (groups, n, n).
+        metric: The covariance with the ridge.
+        solve: Gives its argument (groups, out, n) times the inverse of that.
+        biased: Whether the call sites may have a bias; if not, moments are taken around zero.
+    """
+
+    dense: Tensor
+    inputs: Rows
+    means: dict[str, Tensor]
+    covariance: Covariance
+    metric: Covariance
+    solve: Callable[[Tensor], Tensor]
+    biased: bool
+
+    @classmethod
+    def of(cls, layer: nn.Module, received: Mapping[str, InputRows], *, biased: bool) -> "RidgeFit":
+        """From what each call site receives; without `biased` the layer gets no bias."""
+        inputs = {site: own.rows for site, own in received.items()}
+        moments = {site: own.moments for site, own in received.items()}
+        device = next(rows.device for own in inputs.values() for rows in own)
+        W = to_float64(layer_type_of(layer).kernels(layer)).flatten(2).to(device)
+        together = pooled(list(moments.values()), name=next(iter(inputs)), width=W.shape[2])
+        C = together.covariance.to(W.device)
+        C = to_float64(C) if isinstance(C, Tensor) else C
+        means = {site: of_site.mean.to(W.device) for site, of_site in moments.items()}
+        if not biased:
+            total = sum(of_site.count for of_site in moments.values())
+            for site, of_site in moments.items():
+                C = add_outer(C, means[site] * (of_site.count / total) ** 0.5)
+            means = {site: torch.zeros_like(mean) for site, mean in means.items()}
+        # (1 - s) C + s I but for a factor, where s is what so few samples do not know
+        unknown = min(together.shrinkage / max(1 - together.shrinkage, 1e-9), _MOST_RIDGE)
+        metric = ridged(C, share=max(_RIDGE, unknown))
+        return cls(W, inputs, means, C, metric, solver(metric), biased)
+
+    def cross(self, targets: Rows) -> Tensor:
+        """cov(y, x), (groups, out, n)."""
+        total = sum(rows.shape[1] for batches in self.inputs.values() for rows in batches)
+        cross = torch.zeros_like(self.dense)
+        for site, batches in self.inputs.items():
+            middle, mean = self.means[site].unsqueeze(1), _mean(targets[site]).unsqueeze(1) * self.biased
+            for x, y in zip(batches, targets[site], strict=True):
+                kind = torch.promote_types(y.dtype, torch.float32)  # sums of products overflow in half precision
+                cross += to_float64((y.to(kind) - mean.to(kind)).mT @ (x.to(kind) - middle.to(kind))) / total
+        return cross
+
+    def weight(self, cross: Tensor) -> Tensor:
+        """(cov(y, x) + r W)(cov(x) + r I)^-1, written as a correction of W."""
+        return self.dense + self.solve(cross - times(self.dense, self.covariance))
+
+    def error(self, whole: Tensor, cross: Tensor, G: Tensor | None) -> float:
+        """The mean of (y - Q x)^T G (y - Q x) for a weight Q, less what no Q changes, if the mean is exact."""
+        product = (times(whole, self.covariance) - 2 * cross) @ whole.mT
+        return float(product.diagonal(dim1=1, dim2=2).sum() if G is None else (product * G.to(product)).sum())
+
+    def bias(self, site: str, whole: Tensor, targets: Sequence[Tensor]) -> Tensor:
+        """(out,): what makes the mean output exact for the weight `whole`, (groups, out, n); zero without a bias."""
+        if not self.biased:
+            return torch.zeros_like(whole[..., 0]).flatten()
+        return (_mean(targets) - (whole.to(self.dense.device) @ self.means[site].unsqueeze(-1)).squeeze(-1)).flatten()
+
+
+def _mean(batches: Sequence[Tensor]) -> Tensor:
+    """The mean of rows (groups, n, ..) over all batches, float64."""
+    total = sum(rows.shape[1] for rows in batches)
+    means = [to_float64(rows.mean(dim=1)) * (rows.shape[1] / total) for rows in batches if rows.shape[1]]
+    return torch.stack(means).sum(dim=0)
