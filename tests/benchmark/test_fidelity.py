@@ -40,6 +40,19 @@ def test_the_distance_is_that_worked_out_by_hand() -> None:
     assert result.fidelity.plain.relative_error > error
 
 
+def test_batches_of_any_size_add_up() -> None:
+    x, small, plain = torch.randn(600, 12), classifier(), classifier()
+    with torch.no_grad():
+        small[0].weight.add_(0.05)
+        plain[4].bias.add_(torch.arange(5.0))
+    results = [
+        fidelity(classifier(), small, map(as_inputs, x.split(size)), plain=plain, predicted=0.01) for size in (600, 7)
+    ]
+    first, second = (result.model_dump() for result in results if result is not None)
+    assert first.pop("plain") == pytest.approx(second.pop("plain"))
+    assert first == pytest.approx(second)
+
+
 def test_without_data_there_is_none() -> None:
     assert st.compress(classifier(), st.Rank(4), example_inputs=torch.randn(2, 12)).fidelity is None
 

@@ -87,6 +87,14 @@ class Network:
     inputs: Callable[[int], dict[str, Tensor]]
     prompt: tuple[str, ...] = ()
 
+    @property
+    def rule(self) -> st.Budget | st.Ratio:
+        """A budget, whose layers are weighed and fitted; where there are many layers this would take long."""
+        return st.Budget(macs=SHARE) if self.auto in QUICK else st.Ratio(0.3)
+
+
+QUICK = ("AutoModelForCausalLM", "AutoModelForImageClassification")
+
 
 def _causal(name: str, options: Mapping[str, Any]) -> Network:
     model = "GPT2LMHeadModel" if name == "GPT2" else f"{name}ForCausalLM"
@@ -177,7 +185,7 @@ def _compressed(name: str, folder: Path) -> st.Compressed:
     data = [network.inputs(4) for _ in range(2)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of outputs far from those of an untrained network
-        small = st.compress(dense, st.Budget(macs=SHARE), example_inputs=network.inputs(2), data=data)
+        small = st.compress(dense, network.rule, example_inputs=network.inputs(2), data=data)
     small.model.save_pretrained(folder)
     inputs = network.inputs(2)
     with torch.no_grad():
@@ -224,7 +232,7 @@ def test_the_planned_cost_is_the_measured_one(results: Any, name: str) -> None:
         after, ratio = getattr(measured, cost), getattr(measured, f"{cost}_ratio")
         saved = getattr(plan.dense_cost, cost) - getattr(plan.kept_cost, cost)
         assert round(after / ratio) - after == saved
-    assert measured.macs_ratio <= SHARE
+    assert measured.macs_ratio <= SHARE or not isinstance(plan.rule, st.Budget)
 
 
 def test_the_documentation_lists_them() -> None:

@@ -24,6 +24,7 @@ from spectrim.layers.tokens import TokenMasks
 _WORSE, _NEAR, _FAR = 1.2, 0.02, 0.9
 _FURTHER, _LARGE = 3.0, 0.3
 _LITTLE_AGREEMENT = 0.5
+_ROWS = 256
 _ROUNDING = 1e-12
 _CLEARLY_OFF, _OVER_BUDGET = 1e-3, 5e-3
 SAMPLES = 256
@@ -121,29 +122,25 @@ def fidelity(
     Raises:
         ModelError: outputs of `small` that are not finite where those of `model` are, or of another type.
     """
-    dense, samples, masks = [], 0, []
-    others: list[list[Any]] = [[] for network in (small, plain) if network is not None]
+    networks = [network for network in (small, plain) if network is not None]
+    sums, samples = _Sums(len(networks)), 0
     for position, batch in enumerate(batches):
         samples += batch.samples
-        masks.append(TokenMasks.of(model, batch))
-        dense.append(_outputs(model, batch, position))
-        for network, outputs in zip((small, plain), others, strict=False):
-            assert network is not None
-            outputs.append(_outputs(network, batch, position))
-        require_sound(dense[-1], others[0][-1])
-    reference = _joined(dense, masks)
-    energy = sum(float((each - each.mean(dim=0)).nan_to_num(0.0, 0.0, 0.0).square().sum()) for each in reference)
-    total = sum(float(each.nan_to_num(0.0, 0.0, 0.0).square().sum()) for each in reference)
+        dense = _outputs(model, batch, position)
+        others = [_outputs(network, batch, position) for network in networks]
+        require_sound(dense, others[0])
+        sums.add(dense, others, TokenMasks.of(model, batch))
+    energy, total = sums.energy, sums.total
     if not _ROUNDING * total < energy < float("inf"):
         return None
     compared = []
-    for outputs in others:
-        error = _relative_error(reference, _joined(outputs, masks), energy)
-        if error is None:
+    for position in range(len(networks)):
+        lost, same = sums.lost[position], sums.same[position]
+        if lost is None:
             return None
-        compared.append(Fidelity(relative_error=error, agreement=_agreement(dense, outputs), samples=samples))
-    entries = sum(each.numel() for each in reference)
-    expected = None if predicted is None else (predicted * entries / energy) ** 0.5
+        agreement = None if same is None else same / sums.scored
+        compared.append(Fidelity(relative_error=math.sqrt(lost / energy), agreement=agreement, samples=samples))
+    expected = None if predicted is None else (predicted * sums.entries / energy) ** 0.5
     return compared[0].model_copy(update={"plain": compared[1] if plain else None, "predicted": expected})
 
 
@@ -258,34 +255,88 @@ def _outputs(model: nn.Module, batch: Inputs, position: int) -> Any:
         return call(model, batch, what=f"batch {position}")
 
 
-def _joined(batches: Sequence[Any], masks: Sequence[TokenMasks]) -> list[Tensor]:
-    """Each tensor of the outputs, of all batches together, float64; none where shapes depend on values.
+class _Sums:
+    """What is added up over batches, in float64 and a few rows at a time, so that no outputs need be kept.
 
-    Where masks say what the tokens of sequences are, these are its rows.
+    Attributes:
+        lost: By network the squared differences to the dense outputs; None for outputs of other shapes.
+        same: By network how many scores have the same largest one; None for other outputs.
+        scored: How many scores there are.
+        total: Squares of the dense outputs.
+        entries: How many there are.
     """
-    rows = [
-        [torch.atleast_1d(tensor.detach()) for tensor in own.taken(outputs)]
-        for outputs, own in zip(batches, masks, strict=True)
-    ]
-    shapes = {tuple(tensor.shape[1:] for tensor in tensors_) for tensors_ in rows}
-    return [torch.cat(parts).double() for parts in zip(*rows, strict=True)] if len(shapes) == 1 else []
+
+    def __init__(self, networks: int) -> None:
+        self.lost: list[float | None] = [0.0] * networks
+        self.same: list[int | None] = [0] * networks
+        self.scored = self.entries = 0
+        self.total = 0.0
+        self._shapes: set[tuple[torch.Size, ...]] = set()
+        self._columns: list[_Columns] = []
+
+    @property
+    def energy(self) -> float:
+        """Squares of the dense outputs around their mean over the rows; 0 where shapes depend on values."""
+        return sum(column.energy for column in self._columns) if len(self._shapes) == 1 else 0.0
+
+    def add(self, dense: Any, others: Sequence[Any], masks: TokenMasks) -> None:
+        rows = _rows(dense, masks)
+        self._shapes.add(tuple(tensor.shape[1:] for tensor in rows))
+        if not rows or len(self._shapes) > 1:
+            return
+        self._columns = self._columns or [_Columns(tensor) for tensor in rows]
+        self.entries += sum(tensor.numel() for tensor in rows)
+        for column, tensor in zip(self._columns, rows, strict=True):
+            for part in tensor.split(_ROWS):
+                column.add(part.double())
+                self.total += _squares(part.double())
+        scores = logits_of(dense)
+        self.scored += len(scores) if _are_scores(scores) else 0
+        for position, outputs in enumerate(others):
+            self._compare(position, rows, _rows(outputs, masks))
+            self._count(position, scores, logits_of(outputs))
+
+    def _compare(self, position: int, dense: Sequence[Tensor], rows: Sequence[Tensor]) -> None:
+        lost = self.lost[position]
+        if lost is None or [tensor.shape for tensor in dense] != [tensor.shape for tensor in rows]:
+            self.lost[position] = None
+            return
+        parts = (zip(a.split(_ROWS), b.split(_ROWS), strict=True) for a, b in zip(dense, rows, strict=True))
+        self.lost[position] = lost + sum(_squares(a.double() - b.double()) for pairs in parts for a, b in pairs)
+
+    def _count(self, position: int, dense: Any, scores: Any) -> None:
+        same = self.same[position]
+        if same is None or not (_are_scores(dense) and _are_scores(scores) and len(dense) == len(scores)):
+            self.same[position] = None
+            return
+        self.same[position] = same + int((dense.argmax(dim=1) == scores.argmax(dim=1)).sum())
 
 
-def _relative_error(dense: Sequence[Tensor], small: Sequence[Tensor], energy: float) -> float | None:
-    """The root of the squared differences over `energy`; None for outputs of other shapes."""
-    if [tensor.shape for tensor in dense] != [tensor.shape for tensor in small]:
-        return None
-    pairs = zip(dense, small, strict=True)
-    lost = sum(float((a - b).nan_to_num(0.0, 0.0, 0.0).square().sum()) for a, b in pairs)
-    return math.sqrt(lost / energy)
+class _Columns:
+    """Squares of a tensor's rows around their mean; entries that are ever NaN or infinite count as zero."""
+
+    def __init__(self, rows: Tensor) -> None:
+        self.rows = 0
+        self.sums, self.squares = (rows.new_zeros(rows.shape[1:], dtype=torch.float64) for _ in range(2))
+
+    def add(self, rows: Tensor) -> None:
+        self.rows += len(rows)
+        self.sums += rows.sum(dim=0)
+        self.squares += rows.square().sum(dim=0)
+
+    @property
+    def energy(self) -> float:
+        varying = self.squares - self.sums.square() / max(1, self.rows)
+        return float(varying.nan_to_num(0.0, 0.0, 0.0).clamp(min=0).sum())
 
 
-def _agreement(dense: Sequence[Any], small: Sequence[Any]) -> float | None:
-    first, second = ([logits_of(outputs) for outputs in each] for each in (dense, small))
-    if not all(map(_are_scores, first)):
-        return None
-    same = torch.cat([a.argmax(dim=1) == b.argmax(dim=1) for a, b in zip(first, second, strict=True)])
-    return float(same.double().mean())
+def _squares(values: Tensor) -> float:
+    return float(values.nan_to_num(0.0, 0.0, 0.0).square().sum())
+
+
+def _rows(outputs: Any, masks: TokenMasks) -> list[Tensor]:
+    """Each tensor of the outputs; of sequences whose tokens are known, these."""
+    return [torch.atleast_1d(tensor.detach()) for tensor in masks.taken(outputs)]
 
 
 def _are_scores(outputs: Any) -> bool:

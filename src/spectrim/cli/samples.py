@@ -16,6 +16,8 @@ from spectrim.core.errors import DataError
 from spectrim.core.execution import Inputs
 from spectrim.data.samples import ImageFiles, Part, Samples
 
+_TOKENS = 4096
+
 
 @dataclass(frozen=True)
 class Preparation:
@@ -126,6 +128,13 @@ class StoredData:
         """What tells these data from others."""
         return self.train.checksum
 
+    @property
+    def batch(self) -> int:
+        """Samples at a time: of a text no more than 4096 tokens, since each has scores of all words."""
+        inputs = self.train.inputs
+        is_text = isinstance(inputs, Tensor) and self.name.startswith("text:")
+        return min(self.source.batch, max(1, _TOKENS // inputs.shape[1])) if is_text else self.source.batch
+
     @cached_property
     def order(self) -> Tensor:
         """The training samples in the order that the seed draws."""
@@ -139,7 +148,7 @@ class StoredData:
     @cached_property
     def calibration(self) -> tuple[Inputs, ...]:
         """The calibration batches: the first samples of the order."""
-        batches = Batches(self.train, self.order[: self.source.images], self.prepare, self.source.batch)
+        batches = Batches(self.train, self.order[: self.source.images], self.prepare, self.batch)
         return tuple(Inputs((batch if isinstance(batch, Tensor) else batch[0],), {}) for batch in batches)
 
     def first(self, samples: int, prepare: Preparation | None = None) -> Batches:
@@ -154,7 +163,7 @@ class StoredData:
     def split(self, part: Part) -> Batches:
         """All samples of a part, in order."""
         samples = self.load(part)
-        return Batches(samples, torch.arange(len(samples.inputs)), self.prepare, self.source.batch)
+        return Batches(samples, torch.arange(len(samples.inputs)), self.prepare, self.batch)
 
     def held_out(self, samples: int | None) -> Batches:
         """So many training samples, by default a tenth and at most 5000, that `training` leaves out."""

@@ -314,7 +314,9 @@ class Stages:
         work = self.work
         start = self.weights + self.statistics + self.batches
         decided = start + self.bases
-        outputs = self._of_samples(self.allocations.outputs, min(work.samples, SAMPLES))
+        outputs, of_batch = (
+            self._of_samples(self.allocations.outputs, min(work.samples, most)) for most in (SAMPLES, work.batch)
+        )
         compared = sum(layer.compared for layer in self.decomposed)
         stages = {
             "decide": decided + self.most("working"),
@@ -322,7 +324,7 @@ class Stages:
         }
         if work.uses_data:
             stages["calibrate"] = start + self.forward + self.most("gathering")
-            stages["compare"] = decided + compared + self.copies + self.forward + 7 * outputs
+            stages["compare"] = decided + compared + self.copies + self.forward + 4 * of_batch
         if work.has_gradients:
             stages["differentiate"] = start + self.backward
         if work.uses_data and work.is_budget:
