@@ -19,6 +19,7 @@ from spectrim.core.execution import Inputs, call, evaluating, on_device_of, temp
 from spectrim.core.memory import IN_PLACE, Storage
 from spectrim.core.nested import is_in_transform, joined
 from spectrim.core.progress import progress_callback
+from spectrim.layers.attention import unfused
 from spectrim.layers.tokens import TokenMasks, input_rows
 from spectrim.layers.tracing import typed_layers, watching
 from spectrim.layers.types import layer_type_of
@@ -107,7 +108,7 @@ def calibrate(
         FileError: a folder that cannot be written to, or that has no space left.
         ResourceError: the statistics of a layer take more memory than is free.
     """
-    storage = Storage.of(device, offload)
+    storage, model = Storage.of(device, offload), unfused(model)
     sums: dict[str, RunningCovariance] = {}
     gradient_sums: dict[str, RunningGradients] = {}
 

@@ -16,6 +16,7 @@ from spectrim.core.display import Displayed
 from spectrim.core.errors import ModelError, PlanError
 from spectrim.core.execution import as_inputs, require_unwrapped, require_values
 from spectrim.core.plans import Cost, CostName, LayerPlan, Metric
+from spectrim.layers.attention import unfused
 from spectrim.layers.cost import NetworkCost, count
 from spectrim.layers.forms import RankCosts, form_named, forms_of
 from spectrim.layers.selection import LayerSelection, Patterns, TreatAs
@@ -194,6 +195,11 @@ class Analysis(Displayed):
         raise KeyError(f"the analysis has no layer {name!r}; it has {', '.join(layer.name for layer in self.layers)}")
 
     @property
+    def names(self) -> set[str]:
+        """All names of its layers."""
+        return {name for layer in self.layers for name in layer.names}
+
+    @property
     def call_sites(self) -> set[str]:
         """The names of the layers that can be factored, one for each distinct layer: those that need statistics."""
         return {site for layer in self.layers if layer.problems for site in layer.call_sites}
@@ -274,6 +280,7 @@ def analyze_selected(
     device: torch.device | None = None,
 ) -> Analysis:
     """As `analyze`; the weights are decomposed on `device`, by default on the model's."""
+    model = unfused(model, selection.unfuses)
     seen = trace(model, as_inputs(example_inputs), treat_as=selection.treat_as)
     units = find_units(model, seen, selection)
     layers = tuple(_layer(model, unit, calibration, device) for unit in units)

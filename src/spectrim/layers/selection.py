@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import partial
 
 from torch import nn
 
@@ -48,6 +49,11 @@ class LayerSelection:
         """Whether no layer is left out."""
         return tuple(self.include) == ("*",) and not (self.exclude or self.keep_last)
 
+    def unfuses(self, projection: str) -> bool:
+        """Whether it takes a projection of an attention, and does not leave the whole attention out by its name."""
+        includes, excludes = (partial(_matches, patterns=patterns) for patterns in (self.include, self.exclude))
+        return includes(projection) and not excludes(projection) and not excludes(projection.rpartition(".")[0])
+
     def is_treated(self, layer: nn.Module) -> bool:
         """Whether `treat_as` speaks of the layer."""
         return any(isinstance(layer, own) for own in self.treat_as)
@@ -69,3 +75,7 @@ def _matching(names: Sequence[str], patterns: Patterns) -> set[str]:
             raise PatternError(f"the pattern {pattern!r} matches no layer{near(pattern, names)}")
         matched |= hits
     return matched
+
+
+def _matches(name: str, patterns: Patterns) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in ([patterns] if isinstance(patterns, str) else patterns))

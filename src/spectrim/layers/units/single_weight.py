@@ -19,6 +19,10 @@ from spectrim.layers.units.base import Unit, Weight
 _DIFFERS = "it was to be treated as another class of layer, and its outputs are not those of that class"
 _SPECIAL = "the network would not run another layer in its place, or uses more of it than its outputs, say its class"
 _READ = "its weight is used outside of its own call as well, where a product of factors would be multiplied out anew"
+_ATTENTION = (
+    "an nn.MultiheadAttention of a class, forward or hooks of its own, with weights that others share, or whose "
+    "projections (q_proj, k_proj, v_proj, out_proj) are not selected, reads its weights itself, without calling a layer"
+)
 _KEYWORDS = "it is called with keyword arguments that an exchange would lose"
 
 
@@ -172,7 +176,7 @@ def _already_handled(model: nn.Module) -> dict[nn.Module, str]:
     for module in model.modules():
         if isinstance(module, nn.MultiheadAttention):
             for inner in module.modules():
-                reasons[inner] = "nn.MultiheadAttention reads its weights itself, without calling a layer"
+                reasons[inner] = _ATTENTION
     for layer in low_rank_layers(model).values():
         reasons |= dict.fromkeys(layer.chain, "already a low-rank factor; st.merge(model) undoes it")
     return reasons
