@@ -81,9 +81,17 @@ def test_both_metrics_are_there_once_there_is_data() -> None:
 
 
 def test_layers_of_other_kinds_are_listed_with_a_reason() -> None:
-    model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 4))
+    class Table(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rows = nn.Parameter(torch.randn(9, 4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.rows[x]
+
+    model = nn.Sequential(Table(), nn.Linear(4, 4))
     layer = st.analyze(model, torch.arange(3))["0"]
-    assert layer.skip_reason == "Embedding layers are not factored"
+    assert layer.skip_reason == "Table layers are not factored"
     assert not layer.spectra
 
 

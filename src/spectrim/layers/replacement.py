@@ -169,7 +169,7 @@ def mean_corrections(means: Mapping[str, Tensor]) -> BiasOf:
     """b + (W - Q) m, which makes the mean output exact."""
 
     def corrected(name: str, module: nn.Module, whole: Tensor) -> Tensor | None:
-        if name not in means:
+        if name not in means or layer_type_of(module).is_lookup:
             return own_bias(name, module, whole)
         mean, kernels = means[name].to(whole.device).unsqueeze(-1), layer_type_of(module).kernels(module).flatten(2)
         # by blocks of outputs, since the difference of the whole weights may be the largest array of all

@@ -15,6 +15,13 @@ TreatAs = Mapping[type[nn.Module], type[nn.Module]]
 """By a class of layers that overrides `forward`: the class of torch whose forward pass it has all the same."""
 
 
+LOOKUP = (
+    "its rows are looked up, which costs no MACs, and a product of factors would; Budget(params=..) or "
+    "Budget(bytes=..) may make it smaller"
+)
+"""Why embeddings stay dense under other rules."""
+
+
 @dataclass(frozen=True)
 class LayerSelection:
     """Which layers may be factored.
@@ -23,6 +30,7 @@ class LayerSelection:
         include: Patterns of layer names, as in a shell (`*`, `?`); one or several.
         exclude: Patterns of layers to leave out.
         keep_last: Leave out the layer that is called last.
+        lookups: Whether embeddings may be factored, which makes them smaller, but not faster.
         treat_as: See `TreatAs`. Where its outputs are not those of that class, the layer stays as it is.
 
     Raises:
@@ -33,6 +41,7 @@ class LayerSelection:
     exclude: Patterns = ()
     keep_last: bool = False
     treat_as: TreatAs = field(default_factory=dict)
+    lookups: bool = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.treat_as, Mapping):

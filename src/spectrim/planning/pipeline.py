@@ -18,7 +18,7 @@ from spectrim.core.execution import Inputs, ProgressCallback, as_inputs, require
 from spectrim.core.plans import Budget, Metric, Plan, Rule
 from spectrim.layers.attention import unfused, unfused_as
 from spectrim.layers.selection import LayerSelection
-from spectrim.planning.decisions import PlanOptions
+from spectrim.planning.decisions import PlanOptions, takes_lookups
 from spectrim.planning.footprints import Work
 from spectrim.planning.latency_budget import plan_latency
 from spectrim.planning.memory import estimated
@@ -77,7 +77,7 @@ def decide(
     if isinstance(layers, Analysis):
         layers.require_model(model)
         return stages.decided(layers, stages.batches(data, aside=layers.calibration is None))
-    analysis = stages.analysed(layers)
+    analysis = stages.analysed(replace(layers, lookups=takes_lookups(rule_or_plan)))
     if not isinstance(rule_or_plan, Plan):
         metric = options.metric or ("plain" if data is None else "activation")
         require_possible(analysis, rule_or_plan, options, metric=metric)

@@ -11,7 +11,7 @@ from spectrim.core.errors import ModelError
 from spectrim.core.execution import unique_tensors
 from spectrim.core.nested import is_plain
 from spectrim.layers.factored import low_rank_layers
-from spectrim.layers.selection import LayerSelection
+from spectrim.layers.selection import LOOKUP, LayerSelection
 from spectrim.layers.tracing import Trace
 from spectrim.layers.types import Geometry, Positions, find_layer_type
 from spectrim.layers.units.base import Unit, Weight
@@ -73,7 +73,9 @@ def find_single_weights(model: nn.Module, trace: Trace, selection: LayerSelectio
     names = _names_by_module(model)
     layers = [module for module in names if _has_matrix(module)]
     if not any(find_layer_type(module) for module in layers):
-        raise ModelError(f"{type(model).__name__} has no Linear or convolution layer, so there is nothing to factor")
+        raise ModelError(
+            f"{type(model).__name__} has no Linear, convolution or Embedding layer, so there is nothing to factor"
+        )
     selected = selection.matching([name for module in layers for name in names[module]])
     last = next(reversed(list(trace.calls)), None) if selection.keep_last else None
     order = {name: place for place, name in enumerate(trace.calls)}
@@ -201,6 +203,8 @@ def _unfit(module: nn.Module, selection: LayerSelection) -> str | None:
     more = sorted({*module._parameters, *module._buffers, *module._modules} - {"weight", "bias"})
     if more:
         return f"it holds more than a weight and a bias: {', '.join(more)}"
+    if layer_type.is_lookup and not selection.lookups:
+        return LOOKUP
     return _unfit_tensors(module) or layer_type.skip_reason(module)
 
 
