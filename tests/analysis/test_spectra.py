@@ -125,3 +125,17 @@ def test_a_low_precision_weight_is_analysed_in_double() -> None:
 def test_a_pattern_that_matches_nothing_lists_near_names(pattern: str, near: str) -> None:
     with pytest.raises(errors.PatternError, match=near):
         st.analyze(small_mlp(), inputs(2, 12), include=pattern)
+
+
+def test_stacked_weights_of_experts_are_named() -> None:
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up_proj = nn.Parameter(torch.randn(4, 8, 16))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.einsum("bi,eio->bo", x, self.up_proj)
+
+    layer = st.analyze(nn.Sequential(nn.Linear(8, 8), Experts()).double(), inputs(5, 8))["1"]
+    assert layer.skip_reason is not None
+    assert "up_proj [4, 8, 16] hold one matrix for each expert" in layer.skip_reason

@@ -23,6 +23,7 @@ _ATTENTION = (
     "an nn.MultiheadAttention of a class, forward or hooks of its own, with weights that others share, or whose "
     "projections (q_proj, k_proj, v_proj, out_proj) are not selected, reads its weights itself, without calling a layer"
 )
+_ADAPTER = "it has an adapter that is not merged; merge it first, model = model.merge_and_unload(), and compress that"
 _KEYWORDS = "it is called with keyword arguments that an exchange would lose"
 
 
@@ -179,6 +180,8 @@ def _already_handled(model: nn.Module) -> dict[nn.Module, str]:
         if isinstance(module, nn.MultiheadAttention):
             for inner in module.modules():
                 reasons[inner] = _ATTENTION
+        if type(module).__module__.startswith("peft.") and hasattr(module, "base_layer"):
+            reasons |= dict.fromkeys(module.modules(), _ADAPTER)
     for layer in low_rank_layers(model).values():
         reasons |= dict.fromkeys(layer.chain, "already a low-rank factor; st.merge(model) undoes it")
     return reasons
@@ -189,7 +192,10 @@ def _unfit(module: nn.Module, selection: LayerSelection) -> str | None:
     if parametrize.is_parametrized(module):
         return "its weight is parametrised; remove the parametrisation first"
     if layer_type is None:
-        return f"{name} layers are not factored"
+        own = {name: weight.shape for name, weight in module.named_parameters(recurse=False) if weight.ndim == 3}
+        stacks = [f"{name} {list(shape)}" for name, shape in own.items() if min(shape) > 1]
+        why = f": {' and '.join(stacks)} hold one matrix for each expert, head or part" if stacks else ""
+        return f"{name} layers are not factored{why}"
     overridden = layer_type.overrides(module)
     if overridden and (overridden[0] == "__call__" or not selection.is_treated(module)):
         base = f"nn.{layer_type.name}" if hasattr(nn, layer_type.name) else layer_type.name
