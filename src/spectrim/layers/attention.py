@@ -88,7 +88,7 @@ class UnfusedMultiheadAttention(nn.Module):
             raise RuntimeError("is_causal is a hint that attn_mask is causal; give that mask as well")
         is_causal = is_causal and key_padding_mask is None and not need_weights
         masks = (None if is_causal else attn_mask, key_padding_mask)
-        mask = self._added(*masks, like=q, batch=len(q), more=k.shape[1] - own_length)
+        mask = self._added(*masks, like=q, more=k.shape[1] - own_length)
         q, k, v = (x.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for x in (q, k, v))
         dropout = self.dropout if self.training else 0.0
         weights = None
@@ -112,15 +112,15 @@ class UnfusedMultiheadAttention(nn.Module):
 
     def _extended(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Keys or values with those that no input has."""
-        more = [] if bias is None else [bias.expand(len(x), -1, -1)]
-        zero = [x.new_zeros(len(x), 1, x.shape[2])] if self.add_zero_attn else []
+        more = [] if bias is None else [bias.expand(x.shape[0], -1, -1)]
+        zero = [x.new_zeros(x.shape[0], 1, x.shape[2])] if self.add_zero_attn else []
         return torch.cat([x, *more, *zero], dim=1)
 
     def _added(
-        self, attn_mask: Tensor | None, key_padding_mask: Tensor | None, *, like: Tensor, batch: int, more: int
+        self, attn_mask: Tensor | None, key_padding_mask: Tensor | None, *, like: Tensor, more: int
     ) -> Tensor | None:
         """Both masks as one that is added to scores (batch, heads, queries, keys), with `more` keys that all see."""
-        masks = []
+        masks, batch = [], like.shape[0]  # not its length, which would be a constant in an exported program
         if attn_mask is not None:
             masks.append(attn_mask if attn_mask.ndim == 2 else attn_mask.unflatten(0, (batch, self.num_heads)))
         if key_padding_mask is not None:
