@@ -77,6 +77,8 @@ def calibrate(
 ) -> Calibration:
     """Run batches through the model and stream the statistics of every Linear and convolution layer's input.
 
+    Of an embedding they are how often each row is looked up.
+
     Memory: one (groups, in, in) float64 array per layer, where `in` counts the kernel's positions as well; of a layer
     with more than 2048 inputs the vectors themselves while there are fewer of them than inputs. The batches are not
     kept. The model's training flags, gradients and random state are as before afterwards.

@@ -20,8 +20,9 @@ _DIFFERS = "it was to be treated as another class of layer, and its outputs are 
 _SPECIAL = "the network would not run another layer in its place, or uses more of it than its outputs, say its class"
 _READ = "its weight is used outside of its own call as well, where a product of factors would be multiplied out anew"
 _ATTENTION = (
-    "an nn.MultiheadAttention of a class, forward or hooks of its own, with weights that others share, or whose "
-    "projections (q_proj, k_proj, v_proj, out_proj) are not selected, reads its weights itself, without calling a layer"
+    "nn.MultiheadAttention reads its weights itself, without calling a layer; its projections become layers (q_proj, "
+    "k_proj, v_proj, out_proj) where st.compress or st.analyze select one, the class and its forward are torch's own, "
+    "and it has no hooks and no weights that others share"
 )
 _ADAPTER = "it has an adapter that is not merged; merge it first, model = model.merge_and_unload(), and compress that"
 _KEYWORDS = "it is called with keyword arguments that an exchange would lose"
@@ -75,7 +76,7 @@ def find_single_weights(model: nn.Module, trace: Trace, selection: LayerSelectio
     layers = [module for module in names if _has_matrix(module)]
     if not any(find_layer_type(module) for module in layers):
         raise ModelError(
-            f"{type(model).__name__} has no Linear, convolution or Embedding layer, so there is nothing to factor"
+            f"{type(model).__name__} has no Linear or convolution layer, nor an Embedding: there is nothing to factor"
         )
     selected = selection.matching([name for module in layers for name in names[module]])
     last = next(reversed(list(trace.calls)), None) if selection.keep_last else None
