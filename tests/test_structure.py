@@ -31,7 +31,8 @@ OPTIONAL = {
 PUBLIC = """
 Accuracy Analysis Budget Calibration Changes Comparison Compressed Cost Curve Energy Epoch Exported Fidelity Finetuned
 Grid History Interval LatencyNote LatencyTable LayerAnalysis LayerPlan LayerSpectrum LowRankConv1d LowRankConv2d
-LowRankConvTranspose2d LowRankLinear Measurement MemoryEstimate Plan Published PublishedPoint Quantized QuantizedRow
+LowRankConvTranspose2d LowRankEmbedding LowRankEmbeddingBag LowRankLinear Measurement
+MemoryEstimate Plan Published PublishedPoint Quantized QuantizedRow
 QuantizedTable Rank Ratio Results Run Score SpatialConv2d Spectrum Tucker2Conv2d Variant accuracy analyze calibrate
 compare_quantized compress errors estimate_memory evaluate export_onnx export_openvino export_program finetune
 latency_table load measure merge onnx_accuracy pareto plan plot_accuracy plot_classes plot_curves plot_history

@@ -21,6 +21,7 @@ from spectrim.core.memory import Storage
 from spectrim.core.plans import Budget, Metric, Plan, Rule
 from spectrim.core.progress import progress_callback
 from spectrim.fitting.reconstruction import reconstruct as fit
+from spectrim.layers.attention import fused, unfused_as
 from spectrim.layers.replacement import duplicate, factorize, replace as replace_layers
 from spectrim.layers.selection import LayerSelection, Patterns, TreatAs
 from spectrim.layers.tokens import TokenMasks
@@ -186,9 +187,10 @@ def carry_out(
     """
     plan, analysis, example = decision.plan, decision.analysis, as_inputs(example_inputs)
     fitted = _is_fitted(plan, reconstruct=reconstruct)
-    smaller = _built(model, decision, fitted=fitted, cache=cache, on_progress=on_progress)
+    dense = unfused_as(model, analysis.names)
+    smaller = fused(_built(dense, decision, fitted=fitted, cache=cache, on_progress=on_progress))
     seen, held_out = decision.seen
-    measured = measured_fidelity(model, smaller, seen or [example], plan=plan, analysis=analysis, held_out=held_out)
+    measured = measured_fidelity(dense, smaller, seen or [example], plan=plan, analysis=analysis, held_out=held_out)
     compressed = _counted(model, smaller, plan, example, inplace=inplace)
     return replace(compressed, fidelity=measured if seen else None)
 
@@ -234,9 +236,15 @@ def _counted(model: nn.Module, smaller: nn.Module, plan: Plan, example: Inputs, 
     if not inplace:
         return Compressed(smaller, plan, measurement)
     if not _is_refused(plan):
-        names = [name for layer in plan if not layer.frozen for name in layer.names]
+        names = (_place(model, name) for layer in plan if not layer.frozen for name in layer.names)
         replace_layers(model, {name: smaller.get_submodule(name) for name in names})
     return Compressed(model, plan, measurement)
+
+
+def _place(model: nn.Module, name: str) -> str:
+    """The name of what has to be exchanged where a layer has changed: it, or the attention that it is a part of."""
+    parent = name.rpartition(".")[0]
+    return parent if isinstance(model.get_submodule(parent), nn.MultiheadAttention) else name
 
 
 def _is_refused(plan: Plan) -> bool:

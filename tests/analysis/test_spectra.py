@@ -81,9 +81,17 @@ def test_both_metrics_are_there_once_there_is_data() -> None:
 
 
 def test_layers_of_other_kinds_are_listed_with_a_reason() -> None:
-    model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 4))
+    class Table(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rows = nn.Parameter(torch.randn(9, 4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.rows[x]
+
+    model = nn.Sequential(Table(), nn.Linear(4, 4))
     layer = st.analyze(model, torch.arange(3))["0"]
-    assert layer.skip_reason == "Embedding layers are not factored"
+    assert layer.skip_reason == "Table layers are not factored"
     assert not layer.spectra
 
 
@@ -117,3 +125,17 @@ def test_a_low_precision_weight_is_analysed_in_double() -> None:
 def test_a_pattern_that_matches_nothing_lists_near_names(pattern: str, near: str) -> None:
     with pytest.raises(errors.PatternError, match=near):
         st.analyze(small_mlp(), inputs(2, 12), include=pattern)
+
+
+def test_stacked_weights_of_experts_are_named() -> None:
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up_proj = nn.Parameter(torch.randn(4, 8, 16))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.einsum("bi,eio->bo", x, self.up_proj)
+
+    layer = st.analyze(nn.Sequential(nn.Linear(8, 8), Experts()).double(), inputs(5, 8))["1"]
+    assert layer.skip_reason is not None
+    assert "up_proj [4, 8, 16] hold one matrix for each expert" in layer.skip_reason

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spectrim.analysis.moments import PROBES, Moments, RunningCovariance, RunningGradients
+from spectrim.analysis.moments import PROBES, Moments, RunningCovariance, RunningFrequencies, RunningGradients
 from spectrim.analysis.sampling import SamplingError
 from spectrim.core.arguments import checked
 from spectrim.core.batches import batches_of, inputs_of, length_of
@@ -19,6 +19,7 @@ from spectrim.core.execution import Inputs, call, evaluating, on_device_of, temp
 from spectrim.core.memory import IN_PLACE, Storage
 from spectrim.core.nested import is_in_transform, joined
 from spectrim.core.progress import progress_callback
+from spectrim.layers.attention import unfused
 from spectrim.layers.tokens import TokenMasks, input_rows
 from spectrim.layers.tracing import typed_layers, watching
 from spectrim.layers.types import layer_type_of
@@ -76,6 +77,8 @@ def calibrate(
 ) -> Calibration:
     """Run batches through the model and stream the statistics of every Linear and convolution layer's input.
 
+    Of an embedding they are how often each row is looked up.
+
     Memory: one (groups, in, in) float64 array per layer, where `in` counts the kernel's positions as well; of a layer
     with more than 2048 inputs the vectors themselves while there are fewer of them than inputs. The batches are not
     kept. The model's training flags, gradients and random state are as before afterwards.
@@ -107,16 +110,19 @@ def calibrate(
         FileError: a folder that cannot be written to, or that has no space left.
         ResourceError: the statistics of a layer take more memory than is free.
     """
-    storage = Storage.of(device, offload)
-    sums: dict[str, RunningCovariance] = {}
+    storage, model = Storage.of(device, offload), unfused(model)
+    sums: dict[str, RunningCovariance | RunningFrequencies] = {}
     gradient_sums: dict[str, RunningGradients] = {}
 
     def add_rows(name: str, layer: nn.Module, x: Tensor, output: Tensor) -> None:
-        if (layers is None or name in layers) and x.is_floating_point() and not is_in_transform(x):
+        is_lookup = layer_type_of(layer).is_lookup
+        is_chosen = (layers is None or name in layers) and (is_lookup or x.is_floating_point())
+        if is_chosen and not is_in_transform(x):
             rows, samples = input_rows(
                 layer, x.detach(), output=output, positions=positions, masks=masks, samples=inputs.samples
             )
-            sums.setdefault(name, RunningCovariance(storage=storage)).add(rows, samples=samples)
+            empty = _no_frequencies(layer) if is_lookup else RunningCovariance(storage=storage)
+            sums.setdefault(name, empty).add(rows, samples=samples)
 
     seen = 0
     number, visible = length_of(batches), progress and not (accelerator and accelerator.process_index)
@@ -141,8 +147,12 @@ def calibrate(
     if not seen:
         raise DataError("the calibration data is empty; give at least one batch")
     names = list(typed_layers(model))
-    sums = _reduced(sums, names, accelerator)
-    moments = {name: statistics.finish(name) for name, statistics in sums.items() if statistics.count}
+    covariances = {name: part for name, part in sums.items() if isinstance(part, RunningCovariance)}
+    frequencies = {name: part for name, part in sums.items() if isinstance(part, RunningFrequencies)}
+    reduced: dict[str, RunningCovariance | RunningFrequencies] = {}
+    reduced |= _reduced(covariances, names, accelerator)
+    reduced |= _reduced_frequencies(frequencies, names, accelerator)
+    moments = {name: statistics.finish(name) for name, statistics in reduced.items() if statistics.count}
     gradient_sums = _reduced_gradients(gradient_sums, names, accelerator)
     return Calibration(moments, seen).with_output_grads(gradient_sums)
 
@@ -167,6 +177,8 @@ def add_gradients(
     outputs: list[tuple[str, nn.Module, Tensor]] = []
 
     def tap(name: str, layer: nn.Module, _: Any, output: Any) -> Tensor | None:
+        if isinstance(output, Tensor) and layer_type_of(layer).is_lookup and not output.requires_grad:
+            output.requires_grad_()  # no gradient reaches the indices
         if not isinstance(output, Tensor) or not output.requires_grad or not output.numel() or is_in_transform(output):
             return None
         outputs.append((name, layer, output))
@@ -232,6 +244,20 @@ def _reduced(
             error=SamplingError(round(samples), squares),
         )
     return reduced
+
+
+def _no_frequencies(layer: nn.Module) -> RunningFrequencies:
+    return RunningFrequencies(torch.zeros(layer_type_of(layer).geometry(layer).into, dtype=torch.float64))
+
+
+def _reduced_frequencies(
+    sums: dict[str, RunningFrequencies], names: Sequence[str], accelerator: Accelerator | None
+) -> dict[str, RunningFrequencies]:
+    """The frequencies of all processes together."""
+    over_all = partial(all_reduce, names=names, accelerator=accelerator)
+    counts = over_all({name: part.counts for name, part in sums.items()})
+    samples = over_all({name: torch.tensor([part.samples]).double() for name, part in sums.items()})
+    return {name: RunningFrequencies(total, round(float(samples[name]))) for name, total in counts.items()}
 
 
 def _reduced_gradients(

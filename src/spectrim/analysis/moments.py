@@ -11,6 +11,7 @@ from spectrim.core.errors import DataError
 from spectrim.core.memory import IN_PLACE, Storage
 from spectrim.linalg import (
     Covariance,
+    DiagonalCovariance,
     LowRankCovariance,
     add_covariances,
     matrix_of,
@@ -33,8 +34,10 @@ class Moments:
     Attributes:
         count: Number of input vectors.
         mean: Their mean, float64 (groups, in); a convolution's input vectors are the patches that its kernel sees.
+            Of indices the share of each.
         compact: Their covariance (divided by `count`): a matrix in float64, and of a wide layer in the type in which
             it got its inputs, at least float32; of fewer vectors than inputs of a wide layer the vectors themselves.
+            Of indices the second moment of the vectors that are 1 there, which is diagonal: the shares.
         rounding_tolerance: Relative rounding error of the covariance, from the precision it was summed in.
         samples: Number of samples (images, texts) that the vectors are of.
         shrinkage: Share of the covariance, from 0 to 1, that is better exchanged for the mean variance, as in the plain
@@ -61,7 +64,7 @@ class Moments:
     @property
     def bytes(self) -> int:
         """What they take in memory."""
-        compact = vars(self.compact).values() if isinstance(self.compact, LowRankCovariance) else [self.compact]
+        compact = [self.compact] if isinstance(self.compact, Tensor) else vars(self.compact).values()
         tensors = [tensor for tensor in (*compact, self.mean, self.output_grad_covariance) if tensor is not None]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
@@ -134,6 +137,34 @@ class RunningGradients:
         """See `Moments`."""
         mean = self.total * (PROBES / self.count)
         return shrinkage(mean, samples=self.error.samples, variation=self.error.variation(square_of(mean)))
+
+
+@dataclass(eq=False)
+class RunningFrequencies:
+    """How often each index of a layer's entries was looked up."""
+
+    counts: Tensor
+    samples: int = 0
+
+    @property
+    def count(self) -> int:
+        """Of all together."""
+        return int(self.counts.sum())
+
+    def add(self, rows: Tensor, *, samples: Samples) -> None:
+        """Add indices (1, n, 1) of so many samples."""
+        self.samples += samples if isinstance(samples, int) else len(samples)
+        self.counts += torch.bincount(rows.flatten().to(self.counts.device), minlength=len(self.counts))
+
+    def finish(self, _: str) -> Moments:
+        """The moments.
+
+        Indices that were seen once are as many as those that other data would have and these do not (Good 1953): their
+        share is given to all entries alike.
+        """
+        shares = (self.counts / self.count).unsqueeze(0)
+        unseen = float((self.counts == 1).sum()) / self.count
+        return Moments(self.count, shares, DiagonalCovariance(shares), 0.0, self.samples, unseen)
 
 
 @dataclass(eq=False)

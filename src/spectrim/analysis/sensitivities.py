@@ -19,6 +19,7 @@ from spectrim.core.execution import Inputs, ProgressCallback, call, evaluating, 
 from spectrim.core.memory import IN_PLACE, Storage
 from spectrim.core.plans import Metric
 from spectrim.core.progress import progress_callback
+from spectrim.layers.attention import unfused_as
 from spectrim.layers.replacement import factored_at, mean_corrections, product, replace
 from spectrim.layers.tokens import TokenMasks
 from spectrim.linalg import Factors
@@ -63,6 +64,7 @@ def sensitivity(
         PlanError: a negative `cache`, or an analysis of another model.
     """
     require_cache_bytes(cache)
+    model = unfused_as(model, analysis.names)
     analysis.require_model(model)
     data = enumerate(batches_of(batches, what="the data to measure sensitivities on"))
     read = [inputs_of(batch, model, position=position, labels=labels) for position, batch in data]

@@ -6,6 +6,7 @@ from functools import cached_property
 from typing import Any, Generic, TypeVar, get_args
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -16,6 +17,7 @@ from spectrim.core.display import Displayed
 from spectrim.core.errors import ModelError, PlanError
 from spectrim.core.execution import as_inputs, require_unwrapped, require_values
 from spectrim.core.plans import Cost, CostName, LayerPlan, Metric
+from spectrim.layers.attention import unfused
 from spectrim.layers.cost import NetworkCost, count
 from spectrim.layers.forms import RankCosts, form_named, forms_of
 from spectrim.layers.selection import LayerSelection, Patterns, TreatAs
@@ -70,6 +72,7 @@ class LayerAnalysis:
         geometry: Its groups, inputs, outputs and kernel; None for layers that are not matrices.
         positions: Vectors handled in one forward pass of the example inputs, all uses together.
         skip_reason: Why it stays dense, or None.
+        is_lookup: Whether its inputs are indices, as an embedding's are.
         dense: Its cost as it is.
         full_rank: The largest number of singular values the weight's matrix can have, in each group; 0 for no matrix.
     """
@@ -91,6 +94,7 @@ class LayerAnalysis:
     geometry = _OfUnit(lambda unit: unit.weights[0].geometry)
     positions = _OfUnit(lambda unit: unit.weights[0].positions)
     skip_reason = _OfUnit(lambda unit: unit.skip_reason)
+    is_lookup = _OfUnit(lambda unit: unit.weights[0].is_lookup)
     dense = _OfUnit(lambda unit: unit.dense_cost)
     full_rank = _OfUnit(lambda unit: unit.weights[0].geometry.full_rank if unit.weights[0].geometry else 0)
 
@@ -143,6 +147,8 @@ class LayerAnalysis:
     def break_even(self, form: str, metric: Metric) -> int:
         """The largest rank at which the factors are smaller than the layer, and no slower; 0 when none are.
 
+        Factors of an embedding are always slower, and need only be smaller.
+
         In the tucker2 form both ranks are taken to be the same.
         """
         if self.geometry is None or form not in self.forms:
@@ -150,16 +156,19 @@ class LayerAnalysis:
         chosen = form_named(form)
         equal = np.arange(1, max(chosen.full_ranks(self.unit)) + 1, dtype=np.int64)
         costs = chosen.costs(self.unit, np.stack([equal] * chosen.rank_count, axis=1), biases=self._biases(metric))
-        smaller = (costs.params < self.dense.params) & (costs.macs <= self.dense.macs)
-        return int(np.argmin([*smaller, False]))
+        return int(np.argmin([*self.shrunk(costs), False]))
 
     def shrinks(self, cost: Cost) -> bool:
         """Whether a cost is below the layer's own."""
-        return cost.params < self.dense.params and cost.macs <= self.dense.macs
+        return cost.params < self.dense.params and (self.is_lookup or cost.macs <= self.dense.macs)
+
+    def shrunk(self, costs: RankCosts) -> npt.NDArray[np.bool_]:
+        """The same for every rank, (n,)."""
+        return (costs.params < self.dense.params) & (self.is_lookup | (costs.macs <= self.dense.macs))
 
     def _biases(self, metric: Metric) -> int:
         """How many the factors have: a data metric corrects the mean at every call site."""
-        return self.weight.biases if metric == "plain" else len(self.call_sites)
+        return self.weight.biases if metric == "plain" or self.is_lookup else len(self.call_sites)
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,6 +201,11 @@ class Analysis(Displayed):
             if name in layer.unit.names:
                 return layer
         raise KeyError(f"the analysis has no layer {name!r}; it has {', '.join(layer.name for layer in self.layers)}")
+
+    @property
+    def names(self) -> set[str]:
+        """All names of its layers."""
+        return {name for layer in self.layers for name in layer.names}
 
     @property
     def call_sites(self) -> set[str]:
@@ -274,6 +288,7 @@ def analyze_selected(
     device: torch.device | None = None,
 ) -> Analysis:
     """As `analyze`; the weights are decomposed on `device`, by default on the model's."""
+    model = unfused(model, selection.unfuses)
     seen = trace(model, as_inputs(example_inputs), treat_as=selection.treat_as)
     units = find_units(model, seen, selection)
     layers = tuple(_layer(model, unit, calibration, device) for unit in units)
@@ -305,7 +320,7 @@ def _layer(model: nn.Module, unit: Unit, calibration: Calibration | None, device
             raise ModelError(
                 f"{unit.name}.{name} holds NaN or infinite values, which have no singular values; repair the checkpoint"
             )
-    if unit.weight.geometry is None:
+    if unit.weight.geometry is None or (unit.skip_reason is not None and unit.weight.is_lookup):
         return LayerAnalysis(unit, forms, {})
     # a copy, since factors may be asked for after the model has been trained on
     kernels = layer_type_of(layer).kernels(layer).detach()

@@ -20,6 +20,7 @@ from spectrim.benchmark.timing_cache import TimingCache
 from spectrim.core.arguments import checked
 from spectrim.core.errors import PlanError
 from spectrim.core.execution import Inputs, ProgressCallback, as_inputs, device_of, require_repeatable
+from spectrim.layers.attention import fused, unfused_as
 from spectrim.layers.forms import form_named, selected_forms
 from spectrim.runtimes.rank_grid import Grid, multiple_of, probe
 from spectrim.runtimes.sessions import Runtime, Session, fingerprint, require_runtime, timed_together
@@ -77,6 +78,7 @@ def latency_table(
     chosen = require_runtime(runtime, threads=threads)
     allowed, step = selected_forms(forms), multiple_of(rank_multiple)
     example = as_inputs(example_inputs)
+    model = unfused_as(model, analysis.names)
     analysis.require_model(model)
     require_repeatable(model, example)
     inputs = resized(example, batch)
@@ -85,7 +87,7 @@ def latency_table(
         raise PlanError("the model calls no layer of the analysis that can be factored; is it an analysis of it?")
     bench, machine = LayerBench(layers, chosen, rest_of(model)), fingerprint(runtime, threads=threads)
     cache = TimingCache(folder, machine, len(bench.rest))
-    with chosen.prepare(model, inputs, checked=True) as network:
+    with chosen.prepare(fused(model), inputs, checked=True) as network:
         below: tuple[int, ...] = ()
         if step is None:
             step = _probed(model, inputs, chosen)

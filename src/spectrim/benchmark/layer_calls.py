@@ -78,7 +78,8 @@ def layer_calls(
 
     with evaluating(model), watching(model, count):
         call(model, inputs)
-    candidates = [layer for layer in analysis if layer.problems and layer.forms and layer.name in called]
+    timed = (layer for layer in analysis if layer.problems and layer.forms and not layer.is_lookup)
+    candidates = [layer for layer in timed if layer.name in called]
     return [LayerCalls(layer, called[layer.name]) for layer in candidates], examples
 
 

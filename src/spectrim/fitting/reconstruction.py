@@ -126,7 +126,8 @@ def reconstruct(
     Args:
         model: The dense network.
         small: An exact copy of it, which is changed.
-        plan: Forms and ranks, layers in order of execution; those in the plain metric are exchanged as they are.
+        plan: Forms and ranks, layers in order of execution; those in the plain metric and
+            embeddings are exchanged as they are.
         analysis: Of the dense network. Its factors are used where fitting does not bring them nearer, and for layers
             that are not fitted: those in the plain metric, those that the data do not reach, and those that choose by
             value what they look at.
@@ -135,12 +136,14 @@ def reconstruct(
             run on each time they are full, and three tenths in each network for outputs of blocks that are finished.
         on_progress: Called with each layer's name before it is fitted, how many are done, and of how many.
     """
-    chosen = [layer for layer in plan.layers if not layer.frozen and layer.metric != "plain"]
+    # what embeddings look up does not depend on the layers before them
+    unfitted = {layer.name for layer in plan if layer.metric == "plain" or analysis[layer.name].is_lookup}
+    chosen = [layer for layer in plan if not layer.frozen and layer.name not in unfitted]
     call_sites = {layer.name: analysis[layer.name].call_sites for layer in chosen}
     successors = find_successors(model, batches[0], [name for name, own in call_sites.items() if len(own) == 1])
     nothing = Successor(torch.ones(()), torch.zeros(()))
     places = [_Place(layer, call_sites[layer.name], successors.get(layer.name, nothing)) for layer in chosen]
-    as_planned = [layer for layer in plan.factored if layer.metric == "plain"]
+    as_planned = [layer for layer in plan.factored if layer.name in unfitted]
     factorize(small, plan.model_copy(update={"layers": tuple(as_planned)}), factors=analysis.factors)
     dense = ActivationCache(model, 3 * cache_bytes // 10, batches[0])
     compressed = dense.of(small)

@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from spectrim.core.arguments import checked
 from spectrim.core.errors import ModelError
 from spectrim.core.nested import is_plain
 from spectrim.core.plans import LayerPlan, Plan
+from spectrim.layers.attention import fused, match_fast_paths
 from spectrim.layers.factored import FactoredLayer, geometry_of, low_rank_layers, shallow_copy
 from spectrim.layers.forms import form_named
 from spectrim.layers.types import layer_type_of
@@ -31,23 +31,12 @@ def replace(model: nn.Module, replacements: Mapping[str, nn.Module]) -> None:
             parent = model.get_submodule(path)
             done.append((parent, child, parent.get_submodule(child)))
             setattr(parent, child, new)
-            _match_fast_path(parent)
+        match_fast_paths(model, [parent for parent, _, _ in done])
     except BaseException:
         for parent, child, old in reversed(done):
             setattr(parent, child, old)
-            _match_fast_path(parent)
+        match_fast_paths(model, [parent for parent, _, _ in done])
         raise
-
-
-def _match_fast_path(parent: nn.Module) -> None:
-    """Torch's fused encoder layer multiplies by `linear1.weight` itself; let it do so only for dense layers."""
-    if not isinstance(parent, nn.TransformerEncoderLayer):
-        return
-    factored = low_rank_layers(parent)
-    dense = not any(name in factored for name in ("linear1", "linear2"))
-    relu = parent.activation is functional.relu or isinstance(parent.activation, nn.ReLU)
-    gelu = parent.activation is functional.gelu or isinstance(parent.activation, nn.GELU)
-    parent.activation_relu_or_gelu = int(dense and (relu or gelu)) * (2 if gelu else 1)
 
 
 def names_of(model: nn.Module, module: nn.Module) -> tuple[str, ...]:
@@ -180,7 +169,7 @@ def mean_corrections(means: Mapping[str, Tensor]) -> BiasOf:
     """b + (W - Q) m, which makes the mean output exact."""
 
     def corrected(name: str, module: nn.Module, whole: Tensor) -> Tensor | None:
-        if name not in means:
+        if name not in means or layer_type_of(module).is_lookup:
             return own_bias(name, module, whole)
         mean, kernels = means[name].to(whole.device).unsqueeze(-1), layer_type_of(module).kernels(module).flatten(2)
         # by blocks of outputs, since the difference of the whole weights may be the largest array of all
@@ -222,7 +211,7 @@ def merge(model: nn.Module) -> nn.Module:
         dense._parameters.update(weight=weights[key], bias=module.chain[-1]._parameters.get("bias"))
         replacements |= dict.fromkeys(names_of(merged, module), dense.train(module.training))
     replace(merged, replacements)
-    return merged
+    return fused(merged)
 
 
 def _plain_chain(model: nn.Module, module: FactoredLayer) -> tuple[nn.Module, ...]:

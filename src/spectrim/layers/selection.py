@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import partial
 
 from torch import nn
 
@@ -14,6 +15,13 @@ TreatAs = Mapping[type[nn.Module], type[nn.Module]]
 """By a class of layers that overrides `forward`: the class of torch whose forward pass it has all the same."""
 
 
+LOOKUP = (
+    "its rows are looked up, which costs no MACs, and a product of factors would; Budget(params=..) or "
+    "Budget(bytes=..) may make it smaller"
+)
+"""Why embeddings stay dense under other rules."""
+
+
 @dataclass(frozen=True)
 class LayerSelection:
     """Which layers may be factored.
@@ -22,6 +30,7 @@ class LayerSelection:
         include: Patterns of layer names, as in a shell (`*`, `?`); one or several.
         exclude: Patterns of layers to leave out.
         keep_last: Leave out the layer that is called last.
+        lookups: Whether embeddings may be factored, which makes them smaller, but not faster.
         treat_as: See `TreatAs`. Where its outputs are not those of that class, the layer stays as it is.
 
     Raises:
@@ -32,6 +41,7 @@ class LayerSelection:
     exclude: Patterns = ()
     keep_last: bool = False
     treat_as: TreatAs = field(default_factory=dict)
+    lookups: bool = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.treat_as, Mapping):
@@ -47,6 +57,11 @@ class LayerSelection:
     def takes_all(self) -> bool:
         """Whether no layer is left out."""
         return tuple(self.include) == ("*",) and not (self.exclude or self.keep_last)
+
+    def unfuses(self, projection: str) -> bool:
+        """Whether it takes a projection of an attention, and does not leave the whole attention out by its name."""
+        includes, excludes = (partial(_matches, patterns=patterns) for patterns in (self.include, self.exclude))
+        return includes(projection) and not excludes(projection) and not excludes(projection.rpartition(".")[0])
 
     def is_treated(self, layer: nn.Module) -> bool:
         """Whether `treat_as` speaks of the layer."""
@@ -69,3 +84,7 @@ def _matching(names: Sequence[str], patterns: Patterns) -> set[str]:
             raise PatternError(f"the pattern {pattern!r} matches no layer{near(pattern, names)}")
         matched |= hits
     return matched
+
+
+def _matches(name: str, patterns: Patterns) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in ([patterns] if isinstance(patterns, str) else patterns))

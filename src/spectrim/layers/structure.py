@@ -7,6 +7,7 @@ from torch import nn
 
 from spectrim.core.errors import FileError, ModelError, PlanError
 from spectrim.core.files import Frozen
+from spectrim.layers.attention import unfuse_
 from spectrim.layers.factored import FactoredLayer, low_rank_layers
 from spectrim.layers.forms import form_named
 from spectrim.layers.replacement import names_of, replace
@@ -93,6 +94,7 @@ def rebuild(model: nn.Module, structure: Structure, *, origin: str) -> None:
     Raises:
         FileError: the structure is that of another network.
     """
+    unfuse_(model, {*structure.low_rank, *structure.same_layer}.__contains__)
     replacements: dict[str, nn.Module] = {}
     for name, layer in structure.low_rank.items():
         dense, form = _dense_at(model, name, layer, origin), form_named(layer.form)

@@ -132,6 +132,9 @@ def input_rows(
 ) -> tuple[Tensor, int | Sequence[int]]:
     """As `LayerType.input_rows`, without padding, and of how many samples, or how many of each, they are."""
     kind = layer_type_of(layer)
+    if kind.is_lookup:  # every index counts, and each is a vector
+        x, positions = x.unsqueeze(-1), None
+        output = x
     places = masks.rows_of(layer, x.shape, positions=positions)
     if places is None:
         return kind.input_rows(layer, x, output=output, positions=positions), samples

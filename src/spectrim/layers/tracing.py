@@ -18,7 +18,7 @@ from spectrim.layers.factored import attributes_of
 from spectrim.layers.selection import TreatAs
 from spectrim.layers.types import LayerType, Positions, find_layer_type, layer_type_of
 
-_KEYWORDS = {"input", "output_size"}
+_KEYWORDS = {"input", "output_size", "offsets", "per_sample_weights"}
 """Those that factored layers take as well."""
 
 _ASKS_FOR_SIZES = re.compile(r"aten::(detach|new_\w+|\w+_like)(\.|$)")

@@ -6,6 +6,7 @@ All algebra is done in float64 whatever the weights' type, on the weights' devic
 from spectrim.linalg.channel import ChannelDecomposition
 from spectrim.linalg.covariance import (
     Covariance,
+    DiagonalCovariance,
     LowRankCovariance,
     add_covariances,
     matrix_of,
@@ -24,6 +25,7 @@ __all__ = [
     "ChannelDecomposition",
     "Covariance",
     "Decomposition",
+    "DiagonalCovariance",
     "Factors",
     "FloatArray",
     "LowRankCovariance",

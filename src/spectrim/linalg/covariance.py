@@ -47,19 +47,54 @@ class LowRankCovariance:
         return LowRankCovariance(self.rows.to(device), self.ridge.to(device))
 
 
-Covariance = Tensor | LowRankCovariance
+@dataclass(frozen=True, eq=False)
+class DiagonalCovariance:
+    """A diagonal matrix, (groups, n, n), or of one group (n, n).
+
+    Attributes:
+        variances: Float64 (groups, n).
+    """
+
+    variances: Tensor
+
+    def __iter__(self) -> Iterator["DiagonalCovariance"]:
+        """That of each group."""
+        return map(DiagonalCovariance, self.variances)
+
+    @property
+    def matrix(self) -> Tensor:
+        """The matrix itself."""
+        return torch.diag_embed(self.variances)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the matrix."""
+        return *self.variances.shape, self.variances.shape[-1]
+
+    def lifted(self, by: Tensor) -> "DiagonalCovariance":
+        """With `by`, (groups,), added to the diagonals."""
+        return DiagonalCovariance(self.variances + by.to(self.variances.device).unsqueeze(-1))
+
+    def to(self, device: torch.device) -> "DiagonalCovariance":
+        """On another device."""
+        return DiagonalCovariance(self.variances.to(device))
+
+
+Covariance = Tensor | LowRankCovariance | DiagonalCovariance
 """(groups, n, n), symmetric and positive semi-definite up to rounding."""
 
 
 def matrix_of(C: Covariance) -> Tensor:
     """As a matrix in float64."""
-    return C.matrix if isinstance(C, LowRankCovariance) else to_float64(C)
+    return to_float64(C) if isinstance(C, Tensor) else C.matrix
 
 
 def mean_variance(C: Covariance) -> Tensor:
     """The trace divided by n, float64 (groups,)."""
     if isinstance(C, Tensor):
         return to_float64(C.diagonal(dim1=-2, dim2=-1).mean(dim=-1))
+    if isinstance(C, DiagonalCovariance):
+        return C.variances.mean(dim=-1)
     energy = torch.linalg.vector_norm(C.rows, dim=(-2, -1), dtype=torch.float64).square()
     return cast(Tensor, energy / C.rows.shape[-1] + C.ridge.to(energy.device))
 
@@ -68,6 +103,8 @@ def square_of(C: Covariance) -> float:
     """The squared Frobenius norm of all groups together."""
     if isinstance(C, Tensor):
         return float(torch.linalg.vector_norm(C, dtype=torch.float64)) ** 2
+    if isinstance(C, DiagonalCovariance):
+        return float(C.variances.square().sum())
     gram, ridge = to_float64(C.rows @ C.rows.mT), C.ridge.to(C.rows.device)
     trace = gram.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
     return float(gram.square().sum() + (2 * ridge * trace + C.rows.shape[-1] * ridge.square()).sum())
@@ -87,6 +124,8 @@ def shrunk(C: Covariance, share: float) -> Covariance:
     by = share * torch.where(mean > 0, mean, torch.ones_like(mean))
     if isinstance(C, LowRankCovariance):
         return LowRankCovariance(C.rows * (1 - share) ** 0.5, (1 - share) * C.ridge + by.to(C.ridge.device))
+    if isinstance(C, DiagonalCovariance):
+        return DiagonalCovariance(C.variances * (1 - share)).lifted(by)
     part = to_float64(C)
     part = part * (1 - share) if C.dtype == part.dtype else part.mul_(1 - share)  # of a copy, in place
     part.diagonal(dim1=-2, dim2=-1).add_(by.unsqueeze(-1))
@@ -97,6 +136,8 @@ def times(M: Tensor, C: Covariance) -> Tensor:
     """M C in float64, of M (groups, k, n)."""
     if isinstance(C, Tensor):
         return M @ C.to(M.dtype)
+    if isinstance(C, DiagonalCovariance):
+        return M * C.variances.unsqueeze(-2)
     rows = to_float64(C.rows)
     return (M @ rows.mT) @ rows + C.ridge[:, None, None] * M
 
@@ -109,6 +150,8 @@ def solver(C: Covariance) -> Callable[[Tensor], Tensor]:
     if isinstance(C, Tensor):
         root = torch.linalg.cholesky(C)
         return lambda M: torch.cholesky_solve(M.mT, root).mT
+    if isinstance(C, DiagonalCovariance):
+        return lambda M: M / C.variances.unsqueeze(-2)
     rows, ridge = to_float64(C.rows), C.ridge[:, None, None]
     gram = rows @ rows.mT
     gram.diagonal(dim1=1, dim2=2).add_(C.ridge.unsqueeze(1))
@@ -120,6 +163,8 @@ def add_outer(C: Covariance, v: Tensor) -> Covariance:
     """C + v v^T, v (groups, n)."""
     if isinstance(C, Tensor):
         return C + v.unsqueeze(2) * v.unsqueeze(1)
+    if isinstance(C, DiagonalCovariance):
+        return C.matrix + v.unsqueeze(2) * v.unsqueeze(1)
     return replace(C, rows=torch.cat([C.rows, v.unsqueeze(1).to(C.rows)], dim=1))
 
 
@@ -127,12 +172,17 @@ def inner(M: Tensor, C: Covariance) -> Tensor:
     """M C M^T, (groups, k, k)."""
     if isinstance(C, Tensor):
         return M @ C @ M.mT
+    if isinstance(C, DiagonalCovariance):
+        return times(M, C) @ M.mT
     seen = M @ to_float64(C.rows).mT
     return seen @ seen.mT + C.ridge[..., None, None] * (M @ M.mT) if bool(C.ridge.any()) else seen @ seen.mT
 
 
 def add_covariances(parts: list[tuple[Covariance, float]]) -> Covariance:
     """The sum of covariances, each times its share; as rows if all of them are, and there are fewer than n."""
+    diagonals = [C.variances * share for C, share in parts if isinstance(C, DiagonalCovariance)]
+    if len(diagonals) == len(parts):
+        return DiagonalCovariance(torch.stack(diagonals).sum(dim=0))
     rows = [C.rows * share**0.5 for C, share in parts if isinstance(C, LowRankCovariance)]
     if len(rows) == len(parts) and sum(part.shape[1] for part in rows) < rows[0].shape[2]:
         ridge = torch.stack([C.ridge * share for C, share in parts if isinstance(C, LowRankCovariance)]).sum(dim=0)

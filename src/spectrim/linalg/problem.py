@@ -12,7 +12,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from spectrim.linalg.covariance import Covariance, LowRankCovariance, matrix_of, mean_variance, shrunk, times
+from spectrim.linalg.covariance import (
+    Covariance,
+    DiagonalCovariance,
+    LowRankCovariance,
+    matrix_of,
+    mean_variance,
+    shrunk,
+    times,
+)
 from spectrim.linalg.spectra import FloatArray, to_float64
 
 Ranks = tuple[int, ...]
@@ -153,6 +161,8 @@ class Problem:
             own = self.weight.flatten(2).to(torch.promote_types(self.weight.dtype, torch.float32))
             return list(own if self.output is None else self.matrices)
         C, W = self.shrunk_covariance, self.matrices
+        if isinstance(C, DiagonalCovariance):
+            return list(W * C.variances.sqrt().unsqueeze(1))
         if not isinstance(C, LowRankCovariance):
             return None
         seen = W @ to_float64(C.rows).mT
@@ -165,7 +175,7 @@ class Problem:
     def covariances(self) -> Sequence[Covariance]:
         """C with its share exchanged by group, a matrix in float64; not of the plain metric."""
         C = self.shrunk_covariance
-        return list(C if isinstance(C, LowRankCovariance) else to_float64(C))
+        return list(to_float64(C) if isinstance(C, Tensor) else C)
 
     @property
     def metric(self) -> Tensor:
@@ -188,7 +198,8 @@ class Problem:
     @cached_property
     def total(self) -> float:
         """The energy: the sum of the outputs' variances, or of the weight's squares in the plain metric."""
-        if (self.is_wide or isinstance(self.covariance, LowRankCovariance)) and (roots := self.roots) is not None:
+        is_factored = isinstance(self.covariance, LowRankCovariance | DiagonalCovariance)
+        if (self.is_wide or is_factored) and (roots := self.roots) is not None:
             return sum(float(torch.linalg.vector_norm(M, dtype=torch.float64).square()) for M in roots)
         if self.covariance is None:
             return float(self.matrices.square().sum())
@@ -200,7 +211,7 @@ class Problem:
         if isinstance(product, int):
             product = weight.new_zeros(()).expand(weight.shape)
         if C is not None:
-            C = C.to(self.device) if isinstance(C, LowRankCovariance) else to_float64(C.to(self.device))
+            C = to_float64(C.to(self.device)) if isinstance(C, Tensor) else C.to(self.device)
         energy = 0.0
         # by blocks of outputs, since the difference of the whole matrices may be the largest array of all
         for dense, low in zip(weight.split(_BLOCK, dim=1), product.split(_BLOCK, dim=1), strict=True):

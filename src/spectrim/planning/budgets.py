@@ -228,13 +228,13 @@ class Candidates:
     def _possible(self, layer: LayerAnalysis) -> list[str]:
         # before the data have been run, none is known to miss a layer
         metric = self.metric if self.metric in self.analysis.metrics else "plain"
-        return possible_forms(layer, self.forms, metric)
+        return possible_forms(layer, self.forms, metric, limit=self.cost)
 
     def _usable(
         self, layer: LayerAnalysis, rank_costs: RankCosts
     ) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.int64] | FloatArray]:
         """Positions of the ranks on the grid that are smaller than the layer (and faster), and what they cost."""
-        small = (rank_costs.params < layer.dense.params) & (rank_costs.macs <= layer.dense.macs)
+        small = layer.shrunk(rank_costs)
         if self.latencies is None:
             full = np.array(layer.full_ranks(rank_costs.form))
             even = (rank_costs.ranks % self.multiple == 0) | (rank_costs.ranks == full)
@@ -261,7 +261,8 @@ class Candidates:
         if self.cost == "macs":
             return rank_costs.macs
         # each tensor of a file has an entry in its header
-        tensors = len(rank_costs.ranks[0]) + (layer.weight.biases < len(layer.call_sites) and self.metric != "plain")
+        biased = layer.weight.biases < len(layer.call_sites) and self.metric != "plain" and not layer.is_lookup
+        tensors = len(rank_costs.ranks[0]) + biased
         entries = tensors * (len(layer.name) + 120) if self.cost == "bytes" else 0
         return rank_costs.params * self._unit(layer) + entries * (1 + len(layer.tied_names))
 
@@ -305,7 +306,7 @@ class Candidates:
 
     def _why_dense(self, layer: LayerAnalysis, item: KnapsackItem, named: list[tuple[str, Ranks]]) -> str:
         if not named:
-            return why_impossible(layer, self.metric) or self._why_nothing(layer)
+            return why_impossible(layer, self.metric, limit=self.cost) or self._why_nothing(layer)
         best = 1 + int(np.argmin(item.losses[1:]))
         form, ranks = named[best - 1]
         share = item.costs[best] / max(1, item.costs[0])
@@ -371,7 +372,7 @@ def _first_reason(candidates: Candidates) -> str:
     metric = candidates.metric if candidates.metric in candidates.analysis.metrics else "plain"
     groups: dict[str, list[LayerAnalysis]] = {}
     for layer in candidates.analysis:
-        if reason := why_impossible(layer, metric):
+        if reason := why_impossible(layer, metric, limit=candidates.cost):
             groups.setdefault(reason, []).append(layer)
     if not groups:
         return ""

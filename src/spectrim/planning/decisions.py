@@ -7,7 +7,8 @@ from typing import Literal
 from spectrim.analysis.spectra import Analysis, LayerAnalysis
 from spectrim.benchmark.latencies import LatencyTable
 from spectrim.core.errors import PlanError, RuleError
-from spectrim.core.plans import DENSE, LayerPlan, Metric
+from spectrim.core.plans import DENSE, Budget, LayerPlan, Limit, Metric, Plan, Rule
+from spectrim.layers.selection import LOOKUP
 from spectrim.linalg import Ranks
 from spectrim.runtimes.rank_grid import Grid, multiple_of
 
@@ -51,19 +52,36 @@ def metric_of(analysis: Analysis, metric: Metric | None, *, best: bool) -> Metri
     return chosen
 
 
-def possible_forms(layer: LayerAnalysis, forms: Sequence[str], metric: Metric) -> list[str]:
-    """The allowed forms of a layer, in the order of `forms`; none for a layer that must stay dense."""
-    if layer.skip_reason or metric not in layer.problems:
+def takes_lookups(rule_or_plan: Rule | Plan) -> bool:
+    """Whether embeddings may be factored."""
+    if isinstance(rule_or_plan, Plan):
+        return True
+    return isinstance(rule_or_plan, Budget) and rule_or_plan.limits in _SIZES
+
+
+_SIZES = ("params", "bytes")
+
+
+def possible_forms(
+    layer: LayerAnalysis, forms: Sequence[str], metric: Metric, *, limit: Limit | None = None
+) -> list[str]:
+    """The allowed forms of a layer, in the order of `forms`; none for a layer that must stay dense.
+
+    `limit` is what a budget limits; rules for single layers have none.
+    """
+    if why_impossible(layer, metric, limit=limit):
         return []
     # a layer of one form only is not asked for it
     only = layer.forms if len(layer.forms) == 1 else ()
     return [form for form in dict.fromkeys((*forms, *only)) if form in layer.forms]
 
 
-def why_impossible(layer: LayerAnalysis, metric: Metric) -> str | None:
-    """Why a layer must stay dense whatever the rule, or None."""
+def why_impossible(layer: LayerAnalysis, metric: Metric, *, limit: Limit | None = None) -> str | None:
+    """Why a layer must stay dense whatever the rank, or None."""
     if not layer.forms or layer.skip_reason:
         return layer.skip_reason or "it has no factored form"
+    if layer.is_lookup and limit not in _SIZES:
+        return LOOKUP
     if metric in layer.problems:
         return None
     if metric == "loss" and "activation" in layer.problems:

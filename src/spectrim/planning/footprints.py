@@ -136,6 +136,8 @@ class Layer:
     def covariance(self) -> int:
         """Statistics of its inputs, at one call site."""
         groups, _, n = self.size
+        if self._is_lookup:  # how often each row is looked up
+            return 8 * n
         return groups * (covariance_bytes(n, vectors=self.vectors, itemsize=self.itemsize) + 8 * n)
 
     @cached_property
@@ -199,11 +201,17 @@ class Layer:
     @property
     def fitting(self) -> int:
         """While it is fitted: its vectors in, outputs of both networks, covariance, metric and root, and weights."""
+        if self._is_lookup:
+            return self.working
         groups, out, n = self.size
         rows = self.itemsize * groups * self.vectors * (n + 3 * out)
         moments = 3 * groups * covariance_bytes(n, vectors=self.vectors, itemsize=8)
         roots = 2 * 8 * groups * out * out if self.work.has_gradients else 0
         return rows + moments + roots + 5 * 8 * self.entries + self.working
+
+    @property
+    def _is_lookup(self) -> bool:
+        return self.unit.weights[0].is_lookup
 
     @property
     def _is_wide(self) -> bool:

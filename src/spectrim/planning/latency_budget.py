@@ -13,6 +13,7 @@ from spectrim.benchmark.measurement import resized
 from spectrim.core.errors import RuleError
 from spectrim.core.execution import Inputs, ProgressCallback
 from spectrim.core.plans import DENSE, Budget, LayerPlan, Plan
+from spectrim.layers.attention import fused
 from spectrim.layers.forms import form_named
 from spectrim.layers.replacement import duplicate, factorize
 from spectrim.linalg import Factors
@@ -82,7 +83,7 @@ def plan_latency(
     )
     candidates = candidates_of(analysis, rule, replace(options, rank_multiple=multiple, latencies=latencies))
     inputs = resized(example, rule.batch)
-    with runtime.prepare(model, inputs) as dense:
+    with runtime.prepare(fused(model), inputs) as dense:
         verify = _Verification(model, analysis, inputs, runtime, dense, on_progress)
         return refined(candidates, rule, verify=verify)
 
@@ -103,7 +104,7 @@ class _Verification:
         if self.on_progress is not None:
             self.on_progress(f"verify in {self.runtime}", self.tried, self.tried + 1)
         self.tried += 1
-        small = factorize(duplicate(self.model), plan, factors=self._factors, means=self._means(plan))
+        small = fused(factorize(duplicate(self.model), plan, factors=self._factors, means=self._means(plan)))
         with self.runtime.prepare(small, self.inputs, checked=True) as session:
             timings = interleaved([session.timer(), self.dense.timer()], rounds=_ROUNDS)
         speedup = compare(*timings).ratio

@@ -17,9 +17,11 @@ from spectrim.core.execution import Inputs, as_inputs
 from spectrim.core.files import Frozen
 from spectrim.core.memory import Storage, free_bytes
 from spectrim.core.plans import Metric, Plan, Rule
+from spectrim.layers.attention import unfused
 from spectrim.layers.selection import LayerSelection, Patterns, TreatAs
 from spectrim.layers.tracing import trace
 from spectrim.layers.units import Unit, find_units
+from spectrim.planning.decisions import takes_lookups
 from spectrim.planning.footprints import Stages, Work
 from spectrim.planning.resources import DataSize, RunOptions
 
@@ -135,7 +137,9 @@ def estimate_memory(
             raise DataError("the calibration data is empty; give at least one batch")
         if size is None:
             raise DataError("how many samples the data have cannot be known without reading them; give samples=")
-    selection = LayerSelection(include, exclude, keep_last, {} if treat_as is None else treat_as)
+    treated = {} if treat_as is None else treat_as
+    selection = LayerSelection(include, exclude, keep_last, treated, lookups=takes_lookups(rule_or_plan))
+    model = unfused(model, selection.unfuses)
     units = find_units(model, trace(model, example, treat_as=selection.treat_as), selection)
     work = Work(rule_or_plan, metric, forms, size, run)
     return estimated(model, example, units, work)

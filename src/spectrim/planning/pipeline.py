@@ -16,8 +16,9 @@ from spectrim.core.batches import ReservedBatches, batches_of, collected, withou
 from spectrim.core.errors import DataError, PlanError
 from spectrim.core.execution import Inputs, ProgressCallback, as_inputs, require_repeatable
 from spectrim.core.plans import Budget, Metric, Plan, Rule
+from spectrim.layers.attention import unfused, unfused_as
 from spectrim.layers.selection import LayerSelection
-from spectrim.planning.decisions import PlanOptions
+from spectrim.planning.decisions import PlanOptions, takes_lookups
 from spectrim.planning.footprints import Work
 from spectrim.planning.latency_budget import plan_latency
 from spectrim.planning.memory import estimated
@@ -71,11 +72,12 @@ def decide(
         raise PlanError("a plan already says which layers, forms and metric; give these options to st.plan instead")
     if isinstance(rule_or_plan, Budget) and rule_or_plan.runtime and rule_or_plan.threads:
         require_runtime(rule_or_plan.runtime, threads=rule_or_plan.threads)
+    model = _unfused(model, rule_or_plan, layers)
     stages = _Stages(model, as_inputs(example_inputs), rule_or_plan, options, run, on_progress)
     if isinstance(layers, Analysis):
         layers.require_model(model)
         return stages.decided(layers, stages.batches(data, aside=layers.calibration is None))
-    analysis = stages.analysed(layers)
+    analysis = stages.analysed(replace(layers, lookups=takes_lookups(rule_or_plan)))
     if not isinstance(rule_or_plan, Plan):
         metric = options.metric or ("plain" if data is None else "activation")
         require_possible(analysis, rule_or_plan, options, metric=metric)
@@ -84,6 +86,15 @@ def decide(
     if batches:
         analysis, batches = stages.informed(analysis, batches)
     return stages.decided(analysis, batches)
+
+
+def _unfused(model: nn.Module, rule_or_plan: Rule | Plan, layers: LayerSelection | Analysis) -> nn.Module:
+    """The model with the layers that the analysis or the plan has, or that are selected."""
+    if isinstance(layers, Analysis):
+        return unfused_as(model, layers.names)
+    if isinstance(rule_or_plan, Plan):
+        return unfused_as(model, (name for layer in rule_or_plan for name in layer.names))
+    return unfused(model, layers.unfuses)
 
 
 @dataclass(frozen=True, eq=False)

@@ -41,7 +41,8 @@ class LayerFilter:
             raise RuleError(f"{rule!r} does not say a rank for each layer; give Rank(20), Ratio(0.25) or Energy(0.9)")
         named = model.named_modules(remove_duplicate=False)
         calls = Trace({}, {name: 1 for name, module in named if find_layer_type(module)})
-        units = find_single_weights(model, calls, LayerSelection(self.include, self.exclude, self.keep_last))
+        selection = LayerSelection(self.include, self.exclude, self.keep_last, lookups=False)
+        units = find_single_weights(model, calls, selection)
         for unit in units:
             if parametrize.is_parametrized(unit.layer(model)) and "parametrised" in (unit.skip_reason or ""):
                 raise TrainingError(

@@ -204,7 +204,8 @@ def _head(model: nn.Module) -> nn.Module:
     heads = [
         module
         for module in model.modules()
-        if (is_low_rank(module) or find_layer_type(module)) and id(module) not in inner
+        if id(module) not in inner
+        if is_low_rank(module) or ((kind := find_layer_type(module)) and not kind.is_lookup)
         if next(module.parameters(), None) is not None
     ]
     if not heads:

@@ -11,7 +11,7 @@ from spectrim.layers.forms.channel import (
     LowRankConv2d,
     LowRankConvTranspose2d,
 )
-from spectrim.layers.forms.linear import LinearForm, LowRankLinear
+from spectrim.layers.forms.linear import LinearForm, LowRankEmbedding, LowRankEmbeddingBag, LowRankLinear
 from spectrim.layers.forms.spatial import SpatialConv2d, SpatialForm
 from spectrim.layers.forms.tucker2 import Tucker2Conv2d, Tucker2Form
 from spectrim.layers.units import Unit
@@ -23,6 +23,8 @@ __all__ = [
     "LowRankConv1d",
     "LowRankConv2d",
     "LowRankConvTranspose2d",
+    "LowRankEmbedding",
+    "LowRankEmbeddingBag",
     "LowRankLinear",
     "RankCosts",
     "SingleWeightForm",

@@ -7,6 +7,7 @@ from spectrim.layers.types.conv1d import Conv1d
 from spectrim.layers.types.conv2d import Conv2d
 from spectrim.layers.types.conv3d import Conv3d
 from spectrim.layers.types.conv_transpose2d import ConvTranspose2d
+from spectrim.layers.types.embedding import Embedding, EmbeddingBag
 from spectrim.layers.types.linear import Linear
 from spectrim.layers.types.transposed_linear import TransposedLinear
 
@@ -19,6 +20,8 @@ LAYER_TYPES: tuple[LayerType, ...] = (
     Conv2d(),
     Conv3d(),
     ConvTranspose2d(),
+    Embedding(),
+    EmbeddingBag(),
 )
 
 

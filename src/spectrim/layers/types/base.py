@@ -107,9 +107,12 @@ class LayerType(ABC):
         methods: Methods that a subclass must not override to count as one of these layers: the forward pass and what
             it calls.
         options: Attributes that say how the weight is used, besides its sizes and groups.
+        is_lookup: Whether its inputs are indices, each of which stands for the vector that is 1 there; such a layer has
+            no bias, and neither have its factors.
     """
 
     name: ClassVar[str]
+    is_lookup: ClassVar[bool] = False
     options: ClassVar[tuple[str, ...]] = ()
     methods: ClassVar[tuple[str, ...]] = ("forward",)
 

@@ -43,6 +43,11 @@ class Weight:
         return self.name, *self.tied_names
 
     @property
+    def is_lookup(self) -> bool:
+        """See `LayerType`."""
+        return self.layer_type is not None and self.layer_type.is_lookup
+
+    @property
     def dense_cost(self) -> Cost:
         """Its cost as it is, biases included."""
         if self.geometry is None:

@@ -11,7 +11,7 @@ from spectrim.core.errors import ModelError
 from spectrim.core.execution import unique_tensors
 from spectrim.core.nested import is_plain
 from spectrim.layers.factored import low_rank_layers
-from spectrim.layers.selection import LayerSelection
+from spectrim.layers.selection import LOOKUP, LayerSelection
 from spectrim.layers.tracing import Trace
 from spectrim.layers.types import Geometry, Positions, find_layer_type
 from spectrim.layers.units.base import Unit, Weight
@@ -19,6 +19,12 @@ from spectrim.layers.units.base import Unit, Weight
 _DIFFERS = "it was to be treated as another class of layer, and its outputs are not those of that class"
 _SPECIAL = "the network would not run another layer in its place, or uses more of it than its outputs, say its class"
 _READ = "its weight is used outside of its own call as well, where a product of factors would be multiplied out anew"
+_ATTENTION = (
+    "nn.MultiheadAttention reads its weights itself, without calling a layer; its projections become layers (q_proj, "
+    "k_proj, v_proj, out_proj) where st.compress or st.analyze select one, the class and its forward are torch's own, "
+    "and it has no hooks and no weights that others share"
+)
+_ADAPTER = "it has an adapter that is not merged; merge it first, model = model.merge_and_unload(), and compress that"
 _KEYWORDS = "it is called with keyword arguments that an exchange would lose"
 
 
@@ -69,7 +75,9 @@ def find_single_weights(model: nn.Module, trace: Trace, selection: LayerSelectio
     names = _names_by_module(model)
     layers = [module for module in names if _has_matrix(module)]
     if not any(find_layer_type(module) for module in layers):
-        raise ModelError(f"{type(model).__name__} has no Linear or convolution layer, so there is nothing to factor")
+        raise ModelError(
+            f"{type(model).__name__} has no Linear or convolution layer, nor an Embedding: there is nothing to factor"
+        )
     selected = selection.matching([name for module in layers for name in names[module]])
     last = next(reversed(list(trace.calls)), None) if selection.keep_last else None
     order = {name: place for place, name in enumerate(trace.calls)}
@@ -172,7 +180,9 @@ def _already_handled(model: nn.Module) -> dict[nn.Module, str]:
     for module in model.modules():
         if isinstance(module, nn.MultiheadAttention):
             for inner in module.modules():
-                reasons[inner] = "nn.MultiheadAttention reads its weights itself, without calling a layer"
+                reasons[inner] = _ATTENTION
+        if type(module).__module__.startswith("peft.") and hasattr(module, "base_layer"):
+            reasons |= dict.fromkeys(module.modules(), _ADAPTER)
     for layer in low_rank_layers(model).values():
         reasons |= dict.fromkeys(layer.chain, "already a low-rank factor; st.merge(model) undoes it")
     return reasons
@@ -183,7 +193,10 @@ def _unfit(module: nn.Module, selection: LayerSelection) -> str | None:
     if parametrize.is_parametrized(module):
         return "its weight is parametrised; remove the parametrisation first"
     if layer_type is None:
-        return f"{name} layers are not factored"
+        own = {name: weight.shape for name, weight in module.named_parameters(recurse=False) if weight.ndim == 3}
+        stacks = [f"{name} {list(shape)}" for name, shape in own.items() if min(shape) > 1]
+        why = f": {' and '.join(stacks)} hold one matrix for each expert, head or part" if stacks else ""
+        return f"{name} layers are not factored{why}"
     overridden = layer_type.overrides(module)
     if overridden and (overridden[0] == "__call__" or not selection.is_treated(module)):
         base = f"nn.{layer_type.name}" if hasattr(nn, layer_type.name) else layer_type.name
@@ -197,6 +210,8 @@ def _unfit(module: nn.Module, selection: LayerSelection) -> str | None:
     more = sorted({*module._parameters, *module._buffers, *module._modules} - {"weight", "bias"})
     if more:
         return f"it holds more than a weight and a bias: {', '.join(more)}"
+    if layer_type.is_lookup and not selection.lookups:
+        return LOOKUP
     return _unfit_tensors(module) or layer_type.skip_reason(module)
 
 
