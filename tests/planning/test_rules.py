@@ -209,6 +209,22 @@ class TestShareOfTheBody:
         with pytest.raises(errors.RuleError, match="of the layers that can shrink is"):
             st.Budget(**options)
 
+    @pytest.mark.parametrize("analysed", [False, True])
+    def test_embeddings_are_outside(self, analysed: bool) -> None:
+        model = nn.Sequential(nn.Embedding(200, 16), nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 16)).eval()
+        tokens = torch.arange(12).reshape(3, 4)
+        rule = st.Budget(params=0.7, of="body")
+        if analysed:
+            plan = st.plan(st.analyze(model, tokens), rule)
+        else:
+            plan = st.compress(model, rule, example_inputs=tokens).plan
+        body = [layer for layer in plan if layer.name in ("1", "3")]
+        assert "0" not in [layer.name for layer in plan.factored]
+        assert sum(layer.kept.params for layer in body) <= 0.7 * sum(layer.dense.params for layer in body)
+        assert "0" in [
+            layer.name for layer in st.compress(model, st.Budget(params=0.5), example_inputs=tokens).plan.factored
+        ]
+
     def test_training_follows_the_whole_network(self) -> None:
         with pytest.raises(errors.RuleError, match="whole network"):
             st.training.RankSchedule(st.Budget(params=0.5, of="body"), end=9)

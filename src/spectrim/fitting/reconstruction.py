@@ -185,7 +185,9 @@ def _readers(model: nn.Module, batch: Inputs, places: Sequence[_Place]) -> dict[
 
     def on_call(name: str, _: nn.Module, x: Tensor, __: Tensor) -> None:
         alive.append(x)  # so that nothing else gets its memory
-        key = (x.data_ptr(), x._version, x.shape, x.stride())
+        # whether something was written to a tensor of inference mode is not known
+        is_known = x.layout == torch.strided and not x.is_inference()
+        key = (x.data_ptr(), x._version, x.shape, x.stride()) if is_known else (len(alive),)
         readers.setdefault(name, []).append(first.setdefault(key, name))
 
     with following(model, alone, on_call=on_call):

@@ -106,6 +106,7 @@ class Candidates:
         forms: Those that may be taken.
         multiple: What divides the ranks, but full ones and what a table holds below it.
         latencies: The times of the layers, if the latency is limited. Factors slower than the dense layer are left out.
+        lookups: Whether embeddings may be factored.
     """
 
     analysis: Analysis
@@ -114,6 +115,7 @@ class Candidates:
     forms: tuple[str, ...]
     multiple: int
     latencies: LatencyTable | None = None
+    lookups: bool = True
 
     @classmethod
     def of(cls, analysis: Analysis, cost: Limit, options: PlanOptions) -> "Candidates":
@@ -225,10 +227,14 @@ class Candidates:
             named += [(form, tuple(int(rank) for rank in ranks)) for ranks in errors.ranks[fits]]
         return KnapsackItem(np.concatenate(costs).astype(np.int64), np.concatenate(losses)), named
 
+    @property
+    def _limit(self) -> Limit | None:
+        return self.cost if self.lookups else None
+
     def _possible(self, layer: LayerAnalysis) -> list[str]:
         # before the data have been run, none is known to miss a layer
         metric = self.metric if self.metric in self.analysis.metrics else "plain"
-        return possible_forms(layer, self.forms, metric, limit=self.cost)
+        return possible_forms(layer, self.forms, metric, limit=self._limit)
 
     def _usable(
         self, layer: LayerAnalysis, rank_costs: RankCosts
@@ -306,7 +312,7 @@ class Candidates:
 
     def _why_dense(self, layer: LayerAnalysis, item: KnapsackItem, named: list[tuple[str, Ranks]]) -> str:
         if not named:
-            return why_impossible(layer, self.metric, limit=self.cost) or self._why_nothing(layer)
+            return why_impossible(layer, self.metric, limit=self._limit) or self._why_nothing(layer)
         best = 1 + int(np.argmin(item.losses[1:]))
         form, ranks = named[best - 1]
         share = item.costs[best] / max(1, item.costs[0])
@@ -372,7 +378,7 @@ def _first_reason(candidates: Candidates) -> str:
     metric = candidates.metric if candidates.metric in candidates.analysis.metrics else "plain"
     groups: dict[str, list[LayerAnalysis]] = {}
     for layer in candidates.analysis:
-        if reason := why_impossible(layer, metric, limit=candidates.cost):
+        if reason := why_impossible(layer, metric, limit=candidates._limit):
             groups.setdefault(reason, []).append(layer)
     if not groups:
         return ""

@@ -53,10 +53,10 @@ def metric_of(analysis: Analysis, metric: Metric | None, *, best: bool) -> Metri
 
 
 def takes_lookups(rule_or_plan: Rule | Plan) -> bool:
-    """Whether embeddings may be factored."""
+    """Whether embeddings may be factored: where they count, and not only the body does."""
     if isinstance(rule_or_plan, Plan):
         return True
-    return isinstance(rule_or_plan, Budget) and rule_or_plan.limits in _SIZES
+    return isinstance(rule_or_plan, Budget) and rule_or_plan.limits in _SIZES and rule_or_plan.of is None
 
 
 _SIZES = ("params", "bytes")

@@ -1,6 +1,7 @@
 """A rule and an analysis give a plan: pure numbers, no network."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -12,7 +13,16 @@ from spectrim.core.plans import Budget, Energy, LayerPlan, Metric, Plan, Rank, R
 from spectrim.layers.forms import selected_forms
 from spectrim.linalg import Ranks
 from spectrim.planning.budgets import Candidates, solve
-from spectrim.planning.decisions import PlanOptions, dense, factored, listed, metric_of, possible_forms, why_impossible
+from spectrim.planning.decisions import (
+    PlanOptions,
+    dense,
+    factored,
+    listed,
+    metric_of,
+    possible_forms,
+    takes_lookups,
+    why_impossible,
+)
 from spectrim.runtimes.rank_grid import Grid, multiple_of
 
 
@@ -94,13 +104,15 @@ def require_possible(analysis: Analysis, rule: Rule, options: PlanOptions, *, me
         require_reachable(rule, _full_ranks(analysis, selected_forms(options.forms, closed_form=True), "plain"))
     elif rule.limits != "latency":
         step = multiple_of(options.rank_multiple) or 1
-        candidates = Candidates(analysis, rule.limits, metric, selected_forms(options.forms), step)
+        candidates = Candidates(
+            analysis, rule.limits, metric, selected_forms(options.forms), step, lookups=takes_lookups(rule)
+        )
         candidates.require(rule, share=rule.share)
 
 
 def candidates_of(analysis: Analysis, rule: Budget, options: PlanOptions) -> Candidates:
     """Every candidate of every layer under a budget; raises as `plan` does."""
-    candidates = Candidates.of(analysis, rule.limits, options)
+    candidates = replace(Candidates.of(analysis, rule.limits, options), lookups=takes_lookups(rule))
     if rule.limits == "latency" and (timed := candidates.rule(rule.share)) != rule:
         raise RuleError(f"the latency table is for {timed}, and the rule is {rule}; make a table for that")
     return candidates
