@@ -163,7 +163,7 @@ def _decide(
 
 def _show_memory(command: commands.Compress, *, edited: Plan | None) -> None:
     """The memory that `compress` takes with these options."""
-    source, goal = command.source, command.goal
+    source, goal, layers = command.source, command.goal, command.layers.selection
     with stages() as progress:
         network = load_source(source, progress, command.machine)
         progress.begin("estimate")
@@ -174,7 +174,9 @@ def _show_memory(command: commands.Compress, *, edited: Plan | None) -> None:
             data=network.calibration,
             metric=goal.metric,
             forms=goal.forms,
-            **vars(command.layers.selection),
+            include=layers.include,
+            exclude=layers.exclude,
+            keep_last=layers.keep_last,
             reconstruct=command.method.fitted,
             cache=source.cache_bytes,
         )
