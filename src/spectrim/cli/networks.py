@@ -24,6 +24,7 @@ from spectrim.cli.stages import Stages, file_lines, show, stages
 from spectrim.compression import Compressed, carry_out
 from spectrim.core.files import sha256_of
 from spectrim.core.plans import Budget, Plan
+from spectrim.layers.attention import unfused
 from spectrim.layers.saving import save
 from spectrim.planning.decisions import PlanOptions
 from spectrim.planning.memory import estimate_memory
@@ -193,7 +194,8 @@ def _rank_multiple(goal: Goal, progress: Stages) -> int | Grid | Literal["auto"]
 
 def _analysis(network: Loaded, layers: Layers, *, progress: Stages) -> Analysis:
     """The analysis, in the activation metric where there are data."""
-    selected = partial(analyze_selected, network.model, network.example, selection=layers.selection)
+    model = unfused(network.model, layers.selection.unfuses)
+    selected = partial(analyze_selected, model, network.example, selection=layers.selection)
     if network.calibration is None:
         progress.begin("analyse")
         return selected()
