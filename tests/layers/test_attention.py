@@ -187,6 +187,8 @@ class TestCompressed:
     def test_left_out_by_the_name_of_the_attention(self) -> None:
         small = st.compress(encoder(), st.Rank(3), example_inputs=SEQUENCES, exclude="*.self_attn")
         assert {layer.name.rpartition(".")[2] for layer in small.plan.factored} == {"linear1", "linear2"}
+        again = st.compress(encoder(), small.plan, example_inputs=SEQUENCES)
+        assert again.plan.factored == small.plan.factored
 
     @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
     @pytest.mark.parametrize("include", ["layers.1.linear1", "layers.1.self_attn.q_proj", "layers.0.self_attn.k_proj"])

@@ -276,6 +276,7 @@ def analyze(
         DataError: a calibration of another model.
     """
     selection = LayerSelection(include, exclude, keep_last, {} if treat_as is None else treat_as)
+    model = unfused(model, selection.unfuses)
     return analyze_selected(model, example_inputs, selection=selection, calibration=calibration)
 
 
@@ -287,8 +288,10 @@ def analyze_selected(
     calibration: Calibration | None = None,
     device: torch.device | None = None,
 ) -> Analysis:
-    """As `analyze`; the weights are decomposed on `device`, by default on the model's."""
-    model = unfused(model, selection.unfuses)
+    """As `analyze`, of a model whose attentions are as they are to be looked at.
+
+    The weights are decomposed on `device`, by default on the model's.
+    """
     seen = trace(model, as_inputs(example_inputs), treat_as=selection.treat_as)
     units = find_units(model, seen, selection)
     layers = tuple(_layer(model, unit, calibration, device) for unit in units)

@@ -25,6 +25,7 @@ from spectrim.cli.stages import Stages, file_lines, show, stages
 from spectrim.compression import Compressed, carry_out
 from spectrim.core.files import sha256_of
 from spectrim.core.plans import Budget, Plan
+from spectrim.layers.attention import unfused
 from spectrim.layers.saving import save
 from spectrim.planning.decisions import PlanOptions
 from spectrim.planning.memory import estimate_memory
@@ -170,7 +171,7 @@ def _decide(
 
 def _show_memory(command: commands.Compress, *, edited: Plan | None) -> None:
     """The memory that `compress` takes with these options."""
-    source, goal = command.source, command.goal
+    source, goal, layers = command.source, command.goal, command.layers.selection
     with stages() as progress:
         network = load_source(source, progress, command.machine)
         progress.begin("estimate")
@@ -181,7 +182,9 @@ def _show_memory(command: commands.Compress, *, edited: Plan | None) -> None:
             data=network.calibration,
             metric=goal.metric,
             forms=goal.forms,
-            **vars(command.layers.selection),
+            include=layers.include,
+            exclude=layers.exclude,
+            keep_last=layers.keep_last,
             reconstruct=command.method.fitted,
             cache=source.cache_bytes,
         )
@@ -198,7 +201,8 @@ def _rank_multiple(goal: Goal, progress: Stages) -> int | Grid | Literal["auto"]
 
 def _analysis(network: Loaded, layers: Layers, *, progress: Stages) -> Analysis:
     """The analysis, in the activation metric where there are data."""
-    selected = partial(analyze_selected, network.model, network.example, selection=layers.selection)
+    model = unfused(network.model, layers.selection.unfuses)
+    selected = partial(analyze_selected, model, network.example, selection=layers.selection)
     if network.calibration is None:
         progress.begin("analyse")
         return selected()

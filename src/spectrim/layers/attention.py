@@ -158,8 +158,12 @@ def unfused(model: nn.Module, selects: Callable[[str], bool] = lambda _: True) -
 
 
 def unfused_as(model: nn.Module, names: Iterable[str]) -> nn.Module:
-    """As `unfused`, with the attentions taken apart of which these layers are projections."""
-    return unfused(model, set(names).__contains__)
+    """As `unfused`, with the attentions taken apart of which these layers are projections.
+
+    An attention that is among the layers itself was left whole, and so it is here.
+    """
+    known = set(names)
+    return unfused(model, lambda name: name in known and name.rpartition(".")[0] not in known)
 
 
 def unfuse_(model: nn.Module, selects: Callable[[str], bool]) -> None:
