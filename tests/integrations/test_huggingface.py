@@ -142,6 +142,17 @@ def test_a_variant(tmp_path: Path) -> None:
     assert torch.equal(logits(loaded(type(small), tmp_path, variant="fp32"), "llama"), logits(small, "llama"))
 
 
+def test_an_attention_of_torch_inside(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    dense = transformers.SiglipVisionModel(transformers.SiglipVisionConfig(image_size=16, patch_size=8, **sizes)).eval()
+    small = st.compress(dense, st.Rank(4), example_inputs=PIXELS)
+    assert "head.attention.q_proj" in [layer.name for layer in small.plan.factored]
+    small.model.save_pretrained(tmp_path)
+    again = loaded(transformers.SiglipVisionModel, tmp_path)
+    with torch.no_grad():
+        assert torch.equal(again(**PIXELS).pooler_output, small.model(**PIXELS).pooler_output)
+
+
 def test_a_state_is_saved_in_place_of_the_weights(tmp_path: Path) -> None:
     """As with weights averaged over training."""
     small = compressed("llama")
