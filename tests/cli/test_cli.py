@@ -137,7 +137,8 @@ def test_the_shell_answers_before_anything_heavy_is_imported() -> None:
     code = """
 import sys
 from spectrim.cli import main
-for words in ("--version", "--help", "compres", "compress --modl x", "compress --help", "data lst", "recipes"):
+for words in ("--version", "--help", "compres", "compress --modl x", "compress --help", "data lst", "recipes",
+              "compress --model m --out d --macs 50", "compress --model m --out d --latency 0.5 --runtime onyx"):
     sys.argv = ["spectrim", *words.split()]
     try:
         main()

@@ -145,6 +145,8 @@ import json, sys
 from pathlib import Path
 
 import torch
+
+torch.set_num_threads(1)  # as here: sums of more threads are rounded otherwise
 import transformers
 from safetensors.torch import load_file
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, TypeVar
 import typer
 
 from spectrim.cli.signatures import Group, flag
-from spectrim.core.errors import FileError, did_you_mean
+from spectrim.core.errors import FileError, RuleError, did_you_mean
 from spectrim.core.names import RUNTIMES, Metric
 
 if TYPE_CHECKING:
@@ -41,6 +41,22 @@ def require_path(path: Path | None) -> Path | None:
         hint = did_you_mean(str(path), siblings)
         raise FileError(f"cannot read {path}: there is no such file or folder; {hint}this folder is {Path.cwd()}")
     return path
+
+
+def require_share(value: float | None, param: typer.CallbackParam) -> float | None:
+    """The budget, if it was given. Raises `RuleError` before anything is loaded, for what is no share."""
+    if value is not None and not 0 < value < 1:
+        example = f"{param.opts[0]} {value / 100 if 2 <= value < 100 else 0.5:g}"
+        raise RuleError(
+            f"{param.opts[0]} {value:g}: a budget is a share of the dense network, between 0 and 1: {example}"
+        )
+    return value
+
+
+def _require_runtime(name: str | None) -> str | None:
+    if name is not None:
+        known_names([name], RUNTIMES, option="--runtime")
+    return name
 
 
 Test = Annotated[
@@ -253,10 +269,18 @@ _RULES = ("macs", "params", "bytes", "latency", *_LAYER_RULES)
 class Goal:
     """How small: a rule, and in what metric and forms it is followed."""
 
-    macs: Annotated[float | None, _rule(metavar="SHARE", help="Keep this share of the network's MACs: 0.5.")] = None
-    params: Annotated[float | None, _rule(metavar="SHARE", help="Keep this share of its parameters.")] = None
-    bytes: Annotated[float | None, _rule(metavar="SHARE", help="Keep this share of its file size.")] = None
-    latency: Annotated[float | None, _rule(metavar="SHARE", help="Keep this share of its time, see --runtime.")] = None
+    macs: Annotated[
+        float | None, _rule(metavar="SHARE", callback=require_share, help="Keep this share of the network's MACs: 0.5.")
+    ] = None
+    params: Annotated[
+        float | None, _rule(metavar="SHARE", callback=require_share, help="Keep this share of its parameters.")
+    ] = None
+    bytes: Annotated[
+        float | None, _rule(metavar="SHARE", callback=require_share, help="Keep this share of its file size.")
+    ] = None
+    latency: Annotated[
+        float | None, _rule(metavar="SHARE", callback=require_share, help="Keep this share of its time, see --runtime.")
+    ] = None
     of: Annotated[
         Literal["network", "body"],
         _rule(
@@ -296,6 +320,7 @@ class Goal:
         str | None,
         _rule(
             metavar="NAME",
+            callback=_require_runtime,
             help=f"What --latency, or --rank-multiple auto, is timed in: {', '.join(RUNTIMES)}; by default torch.",
         ),
     ] = None
