@@ -393,7 +393,7 @@ INPUT = ("compress", *MLP, "--rank", "4", "--out", "new/small", "--input", "64")
         ((*COMPRESS, "--rank", "4", "--metric", "flat"), 2, "'flat' is not one of 'plain', 'activation', 'loss'"),
         ((*COMPRESS, "--latency", "0.5", "--macs", "0.5"), 2, "--macs and --latency are 2"),
         ((*COMPRESS, "--latency", "1.5"), 1, "a budget is a share of the dense network, between 0 and 1"),
-        ((*COMPRESS, "--latency", "0.5", "--runtime", "onyx"), 1, "runtime 'onyx' is unknown"),
+        ((*COMPRESS, "--latency", "0.5", "--runtime", "onyx"), 2, "'onyx': there are torch, channels_last"),
         ((*COMPRESS, "--latency", "0.5", "--latency-threads", "9999"), 1, "threads=9999"),
         ((*COMPRESS, "--latency", "0.5", "--latency-batch", "0"), 2, "--latency-batch"),
         ((*COMPRESS, "--macs", "0.5", "--runtime", "torch"), 2, "--runtime say how --latency or --rank-multiple auto"),
