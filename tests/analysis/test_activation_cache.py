@@ -280,3 +280,15 @@ def test_blocks_that_give_tuples_are_recalled() -> None:
                 assert torch.equal(model(x), expected)
                 stop()
     assert model.first.runs == 2
+
+
+def test_what_is_forgotten_takes_no_bytes() -> None:
+    model, x = Chain(skip=False).eval(), torch.randn(64, 8)
+    cache = ActivationCache(model, free_bytes=64 * 8 * 4, tried_on=as_inputs(x))  # for one output, and not a byte more
+    with torch.no_grad():
+        expected = model(x)
+        for _ in range(2):
+            with cache.recalling(0) as stop:
+                handle = model.blocks[3].inside[0].register_forward_pre_hook(lambda *_, end=stop: end())
+                assert torch.equal(model(x), expected)
+            handle.remove()

@@ -114,6 +114,20 @@ class TestStatistics:
         assert close(moments.mean[0], x[mask].double().mean(dim=0))
 
 
+def test_both_orders_in_one_network() -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.before, self.inside, self.lstm = nn.Linear(4, 6), nn.Linear(6, 6), nn.LSTM(6, 5)
+
+        def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+            return self.lstm(self.inside(self.before(x).transpose(0, 1)))[0]
+
+    x, mask = torch.randn(5, 7, 4), torch.arange(7) < torch.tensor([[2], [7], [3], [5], [1]])
+    moments = st.calibrate(Mixed(), [{"x": x, "attention_mask": mask}]).moments
+    assert moments["before"].count == moments["inside"].count == int(mask.sum())
+
+
 @pytest.mark.parametrize("batch_first", [True, False])
 def test_torch_says_where_padding_is(batch_first: bool) -> None:
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=batch_first, dropout=0.0)

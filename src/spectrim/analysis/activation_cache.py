@@ -223,11 +223,12 @@ class _Pass:
         output = _copied(self.known[key]) if key in self.known else original(*args, **kwargs)
         if self.final and key in self.known:
             self.finished[inside:] = [(key, self.known[key])]
-        elif self.final and _is_storable(output) and _size(output) <= self.free_bytes:
+        elif self.final and _is_storable(output) and _size(copied := _copied(output)) <= self.free_bytes:
             before = self.finished[:inside]
+            # once what is before takes no bytes, there are enough for this output, which is then kept
             if name in self.frontiers:
                 before = [(earlier, _forgotten(value)) for earlier, value in before]
-            self.finished = [*before, (key, _copied(output))]
+            self.finished = [*before, (key, copied)]
         return output
 
 
@@ -259,8 +260,8 @@ def _nothing_like(tensor: Tensor) -> Tensor:
 
 
 def _size(output: Any) -> int:
-    """Bytes of memory."""
-    return sum(1 if 0 in tensor.stride() else tensor.numel() * tensor.element_size() for tensor in tensors(output))
+    """Bytes of memory; none of what is forgotten, whose strides are zero."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors(output) if any(tensor.stride()))
 
 
 def _is_block(module: nn.Module) -> bool:

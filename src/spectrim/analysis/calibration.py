@@ -20,7 +20,7 @@ from spectrim.core.memory import IN_PLACE, Storage
 from spectrim.core.nested import is_in_transform, joined
 from spectrim.core.progress import progress_callback
 from spectrim.layers.attention import unfused
-from spectrim.layers.tokens import TokenMasks, input_rows
+from spectrim.layers.tokens import TokenMasks, TokenPlaces, input_rows
 from spectrim.layers.tracing import typed_layers, watching
 from spectrim.layers.types import layer_type_of
 
@@ -189,7 +189,7 @@ def add_gradients(
     with temporary(layer.register_forward_hook(partial(tap, name)) for name, layer in chosen), torch.enable_grad():
         # gradients flow from the inputs, so that layers with frozen weights are reached as well
         own = on_device_of(model, inputs).map(lambda x: x.detach().requires_grad_() if x.is_floating_point() else x)
-        values = TokenMasks.of(model, inputs).taken(call(model, own, what=what, hint=hint))
+        values = TokenMasks.of(model, inputs).mapped(call(model, own, what=what, hint=hint), TokenPlaces.take)
         taps = tuple(outputs)  # where activations are computed again for the gradient, hooks run again
         for probe in range(PROBES):
             total = sum(((_signs(value, signs) * value).sum() for value in values), torch.zeros(()))

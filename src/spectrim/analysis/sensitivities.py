@@ -21,7 +21,7 @@ from spectrim.core.plans import Metric
 from spectrim.core.progress import progress_callback
 from spectrim.layers.attention import unfused_as
 from spectrim.layers.replacement import factored_at, mean_corrections, product, replace
-from spectrim.layers.tokens import TokenMasks
+from spectrim.layers.tokens import TokenMasks, TokenPlaces
 from spectrim.linalg import Factors
 
 _LEAST, _MOST = 32, 256
@@ -231,5 +231,5 @@ def _by_sample(first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
 def _outputs(model: nn.Module, batch: Inputs, position: int, *, hint: str = "") -> list[Tensor]:
     with evaluating(model):
         result = call(model, batch, what=f"batch {position}", hint=hint)
-    floats = [tensor.detach() for tensor in TokenMasks.of(model, batch).weighed(result)]
+    floats = [tensor.detach() for tensor in TokenMasks.of(model, batch).mapped(result, TokenPlaces.weigh)]
     return [tensor.to(torch.promote_types(tensor.dtype, torch.float32), copy=True) for tensor in floats]

@@ -19,7 +19,7 @@ from spectrim.core.nested import describe, fractions, logits_of, tensors
 from spectrim.core.plans import Budget, Plan
 from spectrim.layers.cost import NetworkCost
 from spectrim.layers.replacement import duplicate, factorize
-from spectrim.layers.tokens import TokenMasks
+from spectrim.layers.tokens import TokenMasks, TokenPlaces
 
 _WORSE, _NEAR, _FAR = 1.2, 0.02, 0.9
 _FURTHER, _LARGE = 3.0, 0.3
@@ -336,7 +336,7 @@ def _squares(values: Tensor) -> float:
 
 def _rows(outputs: Any, masks: TokenMasks) -> list[Tensor]:
     """Each tensor of the outputs; of sequences whose tokens are known, these."""
-    return [torch.atleast_1d(tensor.detach()) for tensor in masks.taken(outputs)]
+    return [torch.atleast_1d(tensor.detach()) for tensor in masks.mapped(outputs, TokenPlaces.take)]
 
 
 def _are_scores(outputs: Any) -> bool:

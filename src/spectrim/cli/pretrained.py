@@ -14,7 +14,7 @@ from spectrim.integrations.cards import CARD, is_own_card, write_model_card
 from spectrim.layers.factored import low_rank_layers
 from spectrim.models.folders import CONFIG, is_factored, other_files
 
-_ONE_FILE = "100TB"
+_SINGLE_FILE = "100TB"
 
 
 def require_dense(model: nn.Module, folder: Path | None) -> None:
@@ -43,7 +43,7 @@ def folder_files(source: Path, out: Path) -> OutputFiles:
 
 def write_folder(model: Any, folder: Path, *, source: Path, fidelity: Fidelity | None) -> None:
     """Save a model as transformers does, with all that lay beside it in `source`, and a card."""
-    model.save_pretrained(folder, max_shard_size=_ONE_FILE)
+    model.save_pretrained(folder, max_shard_size=_SINGLE_FILE)
     for path in other_files(source):
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / path, folder / path)

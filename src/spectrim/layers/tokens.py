@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,7 +54,7 @@ class TokenMasks:
 
     Attributes:
         masks: Each (batch, length), True at tokens.
-        length_first: Whether the model's sequences are (length, batch, ..).
+        length_first: Whether sequences in the model may be (length, batch, ..), as a layer of torch says.
     """
 
     masks: Sequence[Tensor]
@@ -87,35 +87,21 @@ class TokenMasks:
         mask belongs to. Where several do, as of encoder and decoder, what any of them calls a token is one.
         """
         sequences = tuple(shape[:1] if len(shape) == 2 else shape[:2])
-        fitting = [mask for mask in self.masks if sequences in (self._order(mask).shape, (mask.numel(),))]
-        if len(shape) < 2 or not fitting:
-            return None
-        key = (sequences, positions)
-        if key not in self._known:
-            self._known[key] = self._found(torch.stack(fitting).any(dim=0), len(sequences), positions)
-        return self._known[key]
+        for length_first in (True, False) if self.length_first else (False,):
+            fitting = [mask for mask in self.masks if sequences in (_order(mask, length_first).shape, (mask.numel(),))]
+            if len(shape) < 2 or not fitting:
+                continue
+            key = (sequences, positions)
+            if key not in self._known:
+                together = torch.stack(fitting).any(dim=0)
+                self._known[key] = _located(together, len(sequences), positions, length_first=length_first)
+            return self._known[key]
+        return None
 
-    def _order(self, mask: Tensor) -> Tensor:
-        return mask.T if self.length_first else mask
-
-    def _found(self, mask: Tensor, dims: int, positions: int | None) -> TokenPlaces:
-        numbers = self._order(torch.arange(mask.numel()).reshape(self._order(mask).shape))
-        of_sample = [numbers[row, mask[row]] for row in range(len(mask))]
-        if dims == 2:
-            of_sample = [places[sample(len(places), positions)] for places in of_sample]
-        return TokenPlaces(torch.cat(of_sample), [len(places) for places in of_sample], dims)
-
-    def taken(self, outputs: Any) -> list[Tensor]:
-        """Every tensor of a model's outputs that holds fractions, those with sequences as (tokens, ..)."""
-        tensors = fractions(outputs)
-        places = [self.places(tensor.shape) for tensor in tensors]
-        return [tensor if own is None else own.take(tensor) for tensor, own in zip(tensors, places, strict=True)]
-
-    def weighed(self, outputs: Any) -> list[Tensor]:
-        """The same in their own shapes, see `TokenPlaces.weigh`."""
-        tensors = fractions(outputs)
-        places = [self.places(tensor.shape) for tensor in tensors]
-        return [tensor if own is None else own.weigh(tensor) for tensor, own in zip(tensors, places, strict=True)]
+    def mapped(self, outputs: Any, change: Callable[[TokenPlaces, Tensor], Tensor]) -> list[Tensor]:
+        """Every tensor of a model's outputs that holds fractions, with `change` of those that have sequences."""
+        each = ((tensor, self.places(tensor.shape)) for tensor in fractions(outputs))
+        return [tensor if places is None else change(places, tensor) for tensor, places in each]
 
     def rows_of(self, layer: nn.Module, shape: Sequence[int], *, positions: int | None) -> TokenPlaces | None:
         """The places to look at in a call of a layer; None if that has no padding."""
@@ -150,6 +136,18 @@ def output_rows(layer: nn.Module, output: Tensor, *, positions: int | None, mask
     if places is None:
         return kind.output_rows(layer, output, positions=positions)
     return kind.output_rows(layer, places.take(output).flatten(0, -2), positions=None)
+
+
+def _order(mask: Tensor, length_first: bool) -> Tensor:  # noqa: FBT001
+    return mask.T if length_first else mask
+
+
+def _located(mask: Tensor, dims: int, positions: int | None, *, length_first: bool) -> TokenPlaces:
+    numbers = _order(torch.arange(mask.numel()).reshape(_order(mask, length_first).shape), length_first)
+    of_sample = [numbers[row, mask[row]] for row in range(len(mask))]
+    if dims == 2:
+        of_sample = [places[sample(len(places), positions)] for places in of_sample]
+    return TokenPlaces(torch.cat(of_sample), [len(places) for places in of_sample], dims)
 
 
 def _by_name(model: nn.Module, inputs: Inputs) -> dict[str, Any]:

@@ -71,7 +71,7 @@ def _read_torch_file(path: Path) -> object:
                 opened.seek(0)
                 classes = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(opened))
             opened.seek(0)
-            unread: list[Any] = [(type(name, (_Unread,), {}), name) for name in classes]
+            unread: list[Any] = [(_Unread, name) for name in classes]
             with torch.serialization.safe_globals(unread):
                 return torch.load(opened, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -203,8 +203,8 @@ def _renamed(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, ori
         return dict(state)
     (front,) = fitting
     others = [repr(name) for name in state if not name.startswith(front)]
-    left_out = f"; so are others without it, such as {others[0]}" if others else ""
-    warnings.warn(f"{origin} was saved from a wrapper: {front!r} is left out of all names{left_out}", stacklevel=4)
+    omitted = f"; so are others without it, such as {others[0]}" if others else ""
+    warnings.warn(f"{origin} was saved from a wrapper: {front!r} is left out of all names{omitted}", stacklevel=4)
     return {name.removeprefix(front): tensor for name, tensor in state.items() if name.startswith(front)}
 
 
