@@ -50,7 +50,7 @@ class Benched(Record):
 
     threads: int
     rows: tuple[Row, ...]
-    omitted: dict[str, str] = Field(default_factory=dict)
+    left_out: dict[str, str] = Field(default_factory=dict)
 
 
 def bench_network(command: Bench) -> None:
@@ -63,17 +63,17 @@ def bench_network(command: Bench) -> None:
     files: OutputFiles = {out.name: (Benched.load, "every number")} if out else {}
     with stages() as progress, outputs(out.parent, files) if out else nullcontext() as folder:
         load_source(source, progress, Machine(threads=timing.threads))  # here a mistake is reported at once and in full
-        omitted: dict[str, str] = {}
-        rows = tuple(_rows(source, timing, progress=progress, omitted=omitted))
-        record = Benched(command=str(command.invocation), threads=timing.threads, rows=rows, omitted=omitted)
+        left_out: dict[str, str] = {}
+        rows = tuple(_rows(source, timing, progress=progress, left_out=left_out))
+        record = Benched(command=str(command.invocation), threads=timing.threads, rows=rows, left_out=left_out)
         if not rows:
-            raise EngineError(f"no runtime could be timed: {'; '.join(f'{n}: {why}' for n, why in omitted.items())}")
+            raise EngineError(f"no runtime could be timed: {'; '.join(f'{n}: {why}' for n, why in left_out.items())}")
         if out is not None and folder is not None:
             record.save(folder / out.name)
     show(*_results(record), *(file_lines(out.parent, files) if out else ()), output=command.output)
 
 
-def _rows(source: Source, timing: Timing, *, progress: Stages, omitted: dict[str, str]) -> Iterator[Row]:
+def _rows(source: Source, timing: Timing, *, progress: Stages, left_out: dict[str, str]) -> Iterator[Row]:
     """The rows, one after the other, each runtime in a process of its own."""
     for name in timing.runtimes:
         progress.begin(f"time in {name}", total=len(timing.batches))
@@ -83,7 +83,7 @@ def _rows(source: Source, timing: Timing, *, progress: Stages, omitted: dict[str
         except (DependencyError, EngineError, ModelError) as error:
             if timing.runtime != "all":
                 raise
-            omitted[name] = str(error)
+            left_out[name] = str(error)
 
 
 def _in_process(source: Source, timing: Timing, *, runtime: RuntimeName) -> Iterator[Row]:
@@ -133,7 +133,7 @@ def _interrupts_held_back() -> Iterator[None]:
 
 def _results(record: Benched) -> Iterator[Listing | str]:
     yield _table(record)
-    yield from (f"Left out is {name}: {why}." for name, why in record.omitted.items())
+    yield from (f"Left out is {name}: {why}." for name, why in record.left_out.items())
     noisy = [f"{row.runtime} at batch {row.batch}" for row in record.rows if row.noisy]
     if noisy:
         yield f"The machine was too noisy to tell: {', '.join(noisy)}. Stop what else is running, and time again."
