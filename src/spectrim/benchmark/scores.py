@@ -200,9 +200,12 @@ def _perplexity(network: _Network, data: Iterable[Any]) -> _Rows:
                 f"{what}: outputs {describe(logits)} and tokens {describe(tokens)} give no perplexity; it needs "
                 "outputs (batch, length, words) and token numbers (batch, length)"
             )
-        tokens = torch.where(network.is_token(inputs, logits), tokens.to("cpu", torch.int64), _IGNORED)
-        if shifted:
-            logits, tokens = logits[:, :-1], tokens[:, 1:]
+        tokens, is_token = tokens.to("cpu", torch.int64), network.is_token(inputs, logits)
+        if shifted:  # what is told of the first token comes from no token before it, or from padding
+            logits, tokens, is_token = logits[:, :-1], tokens[:, 1:], is_token[:, 1:] & is_token[:, :-1]
+        tokens = torch.where(is_token, tokens, _IGNORED)
+        if ((tokens < 0) & (tokens != _IGNORED)).any():
+            raise DataError(f"{what}: there are labels below 0; those that do not count are {_IGNORED}")
         if (largest := int(tokens.max()) if tokens.numel() else 0) >= (words := logits.shape[2]):
             raise DataError(
                 f"{what}: there is a token {largest}, and the outputs are of {words} words, 0 to {words - 1}"

@@ -163,7 +163,13 @@ def unfused_as(model: nn.Module, names: Iterable[str]) -> nn.Module:
     An attention that is among the layers itself was left whole, and so it is here.
     """
     known = set(names)
-    return unfused(model, lambda name: name in known and name.rpartition(".")[0] not in known)
+
+    def selects(projection: str) -> bool:
+        attention, _, part = projection.rpartition(".")
+        # one that is left whole has a layer `out_proj` as well
+        return projection in known and (part != "out_proj" or attention not in known)
+
+    return unfused(model, selects)
 
 
 def unfuse_(model: nn.Module, selects: Callable[[str], bool]) -> None:

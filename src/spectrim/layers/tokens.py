@@ -126,7 +126,7 @@ def input_rows(
         return kind.input_rows(layer, x, output=output, positions=positions), samples
     x, output = places.take(x), places.take(output)
     rows = kind.input_rows(layer, x.flatten(0, -2), output=output.flatten(0, -2), positions=None)
-    return rows, [size * rows.shape[1] // len(x) for size in places.sizes]
+    return rows, [size * rows.shape[1] // max(1, len(x)) for size in places.sizes]
 
 
 def output_rows(layer: nn.Module, output: Tensor, *, positions: int | None, masks: TokenMasks) -> Tensor:
@@ -161,6 +161,6 @@ def _by_name(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
 def _is_token(mask: Tensor, name: str) -> Tensor:
     """True at tokens; of a mask that is added to scores, such as 0 and minus infinity, where it adds nothing."""
     mask = mask.detach().cpu()
-    if mask.is_floating_point() and (mask < 0).any():
+    if mask.is_floating_point() and not (mask > 0).any():
         return mask == 0
     return mask == 0 if name.endswith("key_padding_mask") else mask != 0

@@ -158,11 +158,18 @@ def fill_(model: nn.Module, state: Mapping[str, Tensor], *, origin: Path) -> Non
     # a safetensors file holds a tied weight under one of its names
     stored = {id(expected[name]): tensor for name, tensor in state.items() if name in expected}
     tied = {name: stored[id(tensor)] for name, tensor in expected.items() if id(tensor) in stored}
+    differing = [name for name in tied if name in state and not _same(state[name], tied[name])]
+    if differing:
+        raise FileError(f"{origin} has two different weights for one of the network: {', '.join(differing[:3])}")
     try:
         keys = _load({**tied, **state}, model)
     except RuntimeError as error:
         raise FileError(f"{origin} is for another network: {error}") from error
     _require_none({"missing": keys.missing_keys, "not in the network": keys.unexpected_keys}, origin=origin)
+
+
+def _same(first: Tensor, second: Tensor) -> bool:
+    return first is second or torch.allclose(first.double(), second.double(), rtol=0, atol=0, equal_nan=True)
 
 
 def fill_imagenet_(model: nn.Module, reference: str, *, head: str) -> None:
