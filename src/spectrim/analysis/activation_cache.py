@@ -1,6 +1,5 @@
 """Repeated passes over the same beginning of a network, without computing it each time."""
 
-import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
@@ -52,22 +51,25 @@ class ActivationCache:
 
     A block that does more than give an output (it runs hooks, writes to its input or to what others read) has to run.
     So each block is tried: with its output recalled, the network must give what it gives with the block run. Where it
-    gives the same with NaN in the place of all outputs before, as in a chain of blocks, these are not kept.
+    gives the same and reads none of the outputs before, as in a chain of blocks, these are not kept. A later pass that
+    reads one all the same, as on other data, ends with `ForgottenOutputError`.
 
     Attributes:
         model: The network, whose layers may be exchanged between passes.
         free_bytes: Bytes that may still be kept.
         tried_on: Inputs to try the blocks on; without them no block is recalled.
+        forgets: Whether outputs may be forgotten.
     """
 
     model: nn.Module
     free_bytes: int
     tried_on: Inputs | None
+    forgets: bool = True
     _outputs: dict[int, _Outputs] = field(default_factory=dict)
 
     def of(self, model: nn.Module) -> "ActivationCache":
         """A cache of as many bytes for another network with the same blocks."""
-        other = ActivationCache(model, self.free_bytes, self.tried_on)
+        other = ActivationCache(model, self.free_bytes, self.tried_on, self.forgets)
         other.__dict__["_blocks"] = self._blocks
         return other
 
@@ -85,22 +87,25 @@ class ActivationCache:
         names = [name for name, module in self.model.named_modules() if name and _is_block(module)]
         names.sort(key=lambda name: name.count("."), reverse=True)
         with evaluating(self.model), suppress(ModelError):
-            few = self._few(self.tried_on)
             # a block is tried after a pass on other inputs, so that what it left to others is not what it leaves now
-            turns = [self._recorded(few, names), self._recorded(few.map(_rolled), names)]
+            turns = [self._recorded(inputs, names) for inputs in self._pair(self.tried_on)]
             recallable = frozenset(name for name in names if self._is_recallable(name, turns))
             turns = [self._recorded(turn.inputs, recallable) for turn in turns]
-            return _Blocks(recallable, frozenset(name for name in recallable if self._is_frontier(name, turns)))
+            frontiers = (name for name in recallable if self.forgets and self._is_frontier(name, turns))
+            return _Blocks(recallable, frozenset(frontiers))
         return _Blocks()
 
-    def _few(self, inputs: Inputs) -> Inputs:
-        """A few of the samples, and of the numbers of a sequence, if the network takes them."""
+    def _pair(self, inputs: Inputs) -> tuple[Inputs, Inputs]:
+        """A few of the samples, and of the numbers of a sequence, if the network takes them, and others like them."""
         for size in (slice(_TRIED_PLACES), slice(None)):
             few = inputs.map(partial(_first, places=size))
+            others = few.map(_exchanged)
             with suppress(ModelError):
-                call(self.model, few)
-                return few
-        return inputs
+                if not _equal(few.tensors(), others.tensors()):
+                    call(self.model, few)
+                    call(self.model, others)
+                    return few, others
+        return inputs, inputs.map(_exchanged)
 
     def _recorded(self, inputs: Inputs, names: Collection[str]) -> "_RecordedPass":
         """A pass in which all blocks run."""
@@ -115,6 +120,8 @@ class ActivationCache:
         known = {key: output for key, output in recorded.outputs.items() if key[0] == name}
         if not known or max(map(_size, known.values())) > self.free_bytes:
             return False
+        if any(key not in other.outputs or _equal(output, other.outputs[key]) for key, output in known.items()):
+            return False  # what it leaves to others may be the same as well
         try:
             if any(key[0].startswith(f"{name}.") for key in recorded.outputs):
                 call(self.model, other.inputs)  # in the pass before, one of the blocks in this one may not have run
@@ -124,7 +131,7 @@ class ActivationCache:
         return self._is_same(recorded, known)
 
     def _is_frontier(self, name: str, turns: "list[_RecordedPass]") -> bool:
-        """Whether the network gives the same with a block's output recalled, and NaN for those of all blocks before."""
+        """Whether the network gives the same with a block's output recalled, and reads none of the blocks before."""
         recorded = turns[0]
         key = (name, 0)
         if key not in recorded.before or (name, 1) in recorded.before:
@@ -137,7 +144,7 @@ class ActivationCache:
         try:
             with self._following(_Pass(known, self.free_bytes), {name for name, _ in known}):
                 return _equal(recorded.expected, call(self.model, recorded.inputs))
-        except ModelError:
+        except (ModelError, ForgottenOutputError):
             return False
 
     @contextmanager
@@ -227,7 +234,7 @@ class _Pass:
             before = self.finished[:inside]
             # once what is before takes no bytes, there are enough for this output, which is then kept
             if name in self.frontiers:
-                before = [(earlier, _forgotten(value)) for earlier, value in before]
+                before = [(earlier, value if _is_forgotten(value) else _forgotten(value)) for earlier, value in before]
             self.finished = [*before, (key, copied)]
         return output
 
@@ -246,22 +253,39 @@ def _is_storable(output: Any) -> bool:
 
 
 def _copied(output: Any) -> Any:
-    return map_tensors(output, lambda tensor: tensor.detach().clone())
+    return map_tensors(output, lambda tensor: tensor if isinstance(tensor, _Forgotten) else tensor.detach().clone())
+
+
+class ForgottenOutputError(BaseException):
+    """A pass reads an output that was not kept. Not an Exception, so that no model catches it."""
+
+
+class _Forgotten(Tensor):
+    """In the place of an output that is not kept: it has a shape and a type, and takes no memory."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") not in _SHAPES:
+            raise ForgottenOutputError(f"{func} reads an output that was not kept")
+        return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
+
+
+_SHAPES = {"__get__", "size", "dim", "numel", "stride", "element_size", "__len__", "is_floating_point", "is_complex"}
+"""What does not look at values; `__get__` is that of attributes such as `shape`."""
 
 
 def _forgotten(output: Any) -> Any:
-    """NaN of the same shape, or zero of whole numbers, which takes no memory."""
-    return map_tensors(output, _nothing_like)
+    return map_tensors(output, lambda tensor: tensor.new_zeros(()).expand(tensor.shape).as_subclass(_Forgotten))
 
 
-def _nothing_like(tensor: Tensor) -> Tensor:
-    value = math.nan if tensor.is_floating_point() else 0
-    return tensor.new_full((), value).expand(tensor.shape)
+def _is_forgotten(output: Any) -> bool:
+    return any(isinstance(tensor, _Forgotten) for tensor in tensors(output))
 
 
 def _size(output: Any) -> int:
-    """Bytes of memory; none of what is forgotten, whose strides are zero."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors(output) if any(tensor.stride()))
+    """Bytes of memory; none of what is forgotten."""
+    real = (tensor for tensor in tensors(output) if not isinstance(tensor, _Forgotten))
+    return sum(tensor.numel() * tensor.element_size() for tensor in real)
 
 
 def _is_block(module: nn.Module) -> bool:
@@ -275,5 +299,7 @@ def _first(tensor: Tensor, places: slice) -> Tensor:
     return tensor[:_TRIED] if tensor.ndim else tensor
 
 
-def _rolled(tensor: Tensor) -> Tensor:
-    return tensor.roll(1, -1) if tensor.ndim else tensor
+def _exchanged(tensor: Tensor) -> Tensor:
+    """Its values at other places, or those of another sample."""
+    turned = (tensor.roll(1, dim) for dim in (-1, 0) if tensor.ndim)
+    return next((other for other in turned if not torch.equal(other, tensor)), tensor)

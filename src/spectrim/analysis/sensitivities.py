@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spectrim.analysis.activation_cache import DEFAULT_BYTES, ActivationCache
+from spectrim.analysis.activation_cache import DEFAULT_BYTES, ActivationCache, ForgottenOutputError
 from spectrim.analysis.calibration import Calibration, add_gradients
 from spectrim.analysis.moments import RunningGradients
 from spectrim.analysis.spectra import Analysis, LayerAnalysis
@@ -79,7 +79,12 @@ def sensitivity(
         with progress_callback(on_progress, progress=progress) as report:
             for done, layer in enumerate(layers):
                 report(layer.name, done, len(layers))
-                sensitivities[layer.name] = runs.measure(layer)
+                try:
+                    sensitivities[layer.name] = runs.measure(layer)
+                except ForgottenOutputError:  # a batch for which the network reads more than the first one
+                    size = cache_bytes_of(analysis, cache)
+                    runs = with_changes(runs, cache=ActivationCache(model, size, used[0], forgets=False))
+                    sensitivities[layer.name] = runs.measure(layer)
     except _NoDistanceError as error:
         warnings.warn(
             f"{str(error).format(type(model).__name__)}, so that no distance to the dense network can be measured; "

@@ -1,14 +1,15 @@
 """Sequential reconstruction: every layer is fitted anew to what it receives in the compressed network."""
 
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from spectrim.analysis.activation_cache import DEFAULT_BYTES, ActivationCache
+from spectrim.analysis.activation_cache import DEFAULT_BYTES, ActivationCache, ForgottenOutputError
 from spectrim.analysis.calibration import POSITIONS
 from spectrim.analysis.spectra import Analysis
 from spectrim.core.execution import Inputs, ProgressCallback, call
@@ -16,7 +17,7 @@ from spectrim.core.plans import LayerPlan, Plan
 from spectrim.fitting.regression import InputRows, RidgeFit, Rows
 from spectrim.fitting.successors import Successor, find_successors, following
 from spectrim.layers.forms import form_named
-from spectrim.layers.replacement import factored_at, factorize, product, refitted_at, replace
+from spectrim.layers.replacement import duplicate, factored_at, factorize, product, refitted_at, replace
 from spectrim.layers.tokens import TokenMasks, input_rows, output_rows
 from spectrim.layers.types import layer_type_of
 from spectrim.linalg import Factors
@@ -35,17 +36,21 @@ class _Seen:
         outputs: Its outputs in the dense network.
         residuals: The residual branches that are added to its outputs in the compressed network.
         dense_residuals: The same in the dense network.
+        calls: How many calls in the dense network there were, by batch.
     """
 
     inputs: InputRows = field(default_factory=InputRows)
     outputs: list[Tensor] = field(default_factory=list)
     residuals: list[Tensor] = field(default_factory=list)
     dense_residuals: list[Tensor] = field(default_factory=list)
+    calls: Counter[int] = field(default_factory=Counter)
 
     def to(self, device: torch.device) -> "_Seen":
         """On another device."""
-        lists = (self.outputs, self.residuals, self.dense_residuals)
-        return _Seen(self.inputs.to(device), *([rows.to(device) for rows in own] for own in lists))
+        outputs, residuals, dense_residuals = (
+            [rows.to(device) for rows in own] for own in (self.outputs, self.residuals, self.dense_residuals)
+        )
+        return _Seen(self.inputs.to(device), outputs, residuals, dense_residuals, self.calls)
 
     @property
     def is_paired(self) -> bool:
@@ -125,7 +130,7 @@ def reconstruct(
 
     Args:
         model: The dense network.
-        small: An exact copy of it, which is changed.
+        small: An exact copy of it, which is changed and, as a rule, given back.
         plan: Forms and ranks, layers in order of execution; those in the plain metric and
             embeddings are exchanged as they are.
         analysis: Of the dense network. Its factors are used where fitting does not bring them nearer, and for layers
@@ -136,6 +141,24 @@ def reconstruct(
             run on each time they are full, and three tenths in each network for outputs of blocks that are finished.
         on_progress: Called with each layer's name before it is fitted, how many are done, and of how many.
     """
+    run = partial(_reconstruct, model, plan=plan, analysis=analysis, batches=batches, cache_bytes=cache_bytes)
+    try:
+        return run(small, on_progress=on_progress)
+    except ForgottenOutputError:  # a batch for which the network reads more than for the first one
+        return run(duplicate(model), on_progress=on_progress, forgets=False)
+
+
+def _reconstruct(
+    model: nn.Module,
+    small: nn.Module,
+    *,
+    plan: Plan,
+    analysis: Analysis,
+    batches: Sequence[Inputs],
+    cache_bytes: int,
+    on_progress: ProgressCallback | None,
+    forgets: bool = True,
+) -> nn.Module:
     # what embeddings look up does not depend on the layers before them
     unfitted = {layer.name for layer in plan if layer.metric == "plain" or analysis[layer.name].is_lookup}
     chosen = [layer for layer in plan if not layer.frozen and layer.name not in unfitted]
@@ -145,24 +168,25 @@ def reconstruct(
     places = [_Place(layer, call_sites[layer.name], successors.get(layer.name, nothing)) for layer in chosen]
     as_planned = [layer for layer in plan.factored if layer.name in unfitted]
     factorize(small, plan.model_copy(update={"layers": tuple(as_planned)}), factors=analysis.factors)
-    dense = ActivationCache(model, 3 * cache_bytes // 10, batches[0])
+    dense = ActivationCache(model, 3 * cache_bytes // 10, batches[0], forgets)
     compressed = dense.of(small)
     data = [(batch, TokenMasks.of(model, batch)) for batch in batches]
-    readers = _readers(model, batches[0], places)
-    start = end = 0
-    inputs: dict[str, InputRows] = {}
+    readers, events = _readers(model, batches[0], places), dict[int, Counter[str]]()
+    end, inputs = 0, dict[str, InputRows]()
     for start, place in enumerate(places):
+        name = place.plan.name
         if on_progress is not None:
-            on_progress(place.plan.name, start, len(places))
+            on_progress(name, start, len(places))
         if start == end:
-            seen, end = _record(dense, places, start, data, free_bytes=2 * cache_bytes // 5)
+            seen, end = _record(dense, places, start, data, free_bytes=2 * cache_bytes // 5, events=events)
         own = {site: seen.pop(site) for site in place.call_sites}
-        first = readers.get(place.plan.name, "")
-        if first in inputs:
-            own[place.plan.name].inputs = inputs[first]
+        if name in inputs:
+            own[name].inputs = inputs[name]
         else:
-            _collect(compressed, place, own, data)
-            inputs = {first: own[place.plan.name].inputs} if first else {}
+            others = [later.plan.name for later in places[start + 1 :] if readers.get(later.plan.name) == name]
+            inputs = dict.fromkeys(
+                _collect(compressed, place, own, data, others=others), own[place.call_sites[0]].inputs
+            )
         if all(site.is_paired for site in own.values()):
             replace(small, _fitted(small, place, own, analysis=analysis))
         else:
@@ -179,16 +203,13 @@ _Data = Sequence[tuple[Inputs, TokenMasks]]
 def _readers(model: nn.Module, batch: Inputs, places: Sequence[_Place]) -> dict[str, str]:
     """By layer, the first one that reads the same tensor; of layers that are called once and add to no branch."""
     alone = {place.plan.name for place in places if len(place.call_sites) == 1 and not place.successor.residual}
-    first: dict[Hashable, str] = {}
+    first: dict[int, str] = {}
     readers: dict[str, list[str]] = {}
     alive = []
 
     def on_call(name: str, _: nn.Module, x: Tensor, __: Tensor) -> None:
-        alive.append(x)  # so that nothing else gets its memory
-        # whether something was written to a tensor of inference mode is not known
-        is_known = x.layout == torch.strided and not x.is_inference()
-        key = (x.data_ptr(), x._version, x.shape, x.stride()) if is_known else (len(alive),)
-        readers.setdefault(name, []).append(first.setdefault(key, name))
+        alive.append(x)  # so that nothing else gets its number
+        readers.setdefault(name, []).append(first.setdefault(id(x), name))
 
     with following(model, alone, on_call=on_call):
         call(model, batch)
@@ -196,41 +217,50 @@ def _readers(model: nn.Module, batch: Inputs, places: Sequence[_Place]) -> dict[
 
 
 def _record(
-    cache: ActivationCache, places: Sequence[_Place], start: int, data: _Data, *, free_bytes: int
+    cache: ActivationCache,
+    places: Sequence[_Place],
+    start: int,
+    data: _Data,
+    *,
+    free_bytes: int,
+    events: dict[int, Counter[str]],
 ) -> tuple[dict[str, _Seen], int]:
-    """Outputs and residual branches of the dense network at as many places as memory allows, and where these end."""
-    order = {site: number for number, place in enumerate(places) for site in place.call_sites if number >= start}
-    adding = {place.plan.name for place in places if place.successor.residual}
-    seen = {site: _Seen() for site in order}
-    pending: Counter[str] = Counter()
-    end = len(places)
+    """Outputs and residual branches of the dense network at as many places as memory allows, and where these end.
+
+    `events` says by batch how many of both each call site has; the first time, when all passes go to the end, they are
+    counted.
+    """
+    later = [(site, place) for place in places[start:] for site in place.call_sites]
+    adding = {site for site, place in later if place.successor.residual}
+    seen, end = {site: _Seen() for site, _ in later}, len(places)
 
     def on_call(name: str, layer: nn.Module, _: Tensor, output: Tensor) -> None:
         reached()
-        if order[name] < end:
-            seen[name].outputs.append(output_rows(layer, output, positions=POSITIONS, masks=masks))
-            end_if_done(name)
+        if name in seen:
+            seen[name].calls[position] += 1
+        add(name, layer, output, "outputs")
 
     def on_residual(name: str, layer: nn.Module, residual: Tensor) -> None:
-        if order[name] < end and name in adding:
-            seen[name].dense_residuals.append(output_rows(layer, residual, positions=POSITIONS, masks=masks))
-            end_if_done(name)
+        if name in adding:
+            add(name, layer, residual, "dense_residuals")
 
-    def end_if_done(name: str) -> None:
-        pending[name] -= 1
-        if not any(pending.values()):
+    def add(name: str, layer: nn.Module, output: Tensor, part: str) -> None:
+        if name in seen:
+            getattr(seen[name], part).append(output_rows(layer, output, positions=POSITIONS, masks=masks))
+        counted[name] += 1
+        if expected is not counted and all(counted[site] == expected[site] for site in seen):
             raise _PassEnded
 
     for position, entry in enumerate(data):
         batch, masks = entry
-        watched = following(cache.model, order, on_call=on_call, on_residual=on_residual)
+        counted = Counter[str]()
+        expected = events.setdefault(position, counted)
+        watched = following(cache.model, dict(later), on_call=on_call, on_residual=on_residual)
         with suppress(_PassEnded), cache.recalling(position) as reached, watched:
             call(cache.model, batch, what=f"batch {position}")
         if not position:
             end = _affordable(places, start, seen, free_bytes=free_bytes // len(data))
-            seen = {site: rows for site, rows in seen.items() if order[site] < end}
-            events = Counter({site: len(rows.outputs) + len(rows.dense_residuals) for site, rows in seen.items()})
-        pending = events.copy()
+            seen = {site: seen[site] for place in places[start:end] for site in place.call_sites}
     return seen, end
 
 
@@ -245,31 +275,43 @@ def _affordable(places: Sequence[_Place], start: int, first: Mapping[str, _Seen]
     return len(places)
 
 
-def _collect(cache: ActivationCache, place: _Place, seen: Mapping[str, _Seen], data: _Data) -> None:
-    """Add the inputs and residual branches that the place sees in the network as it is now."""
-    calls = {site: len(rows.outputs) // len(data) for site, rows in seen.items()}
-    pending: dict[str, int] = {}
+def _collect(
+    cache: ActivationCache, place: _Place, seen: Mapping[str, _Seen], data: _Data, *, others: Sequence[str]
+) -> set[str]:
+    """Add the inputs and residual branches that the place sees in the network as it is now.
+
+    Gives those of the `others`, which read the same tensor, that did so in each batch, with the same values.
+    """
+    same, shared = Counter[str](), torch.empty(0)
 
     def on_call(name: str, layer: nn.Module, x: Tensor, output: Tensor) -> None:
+        nonlocal shared
         reached()
-        rows, samples = input_rows(layer, x, output=output, positions=POSITIONS, masks=masks, samples=batch.samples)
-        seen[name].inputs.add(rows.clone() if rows.data_ptr() == x.data_ptr() else rows, samples)
+        if name in seen:
+            rows, samples = input_rows(layer, x, output=output, positions=POSITIONS, masks=masks, samples=batch.samples)
+            seen[name].inputs.add(rows.clone() if rows.data_ptr() == x.data_ptr() else rows, samples)
+            shared = x.clone() if others else shared
+        elif x.shape == shared.shape and torch.equal(x, shared):
+            same[name] += 1
         pending[name] -= 1
         if not place.successor.residual and not any(pending.values()):
             raise _PassEnded
 
     def on_residual(name: str, layer: nn.Module, residual: Tensor) -> None:
-        seen[name].residuals.append(output_rows(layer, residual, positions=POSITIONS, masks=masks))
-        raise _PassEnded
+        if name in seen:
+            seen[name].residuals.append(output_rows(layer, residual, positions=POSITIONS, masks=masks))
+            raise _PassEnded
 
     for position, entry in enumerate(data):
         batch, masks = entry
-        pending = dict(calls)
+        shared = torch.empty(0)
+        pending = {site: rows.calls[position] for site, rows in seen.items()} | dict.fromkeys(others, 1)
         watched = following(
-            cache.model, seen, on_call=on_call, on_residual=on_residual if place.successor.residual else None
+            cache.model, pending, on_call=on_call, on_residual=on_residual if place.successor.residual else None
         )
         with suppress(_PassEnded), cache.recalling(position) as reached, watched:
             call(cache.model, batch, what=f"batch {position}")
+    return {name for name, number in same.items() if number == len(data)}
 
 
 def _fitted(small: nn.Module, place: _Place, seen: Mapping[str, _Seen], *, analysis: Analysis) -> dict[str, nn.Module]:
