@@ -99,6 +99,25 @@ class TestPerplexity:
         score = st.evaluate(model, [data[0] | {"labels": labels}], "perplexity", **options)
         assert score.reference == (5.0, 2.0, 5.0)
 
+    def test_nothing_is_told_from_padding(self) -> None:
+        model, tokens = Bigrams(), ids(3)
+        each, mask = losses(model, tokens), torch.ones_like(tokens)
+        mask[1, :4] = 0
+        total = torch.cat([each[0], each[1, 4:], each[2]])
+        score = st.evaluate(
+            model,
+            [{"input_ids": tokens, "attention_mask": mask}],
+            "perplexity",
+            forward=lambda model, batch: model(batch["input_ids"]),
+            mask="attention_mask",
+        )
+        assert score.reference == (6.0, 2.0, 6.0)
+        assert score.value == pytest.approx(float(total.mean().exp()), rel=1e-6)
+
+    def test_other_labels_below_zero_are_refused(self) -> None:
+        with pytest.raises(st.errors.DataError, match="labels below 0"):
+            st.evaluate(Bigrams(), [(ids(3), ids(3) - 50)], "perplexity")
+
     def test_a_paired_difference_is_narrower_than_the_intervals(self) -> None:
         dense, small = Bigrams(), Bigrams()
         with torch.no_grad():

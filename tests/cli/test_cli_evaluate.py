@@ -19,8 +19,8 @@ MODULE = """
 import torch
 from torch import nn
 
-def network():
-    torch.manual_seed(0)
+def network(seed=0):
+    torch.manual_seed(seed)
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
 
 def words():
@@ -117,3 +117,11 @@ def test_mistakes_are_said(mine: Run, arguments: tuple[str, ...], message: str) 
     assert ended.code != 0
     assert message in " ".join(ended.err.replace("│", " ").split())
     assert "Traceback" not in ended.err
+
+
+def test_options_are_those_of_the_first_network(mine: Run) -> None:
+    result = mine("evaluate", *DIGITS, "--option", "seed=1", "--against", "mine:network", "--json")
+    assert result.code == 0, result.err
+    own, other, difference = (float(row["Score"]) for row in json.loads(result.out)[0]["rows"])
+    assert own != other
+    assert difference == pytest.approx(own - other)

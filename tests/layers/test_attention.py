@@ -217,3 +217,25 @@ class TestCompressed:
         batch = torch.export.Dim("batch", min=2, max=64)
         exported = torch.export.export(small, (SEQUENCES,), dynamic_shapes=({0: batch},)).module()
         torch.testing.assert_close(exported(SEQUENCES[:3]), small(SEQUENCES[:3]))
+
+
+@pytest.mark.parametrize("options", [each for each in OPTIONS.values() if "kdim" not in each], ids=str)
+def test_every_kind_is_compressed(options: dict[str, Any]) -> None:
+    attention = nn.MultiheadAttention(**{"embed_dim": E, "num_heads": HEADS, **options})
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention, self.head = attention, nn.Linear(E, E, dtype=options.get("dtype"))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(x + self.attention(x, x, x)[0])
+
+    x = torch.randn(8, LENGTH, E, dtype=options.get("dtype"))
+    model = Net().eval()
+    whole = st.compress(model, st.Rank(E), example_inputs=x, allow_growth=True)
+    assert {f"attention.{name}_proj" for name in ("q", "k", "v", "out")} <= {
+        layer.name for layer in whole.plan.factored
+    }
+    with torch.no_grad():
+        torch.testing.assert_close(whole.model(x), model(x), rtol=1e-4, atol=1e-5)

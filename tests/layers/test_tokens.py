@@ -132,7 +132,7 @@ def test_both_orders_in_one_network() -> None:
 def test_torch_says_where_padding_is(batch_first: bool) -> None:
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=batch_first, dropout=0.0)
     model = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False).eval()
-    x, padding = torch.randn(6, 6, 8), torch.arange(6) >= torch.tensor([[2], [6], [3], [5], [1], [4]])
+    x, padding = torch.randn(6, 7, 8), torch.arange(7) >= torch.tensor([[2], [6], [3], [5], [1], [4]])
     batch = {"src": x if batch_first else x.transpose(0, 1), "src_key_padding_mask": padding}
     moments = st.calibrate(model, [batch]).moments["layers.0.linear1"]
     first = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
@@ -188,6 +188,34 @@ def test_a_mask_of_ones_own(recwarn: Any) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert st.compress(named, st.Rank(8), example_inputs=batches[0], data=batches, mask="real").plan
+
+
+def test_an_order_that_cannot_be_told_is_said() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0)
+    model = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False).eval()
+    padding = torch.arange(6) >= torch.tensor([[2], [6], [3], [5], [1], [4]])
+    with pytest.warns(UserWarning, match="which of two orders cannot be told"):
+        st.calibrate(model, [{"src": torch.randn(6, 6, 8), "src_key_padding_mask": padding}])
+
+
+def test_time_first_without_saying_so() -> None:
+    class Turned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inside = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+            return self.inside(x.transpose(0, 1))
+
+    mask = torch.arange(7) < torch.tensor([[2], [7], [3]])
+    assert st.calibrate(Turned(), [{"x": torch.randn(3, 7, 4), "attention_mask": mask}]).moments["inside"].count == 12
+
+
+def test_masks_of_other_kinds_leave_nothing_out() -> None:
+    model = nn.Identity()
+    for mask in (torch.ones(5, 5).tril(), torch.zeros(5, 7), torch.ones(5, 7).bool()):
+        places = TokenMasks.of(model, Inputs((), {"attention_mask": mask})).places((5, 7 if len(mask.T) == 7 else 5, 2))
+        assert places is None or len(places.index) == mask.numel()
 
 
 def test_encoder_and_decoder_have_masks_of_their_own() -> None:

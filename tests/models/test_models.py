@@ -686,6 +686,13 @@ class TestWeights:
         assert stored.keys() == expected.keys()
         assert all(torch.equal(stored[name], tensor) for name, tensor in expected.items())
 
+    def test_two_weights_for_one_are_refused(self, here: Path) -> None:
+        tied = resolve("models_test_nets:tied")
+        wrong = tied.state_dict() | {"2.weight": torch.zeros(3, 3)}
+        torch.save(wrong, here / "w.pt")
+        message = error_of(lambda: resolve("models_test_nets:tied", weights=here / "w.pt"), kind=FileError)
+        assert "two different weights for one of the network" in message
+
     @pytest.mark.parametrize("value", [torch.ones(2), [1, 2], {"epoch": 1}, {}, {"a": {}}], ids=str)
     def test_a_file_without_a_state(self, tmp_path: Path, value: object) -> None:
         torch.save(value, tmp_path / "w.pt")

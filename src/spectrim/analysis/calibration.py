@@ -144,6 +144,7 @@ def calibrate(
                     call(model, inputs, what=f"batch {position}", hint=hint)
             except ModelError as error:
                 raise DataError(str(error)) from error
+            masks.warn_if_unused()
     if not seen:
         raise DataError("the calibration data is empty; give at least one batch")
     names = list(typed_layers(model))

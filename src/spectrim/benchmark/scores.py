@@ -176,7 +176,7 @@ class _Network:
     def is_token(self, inputs: Inputs, outputs: Tensor) -> Tensor:
         """(batch, length) of outputs (batch, length, size), False at padding."""
         masks = TokenMasks.of(self.model, Inputs(inputs.args, inputs.kwargs, self.mask))
-        places = masks.places(outputs.shape)
+        places = TokenMasks(masks.masks).places(outputs.shape)  # of outputs it is known which dimension is which
         is_token = torch.full((outputs.shape[0] * outputs.shape[1],), places is None)
         if places is not None:
             is_token[places.index] = True

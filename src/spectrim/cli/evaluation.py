@@ -61,7 +61,9 @@ def _other(command: Evaluate) -> Source | None:
     source, scoring = command.source, command.scoring
     if scoring.against is None and scoring.against_weights is None:
         return None
-    return replace(source, model=scoring.against or source.model, weights=scoring.against_weights)
+    if scoring.against is None:
+        return replace(source, weights=scoring.against_weights)
+    return replace(source, model=scoring.against, option=None, weights=scoring.against_weights)
 
 
 def _metric(scoring: Scoring, progress: Stages) -> _Metric:

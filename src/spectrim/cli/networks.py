@@ -122,7 +122,7 @@ def compress_network(command: commands.Compress) -> None:
         )
         report(results, folder / REPORT)
     findings = str(small.fidelity) if small.fidelity else None, _accuracy(record, network, untested=untested)
-    hints = *file_lines(out, files), *_how_to_load(source, network, out=out), *_how_to_score(source, out=out)
+    hints = *file_lines(out, files), *_how_to_load(source, network, out=out), *_how_to_score(network, source, out=out)
     show(table(small.plan), _times(small.plan), table(compressed), *findings, *hints, output=command.output)
 
 
@@ -268,9 +268,11 @@ def _accuracy(record: Measured, network: Loaded, *, untested: str | None) -> str
     return text
 
 
-def _how_to_score(source: Source, *, out: Path) -> tuple[str, ...]:
+def _how_to_score(network: Loaded, source: Source, *, out: Path) -> tuple[str, ...]:
     """The command that compares language models on the end of a text, which nothing was calibrated on."""
     if source.folder is None or source.data is None or not source.data.startswith("text:"):
+        return ()
+    if not type(network.model).__name__.endswith("ForCausalLM"):
         return ()
     tokens = () if source.input is None else ("--tokens", source.input)
     arguments = (

@@ -232,7 +232,7 @@ def _record(
     """
     later = [(site, place) for place in places[start:] for site in place.call_sites]
     adding = {site for site, place in later if place.successor.residual}
-    seen, end = {site: _Seen() for site, _ in later}, len(places)
+    seen, end = {site: _Seen(InputRows(site)) for site, _ in later}, len(places)
 
     def on_call(name: str, layer: nn.Module, _: Tensor, output: Tensor) -> None:
         reached()

@@ -26,10 +26,12 @@ class InputRows:
     """What one call site receives in the compressed network, batch by batch: rows (groups, n, in).
 
     Attributes:
+        name: The call site's.
         rows: The vectors.
         samples: How many samples each entry of `rows` is of, or how many vectors each of them has.
     """
 
+    name: str = ""
     rows: list[Tensor] = field(default_factory=list)
     samples: list[Samples] = field(default_factory=list)
 
@@ -41,7 +43,7 @@ class InputRows:
     def to(self, device: torch.device) -> "InputRows":
         """On another device; itself where it is there."""
         moved = [rows.to(device) for rows in self.rows]
-        return self if all(map(operator.is_, moved, self.rows)) else InputRows(moved, self.samples)
+        return self if all(map(operator.is_, moved, self.rows)) else InputRows(self.name, moved, self.samples)
 
     @cached_property
     def moments(self) -> Moments:
@@ -49,7 +51,7 @@ class InputRows:
         statistics = RunningCovariance(centre=_mean(self.rows))
         for rows, samples in zip(self.rows, self.samples, strict=True):
             statistics.add(rows, samples=samples)
-        return statistics.finish("in the compressed network")
+        return statistics.finish(self.name)
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -72,6 +73,7 @@ class TokenMasks:
         names = (*_OF_TOKENS, *_OF_PADDING) if inputs.mask is None else (inputs.mask,)
         values = {name: named[name] for name in names if isinstance(named.get(name), Tensor)}
         masks = [_is_token(mask, name) for name, mask in values.items() if mask.ndim == 2]
+        masks = [mask for mask in masks if not _is_causal(mask)]
         if inputs.mask is not None and not masks:
             raise DataError(
                 f"mask={inputs.mask!r}: the inputs ({inputs.describe()}) have no entry of this name and of shape "
@@ -83,20 +85,33 @@ class TokenMasks:
     def places(self, shape: Sequence[int], *, positions: int | None = None) -> TokenPlaces | None:
         """The tokens of a tensor (batch, length, .., size) or (batch * length, size), at most so many of a sample.
 
-        They are those that the sample would have alone, without padding. None for tensors without a sequence that a
-        mask belongs to. Where several do, as of encoder and decoder, what any of them calls a token is one.
+        They are those that the sample would have alone, without padding. Tensors may be (length, batch, .., size) as
+        well. None for tensors without a sequence that a mask belongs to, and where the order cannot be told. Where
+        several masks fit, as of encoder and decoder, what any of them calls a token is one.
         """
         sequences = tuple(shape[:1] if len(shape) == 2 else shape[:2])
-        for length_first in (True, False) if self.length_first else (False,):
+        if len(shape) < 2:
+            return None
+        for length_first in (self.length_first, not self.length_first):
             fitting = [mask for mask in self.masks if sequences in (_order(mask, length_first).shape, (mask.numel(),))]
-            if len(shape) < 2 or not fitting:
-                continue
-            key = (sequences, positions)
-            if key not in self._known:
-                together = torch.stack(fitting).any(dim=0)
-                self._known[key] = _located(together, len(sequences), positions, length_first=length_first)
-            return self._known[key]
+            if fitting and not (self.length_first and fitting[0].shape[0] == fitting[0].shape[1]):
+                key = (sequences, positions)
+                if key not in self._known:
+                    together = torch.stack(fitting).any(dim=0)
+                    self._known[key] = _located(together, len(sequences), positions, length_first=length_first)
+                return self._known[key]
         return None
+
+    def warn_if_unused(self) -> None:
+        """Warn of padding that no layer was found to see."""
+        padded = [mask for mask in self.masks if not mask.all()]
+        if padded and not self._known:
+            warnings.warn(
+                f"the mask {list(padded[0].shape)} leaves padding out, and no layer reads sequences of these sizes, or "
+                "in which of two orders cannot be told where there are as many as they are long: the padding counts as "
+                "data; give batches of another size",
+                stacklevel=3,
+            )
 
     def mapped(self, outputs: Any, change: Callable[[TokenPlaces, Tensor], Tensor]) -> list[Tensor]:
         """Every tensor of a model's outputs that holds fractions, with `change` of those that have sequences."""
@@ -156,6 +171,11 @@ def _by_name(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
     except (TypeError, ValueError):
         return dict(inputs.kwargs)
     return {**bound.arguments, **inputs.kwargs}
+
+
+def _is_causal(mask: Tensor) -> bool:
+    """Whether it says which places see which, in the place of which are tokens."""
+    return len(mask) > 1 and mask.shape[0] == mask.shape[1] and torch.equal(mask, torch.ones_like(mask).tril())
 
 
 def _is_token(mask: Tensor, name: str) -> Tensor:
