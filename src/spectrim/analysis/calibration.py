@@ -133,8 +133,7 @@ def calibrate(
             seen = position + 1
             if not is_own:
                 continue
-            inputs, hint = inputs_of(batch, model, position=position, labels=labels)
-            inputs = inputs if mask is None else replace(inputs, mask=mask)
+            inputs, hint = inputs_of(batch, model, position=position, labels=labels, mask=mask)
             masks = TokenMasks.of(model, inputs)
             try:
                 if gradients:

@@ -159,20 +159,24 @@ def source_of(data: object) -> object:
     return data.data if isinstance(data, NamedLabels) else data
 
 
-def inputs_of(batch: Any, model: nn.Module, *, position: int, labels: bool) -> tuple[Inputs, str]:
+def inputs_of(
+    batch: Any, model: nn.Module, *, position: int, labels: bool, mask: str | None = None
+) -> tuple[Inputs, str]:
     """What the model gets of a batch with or without `labels`, and what to do if it cannot run that, for a message.
+
+    `mask` names the input that is the mask, see `Inputs`.
 
     Raises `DataError` as `split_labels`, and for what cannot be a batch.
     """
     if isinstance(batch, Inputs):
-        return batch, ""
+        return replace(batch, mask=mask or batch.mask), ""
     if labels:
-        return split_labels(batch, position=position, model=model)[0], ""
+        return replace(split_labels(batch, position=position, model=model)[0], mask=mask), ""
     if batch is None or isinstance(batch, str | bytes | Number | nn.Module):
         raise DataError(f"batch {position} is a {describe(batch)}; give tensors, tuples of them, or mappings by name")
     single = isinstance(batch, Tensor | np.ndarray)
     hint = "" if single else " If the batches are pairs of inputs and labels, pass labels=True."
-    return _as_argument(as_inputs(batch), model), hint
+    return replace(_as_argument(as_inputs(batch), model), mask=mask), hint
 
 
 def split_labels(
