@@ -137,8 +137,8 @@ def calibrate(
             masks = TokenMasks.of(model, inputs)
             try:
                 if gradients:
-                    named = {"what": f"batch {position}", "hint": hint}
-                    add_gradients(model, inputs, layers, gradient_sums, storage=storage, **named)
+                    what = f"batch {position}"
+                    add_gradients(model, inputs, layers, gradient_sums, what=what, hint=hint, storage=storage)
                 else:
                     call(model, inputs, what=f"batch {position}", hint=hint)
             except ModelError as error:
@@ -166,6 +166,7 @@ def add_gradients(
     what: str,
     hint: str = "",
     storage: Storage = IN_PLACE,
+    signs: torch.Generator | None = None,
 ) -> None:
     """Add to `sums`, by layer name, one batch's share of `Moments.output_grad_covariance`.
 
@@ -185,7 +186,7 @@ def add_gradients(
         return output.clone()  # what follows may work in place
 
     chosen = ((name, model.get_submodule(name)) for name in typed_layers(model) if layers is None or name in layers)
-    signs = torch.Generator().manual_seed(0)
+    signs = signs or torch.Generator().manual_seed(0)
     with temporary(layer.register_forward_hook(partial(tap, name)) for name, layer in chosen), torch.enable_grad():
         # gradients flow from the inputs, so that layers with frozen weights are reached as well
         own = on_device_of(model, inputs).map(lambda x: x.detach().requires_grad_() if x.is_floating_point() else x)

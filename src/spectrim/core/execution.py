@@ -74,6 +74,27 @@ class Inputs:
         most = max(sizes.values(), default=0)
         return min((size for size, number in sizes.items() if number == most), default=0 if rows else 1)
 
+    @property
+    def places(self) -> int:
+        """Indices in all, of sequences of them (batch, length); else as many as samples."""
+        return next((t.numel() for t in self.tensors() if t.ndim == 2 and not t.is_floating_point()), self.samples)
+
+    def parts(self, *, places: int) -> "list[Inputs]":
+        """Long sequences in parts of whole samples with about so many places; in one part what cannot be taken apart.
+
+        Sequences are long if four of them have more places than that.
+        """
+        shapes, samples = [tensor.shape for tensor in self.tensors()], self.samples
+        apart = not self.is_ragged and all(len(shape) > 1 and shape[0] == samples != shape[1] for shape in shapes)
+        size = max(1, places * samples // max(1, self.places))
+        if not apart or 4 * self.places <= places * samples or samples <= size:
+            return [self]
+        return [self.map(partial(_rows, start=start, size=size)) for start in range(0, samples, size)]
+
+
+def _rows(tensor: Tensor, *, start: int, size: int) -> Tensor:
+    return tensor[start : start + size]
+
 
 def as_inputs(value: Any) -> Inputs:
     """A tensor is the one argument, a tuple or list the positional ones, a mapping the keyword ones.
