@@ -19,11 +19,12 @@ from spectrim.core.execution import as_inputs, require_unwrapped, require_values
 from spectrim.core.plans import Cost, CostName, LayerPlan, Metric
 from spectrim.layers.attention import unfused
 from spectrim.layers.cost import NetworkCost, count
-from spectrim.layers.forms import RankCosts, form_named, forms_of
+from spectrim.layers.forms import RankCosts, find_form, forms_of, joint_forms_of
+from spectrim.layers.narrowing import with_feeders
 from spectrim.layers.selection import LayerSelection, Patterns, TreatAs
 from spectrim.layers.tracing import trace
 from spectrim.layers.types import layer_type_of
-from spectrim.layers.units import SingleWeight, Unit, find_units
+from spectrim.layers.units import SingleWeight, Unit, Weight, find_units
 from spectrim.linalg import Decomposition, Factors, FloatArray, Problem, Ranks, Spectrum, matrix_of, shrunk, spectrum
 
 _T = TypeVar("_T")
@@ -99,13 +100,23 @@ class LayerAnalysis:
     full_rank = _OfUnit(lambda unit: unit.weights[0].geometry.full_rank if unit.weights[0].geometry else 0)
 
     @property
+    def feeders(self) -> tuple[Weight, ...]:
+        """The layers whose outputs it reads number by number, and nothing else does."""
+        return self.unit.feeders if isinstance(self.unit, SingleWeight) else ()
+
+    @cached_property
+    def joint_forms(self) -> tuple[str, ...]:
+        """Names of the forms that it can take together with the layers that feed it."""
+        return tuple(form.name for form in joint_forms_of(self.unit)) if self.forms else ()
+
+    @property
     def form(self) -> str | None:
         """The form of the per-layer rules (linear or channel), or None."""
         return self.forms[0] if self.forms else None
 
     def full_ranks(self, form: str) -> Ranks:
         """The largest ranks that change anything in a form."""
-        return form_named(form).full_ranks(self.unit)
+        return find_form(form).full_ranks(self.unit)
 
     @cached_property
     def spectra(self) -> Mapping[Metric, Spectrum]:
@@ -118,12 +129,12 @@ class LayerAnalysis:
     def decomposition(self, form: str, metric: Metric) -> Decomposition:
         """The bases behind every rank of a form; worked out when first asked for."""
         if (form, metric) not in self._decompositions:
-            self._decompositions[form, metric] = form_named(form).decompose(self.problems[metric])
+            self._decompositions[form, metric] = find_form(form).decompose(self.problems[metric])
         return self._decompositions[form, metric]
 
     def rank_costs(self, form: str, metric: Metric) -> RankCosts:
         """Every rank of a form with its cost; nothing is decomposed for it."""
-        chosen = form_named(form)
+        chosen = find_form(form)
         return chosen.costs(self.unit, chosen.rank_grid(self.unit), biases=self._biases(metric))
 
     def rank_errors(self, form: str, metric: Metric) -> RankErrors:
@@ -142,7 +153,7 @@ class LayerAnalysis:
 
     def cost(self, form: str, ranks: Ranks, metric: Metric) -> Cost:
         """The cost of the factors at `ranks`, biases included."""
-        return form_named(form).cost(self.unit, ranks, biases=self._biases(metric))
+        return find_form(form).cost(self.unit, ranks, biases=self._biases(metric))
 
     def break_even(self, form: str, metric: Metric) -> int:
         """The largest rank at which the factors are smaller than the layer, and no slower; 0 when none are.
@@ -151,9 +162,11 @@ class LayerAnalysis:
 
         In the tucker2 form both ranks are taken to be the same.
         """
+        if form in self.joint_forms:
+            return max(self.full_ranks(form)) - 1
         if self.geometry is None or form not in self.forms:
             return 0
-        chosen = form_named(form)
+        chosen = find_form(form)
         equal = np.arange(1, max(chosen.full_ranks(self.unit)) + 1, dtype=np.int64)
         costs = chosen.costs(self.unit, np.stack([equal] * chosen.rank_count, axis=1), biases=self._biases(metric))
         return int(np.argmin([*self.shrunk(costs), False]))
@@ -292,8 +305,9 @@ def analyze_selected(
 
     The weights are decomposed on `device`, by default on the model's.
     """
-    seen = trace(model, as_inputs(example_inputs), treat_as=selection.treat_as)
-    units = find_units(model, seen, selection)
+    inputs = as_inputs(example_inputs)
+    seen = trace(model, inputs, treat_as=selection.treat_as)
+    units = with_feeders(model, inputs, seen, find_units(model, seen, selection))
     layers = tuple(_layer(model, unit, calibration, device) for unit in units)
     return Analysis(layers, _metrics(layers, calibration), count(model, example_inputs), calibration)
 

@@ -186,7 +186,8 @@ class LayerPlan(Frozen):
         kind: The layer's class, such as `Linear`.
         shape: The weight's shape, as it is stored.
         form: `linear` (two factors), `channel` (the kernel into fewer channels, then out of them), `spatial` (a column
-            of the kernel, then a row), `tucker2` (fewer channels, the kernel between them, then out), or `dense`.
+            of the kernel, then a row), `tucker2` (fewer channels, the kernel between them, then out), `width` (fewer
+            neurons between this layer and others), or `dense`.
         metric: The metric in which the factors are best, absent for dense layers.
         rank: How many singular values stay (in each group of a grouped convolution), absent for dense layers.
         rank_in: The tucker2 form's other rank: channels that its kernel starts from; `rank` are those it ends in.
@@ -197,6 +198,8 @@ class LayerPlan(Frozen):
         kept: Its cost afterwards.
         frozen: Of a dense layer: its weight must not be touched; reconstruction fits the others anew. In the file:
             `fixed`.
+        unit: Of a layer that is narrowed together with others, by `width`, the name of the one of them that reads what
+            the others give; else absent.
         reason: Why this form and rank, in words.
     """
 
@@ -216,6 +219,7 @@ class LayerPlan(Frozen):
     dense: Cost
     kept: Cost
     frozen: bool = Field(default=False, validation_alias=AliasChoices("frozen", "fixed"), serialization_alias="fixed")
+    unit: str | None = None
     reason: str
 
     @model_validator(mode="after")
@@ -321,6 +325,10 @@ class Plan(Displayed, FrozenFile):
             if name in layer.names:
                 return layer
         raise KeyError(f"the plan has no layer {name!r}; it has {', '.join(layer.name for layer in self.layers)}")
+
+    def feeders(self, unit: str) -> tuple[str, ...]:
+        """Names of the layers that are narrowed together with the one of this name, which reads them."""
+        return tuple(layer.name for layer in self.layers if layer.unit == unit != layer.name)
 
     @property
     def factored(self) -> tuple[LayerPlan, ...]:

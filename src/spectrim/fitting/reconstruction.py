@@ -16,8 +16,8 @@ from spectrim.core.execution import Inputs, ProgressCallback, call
 from spectrim.core.plans import LayerPlan, Plan
 from spectrim.fitting.regression import InputRows, RidgeFit, Rows
 from spectrim.fitting.successors import Successor, find_successors, following
-from spectrim.layers.forms import form_named
-from spectrim.layers.replacement import duplicate, factored_at, factorize, product, refitted_at, replace
+from spectrim.layers.forms import find_form
+from spectrim.layers.replacement import duplicate, factored_at, factorize, narrowed_at, product, refitted_at, replace
 from spectrim.layers.tokens import TokenMasks, input_rows, output_rows
 from spectrim.layers.types import layer_type_of
 from spectrim.linalg import Factors
@@ -73,6 +73,7 @@ class _Place:
     plan: LayerPlan
     call_sites: tuple[str, ...]
     successor: Successor
+    feeders: tuple[str, ...] = ()
 
     def targets(self, seen: Mapping[str, _Seen]) -> Rows:
         """The dense outputs, and what the residual branch lacks against the dense network."""
@@ -165,7 +166,10 @@ def _reconstruct(
     call_sites = {layer.name: analysis[layer.name].call_sites for layer in chosen}
     successors = find_successors(model, batches[0], [name for name, own in call_sites.items() if len(own) == 1])
     nothing = Successor(torch.ones(()), torch.zeros(()))
-    places = [_Place(layer, call_sites[layer.name], successors.get(layer.name, nothing)) for layer in chosen]
+    places = [
+        _Place(layer, call_sites[layer.name], successors.get(layer.name, nothing), plan.feeders(layer.name))
+        for layer in chosen
+    ]
     as_planned = [layer for layer in plan.factored if layer.name in unfitted]
     factorize(small, plan.model_copy(update={"layers": tuple(as_planned)}), factors=analysis.factors)
     dense = ActivationCache(model, 3 * cache_bytes // 10, batches[0], forgets)
@@ -190,7 +194,8 @@ def _reconstruct(
         if all(site.is_paired for site in own.values()):
             replace(small, _fitted(small, place, own, analysis=analysis))
         else:
-            alone = plan.model_copy(update={"layers": (place.plan,)})
+            unit = (place.plan.name, *place.feeders)
+            alone = plan.model_copy(update={"layers": tuple(layer for layer in plan if layer.name in unit)})
             factorize(small, alone, factors=analysis.factors, means=analysis.means)
     if on_progress is not None:
         on_progress("", len(places), len(places))
@@ -322,20 +327,21 @@ def _fitted(small: nn.Module, place: _Place, seen: Mapping[str, _Seen], *, analy
     shape = layer_type_of(layer).geometry(layer).shape
     G = analysis[plan.name].problems["loss"].output if plan.metric == "loss" else None
     # a layer that stays dense stays as it is built: without a bias, moments are taken around zero
-    biased = plan.is_factored or layer._parameters.get("bias") is not None
+    is_approximated = plan.is_factored and plan.unit in (None, plan.name)  # others are narrowed with the last one
+    biased = is_approximated or layer._parameters.get("bias") is not None
     fit = RidgeFit.of(layer, {site: own.inputs for site, own in seen.items()}, biased=biased)
     targets = place.targets(seen)
     factors: Factors = ()
     for turn in reversed(range(1 + place.successor.relu)):
         cross = fit.cross(targets)
         best = fit.weight(cross)
-        if plan.is_factored:
+        if is_approximated:
             problem = analysis[plan.name].problems[plan.metric or "plain"].of_weight(best.reshape(shape), fit.metric)
-            factors = form_named(plan.form).decompose(problem, near=factors).factors(plan.ranks)
+            factors = find_form(plan.form).decompose(problem, near=factors).factors(plan.ranks)
             best = product(layer, form=plan.form, factors=factors)
         if turn:
             targets = place.revised(seen, targets, whole=best, fit=fit)
-    before = analysis.factors(plan) if plan.is_factored else ()
+    before = analysis.factors(plan) if is_approximated else ()
     unfitted = product(layer, form=plan.form, factors=before) if before else fit.dense
     if not fit.error(best, cross, G) <= fit.error(unfitted, cross, G):  # also where it is not a number
         best, factors = unfitted, before
@@ -343,6 +349,8 @@ def _fitted(small: nn.Module, place: _Place, seen: Mapping[str, _Seen], *, analy
     def bias(name: str, _: nn.Module, whole: Tensor) -> Tensor | None:
         return fit.bias(name, whole, targets[name]) if biased else None
 
-    if not plan.is_factored:
+    if not is_approximated:
         return refitted_at(small, plan.names, weight=best.reshape(shape), bias=bias)
+    if plan.unit:
+        return narrowed_at(small, plan.name, place.feeders, factors=factors, bias=bias)
     return factored_at(small, plan.names, form=plan.form, factors=factors, bias=bias)

@@ -33,6 +33,7 @@ from spectrim.core.errors import FileError, ModelError
 from spectrim.core.execution import unique_tensors
 from spectrim.core.files import parse
 from spectrim.layers.factored import low_rank_layers
+from spectrim.layers.replacement import narrowed_layers
 from spectrim.layers.structure import Structure, rebuild, structure_of
 
 _METHOD = "spectrim"
@@ -96,18 +97,20 @@ class FactoredQuantizer(HfQuantizer):
             return own_state, {}
         structure = structure_of(model)
         _require_untied(model, structure)
-        stored = _names_in_file(model, list(structure.low_rank))
+        stored = _names_in_file(model, structure.names)
         state: dict[str, Tensor] = model.state_dict() if own_state is None else own_state
-        if structure.low_rank and _MAJOR < 5 and any(tensor.is_meta for tensor in state.values()):
+        if structure.names and _MAJOR < 5 and any(tensor.is_meta for tensor in state.values()):
             raise ModelError("transformers 4 cannot save factored layers that are offloaded; load without device_map")
         for module in model.modules():
             if _is_described(module):
                 del module.config.quantization_config
                 vars(module.config).pop("_pre_quantization_dtype", None)  # transformers 4 fails to write it alone
-        if not structure.low_rank:
+        if not structure.names:
             return own_state, {}
         described = Structure(
-            low_rank={stored[name]: layer for name, layer in structure.low_rank.items()}, same_layer={}
+            low_rank={stored[name]: layer for name, layer in structure.low_rank.items()},
+            same_layer={},
+            narrowed={stored[name]: layer for name, layer in structure.narrowed.items()},
         )
         model.config.quantization_config = FactoredConfig(described.model_dump(mode="json"))
         markers = {f"{name}.weight": torch.full((1,), torch.nan) for name in structure.low_rank}
@@ -133,9 +136,11 @@ class FactoredQuantizer(HfQuantizer):
             )
         described = json.dumps(self.quantization_config.structure)
         saved = parse(Structure, described, origin=f"the quantization_config of {origin}")
-        places = _places(model, list(saved.low_rank))
-        low_rank = {place: saved.low_rank[name] for name, place in places.items()}
-        rebuild(model, saved.model_copy(update={"low_rank": low_rank}), origin=origin)
+        places = _places(model, saved.names)
+        low_rank = {places[name]: layer for name, layer in saved.low_rank.items() if name in places}
+        narrowed = {places[name]: layer for name, layer in saved.narrowed.items() if name in places}
+        rebuild(model, Structure(low_rank=low_rank, same_layer={}, narrowed=narrowed), origin=origin)
+        places = {name: place for name, place in places.items() if name in saved.low_rank}
         _require_factors(kwargs.get("checkpoint_files") or (), model, places)
         ignored = model._keys_to_ignore_on_load_unexpected
         kind = list if ignored is None else type(ignored)
@@ -161,7 +166,7 @@ class _QuantizerOfFactored:
     """
 
     def __get__(self, model: Any | None, owner: type[PreTrainedModel]) -> FactoredQuantizer:
-        if model is None or not (low_rank_layers(model) or _is_described(model)):
+        if model is None or not (low_rank_layers(model) or narrowed_layers(model) or _is_described(model)):
             raise AttributeError("hf_quantizer")
         return FactoredQuantizer(FactoredConfig({}))
 

@@ -13,9 +13,12 @@ from spectrim.core.nested import is_plain
 from spectrim.core.plans import LayerPlan, Plan
 from spectrim.layers.attention import fused, match_fast_paths
 from spectrim.layers.factored import FactoredLayer, geometry_of, low_rank_layers, shallow_copy
-from spectrim.layers.forms import form_named
+from spectrim.layers.forms import find_form, form_named
 from spectrim.layers.types import layer_type_of
 from spectrim.linalg import Factors, Ranks, balanced, to_float64
+
+NARROWED_FROM = "narrowed_from"
+"""The attribute of a narrowed layer that holds the shape of the weight that it had."""
 
 _BLOCK = 1024
 _PROBED, _MOST_ROUNDED = 16, 0.05
@@ -80,7 +83,11 @@ def factorize(
     replacements: dict[str, nn.Module] = {}
     for layer in plan.factored:
         biases = mean_corrections(means or {}) if layer.metric != "plain" else own_bias
-        replacements |= factored_at(model, layer.names, form=layer.form, factors=factors(layer), bias=biases)
+        if layer.unit is None:
+            replacements |= factored_at(model, layer.names, form=layer.form, factors=factors(layer), bias=biases)
+        elif layer.unit == layer.name:
+            feeders = plan.feeders(layer.name)
+            replacements |= narrowed_at(model, layer.name, feeders, factors=factors(layer), bias=biases)
     replace(model, replacements)
     return model
 
@@ -100,7 +107,7 @@ def factored_at(
     first, build = model.get_submodule(names[0]), form_named(form).build
     ranks, reference = _ranks(factors), first.get_parameter("weight")
     blank = build(first, layer_type=layer_type_of(first), ranks=ranks, bias=False)
-    shared = [_parameter_like(reference, tensor) for tensor in blank.stored(balanced(factors))]
+    shared = [parameter_like(reference, tensor) for tensor in blank.stored(balanced(factors))]
     if not all(torch.isfinite(weight).all() for weight in shared):
         raise ModelError(f"the factors of {names[0]} overflow {reference.dtype}; convert the model to float32 first")
     # of the factors as stored, so that in half precision the mean correction covers their rounding as well
@@ -122,8 +129,56 @@ def factored_at(
     return _once_each(model, names, factored)
 
 
+def narrowed_at(
+    model: nn.Module, name: str, feeders: Sequence[str], *, factors: Factors, bias: BiasOf
+) -> dict[str, nn.Module]:
+    """The narrowed layers by name: those that feed `name`, and itself, from the factors of a joint form.
+
+    Raises:
+        ModelError: weights that overflow the layers' number type.
+    """
+    into, weight = factors
+    last = model.get_submodule(name)
+    narrowed = {}
+    for feeder in feeders:
+        layer = model.get_submodule(feeder)
+        own = own_bias(feeder, layer, into)
+        kernels = to_float64(layer_type_of(layer).kernels(layer)).to(into.device)
+        shifted = None if own is None else (into[0] @ to_float64(own).to(into.device))
+        narrowed[feeder] = _resized(layer, into @ kernels, shifted, name=feeder)
+    return narrowed | {name: _resized(last, weight, bias(name, last, weight @ into), name=name)}
+
+
+def _resized(layer: nn.Module, weight: Tensor, bias: Tensor | None, *, name: str) -> nn.Module:
+    """An ordinary layer like this one with a weight (1, out, in) and a bias (out,)."""
+    new = narrowed_like(layer, out=weight.shape[1], into=weight.shape[2], bias=bias is not None)
+    kind, reference = layer_type_of(new), layer.get_parameter("weight")
+    new.weight = parameter_like(reference, kind.to_weight(weight, kind.geometry(new)))
+    if not torch.isfinite(new.weight).all():
+        raise ModelError(f"the narrowed {name} overflows {reference.dtype}; convert the model to float32 first")
+    if bias is not None:
+        new.bias = parameter_like(reference, bias)
+    return new
+
+
+def narrowed_like(layer: nn.Module, *, out: int, into: int, bias: bool) -> nn.Module:
+    """A layer like this one with other sizes on the meta device, which says what shape the weight had."""
+    new = layer_type_of(layer).resized(layer, out=out, into=into, bias=bias)
+    shape = getattr(layer, NARROWED_FROM, tuple(layer.get_parameter("weight").shape))
+    setattr(new, NARROWED_FROM, tuple(shape))
+    return new.train(layer.training).requires_grad_(layer.get_parameter("weight").requires_grad)
+
+
+def narrowed_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Every narrowed layer of `model`, factored ones among them, by its first name."""
+    return {name: module for name, module in model.named_modules() if hasattr(module, NARROWED_FROM)}
+
+
 def product(layer: nn.Module, *, form: str, factors: Factors) -> Tensor:
     """The matrices (groups, out, n), float64, that factors for `layer` stand for."""
+    if find_form(form).is_joint:
+        into, weight = factors
+        return weight @ into
     blank = form_named(form).build(layer, layer_type=layer_type_of(layer), ranks=_ranks(factors), bias=False)
     return blank.kernels(blank.stored(factors)).flatten(2)
 
@@ -136,7 +191,7 @@ def refitted_at(model: nn.Module, names: Sequence[str], *, weight: Tensor, bias:
     """Dense layers with another weight, (groups, out, in, *kernel), and another bias, for every name of one weight."""
     first = model.get_submodule(names[0])
     layer_type, geometry = layer_type_of(first), geometry_of(first)
-    shared = _parameter_like(first.get_parameter("weight"), layer_type.to_weight(weight, geometry))
+    shared = parameter_like(first.get_parameter("weight"), layer_type.to_weight(weight, geometry))
     whole = layer_type.to_kernels(to_float64(shared), geometry).flatten(2)
 
     def refitted(name: str, module: nn.Module) -> nn.Module:
@@ -186,7 +241,7 @@ def _bias_like(module: nn.Module, value: Tensor) -> nn.Parameter:
     old = module._parameters.get("bias")
     if old is not None and value is old:
         return old
-    return _parameter_like(module.get_parameter("weight") if old is None else old, value)
+    return parameter_like(module.get_parameter("weight") if old is None else old, value)
 
 
 @checked
@@ -204,7 +259,7 @@ def merge(model: nn.Module) -> nn.Module:
         key = tuple(id(weight) for weight in parts)
         if key not in weights:
             whole = module.product([to_float64(weight) for weight in parts])
-            weights[key] = _parameter_like(parts[-1], whole)
+            weights[key] = parameter_like(parts[-1], whole)
             name = names_of(merged, module)[0]
             _require_rounded(to_float64(weights[key]), whole, name=name, dtype=weights[key].dtype)
         dense = module.empty_dense()
@@ -237,7 +292,7 @@ def _require_rounded(stored: Tensor, exact: Tensor, *, name: str, dtype: torch.d
         )
 
 
-def _parameter_like(reference: Tensor, value: Tensor) -> nn.Parameter:
+def parameter_like(reference: Tensor, value: Tensor) -> nn.Parameter:
     """`value` as a parameter with the type, device and gradient flag of `reference`."""
     return nn.Parameter(
         value.to(reference.dtype).to(reference.device).contiguous(), requires_grad=reference.requires_grad

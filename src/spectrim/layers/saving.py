@@ -52,11 +52,9 @@ def save(model: nn.Module, path: str | Path) -> Path:
             raise ModelError(f"{name} is a {tensor.layout} tensor on {tensor.device}, which cannot be saved")
     stored = {name: tensor.detach().to("cpu").contiguous().clone() for name, tensor in tensors.items()}
     structure = structure_of(model)
-    header = _Header(
-        low_rank=structure.low_rank, same_layer=structure.same_layer, same_tensor=aliases, digest=_digest(stored)
-    )
+    header = _Header(**dict(structure), same_tensor=aliases, digest=_digest(stored))
     # one entry only: safetensors writes several in random order, and equal models shall give equal files
-    metadata = {_KEY: header.model_dump_json()}
+    metadata = {_KEY: header.model_dump_json(exclude=None if structure.narrowed else {"narrowed"})}
     return write_atomically(path, lambda part: save_file(stored, part, metadata=metadata))
 
 

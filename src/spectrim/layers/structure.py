@@ -10,7 +10,7 @@ from spectrim.core.files import Frozen
 from spectrim.layers.attention import unfuse_
 from spectrim.layers.factored import FactoredLayer, low_rank_layers
 from spectrim.layers.forms import form_named
-from spectrim.layers.replacement import names_of, replace
+from spectrim.layers.replacement import NARROWED_FROM, names_of, narrowed_layers, narrowed_like, replace
 from spectrim.layers.types import find_layer_type, layer_type_of
 
 
@@ -44,18 +44,41 @@ class LowRank(Frozen):
             raise ValueError(str(error)) from error
 
 
+class Narrowed(Frozen):
+    """One narrowed layer, and what the layer it stands for must be like.
+
+    Attributes:
+        shape: Shape of the weight before.
+        into: Inputs that it has now.
+        out: Outputs that it has now.
+        bias: Whether it adds one.
+    """
+
+    shape: tuple[int, ...]
+    into: Annotated[int, Field(ge=1)]
+    out: Annotated[int, Field(ge=1)]
+    bias: bool
+
+
 class Structure(Frozen):
-    """All factored layers of a model.
+    """All factored and narrowed layers of a model.
 
     Attributes:
         version: Of this description.
         low_rank: Each layer by its first name.
         same_layer: By each further name of a layer, its first one.
+        narrowed: Each narrowed layer by its first name; those that are factored as well are in both.
     """
 
     version: Literal[1] = 1
     low_rank: dict[str, LowRank]
     same_layer: dict[str, str]
+    narrowed: dict[str, Narrowed] = Field(default_factory=dict)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The first names of all layers that it changes."""
+        return tuple(dict.fromkeys((*self.narrowed, *self.low_rank)))
 
 
 def structure_of(model: nn.Module) -> Structure:
@@ -80,7 +103,8 @@ def structure_of(model: nn.Module) -> Structure:
             options=_options_of(dense),
         )
         same_layer |= dict.fromkeys(names_of(model, module)[1:], name)
-    return Structure(low_rank=low_rank, same_layer=same_layer)
+    narrowed = {name: _narrowed(module) for name, module in narrowed_layers(model).items()}
+    return Structure(low_rank=low_rank, same_layer=same_layer, narrowed=narrowed)
 
 
 def rebuild(model: nn.Module, structure: Structure, *, origin: str) -> None:
@@ -95,13 +119,19 @@ def rebuild(model: nn.Module, structure: Structure, *, origin: str) -> None:
         FileError: the structure is that of another network.
     """
     unfuse_(model, {*structure.low_rank, *structure.same_layer}.__contains__)
+    before = {name: _module_at(model, name, layer.shape, origin) for name, layer in structure.narrowed.items()}
+    replace(model, {name: _unset(before[name], layer) for name, layer in structure.narrowed.items()})
     replacements: dict[str, nn.Module] = {}
-    for name, layer in structure.low_rank.items():
-        dense, form = _dense_at(model, name, layer, origin), form_named(layer.form)
-        replacements[name] = form.build(dense, layer_type=layer_type_of(dense), ranks=layer.ranks, bias=layer.bias)
-    for name, first in structure.same_layer.items():
-        replacements[name] = replacements[first]
-    replace(model, replacements)
+    try:
+        for name, layer in structure.low_rank.items():
+            dense, form = _dense_at(model, name, layer, origin), form_named(layer.form)
+            replacements[name] = form.build(dense, layer_type=layer_type_of(dense), ranks=layer.ranks, bias=layer.bias)
+        for name, first in structure.same_layer.items():
+            replacements[name] = replacements[first]
+        replace(model, replacements)
+    except BaseException:
+        replace(model, before)
+        raise
 
 
 def _require_ordinary_factors(name: str, layer: FactoredLayer) -> None:
@@ -128,18 +158,40 @@ def _options_of(dense: nn.Module) -> dict[str, str]:
     }
 
 
-def _dense_at(model: nn.Module, name: str, layer: LowRank, origin: str) -> nn.Module:
+def _narrowed(layer: nn.Module) -> Narrowed:
+    kind = layer_type_of(layer.empty_dense() if isinstance(layer, FactoredLayer) else layer)
+    sizes = layer.geometry if isinstance(layer, FactoredLayer) else kind.geometry(layer)
+    shape: tuple[int, ...] = getattr(layer, NARROWED_FROM)
+    return Narrowed(shape=shape, into=sizes.into, out=sizes.out, bias=layer.bias is not None)
+
+
+def _unset(dense: nn.Module, layer: Narrowed) -> nn.Module:
+    """A narrowed layer without values in the place of a dense one."""
+    new, weight = narrowed_like(dense, out=layer.out, into=layer.into, bias=layer.bias), dense.get_parameter("weight")
+    return new if weight.is_meta else new.to_empty(device=weight.device)
+
+
+def _module_at(
+    model: nn.Module, name: str, shape: tuple[int, ...], origin: str, *, kind: str | None = None
+) -> nn.Module:
+    """The layer of this name; raises `FileError` where there is none with a weight of this shape."""
     try:
         module = model.get_submodule(name)
     except AttributeError:
         module = nn.Identity()
     layer_type, weight = find_layer_type(module), module._parameters.get("weight")
-    fits = layer_type is not None and weight is not None and tuple(weight.shape) == layer.shape
-    if not fits or layer_type is None or layer.layer_type not in (None, layer_type.name):
+    fits = layer_type is not None and weight is not None and tuple(weight.shape) == shape
+    if not fits or layer_type is None or kind not in (None, layer_type.name):
         raise FileError(
-            f"{origin} is for another network: it wants a layer with a weight {list(layer.shape)} at {name!r}, "
+            f"{origin} is for another network: it wants a layer with a weight {list(shape)} at {name!r}, "
             f"and {type(model).__name__} has {module if not isinstance(module, nn.Identity) else 'none'}"
         )
+    return module
+
+
+def _dense_at(model: nn.Module, name: str, layer: LowRank, origin: str) -> nn.Module:
+    module = _module_at(model, name, layer.shape, origin, kind=layer.layer_type)
+    layer_type = layer_type_of(module)
     if own := set(layer_type.overrides(module)) - set(layer.overrides):
         raise FileError(
             f"{origin} is for another network: {name!r} of {type(model).__name__} has a {min(own)} of its own "

@@ -18,6 +18,7 @@ from spectrim.linalg.covariance import (
 from spectrim.linalg.problem import Decomposition, Factors, Problem, Ranks, balanced, is_wide
 from spectrim.linalg.spatial import SpatialDecomposition
 from spectrim.linalg.spectra import FloatArray, Spectrum, spectrum, to_float64
+from spectrim.linalg.subset import SubsetDecomposition
 from spectrim.linalg.subspace import Truncated, truncate, truncate_exactly
 from spectrim.linalg.tucker2 import Tucker2Decomposition
 
@@ -33,6 +34,7 @@ __all__ = [
     "Ranks",
     "SpatialDecomposition",
     "Spectrum",
+    "SubsetDecomposition",
     "Truncated",
     "Tucker2Decomposition",
     "add_covariances",

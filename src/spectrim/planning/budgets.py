@@ -14,10 +14,20 @@ from spectrim.analysis.spectra import Analysis, LayerAnalysis
 from spectrim.benchmark.latencies import LatencyTable
 from spectrim.core.arguments import checked
 from spectrim.core.errors import PlanError, RuleError
-from spectrim.core.plans import Budget, LatencyNote, Limit, Metric, Plan
-from spectrim.layers.forms import RankCosts, selected_forms
+from spectrim.core.plans import Budget, LatencyNote, LayerPlan, Limit, Metric, Plan
+from spectrim.layers.forms import RankCosts, joint_form_named, selected_forms
 from spectrim.linalg import FloatArray, Ranks
-from spectrim.planning.decisions import PlanOptions, dense, factored, listed, metric_of, possible_forms, why_impossible
+from spectrim.planning.decisions import (
+    PlanOptions,
+    dense,
+    factored,
+    listed,
+    metric_of,
+    narrowed,
+    possible_forms,
+    why_impossible,
+)
+from spectrim.planning.groups import Group
 from spectrim.planning.knapsack import Allocation, KnapsackItem
 from spectrim.runtimes.rank_grid import Grid
 
@@ -206,24 +216,64 @@ class Candidates:
         return budget
 
     @cached_property
-    def candidates(self) -> list[tuple[KnapsackItem, list[tuple[str, Ranks]]]]:
+    def _alone(self) -> dict[str, tuple[KnapsackItem, list[tuple[str, Ranks]]]]:
         """By layer: costs and losses, the dense layer first, and the form and ranks of the others."""
-        return [self._candidates_of(layer) for layer in self.analysis]
+        return {layer.name: self._candidates_of(layer) for layer in self.analysis}
 
-    @property
+    @cached_property
+    def groups(self) -> list[Group]:
+        """What is chosen together: a layer, or several that can be narrowed together."""
+        by_name, taken, groups = {layer.name: layer for layer in self.analysis}, set[str](), list[Group]()
+        joint: dict[str, tuple[tuple[LayerAnalysis, ...], list[str]]] = {}
+        for layer in self.analysis:
+            if forms := self._joint_forms(layer):
+                members = (*(by_name[feeder.name] for feeder in layer.feeders), layer)
+                joint |= dict.fromkeys((member.name for member in members), (members, forms))
+        for layer in self.analysis:
+            if layer.name in taken:
+                continue
+            members, forms = joint.get(layer.name, ((layer,), []))
+            group = Group.of_each(members, [self._alone[member.name] for member in members])
+            for form in forms:
+                group = group.with_options(*self._joint(members, form))
+            taken |= {member.name for member in members}
+            groups.append(group)
+        return groups
+
+    @cached_property
     def items(self) -> list[KnapsackItem]:
-        """By layer: costs and losses."""
-        return [item for item, _ in self.candidates]
+        """By group: costs and losses."""
+        return [group.item for group in self.groups]
+
+    def _joint_forms(self, layer: LayerAnalysis) -> list[str]:
+        if self.latencies is not None or self.metric not in layer.problems or self.metric == "plain":
+            return []
+        return [form for form in layer.joint_forms if form in self.forms]
+
+    def _joint(self, members: Sequence[LayerAnalysis], form: str) -> tuple[Any, Any, Any]:
+        """Costs and losses of layers that are narrowed together, and form and ranks."""
+        *feeders, last = members
+        errors = last.rank_errors(form, self.metric)
+        full = last.full_ranks(form)[0]
+        fits = np.flatnonzero((errors.ranks[:, 0] % self.multiple == 0) & (errors.ranks[:, 0] < full))
+        costs = self._factored(last, errors)
+        for feeder in feeders:
+            costs = costs + self._factored(feeder, joint_form_named(form).feeder_costs(feeder.weight, errors.ranks))
+        ranks = [(form, (int(rank),)) for rank in errors.ranks[fits, 0]]
+        return costs[fits], (errors.lost * self._sensitivity(last))[fits], ranks
+
+    def _sensitivity(self, layer: LayerAnalysis) -> float:
+        usual = float(np.median([*self.analysis.sensitivity.values()])) if self.analysis.sensitivity else 1.0
+        return self.analysis.sensitivity.get(layer.name, usual)
 
     def _candidates_of(self, layer: LayerAnalysis) -> tuple[KnapsackItem, list[tuple[str, Ranks]]]:
         costs, losses = [np.array([self.dense(layer)])], [np.zeros(1)]
-        usual = float(np.median([*self.analysis.sensitivity.values()])) if self.analysis.sensitivity else 1.0
         named: list[tuple[str, Ranks]] = []
         for form in self._possible(layer):
             errors = layer.rank_errors(form, self.metric)
             fits, cost = self._usable(layer, errors)
             costs.append(cost)
-            losses.append(errors.lost[fits] * self.analysis.sensitivity.get(layer.name, usual))
+            losses.append(errors.lost[fits] * self._sensitivity(layer))
             named += [(form, tuple(int(rank) for rank in ranks)) for ranks in errors.ranks[fits]]
         return KnapsackItem(np.concatenate(costs).astype(np.int64), np.concatenate(losses)), named
 
@@ -286,17 +336,30 @@ class Candidates:
 
     def plan(self, rule: Budget, solution: Sequence[int]) -> Plan:
         """These options as a plan, with reasons."""
-        layers = []
-        for layer, (item, named), option in zip(self.analysis, self.candidates, solution, strict=True):
-            if option:
-                form, ranks = named[option - 1]
-                because = f"{form} at {self._share(item, option)} loses least for what it saves"
-                layers.append(factored(layer, form, ranks, metric=self.metric, reason=because))
-            else:
-                layers.append(dense(layer, reason=self._why_dense(layer, item, named), metric=self.metric))
+        planned: dict[str, LayerPlan] = {}
+        for group, option in zip(self.groups, solution, strict=True):
+            planned |= {layer.name: layer for layer in self._planned(group, option)}
+        layers = [planned[layer.name] for layer in self.analysis]
         multiple = self.multiple if self.multiple > 1 else None
         note = self._note(self.cost_of(solution))
         return Plan(rule=rule, metric=self.metric, layers=tuple(layers), rank_multiple=multiple, latency=note)
+
+    def _planned(self, group: Group, option: int) -> list[LayerPlan]:
+        together = group.together(option)
+        if together is not None:
+            share = group.item.costs[option] / max(1, group.item.costs[0])
+            why = f"{together[0]} at {share:.0%} of the {self.cost} of all {len(group.layers)} layers loses least"
+            return narrowed(group.layers, *together, metric=self.metric, reason=f"{why} for what it saves")
+        planned = []
+        for layer, choice in zip(group.layers, group.apart(option), strict=True):
+            item, named = self._alone[layer.name]
+            if choice:
+                form, ranks = named[choice - 1]
+                because = f"{form} at {self._share(item, choice)} loses least for what it saves"
+                planned.append(factored(layer, form, ranks, metric=self.metric, reason=because))
+            else:
+                planned.append(dense(layer, reason=self._why_dense(layer, item, named), metric=self.metric))
+        return planned
 
     def _note(self, cost: int) -> LatencyNote | None:
         if self.latencies is None:

@@ -8,6 +8,7 @@ from spectrim.analysis.spectra import Analysis, LayerAnalysis
 from spectrim.benchmark.latencies import LatencyTable
 from spectrim.core.errors import PlanError, RuleError
 from spectrim.core.plans import DENSE, Budget, LayerPlan, Limit, Metric, Plan, Rule
+from spectrim.layers.forms import joint_form_named
 from spectrim.layers.selection import LOOKUP
 from spectrim.linalg import Ranks
 from spectrim.runtimes.rank_grid import Grid, multiple_of
@@ -103,6 +104,21 @@ def factored(layer: LayerAnalysis, form: str, ranks: Ranks, *, metric: Metric, r
         "frozen": False,
     }
     return dense(layer, reason=reason, metric=metric).model_copy(update=planned)
+
+
+def narrowed(
+    layers: Sequence[LayerAnalysis], form: str, ranks: Ranks, *, metric: Metric, reason: str
+) -> list[LayerPlan]:
+    """Layers in a form that narrows them together, the last of which reads what the others give."""
+    *feeders, last = layers
+    entry = factored(last, form, ranks, metric=metric, reason=reason).model_copy(update={"unit": last.name})
+    shared = entry.model_dump(include={"form", "metric", "rank", "full_rank", "break_even", "unit"})
+    planned = []
+    for layer in feeders:
+        alone = dense(layer, reason=f"narrowed together with {last.name}", metric=metric)
+        own = {"predicted_error": 0.0, "kept": joint_form_named(form).feeder_cost(layer.weight, ranks), "frozen": False}
+        planned.append(alone.model_copy(update=shared | own))
+    return [*planned, entry]
 
 
 def dense(layer: LayerAnalysis, *, reason: str, metric: Metric, frozen: bool = False) -> LayerPlan:

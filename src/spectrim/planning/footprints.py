@@ -15,7 +15,7 @@ from spectrim.core.memory import MAPPED_BYTES
 from spectrim.core.nested import size_of
 from spectrim.core.plans import Budget, Metric, Plan, Rank, Rule
 from spectrim.layers.allocations import Allocations
-from spectrim.layers.forms import Form, form_named, forms_of, selected_forms
+from spectrim.layers.forms import Form, find_form, forms_of, joint_forms_of, selected_forms
 from spectrim.layers.units import Unit
 from spectrim.linalg import is_wide
 from spectrim.planning.resources import DataSize, RunOptions
@@ -81,8 +81,8 @@ class Work:
     def forms_of(self, unit: Unit) -> list[Form]:
         """The forms in which a unit is decomposed; none if it stays as it is."""
         if isinstance(self.rule_or_plan, Plan):
-            return [form_named(layer.form) for layer in self.rule_or_plan.factored if layer.name == unit.name]
-        own = [] if unit.skip_reason else list(forms_of(unit))
+            return [find_form(layer.form) for layer in self.rule_or_plan.factored if layer.name == unit.name]
+        own: list[Form] = [] if unit.skip_reason else [*forms_of(unit), *joint_forms_of(unit)]
         allowed = selected_forms(self.forms, closed_form=not self.is_budget)
         return [form for form in own if form.name in allowed][: None if self.is_budget else 1] or own[:1]
 

@@ -19,6 +19,7 @@ from spectrim.planning.decisions import (
     factored,
     listed,
     metric_of,
+    narrowed,
     possible_forms,
     takes_lookups,
     why_impossible,
@@ -127,7 +128,7 @@ def refresh(edited: Plan, analysis: Analysis) -> Plan:
         PlanError: the plan names layers that this model does not have, has in other shapes, or cannot factor.
     """
     known = {layer.name: layer for layer in analysis}
-    layers = []
+    again: dict[str, LayerPlan] = {}
     for decided in edited.layers:
         layer = known.get(decided.name)
         if layer is None or layer.shape != decided.shape:
@@ -136,7 +137,18 @@ def refresh(edited: Plan, analysis: Analysis) -> Plan:
                 f"the plan is for another model: it wants {decided.name} with shape {list(decided.shape)}, "
                 f"and this model {here}; make a plan for it with st.plan"
             )
-        layers.append(_again(decided, layer, metric=edited.metric))
+        if decided.unit is None:
+            again[decided.name] = _again(decided, layer, metric=edited.metric)
+        elif decided.unit == decided.name:
+            members = [*(known[feeder.name] for feeder in layer.feeders), layer]
+            again |= {entry.name: entry for entry in _together(edited, decided, members)}
+    alone = next((decided for decided in edited if decided.name not in again), None)
+    if alone is not None:
+        raise PlanError(
+            f"the plan narrows {alone.name} together with {alone.unit}, which it does not narrow; remove the unit, form, "
+            "rank and metric of the former"
+        )
+    layers = [again[decided.name] for decided in edited]
     same = all(new.form == old.form and new.kept == old.kept for new, old in zip(layers, edited, strict=True))
     # what was measured, and what divides the ranks, belongs to the ranks that stood there
     measured = {"rank_multiple": edited.rank_multiple, "latency": edited.latency} if same else {}
@@ -170,6 +182,31 @@ def _again(decided: LayerPlan, layer: LayerAnalysis, *, metric: Metric) -> Layer
     if fresh.kept == decided.kept:
         return fresh
     return fresh.model_copy(update={"reason": f"rank {listed(decided.ranks)} set by hand in the plan"})
+
+
+def _together(plan: Plan, decided: LayerPlan, members: Sequence[LayerAnalysis]) -> list[LayerPlan]:
+    """Layers that are narrowed together."""
+    *feeders, last = members
+    names, rank, metric = [layer.name for layer in feeders], decided.ranks, decided.metric
+    there = {name: plan[name] for name in plan.feeders(last.name)}
+    if decided.form not in last.joint_forms or sorted(there) != sorted(names):
+        raise PlanError(
+            f"the plan narrows {last.name} in the {decided.form} form together with {', '.join(there) or 'nothing'}; "
+            f"in this model it can be narrowed together with {', '.join(names) or 'no other layer'}"
+        )
+    if any((entry.form, entry.ranks) != (decided.form, rank) for entry in there.values()):
+        raise PlanError(
+            f"the plan narrows {last.name} to rank {listed(rank)}, and {', '.join(names)} to another; give all the "
+            "same form and rank"
+        )
+    if metric is None or metric == "plain" or metric not in last.problems:
+        raise PlanError(f"the plan narrows {last.name}, which is done on calibration data; pass data=")
+    if rank[0] > (full := last.full_ranks(decided.form)[0]):
+        raise PlanError(f"the plan wants rank {rank[0]} for {last.name}, above its full rank {full}")
+    fresh = narrowed(members, decided.form, rank, metric=metric, reason=decided.reason)
+    if fresh[-1].kept == decided.kept:
+        return fresh
+    return [*fresh[:-1], fresh[-1].model_copy(update={"reason": f"rank {rank[0]} set by hand in the plan"})]
 
 
 def require_reachable(rule: Rule, sizes: Mapping[str, tuple[Sequence[int], int]]) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from spectrim.core.errors import PlanError
-from spectrim.layers.forms.base import Form, RankCosts, SingleWeightForm
+from spectrim.layers.forms.base import Form, JointForm, RankCosts, SingleWeightForm
 from spectrim.layers.forms.channel import (
     ChannelForm,
     LowRankConv,
@@ -14,11 +14,14 @@ from spectrim.layers.forms.channel import (
 from spectrim.layers.forms.linear import LinearForm, LowRankEmbedding, LowRankEmbeddingBag, LowRankLinear
 from spectrim.layers.forms.spatial import SpatialConv2d, SpatialForm
 from spectrim.layers.forms.tucker2 import Tucker2Conv2d, Tucker2Form
+from spectrim.layers.forms.width import WidthForm
 from spectrim.layers.units import Unit
 
 __all__ = [
     "FORMS",
+    "JOINT_FORMS",
     "Form",
+    "JointForm",
     "LowRankConv",
     "LowRankConv1d",
     "LowRankConv2d",
@@ -30,29 +33,55 @@ __all__ = [
     "SingleWeightForm",
     "SpatialConv2d",
     "Tucker2Conv2d",
+    "find_form",
     "form_named",
     "forms_of",
+    "joint_form_named",
+    "joint_forms_of",
     "selected_forms",
 ]
 
-FORMS: tuple[Form, ...] = (LinearForm(), ChannelForm(), SpatialForm(), Tucker2Form())
+FORMS: tuple[SingleWeightForm, ...] = (LinearForm(), ChannelForm(), SpatialForm(), Tucker2Form())
+JOINT_FORMS: tuple[JointForm, ...] = (WidthForm(),)
 
 
-def forms_of(unit: Unit) -> tuple[Form, ...]:
-    """The forms that a unit can take, the one with a closed solution first."""
+def forms_of(unit: Unit) -> tuple[SingleWeightForm, ...]:
+    """The forms that a unit can take by itself, the one with a closed solution first."""
     return tuple(sorted((form for form in FORMS if form.fits(unit)), key=lambda form: not form.closed_form))
 
 
-def form_named(name: str) -> Form:
+def joint_forms_of(unit: Unit) -> tuple[JointForm, ...]:
+    """The forms that a unit can take together with the layers that feed it."""
+    return tuple(form for form in JOINT_FORMS if form.fits(unit))
+
+
+def find_form(name: str) -> Form:
     """The form of this name.
 
     Raises:
         PlanError: there is none.
     """
-    for form in FORMS:
+    forms: tuple[Form, ...] = (*FORMS, *JOINT_FORMS)
+    for form in forms:
         if form.name == name:
             return form
-    raise PlanError(f"there is no form {name!r}; there are {', '.join(form.name for form in FORMS)}")
+    raise PlanError(f"there is no form {name!r}; there are {', '.join(form.name for form in forms)}")
+
+
+def form_named(name: str) -> SingleWeightForm:
+    """The form of a weight by itself of this name; raises `PlanError` where there is none."""
+    form = find_form(name)
+    if not isinstance(form, SingleWeightForm):
+        raise PlanError(f"the {name} form is one of several layers together")
+    return form
+
+
+def joint_form_named(name: str) -> JointForm:
+    """The form of several layers together of this name; raises `PlanError` where there is none."""
+    form = find_form(name)
+    if not isinstance(form, JointForm):
+        raise PlanError(f"the {name} form is one of a weight by itself")
+    return form
 
 
 def selected_forms(names: Sequence[str] | str | None, *, closed_form: bool = False) -> tuple[str, ...]:
@@ -62,9 +91,9 @@ def selected_forms(names: Sequence[str] | str | None, *, closed_form: bool = Fal
         PlanError: an unknown name, or none at all.
     """
     if names is None:
-        return tuple(form.name for form in FORMS if form.closed_form or not closed_form)
+        return tuple(form.name for form in (*FORMS, *JOINT_FORMS) if form.closed_form or not closed_form)
     selected = (names,) if isinstance(names, str) else tuple(names)
-    known = [form.name for form in FORMS]
+    known = [form.name for form in (*FORMS, *JOINT_FORMS)]
     if not selected or any(name not in known for name in selected):
         raise PlanError(f"forms={names!r}: give some of {', '.join(known)}")
     return selected

@@ -15,7 +15,7 @@ from spectrim.core.errors import ModelError
 from spectrim.core.plans import Cost
 from spectrim.layers.factored import FactoredLayer
 from spectrim.layers.types import Geometry, LayerType, Positions
-from spectrim.layers.units import SingleWeight, Unit
+from spectrim.layers.units import SingleWeight, Unit, Weight
 from spectrim.linalg import Decomposition, Factors, Problem, Ranks
 
 
@@ -40,7 +40,7 @@ class RankCosts:
 
 
 class Form(ABC):
-    """One way to approximate a unit. A new one is a file here and an entry in `FORMS`.
+    """One way to approximate a unit. A new one is a file here and an entry in `FORMS` or `JOINT_FORMS`.
 
     It owns the grid of ranks, the cost of each, the decomposition, and what is built: they belong together.
 
@@ -49,11 +49,13 @@ class Form(ABC):
         rank_count: Ranks that an approximation has: 1, or 2 in the tucker2 form.
         closed_form: Whether one decomposition solves it for every rank. Rules for single layers use such forms, and the
             spectrum is theirs.
+        is_joint: Whether it is one of a weight together with the layers that feed it.
     """
 
     name: ClassVar[str]
     rank_count: ClassVar[int] = 1
     closed_form: ClassVar[bool] = False
+    is_joint: ClassVar[bool] = False
 
     @abstractmethod
     def fits(self, unit: Unit) -> bool:
@@ -91,14 +93,6 @@ class Form(ABC):
     def working_bytes(self, unit: Unit, *, vectors: int | None, rank: int | None = None) -> int:
         """Bytes held at most while it is worked out in the metric of so many vectors; None is the plain metric."""
         return 0
-
-    @abstractmethod
-    def build(self, layer: nn.Module, *, layer_type: LayerType, ranks: Ranks, bias: bool) -> FactoredLayer:
-        """An unset replacement for `layer`, with its options, device, type and flags. Draws no random numbers."""
-
-    @abstractmethod
-    def random_factors(self, unit: Unit, ranks: Ranks, *, generator: torch.Generator) -> Factors:
-        """Factors to time with, float64, scaled so that no signal grows or dies out."""
 
 
 class SingleWeightForm(Form):
@@ -157,6 +151,7 @@ class SingleWeightForm(Form):
         return self.decomposition.of(problem, near=near)
 
     def build(self, layer: nn.Module, *, layer_type: LayerType, ranks: Ranks, bias: bool) -> FactoredLayer:
+        """An unset replacement for `layer`, with its options, device, type and flags. Draws no random numbers."""
         geometry, weight = layer_type.geometry(layer), layer.get_parameter("weight")
         if not self.fits_shape(geometry):
             raise ModelError(f"{type(layer).__name__} {list(weight.shape)} has no {self.name} form")
@@ -166,11 +161,52 @@ class SingleWeightForm(Form):
         return replacement.train(layer.training).requires_grad_(weight.requires_grad)
 
     def random_factors(self, unit: Unit, ranks: Ranks, *, generator: torch.Generator) -> Factors:
+        """Factors to time with, float64, scaled so that no signal grows or dies out."""
         geometry = _geometry(unit)
         return tuple(
             torch.randn(geometry.groups, *shape, generator=generator, dtype=torch.float64) / sqrt(prod(shape[1:]))
             for shape in self.factor_shapes(geometry, ranks)
         )
+
+
+class JointForm(Form):
+    """A form of a weight together with the layers that feed it: what lies between them is narrowed, and none is added.
+
+    The factors are (T, W'): T (1, rank, n) says what becomes of the n numbers that the weight reads, and W' (1, out,
+    rank) is the weight of what is left. The feeding layers give T times what they gave.
+    """
+
+    is_joint = True
+    decomposition: ClassVar[type[Decomposition]]
+
+    def full_ranks(self, unit: Unit) -> Ranks:
+        return self.decomposition.full_ranks(_geometry(unit).shape)
+
+    def rank_grid(self, unit: Unit) -> npt.NDArray[np.int64]:
+        return self.decomposition.rank_grid(_geometry(unit).shape)
+
+    def working_bytes(self, unit: Unit, *, vectors: int | None, rank: int | None = None) -> int:
+        return self.decomposition.working_bytes(_geometry(unit).shape, vectors=vectors, rank=rank)
+
+    def decompose(self, problem: Problem, *, near: Factors = ()) -> Decomposition:
+        return self.decomposition.of(problem, near=near)
+
+    def costs(self, unit: Unit, ranks: npt.NDArray[np.int64], *, biases: int = 0) -> RankCosts:
+        """Those of the weight alone."""
+        (weight,), (rank,) = unit.weights, ranks.T
+        params = rank * _geometry(unit).out
+        return RankCosts(self.name, ranks, params + biases * _geometry(unit).outputs, params * weight.positions.kernel)
+
+    def feeder_costs(self, feeder: Weight, ranks: npt.NDArray[np.int64]) -> RankCosts:
+        """Those of a layer that feeds it."""
+        assert feeder.geometry is not None
+        params = ranks[:, 0] * feeder.geometry.into
+        return RankCosts(self.name, ranks, params + feeder.biases * ranks[:, 0], params * feeder.positions.kernel)
+
+    def feeder_cost(self, feeder: Weight, ranks: Ranks) -> Cost:
+        """The same at `ranks`."""
+        costs = self.feeder_costs(feeder, np.array([ranks], dtype=np.int64))
+        return Cost(params=int(costs.params[0]), macs=int(costs.macs[0]))
 
 
 def _geometry(unit: Unit) -> Geometry:

@@ -30,9 +30,15 @@ _KEYWORDS = "it is called with keyword arguments that an exchange would lose"
 
 @dataclass(frozen=True)
 class SingleWeight(Unit):
-    """One weight; its inner space is the one between its factors."""
+    """One weight; its inner space is the one between its factors.
+
+    Attributes:
+        feeders: The layers whose outputs it reads number by number, through elementwise functions, and nothing else
+            does: the first ones of an MLP that it is the last one of. What lies between them and it can be narrowed.
+    """
 
     kind = "weight"
+    feeders: tuple[Weight, ...] = ()
 
     @property
     def weight(self) -> Weight:

@@ -1,0 +1,165 @@
+"""Layers with a space between them that can be narrowed: found by what the network does, and made narrower together."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace as with_changes
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spectrim.core.errors import ModelError
+from spectrim.core.execution import Inputs, alike, call, evaluating, temporary
+from spectrim.layers.replacement import narrowed_at, own_bias, refitted_at, replace
+from spectrim.layers.tracing import Trace
+from spectrim.layers.types import layer_type_of
+from spectrim.layers.units import SingleWeight, Unit
+from spectrim.linalg import to_float64
+
+_PLACES, _MOST_FEEDERS = 64, 2
+
+
+def with_feeders(model: nn.Module, inputs: Inputs, trace: Trace, units: Sequence[Unit]) -> tuple[Unit, ...]:
+    """The units, with the layers that feed them where what lies between can be narrowed.
+
+    Whether the inputs of a weight are elementwise functions of the outputs of the layers before it is tried: half of
+    these outputs are changed, and no other inputs may change. Then all such places are narrowed to half of their width,
+    and the network must give what it gives with the other half of the weights' columns zero.
+    """
+    single = {unit.name: unit for unit in units if isinstance(unit, SingleWeight) and _can_be_narrowed(unit, trace)}
+    possible = _possible(single, list(trace.calls))
+    if not possible:
+        return tuple(units)
+    inputs = inputs.parts(places=_PLACES)[0]
+    try:
+        with evaluating(model), torch.no_grad():
+            feeders = _disjoint(_Trial(model, inputs, possible).feeders())
+            if not _narrows(model, inputs, feeders):
+                feeders = {name: own for name, own in feeders.items() if _narrows(model, inputs, {name: own})}
+    except ModelError:
+        return tuple(units)
+    found = {name: tuple(single[feeder].weight for feeder in own) for name, own in feeders.items()}
+    return tuple(
+        with_changes(unit, feeders=found[unit.name]) if isinstance(unit, SingleWeight) and unit.name in found else unit
+        for unit in units
+    )
+
+
+def _can_be_narrowed(unit: SingleWeight, trace: Trace) -> bool:
+    """Whether it is an ordinary linear layer that is called once."""
+    weight = unit.weight
+    if unit.skip_reason is not None or weight.is_lookup or weight.geometry is None or weight.layer_type is None:
+        return False
+    is_linear = not weight.geometry.kernel and weight.geometry.groups == 1
+    return is_linear and len(weight.names) == 1 and trace.calls.get(weight.name) == 1
+
+
+def _possible(single: Mapping[str, SingleWeight], order: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """By layer, those called right before it that have as many outputs as it has inputs, the nearest one first."""
+    possible = {}
+    for place, name in enumerate(order):
+        before: list[str] = []
+        for earlier in reversed(order[max(0, place - _MOST_FEEDERS) : place]):
+            if name not in single or earlier not in single:
+                break
+            if single[earlier].geometry.outputs != single[name].geometry.into:
+                break
+            before.append(earlier)
+        if before:
+            possible[name] = tuple(before)
+    return possible
+
+
+@dataclass(eq=False)
+class _Trial:
+    """Runs a network with half of the outputs of layers changed, while all these layers receive what they always do."""
+
+    model: nn.Module
+    inputs: Inputs
+    possible: Mapping[str, Sequence[str]]
+    received: dict[str, Tensor] = field(default_factory=dict)
+    changed: dict[str, Tensor] = field(default_factory=dict)
+    masks: dict[str, Tensor] = field(default_factory=dict)
+
+    def feeders(self) -> dict[str, tuple[str, ...]]:
+        """By layer, those that feed it, if what lies between is elementwise; others may read them as well."""
+        feeders = list(dict.fromkeys(feeder for own in self.possible.values() for feeder in own))
+        watched = dict.fromkeys((*self.possible, *feeders))
+        with temporary(self._layer(name).register_forward_pre_hook(partial(self._record, name)) for name in watched):
+            call(self.model, self.inputs)
+        hooks = [self._layer(name).register_forward_pre_hook(partial(self._restore, name)) for name in watched]
+        hooks += [
+            self._layer(name).register_forward_hook(partial(self._change, name, number))
+            for number, name in enumerate(feeders)
+        ]
+        with temporary(hooks):
+            call(self.model, self.inputs)
+        return {name: own for name in self.possible if name in self.changed and (own := self._of(name))}
+
+    def _layer(self, name: str) -> nn.Module:
+        return self.model.get_submodule(name)
+
+    def _record(self, name: str, _: nn.Module, args: tuple[Any, ...]) -> None:
+        if args and isinstance(args[0], Tensor):
+            self.received[name] = args[0].clone()
+
+    def _restore(self, name: str, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        before = self.received.get(name)
+        if before is None or before.shape != args[0].shape:
+            return None
+        self.changed[name] = args[0] != before
+        return (before, *args[1:])
+
+    def _change(self, feeder: str, number: int, _: nn.Module, __: Any, output: Tensor) -> Tensor:
+        drawn = torch.rand(output.shape, generator=torch.Generator().manual_seed(number)) < 0.5
+        self.masks[feeder] = drawn.to(output.device)
+        return torch.where(self.masks[feeder], 1.0 - output, output)
+
+    def _of(self, name: str) -> tuple[str, ...]:
+        changed, own = self.changed[name], [feeder for feeder in self.possible[name] if feeder in self.masks]
+        masks = [self.masks[feeder] for feeder in own]
+        if not masks or any(mask.shape != changed.shape for mask in masks):
+            return ()
+        if bool((changed & ~torch.stack(masks).any(dim=0)).any()):
+            return ()
+        first = masks[0] & ~masks[1] if len(masks) > 1 else masks[0]
+        others = [feeder for feeder, mask in zip(own[1:], masks[1:], strict=True) if (changed & mask & ~masks[0]).any()]
+        return (own[0], *others)[::-1] if bool((changed & first).any()) else ()
+
+
+def _disjoint(feeders: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
+    """Without those that share a layer with an earlier one."""
+    taken, disjoint = set[str](), dict[str, tuple[str, ...]]()
+    for name, own in feeders.items():
+        if taken.isdisjoint({name, *own}):
+            taken |= {name, *own}
+            disjoint[name] = tuple(own)
+    return disjoint
+
+
+def _narrows(model: nn.Module, inputs: Inputs, feeders: Mapping[str, Sequence[str]]) -> bool:
+    """Whether the network with half of the width at these places gives what it gives with half of the columns zero."""
+    narrowed: dict[str, nn.Module] = {}
+    zeroed: dict[str, nn.Module] = {}
+    for name, own in feeders.items():
+        layer = model.get_submodule(name)
+        kernels = to_float64(layer_type_of(layer).kernels(layer))
+        width = kernels.shape[2]
+        taken = torch.randperm(width, generator=torch.Generator().manual_seed(0))[: (width + 1) // 2].sort().values
+        into = torch.eye(width, dtype=torch.float64, device=kernels.device)[taken].unsqueeze(0)
+        weight = kernels[..., taken.to(kernels.device)]
+        narrowed |= narrowed_at(model, name, own, factors=(into, weight), bias=own_bias)
+        zeroed |= refitted_at(model, [name], weight=weight @ into, bias=own_bias)
+    try:
+        return bool(feeders) and alike(_outputs(model, inputs, zeroed), _outputs(model, inputs, narrowed))
+    except ModelError:  # its code looks at the sizes
+        return False
+
+
+def _outputs(model: nn.Module, inputs: Inputs, replacements: Mapping[str, nn.Module]) -> Any:
+    before = {name: model.get_submodule(name) for name in replacements}
+    replace(model, replacements)
+    try:
+        return call(model, inputs)
+    finally:
+        replace(model, before)

@@ -1,0 +1,120 @@
+"""A weight that reads only some of its inputs: which ones, and what it then has to be, in a metric."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from spectrim.linalg.problem import Decomposition, Factors, Problem, Ranks
+from spectrim.linalg.spectra import FloatArray
+
+_ROUNDS, _CANDIDATES = 128, 4
+
+
+@dataclass(frozen=True, eq=False)
+class SubsetDecomposition(Decomposition):
+    """Inputs in the order in which they are worth reading: greedy forward selection, nested over the ranks.
+
+    The input to take next is the one whose part that the others do not explain explains most of the outputs (orthogonal
+    least squares; Chen, Billings & Luo 1989). Inputs are taken several at a time. Only weights of one group.
+
+    Attributes:
+        problem: What is approximated; weight (1, out, in).
+        order: int64 (in,), best first.
+        lost: Energy lost after each round, float64.
+    """
+
+    problem: Problem
+    order: Tensor
+    lost: FloatArray
+
+    @staticmethod
+    def full_ranks(shape: Sequence[int]) -> Ranks:
+        """All inputs."""
+        return (shape[2],)
+
+    @classmethod
+    def rank_grid(cls, shape: Sequence[int]) -> npt.NDArray[np.int64]:
+        """After each round."""
+        step = _step(shape[2])
+        return np.append(np.arange(step, shape[2], step, dtype=np.int64), shape[2])[:, None]
+
+    @classmethod
+    def of(cls, problem: Problem, *, near: Factors = ()) -> Self:
+        """Select; `near` does not help."""
+        (W,), C = problem.matrices, _metric(problem)
+        step, n = _step(W.shape[1]), W.shape[1]
+        residual, products = C.clone(), W @ C
+        energy, order, lost = float((products * W).sum()), list[int](), list[float]()
+        least = 1e-9 * float(C.diagonal().max())
+        free = torch.ones(n, dtype=torch.bool, device=C.device)
+        while len(order) < n:
+            chosen = _next(residual, products, free, number=min(step, n - len(order)), least=least)
+            free[chosen] = False
+            order += chosen.tolist()
+            among = residual[chosen][:, chosen]
+            factor = torch.linalg.cholesky(among + least * torch.eye(len(among), dtype=C.dtype, device=C.device))
+            explained = torch.cholesky_solve(residual[chosen], factor)
+            gained = torch.linalg.solve_triangular(factor, products[:, chosen].mT, upper=False).square().sum()
+            products = products - products[:, chosen] @ explained
+            residual.addmm_(residual[:, chosen], explained, alpha=-1)
+            energy -= float(gained)
+            lost.append(max(0.0, energy))
+        return cls(problem, torch.tensor(order), np.array(lost))
+
+    @classmethod
+    def working_bytes(cls, shape: Sequence[int], *, vectors: int | None, rank: int | None = None) -> int:
+        """The metric, what of it is not explained yet, and as much again twice; the same of the products."""
+        _, out, n = shape
+        return 8 * (4 * n * n + 4 * out * n)
+
+    @cached_property
+    def tails(self) -> FloatArray:
+        """At full rank nothing is lost."""
+        return np.append(self.lost[:-1], 0.0)
+
+    def factors(self, ranks: Ranks) -> Factors:
+        """Which inputs are read, as rows that are 1 there, (1, rank, in), and the weight of these, (1, out, rank)."""
+        (W,), C = self.problem.matrices, _metric(self.problem)
+        taken = self.order[: ranks[0]].sort().values.to(C.device)
+        picked = torch.zeros(len(taken), C.shape[0], dtype=C.dtype, device=C.device)
+        picked[torch.arange(len(taken)), taken] = 1.0
+        factor = torch.linalg.cholesky(C[taken][:, taken])
+        weight = torch.cholesky_solve((W @ C[:, taken]).mT, factor).mT
+        return picked.unsqueeze(0), self.problem.unweighted(weight.unsqueeze(0))
+
+
+def _metric(problem: Problem) -> Tensor:
+    (C,), (metric,) = problem.metrics, problem.metric
+    return metric if C is None else C
+
+
+def _step(inputs: int) -> int:
+    """How many inputs are taken at a time: a power of two, so that there are 128 to 256 rounds or fewer."""
+    return 1 << max(0, (inputs // _ROUNDS).bit_length() - 1)
+
+
+def _next(residual: Tensor, products: Tensor, free: Tensor, *, number: int, least: float) -> Tensor:
+    """The inputs that explain most, chosen one after the other among those that explain most by themselves."""
+    variances = residual.diagonal()
+    scores = torch.where(free & (variances > least), products.square().sum(dim=0) / variances.clamp(min=least), -1.0)
+    scores = torch.where(free, scores, -2.0)
+    few = scores.topk(min(_CANDIDATES * number, int(free.sum()))).indices
+    if number == 1:
+        return few[:1]
+    R, P, places = residual[few][:, few], products[:, few], list[int]()
+    for _ in range(number):
+        variances = R.diagonal()
+        scores = torch.where(variances > least, P.square().sum(dim=0) / variances.clamp(min=least), -1.0)
+        scores[places] = -2.0
+        best = int(scores.argmax())
+        places.append(best)
+        if float(R[best, best]) > least:
+            row = R[best] / R[best, best]
+            P, R = P - P[:, best : best + 1] * row, R - R[:, best : best + 1] * row
+    return few[places]
