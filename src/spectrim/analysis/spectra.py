@@ -129,7 +129,7 @@ class LayerAnalysis:
     def decomposition(self, form: str, metric: Metric) -> Decomposition:
         """The bases behind every rank of a form; worked out when first asked for."""
         if (form, metric) not in self._decompositions:
-            self._decompositions[form, metric] = find_form(form).decompose(self.problems[metric])
+            self._decompositions[form, metric] = find_form(form).decompose(self.problems[metric], unit=self.unit)
         return self._decompositions[form, metric]
 
     def rank_costs(self, form: str, metric: Metric) -> RankCosts:

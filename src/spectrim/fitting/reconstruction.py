@@ -20,7 +20,6 @@ from spectrim.layers.forms import find_form
 from spectrim.layers.replacement import duplicate, factored_at, factorize, narrowed_at, product, refitted_at, replace
 from spectrim.layers.tokens import TokenMasks, input_rows, output_rows
 from spectrim.layers.types import layer_type_of
-from spectrim.linalg import Factors
 
 
 class _PassEnded(BaseException):
@@ -331,17 +330,18 @@ def _fitted(small: nn.Module, place: _Place, seen: Mapping[str, _Seen], *, analy
     biased = is_approximated or layer._parameters.get("bias") is not None
     fit = RidgeFit.of(layer, {site: own.inputs for site, own in seen.items()}, biased=biased)
     targets = place.targets(seen)
-    factors: Factors = ()
+    before = analysis.factors(plan) if is_approximated else ()
+    factors = before if plan.unit else ()  # the same neurons are left
     for turn in reversed(range(1 + place.successor.relu)):
         cross = fit.cross(targets)
         best = fit.weight(cross)
         if is_approximated:
             problem = analysis[plan.name].problems[plan.metric or "plain"].of_weight(best.reshape(shape), fit.metric)
-            factors = find_form(plan.form).decompose(problem, near=factors).factors(plan.ranks)
+            unit = analysis[plan.name].unit
+            factors = find_form(plan.form).decompose(problem, unit=unit, near=factors).factors(plan.ranks)
             best = product(layer, form=plan.form, factors=factors)
         if turn:
             targets = place.revised(seen, targets, whole=best, fit=fit)
-    before = analysis.factors(plan) if is_approximated else ()
     unfitted = product(layer, form=plan.form, factors=before) if before else fit.dense
     if not fit.error(best, cross, G) <= fit.error(unfitted, cross, G):  # also where it is not a number
         best, factors = unfitted, before
@@ -352,5 +352,6 @@ def _fitted(small: nn.Module, place: _Place, seen: Mapping[str, _Seen], *, analy
     if not is_approximated:
         return refitted_at(small, plan.names, weight=best.reshape(shape), bias=bias)
     if plan.unit:
-        return narrowed_at(small, plan.name, place.feeders, factors=factors, bias=bias)
+        (rank,) = plan.ranks
+        return narrowed_at(small, plan.name, place.feeders, form=plan.form, rank=rank, factors=factors, bias=bias)
     return factored_at(small, plan.names, form=plan.form, factors=factors, bias=bias)

@@ -113,7 +113,8 @@ class FactoredQuantizer(HfQuantizer):
             narrowed={stored[name]: layer for name, layer in structure.narrowed.items()},
         )
         model.config.quantization_config = FactoredConfig(described.model_dump(mode="json"))
-        markers = {f"{name}.weight": torch.full((1,), torch.nan) for name in structure.low_rank}
+        absent = (*structure.low_rank, *(name for name, layer in structure.narrowed.items() if layer.heads))
+        markers = {f"{name}.weight": torch.full((1,), torch.nan) for name in absent}
         return state | markers, {}
 
     def update_missing_keys(self, model: Any, missing_keys: list[str], base_model_prefix: str) -> list[str]:
@@ -140,7 +141,8 @@ class FactoredQuantizer(HfQuantizer):
         low_rank = {places[name]: layer for name, layer in saved.low_rank.items() if name in places}
         narrowed = {places[name]: layer for name, layer in saved.narrowed.items() if name in places}
         rebuild(model, Structure(low_rank=low_rank, same_layer={}, narrowed=narrowed), origin=origin)
-        places = {name: place for name, place in places.items() if name in saved.low_rank}
+        whole = {name for name, layer in saved.narrowed.items() if not layer.heads} - saved.low_rank.keys()
+        places = {name: place for name, place in places.items() if name not in whole}
         _require_factors(kwargs.get("checkpoint_files") or (), model, places)
         ignored = model._keys_to_ignore_on_load_unexpected
         kind = list if ignored is None else type(ignored)

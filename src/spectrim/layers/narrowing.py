@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from spectrim.core.errors import ModelError
 from spectrim.core.execution import Inputs, alike, call, evaluating, temporary
+from spectrim.layers.head_layouts import Feeding, find_heads
 from spectrim.layers.replacement import narrowed_at, own_bias, refitted_at, replace
 from spectrim.layers.tracing import Trace
 from spectrim.layers.types import layer_type_of
 from spectrim.layers.units import SingleWeight, Unit
-from spectrim.linalg import to_float64
+from spectrim.linalg import HeadLayout, to_float64
 
 _PLACES, _MOST_FEEDERS = 64, 2
 
@@ -22,27 +23,38 @@ _PLACES, _MOST_FEEDERS = 64, 2
 def with_feeders(model: nn.Module, inputs: Inputs, trace: Trace, units: Sequence[Unit]) -> tuple[Unit, ...]:
     """The units, with the layers that feed them where what lies between can be narrowed.
 
-    Whether the inputs of a weight are elementwise functions of the outputs of the layers before it is tried: half of
-    these outputs are changed, and no other inputs may change. Then all such places are narrowed to half of their width,
-    and the network must give what it gives with the other half of the weights' columns zero.
+    What lies between is tried, see `find_neurons` and `find_heads`. Then all such places are narrowed to half of their
+    width, and the network must give what it gives with the other half of the weights' columns zero.
     """
     single = {unit.name: unit for unit in units if isinstance(unit, SingleWeight) and _can_be_narrowed(unit, trace)}
-    possible = _possible(single, list(trace.calls))
-    if not possible:
-        return tuple(units)
     inputs = inputs.parts(places=_PLACES)[0]
     try:
         with evaluating(model), torch.no_grad():
-            feeders = _disjoint(_Trial(model, inputs, possible).feeders())
-            if not _narrows(model, inputs, feeders):
-                feeders = {name: own for name, own in feeders.items() if _narrows(model, inputs, {name: own})}
+            tried = find_neurons(model, inputs, single, list(trace.calls))
+            found = _checked(model, inputs, tried)
+            left = {name: unit for name, unit in single.items() if name not in _members(found)}
+            found |= _checked(model, inputs, find_heads(model, inputs, left, list(trace.calls)))
     except ModelError:
         return tuple(units)
-    found = {name: tuple(single[feeder].weight for feeder in own) for name, own in feeders.items()}
-    return tuple(
-        with_changes(unit, feeders=found[unit.name]) if isinstance(unit, SingleWeight) and unit.name in found else unit
-        for unit in units
-    )
+    return tuple(_with(unit, found.get(unit.name), single) for unit in units)
+
+
+def _with(unit: Unit, feeding: Feeding | None, single: Mapping[str, SingleWeight]) -> Unit:
+    if feeding is None or not isinstance(unit, SingleWeight):
+        return unit
+    return with_changes(unit, feeders=tuple(single[name].weight for name in feeding.feeders), heads=feeding.heads)
+
+
+def _members(found: Mapping[str, Feeding]) -> set[str]:
+    return {member for name, feeding in found.items() for member in (name, *feeding.feeders)}
+
+
+def _checked(model: nn.Module, inputs: Inputs, tried: Mapping[str, Feeding]) -> dict[str, Feeding]:
+    """Those that can be narrowed, none of which shares a layer with another."""
+    disjoint = _disjoint(tried)
+    if not disjoint or _narrows(model, inputs, disjoint):
+        return disjoint
+    return _disjoint({name: own for name, own in tried.items() if _narrows(model, inputs, {name: own})})
 
 
 def _can_be_narrowed(unit: SingleWeight, trace: Trace) -> bool:
@@ -52,6 +64,17 @@ def _can_be_narrowed(unit: SingleWeight, trace: Trace) -> bool:
         return False
     is_linear = not weight.geometry.kernel and weight.geometry.groups == 1
     return is_linear and len(weight.names) == 1 and trace.calls.get(weight.name) == 1
+
+
+def find_neurons(
+    model: nn.Module, inputs: Inputs, single: Mapping[str, SingleWeight], order: Sequence[str]
+) -> dict[str, Feeding]:
+    """By layer, those before it of whose outputs its inputs are elementwise functions.
+
+    Half of these outputs are changed, and no other inputs may change.
+    """
+    possible = _possible(single, order)
+    return {name: Feeding(own) for name, own in _Trial(model, inputs, possible).feeders().items()} if possible else {}
 
 
 def _possible(single: Mapping[str, SingleWeight], order: Sequence[str]) -> dict[str, tuple[str, ...]]:
@@ -127,33 +150,40 @@ class _Trial:
         return (own[0], *others)[::-1] if bool((changed & first).any()) else ()
 
 
-def _disjoint(feeders: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
+def _disjoint(tried: Mapping[str, Feeding]) -> dict[str, Feeding]:
     """Without those that share a layer with an earlier one."""
-    taken, disjoint = set[str](), dict[str, tuple[str, ...]]()
-    for name, own in feeders.items():
-        if taken.isdisjoint({name, *own}):
-            taken |= {name, *own}
-            disjoint[name] = tuple(own)
+    disjoint = dict[str, Feeding]()
+    for name, feeding in tried.items():
+        if _members(disjoint).isdisjoint({name, *feeding.feeders}):
+            disjoint[name] = feeding
     return disjoint
 
 
-def _narrows(model: nn.Module, inputs: Inputs, feeders: Mapping[str, Sequence[str]]) -> bool:
+def _narrows(model: nn.Module, inputs: Inputs, places: Mapping[str, Feeding]) -> bool:
     """Whether the network with half of the width at these places gives what it gives with half of the columns zero."""
     narrowed: dict[str, nn.Module] = {}
     zeroed: dict[str, nn.Module] = {}
-    for name, own in feeders.items():
+    for name, feeding in places.items():
         layer = model.get_submodule(name)
         kernels = to_float64(layer_type_of(layer).kernels(layer))
-        width = kernels.shape[2]
-        taken = torch.randperm(width, generator=torch.Generator().manual_seed(0))[: (width + 1) // 2].sort().values
-        into = torch.eye(width, dtype=torch.float64, device=kernels.device)[taken].unsqueeze(0)
-        weight = kernels[..., taken.to(kernels.device)]
-        narrowed |= narrowed_at(model, name, own, factors=(into, weight), bias=own_bias)
-        zeroed |= refitted_at(model, [name], weight=weight @ into, bias=own_bias)
+        into, reading, rank = _half(feeding.heads or HeadLayout(1, 1, kernels.shape[2]))
+        reading = reading.to(kernels.device)
+        factors = (into.to(kernels.device), reading, kernels @ reading.mT)
+        form = "width" if feeding.heads is None else "head_vo"
+        narrowed |= narrowed_at(model, name, feeding.feeders, form=form, rank=rank, factors=factors, bias=own_bias)
+        zeroed |= refitted_at(model, [name], weight=factors[2] @ reading, bias=own_bias)
     try:
-        return bool(feeders) and alike(_outputs(model, inputs, zeroed), _outputs(model, inputs, narrowed))
+        return alike(_outputs(model, inputs, zeroed), _outputs(model, inputs, narrowed))
     except ModelError:  # its code looks at the sizes
         return False
+
+
+def _half(layout: HeadLayout) -> tuple[Tensor, Tensor, int]:
+    """What becomes of the numbers of each set of values and of each head if half of them are left, and how many are."""
+    left = torch.randperm(layout.size, generator=torch.Generator().manual_seed(0))[: (layout.size + 1) // 2]
+    picked = torch.eye(layout.size, dtype=torch.float64)[left.sort().values]
+    each = (torch.block_diag(*[picked] * number).unsqueeze(0) for number in (layout.groups, layout.heads))
+    return *each, len(left)
 
 
 def _outputs(model: nn.Module, inputs: Inputs, replacements: Mapping[str, nn.Module]) -> Any:

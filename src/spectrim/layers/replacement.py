@@ -13,7 +13,8 @@ from spectrim.core.nested import is_plain
 from spectrim.core.plans import LayerPlan, Plan
 from spectrim.layers.attention import fused, match_fast_paths
 from spectrim.layers.factored import FactoredLayer, geometry_of, low_rank_layers, shallow_copy
-from spectrim.layers.forms import find_form, form_named
+from spectrim.layers.forms import find_form, form_named, joint_form_named
+from spectrim.layers.heads import AroundHeads, HeadOutput, HeadValues
 from spectrim.layers.types import layer_type_of
 from spectrim.linalg import Factors, Ranks, balanced, to_float64
 
@@ -87,7 +88,10 @@ def factorize(
             replacements |= factored_at(model, layer.names, form=layer.form, factors=factors(layer), bias=biases)
         elif layer.unit == layer.name:
             feeders = plan.feeders(layer.name)
-            replacements |= narrowed_at(model, layer.name, feeders, factors=factors(layer), bias=biases)
+            new = factors(layer)
+            replacements |= narrowed_at(
+                model, layer.name, feeders, form=layer.form, rank=layer.ranks[0], factors=new, bias=biases
+            )
     replace(model, replacements)
     return model
 
@@ -130,43 +134,57 @@ def factored_at(
 
 
 def narrowed_at(
-    model: nn.Module, name: str, feeders: Sequence[str], *, factors: Factors, bias: BiasOf
+    model: nn.Module, name: str, feeders: Sequence[str], *, form: str, rank: int, factors: Factors, bias: BiasOf
 ) -> dict[str, nn.Module]:
     """The narrowed layers by name: those that feed `name`, and itself, from the factors of a joint form.
 
     Raises:
         ModelError: weights that overflow the layers' number type.
     """
-    into, weight = factors
-    last = model.get_submodule(name)
+    feeding, reading, weight = factors
+    by_head, last = joint_form_named(form).by_head, model.get_submodule(name)
     narrowed = {}
     for feeder in feeders:
         layer = model.get_submodule(feeder)
-        own = own_bias(feeder, layer, into)
-        kernels = to_float64(layer_type_of(layer).kernels(layer)).to(into.device)
-        shifted = None if own is None else (into[0] @ to_float64(own).to(into.device))
-        narrowed[feeder] = _resized(layer, into @ kernels, shifted, name=feeder)
-    return narrowed | {name: _resized(last, weight, bias(name, last, weight @ into), name=name)}
+        own = own_bias(feeder, layer, feeding)
+        kernels = to_float64(layer_type_of(layer).kernels(layer)).to(feeding.device)
+        shifted = None if own is None else feeding[0] @ to_float64(own).to(feeding.device)
+        heads = feeding.shape[1] // rank if by_head else 0
+        narrowed[feeder] = _resized(layer, feeding @ kernels, shifted, name=feeder, heads=heads)
+    heads = reading.shape[1] // rank if by_head else 0
+    value = bias(name, last, weight @ reading)
+    return narrowed | {name: _resized(last, weight, value, name=name, heads=heads)}
 
 
-def _resized(layer: nn.Module, weight: Tensor, bias: Tensor | None, *, name: str) -> nn.Module:
-    """An ordinary layer like this one with a weight (1, out, in) and a bias (out,)."""
-    new = narrowed_like(layer, out=weight.shape[1], into=weight.shape[2], bias=bias is not None)
-    kind, reference = layer_type_of(new), layer.get_parameter("weight")
-    new.weight = parameter_like(reference, kind.to_weight(weight, kind.geometry(new)))
-    if not torch.isfinite(new.weight).all():
+def _resized(layer: nn.Module, weight: Tensor, bias: Tensor | None, *, name: str, heads: int) -> nn.Module:
+    """A layer like this one with a weight (1, out, in) and a bias (out,)."""
+    _, out, into = weight.shape
+    new = narrowed_like(layer, out=out, into=into, bias=bias is not None, heads=heads)
+    inner, reference = new.linear if isinstance(new, AroundHeads) else new, layer.get_parameter("weight")
+    kind = layer_type_of(inner)
+    inner.weight = parameter_like(reference, kind.to_weight(weight, kind.geometry(inner)))
+    if not torch.isfinite(inner.get_parameter("weight")).all():
         raise ModelError(f"the narrowed {name} overflows {reference.dtype}; convert the model to float32 first")
     if bias is not None:
-        new.bias = parameter_like(reference, bias)
+        inner.bias = parameter_like(reference, bias)
     return new
 
 
-def narrowed_like(layer: nn.Module, *, out: int, into: int, bias: bool) -> nn.Module:
-    """A layer like this one with other sizes on the meta device, which says what shape the weight had."""
-    new = layer_type_of(layer).resized(layer, out=out, into=into, bias=bias)
-    shape = getattr(layer, NARROWED_FROM, tuple(layer.get_parameter("weight").shape))
-    setattr(new, NARROWED_FROM, tuple(shape))
-    return new.train(layer.training).requires_grad_(layer.get_parameter("weight").requires_grad)
+def narrowed_like(layer: nn.Module, *, out: int, into: int, bias: bool, heads: int = 0) -> nn.Module:
+    """A layer like this one with other sizes on the meta device, which says what shape the weight had.
+
+    With `heads` it gives or reads that many heads of an attention, which then hold fewer numbers.
+    """
+    kind, reference = layer_type_of(layer), layer.get_parameter("weight")
+    sizes, new = kind.geometry(layer), kind.resized(layer, out=out, into=into, bias=bias)
+    shape = tuple(getattr(layer, NARROWED_FROM, reference.shape))
+    if not heads:
+        setattr(new, NARROWED_FROM, shape)
+    elif into == sizes.into:
+        new = HeadValues(new, heads=heads, size=sizes.outputs // heads, narrowed_from=shape)
+    else:
+        new = HeadOutput(new, heads=heads, size=sizes.into // heads, narrowed_from=shape)
+    return new.train(layer.training).requires_grad_(reference.requires_grad)
 
 
 def narrowed_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -177,8 +195,8 @@ def narrowed_layers(model: nn.Module) -> dict[str, nn.Module]:
 def product(layer: nn.Module, *, form: str, factors: Factors) -> Tensor:
     """The matrices (groups, out, n), float64, that factors for `layer` stand for."""
     if find_form(form).is_joint:
-        into, weight = factors
-        return weight @ into
+        _, reading, weight = factors
+        return weight @ reading
     blank = form_named(form).build(layer, layer_type=layer_type_of(layer), ranks=_ranks(factors), bias=False)
     return blank.kernels(blank.stored(factors)).flatten(2)
 

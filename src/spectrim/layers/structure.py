@@ -10,6 +10,7 @@ from spectrim.core.files import Frozen
 from spectrim.layers.attention import unfuse_
 from spectrim.layers.factored import FactoredLayer, low_rank_layers
 from spectrim.layers.forms import form_named
+from spectrim.layers.heads import AroundHeads
 from spectrim.layers.replacement import NARROWED_FROM, names_of, narrowed_layers, narrowed_like, replace
 from spectrim.layers.types import find_layer_type, layer_type_of
 
@@ -52,12 +53,14 @@ class Narrowed(Frozen):
         into: Inputs that it has now.
         out: Outputs that it has now.
         bias: Whether it adds one.
+        heads: Of how many heads of an attention it gives or reads what they hold; 0 for other layers.
     """
 
     shape: tuple[int, ...]
     into: Annotated[int, Field(ge=1)]
     out: Annotated[int, Field(ge=1)]
     bias: bool
+    heads: int = Field(default=0, ge=0)
 
 
 class Structure(Frozen):
@@ -159,15 +162,18 @@ def _options_of(dense: nn.Module) -> dict[str, str]:
 
 
 def _narrowed(layer: nn.Module) -> Narrowed:
+    heads = layer.heads if isinstance(layer, AroundHeads) else 0
+    shape: tuple[int, ...] = getattr(layer, NARROWED_FROM)
+    layer = layer.linear if isinstance(layer, AroundHeads) else layer
     kind = layer_type_of(layer.empty_dense() if isinstance(layer, FactoredLayer) else layer)
     sizes = layer.geometry if isinstance(layer, FactoredLayer) else kind.geometry(layer)
-    shape: tuple[int, ...] = getattr(layer, NARROWED_FROM)
-    return Narrowed(shape=shape, into=sizes.into, out=sizes.out, bias=layer.bias is not None)
+    return Narrowed(shape=shape, into=sizes.into, out=sizes.out, bias=layer.bias is not None, heads=heads)
 
 
 def _unset(dense: nn.Module, layer: Narrowed) -> nn.Module:
     """A narrowed layer without values in the place of a dense one."""
-    new, weight = narrowed_like(dense, out=layer.out, into=layer.into, bias=layer.bias), dense.get_parameter("weight")
+    weight = dense.get_parameter("weight")
+    new = narrowed_like(dense, out=layer.out, into=layer.into, bias=layer.bias, heads=layer.heads)
     return new if weight.is_meta else new.to_empty(device=weight.device)
 
 

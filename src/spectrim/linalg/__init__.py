@@ -15,6 +15,7 @@ from spectrim.linalg.covariance import (
     square_around,
     square_of,
 )
+from spectrim.linalg.heads import HeadDecomposition, HeadLayout, head_ranks
 from spectrim.linalg.problem import Decomposition, Factors, Problem, Ranks, balanced, is_wide
 from spectrim.linalg.spatial import SpatialDecomposition
 from spectrim.linalg.spectra import FloatArray, Spectrum, spectrum, to_float64
@@ -29,6 +30,8 @@ __all__ = [
     "DiagonalCovariance",
     "Factors",
     "FloatArray",
+    "HeadDecomposition",
+    "HeadLayout",
     "LowRankCovariance",
     "Problem",
     "Ranks",
@@ -39,6 +42,7 @@ __all__ = [
     "Tucker2Decomposition",
     "add_covariances",
     "balanced",
+    "head_ranks",
     "is_wide",
     "matrix_of",
     "mean_variance",

@@ -195,6 +195,12 @@ class Problem:
         metric = self.metric
         return list(lifted((metric + metric.mT).div_(2), self._shared["floor"]))
 
+    @property
+    def full_metric(self) -> Tensor:
+        """That of a single group as a matrix with an inverse, also where it is the identity."""
+        (C,), (metric,) = self.metrics, self.metric
+        return metric if C is None else C
+
     @cached_property
     def total(self) -> float:
         """The energy: the sum of the outputs' variances, or of the weight's squares in the plain metric."""

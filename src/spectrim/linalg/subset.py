@@ -13,7 +13,7 @@ from torch import Tensor
 from spectrim.linalg.problem import Decomposition, Factors, Problem, Ranks
 from spectrim.linalg.spectra import FloatArray
 
-_ROUNDS, _CANDIDATES = 128, 4
+_ROUNDS, _CANDIDATES = 64, 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,9 +46,16 @@ class SubsetDecomposition(Decomposition):
 
     @classmethod
     def of(cls, problem: Problem, *, near: Factors = ()) -> Self:
-        """Select; `near` does not help."""
-        (W,), C = problem.matrices, _metric(problem)
+        """Select, as in the plain metric by the columns' norms; or take the inputs that the factors `near` read."""
+        (W,), C = problem.matrices, problem.full_metric
         step, n = _step(W.shape[1]), W.shape[1]
+        if near:
+            is_read = near[1][0].any(dim=0).to(torch.int8)
+            return cls(problem, is_read.argsort(descending=True, stable=True), np.zeros(0))
+        if problem.covariance is None:
+            norms, columns = W.square().sum(dim=0).sort(descending=True)
+            left = norms.flip(0).cumsum(0).flip(0) - norms
+            return cls(problem, columns, left[step - 1 :: step].cpu().numpy())
         residual, products = C.clone(), W @ C
         energy, order, lost = float((products * W).sum()), list[int](), list[float]()
         least = 1e-9 * float(C.diagonal().max())
@@ -76,26 +83,22 @@ class SubsetDecomposition(Decomposition):
     @cached_property
     def tails(self) -> FloatArray:
         """At full rank nothing is lost."""
-        return np.append(self.lost[:-1], 0.0)
+        ranks = len(self.rank_grid(self.problem.weight.shape))
+        return np.append(self.lost[: ranks - 1], 0.0)
 
     def factors(self, ranks: Ranks) -> Factors:
-        """Which inputs are read, as rows that are 1 there, (1, rank, in), and the weight of these, (1, out, rank)."""
-        (W,), C = self.problem.matrices, _metric(self.problem)
+        """Which inputs are read, as rows that are 1 there, (1, rank, in), twice, and their weight, (1, out, rank)."""
+        (W,), C = self.problem.matrices, self.problem.full_metric
         taken = self.order[: ranks[0]].sort().values.to(C.device)
         picked = torch.zeros(len(taken), C.shape[0], dtype=C.dtype, device=C.device)
         picked[torch.arange(len(taken)), taken] = 1.0
         factor = torch.linalg.cholesky(C[taken][:, taken])
         weight = torch.cholesky_solve((W @ C[:, taken]).mT, factor).mT
-        return picked.unsqueeze(0), self.problem.unweighted(weight.unsqueeze(0))
-
-
-def _metric(problem: Problem) -> Tensor:
-    (C,), (metric,) = problem.metrics, problem.metric
-    return metric if C is None else C
+        return picked.unsqueeze(0), picked.unsqueeze(0), self.problem.unweighted(weight.unsqueeze(0))
 
 
 def _step(inputs: int) -> int:
-    """How many inputs are taken at a time: a power of two, so that there are 128 to 256 rounds or fewer."""
+    """How many inputs are taken at a time: a power of two, so that there are 64 to 128 rounds or fewer."""
     return 1 << max(0, (inputs // _ROUNDS).bit_length() - 1)
 
 

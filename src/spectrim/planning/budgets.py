@@ -258,7 +258,9 @@ class Candidates:
         fits = np.flatnonzero((errors.ranks[:, 0] % self.multiple == 0) & (errors.ranks[:, 0] < full))
         costs = self._factored(last, errors)
         for feeder in feeders:
-            costs = costs + self._factored(feeder, joint_form_named(form).feeder_costs(feeder.weight, errors.ranks))
+            costs = costs + self._factored(
+                feeder, joint_form_named(form).feeder_costs(last.unit, feeder.weight, errors.ranks)
+            )
         ranks = [(form, (int(rank),)) for rank in errors.ranks[fits, 0]]
         return costs[fits], (errors.lost * self._sensitivity(last))[fits], ranks
 

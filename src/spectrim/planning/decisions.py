@@ -116,7 +116,11 @@ def narrowed(
     planned = []
     for layer in feeders:
         alone = dense(layer, reason=f"narrowed together with {last.name}", metric=metric)
-        own = {"predicted_error": 0.0, "kept": joint_form_named(form).feeder_cost(layer.weight, ranks), "frozen": False}
+        own = {
+            "predicted_error": 0.0,
+            "kept": joint_form_named(form).feeder_cost(last.unit, layer.weight, ranks),
+            "frozen": False,
+        }
         planned.append(alone.model_copy(update=shared | own))
     return [*planned, entry]
 

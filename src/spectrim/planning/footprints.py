@@ -82,7 +82,8 @@ class Work:
         """The forms in which a unit is decomposed; none if it stays as it is."""
         if isinstance(self.rule_or_plan, Plan):
             return [find_form(layer.form) for layer in self.rule_or_plan.factored if layer.name == unit.name]
-        own: list[Form] = [] if unit.skip_reason else [*forms_of(unit), *joint_forms_of(unit)]
+        joint = joint_forms_of(unit) if self.uses_data and self.is_budget else ()
+        own: list[Form] = [] if unit.skip_reason else [*forms_of(unit), *joint]
         allowed = selected_forms(self.forms, closed_form=not self.is_budget)
         return [form for form in own if form.name in allowed][: None if self.is_budget else 1] or own[:1]
 

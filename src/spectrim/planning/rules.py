@@ -145,8 +145,8 @@ def refresh(edited: Plan, analysis: Analysis) -> Plan:
     alone = next((decided for decided in edited if decided.name not in again), None)
     if alone is not None:
         raise PlanError(
-            f"the plan narrows {alone.name} together with {alone.unit}, which it does not narrow; remove the unit, form, "
-            "rank and metric of the former"
+            f"the plan narrows {alone.name} together with {alone.unit}, which it does not narrow; remove the unit, "
+            "form, rank and metric of the former"
         )
     layers = [again[decided.name] for decided in edited]
     same = all(new.form == old.form and new.kept == old.kept for new, old in zip(layers, edited, strict=True))

@@ -11,6 +11,7 @@ from spectrim.layers.forms.channel import (
     LowRankConv2d,
     LowRankConvTranspose2d,
 )
+from spectrim.layers.forms.head_vo import HeadValueOutputForm
 from spectrim.layers.forms.linear import LinearForm, LowRankEmbedding, LowRankEmbeddingBag, LowRankLinear
 from spectrim.layers.forms.spatial import SpatialConv2d, SpatialForm
 from spectrim.layers.forms.tucker2 import Tucker2Conv2d, Tucker2Form
@@ -42,7 +43,7 @@ __all__ = [
 ]
 
 FORMS: tuple[SingleWeightForm, ...] = (LinearForm(), ChannelForm(), SpatialForm(), Tucker2Form())
-JOINT_FORMS: tuple[JointForm, ...] = (WidthForm(),)
+JOINT_FORMS: tuple[JointForm, ...] = (WidthForm(), HeadValueOutputForm())
 
 
 def forms_of(unit: Unit) -> tuple[SingleWeightForm, ...]:

@@ -79,8 +79,8 @@ class Form(ABC):
         return Cost(params=int(costs.params[0]), macs=int(costs.macs[0]))
 
     @abstractmethod
-    def decompose(self, problem: Problem, *, near: Factors = ()) -> Decomposition:
-        """What factors of any rank are made from.
+    def decompose(self, problem: Problem, *, unit: Unit | None = None, near: Factors = ()) -> Decomposition:
+        """What factors of any rank are made from; joint forms need the unit that the weight is of.
 
         Where factors are found by iteration, those of a problem that is nearly the same are a better start, up to their
         own rank, and save finding one: `near`.
@@ -147,7 +147,7 @@ class SingleWeightForm(Form):
     def working_bytes(self, unit: Unit, *, vectors: int | None, rank: int | None = None) -> int:
         return self.decomposition.working_bytes(_geometry(unit).shape, vectors=vectors, rank=rank)
 
-    def decompose(self, problem: Problem, *, near: Factors = ()) -> Decomposition:
+    def decompose(self, problem: Problem, *, unit: Unit | None = None, near: Factors = ()) -> Decomposition:
         return self.decomposition.of(problem, near=near)
 
     def build(self, layer: nn.Module, *, layer_type: LayerType, ranks: Ranks, bias: bool) -> FactoredLayer:
@@ -172,41 +172,42 @@ class SingleWeightForm(Form):
 class JointForm(Form):
     """A form of a weight together with the layers that feed it: what lies between them is narrowed, and none is added.
 
-    The factors are (T, W'): T (1, rank, n) says what becomes of the n numbers that the weight reads, and W' (1, out,
-    rank) is the weight of what is left. The feeding layers give T times what they gave.
+    The factors are (F, R, W'): F (1, m, k) says what becomes of the k numbers that a feeding layer gives, R (1, l, n)
+    of the n numbers that the weight reads, and W' (1, out, l) is the weight of these: it stands for W' R.
+
+    Attributes:
+        by_head: Whether it has the rank in each head of an attention.
     """
 
     is_joint = True
-    decomposition: ClassVar[type[Decomposition]]
+    by_head: ClassVar[bool] = False
 
-    def full_ranks(self, unit: Unit) -> Ranks:
-        return self.decomposition.full_ranks(_geometry(unit).shape)
-
-    def rank_grid(self, unit: Unit) -> npt.NDArray[np.int64]:
-        return self.decomposition.rank_grid(_geometry(unit).shape)
-
-    def working_bytes(self, unit: Unit, *, vectors: int | None, rank: int | None = None) -> int:
-        return self.decomposition.working_bytes(_geometry(unit).shape, vectors=vectors, rank=rank)
-
-    def decompose(self, problem: Problem, *, near: Factors = ()) -> Decomposition:
-        return self.decomposition.of(problem, near=near)
+    @abstractmethod
+    def sizes(self, unit: Unit, ranks: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """What each feeding layer gives, and what the weight reads, at ranks (n, 1)."""
 
     def costs(self, unit: Unit, ranks: npt.NDArray[np.int64], *, biases: int = 0) -> RankCosts:
         """Those of the weight alone."""
-        (weight,), (rank,) = unit.weights, ranks.T
-        params = rank * _geometry(unit).out
+        (weight,), (_, read) = unit.weights, self.sizes(unit, ranks)
+        params = read * _geometry(unit).out
         return RankCosts(self.name, ranks, params + biases * _geometry(unit).outputs, params * weight.positions.kernel)
 
-    def feeder_costs(self, feeder: Weight, ranks: npt.NDArray[np.int64]) -> RankCosts:
+    def feeder_costs(self, unit: Unit, feeder: Weight, ranks: npt.NDArray[np.int64]) -> RankCosts:
         """Those of a layer that feeds it."""
         assert feeder.geometry is not None
-        params = ranks[:, 0] * feeder.geometry.into
-        return RankCosts(self.name, ranks, params + feeder.biases * ranks[:, 0], params * feeder.positions.kernel)
+        given, _ = self.sizes(unit, ranks)
+        params = given * feeder.geometry.into
+        return RankCosts(self.name, ranks, params + feeder.biases * given, params * feeder.positions.kernel)
 
-    def feeder_cost(self, feeder: Weight, ranks: Ranks) -> Cost:
+    def feeder_cost(self, unit: Unit, feeder: Weight, ranks: Ranks) -> Cost:
         """The same at `ranks`."""
-        costs = self.feeder_costs(feeder, np.array([ranks], dtype=np.int64))
+        costs = self.feeder_costs(unit, feeder, np.array([ranks], dtype=np.int64))
         return Cost(params=int(costs.params[0]), macs=int(costs.macs[0]))
+
+    def working_bytes(self, unit: Unit, *, vectors: int | None, rank: int | None = None) -> int:
+        """The metric, what becomes of it, and as much again twice; the same of its product with the weight."""
+        _, out, n = _geometry(unit).shape
+        return 8 * (4 * n * n + 4 * out * n)
 
 
 def _geometry(unit: Unit) -> Geometry:

@@ -1,15 +1,34 @@
 """The width form: fewer neurons between two layers; those that stay are chosen, and what reads them is refitted."""
 
+import numpy as np
+import numpy.typing as npt
+
 from spectrim.layers.forms.base import JointForm
 from spectrim.layers.units import SingleWeight, Unit
-from spectrim.linalg import SubsetDecomposition
+from spectrim.linalg import Decomposition, Factors, Problem, Ranks, SubsetDecomposition
 
 
 class WidthForm(JointForm):
     """A subset of the neurons of an MLP: rows of the layers before them, columns of the weight after them."""
 
     name = "width"
-    decomposition = SubsetDecomposition
 
     def fits(self, unit: Unit) -> bool:
-        return isinstance(unit, SingleWeight) and bool(unit.feeders)
+        return isinstance(unit, SingleWeight) and bool(unit.feeders) and unit.heads is None
+
+    def full_ranks(self, unit: Unit) -> Ranks:
+        return SubsetDecomposition.full_ranks(_shape(unit))
+
+    def rank_grid(self, unit: Unit) -> npt.NDArray[np.int64]:
+        return SubsetDecomposition.rank_grid(_shape(unit))
+
+    def sizes(self, unit: Unit, ranks: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        return ranks[:, 0], ranks[:, 0]
+
+    def decompose(self, problem: Problem, *, unit: Unit | None = None, near: Factors = ()) -> Decomposition:
+        return SubsetDecomposition.of(problem, near=near)
+
+
+def _shape(unit: Unit) -> tuple[int, ...]:
+    assert isinstance(unit, SingleWeight)
+    return unit.geometry.shape

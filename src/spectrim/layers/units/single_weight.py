@@ -15,6 +15,7 @@ from spectrim.layers.selection import LOOKUP, LayerSelection
 from spectrim.layers.tracing import Trace
 from spectrim.layers.types import Geometry, Positions, find_layer_type
 from spectrim.layers.units.base import Unit, Weight
+from spectrim.linalg import HeadLayout
 
 _DIFFERS = "it was to be treated as another class of layer, and its outputs are not those of that class"
 _SPECIAL = "the network would not run another layer in its place, or uses more of it than its outputs, say its class"
@@ -34,11 +35,14 @@ class SingleWeight(Unit):
 
     Attributes:
         feeders: The layers whose outputs it reads number by number, through elementwise functions, and nothing else
-            does: the first ones of an MLP that it is the last one of. What lies between them and it can be narrowed.
+            does: the first ones of an MLP that it is the last one of; or the layer that gives the values of an
+            attention, whose heads it reads. What lies between them and it can be narrowed.
+        heads: How the heads lie, in an attention.
     """
 
     kind = "weight"
     feeders: tuple[Weight, ...] = ()
+    heads: HeadLayout | None = None
 
     @property
     def weight(self) -> Weight:

@@ -1,0 +1,172 @@
+"""The heads of attentions, found by what the network does with the values that it is given."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spectrim.core.execution import Inputs, call, temporary
+from spectrim.layers.units import SingleWeight
+from spectrim.linalg import HeadLayout
+
+_NEAREST, _LEVELS, _ROUNDS, _CLOSE = 4, 2, 16, 1e-3
+_OF_HEADS = re.compile("head")
+"""Attributes of an attention that may say how large a head is, or how many there are."""
+
+
+_Trial = tuple[str, HeadLayout]
+"""A layer that may give the values of heads, and how these may lie."""
+
+
+@dataclass(frozen=True)
+class Feeding:
+    """What feeds a layer.
+
+    Attributes:
+        feeders: Names of the layers whose outputs it reads, and nothing else does.
+        heads: How the heads of an attention lie in them; None for numbers that are independent of each other.
+    """
+
+    feeders: tuple[str, ...]
+    heads: HeadLayout | None = None
+
+
+def find_heads(
+    model: nn.Module, inputs: Inputs, single: Mapping[str, SingleWeight], order: Sequence[str]
+) -> dict[str, Feeding]:
+    """By layer, the one before it that gives the values of the heads that it reads.
+
+    Each head's values are multiplied by a matrix of their own. What the layer reads must become what it was, multiplied
+    head by head by these matrices: so it does where heads mix values of different places, and not different numbers.
+    """
+    possible = {name: trials for name in single if (trials := _trials(model, name, single, order))}
+    if not possible:
+        return {}
+    received: dict[str, Tensor] = {}
+    with temporary(
+        model.get_submodule(name).register_forward_pre_hook(partial(_record, received, name)) for name in single
+    ):
+        call(model, inputs)
+    # what reads the same as another layer does not read what that gives
+    left = {
+        name: [trial for trial in own if not _equal(received.get(name), received.get(trial[0]))]
+        for name, own in possible.items()
+    }
+    found: dict[str, Feeding] = {}
+    for _ in range(_ROUNDS):
+        now = _apart(left, order)
+        if not now:
+            break
+        found |= _Multiplied(model, inputs, received, now).passed()
+        left = {name: own[name in now :] for name, own in left.items() if name not in found}
+    return {name: found[name] for name in possible if name in found}
+
+
+def _apart(trials: Mapping[str, Sequence[_Trial]], order: Sequence[str]) -> dict[str, _Trial]:
+    """The next trial of each layer, of those that do not disturb each other: no two have a layer between in common."""
+    chosen, end = dict[str, _Trial](), -1
+    for name in order:
+        if name in trials and trials[name] and order.index(trials[name][0][0]) >= end:
+            chosen[name], end = trials[name][0], order.index(name)
+    return chosen
+
+
+def _equal(first: Tensor | None, second: Tensor | None) -> bool:
+    return first is not None and second is not None and first.shape == second.shape and torch.equal(first, second)
+
+
+def _record(received: dict[str, Tensor], name: str, _: nn.Module, args: tuple[Any, ...]) -> None:
+    if args and isinstance(args[0], Tensor):
+        received[name] = args[0].clone()
+
+
+def _trials(model: nn.Module, name: str, single: Mapping[str, SingleWeight], order: Sequence[str]) -> list[_Trial]:
+    """Layers that may give the values, the nearest first, with the layouts that sizes allow, large heads first."""
+    place, width = order.index(name), single[name].geometry.into
+    trials = []
+    for values in reversed(order[max(0, place - _NEAREST) : place]):
+        if values not in single or not _is_near(name, values):
+            continue
+        given = single[values].geometry.outputs
+        for size in sorted(_sizes(model, name, width) | _sizes(model, values, width), reverse=True):
+            if size > 1 and width % size == 0 and given % size == 0 and (width // size) % (given // size) == 0:
+                trials.append((values, HeadLayout(width // size, given // size, size)))
+    return trials
+
+
+def _is_near(name: str, other: str) -> bool:
+    """Whether a module that holds both is at most two levels above each."""
+    first, second = name.split("."), other.split(".")
+    common = next((n for n, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), 0)
+    return max(len(first), len(second)) - common <= _LEVELS
+
+
+def _sizes(model: nn.Module, name: str, width: int) -> set[int]:
+    """Numbers that the modules around a layer have, as sizes of heads, and as how many heads there are."""
+    parts = name.split(".")
+    around = [model.get_submodule(".".join(parts[: len(parts) - up])) for up in (1, 2) if up < len(parts)]
+    numbers = {
+        value
+        for module in around
+        for key, value in vars(module).items()
+        if isinstance(value, int) and not isinstance(value, bool) and value > 0 and _OF_HEADS.search(key)
+    }
+    return numbers | {width // number for number in numbers}
+
+
+@dataclass(eq=False)
+class _Multiplied:
+    """Runs a network with the values of heads multiplied, while all layers receive what they always do."""
+
+    model: nn.Module
+    inputs: Inputs
+    received: Mapping[str, Tensor]
+    trials: Mapping[str, _Trial]
+    agreeing: set[str] = field(default_factory=set)
+
+    def passed(self) -> dict[str, Feeding]:
+        """Those whose layers would read heads that are multiplied as the values were."""
+        hooks = []
+        for values, layout in self.trials.values():
+            hook = partial(_multiply, _matrices(layout))
+            hooks.append(self.model.get_submodule(values).register_forward_hook(hook))
+        for name in self.received:
+            hooks.append(self.model.get_submodule(name).register_forward_pre_hook(partial(self._look, name)))
+        with temporary(hooks):
+            call(self.model, self.inputs)
+        return {name: Feeding((self.trials[name][0],), self.trials[name][1]) for name in self.agreeing}
+
+    def _look(self, name: str, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        before = self.received[name]
+        if args[0].shape != before.shape:
+            return None
+        if name in self.trials:
+            layout = self.trials[name][1]
+            by = _matrices(layout).repeat_interleave(layout.heads // layout.groups, dim=0)
+            expected, scale = _times(before, by), float(before.abs().max())
+            moved, off = (float((expected - other).abs().max()) for other in (before, args[0]))
+            if moved > 10 * _CLOSE * scale and off <= _CLOSE * scale:
+                self.agreeing.add(name)
+        return (before, *args[1:])
+
+
+def _matrices(layout: HeadLayout) -> Tensor:
+    """(groups, size, size), the same for the same layout."""
+    n = layout.groups, layout.size, layout.size
+    return torch.eye(layout.size) + 0.3 * torch.randn(n, generator=torch.Generator().manual_seed(0))
+
+
+def _multiply(by: Tensor, _: nn.Module, __: Any, output: Tensor) -> Tensor:
+    return _times(output, by)
+
+
+def _times(numbers: Tensor, by: Tensor) -> Tensor:
+    """Numbers (.., heads * size), each head times its matrix."""
+    heads, size, _ = by.shape
+    each = numbers.unflatten(-1, (heads, size)).unsqueeze(-2)
+    product: Tensor = each @ by.to(numbers).mT
+    return product.squeeze(-2).flatten(-2)

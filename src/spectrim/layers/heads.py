@@ -1,0 +1,62 @@
+"""Linear layers around an attention whose heads hold fewer numbers than its code takes them to have."""
+
+from typing import cast
+
+from torch import Tensor, nn
+
+
+class AroundHeads(nn.Module):
+    """A linear layer of the numbers that heads hold, in the place of one of all their numbers.
+
+    Attributes:
+        linear: The layer.
+        heads: How many heads there are.
+        size: Numbers of a head, as the attention takes it.
+        narrowed_from: Shape of the weight in whose place it is.
+    """
+
+    def __init__(self, linear: nn.Module, *, heads: int, size: int, narrowed_from: tuple[int, ...]) -> None:
+        super().__init__()
+        self.linear, self.heads, self.size = linear, heads, size
+        self.narrowed_from = narrowed_from
+
+    @property
+    def weight(self) -> Tensor:
+        """That of the layer within: fewer numbers than those of the layer in whose place it is."""
+        return cast(Tensor, self.linear.weight)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """That of the layer within."""
+        return cast(Tensor | None, self.linear.bias)
+
+    def extra_repr(self) -> str:
+        """How the heads lie."""
+        return f"heads={self.heads}, size={self.size}"
+
+
+class HeadValues(AroundHeads):
+    """Gives the values of heads: the numbers of each, and zeros up to the size that the attention expects.
+
+    Shapes:
+        input (..., in), output (..., heads * size); `linear` gives (..., heads * rank).
+    """
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # the name that dense layers give it
+        """Apply the layer, and fill up."""
+        values = self.linear(input).unflatten(-1, (self.heads, -1))
+        return nn.functional.pad(values, (0, self.size - values.shape[-1])).flatten(-2)
+
+
+class HeadOutput(AroundHeads):
+    """Reads the numbers of each head, and not the zeros after them.
+
+    Shapes:
+        input (..., heads * size), output (..., out); `linear` takes (..., heads * rank).
+    """
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        """Apply the layer to what the heads hold."""
+        rank = self.linear.get_parameter("weight").shape[1] // self.heads
+        output: Tensor = self.linear(input.unflatten(-1, (self.heads, self.size))[..., :rank].flatten(-2))
+        return output

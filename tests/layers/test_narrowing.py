@@ -1,0 +1,255 @@
+"""Layers that are narrowed together: which ones are found, and that what comes out is what was meant."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import spectrim as st
+from spectrim.layers.replacement import narrowed_at, narrowed_layers, own_bias, replace
+from spectrim.linalg import HeadLayout
+
+
+class Mlp(nn.Module):
+    """Up, perhaps a gate, something between, and down, with a residual sum around it."""
+
+    def __init__(self, between: nn.Module, *, gated: bool = False) -> None:
+        super().__init__()
+        self.up, self.down, self.between = nn.Linear(12, 32), nn.Linear(32, 12, bias=False), between
+        self.gate = nn.Linear(12, 32) if gated else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.between(self.up(x))
+        return x + self.down(hidden if self.gate is None else hidden * self.gate(x))
+
+
+class Reread(Mlp):
+    """The hidden numbers are read once more."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.between(self.up(x))
+        return x + self.down(hidden) + hidden.mean(dim=-1, keepdim=True)
+
+
+class Sized(Mlp):
+    """Its code knows the width."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.between(self.up(x)).reshape(*x.shape[:-1], 4, 8).flatten(-2)
+        return x + self.down(hidden)
+
+
+class Mixing(nn.Module):
+    """Each place of a sequence sees the others."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + x.mean(dim=1, keepdim=True)
+
+
+class Attention(nn.Module):
+    """Heads of which several may read the same values; what lies between them may be more than an attention."""
+
+    def __init__(self, *, groups: int = 4, mixed: bool = False) -> None:
+        super().__init__()
+        self.num_heads, self.groups, self.mixed = 4, groups, mixed
+        self.q, self.k, self.v = nn.Linear(12, 24), nn.Linear(12, 6 * groups), nn.Linear(12, 6 * groups, bias=False)
+        self.o = nn.Linear(24, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (layer(x).unflatten(-1, (-1, 6)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        k, v = (each.repeat_interleave(4 // self.groups, dim=1) for each in (k, v))
+        heads = nn.functional.scaled_dot_product_attention(q, k, v)
+        heads = heads + heads.flip(1) if self.mixed else heads
+        return x + self.o(heads.transpose(1, 2).flatten(-2))
+
+
+def network(*layers: nn.Module) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(*layers, nn.LayerNorm(12)).eval()
+
+
+DATA = list(torch.randn(64, 6, 12, generator=torch.Generator().manual_seed(3)).split(16))
+
+
+def feeders(model: nn.Module) -> dict[str, list[str]]:
+    """By layer, those that feed it."""
+    return {layer.name: [own.name for own in layer.feeders] for layer in st.analyze(model, DATA[0]) if layer.feeders}
+
+
+@pytest.mark.parametrize("between", [nn.ReLU(), nn.GELU(), nn.Sequential(nn.SiLU(), nn.Dropout(0.5)), nn.Identity()])
+def test_neurons_with_something_elementwise_between_are_found(between: nn.Module) -> None:
+    assert feeders(network(Mlp(between))) == {"0.down": ["0.up"]}
+
+
+def test_a_gate_is_found() -> None:
+    assert feeders(network(Mlp(nn.SiLU(), gated=True), Mlp(nn.SiLU()))) == {
+        "0.down": ["0.up", "0.gate"],
+        "1.down": ["1.up"],
+    }
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [Mlp(nn.LayerNorm(32)), Mlp(nn.Softmax(dim=-1)), Mlp(Mixing()), Reread(nn.ReLU()), Sized(nn.ReLU())],
+    ids=["norm", "softmax", "mixing", "read twice", "its code knows the width"],
+)
+def test_what_is_not_elementwise_or_is_read_elsewhere_is_not_narrowed(layer: nn.Module) -> None:
+    model = network(layer, Mlp(nn.ReLU()))
+    assert feeders(model) == {"1.down": ["1.up"]}
+    assert not narrowed_layers(model)
+
+
+@pytest.mark.parametrize("groups", [4, 2, 1])
+def test_the_heads_of_attentions_are_found(groups: int) -> None:
+    analysis = st.analyze(network(Attention(groups=groups), Mlp(nn.ReLU()), Attention(groups=groups)), DATA[0])
+    assert {layer.name: [own.name for own in layer.feeders] for layer in analysis if layer.feeders} == {
+        "0.o": ["0.v"],
+        "1.down": ["1.up"],
+        "2.o": ["2.v"],
+    }
+    assert analysis["0.o"].unit.heads == HeadLayout(4, groups, 6)
+
+
+def test_heads_of_torchs_attention_are_found() -> None:
+    model = nn.TransformerEncoderLayer(12, 3, 24, batch_first=True).eval()
+    analysis = st.analyze(model, DATA[0])
+    assert analysis["self_attn.out_proj"].unit.heads == HeadLayout(3, 3, 4)
+    assert [own.name for own in analysis["linear2"].feeders] == ["linear1"]
+
+
+def test_heads_that_are_mixed_are_not_narrowed() -> None:
+    assert feeders(network(Attention(mixed=True))) == {}
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
+@pytest.mark.parametrize("groups", [4, 2])
+def test_heads_of_full_size_change_nothing(dtype: torch.dtype, tolerance: float, groups: int) -> None:
+    model = network(Attention(groups=groups)).to(dtype)
+    x = DATA[0].to(dtype)
+    expected = model(x)
+    layer = st.analyze(model, x, calibration=st.calibrate(model, [x]))["0.o"]
+    factors = layer.decomposition("head_vo", "activation").factors((6,))
+    replace(model, narrowed_at(model, "0.o", ["0.v"], form="head_vo", rank=6, factors=factors, bias=own_bias))
+    torch.testing.assert_close(model(x), expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("groups", [4, 2])
+def test_heads_become_smaller_under_a_budget_and_go_through_a_file(groups: int, tmp_path: Path) -> None:
+    model = network(Attention(groups=groups), Attention(groups=groups))
+    with torch.no_grad():  # half of the numbers of each head say nothing
+        for layer in model[:2]:
+            layer.v.weight.unflatten(0, (groups, 6))[:, 3:] = 0
+    small = st.compress(model, st.Budget(params=0.8), example_inputs=DATA[0], data=DATA)
+    assert {layer.form for layer in small.plan if layer.unit} == {"head_vo"}
+    assert small.fidelity is not None
+    assert small.fidelity.plain is not None
+    assert small.fidelity.relative_error < 0.4 * small.fidelity.plain.relative_error
+    again = st.load(st.save(small.model, tmp_path / "small.safetensors"), model)
+    assert torch.equal(again(DATA[0]), small.model(DATA[0]))
+
+
+def test_layers_in_a_row_are_taken_in_pairs() -> None:
+    model = network(nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 12))
+    assert feeders(model) == {"2": ["0"]}
+
+
+@pytest.mark.parametrize("name", ["skipped", "hooked", "shared"])
+def test_layers_that_must_stay_as_they_are_are_not_narrowed(name: str) -> None:
+    model = network(Mlp(nn.ReLU()), Mlp(nn.ReLU()))
+    if name == "hooked":
+        model[0].up.register_forward_hook(lambda *_: None)
+    if name == "shared":
+        model[1].up.weight = model[0].up.weight
+    analysis = st.analyze(model, DATA[0], exclude="0.up" if name == "skipped" else ())
+    found = {layer.name for layer in analysis if layer.feeders}
+    assert found == (set() if name == "shared" else {"1.down"})
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+@pytest.mark.parametrize("gated", [False, True])
+def test_at_full_width_nothing_changes(dtype: torch.dtype, tolerance: float, gated: bool) -> None:
+    model = network(Mlp(nn.GELU(), gated=gated)).to(dtype)
+    x = DATA[0].to(dtype)
+    expected = model(x)
+    layer = st.analyze(model, x, calibration=st.calibrate(model, [x]))["0.down"]
+    factors = layer.decomposition("width", "activation").factors((32,))
+    names = [own.name for own in layer.feeders]
+    replace(model, narrowed_at(model, "0.down", names, form="width", rank=32, factors=factors, bias=own_bias))
+    torch.testing.assert_close(model(x), expected, rtol=0, atol=tolerance)
+
+
+@pytest.fixture(scope="module")
+def dense() -> nn.Module:
+    """Half of its neurons say little."""
+    model = network(Mlp(nn.GELU(), gated=True), Mlp(nn.ReLU()))
+    with torch.no_grad():
+        for layer in (model[0], model[1]):
+            layer.down.weight[:, ::2] *= 0.02
+    return model
+
+
+@pytest.fixture(scope="module")
+def small(dense: nn.Module) -> st.Compressed:
+    return st.compress(dense, st.Budget(params=0.6), example_inputs=DATA[0], data=DATA)
+
+
+def test_a_budget_narrows_where_that_loses_least(dense: nn.Module, small: st.Compressed) -> None:
+    assert {layer.form for layer in small.plan} == {"width"}
+    assert small.measurement.params_ratio is not None
+    assert small.measurement.params_ratio <= 0.6
+    assert all(type(layer) is nn.Linear for layer in narrowed_layers(small.model).values())
+    alone = st.compress(dense, st.Budget(params=0.6), example_inputs=DATA[0], data=DATA, forms="linear")
+    assert small.fidelity is not None
+    assert alone.fidelity is not None
+    assert small.fidelity.relative_error < 0.3 * alone.fidelity.relative_error
+
+
+def test_narrowed_networks_go_through_a_file(dense: nn.Module, small: st.Compressed, tmp_path: Path) -> None:
+    again = st.load(st.save(small.model, tmp_path / "small.safetensors"), dense)
+    assert torch.equal(again(DATA[0]), small.model(DATA[0]))
+    assert narrowed_layers(again).keys() == narrowed_layers(small.model).keys()
+    other = network(Mlp(nn.ReLU()), Mlp(nn.ReLU()))
+    with pytest.raises(st.errors.FileError, match="for another network"):
+        st.load(tmp_path / "small.safetensors", other)
+    assert not narrowed_layers(other)
+
+
+def test_narrowed_networks_are_compressed_again(dense: nn.Module, small: st.Compressed, tmp_path: Path) -> None:
+    twice = st.compress(small.model, st.Budget(params=0.7), example_inputs=DATA[0], data=DATA, forms="linear")
+    assert any(layer.form == "linear" for layer in twice.plan)
+    again = st.load(st.save(twice.model, tmp_path / "twice.safetensors"), dense)
+    assert torch.equal(again(DATA[0]), twice.model(DATA[0]))
+
+
+def test_the_plan_is_carried_out_again_and_can_be_edited(dense: nn.Module, small: st.Compressed) -> None:
+    again = st.compress(dense, small.plan, example_inputs=DATA[0], data=DATA)
+    assert torch.equal(again.model(DATA[0]), small.model(DATA[0]))
+    edited = small.plan.model_copy(
+        update={"layers": tuple(layer.model_copy(update={"rank": 8}) for layer in small.plan)}
+    )
+    narrower = st.compress(dense, edited, example_inputs=DATA[0], data=DATA)
+    assert narrower.model[0].up.out_features == 8
+    assert narrower.plan["0.down"].reason == "rank 8 set by hand in the plan"
+
+
+@pytest.mark.parametrize(
+    ("name", "update", "message"),
+    [
+        ("0.up", {"rank": 3}, "give all the same form and rank"),
+        ("0.up", {"unit": None, "form": "dense", "rank": None, "metric": None}, "together with 0.gate; in this model"),
+        ("0.down", {"unit": None, "form": "dense", "rank": None, "metric": None}, "0.down, which it does not narrow"),
+    ],
+)
+def test_plans_that_narrow_only_a_part_are_refused(
+    dense: nn.Module, small: st.Compressed, name: str, update: dict[str, object], message: str
+) -> None:
+    layers = tuple(layer.model_copy(update=update if layer.name == name else {}) for layer in small.plan)
+    with pytest.raises(st.errors.PlanError, match=message):
+        st.compress(dense, small.plan.model_copy(update={"layers": layers}), example_inputs=DATA[0], data=DATA)
+
+
+def test_without_data_and_under_other_rules_nothing_is_narrowed(dense: nn.Module) -> None:
+    for rule, data in ((st.Budget(params=0.6), None), (st.Ratio(0.5), DATA)):
+        plan = st.compress(dense, rule, example_inputs=DATA[0], data=data).plan
+        assert not any(layer.unit for layer in plan)

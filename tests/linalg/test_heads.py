@@ -1,0 +1,57 @@
+"""Weights that read the heads of an attention."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from spectrim.linalg import HeadDecomposition, HeadLayout, Problem
+
+LAYOUTS = (HeadLayout(4, 4, 6), HeadLayout(6, 2, 4), HeadLayout(1, 1, 10))
+
+
+def covariance(n: int) -> Tensor:
+    rows = torch.randn(4 * n, n, generator=torch.Generator().manual_seed(0)).double()
+    rows = rows @ torch.randn(n, n, generator=torch.Generator().manual_seed(1)).double()
+    return (rows.T @ rows / len(rows)).unsqueeze(0)
+
+
+def problem_of(layout: HeadLayout, *, with_output: bool = False) -> Problem:
+    n = layout.heads * layout.size
+    root = torch.randn(1, 8, 8, generator=torch.Generator().manual_seed(2)).double()
+    weight = torch.randn(1, 8, n, generator=torch.Generator().manual_seed(3))
+    return Problem(weight, covariance(n), output=root @ root.mT if with_output else None)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("with_output", [False, True])
+def test_the_predicted_error_is_that_of_the_factors(layout: HeadLayout, with_output: bool) -> None:
+    problem = problem_of(layout, with_output=with_output)
+    solved = HeadDecomposition.of_heads(problem, layout)
+    for rank in range(1, layout.size + 1):
+        feeding, reading, weight = solved.factors((rank,))
+        assert feeding.shape == (1, layout.groups * rank, layout.groups * layout.size)
+        lost = problem.weight.double() - weight @ reading
+        if problem.output is not None:
+            lost = problem._roots[0] @ lost
+        error = float(((lost @ problem.metric) * lost).sum())
+        assert error == pytest.approx(solved.tail_at((rank,)), rel=1e-5, abs=1e-6 * problem.total)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_head_of_a_group_reads_the_same_numbers(layout: HeadLayout) -> None:
+    feeding, reading, _ = HeadDecomposition.of_heads(problem_of(layout), layout).factors((2,))
+    each = reading[0].reshape(layout.heads, 2, layout.heads, layout.size)
+    for head in range(layout.heads):
+        group = head // (layout.heads // layout.groups)
+        values = feeding[0].reshape(layout.groups, 2, layout.groups, layout.size)[group, :, group]
+        assert torch.equal(each[head, :, head], values)
+        others = [other for other in range(layout.heads) if other != head]
+        assert not each[head][:, others].any()
+
+
+def test_of_one_head_it_is_the_truncated_decomposition() -> None:
+    problem = problem_of(LAYOUTS[2])
+    solved = HeadDecomposition.of_heads(problem, LAYOUTS[2])
+    energies = torch.linalg.svdvals(problem.weight[0].double() @ torch.linalg.cholesky(problem.metric[0])).square()
+    after = [float(energies[rank:].sum()) for rank in range(1, 8)]
+    assert solved.tails[:7].tolist() == pytest.approx(after, rel=1e-4)
