@@ -303,9 +303,9 @@ class Goal:
     form: Annotated[
         list[str] | None,
         _rule(
-            metavar="channel|spatial|tucker2",
-            help="A form that convolutions may take. Can be repeated. By default any for --macs, --params, --bytes "
-            "and --latency, and channel for the others.",
+            metavar="channel|spatial|tucker2|width|head_vo",
+            help="A form that layers may take besides linear. Can be repeated. By default any for --macs, --params and "
+            "--bytes, those of convolutions for --latency, and channel for the others.",
         ),
     ] = None
     rank_multiple: Annotated[
@@ -366,9 +366,9 @@ class Goal:
     @property
     def forms(self) -> tuple[str, ...] | None:
         """The forms, if any were named."""
-        from spectrim.layers.forms import FORMS
+        from spectrim.layers.forms import selected_forms
 
-        return known_names(self.form or (), [form.name for form in FORMS], option="--form") or None
+        return known_names(self.form or (), selected_forms(None), option="--form") or None
 
 
 def known_names(names: Iterable[str], known: Sequence[_Name], *, option: str) -> tuple[_Name, ...]:
