@@ -19,10 +19,10 @@ from spectrim.core.execution import Inputs, call, evaluating, on_device_of, temp
 from spectrim.core.memory import IN_PLACE, Storage
 from spectrim.core.nested import is_in_transform, joined
 from spectrim.core.progress import progress_callback
-from spectrim.layers.attention import unfused
 from spectrim.layers.tokens import TokenMasks, TokenPlaces, input_rows
 from spectrim.layers.tracing import typed_layers, watching
 from spectrim.layers.types import layer_type_of
+from spectrim.layers.unfusing import unfused
 
 POSITIONS = 64
 """Places that are looked at in each sample, if nothing else is said."""

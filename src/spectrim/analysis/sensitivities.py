@@ -19,9 +19,9 @@ from spectrim.core.execution import Inputs, ProgressCallback, call, evaluating, 
 from spectrim.core.memory import IN_PLACE, Storage
 from spectrim.core.plans import Metric
 from spectrim.core.progress import progress_callback
-from spectrim.layers.attention import unfused_as
 from spectrim.layers.replacement import factored_at, mean_corrections, product, replace
 from spectrim.layers.tokens import TokenMasks, TokenPlaces
+from spectrim.layers.unfusing import unfused_as
 from spectrim.linalg import Factors
 
 _LEAST, _MOST = 32, 256

@@ -17,12 +17,12 @@ from spectrim.core.display import Displayed
 from spectrim.core.errors import ModelError, PlanError
 from spectrim.core.execution import as_inputs, require_unwrapped, require_values
 from spectrim.core.plans import Cost, CostName, LayerPlan, Metric
-from spectrim.layers.attention import unfused
 from spectrim.layers.cost import NetworkCost, count
 from spectrim.layers.forms import RankCosts, form_named, forms_of
 from spectrim.layers.selection import LayerSelection, Patterns, TreatAs
 from spectrim.layers.tracing import trace
 from spectrim.layers.types import layer_type_of
+from spectrim.layers.unfusing import unfused
 from spectrim.layers.units import SingleWeight, Unit, find_units
 from spectrim.linalg import Decomposition, Factors, FloatArray, Problem, Ranks, Spectrum, matrix_of, shrunk, spectrum
 

@@ -11,10 +11,11 @@ from spectrim.core.arguments import checked
 from spectrim.core.errors import ModelError
 from spectrim.core.nested import is_plain
 from spectrim.core.plans import LayerPlan, Plan
-from spectrim.layers.attention import fused, match_fast_paths
+from spectrim.layers.attention import match_fast_paths
 from spectrim.layers.factored import FactoredLayer, geometry_of, low_rank_layers, shallow_copy
 from spectrim.layers.forms import form_named
 from spectrim.layers.types import layer_type_of
+from spectrim.layers.unfusing import fused
 from spectrim.linalg import Factors, Ranks, balanced, to_float64
 
 _BLOCK = 1024

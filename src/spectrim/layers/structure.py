@@ -7,11 +7,11 @@ from torch import nn
 
 from spectrim.core.errors import FileError, ModelError, PlanError
 from spectrim.core.files import Frozen
-from spectrim.layers.attention import unfuse_
 from spectrim.layers.factored import FactoredLayer, low_rank_layers
 from spectrim.layers.forms import form_named
 from spectrim.layers.replacement import names_of, replace
 from spectrim.layers.types import find_layer_type, layer_type_of
+from spectrim.layers.unfusing import unfuse_
 
 
 class LowRank(Frozen):
@@ -94,7 +94,8 @@ def rebuild(model: nn.Module, structure: Structure, *, origin: str) -> None:
     Raises:
         FileError: the structure is that of another network.
     """
-    unfuse_(model, {*structure.low_rank, *structure.same_layer}.__contains__)
+    factored = {*structure.low_rank, *structure.same_layer}
+    unfuse_(model, lambda part, _: part in factored)
     replacements: dict[str, nn.Module] = {}
     for name, layer in structure.low_rank.items():
         dense, form = _dense_at(model, name, layer, origin), form_named(layer.form)

@@ -23,6 +23,7 @@ class Weight:
         biases: How many the call sites have together that no unit before counts; one that they share counts once.
         params: Numbers that the layer stores.
         itemsize: Bytes of one of them.
+        stack: Of an expert of a mixture the name that the same projection of all experts has together.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Weight:
     biases: int
     params: int
     itemsize: int
+    stack: str | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
