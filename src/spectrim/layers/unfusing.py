@@ -40,10 +40,10 @@ def unfused(model: nn.Module, selects: Selects = lambda *_: True) -> nn.Module:
 def unfused_as(model: nn.Module, names: Iterable[str]) -> nn.Module:
     """As `unfused`, with those modules taken apart of which these layers are parts.
 
-    One that is among the layers itself was left whole, and so it is here.
+    An attention that was left whole has a layer `out_proj` as well, and is among the layers itself.
     """
-    known = set(names)
-    return unfused(model, lambda part, whole: part in known and whole not in known)
+    known, own = set(names), {name for name, _ in model.named_modules()}
+    return unfused(model, lambda part, whole: part in known and not (part in own and whole in known))
 
 
 def unfuse_(model: nn.Module, selects: Selects) -> None:
