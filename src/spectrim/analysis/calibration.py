@@ -19,6 +19,7 @@ from spectrim.core.execution import Inputs, call, evaluating, on_device_of, temp
 from spectrim.core.memory import IN_PLACE, Storage
 from spectrim.core.nested import is_in_transform, joined
 from spectrim.core.progress import progress_callback
+from spectrim.layers.experts import rerouted
 from spectrim.layers.tokens import TokenMasks, TokenPlaces, input_rows
 from spectrim.layers.tracing import typed_layers, watching
 from spectrim.layers.types import layer_type_of
@@ -136,11 +137,12 @@ def calibrate(
             inputs, hint = inputs_of(batch, model, position=position, labels=labels, mask=mask)
             masks = TokenMasks.of(model, inputs)
             try:
-                if gradients:
-                    named = {"what": f"batch {position}", "hint": hint}
-                    add_gradients(model, inputs, layers, gradient_sums, storage=storage, **named)
-                else:
-                    call(model, inputs, what=f"batch {position}", hint=hint)
+                with rerouted(model, masks.routed):
+                    if gradients:
+                        named = {"what": f"batch {position}", "hint": hint}
+                        add_gradients(model, inputs, layers, gradient_sums, storage=storage, **named)
+                    else:
+                        call(model, inputs, what=f"batch {position}", hint=hint)
             except ModelError as error:
                 raise DataError(str(error)) from error
             masks.warn_if_unused()
