@@ -1,4 +1,4 @@
-"""Twelve architectures, compressed with data and saved: bit-equal in a fresh process, at the planned cost."""
+"""Architectures, compressed with data and saved: bit-equal in a fresh process, at the planned cost."""
 
 import json
 import re
@@ -31,6 +31,8 @@ SIZES = {
 GROUPED = {**SIZES, **IDS, "num_key_value_heads": 2, "head_dim": 8}
 IMAGES = {"image_size": 16, "patch_size": 4}
 EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 1}
+QWEN3_MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+GPT_OSS = {"num_local_experts": 4, "num_experts_per_tok": 2, "layer_types": ["full_attention"]}
 GPT2 = {"n_positions": 64, "n_embd": 32, "n_layer": 1, "n_head": 4, "vocab_size": WORDS, **IDS}
 T5 = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 4, "vocab_size": WORDS}
 WHISPER = {
@@ -112,6 +114,8 @@ NETWORKS = {
     "Qwen3": _causal("Qwen3", GROUPED),
     "Gemma": _causal("Gemma", GROUPED),
     "Mixtral": _causal("Mixtral", GROUPED | EXPERTS),
+    "Qwen3-MoE": _causal("Qwen3Moe", GROUPED | QWEN3_MOE),
+    "GPT-OSS": _causal("GptOss", GROUPED | GPT_OSS),
     "T5": Network(
         "T5Config",
         "T5ForConditionalGeneration",
@@ -235,6 +239,13 @@ def test_the_planned_cost_is_the_measured_one(results: Any, name: str) -> None:
         saved = getattr(plan.dense_cost, cost) - getattr(plan.kept_cost, cost)
         assert round(after / ratio) - after == saved
     assert measured.macs_ratio <= SHARE or not isinstance(plan.rule, st.Budget)
+
+
+@pytest.mark.parametrize("name", ["Mixtral", "Qwen3-MoE", "GPT-OSS"])
+def test_experts_are_factored(results: Any, name: str) -> None:
+    small, _ = results[name]
+    stacks = {layer.name.split(".")[-2] for layer in small.plan.factored if ".experts." in layer.name}
+    assert stacks == {"gate_up", "down"}
 
 
 def test_the_documentation_lists_them() -> None:

@@ -61,7 +61,7 @@ class LayerSelection:
     def unfuses(self, part: str, whole: str) -> bool:
         """Whether it takes a layer that a module can be taken apart for, and does not leave that out by its name."""
         includes, excludes = (partial(_matches, patterns=patterns) for patterns in (self.include, self.exclude))
-        return includes(part) and not excludes(part) and not excludes(whole)
+        return includes(part) and not excludes(whole)
 
     def is_treated(self, layer: nn.Module) -> bool:
         """Whether `treat_as` speaks of the layer."""
