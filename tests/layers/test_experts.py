@@ -224,3 +224,12 @@ def test_the_predicted_error_is_that_of_the_network() -> None:
         warnings.simplefilter("error")
         small = st.compress(model, st.Budget(params=0.9), example_inputs=data[0], data=data, reconstruct=False)
     assert 0.5 < small.fidelity.predicted / small.fidelity.relative_error < 2
+
+
+def test_a_stack_is_one_row_of_a_plan() -> None:
+    plan = st.compress(build(), st.Ratio(0.3), example_inputs=texts()).plan
+    table = st.text(plan, width=240)
+    assert "experts.gate_up.*" in table
+    assert "experts.gate_up.0" not in table
+    assert "6 experts: ranks 4 to 4 of 16" in " ".join(table.split())
+    assert plan["experts.gate_up.3"].stack == "experts.gate_up"

@@ -151,8 +151,7 @@ def calibrate(
     names = list(typed_layers(model))
     covariances = {name: part for name, part in sums.items() if isinstance(part, RunningCovariance)}
     frequencies = {name: part for name, part in sums.items() if isinstance(part, RunningFrequencies)}
-    reduced: dict[str, RunningCovariance | RunningFrequencies] = {}
-    reduced |= _reduced(covariances, names, accelerator)
+    reduced: dict[str, RunningCovariance | RunningFrequencies] = {**_reduced(covariances, names, accelerator)}
     reduced |= _reduced_frequencies(frequencies, names, accelerator)
     moments = {name: statistics.finish(name) for name, statistics in reduced.items() if statistics.count}
     gradient_sums = _reduced_gradients(gradient_sums, names, accelerator)

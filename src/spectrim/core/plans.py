@@ -197,6 +197,7 @@ class LayerPlan(Frozen):
         kept: Its cost afterwards.
         frozen: Of a dense layer: its weight must not be touched; reconstruction fits the others anew. In the file:
             `fixed`.
+        stack: Of an expert of a mixture what its projection of all experts is called; absent for other layers.
         reason: Why this form and rank, in words.
     """
 
@@ -216,6 +217,7 @@ class LayerPlan(Frozen):
     dense: Cost
     kept: Cost
     frozen: bool = Field(default=False, validation_alias=AliasChoices("frozen", "fixed"), serialization_alias="fixed")
+    stack: str | None = None
     reason: str
 
     @model_validator(mode="after")
