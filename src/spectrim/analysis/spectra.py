@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from spectrim.analysis.calibration import Calibration
 from spectrim.analysis.experts import with_experts
-from spectrim.analysis.moments import pooled
+from spectrim.analysis.moments import Moments, pooled
+from spectrim.analysis.tied_embeddings import tied_problem
 from spectrim.core.arguments import checked
 from spectrim.core.display import Displayed
 from spectrim.core.errors import ModelError, PlanError
@@ -225,10 +226,15 @@ class Analysis(Displayed):
 
     @property
     def means(self) -> dict[str, Tensor]:
-        """Mean inputs of the layers by name, less those of experts, which get no bias; none without a calibration."""
+        """Mean inputs of the layers by name, less those of layers that get no bias; none without a calibration."""
         experts = {site for layer in self.layers if layer.stack for site in layer.call_sites}
         means = self.calibration.means if self.calibration else {}
-        return {name: mean for name, mean in means.items() if name not in experts}
+        return {name: mean for name, mean in means.items() if name not in experts | self.tied_outputs}
+
+    @property
+    def tied_outputs(self) -> set[str]:
+        """Names of the output layers that are factored together with an embedding, whose weight they share."""
+        return {name for layer in self.layers for name in layer.weight.outputs}
 
     def require_model(self, model: nn.Module) -> None:
         """Raise `PlanError` for a model that lacks a layer of this analysis, or has it with a weight of another shape.
@@ -356,6 +362,8 @@ def _problems(unit: Unit, kernels: Tensor, calibration: Calibration | None) -> d
     problems: dict[Metric, Problem] = {"plain": Problem(kernels)}
     if calibration and all(site in calibration.moments for site in unit.call_sites):
         moments = [calibration.moments[site] for site in unit.call_sites]
+        if unit.weight.outputs:
+            return problems | _tied_problems(unit, kernels, moments)
         inputs = pooled(moments, name=unit.name, width=unit.geometry.width)
         problems["activation"] = Problem(
             kernels, inputs.covariance, shrinkage=inputs.shrinkage, rounding_tolerance=inputs.rounding_tolerance
@@ -368,3 +376,12 @@ def _problems(unit: Unit, kernels: Tensor, calibration: Calibration | None) -> d
         if len(outputs) == len(moments):
             problems["loss"] = replace(problems["activation"], output=torch.stack(outputs).sum(dim=0))
     return problems
+
+
+def _tied_problems(unit: SingleWeight, kernels: Tensor, moments: Sequence[Moments]) -> dict[Metric, Problem]:
+    number = len(unit.call_sites) - len(unit.weight.outputs)
+    lookups, outputs = moments[:number], moments[number:]
+    metrics: dict[Metric, bool] = {"activation": False}
+    if all(seen.output_grad_covariance is not None for seen in lookups):
+        metrics["loss"] = True
+    return {metric: tied_problem(kernels, lookups, outputs, loss=loss) for metric, loss in metrics.items()}

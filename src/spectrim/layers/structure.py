@@ -9,6 +9,7 @@ from spectrim.core.errors import FileError, ModelError, PlanError
 from spectrim.core.files import Frozen
 from spectrim.layers.factored import FactoredLayer, low_rank_layers
 from spectrim.layers.forms import form_named
+from spectrim.layers.forms.linear import tied_output
 from spectrim.layers.replacement import names_of, replace
 from spectrim.layers.types import find_layer_type, layer_type_of
 from spectrim.layers.unfusing import unfuse_
@@ -25,6 +26,7 @@ class LowRank(Frozen):
         layer_type: Name of the dense layer's type; None in files that were written before it was noted.
         overrides: Methods that the dense layer's class has replaced.
         options: Attributes of the dense layer that say how its weight is used.
+        tied_output: Whether it is an output layer that shares its factors with an embedding.
     """
 
     shape: tuple[int, ...]
@@ -34,6 +36,7 @@ class LowRank(Frozen):
     layer_type: str | None = None
     overrides: tuple[str, ...] = ()
     options: dict[str, str] = Field(default_factory=dict)
+    tied_output: bool = False
 
     @field_validator("form")
     @classmethod
@@ -78,6 +81,7 @@ def structure_of(model: nn.Module) -> Structure:
             layer_type=layer_type.name,
             overrides=layer_type.overrides(dense),
             options=_options_of(dense),
+            tied_output=module.is_tied_output,
         )
         same_layer |= dict.fromkeys(names_of(model, module)[1:], name)
     return Structure(low_rank=low_rank, same_layer=same_layer)
@@ -99,7 +103,8 @@ def rebuild(model: nn.Module, structure: Structure, *, origin: str) -> None:
     replacements: dict[str, nn.Module] = {}
     for name, layer in structure.low_rank.items():
         dense, form = _dense_at(model, name, layer, origin), form_named(layer.form)
-        replacements[name] = form.build(dense, layer_type=layer_type_of(dense), ranks=layer.ranks, bias=layer.bias)
+        built = form.build(dense, layer_type=layer_type_of(dense), ranks=layer.ranks, bias=layer.bias)
+        replacements[name] = tied_output(built, dense) if layer.tied_output else built
     for name, first in structure.same_layer.items():
         replacements[name] = replacements[first]
     replace(model, replacements)

@@ -168,6 +168,7 @@ class _Stages:
         if not samples.differ and not isinstance(rule, Plan):
             return bare, []
         if "loss" in metrics or (budgeted and metric is None):
+            layers = set(layers) - bare.tied_outputs  # whose outputs are too many, and whose metric needs no gradients
             statistics = with_output_grads(
                 model, statistics, _in_memory(batches), layers=layers, required="loss" in metrics, storage=storage
             )

@@ -90,8 +90,14 @@ def find_single_weights(model: nn.Module, trace: Trace, selection: LayerSelectio
     inside, stacks = _already_handled(model), stacks_of(model)
     users = _users(model)
     units, counted = [], set[int]()
-    for group in _tied(layers):
-        call_sites = sorted((names[module][0] for module in group), key=lambda name: order.get(name, len(order)))
+    for group in _tied(layers, lookups=selection.lookups):
+        outputs = _outputs(group)
+        # an embedding of which the weight is used elsewhere alone, as T5 has one, is no call site
+        called = [module for module in group if not outputs or names[module][0] in order or module in outputs] or group
+        call_sites = sorted(
+            (names[module][0] for module in called),
+            key=lambda name: (model.get_submodule(name) in outputs, order.get(name, len(order))),
+        )
         tied = [name for module in group for name in names[module]]
         reason = (
             _not_selected(tied, selected=selected, last=last)
@@ -104,10 +110,13 @@ def find_single_weights(model: nn.Module, trace: Trace, selection: LayerSelectio
             or next((_DIFFERS for name in call_sites if name in trace.differing), None)
             or next((_SPECIAL for name in call_sites if name in trace.special), None)
         )
-        biases = {id(bias) for module in group if (bias := getattr(module, "bias", None)) is not None} - counted
+        own = group if not outputs else []  # of another size than the outputs of an embedding
+        biases = {id(bias) for module in own if (bias := getattr(module, "bias", None)) is not None} - counted
         counted |= biases
         weight = _weight(model.get_submodule(call_sites[0]), tied, call_sites, trace.positions, biases=len(biases))
-        units.append(SingleWeight((replace(weight, stack=stacks.get(weight.name)),), reason))
+        tied_outputs = tuple(name for name in call_sites if model.get_submodule(name) in outputs)
+        weight = replace(weight, stack=stacks.get(weight.name), outputs=tied_outputs)
+        units.append(SingleWeight((weight,), reason))
     return tuple(sorted(units, key=lambda unit: order.get(unit.name, len(order))))
 
 
@@ -160,8 +169,11 @@ def _has_matrix(module: nn.Module) -> bool:
     return bool(find_layer_type(module)) or any(parameter is not None and parameter.ndim >= 2 for parameter in own)
 
 
-def _tied(layers: Sequence[nn.Module]) -> list[list[nn.Module]]:
-    """Layers of one type in groups that share their weight; any other layer is a group of its own."""
+def _tied(layers: Sequence[nn.Module], *, lookups: bool) -> list[list[nn.Module]]:
+    """Layers of one type in groups that share their weight; any other layer is a group of its own.
+
+    Where embeddings may be factored, linear layers that share the weight of one are in its group.
+    """
     groups: dict[Hashable, list[nn.Module]] = {}
     for module in layers:
         layer_type = find_layer_type(module)
@@ -170,7 +182,24 @@ def _tied(layers: Sequence[nn.Module]) -> list[list[nn.Module]]:
             groups[id(module)] = [module]
         else:
             groups.setdefault((id(weight), layer_type.name, layer_type.geometry(module)), []).append(module)
+    if lookups:
+        by_weight = {group[0]._parameters.get("weight"): group for group in groups.values() if _is_lookup(group[0])}
+        for key, group in list(groups.items()):
+            owner = by_weight.get(group[0]._parameters.get("weight"))
+            if owner is not None and isinstance(key, tuple) and key[1] == "Linear":
+                owner.extend(groups.pop(key))
     return list(groups.values())
+
+
+def _outputs(group: Sequence[nn.Module]) -> set[nn.Module]:
+    """Those that multiply by the weight that others look up."""
+    outputs = {module for module in group if not _is_lookup(module)}
+    return outputs if len(outputs) < len(group) else set()
+
+
+def _is_lookup(module: nn.Module) -> bool:
+    layer_type = find_layer_type(module)
+    return layer_type is not None and layer_type.is_lookup
 
 
 def _not_selected(tied: Sequence[str], *, selected: set[str], last: str | None) -> str | None:
