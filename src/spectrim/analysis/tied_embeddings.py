@@ -15,10 +15,10 @@ _SWEEPS = 50
 def tied_problem(kernels: Tensor, lookups: Sequence[Moments], outputs: Sequence[Moments], *, loss: bool) -> Problem:
     """Make the errors of both uses small together, each as a share of what it gives.
 
-    A row e of the error E - Q costs e (a f I + b C) e^T: f is how often the row is looked up, C the second moment of the
-    output layer's inputs (around zero, since its bias stays as it is), and a and b are one over the energies of the two
-    uses. With a metric for each row there is no closed solution. So f and C are separated: p M, the nearest product of
-    a number for each row and one matrix (Van Loan & Pitsianis 1993), takes the place of a f I + b C.
+    A row e of the error E - Q costs e (a f I + b C) e^T: f is how often the row is looked up, C the second moment of
+    the output layer's inputs (around zero, since its bias stays as it is), and a and b are one over the energies of the
+    two uses. With a metric for each row there is no closed solution. So f and C are separated: p M, the nearest product
+    of a number for each row and one matrix (Van Loan & Pitsianis 1993), takes the place of a f I + b C.
 
     Args:
         kernels: E^T as the embedding's matrix, (1, size, entries).
@@ -35,10 +35,10 @@ def tied_problem(kernels: Tensor, lookups: Sequence[Moments], outputs: Sequence[
     inputs = [replace(seen, compact=add_outer(seen.compact, seen.mean)) for seen in outputs]
     columns = pooled(inputs, name="the output layer", width=size)
     C = matrix_of(shrunk(columns.covariance, columns.shrinkage))[0].to(W.device)
-    gradients = [
-        shrunk(g, seen.output_grad_shrinkage) for seen in lookups if (g := seen.output_grad_covariance) is not None
-    ]
-    G = torch.stack([matrix_of(g)[0] for g in gradients]).sum(dim=0).to(W.device) if loss else torch.eye(size).to(W)
+    G = torch.zeros_like(C) if loss else torch.eye(size).to(W)
+    for seen in lookups if loss else ():
+        assert seen.output_grad_covariance is not None
+        G += matrix_of(shrunk(seen.output_grad_covariance, seen.output_grad_shrinkage))[0].to(W.device)
     energies = float((G @ (W * f) * W).sum()), float((C @ W * W).sum())
     a, b = (1 / energy if energy > 0 else 0.0 for energy in energies)
     p, M = _nearest_product((a * f, torch.full_like(f, b)), (G, C))
@@ -46,7 +46,7 @@ def tied_problem(kernels: Tensor, lookups: Sequence[Moments], outputs: Sequence[
 
 
 def _nearest_product(rows: Sequence[Tensor], matrices: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """p and M for which the outer product p M is nearest to the sum of those of `rows` and `matrices`.
+    """p and M for which the outer product p M is nearest to the sum of those of two `rows` and two `matrices`.
 
     By turns each is the best one for the other. As no inner product is negative, p is positive, and M semi-definite.
     """
@@ -56,11 +56,10 @@ def _nearest_product(rows: Sequence[Tensor], matrices: Sequence[Tensor]) -> tupl
     for _ in range(_SWEEPS):
         shares = _normalised(grams[1] @ parts)
         parts = _normalised(grams[0] @ shares)
-    p, M = (sum(float(s) * x for s, x in zip(own, of, strict=True)) for own, of in ((shares, rows), (parts, matrices)))
-    assert isinstance(p, Tensor)
-    assert isinstance(M, Tensor)
-    return p, M
+    p = float(shares[0]) * rows[0] + float(shares[1]) * rows[1]
+    return p, float(parts[0]) * matrices[0] + float(parts[1]) * matrices[1]
 
 
 def _normalised(numbers: Tensor) -> Tensor:
-    return numbers / numbers.norm().clamp(min=torch.finfo(numbers.dtype).tiny)
+    norm: Tensor = numbers.norm().clamp(min=torch.finfo(numbers.dtype).tiny)
+    return numbers / norm
