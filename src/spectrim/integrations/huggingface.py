@@ -252,8 +252,8 @@ def _tied_factors(model: Any) -> set[str]:
     prefixes = tuple(f"{name}." for name in low_rank_layers(model))
     keys: dict[str, str] = model.get_expanded_tied_weights_keys(all_submodels=True)
     state = model.state_dict(keep_vars=True)
-    ours = {target: source for target, source in keys.items() if target.startswith(prefixes) and target in state}
-    return {target for target, source in ours.items() if state[target] is state.get(source)}
+    factors = {target: source for target, source in keys.items() if target.startswith(prefixes) and target in state}
+    return {target for target, source in factors.items() if state[target] is state.get(source)}
 
 
 def _write_card(model: Any, folder: Any) -> None:
