@@ -150,10 +150,10 @@ NETWORKS = {
 TIED = {
     f"tied {name}": replace(
         NETWORKS[name],
-        options={**NETWORKS[name].options, "vocab_size": 8 * WORDS, "tie_word_embeddings": True},
+        options={**NETWORKS[name].options, **options, "vocab_size": 8 * WORDS, "tie_word_embeddings": True},
         params=0.6,
     )
-    for name in ("GPT-2", "Llama", "BERT", "T5")
+    for name, options in {"GPT-2": {}, "Llama": {}, "BERT": {"max_position_embeddings": 32}, "T5": {}}.items()
 }
 """Of embeddings so large that nothing but these can be made small enough."""
 

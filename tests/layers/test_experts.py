@@ -217,6 +217,12 @@ def test_a_stack_is_weighed_in_one_pass() -> None:
     assert all(weighed.sensitivity[f"experts.down.{expert}"] > 0 for expert in range(EXPERTS))
 
 
+def test_a_stack_is_weighed_without_statistics() -> None:
+    model, data = build(), [texts() for _ in range(3)]
+    weighed = st.sensitivity(model, st.analyze(model, data[0]), data, metric="plain").sensitivity
+    assert all(weighed[f"experts.down.{expert}"] > 0 for expert in range(EXPERTS))
+
+
 def test_the_predicted_error_is_that_of_the_network() -> None:
     """What is shared out among the experts adds up to what all of them together do."""
     model, data = build(), [texts(32) for _ in range(3)]

@@ -191,7 +191,8 @@ class _SingleLayerRuns:
         squares = self._squares(after)
         if len(layers) == 1:
             return {name: float(squares.mean()) / share for name, share in lost.items()}
-        seen = {layer.name: sum(self.counts.get(site, 0) for site in layer.call_sites) for layer in layers}
+        usual = 0 if self.counts else 1
+        seen = {layer.name: sum(self.counts.get(site, usual) for site in layer.call_sites) for layer in layers}
         even, energies = (
             sum(seen.values()) / len(seen),
             {layer.name: layer.problems[self.metric].total for layer in layers},

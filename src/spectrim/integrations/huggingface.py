@@ -208,8 +208,7 @@ def _with_tied_factors(expand: Callable[..., dict[str, str]]) -> Callable[..., d
     def get_expanded_tied_weights_keys(model: Any, all_submodels: bool = False) -> dict[str, str]:  # noqa: FBT001, FBT002
         """By the weight that is tied the one that it is tied to: of factored layers those of their factors."""
         layers, keys = {} if all_submodels else _factored_by_name(model), model._tied_weights_keys or {}
-        owners = {name.rpartition(".")[0] for name in (*keys, *dict(keys).values())}
-        if owners.isdisjoint(layers):
+        if not layers or {name.rpartition(".")[0] for name in (*keys, *keys.values())}.isdisjoint(layers):
             return expand(model, all_submodels=all_submodels)
         named = {name: _factor_names(name, layers) for name in (*keys, *keys.values())}
         pairs = [
