@@ -21,10 +21,10 @@ from spectrim.core.memory import Storage
 from spectrim.core.plans import Budget, Metric, Plan, Rule
 from spectrim.core.progress import progress_callback
 from spectrim.fitting.reconstruction import reconstruct as fit
-from spectrim.layers.attention import fused, unfused_as
 from spectrim.layers.replacement import duplicate, factorize, replace as replace_layers
 from spectrim.layers.selection import LayerSelection, Patterns, TreatAs
 from spectrim.layers.tokens import TokenMasks
+from spectrim.layers.unfusing import fused, places_of, unfused_as
 from spectrim.planning.decisions import PlanOptions
 from spectrim.planning.latency_budget import refused
 from spectrim.planning.pipeline import Decision, decide, progress_of
@@ -237,15 +237,9 @@ def _counted(model: nn.Module, smaller: nn.Module, plan: Plan, example: Inputs, 
     if not inplace:
         return Compressed(smaller, plan, measurement)
     if not _is_refused(plan):
-        names = (_place(model, name) for layer in plan if not layer.frozen for name in layer.names)
+        names = places_of(model, (name for layer in plan if not layer.frozen for name in layer.names))
         replace_layers(model, {name: smaller.get_submodule(name) for name in names})
     return Compressed(model, plan, measurement)
-
-
-def _place(model: nn.Module, name: str) -> str:
-    """The name of what has to be exchanged where a layer has changed: it, or the attention that it is a part of."""
-    parent = name.rpartition(".")[0]
-    return parent if isinstance(model.get_submodule(parent), nn.MultiheadAttention) else name
 
 
 def _is_refused(plan: Plan) -> bool:

@@ -1,4 +1,4 @@
-"""Twelve architectures, compressed with data and saved: bit-equal in a fresh process, at the planned cost."""
+"""Architectures, compressed with data and saved: bit-equal in a fresh process, at the planned cost."""
 
 import json
 import re
@@ -6,7 +6,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ SIZES = {
 GROUPED = {**SIZES, **IDS, "num_key_value_heads": 2, "head_dim": 8}
 IMAGES = {"image_size": 16, "patch_size": 4}
 EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 1}
+QWEN3_MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+GPT_OSS = {"num_local_experts": 4, "num_experts_per_tok": 2, "layer_types": ["full_attention"]}
 GPT2 = {"n_positions": 64, "n_embd": 32, "n_layer": 1, "n_head": 4, "vocab_size": WORDS, **IDS}
 T5 = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 4, "vocab_size": WORDS}
 WHISPER = {
@@ -86,10 +88,13 @@ class Network:
     options: Mapping[str, Any]
     inputs: Callable[[int], dict[str, Tensor]]
     prompt: tuple[str, ...] = ()
+    params: float | None = None
 
     @property
     def rule(self) -> st.Budget | st.Ratio:
         """A budget, whose layers are weighed and fitted; where there are many layers this would take long."""
+        if self.params:
+            return st.Budget(params=self.params)
         return st.Budget(macs=SHARE) if self.auto in QUICK else st.Ratio(0.3)
 
 
@@ -112,6 +117,8 @@ NETWORKS = {
     "Qwen3": _causal("Qwen3", GROUPED),
     "Gemma": _causal("Gemma", GROUPED),
     "Mixtral": _causal("Mixtral", GROUPED | EXPERTS),
+    "Qwen3-MoE": _causal("Qwen3Moe", GROUPED | QWEN3_MOE),
+    "GPT-OSS": _causal("GptOss", GROUPED | GPT_OSS),
     "T5": Network(
         "T5Config",
         "T5ForConditionalGeneration",
@@ -139,6 +146,16 @@ NETWORKS = {
     "DeBERTa": _masked("DebertaV2", SIZES | {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]}),
     "ModernBERT": _masked("ModernBert", SIZES | IDS | {"cls_token_id": 1, "sep_token_id": 2}),
 }
+
+TIED = {
+    f"tied {name}": replace(
+        NETWORKS[name],
+        options={**NETWORKS[name].options, **options, "vocab_size": 8 * WORDS, "tie_word_embeddings": True},
+        params=0.6,
+    )
+    for name, options in {"GPT-2": {}, "Llama": {}, "BERT": {"max_position_embeddings": 32}, "T5": {}}.items()
+}
+"""Of embeddings so large that nothing but these can be made small enough."""
 
 AGAIN = """
 import json, sys
@@ -180,7 +197,7 @@ print(json.dumps(results))
 
 def _compressed(name: str, folder: Path) -> st.Compressed:
     """Compress, save, and write beside the model what the fresh process is to find."""
-    network = NETWORKS[name]
+    network = (NETWORKS | TIED)[name]
     torch.manual_seed(0)
     config = getattr(transformers, network.config)(**network.options)
     dense = getattr(transformers, network.model)(config).eval()
@@ -206,27 +223,28 @@ def _compressed(name: str, folder: Path) -> st.Compressed:
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[st.Compressed, dict[str, Any]]]:
     """By name the compressed network, and what one fresh process says of all the folders."""
     root = tmp_path_factory.mktemp("folders")
-    small = {name: _compressed(name, root / name) for name in NETWORKS}
+    small = {name: _compressed(name, root / name) for name in NETWORKS | TIED}
     done = subprocess.run(
         [sys.executable, "-c", AGAIN, str(root)], capture_output=True, text=True, check=False, timeout=300
     )
     assert done.returncode == 0, done.stderr[-3000:]
     again = json.loads(done.stdout.splitlines()[-1])
-    return {name: (small[name], again[name]) for name in NETWORKS}
+    return {name: (small[name], again[name]) for name in small}
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", NETWORKS | TIED)
 def test_a_folder_comes_back_in_a_fresh_process(results: Any, name: str) -> None:
     small, again = results[name]
     params = sum(parameter.numel() for parameter in small.model.parameters())
     factored = sum("LowRank" in type(module).__name__ for module in small.model.modules())
-    texts = {f"text {cached}": True for cached in (True, False)} if NETWORKS[name].prompt else {}
-    expected = {"class": NETWORKS[name].model, "left over": 0, "params": params, "factored": factored, "equal": True}
+    network = (NETWORKS | TIED)[name]
+    texts = {f"text {cached}": True for cached in (True, False)} if network.prompt else {}
+    expected = {"class": network.model, "left over": 0, "params": params, "factored": factored, "equal": True}
     assert again == expected | texts
     assert factored > 0
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", NETWORKS | TIED)
 def test_the_planned_cost_is_the_measured_one(results: Any, name: str) -> None:
     small, _ = results[name]
     plan, measured = small.plan, small.measurement
@@ -234,7 +252,25 @@ def test_the_planned_cost_is_the_measured_one(results: Any, name: str) -> None:
         after, ratio = getattr(measured, cost), getattr(measured, f"{cost}_ratio")
         saved = getattr(plan.dense_cost, cost) - getattr(plan.kept_cost, cost)
         assert round(after / ratio) - after == saved
-    assert measured.macs_ratio <= SHARE or not isinstance(plan.rule, st.Budget)
+    assert plan.rule != st.Budget(macs=SHARE) or measured.macs_ratio <= SHARE
+
+
+@pytest.mark.parametrize("name", TIED)
+def test_an_output_layer_stays_tied_to_the_embedding(results: Any, name: str) -> None:
+    small, _ = results[name]
+    assert small.measurement.params_ratio <= 0.6
+    output, embedding = small.model.get_output_embeddings(), small.model.get_input_embeddings()
+    assert output.up.weight is embedding.down.weight
+    assert output.down.weight is embedding.up.weight
+    small.model.tie_weights()
+    assert output.up.weight is embedding.down.weight
+
+
+@pytest.mark.parametrize("name", ["Mixtral", "Qwen3-MoE", "GPT-OSS"])
+def test_experts_are_factored(results: Any, name: str) -> None:
+    small, _ = results[name]
+    stacks = {layer.name.split(".")[-2] for layer in small.plan.factored if ".experts." in layer.name}
+    assert stacks == {"gate_up", "down"}
 
 
 def test_the_documentation_lists_them() -> None:

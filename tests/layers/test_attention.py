@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import spectrim as st
-from spectrim.layers.attention import UnfusedMultiheadAttention, fused, unfused
+from spectrim.layers.attention import UnfusedMultiheadAttention
+from spectrim.layers.unfusing import fused, unfused
 
 E, HEADS, LENGTH, BATCH = 16, 4, 5, 3
 OPTIONS: dict[str, dict[str, Any]] = {

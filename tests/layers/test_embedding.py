@@ -208,22 +208,6 @@ def test_options_of_gradients_stay(options: dict[str, bool]) -> None:
     assert small.words.down.weight.grad.is_sparse == options.get("sparse", False)
 
 
-class Tied(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.words, self.body, self.head = nn.Embedding(ENTRIES, SIZE), nn.Linear(SIZE, SIZE), nn.Linear(SIZE, ENTRIES)
-        self.head.weight = self.words.weight
-
-    def forward(self, words: Tensor) -> Tensor:
-        return self.head(self.body(self.words(words)))
-
-
-def test_a_tie_to_the_head_keeps_both() -> None:
-    small = st.compress(build(Tied), st.Budget(params=0.98), example_inputs=DATA[0], data=DATA)
-    assert "head (Linear)" in small.plan["words"].reason
-    assert small.model.words.weight is small.model.head.weight
-
-
 def test_half_of_a_bert_that_is_half_embeddings() -> None:
     transformers = pytest.importorskip("transformers")
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
@@ -237,3 +221,87 @@ def test_half_of_a_bert_that_is_half_embeddings() -> None:
     assert small.measurement.params_ratio <= 0.5
     assert isinstance(small.model.embeddings.word_embeddings, st.LowRankEmbedding)
     assert small.fidelity is not None
+
+
+class Tied(nn.Module):
+    """Words, a body, and a head with the words' weight."""
+
+    def __init__(self, *, bias: bool = False) -> None:
+        super().__init__()
+        self.words, self.body = nn.Embedding(ENTRIES, SIZE), nn.Linear(SIZE, SIZE)
+        self.head = nn.Linear(SIZE, ENTRIES, bias=bias)
+        self.head.weight = self.words.weight
+
+    def forward(self, words: Tensor) -> Tensor:
+        x = self.words(words)
+        return self.head(x + torch.relu(self.body(x)))
+
+
+@pytest.mark.parametrize("data", [None, DATA], ids=["plain", "data"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_tied_head_shares_the_factors(bias: bool, data: list[Tensor] | None, tmp_path: Path) -> None:
+    model, x = build(Tied, bias=bias), DATA[0]
+    small = st.compress(model, st.Budget(params=0.6), example_inputs=x, data=data)
+    words, head = small.model.words, small.model.head
+    assert isinstance(words, st.LowRankEmbedding)
+    assert head.up.weight is words.down.weight
+    assert head.down.weight is words.up.weight
+    torch.testing.assert_close(torch.as_tensor(head.weight), torch.as_tensor(words.weight))
+    assert small.measurement.params_ratio <= 0.6
+    whole, plan = st.measure(model, x, latency=False), small.plan
+    for cost in ("params", "macs"):
+        saved = getattr(plan.dense_cost, cost) - getattr(plan.kept_cost, cost)
+        assert getattr(whole, cost) - getattr(small.measurement, cost) == saved
+    assert plan["words"].dense.macs == ENTRIES * SIZE * x.numel()
+    assert plan["words"].kept.macs == words.rank * (ENTRIES + 2 * SIZE) * x.numel()
+    assert plan["words"].tied_names == ("head",)
+    again = st.load(st.save(small.model, tmp_path / "small"), build(Tied, bias=bias))
+    assert torch.equal(again(x), small.model(x))
+    assert again.head.up.weight is again.words.down.weight
+    merged = st.merge(small.model)
+    assert merged.head.weight is merged.words.weight
+    torch.testing.assert_close(merged(x), small.model(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("rule", [st.Ratio(0.3), st.Budget(macs=0.96), st.Budget(params=0.8, of="body")])
+def test_a_tied_head_stays_dense_where_embeddings_do(rule: Any) -> None:
+    small = st.compress(build(Tied), rule, example_inputs=DATA[0], data=DATA)
+    assert small.model.head.weight is small.model.words.weight
+    assert "shares its weight with words" in small.plan["head"].reason
+
+
+def test_tied_layers_are_factored_only_together() -> None:
+    for left in ("words", "head"):
+        small = st.compress(build(Tied), st.Budget(params=0.95), example_inputs=DATA[0], exclude=[left])
+        assert f"shares its weight with {left}, which is not selected" in small.plan["words"].reason
+
+
+def test_the_metric_of_tied_layers_joins_both() -> None:
+    """Close to the sum of both errors, and closer than a metric of either one alone."""
+    model = build(Tied)
+    calibration = st.calibrate(model, DATA)
+    f = calibration.moments["words"].covariance[0].diagonal()
+    inputs = calibration.moments["head"]
+    C = inputs.covariance[0] + inputs.mean[0].outer(inputs.mean[0])
+    E = model.words.weight.detach().double()
+
+    def lost(rows: Tensor, columns: Tensor) -> tuple[float, float]:
+        """Shares of the energies of both uses that rank 5 loses in the metric of these rows and columns."""
+        values, vectors = torch.linalg.eigh(columns)
+        root = vectors * values.clamp(min=1e-9).sqrt() @ vectors.T
+        scale = rows.clamp(min=1e-9).sqrt().unsqueeze(1)
+        U, s, V = torch.linalg.svd(scale * E @ root, full_matrices=False)
+        return shares((U[:, :5] * s[:5] @ V[:5]) @ torch.linalg.inv(root) / scale)
+
+    def shares(product: Tensor) -> tuple[float, float]:
+        errors = [float((f.unsqueeze(1) * matrix.square()).sum()) for matrix in (E - product, E)]
+        outputs = [float((matrix @ C * matrix).sum()) for matrix in (E - product, E)]
+        return errors[0] / errors[1], outputs[0] / outputs[1]
+
+    analysis = st.analyze(model, DATA[0], calibration=calibration)
+    down, up = analysis["words"].decomposition("linear", "activation").factors((5,))
+    both = sum(shares((up @ down)[0].mT))
+    ones, identity = torch.ones(ENTRIES).double(), torch.eye(SIZE).double()
+    assert both < sum(lost(f, identity))
+    assert both < sum(lost(ones, C))
+    assert both < sum(lost(ones, identity))

@@ -149,6 +149,28 @@ def test_heads_become_smaller_under_a_budget_and_go_through_a_file(groups: int, 
     assert torch.equal(again(DATA[0]), small.model(DATA[0]))
 
 
+class Apart(nn.Module):
+    """An MLP whose first layer and last layer are in modules of their own, as BERT's are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Sequential(nn.Linear(12, 32), nn.ReLU()), nn.Sequential(nn.Linear(32, 12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.last(self.first(x))
+
+
+def test_what_a_block_gave_before_it_was_narrowed_is_not_recalled() -> None:
+    model = network(Apart(), Apart())
+    cached, uncached = (
+        st.compress(model, st.Budget(params=0.5), example_inputs=DATA[0], data=DATA, forms="width", cache=cache)
+        for cache in (None, 0)
+    )
+    assert cached.plan == uncached.plan
+    assert {layer.form for layer in cached.plan} == {"width"}
+    torch.testing.assert_close(cached.model(DATA[0]), uncached.model(DATA[0]))
+
+
 def test_layers_in_a_row_are_taken_in_pairs() -> None:
     model = network(nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 12))
     assert feeders(model) == {"2": ["0"]}

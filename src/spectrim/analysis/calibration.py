@@ -19,10 +19,11 @@ from spectrim.core.execution import Inputs, call, evaluating, on_device_of, temp
 from spectrim.core.memory import IN_PLACE, Storage
 from spectrim.core.nested import is_in_transform, joined
 from spectrim.core.progress import progress_callback
-from spectrim.layers.attention import unfused
+from spectrim.layers.experts import rerouted
 from spectrim.layers.tokens import TokenMasks, TokenPlaces, input_rows
 from spectrim.layers.tracing import typed_layers, watching
 from spectrim.layers.types import layer_type_of
+from spectrim.layers.unfusing import unfused
 
 POSITIONS = 64
 """Places that are looked at in each sample, if nothing else is said."""
@@ -136,11 +137,12 @@ def calibrate(
             inputs, hint = inputs_of(batch, model, position=position, labels=labels, mask=mask)
             masks = TokenMasks.of(model, inputs)
             try:
-                if gradients:
-                    what = f"batch {position}"
-                    add_gradients(model, inputs, layers, gradient_sums, what=what, hint=hint, storage=storage)
-                else:
-                    call(model, inputs, what=f"batch {position}", hint=hint)
+                with rerouted(model, masks.routed):
+                    if gradients:
+                        what = f"batch {position}"
+                        add_gradients(model, inputs, layers, gradient_sums, what=what, hint=hint, storage=storage)
+                    else:
+                        call(model, inputs, what=f"batch {position}", hint=hint)
             except ModelError as error:
                 raise DataError(str(error)) from error
             masks.warn_if_unused()
@@ -149,8 +151,7 @@ def calibrate(
     names = list(typed_layers(model))
     covariances = {name: part for name, part in sums.items() if isinstance(part, RunningCovariance)}
     frequencies = {name: part for name, part in sums.items() if isinstance(part, RunningFrequencies)}
-    reduced: dict[str, RunningCovariance | RunningFrequencies] = {}
-    reduced |= _reduced(covariances, names, accelerator)
+    reduced: dict[str, RunningCovariance | RunningFrequencies] = {**_reduced(covariances, names, accelerator)}
     reduced |= _reduced_frequencies(frequencies, names, accelerator)
     moments = {name: statistics.finish(name) for name, statistics in reduced.items() if statistics.count}
     gradient_sums = _reduced_gradients(gradient_sums, names, accelerator)

@@ -19,9 +19,9 @@ from spectrim.core.execution import Inputs, ProgressCallback, call, evaluating, 
 from spectrim.core.memory import IN_PLACE, Storage
 from spectrim.core.plans import Metric
 from spectrim.core.progress import progress_callback
-from spectrim.layers.attention import unfused_as
 from spectrim.layers.replacement import factored_at, mean_corrections, product, replace
 from spectrim.layers.tokens import TokenMasks, TokenPlaces
+from spectrim.layers.unfusing import unfused_as
 from spectrim.linalg import Factors
 
 _LEAST, _MOST = 32, 256
@@ -48,7 +48,8 @@ def sensitivity(
     Each layer by itself is factored, in the form with a closed solution, at a rank that loses about a tenth of its
     energy, and the network is run on 32 to 256 samples, until the mean over them is known to 15 %; of a network that
     gives something at every place of a text, on 512 places or more. Makes budgets better where layers differ in how
-    much they matter; no labels are used.
+    much they matter; no labels are used. The experts of a mixture are factored together, one projection at a time, and
+    what the outputs change by is shared out by the energy that each of them loses.
 
     Args:
         model: The model that was analysed; put back as it was after each layer.
@@ -58,7 +59,7 @@ def sensitivity(
         metric: In which metric the layers are factored.
         cache: Bytes of blocks' outputs that may be kept, so that not every pass has to begin at the first layer.
             By default what the statistics take, at least 512 MiB.
-        on_progress: Called with each layer's name, how many are done, and of how many.
+        on_progress: Called with each layer's name, or that of a stack of experts, how many are done, and of how many.
         progress: Show the same on standard error, as `st.compress` does.
 
     Raises:
@@ -74,20 +75,25 @@ def sensitivity(
     used = [part for batch in whole for part in batch.parts(places=_PLACES)]
     if not used:
         raise DataError("there is no data to measure sensitivities on; give at least one batch")
-    layers = [layer for layer in analysis if metric in layer.problems]
+    groups: dict[str, list[LayerAnalysis]] = {}
+    for layer in analysis:
+        if metric in layer.problems:
+            groups.setdefault(layer.stack or layer.name, []).append(layer)
     activations = ActivationCache(model, cache_bytes_of(analysis, cache), used[0])
-    runs = _SingleLayerRuns(activations, used, metric, analysis.means, hint=read[0][1])
+    moments = analysis.calibration.moments if analysis.calibration else {}
+    counts = {name: seen.count for name, seen in moments.items()}
+    runs = _SingleLayerRuns(activations, used, metric, analysis.means, counts, hint=read[0][1])
     sensitivities: dict[str, float] = {}
     try:
         with progress_callback(on_progress, progress=progress) as report:
-            for done, layer in enumerate(layers):
-                report(layer.name, done, len(layers))
+            for done, (name, group) in enumerate(groups.items()):
+                report(name, done, len(groups))
                 try:
-                    sensitivities[layer.name] = runs.measure(layer)
+                    sensitivities |= runs.measure(group)
                 except ForgottenOutputError:  # a batch for which the network reads more than the first one
                     size = cache_bytes_of(analysis, cache)
                     runs = with_changes(runs, cache=ActivationCache(model, size, used[0], forgets=False))
-                    sensitivities[layer.name] = runs.measure(layer)
+                    sensitivities |= runs.measure(group)
     except _NoDistanceError as error:
         warnings.warn(
             f"{str(error).format(type(model).__name__)}, so that no distance to the dense network can be measured; "
@@ -176,23 +182,45 @@ def subset(batches: Sequence[Inputs], *, samples: int) -> list[Inputs]:
 
 @dataclass(frozen=True, eq=False)
 class _SingleLayerRuns:
-    """Runs a network with one layer factored, and compares its outputs with those of the dense network."""
+    """Runs a network with one layer factored, or a stack of experts, and compares its outputs with the dense ones."""
 
     cache: ActivationCache
     batches: Sequence[Inputs]
     metric: Metric
     means: Mapping[str, Tensor]
+    counts: Mapping[str, int]
     dense_outputs: list[list[Tensor]] = field(default_factory=list)
     hint: str = ""
 
-    def measure(self, layer: LayerAnalysis) -> float:
-        """The sensitivity of one layer."""
-        factors, lost = self._losing_factors(layer)
-        if not lost:
-            return 0.0
-        model, names, form = self.cache.model, layer.unit.names, layer.forms[0]
-        before = {name: model.get_submodule(name) for name in names}
-        after = factored_at(model, names, form=form, factors=factors, bias=mean_corrections(self.means))
+    def measure(self, layers: Sequence[LayerAnalysis]) -> dict[str, float]:
+        """The sensitivities of layers that are factored together, by name."""
+        model, bias = self.cache.model, mean_corrections(self.means)
+        after: dict[str, nn.Module] = {}
+        lost: dict[str, float] = {}
+        for layer in layers:
+            factors, lost[layer.name] = self._losing_factors(layer)
+            if lost[layer.name]:
+                after |= factored_at(model, layer.names, form=layer.forms[0], factors=factors, bias=bias)
+        if not after:
+            return dict.fromkeys(lost, 0.0)
+        squares = self._squares(after)
+        if len(layers) == 1:
+            return {name: float(squares.mean()) / share for name, share in lost.items()}
+        usual = 0 if self.counts else 1
+        seen = {layer.name: sum(self.counts.get(site, usual) for site in layer.call_sites) for layer in layers}
+        even, energies = (
+            sum(seen.values()) / len(seen),
+            {layer.name: layer.problems[self.metric].total for layer in layers},
+        )
+        total = sum(seen[name] * energies[name] * lost[name] for name in seen)
+        # half as often as on these data, and half as often as all others, so that no expert counts for nothing
+        weights = {name: (seen[name] + even) / 2 * energies[name] for name in seen}
+        return {name: float(squares.mean()) * weight / total if total else 0.0 for name, weight in weights.items()}
+
+    def _squares(self, after: Mapping[str, nn.Module]) -> Tensor:
+        """By sample how much the outputs change with these layers in the place of the dense ones."""
+        model = self.cache.model
+        before = {name: model.get_submodule(name) for name in after}
         squares = torch.zeros(0, dtype=torch.float64)
         for position, batch in enumerate(self.batches):
             if position == len(self.dense_outputs):
@@ -211,7 +239,7 @@ class _SingleLayerRuns:
             mean, least = float(squares.mean()), _LEAST if len(lost_here) <= batch.samples else _PLACES
             if len(squares) >= least and 0 < mean >= float(squares.std()) / (_PRECISION * len(squares) ** 0.5):
                 break
-        return float(squares.mean()) / lost
+        return squares
 
     def _losing_factors(self, layer: LayerAnalysis) -> tuple[Factors, float]:
         """Factors that lose about a tenth of the energy on these samples, and how much; 0 if none lose anything.

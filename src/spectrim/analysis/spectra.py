@@ -11,19 +11,21 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.analysis.calibration import Calibration
-from spectrim.analysis.moments import pooled
+from spectrim.analysis.experts import with_experts
+from spectrim.analysis.moments import Moments, pooled
+from spectrim.analysis.tied_embeddings import tied_problem
 from spectrim.core.arguments import checked
 from spectrim.core.display import Displayed
 from spectrim.core.errors import ModelError, PlanError
 from spectrim.core.execution import as_inputs, require_unwrapped, require_values
 from spectrim.core.plans import Cost, CostName, LayerPlan, Metric
-from spectrim.layers.attention import unfused
 from spectrim.layers.cost import NetworkCost, count
 from spectrim.layers.forms import RankCosts, find_form, forms_of, joint_forms_of
 from spectrim.layers.narrowing import with_feeders
 from spectrim.layers.selection import LayerSelection, Patterns, TreatAs
 from spectrim.layers.tracing import trace
 from spectrim.layers.types import layer_type_of
+from spectrim.layers.unfusing import unfused
 from spectrim.layers.units import SingleWeight, Unit, Weight, find_units
 from spectrim.linalg import Decomposition, Factors, FloatArray, Problem, Ranks, Spectrum, matrix_of, shrunk, spectrum
 
@@ -74,6 +76,7 @@ class LayerAnalysis:
         positions: Vectors handled in one forward pass of the example inputs, all uses together.
         skip_reason: Why it stays dense, or None.
         is_lookup: Whether its inputs are indices, as an embedding's are.
+        stack: Of an expert of a mixture what its projection of all experts is called; None for other layers.
         dense: Its cost as it is.
         full_rank: The largest number of singular values the weight's matrix can have, in each group; 0 for no matrix.
     """
@@ -96,6 +99,7 @@ class LayerAnalysis:
     positions = _OfUnit(lambda unit: unit.weights[0].positions)
     skip_reason = _OfUnit(lambda unit: unit.skip_reason)
     is_lookup = _OfUnit(lambda unit: unit.weights[0].is_lookup)
+    stack = _OfUnit(lambda unit: unit.weights[0].stack)
     dense = _OfUnit(lambda unit: unit.dense_cost)
     full_rank = _OfUnit(lambda unit: unit.weights[0].geometry.full_rank if unit.weights[0].geometry else 0)
 
@@ -180,8 +184,8 @@ class LayerAnalysis:
         return (costs.params < self.dense.params) & (self.is_lookup | (costs.macs <= self.dense.macs))
 
     def _biases(self, metric: Metric) -> int:
-        """How many the factors have: a data metric corrects the mean at every call site."""
-        return self.weight.biases if metric == "plain" or self.is_lookup else len(self.call_sites)
+        """How many the factors have: a data metric corrects the mean at every call site, not of lookups and experts."""
+        return self.weight.biases if metric == "plain" or self.is_lookup or self.stack else len(self.call_sites)
 
 
 @dataclass(frozen=True, eq=False)
@@ -210,10 +214,13 @@ class Analysis(Displayed):
         return len(self.layers)
 
     def __getitem__(self, name: str) -> LayerAnalysis:
-        for layer in self.layers:
-            if name in layer.unit.names:
-                return layer
+        if name in self._by_name:
+            return self._by_name[name]
         raise KeyError(f"the analysis has no layer {name!r}; it has {', '.join(layer.name for layer in self.layers)}")
+
+    @cached_property
+    def _by_name(self) -> dict[str, LayerAnalysis]:
+        return {name: layer for layer in reversed(self.layers) for name in layer.names}
 
     @property
     def names(self) -> set[str]:
@@ -232,8 +239,15 @@ class Analysis(Displayed):
 
     @property
     def means(self) -> dict[str, Tensor]:
-        """Mean inputs of the layers by name; none without a calibration."""
-        return self.calibration.means if self.calibration else {}
+        """Mean inputs of the layers by name, less those of layers that get no bias; none without a calibration."""
+        experts = {site for layer in self.layers if layer.stack for site in layer.call_sites}
+        means = self.calibration.means if self.calibration else {}
+        return {name: mean for name, mean in means.items() if name not in experts | self.tied_outputs}
+
+    @property
+    def tied_outputs(self) -> set[str]:
+        """Names of the output layers that are factored together with an embedding, whose weight they share."""
+        return {name for layer in self.layers for name in layer.weight.outputs}
 
     def require_model(self, model: nn.Module) -> None:
         """Raise `PlanError` for a model that lacks a layer of this analysis, or has it with a weight of another shape.
@@ -308,19 +322,28 @@ def analyze_selected(
     inputs = as_inputs(example_inputs)
     seen = trace(model, inputs, treat_as=selection.treat_as)
     units = with_feeders(model, inputs, seen, find_units(model, seen, selection))
-    layers = tuple(_layer(model, unit, calibration, device) for unit in units)
+    statistics = _with_experts(calibration, units)
+    layers = tuple(_layer(model, unit, statistics, device) for unit in units)
     return Analysis(layers, _metrics(layers, calibration), count(model, example_inputs), calibration)
 
 
 def with_statistics(bare: Analysis, calibration: Calibration) -> Analysis:
     """An analysis without statistics with those of a calibration; the weights are not copied again."""
+    statistics = _with_experts(calibration, [layer.unit for layer in bare])
     layers = tuple(
-        LayerAnalysis(layer.unit, layer.forms, _problems(layer.unit, layer.problems["plain"].weight, calibration))
+        LayerAnalysis(layer.unit, layer.forms, _problems(layer.unit, layer.problems["plain"].weight, statistics))
         if layer.problems
         else layer
         for layer in bare
     )
     return replace(bare, layers=layers, metrics=_metrics(layers, calibration), calibration=calibration)
+
+
+def _with_experts(calibration: Calibration | None, units: Sequence[Unit]) -> Calibration | None:
+    stacks: dict[str, list[str]] = {}
+    for weight in (weight for unit in units for weight in unit.weights if weight.stack):
+        stacks.setdefault(weight.stack or "", []).extend(weight.call_sites)
+    return with_experts(calibration, stacks) if calibration and stacks else calibration
 
 
 def _metrics(layers: Sequence[LayerAnalysis], calibration: Calibration | None) -> tuple[Metric, ...]:
@@ -353,6 +376,8 @@ def _problems(unit: Unit, kernels: Tensor, calibration: Calibration | None) -> d
     problems: dict[Metric, Problem] = {"plain": Problem(kernels)}
     if calibration and all(site in calibration.moments for site in unit.call_sites):
         moments = [calibration.moments[site] for site in unit.call_sites]
+        if unit.weight.outputs:
+            return problems | _tied_problems(unit, kernels, moments)
         inputs = pooled(moments, name=unit.name, width=unit.geometry.width)
         problems["activation"] = Problem(
             kernels, inputs.covariance, shrinkage=inputs.shrinkage, rounding_tolerance=inputs.rounding_tolerance
@@ -365,3 +390,12 @@ def _problems(unit: Unit, kernels: Tensor, calibration: Calibration | None) -> d
         if len(outputs) == len(moments):
             problems["loss"] = replace(problems["activation"], output=torch.stack(outputs).sum(dim=0))
     return problems
+
+
+def _tied_problems(unit: SingleWeight, kernels: Tensor, moments: Sequence[Moments]) -> dict[Metric, Problem]:
+    number = len(unit.call_sites) - len(unit.weight.outputs)
+    lookups, outputs = moments[:number], moments[number:]
+    metrics: dict[Metric, bool] = {"activation": False}
+    if all(seen.output_grad_covariance is not None for seen in lookups):
+        metrics["loss"] = True
+    return {metric: tied_problem(kernels, lookups, outputs, loss=loss) for metric, loss in metrics.items()}

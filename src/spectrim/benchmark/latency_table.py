@@ -20,8 +20,8 @@ from spectrim.benchmark.timing_cache import TimingCache
 from spectrim.core.arguments import checked
 from spectrim.core.errors import PlanError
 from spectrim.core.execution import Inputs, ProgressCallback, as_inputs, device_of, require_repeatable
-from spectrim.layers.attention import fused, unfused_as
 from spectrim.layers.forms import form_named, selected_forms
+from spectrim.layers.unfusing import fused, unfused_as
 from spectrim.runtimes.rank_grid import Grid, multiple_of, probe
 from spectrim.runtimes.sessions import Runtime, Session, fingerprint, require_runtime, timed_together
 from spectrim.runtimes.timing import medians_ms

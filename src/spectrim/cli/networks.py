@@ -25,8 +25,8 @@ from spectrim.cli.stages import Stages, file_lines, show, stages
 from spectrim.compression import Compressed, carry_out
 from spectrim.core.files import sha256_of
 from spectrim.core.plans import Budget, Plan
-from spectrim.layers.attention import unfused
 from spectrim.layers.saving import save
+from spectrim.layers.unfusing import unfused
 from spectrim.planning.decisions import PlanOptions
 from spectrim.planning.memory import estimate_memory
 from spectrim.planning.pipeline import Decision, decide

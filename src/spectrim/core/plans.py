@@ -200,6 +200,7 @@ class LayerPlan(Frozen):
             `fixed`.
         unit: Of a layer that is narrowed together with others, by `width`, the name of the one of them that reads what
             the others give; else absent.
+        stack: Of an expert of a mixture what its projection of all experts is called; absent for other layers.
         reason: Why this form and rank, in words.
     """
 
@@ -220,6 +221,7 @@ class LayerPlan(Frozen):
     kept: Cost
     frozen: bool = Field(default=False, validation_alias=AliasChoices("frozen", "fixed"), serialization_alias="fixed")
     unit: str | None = None
+    stack: str | None = None
     reason: str
 
     @model_validator(mode="after")

@@ -131,8 +131,8 @@ def reconstruct(
     Args:
         model: The dense network.
         small: An exact copy of it, which is changed and, as a rule, given back.
-        plan: Forms and ranks, layers in order of execution; those in the plain metric and
-            embeddings are exchanged as they are.
+        plan: Forms and ranks, layers in order of execution; those in the plain metric, embeddings and experts are
+            exchanged as they are.
         analysis: Of the dense network. Its factors are used where fitting does not bring them nearer, and for layers
             that are not fitted: those in the plain metric, those that the data do not reach, and those that choose by
             value what they look at.
@@ -159,8 +159,9 @@ def _reconstruct(
     on_progress: ProgressCallback | None,
     forgets: bool = True,
 ) -> nn.Module:
-    # what embeddings look up does not depend on the layers before them
-    unfitted = {layer.name for layer in plan if layer.metric == "plain" or analysis[layer.name].is_lookup}
+    # what embeddings look up does not depend on the layers before them, and which tokens reach an expert does
+    exempt = {layer.name for layer in analysis if layer.is_lookup or layer.stack}
+    unfitted = exempt | {layer.name for layer in plan if layer.metric == "plain"}
     chosen = [layer for layer in plan if not layer.frozen and layer.name not in unfitted]
     call_sites = {layer.name: analysis[layer.name].call_sites for layer in chosen}
     successors = find_successors(model, batches[0], [name for name, own in call_sites.items() if len(own) == 1])
@@ -171,7 +172,7 @@ def _reconstruct(
     ]
     as_planned = [layer for layer in plan.factored if layer.name in unfitted]
     factorize(small, plan.model_copy(update={"layers": tuple(as_planned)}), factors=analysis.factors)
-    dense = ActivationCache(model, 3 * cache_bytes // 10, batches[0], forgets)
+    dense = ActivationCache(model, 3 * cache_bytes // 10, batches[0], forgets, _changing_later(places))
     compressed = dense.of(small)
     data = [(batch, TokenMasks.of(model, batch)) for batch in batches]
     readers, events = _readers(model, batches[0], places), dict[int, Counter[str]]()
@@ -199,6 +200,13 @@ def _reconstruct(
     if on_progress is not None:
         on_progress("", len(places), len(places))
     return small
+
+
+def _changing_later(places: Sequence[_Place]) -> frozenset[str]:
+    """Blocks that have a layer that is narrowed together with one after them."""
+    pairs = [(feeder, place.plan.name) for place in places for feeder in place.feeders]
+    around = [(feeder.rsplit(".", up)[0], last) for feeder, last in pairs for up in range(1, 1 + feeder.count("."))]
+    return frozenset(block for block, last in around if not last.startswith(f"{block}."))
 
 
 _Data = Sequence[tuple[Inputs, TokenMasks]]

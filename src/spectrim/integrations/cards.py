@@ -74,12 +74,13 @@ def _lines(
 ) -> Iterator[str]:
     name = type(model).__name__
     params = sum(parameter.numel() for parameter in model.parameters())
-    dense = sum(prod(_shape(layer)) for layer in layers.values())
-    factors = sum(part.get_parameter("weight").numel() for layer in layers.values() for part in layer.chain)
+    products = {frozenset(part.get_parameter("weight") for part in layer.chain): layer for layer in layers.values()}
+    dense = sum(prod(_shape(layer)) for layer in products.values())
+    factors = sum(weight.numel() for weights in products for weight in weights)
     yield f"""
 # {name} with low-rank factors
 
-{len(layers)} of its weights are products of smaller ones, made by Spectrim: they have {factors:,} parameters of the
+{len(products)} of its weights are products of smaller ones, made by Spectrim: they have {factors:,} parameters of the
 {dense:,} of the dense weights ({factors / dense:.1%}). The model has {params:,} in all.
 
 ## How to load it
@@ -113,7 +114,7 @@ def _alike(layers: Mapping[str, FactoredLayer]) -> dict[str, list[FactoredLayer]
     """Layers whose names differ in numbers only, by their name with a star for them."""
     groups: dict[str, list[FactoredLayer]] = {}
     for name, layer in layers.items():
-        groups.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", name), []).append(layer)
+        groups.setdefault(re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name), []).append(layer)
     return groups
 
 

@@ -14,7 +14,7 @@ import functools
 import inspect
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -32,8 +32,8 @@ import spectrim
 from spectrim.core.errors import FileError, ModelError
 from spectrim.core.execution import unique_tensors
 from spectrim.core.files import parse
-from spectrim.layers.factored import low_rank_layers
-from spectrim.layers.replacement import narrowed_layers
+from spectrim.layers.factored import FactoredLayer, low_rank_layers
+from spectrim.layers.replacement import names_of, narrowed_layers
 from spectrim.layers.structure import Structure, rebuild, structure_of
 
 _METHOD = "spectrim"
@@ -96,7 +96,8 @@ class FactoredQuantizer(HfQuantizer):
         if getattr(model, "_hf_peft_config_loaded", False):  # of which only the adapter is saved
             return own_state, {}
         structure = structure_of(model)
-        _require_untied(model, structure)
+        tied = _tied_factors(model)
+        _require_untied(model, structure, tied)
         stored = _names_in_file(model, structure.names)
         state: dict[str, Tensor] = model.state_dict() if own_state is None else own_state
         if structure.names and _MAJOR < 5 and any(tensor.is_meta for tensor in state.values()):
@@ -113,9 +114,10 @@ class FactoredQuantizer(HfQuantizer):
             narrowed={stored[name]: layer for name, layer in structure.narrowed.items()},
         )
         model.config.quantization_config = FactoredConfig(described.model_dump(mode="json"))
-        absent = (*structure.low_rank, *(name for name, layer in structure.narrowed.items() if layer.heads))
-        markers = {f"{name}.weight": torch.full((1,), torch.nan) for name in absent}
-        return state | markers, {}
+        unread = (*structure.low_rank, *(name for name, layer in structure.narrowed.items() if layer.heads))
+        markers = {f"{name}.weight": torch.full((1,), torch.nan) for name in unread}
+        absent = {*tied, *(f"{name.rsplit('.', 2)[0]}.weight" for name in tied)}
+        return {name: tensor for name, tensor in (state | markers).items() if name not in absent}, {}
 
     def update_missing_keys(self, model: Any, missing_keys: list[str], base_model_prefix: str) -> list[str]:
         """Of transformers 4, which does not show its files: refuses those that miss a factor.
@@ -141,6 +143,8 @@ class FactoredQuantizer(HfQuantizer):
         low_rank = {places[name]: layer for name, layer in saved.low_rank.items() if name in places}
         narrowed = {places[name]: layer for name, layer in saved.narrowed.items() if name in places}
         rebuild(model, Structure(low_rank=low_rank, same_layer={}, narrowed=narrowed), origin=origin)
+        if _MAJOR >= 5:
+            model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
         whole = {name for name, layer in saved.narrowed.items() if not layer.heads} - saved.low_rank.keys()
         places = {name: place for name, place in places.items() if name not in whole}
         _require_factors(kwargs.get("checkpoint_files") or (), model, places)
@@ -205,6 +209,58 @@ def _with_card(upload: Callable[..., Any]) -> Callable[..., Any]:
     return upload_modified_files
 
 
+def _with_tied_factors(expand: Callable[..., dict[str, str]]) -> Callable[..., dict[str, str]]:
+    @functools.wraps(expand)
+    def get_expanded_tied_weights_keys(model: Any, all_submodels: bool = False) -> dict[str, str]:  # noqa: FBT001, FBT002
+        """By the weight that is tied the one that it is tied to: of factored layers those of their factors."""
+        layers, keys = {} if all_submodels else _factored_by_name(model), model._tied_weights_keys or {}
+        if not layers or {name.rpartition(".")[0] for name in (*keys, *keys.values())}.isdisjoint(layers):
+            return expand(model, all_submodels=all_submodels)
+        named = {name: _factor_names(name, layers) for name in (*keys, *keys.values())}
+        pairs = [
+            (target, source) for target, source in keys.items() if named[target] + named[source] != [target, source]
+        ]
+        try:  # it looks for the weights of all others
+            vars(model)["_tied_weights_keys"] = dict(pair for pair in keys.items() if pair not in pairs)
+            tied = expand(model)
+        finally:
+            del vars(model)["_tied_weights_keys"]
+        for target, source in pairs if getattr(model.config, "tie_word_embeddings", False) else ():
+            if len(named[target]) == len(named[source]):
+                tied |= dict(zip(named[target], named[source], strict=True))
+        return tied
+
+    return get_expanded_tied_weights_keys
+
+
+def _factor_names(name: str, layers: Mapping[str, FactoredLayer]) -> list[str]:
+    """What holds a weight or bias of the model: itself, or the factors of its layer, an embedding's first one first."""
+    owner, _, kind = name.rpartition(".")
+    if owner not in layers:
+        return [name]
+    names = [f"{owner}.{part}.{kind}" for part, _ in layers[owner].named_children()]
+    if kind == "bias":
+        return names[-1:]
+    return names[::-1] if layers[owner].is_tied_output else names
+
+
+def _factored_by_name(model: nn.Module) -> dict[str, FactoredLayer]:
+    """By all of their names."""
+    names = {layer: names_of(model, layer) for layer in low_rank_layers(model).values()}
+    return {name: layer for layer, own in names.items() for name in own}
+
+
+def _tied_factors(model: Any) -> set[str]:
+    """Names of factors that transformers ties to others when it loads the model."""
+    if _MAJOR < 5:
+        return set()
+    prefixes = tuple(f"{name}." for name in low_rank_layers(model))
+    keys: dict[str, str] = model.get_expanded_tied_weights_keys(all_submodels=True)
+    state = model.state_dict(keep_vars=True)
+    factors = {target: source for target, source in keys.items() if target.startswith(prefixes) and target in state}
+    return {target for target, source in factors.items() if state[target] is state.get(source)}
+
+
 def _write_card(model: Any, folder: Any) -> None:
     if Path(folder).is_dir() and not getattr(model, "_hf_peft_config_loaded", False):
         spectrim.write_model_card(model, Path(folder))
@@ -212,6 +268,8 @@ def _write_card(model: Any, folder: Any) -> None:
 
 PreTrainedModel.save_pretrained = _with_state_and_card(PreTrainedModel.save_pretrained)  # type: ignore[method-assign, unused-ignore]
 PreTrainedModel._upload_modified_files = _with_card(PreTrainedModel._upload_modified_files)  # type: ignore[method-assign, unused-ignore]
+if _MAJOR >= 5:
+    PreTrainedModel.get_expanded_tied_weights_keys = _with_tied_factors(PreTrainedModel.get_expanded_tied_weights_keys)  # type: ignore[method-assign, unused-ignore]
 PreTrainedModel.hf_quantizer = _QuantizerOfFactored()  # type: ignore[attr-defined, unused-ignore]
 
 
@@ -252,10 +310,11 @@ def _other_weights(key: str, state: str, model: PreTrainedModel) -> FileError:
     )
 
 
-def _require_untied(model: nn.Module, structure: Structure) -> None:
+def _require_untied(model: nn.Module, structure: Structure, tied_factors: Collection[str]) -> None:
     factored = tuple(f"{name}." for name in structure.low_rank)
     _, aliases = unique_tensors(model) if factored else ({}, {})
     tied = [(name, first) for name, first in aliases.items() if name.startswith(factored) or first.startswith(factored)]
+    tied = [names for names in tied if not set(names) & set(tied_factors)]
     tied += list(structure.same_layer.items())
     if tied:
         raise ModelError(

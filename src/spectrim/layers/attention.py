@@ -1,8 +1,6 @@
-"""`nn.MultiheadAttention` with its projections as layers, so that each can be factored, and the way back."""
+"""`nn.MultiheadAttention` with its projections as layers, so that each can be factored."""
 
-import copy
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
@@ -40,7 +38,7 @@ class UnfusedMultiheadAttention(nn.Module):
     bias_k: nn.Parameter | None
     bias_v: nn.Parameter | None
 
-    def __init__(self, fused: nn.MultiheadAttention) -> None:
+    def __init__(self, fused: Any) -> None:
         super().__init__()
         biases_kv = {"bias_k": fused.bias_k, "bias_v": fused.bias_v}
         self.__dict__.update({name: value for name, value in attributes_of(fused).items() if name not in biases_kv})
@@ -51,6 +49,38 @@ class UnfusedMultiheadAttention(nn.Module):
         for name, parameter in biases_kv.items():
             self.register_parameter(name, cast(nn.Parameter | None, parameter))
         self.training = fused.training
+
+    @classmethod
+    def parts(cls, fused: nn.Module) -> tuple[str, ...]:
+        """Names of the projections of an attention; none for another module, or one that cannot be taken apart."""
+        return PROJECTIONS if type(fused) is nn.MultiheadAttention and _is_ordinary(fused) else ()
+
+    @classmethod
+    def replaces(cls, _: nn.Module) -> bool:
+        """Whether it gives what the attention gives: always."""
+        return True
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether all projections are as they were made, so that they can be put together."""
+        return all(type(part) is nn.Linear for part in self.children())
+
+    def fused(self) -> nn.MultiheadAttention:
+        """Torch's own attention with these weights."""
+        options = attributes_of(self)
+        sizes = {name: options[name] for name in ("embed_dim", "num_heads", "kdim", "vdim")}
+        fused: Any = nn.MultiheadAttention(**sizes, bias=False, device="meta")
+        fused.__dict__.update(options)
+        parts = cast(tuple[nn.Linear, ...], tuple(self.children()))
+        weights, bias = [part.weight for part in parts[:3]], self.in_proj_bias
+        if fused.in_proj_weight is not None:
+            fused.in_proj_weight = _like(torch.cat([weight.detach() for weight in weights]), weights[0])
+        else:
+            fused.q_proj_weight, fused.k_proj_weight, fused.v_proj_weight = weights
+        fused.in_proj_bias = None if bias is None else _like(bias.detach(), weights[0])
+        fused.out_proj.weight, fused.out_proj.bias = parts[3].weight, parts[3].bias
+        fused.bias_k, fused.bias_v = self.bias_k, self.bias_v
+        return cast(nn.MultiheadAttention, fused.train(self.training))
 
     @property
     def in_proj_weight(self) -> Tensor | None:
@@ -136,56 +166,6 @@ def _as_score(mask: Tensor, like: Tensor) -> Tensor:
     return like.new_zeros(mask.shape).masked_fill(mask, -torch.inf)
 
 
-def unfused(model: nn.Module, selects: Callable[[str], bool] = lambda _: True) -> nn.Module:
-    """The model, or if it has `nn.MultiheadAttention` a copy with the same tensors whose projections are layers.
-
-    Attentions are left as they are if their class or forward is another, if they have hooks, parametrisations or
-    weights that others share, and in a model that cannot be copied.
-
-    Args:
-        model: Any module; it stays as it is.
-        selects: From the name of a projection (`self_attn.q_proj`, ..) to whether it is wanted; only attentions of
-            which one is are taken apart.
-    """
-    if not _ordinary(model, selects):
-        return model
-    try:
-        copied = _with_same_tensors(model)
-    except Exception:  # the code of somebody's class
-        return model
-    unfuse_(copied, selects)
-    return copied
-
-
-def unfused_as(model: nn.Module, names: Iterable[str]) -> nn.Module:
-    """As `unfused`, with the attentions taken apart of which these layers are projections.
-
-    An attention that is among the layers itself was left whole, and so it is here.
-    """
-    known = set(names)
-
-    def selects(projection: str) -> bool:
-        attention, _, part = projection.rpartition(".")
-        # one that is left whole has a layer `out_proj` as well
-        return projection in known and (part != "out_proj" or attention not in known)
-
-    return unfused(model, selects)
-
-
-def unfuse_(model: nn.Module, selects: Callable[[str], bool]) -> None:
-    """As `unfused`, in the model itself."""
-    _exchange(model, {module: UnfusedMultiheadAttention(module) for module in _ordinary(model, selects)})
-
-
-def fused(model: nn.Module) -> nn.Module:
-    """The model, or a copy with the same tensors in which attentions of dense projections are torch's again."""
-    if not _dense(model):
-        return model
-    copied = _with_same_tensors(model)
-    _exchange(copied, {module: _fused(module) for module in _dense(copied)})
-    return copied
-
-
 def match_fast_paths(model: nn.Module, parents: Iterable[nn.Module] = ()) -> None:
     """Torch's fused encoder layers multiply by the weights themselves; let them do so only where all are dense.
 
@@ -210,28 +190,6 @@ def match_fast_paths(model: nn.Module, parents: Iterable[nn.Module] = ()) -> Non
                 encoder.use_nested_tensor = True
 
 
-def _dense(model: nn.Module) -> list[UnfusedMultiheadAttention]:
-    attentions = (module for module in model.modules() if isinstance(module, UnfusedMultiheadAttention))
-    return [module for module in attentions if all(type(part) is nn.Linear for part in module.children())]
-
-
-def _with_same_tensors(model: nn.Module) -> nn.Module:
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
-
-
-def _ordinary(model: nn.Module, selects: Callable[[str], bool]) -> list[nn.MultiheadAttention]:
-    uses = Counter(id(weight) for module in model.modules() for weight in module._parameters.values())
-    return [
-        module
-        for name, module in model.named_modules()
-        if type(module) is nn.MultiheadAttention
-        and any(selects(f"{name}.{projection}".removeprefix(".")) for projection in PROJECTIONS)
-        and _is_ordinary(module)
-        and all(uses[id(weight)] == 1 for weight in module.parameters())
-        and module is not model
-    ]
-
-
 def _is_ordinary(module: nn.MultiheadAttention) -> bool:
     hooks = any(value for part in module.modules() for name, value in vars(part).items() if name.endswith("_hooks"))
     is_known = set(module._parameters) <= _PARAMETERS and set(module._modules) == {"out_proj"} and not module._buffers
@@ -240,14 +198,6 @@ def _is_ordinary(module: nn.MultiheadAttention) -> bool:
 
 
 _OUT_PROJ = nn.modules.linear.NonDynamicallyQuantizableLinear
-
-
-def _exchange(model: nn.Module, others: dict[Any, nn.Module]) -> None:
-    for parent in list(model.modules()) if others else ():
-        for name, child in parent._modules.items():
-            if child is not None and child in others:
-                parent._modules[name] = others[child]
-    match_fast_paths(model)
 
 
 def _projection_weights(fused: Any) -> tuple[Tensor, ...]:
@@ -267,20 +217,3 @@ def _linear(weight: Tensor, bias: Tensor | None, *, like: Tensor | None = None) 
     if bias is not None:
         layer.bias = cast(nn.Parameter, bias) if like is None else _like(bias, like)
     return layer
-
-
-def _fused(module: UnfusedMultiheadAttention) -> nn.MultiheadAttention:
-    options = attributes_of(module)
-    sizes = {name: options[name] for name in ("embed_dim", "num_heads", "kdim", "vdim")}
-    fused: Any = nn.MultiheadAttention(**sizes, bias=False, device="meta")
-    fused.__dict__.update(options)
-    parts = cast(tuple[nn.Linear, ...], tuple(module.children()))
-    weights, bias = [part.weight for part in parts[:3]], module.in_proj_bias
-    if fused.in_proj_weight is not None:
-        fused.in_proj_weight = _like(torch.cat([weight.detach() for weight in weights]), weights[0])
-    else:
-        fused.q_proj_weight, fused.k_proj_weight, fused.v_proj_weight = weights
-    fused.in_proj_bias = None if bias is None else _like(bias.detach(), weights[0])
-    fused.out_proj.weight, fused.out_proj.bias = parts[3].weight, parts[3].bias
-    fused.bias_k, fused.bias_v = module.bias_k, module.bias_v
-    return cast(nn.MultiheadAttention, fused.train(module.training))

@@ -14,6 +14,7 @@ from spectrim.core.dispatch import OperatorMode
 from spectrim.core.execution import as_inputs, call, distinct_state, evaluating, require_shapes
 from spectrim.core.files import Frozen
 from spectrim.core.nested import stored_tensors, tensors
+from spectrim.layers.experts import evenly, rerouted
 from spectrim.layers.operators import UncountedOperators, formulas
 
 
@@ -25,7 +26,7 @@ class NetworkCost(Frozen):
         bytes: Size of the model's safetensors file.
         macs: Multiply-accumulates of one forward pass of the example inputs (1 MAC = 2 FLOPs), in matrix products,
             convolutions, attention, bilinear and recurrent layers; element-wise operations, norms and look-ups are not
-            counted.
+            counted. Experts are counted as if each were given as many tokens as any other.
         uncounted: Names of operators that were run and may multiply more than element by element, but whose
             multiplications are not known: Fourier transforms, solvers, operators of other packages. None without any.
         uncounted_weights: Those of them that were given a weight of the model.
@@ -44,7 +45,7 @@ def count(model: nn.Module, example_inputs: Any) -> NetworkCost:
     uncounted = UncountedOperators(model.parameters())
     counter = FlopCounterMode(display=False, custom_mapping=dict(formulas()))
     counter.mod_tracker = _WholeNetwork()
-    with evaluating(model), _Multiplications(counter), uncounted:
+    with evaluating(model), rerouted(model, evenly), _Multiplications(counter), uncounted:
         call(model, as_inputs(example_inputs))
     return NetworkCost(
         params=_params(model),

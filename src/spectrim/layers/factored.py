@@ -32,6 +32,9 @@ class FactoredLayer(nn.Module, ABC):
         ModelError: the parts do not fit together, or one but the last has a bias.
     """
 
+    is_tied_output: ClassVar[bool] = False
+    """Whether it shares its parts with those of an embedding, in the opposite order."""
+
     if TYPE_CHECKING:
         _outline: nn.Module
         _geometry: Geometry

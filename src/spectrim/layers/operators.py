@@ -21,6 +21,7 @@ _LISTS = {"aten", "prim", "prims", "profiler", "_c10d_functional", "c10d"}
 
 _UNCOUNTED_PREFIXES = ("_fft_", "fft_", "linalg_", "_linalg_", "_cdist", "grid_sampler", "stft", "histc")
 _COUNTED = {"linalg_vector_norm", "_linalg_check_errors"}
+_COUNTED_OF_OTHERS = {"torchvision::deform_conv2d", "transformers::grouped_mm_fallback"}
 
 
 def formulas() -> Mapping[Any, Callable[..., int]]:
@@ -39,6 +40,10 @@ def formulas() -> Mapping[Any, Callable[..., int]]:
         aten.addbmm: lambda _, first, second, **__: 2 * math.prod(first) * second[-1],
         aten._int_mm: lambda first, second, **__: 2 * math.prod(first) * second[-1],
     }
+    if hasattr(aten, "_grouped_mm"):
+        known[aten._grouped_mm] = _grouped
+    if hasattr(torch.ops.transformers, "grouped_mm_fallback"):
+        known[torch.ops.transformers.grouped_mm_fallback] = _grouped
     if hasattr(torch.ops.torchvision, "deform_conv2d"):
         known[torch.ops.torchvision.deform_conv2d] = _deformable
     return known
@@ -69,6 +74,11 @@ def _expanded(shape: Shape, places: Iterable[int]) -> list[int]:
     for place in sorted(places):
         sizes.insert(place, 1)
     return sizes
+
+
+def _grouped(rows: Shape, matrices: Shape, *_: Any, **__: Any) -> int:
+    """Each row times one of the matrices, or each group of rows times its own."""
+    return 2 * math.prod(rows) * matrices[-1]
 
 
 def _matrix_vector(matrix: Shape, _: Shape, **__: Any) -> int:
@@ -115,5 +125,5 @@ class UncountedOperators(OperatorMode):
 def _is_uncounted(name: str) -> bool:
     library, _, operator = name.partition("::")
     if library not in _LISTS:
-        return name != "torchvision::deform_conv2d"
+        return name not in _COUNTED_OF_OTHERS
     return operator.startswith(_UNCOUNTED_PREFIXES) and operator not in _COUNTED

@@ -11,11 +11,13 @@ from spectrim.core.arguments import checked
 from spectrim.core.errors import ModelError
 from spectrim.core.nested import is_plain
 from spectrim.core.plans import LayerPlan, Plan
-from spectrim.layers.attention import fused, match_fast_paths
+from spectrim.layers.attention import match_fast_paths
 from spectrim.layers.factored import FactoredLayer, geometry_of, low_rank_layers, shallow_copy
 from spectrim.layers.forms import find_form, form_named, joint_form_named
+from spectrim.layers.forms.linear import tied_output
 from spectrim.layers.heads import AroundHeads, HeadOutput, HeadValues
 from spectrim.layers.types import layer_type_of
+from spectrim.layers.unfusing import fused
 from spectrim.linalg import Factors, Ranks, balanced, to_float64
 
 NARROWED_FROM = "narrowed_from"
@@ -123,8 +125,10 @@ def factored_at(
 
     def factored(name: str, module: nn.Module) -> nn.Module:
         value = bias(name, module, whole)
-        new = build(module, layer_type=layer_type_of(module), ranks=ranks, bias=value is not None)
-        for part, weight in zip(new.chain, shared, strict=True):
+        new, own = build(module, layer_type=layer_type_of(module), ranks=ranks, bias=value is not None), shared
+        if layer_type_of(module).is_lookup != layer_type_of(first).is_lookup:
+            new, own = tied_output(new, module), shared[::-1]
+        for part, weight in zip(new.chain, own, strict=True):
             part.weight = weight
         if value is not None:
             new.chain[-1].bias = _bias_like(module, value)
@@ -271,10 +275,10 @@ def merge(model: nn.Module) -> nn.Module:
     """
     merged = duplicate(model)
     replacements: dict[str, nn.Module] = {}
-    weights: dict[tuple[int, ...], nn.Parameter] = {}
+    weights: dict[frozenset[int], nn.Parameter] = {}
     for module in low_rank_layers(merged).values():
         parts = [part.get_parameter("weight") for part in _plain_chain(merged, module)]
-        key = tuple(id(weight) for weight in parts)
+        key = frozenset(id(weight) for weight in parts)
         if key not in weights:
             whole = module.product([to_float64(weight) for weight in parts])
             weights[key] = parameter_like(parts[-1], whole)

@@ -58,10 +58,10 @@ class LayerSelection:
         """Whether no layer is left out."""
         return tuple(self.include) == ("*",) and not (self.exclude or self.keep_last)
 
-    def unfuses(self, projection: str) -> bool:
-        """Whether it takes a projection of an attention, and does not leave the whole attention out by its name."""
+    def unfuses(self, part: str, whole: str) -> bool:
+        """Whether it takes a layer that a module can be taken apart for, and does not leave that out by its name."""
         includes, excludes = (partial(_matches, patterns=patterns) for patterns in (self.include, self.exclude))
-        return includes(projection) and not excludes(projection) and not excludes(projection.rpartition(".")[0])
+        return includes(part) and not excludes(whole)
 
     def is_treated(self, layer: nn.Module) -> bool:
         """Whether `treat_as` speaks of the layer."""

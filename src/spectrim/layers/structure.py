@@ -7,12 +7,13 @@ from torch import nn
 
 from spectrim.core.errors import FileError, ModelError, PlanError
 from spectrim.core.files import Frozen
-from spectrim.layers.attention import unfuse_
 from spectrim.layers.factored import FactoredLayer, low_rank_layers
 from spectrim.layers.forms import form_named
+from spectrim.layers.forms.linear import tied_output
 from spectrim.layers.heads import AroundHeads
 from spectrim.layers.replacement import NARROWED_FROM, names_of, narrowed_layers, narrowed_like, replace
 from spectrim.layers.types import find_layer_type, layer_type_of
+from spectrim.layers.unfusing import unfuse_
 
 
 class LowRank(Frozen):
@@ -26,6 +27,7 @@ class LowRank(Frozen):
         layer_type: Name of the dense layer's type; None in files that were written before it was noted.
         overrides: Methods that the dense layer's class has replaced.
         options: Attributes of the dense layer that say how its weight is used.
+        tied_output: Whether it is an output layer that shares its factors with an embedding.
     """
 
     shape: tuple[int, ...]
@@ -35,6 +37,7 @@ class LowRank(Frozen):
     layer_type: str | None = None
     overrides: tuple[str, ...] = ()
     options: dict[str, str] = Field(default_factory=dict)
+    tied_output: bool = False
 
     @field_validator("form")
     @classmethod
@@ -104,6 +107,7 @@ def structure_of(model: nn.Module) -> Structure:
             layer_type=layer_type.name,
             overrides=layer_type.overrides(dense),
             options=_options_of(dense),
+            tied_output=module.is_tied_output,
         )
         same_layer |= dict.fromkeys(names_of(model, module)[1:], name)
     narrowed = {name: _narrowed(module) for name, module in narrowed_layers(model).items()}
@@ -121,14 +125,16 @@ def rebuild(model: nn.Module, structure: Structure, *, origin: str) -> None:
     Raises:
         FileError: the structure is that of another network.
     """
-    unfuse_(model, {*structure.low_rank, *structure.same_layer}.__contains__)
+    changed = {*structure.names, *structure.same_layer}
+    unfuse_(model, lambda part, _: part in changed)
     before = {name: _module_at(model, name, layer.shape, origin) for name, layer in structure.narrowed.items()}
     replace(model, {name: _unset(before[name], layer) for name, layer in structure.narrowed.items()})
     replacements: dict[str, nn.Module] = {}
     try:
         for name, layer in structure.low_rank.items():
             dense, form = _dense_at(model, name, layer, origin), form_named(layer.form)
-            replacements[name] = form.build(dense, layer_type=layer_type_of(dense), ranks=layer.ranks, bias=layer.bias)
+            built = form.build(dense, layer_type=layer_type_of(dense), ranks=layer.ranks, bias=layer.bias)
+            replacements[name] = tied_output(built, dense) if layer.tied_output else built
         for name, first in structure.same_layer.items():
             replacements[name] = replacements[first]
         replace(model, replacements)

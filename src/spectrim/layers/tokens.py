@@ -102,6 +102,15 @@ class TokenMasks:
                 return self._known[key]
         return None
 
+    def routed(self, index: Tensor, _: int) -> Tensor:
+        """Indices of experts (tokens, places), with -1 at padding."""
+        places = self.places(index.shape)
+        if places is None:
+            return index
+        tokens = torch.full_like(index, -1)
+        tokens[places.index] = index[places.index]
+        return tokens
+
     def warn_if_unused(self) -> None:
         """Warn of padding that no layer was found to see."""
         padded = [mask for mask in self.masks if not mask.all()]

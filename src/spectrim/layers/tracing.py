@@ -14,6 +14,7 @@ from spectrim.core.dispatch import OperatorMode
 from spectrim.core.errors import ModelError
 from spectrim.core.execution import Inputs, alike, call, evaluating, require_unwrapped, require_values, temporary
 from spectrim.core.nested import extent, extents, joined, overlap
+from spectrim.layers.experts import evenly, rerouted
 from spectrim.layers.factored import attributes_of
 from spectrim.layers.selection import TreatAs
 from spectrim.layers.types import LayerType, Positions, find_layer_type, layer_type_of
@@ -83,6 +84,8 @@ class Trace:
 def trace(model: nn.Module, inputs: Inputs, *, treat_as: TreatAs | None = None) -> Trace:
     """Run the model once and record which layers are called, in which order and how much.
 
+    Experts all get as many tokens, so that each is called.
+
     Args:
         model: The model.
         inputs: One call's inputs.
@@ -109,9 +112,10 @@ def trace(model: nn.Module, inputs: Inputs, *, treat_as: TreatAs | None = None) 
         layer.register_forward_pre_hook(note_keywords(name), with_kwargs=True) for name, layer in layers.items()
     )
     reads = _WeightReads(layers)
-    with evaluating(model), watching(model, count), temporary(keywords), temporary(reads.hooks()), reads:
-        outputs = call(model, inputs)
-    special = _special(model, inputs, outputs, calls, treated=treated)
+    with rerouted(model, evenly):
+        with evaluating(model), watching(model, count), temporary(keywords), temporary(reads.hooks()), reads:
+            outputs = call(model, inputs)
+        special = _special(model, inputs, outputs, calls, treated=treated)
     return Trace(
         positions, calls, frozenset(differing), special, frozenset(keyworded), read_elsewhere=frozenset(reads.names)
     )

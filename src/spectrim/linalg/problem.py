@@ -218,6 +218,8 @@ class Problem:
             product = weight.new_zeros(()).expand(weight.shape)
         if C is not None:
             C = to_float64(C.to(self.device)) if isinstance(C, Tensor) else C.to(self.device)
+        if self.output is not None:
+            weight, product = self._roots[0] @ to_float64(weight), self._roots[0] @ to_float64(product)
         energy = 0.0
         # by blocks of outputs, since the difference of the whole matrices may be the largest array of all
         for dense, low in zip(weight.split(_BLOCK, dim=1), product.split(_BLOCK, dim=1), strict=True):

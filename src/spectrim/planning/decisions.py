@@ -138,6 +138,7 @@ def dense(layer: LayerAnalysis, *, reason: str, metric: Metric, frozen: bool = F
         dense=layer.dense,
         kept=layer.dense,
         frozen=frozen or not layer.problems,
+        stack=layer.stack,
         reason=reason,
     )
 

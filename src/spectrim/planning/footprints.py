@@ -146,7 +146,7 @@ class Layer:
         """Each array of its statistics."""
         groups, out, _ = self.size
         gradients = [8 * groups * out * out] if self.work.has_gradients else []
-        return [self.covariance, *gradients] * len(self.unit.call_sites)
+        return [self.covariance, *gradients] * len(self.unit.call_sites) * (2 if self.unit.weights[0].stack else 1)
 
     @property
     def gathering(self) -> int:

@@ -13,9 +13,9 @@ from spectrim.benchmark.measurement import resized
 from spectrim.core.errors import RuleError
 from spectrim.core.execution import Inputs, ProgressCallback
 from spectrim.core.plans import DENSE, Budget, LayerPlan, Plan
-from spectrim.layers.attention import fused
 from spectrim.layers.forms import form_named
 from spectrim.layers.replacement import duplicate, factorize
+from spectrim.layers.unfusing import fused
 from spectrim.linalg import Factors
 from spectrim.planning.budgets import Candidates, out_of_reach, solve
 from spectrim.planning.decisions import PlanOptions

@@ -17,9 +17,9 @@ from spectrim.core.execution import Inputs, as_inputs
 from spectrim.core.files import Frozen
 from spectrim.core.memory import Storage, free_bytes
 from spectrim.core.plans import Metric, Plan, Rule
-from spectrim.layers.attention import unfused
 from spectrim.layers.selection import LayerSelection, Patterns, TreatAs
 from spectrim.layers.tracing import trace
+from spectrim.layers.unfusing import unfused
 from spectrim.layers.units import Unit, find_units
 from spectrim.planning.decisions import takes_lookups
 from spectrim.planning.footprints import Stages, Work

@@ -16,8 +16,8 @@ from spectrim.core.batches import ReservedBatches, batches_of, collected, withou
 from spectrim.core.errors import DataError, PlanError
 from spectrim.core.execution import Inputs, ProgressCallback, as_inputs, require_repeatable
 from spectrim.core.plans import Budget, Metric, Plan, Rule
-from spectrim.layers.attention import unfused, unfused_as
 from spectrim.layers.selection import LayerSelection
+from spectrim.layers.unfusing import unfused, unfused_as
 from spectrim.planning.decisions import PlanOptions, takes_lookups
 from spectrim.planning.footprints import Work
 from spectrim.planning.latency_budget import plan_latency
@@ -168,6 +168,7 @@ class _Stages:
         if not samples.differ and not isinstance(rule, Plan):
             return bare, []
         if "loss" in metrics or (budgeted and metric is None):
+            layers = set(layers) - bare.tied_outputs  # whose outputs are too many, and whose metric needs no gradients
             statistics = with_output_grads(
                 model, statistics, _in_memory(batches), layers=layers, required="loss" in metrics, storage=storage
             )

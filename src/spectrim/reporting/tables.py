@@ -127,7 +127,32 @@ def _of_plan(plan: Plan) -> Listing:
         f"All layers: {words.count(before.params)} → {words.count(after.params)} parameters, "
         f"{words.count(before.macs)} → {words.count(after.macs)} MACs. Shares are of these sums, before and after."
     )
-    return listing(_plan_title(plan), plan.layers, columns, note=note)
+    return listing(_plan_title(plan), _with_stacks(plan), columns, note=note)
+
+
+def _with_stacks(plan: Plan) -> list[LayerPlan]:
+    """The layers, with one in the place of all experts of a stack, of which there may be hundreds."""
+    groups: dict[str, list[LayerPlan]] = {}
+    for layer in plan:
+        groups.setdefault(layer.stack or layer.name, []).append(layer)
+    return [layers[0] if len(layers) == 1 else _of_stack(name, layers) for name, layers in groups.items()]
+
+
+def _of_stack(name: str, layers: Sequence[LayerPlan]) -> LayerPlan:
+    ranks, nothing = [rank for layer in layers for rank in layer.ranks], Cost(params=0, macs=0)
+    dense = len(layers) - len(ranks)
+    each = f"ranks {min(ranks)} to {max(ranks)} of {layers[0].full_rank}" if ranks else layers[0].reason
+    errors = [layer.predicted_error**2 for layer in layers if layer.predicted_error is not None]
+    whole = {
+        "name": f"{name}.*",
+        "form": max(layers, key=attrgetter("is_factored")).form,
+        "rank": None,
+        "predicted_error": (sum(errors) / len(errors)) ** 0.5 if errors else None,
+        "dense": sum((layer.dense for layer in layers), nothing),
+        "kept": sum((layer.kept for layer in layers), nothing),
+        "reason": f"{len(layers)} experts: {each}{f', {dense} dense' if ranks and dense else ''}",
+    }
+    return layers[0].model_copy(update=whole)
 
 
 def _plan_title(plan: Plan) -> str:

@@ -172,7 +172,7 @@ def frobenius_decay(model: nn.Module) -> Tensor:
         ModelError: the model has no factored layer.
     """
     layers = {
-        tuple(id(part.get_parameter("weight")) for part in layer.chain): layer
+        frozenset(id(part.get_parameter("weight")) for part in layer.chain): layer
         for layer in low_rank_layers(model).values()
     }
     if not layers:

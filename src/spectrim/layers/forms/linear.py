@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from spectrim.layers.factored import FactoredLayer
 from spectrim.layers.forms.channel import TwoFactorForm, TwoFactors, conv_chain
 from spectrim.layers.types import Geometry, LayerType
+from spectrim.layers.types.transposed_linear import TransposedWeight
 from spectrim.linalg import Ranks
 
 
@@ -46,6 +47,21 @@ class LowRankLinear(LinearFactors):
 
 
 @final
+class LowRankOutput(LinearFactors):
+    """An output layer that shares its factors with an embedding, whose weight it shared before: y = up(down(x)).
+
+    Attributes:
+        down: Multiplies by the weight (in_features, rank) of the embedding's `up`.
+        up: `nn.Linear(rank, out_features)` with the weight of the embedding's `down`, and a bias of its own, if any.
+
+    Shapes:
+        input (..., in_features), output (..., out_features), as for `nn.Linear`.
+    """
+
+    is_tied_output = True
+
+
+@final
 class LowRankEmbedding(LinearFactors):
     """An embedding that looks up fewer numbers and multiplies them: y = up(down(indices)).
 
@@ -75,6 +91,13 @@ class LowRankEmbeddingBag(LinearFactors):
 
 _CLASSES: dict[str, type[LinearFactors]] = {"Embedding": LowRankEmbedding, "EmbeddingBag": LowRankEmbeddingBag}
 """By the name of the layer type; others become a `LowRankLinear`."""
+
+
+def tied_output(layer: FactoredLayer, dense: nn.Module) -> LowRankOutput:
+    """An unset replacement for a dense output layer that can share its factors; as `layer`, which cannot."""
+    down, up = layer.chain
+    output = LowRankOutput(TransposedWeight(down.get_parameter("weight").detach().T), up, dense=dense)
+    return output.train(layer.training).requires_grad_(up.get_parameter("weight").requires_grad)
 
 
 class LinearForm(TwoFactorForm):

@@ -23,6 +23,8 @@ class Weight:
         biases: How many the call sites have together that no unit before counts; one that they share counts once.
         params: Numbers that the layer stores.
         itemsize: Bytes of one of them.
+        outputs: Call sites that multiply by the transpose: the output layers that share the weight of an embedding.
+        stack: Of an expert of a mixture the name that the same projection of all experts has together.
     """
 
     name: str
@@ -36,6 +38,8 @@ class Weight:
     biases: int
     params: int
     itemsize: int
+    outputs: tuple[str, ...] = ()
+    stack: str | None = None
 
     @property
     def names(self) -> tuple[str, ...]:

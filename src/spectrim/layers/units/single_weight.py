@@ -10,6 +10,7 @@ from torch.nn.utils import parametrize
 from spectrim.core.errors import ModelError
 from spectrim.core.execution import unique_tensors
 from spectrim.core.nested import is_plain
+from spectrim.layers.experts import routers_of, stacks_of
 from spectrim.layers.factored import low_rank_layers
 from spectrim.layers.selection import LOOKUP, LayerSelection
 from spectrim.layers.tracing import Trace
@@ -25,6 +26,11 @@ _ATTENTION = (
     "k_proj, v_proj, out_proj) where st.compress or st.analyze select one, the class and its forward are torch's own, "
     "and it has no hooks and no weights that others share"
 )
+_EXPERTS = (
+    "; they become layers where st.compress or st.analyze select one, the class has transformers' "
+    "use_experts_implementation and no norm inside, gives the same without the stack, and has no hooks"
+)
+_ROUTER = "it chooses the experts, of which there are few, and a small error in it sends tokens to others"
 _ADAPTER = "it has an adapter that is not merged; merge it first, model = model.merge_and_unload(), and compress that"
 _KEYWORDS = "it is called with keyword arguments that an exchange would lose"
 
@@ -91,25 +97,35 @@ def find_single_weights(model: nn.Module, trace: Trace, selection: LayerSelectio
     selected = selection.matching([name for module in layers for name in names[module]])
     last = next(reversed(list(trace.calls)), None) if selection.keep_last else None
     order = {name: place for place, name in enumerate(trace.calls)}
-    inside = _already_handled(model)
+    inside, stacks = _already_handled(model), stacks_of(model)
+    users = _users(model)
     units, counted = [], set[int]()
-    for group in _tied(layers):
-        call_sites = sorted((names[module][0] for module in group), key=lambda name: order.get(name, len(order)))
+    for group in _tied(layers, lookups=selection.lookups):
+        outputs = _outputs(group)
+        # an embedding of which the weight is used elsewhere alone, as T5 has one, is no call site
+        called = [module for module in group if not outputs or names[module][0] in order or module in outputs] or group
+        call_sites = sorted(
+            (names[module][0] for module in called),
+            key=lambda name: (model.get_submodule(name) in outputs, order.get(name, len(order))),
+        )
         tied = [name for module in group for name in names[module]]
         reason = (
             _not_selected(tied, selected=selected, last=last)
             or next((inside[module] for module in group if module in inside), None)
             or next((reason for module in group if (reason := _unfit(module, selection))), None)
-            or _shared_elsewhere(model, group)
+            or _shared_elsewhere(users, group)
             or next((_KEYWORDS for name in call_sites if name in trace.keyworded), None)
             or next((f"{name} is not called by the model" for name in call_sites if name not in trace.calls), None)
             or next((_READ for name in call_sites if name in trace.read_elsewhere), None)
             or next((_DIFFERS for name in call_sites if name in trace.differing), None)
             or next((_SPECIAL for name in call_sites if name in trace.special), None)
         )
-        biases = {id(bias) for module in group if (bias := getattr(module, "bias", None)) is not None} - counted
+        own = group if not outputs else []  # of another size than the outputs of an embedding
+        biases = {id(bias) for module in own if (bias := getattr(module, "bias", None)) is not None} - counted
         counted |= biases
         weight = _weight(model.get_submodule(call_sites[0]), tied, call_sites, trace.positions, biases=len(biases))
+        tied_outputs = tuple(name for name in call_sites if model.get_submodule(name) in outputs)
+        weight = replace(weight, stack=stacks.get(weight.name), outputs=tied_outputs)
         units.append(SingleWeight((weight,), reason))
     return tuple(sorted(units, key=lambda unit: order.get(unit.name, len(order))))
 
@@ -163,8 +179,11 @@ def _has_matrix(module: nn.Module) -> bool:
     return bool(find_layer_type(module)) or any(parameter is not None and parameter.ndim >= 2 for parameter in own)
 
 
-def _tied(layers: Sequence[nn.Module]) -> list[list[nn.Module]]:
-    """Layers of one type in groups that share their weight; any other layer is a group of its own."""
+def _tied(layers: Sequence[nn.Module], *, lookups: bool) -> list[list[nn.Module]]:
+    """Layers of one type in groups that share their weight; any other layer is a group of its own.
+
+    Where embeddings may be factored, linear layers that share the weight of one are in its group.
+    """
     groups: dict[Hashable, list[nn.Module]] = {}
     for module in layers:
         layer_type = find_layer_type(module)
@@ -173,7 +192,24 @@ def _tied(layers: Sequence[nn.Module]) -> list[list[nn.Module]]:
             groups[id(module)] = [module]
         else:
             groups.setdefault((id(weight), layer_type.name, layer_type.geometry(module)), []).append(module)
+    if lookups:
+        by_weight = {group[0]._parameters.get("weight"): group for group in groups.values() if _is_lookup(group[0])}
+        for key, group in list(groups.items()):
+            owner = by_weight.get(group[0]._parameters.get("weight"))
+            if owner is not None and isinstance(key, tuple) and key[1] == "Linear":
+                owner.extend(groups.pop(key))
     return list(groups.values())
+
+
+def _outputs(group: Sequence[nn.Module]) -> set[nn.Module]:
+    """Those that multiply by the weight that others look up."""
+    outputs = {module for module in group if not _is_lookup(module)}
+    return outputs if len(outputs) < len(group) else set()
+
+
+def _is_lookup(module: nn.Module) -> bool:
+    layer_type = find_layer_type(module)
+    return layer_type is not None and layer_type.is_lookup
 
 
 def _not_selected(tied: Sequence[str], *, selected: set[str], last: str | None) -> str | None:
@@ -193,6 +229,7 @@ def _already_handled(model: nn.Module) -> dict[nn.Module, str]:
                 reasons[inner] = _ATTENTION
         if type(module).__module__.startswith("peft.") and hasattr(module, "base_layer"):
             reasons |= dict.fromkeys(module.modules(), _ADAPTER)
+    reasons |= dict.fromkeys(routers_of(model), _ROUTER)
     for layer in low_rank_layers(model).values():
         reasons |= dict.fromkeys(layer.chain, "already a low-rank factor; st.merge(model) undoes it")
     return reasons
@@ -205,7 +242,7 @@ def _unfit(module: nn.Module, selection: LayerSelection) -> str | None:
     if layer_type is None:
         own = {name: weight.shape for name, weight in module.named_parameters(recurse=False) if weight.ndim == 3}
         stacks = [f"{name} {list(shape)}" for name, shape in own.items() if min(shape) > 1]
-        why = f": {' and '.join(stacks)} hold one matrix for each expert, head or part" if stacks else ""
+        why = f": {' and '.join(stacks)} hold one matrix for each expert, head or part{_EXPERTS}" if stacks else ""
         return f"{name} layers are not factored{why}"
     overridden = layer_type.overrides(module)
     if overridden and (overridden[0] == "__call__" or not selection.is_treated(module)):
@@ -246,11 +283,18 @@ def _is_ordinary(tensor: Tensor) -> bool:
     return is_strided and tensor.is_floating_point() and tensor.element_size() > 1
 
 
-def _shared_elsewhere(model: nn.Module, group: Sequence[nn.Module]) -> str | None:
-    weight = group[0]._parameters.get("weight")
+def _users(model: nn.Module) -> dict[int, dict[nn.Module, str]]:
+    """The modules that hold a parameter, by its number, with their names."""
+    users: dict[int, dict[nn.Module, str]] = {}
     for name, module in model.named_modules():
-        if module not in group and any(
-            parameter is weight for parameter in module._parameters.values() if weight is not None
-        ):
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                users.setdefault(id(parameter), {}).setdefault(module, name)
+    return users
+
+
+def _shared_elsewhere(users: Mapping[int, Mapping[nn.Module, str]], group: Sequence[nn.Module]) -> str | None:
+    for module, name in users.get(id(group[0]._parameters.get("weight")), {}).items():
+        if module not in group:
             return f"shares its weight with {name} ({type(module).__name__}), which needs it whole"
     return None
