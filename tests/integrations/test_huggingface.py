@@ -302,6 +302,34 @@ class TestTheStructureIsThatOfTheModel:
             assert not low_rank_layers(again)
             assert torch.equal(logits(again, "llama"), logits(merged, "llama"))
 
+    def test_a_merged_model_with_biases_that_others_would_leave_out_is_refused(self, tmp_path: Path) -> None:
+        model, example = llama().eval(), NETWORKS["llama"][1]
+        small = st.compress(model, st.Rank(4), example_inputs=example, data=[example]).model
+        merged = st.merge(small)
+        with pytest.raises(errors.ModelError, match=r"q_proj has got a bias, .*before it is merged"):
+            merged.save_pretrained(tmp_path / "merged")
+        again = st.load(st.save(merged, tmp_path / "merged.safetensors"), model)
+        assert torch.equal(logits(again, "llama"), logits(merged, "llama"))
+
+    @pytest.mark.parametrize("form", ["width", "head_vo"])
+    def test_narrowed_layers_come_back_and_are_refused_by_others(self, tmp_path: Path, form: str) -> None:
+        model, example = llama().eval(), NETWORKS["llama"][1]
+        batches = [{**example, "input_ids": IDS.roll(turn, 1)} for turn in range(4)]
+        budget = st.Budget(params=0.6 if form == "width" else 0.9, of="body")
+        only = "*mlp*" if form == "width" else ["*v_proj", "*o_proj"]
+        small = st.compress(model, budget, example_inputs=example, data=batches, forms=form, include=only)
+        assert {layer.form for layer in small.plan if layer.unit} == {form}
+        small.model.save_pretrained(tmp_path)
+        again = loaded(type(model), tmp_path)
+        assert torch.equal(logits(again, "llama"), logits(small.model, "llama"))
+        assert torch.equal(again.generate(IDS, max_new_tokens=4), small.model.generate(IDS, max_new_tokens=4))
+        assert again.num_parameters() == small.measurement.params
+        config = saved_config(tmp_path)
+        del config["quantization_config"]
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(RuntimeError, match="mismatched"):
+            loaded(type(model), tmp_path)
+
     def test_a_new_model_of_a_loaded_configuration(self, tmp_path: Path) -> None:
         compressed("llama").save_pretrained(tmp_path)
         config = transformers.AutoConfig.from_pretrained(tmp_path)

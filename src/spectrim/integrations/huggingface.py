@@ -98,6 +98,7 @@ class FactoredQuantizer(HfQuantizer):
         structure = structure_of(model)
         tied = _tied_factors(model)
         _require_untied(model, structure, tied)
+        _require_own_biases(model, structure)
         stored = _names_in_file(model, structure.names)
         state: dict[str, Tensor] = model.state_dict() if own_state is None else own_state
         if structure.names and _MAJOR < 5 and any(tensor.is_meta for tensor in state.values()):
@@ -320,6 +321,18 @@ def _require_untied(model: nn.Module, structure: Structure, tied_factors: Collec
         raise ModelError(
             f"{tied[0][0]} and {tied[0][1]} are one, and save_pretrained cannot say so of factored layers; {_WAY_OUT}"
         )
+
+
+def _require_own_biases(model: nn.Module, structure: Structure) -> None:
+    """Raise `ModelError` for a merged layer with a bias that a program without Spectrim would leave out unsaid."""
+    for name, layer in structure.narrowed.items():
+        weight = None if name in structure.low_rank else model.get_submodule(name).weight
+        if isinstance(weight, Tensor) and tuple(weight.shape) == layer.shape:
+            raise ModelError(
+                f"{name} has got a bias, as its mean is corrected on data, and {type(model).__name__} has none there: "
+                "an ordinary folder would lose it. Save the model before it is merged, which loads after import "
+                "spectrim, or keep it with st.save(model, path)"
+            )
 
 
 def _names_in_file(model: PreTrainedModel, names: Sequence[str]) -> dict[str, str]:

@@ -24,6 +24,9 @@ class FactoredLayer(nn.Module, ABC):
 
     A class has the parts of its chain as attributes, in the order in which they are applied.
 
+    Attributes:
+        adds_bias: Whether it has a bias, and the layer it stands for had none.
+
     Args:
         chain: The parts.
         dense: The layer it stands for; by default one of torch that has the sizes and options of the parts.
@@ -38,6 +41,7 @@ class FactoredLayer(nn.Module, ABC):
     if TYPE_CHECKING:
         _outline: nn.Module
         _geometry: Geometry
+        adds_bias: bool
 
     # torch.jit.script compiles properties, and reads annotations of the class
     __jit_unused_properties__: ClassVar[list[str]] = ["form", "chain", "rank", "ranks", "geometry", "weight", "bias"]
@@ -56,6 +60,7 @@ class FactoredLayer(nn.Module, ABC):
         outline = outline_of(self._assembled(*chain) if dense is None else dense, bias=_has_bias(chain[-1]))
         # past nn.Module's own bookkeeping: the outline is no part of the model
         self.__dict__ |= {"_outline": outline, "_geometry": geometry_of(outline)}
+        self.__dict__["adds_bias"] = dense is not None and _has_bias(chain[-1]) and not _has_bias(dense)
         own = {name: value for name, value in attributes_of(outline).items() if not hasattr(type(self), name)}
         self.__dict__.update(own)
 

@@ -286,6 +286,8 @@ def merge(model: nn.Module) -> nn.Module:
             _require_rounded(to_float64(weights[key]), whole, name=name, dtype=weights[key].dtype)
         dense = module.empty_dense()
         dense._parameters.update(weight=weights[key], bias=module.chain[-1]._parameters.get("bias"))
+        if module.adds_bias:  # which files have to say
+            setattr(dense, NARROWED_FROM, tuple(weights[key].shape))
         replacements |= dict.fromkeys(names_of(merged, module), dense.train(module.training))
     replace(merged, replacements)
     return fused(merged)
