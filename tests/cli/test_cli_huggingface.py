@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_gguf import WORDS, write_gguf
 
 import spectrim as st
 
@@ -62,6 +63,25 @@ def test_a_folder_becomes_a_smaller_one(folder: Run) -> None:
         assert ended.code == 1
         assert "small was compressed already" in said(ended)
         assert not Path(command[2]).exists()
+
+
+def test_a_gguf_file_becomes_a_smaller_folder(run: Run) -> None:
+    pytest.importorskip("gguf")
+    Path("packed").mkdir()
+    write_gguf(Path("packed/tiny.gguf"))
+    Path("text.txt").write_text("".join(WORDS[number * number % 11] for number in range(900)))
+    for _ in range(2):  # the second replaces what the first has written
+        ended = run("compress", "--model", "hf:packed", *TEXT, "--macs", 0.8, "--out", "small")
+        assert ended.code == 0, ended.err
+    assert transformers.AutoTokenizer.from_pretrained("small")("12", add_special_tokens=False)["input_ids"] == [10]
+    scoring = next(line for line in ended.out.splitlines() if line.startswith("  spectrim evaluate"))
+    ended = run(*scoring.split()[1:], "--json")
+    assert ended.code == 0, ended.err
+    own, dense, _ = json.loads(ended.out)[0]["rows"]
+    assert own["Score"] == pytest.approx(dense["Score"], rel=0.1)
+    Path("small/config.json").write_text("{}")
+    ended = run("compress", "--model", "hf:packed", *TEXT, "--macs", 0.8, "--out", "small")
+    assert "is there already" in said(ended)
 
 
 def test_a_plan_is_applied(folder: Run) -> None:

@@ -10,11 +10,14 @@ from torch import nn
 from spectrim.benchmark.fidelity import Fidelity
 from spectrim.cli.outputs import OutputFiles
 from spectrim.core.errors import FileError, ModelError
+from spectrim.core.files import gguf_file
+from spectrim.data.samples import load_tokenizer
 from spectrim.integrations.cards import CARD, is_own_card, write_model_card
 from spectrim.layers.factored import low_rank_layers
 from spectrim.models.folders import CONFIG, is_factored, other_files
 
 _SINGLE_FILE = "100TB"
+_TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 
 
 def require_dense(model: nn.Module, folder: Path | None) -> None:
@@ -38,12 +41,16 @@ def folder_files(source: Path, out: Path) -> OutputFiles:
         str(path): (lambda there, path=path: filecmp.cmp(source / path, there, shallow=False), "")
         for path in other_files(source)
     }
-    return copied | {CONFIG: (lambda path: is_factored(path.parent), ""), CARD: (is_own_card, "the model card")}
+    own = (CONFIG, *_TOKENIZER) if gguf_file(source) else (CONFIG,)
+    beside = dict.fromkeys(own, (lambda path: is_factored(path.parent), ""))
+    return copied | beside | {CARD: (is_own_card, "the model card")}
 
 
 def write_folder(model: Any, folder: Path, *, source: Path, fidelity: Fidelity | None) -> None:
     """Save a model as transformers does, with all that lay beside it in `source`, and a card."""
     model.save_pretrained(folder, max_shard_size=_SINGLE_FILE)
+    if gguf_file(source):
+        load_tokenizer(source).save_pretrained(folder)
     for path in other_files(source):
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / path, folder / path)

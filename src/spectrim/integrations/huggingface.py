@@ -35,7 +35,7 @@ from spectrim.core.files import parse
 from spectrim.layers.factored import low_rank_layers
 from spectrim.layers.structure import Structure, rebuild, structure_of
 
-_METHOD = "spectrim"
+_METHOD, _GGUF = "spectrim", "gguf"
 _MAJOR = int(transformers.__version__.partition(".")[0])
 if _MAJOR >= 5:
     from transformers.conversion_mapping import get_model_conversion_mapping
@@ -177,6 +177,7 @@ def _with_state_and_card(save: Callable[..., Any]) -> Callable[..., Any]:
     def save_pretrained(*args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
+        _forget_unpacked(bound.arguments["self"])
         token = _STATE_TO_SAVE.set(bound.arguments["state_dict"])
         try:
             result = save(*args, **kwargs)
@@ -187,6 +188,12 @@ def _with_state_and_card(save: Callable[..., Any]) -> Callable[..., Any]:
         return result
 
     return save_pretrained
+
+
+def _forget_unpacked(model: Any) -> None:
+    """Let go of what has read a model from GGUF, if its weights are ordinary ones since; it refuses to save them."""
+    if getattr(model, "quantization_method", None) == _GGUF and not model.hf_quantizer.packed_modules:
+        model.hf_quantizer.remove_quantization_config(model)
 
 
 def _with_card(upload: Callable[..., Any]) -> Callable[..., Any]:
