@@ -147,7 +147,7 @@ def test_an_attention_of_torch_inside(tmp_path: Path) -> None:
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
     dense = transformers.SiglipVisionModel(transformers.SiglipVisionConfig(image_size=16, patch_size=8, **sizes)).eval()
     small = st.compress(dense, st.Rank(4), example_inputs=PIXELS)
-    assert "head.attention.q_proj" in [layer.name for layer in small.plan.factored]
+    assert any(layer.name.endswith("head.attention.q_proj") for layer in small.plan.factored)
     small.model.save_pretrained(tmp_path)
     again = loaded(transformers.SiglipVisionModel, tmp_path)
     with torch.no_grad():

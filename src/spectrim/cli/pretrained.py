@@ -1,7 +1,6 @@
 """A network that comes from a folder of Hugging Face goes into one again: weights, settings and tokenizer."""
 
 import filecmp
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +10,11 @@ from spectrim.benchmark.fidelity import Fidelity
 from spectrim.cli.outputs import OutputFiles
 from spectrim.core.errors import FileError, ModelError
 from spectrim.core.files import gguf_file
-from spectrim.data.samples import load_tokenizer
-from spectrim.integrations.cards import CARD, is_own_card, write_model_card
+from spectrim.export.folders import save_folder
 from spectrim.layers.factored import low_rank_layers
 from spectrim.models.folders import CONFIG, is_factored, other_files
+from spectrim.reporting.cards import CARD, is_own_card, write_model_card
 
-_SINGLE_FILE = "100TB"
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 
 
@@ -48,10 +46,5 @@ def folder_files(source: Path, out: Path) -> OutputFiles:
 
 def write_folder(model: Any, folder: Path, *, source: Path, fidelity: Fidelity | None) -> None:
     """Save a model as transformers does, with all that lay beside it in `source`, and a card."""
-    model.save_pretrained(folder, max_shard_size=_SINGLE_FILE)
-    if gguf_file(source):
-        load_tokenizer(source).save_pretrained(folder)
-    for path in other_files(source):
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source / path, folder / path)
+    save_folder(model, folder, source=source)
     write_model_card(model, folder, fidelity=fidelity)
