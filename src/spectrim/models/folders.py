@@ -78,9 +78,10 @@ def read_config(folder: Path) -> Mapping[str, Any]:
     if not folder.is_dir():
         raise FileError(f"there is no folder {folder}; hf:DIR is a folder on this machine, nothing is downloaded")
     if not (folder / CONFIG).is_file():
-        raise FileError(
-            f"{folder} has no {CONFIG}; give a folder that model.save_pretrained wrote, or one with a single .gguf file"
-        )
+        advice = "give a folder that model.save_pretrained wrote, or one with a single .gguf file"
+        if (inner := folder / "0_Transformer" / CONFIG).is_file():
+            advice = f"give {inner.parent}, and put what is written in its place in a copy of {folder}"
+        raise FileError(f"{folder} has no {CONFIG}; {advice}")
     try:
         config = json.loads(read_text(folder / CONFIG))
     except json.JSONDecodeError as error:

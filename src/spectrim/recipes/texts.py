@@ -225,7 +225,8 @@ def _pairs(path: Path) -> Iterator[tuple[str, str, float]]:
 
 def _pooling(folder: Path) -> str:
     """How sentence-transformers makes one embedding of a sentence's tokens."""
-    path = folder / "1_Pooling" / "config.json"
+    around = folder.parent if folder.name == "0_Transformer" else folder
+    path = around / "1_Pooling" / "config.json"
     if not path.exists():
         return "mean"
     config = json.loads(read_text(path))
