@@ -1,6 +1,7 @@
 """Folders of Hugging Face on the command line: in, and out again with all that lay beside the weights."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,11 +28,14 @@ def folder(run: Run) -> Run:
 
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
-    transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=24, **sizes)).save_pretrained("dense")
+    transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(vocab_size=24, max_position_embeddings=32, **sizes)
+    ).save_pretrained("dense")
     words = Tokenizer(WordLevel({str(number): number for number in range(24)}, unk_token="3"))
     words.pre_tokenizer = Whitespace()
     transformers.PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained("dense")
     Path("text.txt").write_text(" ".join(str(number * number % 23) for number in range(700)))
+    Path("short.txt").write_text("1 2 3 " * 60)
     return run
 
 
@@ -58,6 +62,9 @@ def test_a_folder_becomes_a_smaller_one(folder: Run) -> None:
     own, dense, _ = json.loads(ended.out)[0]["rows"]
     assert own["Score"] == pytest.approx(dense["Score"], rel=0.1)
 
+    ended = folder("analyze", "--model", "hf:small", "--tokens", 8)
+    assert ended.code == 0, ended.err
+    assert re.search(r"small was compressed already: \d+ of its layers are factored; each stands here", said(ended))
     for command in (("compress", "--out", "again"), ("plan", "--out", "plan.json")):
         ended = folder(*command, "--model", "hf:small", *TEXT, "--macs", 0.5)
         assert ended.code == 1
@@ -116,9 +123,11 @@ def test_without_data_a_text_model_runs_on_tokens(folder: Run) -> None:
     [
         (("--model", "hf:none", *TEXT), "there is no folder none"),
         ((*MODEL, "--weights", "text.txt"), "the folder holds its weights"),
-        ((*MODEL, "--tokens", 512), "too few for 10 samples of 512"),
+        ((*MODEL[:2], "--data", "text:short.txt", "--tokens", 30), "too few for 10 samples of 30"),
         ((*MODEL, "--tokenizer", "bytes"), "the tokenizer bytes gives a token 57, and the network knows 0 to 23"),
         ((*MODEL, "--option", "layers=3"), "takes no options"),
+        ((*MODEL, "--tokens", 40), "--tokens 40 is longer than the texts that the model takes: 32 tokens"),
+        (("--model", "hf:dense", "--tokens", 40), "give --tokens 32 or less"),
     ],
 )
 def test_mistakes_are_said(folder: Run, arguments: tuple[str, ...], message: str) -> None:

@@ -18,12 +18,19 @@ from spectrim.reporting.cards import CARD, is_own_card, write_model_card
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 
 
+def why_not_dense(model: nn.Module, folder: Path | None) -> str | None:
+    """What to say of a model that was compressed already; None for a dense one."""
+    layers = low_rank_layers(model)
+    name = folder or type(model).__name__
+    return f"{name} was compressed already: {len(layers)} of its layers are factored" if layers else None
+
+
 def require_dense(model: nn.Module, folder: Path | None) -> None:
     """Raise `ModelError` for the folder of a model that was compressed already."""
-    if folder is not None and (layers := low_rank_layers(model)):
+    if folder is not None and (reason := why_not_dense(model, folder)):
         raise ModelError(
-            f"{folder} was compressed already: {len(layers)} of its layers are factored; give the folder of the dense "
-            "model, or make this one dense first: spectrim.merge(model).save_pretrained(..)"
+            f"{reason}; give the folder of the dense model, or make this one dense first: "
+            "spectrim.merge(model).save_pretrained(..)"
         )
 
 

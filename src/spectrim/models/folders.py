@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from spectrim.core.errors import DependencyError, FileError, ModelError
+from spectrim.core.errors import DataError, DependencyError, FileError, ModelError
 from spectrim.core.files import gguf_file, read_text
 
 CONFIG = "config.json"
@@ -89,6 +89,16 @@ def read_config(folder: Path) -> Mapping[str, Any]:
     if not isinstance(config, dict):
         raise FileError(f"{folder / CONFIG} holds a {type(config).__name__}, not the entries of a configuration")
     return config
+
+
+def require_length(model: nn.Module, tokens: int, *, option: str) -> None:
+    """Raise `DataError` for texts of more tokens than a model of transformers has positions for."""
+    most = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if isinstance(most, int) and 0 < most < tokens:
+        raise DataError(
+            f"{option} {tokens} is longer than the texts that the model takes: {most} tokens "
+            f"(max_position_embeddings in its {CONFIG}); give {option} {most} or less"
+        )
 
 
 def is_factored(folder: Path) -> bool:

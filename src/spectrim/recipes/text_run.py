@@ -20,7 +20,7 @@ from spectrim.core.files import FrozenFile, write_text
 from spectrim.core.memory import peak_gb
 from spectrim.export.folders import save_folder
 from spectrim.layers.cost import count_macs
-from spectrim.models.folders import CONFIG, load_pretrained
+from spectrim.models.folders import CONFIG, load_pretrained, require_length
 from spectrim.recipes.results import versions
 from spectrim.recipes.run import PARTS, PLAN, RECIPE, RESULTS, RunFolder
 from spectrim.recipes.study import ProgressCallback, ProgressReporter, key_of
@@ -215,7 +215,9 @@ def run_text_study(
     folder.require_free(study)
     progress = ProgressReporter(on_progress, parts=3 + len(study.seeds) * len(study.shares))
     progress.begin(f"reading {source}")
-    model, texts = load_pretrained(source), study.texts(source, data)
+    model = load_pretrained(source)
+    require_length(model, study.length, option="length =")
+    texts = study.texts(source, data)
     network = study.network(model, source).eval()
     example = texts.calibration(study.samples, batch=study.batch, seed=study.seeds[0])[0]
     macs = count_macs(network, example)
