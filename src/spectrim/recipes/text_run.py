@@ -82,7 +82,8 @@ class TextResults(FrozenFile):
         score = self.models[0].test.metric
 
         def interval(value: Interval | None) -> str:
-            return "" if value is None else f"{value.value:.4g} [{value.low:.4g}, {value.high:.4g}]"
+            text = "" if value is None else f"{value.value:.4g} [{value.low:.4g}, {value.high:.4g}]"
+            return words.Cell(text, value.value if value else None)
 
         columns: dict[Column, Callable[[ScoredModel], str]] = {
             Column("Model", number=False): lambda model: model.name,
@@ -135,8 +136,7 @@ class _Run:
 
     def dense(self, key: str) -> ScoredModel:
         """The model that the folder holds."""
-        example = self.calibration(self.study.seeds[0])[0]
-        cost = count(self.network, example)
+        cost = count(self.network, self.calibration(0)[0])
         held_out, test = self.scores(self.network)
         return ScoredModel(name="dense", key=key, measurement=cost.against(cost), held_out=held_out, test=test)
 
