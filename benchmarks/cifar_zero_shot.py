@@ -22,7 +22,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from peak_memory import peak_gb
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -31,6 +30,7 @@ from torch import Tensor, nn
 import spectrim as st
 from spectrim.analysis.sensitivities import with_output_grads
 from spectrim.core.execution import as_inputs
+from spectrim.core.memory import peak_gb
 from spectrim.data import load
 from spectrim.models import cifar_inputs, resolve
 

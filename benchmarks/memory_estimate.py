@@ -14,10 +14,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from peak_memory import peak_gb
 from torch import Tensor, nn
 
 import spectrim as st
+from spectrim.core.memory import peak_gb
 from spectrim.models import resnet20
 
 

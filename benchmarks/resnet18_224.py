@@ -9,11 +9,11 @@ import argparse
 import time
 
 import torch
-from peak_memory import peak_gb
 from rich.console import Console
 from torch.nn import functional
 
 import spectrim as st
+from spectrim.core.memory import peak_gb
 from spectrim.data import load
 from spectrim.models import cifar_inputs, resolve
 

@@ -12,10 +12,10 @@ import multiprocessing
 import time
 
 import torch
-from peak_memory import peak_gb
 from torch import nn
 
 import spectrim as st
+from spectrim.core.memory import peak_gb
 
 
 def run(options: argparse.Namespace, *, calibrated: bool) -> None:

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from spectrim.compression import Compressed, compress
     from spectrim.core.plans import Budget, Cost, Energy, LatencyNote, LayerPlan, Plan, Rank, Ratio
     from spectrim.export import Exported, export_onnx, export_openvino, export_program
-    from spectrim.integrations.cards import write_model_card
     from spectrim.layers.forms import (
         LowRankConv1d,
         LowRankConv2d,
@@ -65,6 +64,7 @@ if TYPE_CHECKING:
         table,
         text,
     )
+    from spectrim.reporting.cards import write_model_card
     from spectrim.runtimes.rank_grid import Grid, probe
     from spectrim.runtimes.timing import Comparison, Interval
     from spectrim.training import Finetuned, History, finetune
@@ -83,7 +83,7 @@ _NAMES = {
     "compression": "Compressed compress",
     "core.plans": "Budget Cost Energy LatencyNote LayerPlan Plan Rank Ratio",
     "export": "Exported export_onnx export_openvino export_program",
-    "integrations.cards": "write_model_card",
+    "reporting.cards": "write_model_card",
     "layers.forms": "LowRankConv1d LowRankConv2d LowRankConvTranspose2d LowRankEmbedding "
     "LowRankEmbeddingBag LowRankLinear SpatialConv2d Tucker2Conv2d",
     "layers.replacement": "merge",

@@ -220,3 +220,10 @@ def test_scores_of_other_data_have_no_difference() -> None:
     first, second = (st.evaluate(model, [ids(4, length)], "perplexity") for length in (5, 6))
     with pytest.raises(errors.DataError, match="same data in the same order"):
         first.against(second)
+
+
+def test_scores_are_compared_after_they_were_looked_at() -> None:
+    scores = [st.evaluate(Bigrams(), [torch.arange(8).reshape(2, 4)], "perplexity") for _ in range(2)]
+    assert {score.interval.value for score in scores} == {scores[0].value}
+    assert scores[0] == scores[1]
+    assert scores[0] != st.evaluate(Bigrams(seed=1), [torch.arange(8).reshape(2, 4)], "perplexity")

@@ -1,12 +1,14 @@
 """Folders of Hugging Face on the command line: in, and out again with all that lay beside the weights."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tiny_gguf import WORDS, write_gguf
 
 import spectrim as st
 
@@ -26,11 +28,14 @@ def folder(run: Run) -> Run:
 
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
-    transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=24, **sizes)).save_pretrained("dense")
+    transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(vocab_size=24, max_position_embeddings=32, **sizes)
+    ).save_pretrained("dense")
     words = Tokenizer(WordLevel({str(number): number for number in range(24)}, unk_token="3"))
     words.pre_tokenizer = Whitespace()
     transformers.PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained("dense")
     Path("text.txt").write_text(" ".join(str(number * number % 23) for number in range(700)))
+    Path("short.txt").write_text("1 2 3 " * 60)
     return run
 
 
@@ -57,11 +62,33 @@ def test_a_folder_becomes_a_smaller_one(folder: Run) -> None:
     own, dense, _ = json.loads(ended.out)[0]["rows"]
     assert own["Score"] == pytest.approx(dense["Score"], rel=0.1)
 
+    ended = folder("analyze", "--model", "hf:small", "--tokens", 8)
+    assert ended.code == 0, ended.err
+    assert re.search(r"small was compressed already: \d+ of its layers are factored; each stands here", said(ended))
     for command in (("compress", "--out", "again"), ("plan", "--out", "plan.json")):
         ended = folder(*command, "--model", "hf:small", *TEXT, "--macs", 0.5)
         assert ended.code == 1
         assert "small was compressed already" in said(ended)
         assert not Path(command[2]).exists()
+
+
+def test_a_gguf_file_becomes_a_smaller_folder(run: Run) -> None:
+    pytest.importorskip("gguf")
+    Path("packed").mkdir()
+    write_gguf(Path("packed/tiny.gguf"))
+    Path("text.txt").write_text("".join(WORDS[number * number % 11] for number in range(900)))
+    for _ in range(2):  # the second replaces what the first has written
+        ended = run("compress", "--model", "hf:packed", *TEXT, "--macs", 0.8, "--out", "small")
+        assert ended.code == 0, ended.err
+    assert transformers.AutoTokenizer.from_pretrained("small")("12", add_special_tokens=False)["input_ids"] == [10]
+    scoring = next(line for line in ended.out.splitlines() if line.startswith("  spectrim evaluate"))
+    ended = run(*scoring.split()[1:], "--json")
+    assert ended.code == 0, ended.err
+    own, dense, _ = json.loads(ended.out)[0]["rows"]
+    assert own["Score"] == pytest.approx(dense["Score"], rel=0.1)
+    Path("small/config.json").write_text("{}")
+    ended = run("compress", "--model", "hf:packed", *TEXT, "--macs", 0.8, "--out", "small")
+    assert "is there already" in said(ended)
 
 
 def test_a_plan_is_applied(folder: Run) -> None:
@@ -96,9 +123,11 @@ def test_without_data_a_text_model_runs_on_tokens(folder: Run) -> None:
     [
         (("--model", "hf:none", *TEXT), "there is no folder none"),
         ((*MODEL, "--weights", "text.txt"), "the folder holds its weights"),
-        ((*MODEL, "--tokens", 512), "too few for 10 samples of 512"),
+        ((*MODEL[:2], "--data", "text:short.txt", "--tokens", 30), "too few for 10 samples of 30"),
         ((*MODEL, "--tokenizer", "bytes"), "the tokenizer bytes gives a token 57, and the network knows 0 to 23"),
         ((*MODEL, "--option", "layers=3"), "takes no options"),
+        ((*MODEL, "--tokens", 40), "--tokens 40 is longer than the texts that the model takes: 32 tokens"),
+        (("--model", "hf:dense", "--tokens", 40), "give --tokens 32 or less"),
     ],
 )
 def test_mistakes_are_said(folder: Run, arguments: tuple[str, ...], message: str) -> None:

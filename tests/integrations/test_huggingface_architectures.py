@@ -19,6 +19,8 @@ import spectrim as st
 
 transformers = pytest.importorskip("transformers", reason="the extra 'hf' is not installed")
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*jit.script. is deprecated:FutureWarning")  # DeBERTa in 4.57
+
 WORDS, LENGTH, SHARE = 64, 10, 0.75
 IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 SIZES = {

@@ -58,6 +58,9 @@ class TestRefusals:
     def test_what_is_no_folder_of_a_model(self, tmp_path: Path) -> None:
         self.refused(tmp_path / "none", "nothing is downloaded")
         self.refused(tmp_path, r"has no config\.json")
+        (tmp_path / "0_Transformer").mkdir()
+        (tmp_path / "0_Transformer/config.json").write_text("{}")
+        self.refused(tmp_path, "give .*/0_Transformer, and put what is written in its place")
         (tmp_path / "config.json").write_text("{")
         self.refused(tmp_path, r"config\.json is damaged")
         (tmp_path / "config.json").write_text("{}")

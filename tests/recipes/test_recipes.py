@@ -525,7 +525,9 @@ def test_the_command_line_says_what_lies_where(
     assert "6/5" not in progress
 
 
-@pytest.mark.parametrize("study", recipes.STUDIES, ids=lambda study: study.name)
+@pytest.mark.parametrize(
+    "study", [study for study in recipes.STUDIES if isinstance(study, Study)], ids=lambda study: study.name
+)
 def test_a_quick_look_is_a_small_part_of_the_study(study: Study) -> None:
     quick = study.quick()
     assert type(quick) is type(study)

@@ -41,7 +41,7 @@ class Score(Frozen):
     @property
     def value(self) -> float:
         """Share of right answers; exp of the mean loss of all tokens; rank correlation; mean."""
-        return self._statistic(np.arange(self.examples))
+        return self._statistic()(np.arange(self.examples))
 
     @property
     def examples(self) -> int:
@@ -57,7 +57,7 @@ class Score(Frozen):
         """
         if self.metric == "accuracy":
             return Accuracy(correct=int(sum(self.per_example)), total=self.examples).interval
-        return _bootstrap(self._statistic, self.examples)
+        return _bootstrap(self._statistic(), self.examples)
 
     def against(self, dense: "Score") -> Interval:
         """This score less another one on the same examples, with the 95 % interval of the difference.
@@ -76,26 +76,27 @@ class Score(Frozen):
         if self.metric == "accuracy":
             pairs = list(zip(self.per_example, dense.per_example, strict=True))
             return paired_difference(self.examples, worse=pairs.count((0, 1)), better=pairs.count((1, 0)))
-        return _bootstrap(lambda places: self._statistic(places) - dense._statistic(places), self.examples)
+        own, other = self._statistic(), dense._statistic()
+        return _bootstrap(lambda places: own(places) - other(places), self.examples)
 
     def __str__(self) -> str:
         places = ".2%" if self.metric == "accuracy" else ".4g"
         value, low, high = (format(part, places) for part in (self.value, self.interval.low, self.interval.high))
         return f"{self.metric} {value} (95 % interval {low} to {high}, {self.examples:,} examples)"
 
-    @cached_property
-    def _arrays(self) -> tuple[_Array, _Array]:
-        return np.array(self.per_example, dtype=np.float64), np.array(self.reference, dtype=np.float64)
+    def _statistic(self) -> Callable[[NDArray[np.int64]], float]:
+        """From places of examples to their score."""
+        own, reference = (np.array(values, dtype=np.float64) for values in (self.per_example, self.reference))
 
-    def _statistic(self, places: NDArray[np.int64]) -> float:
-        """The score of the examples at these places."""
-        own, reference = self._arrays
-        if self.metric == "perplexity":
-            tokens = reference[places]
-            return float(np.exp(own[places] @ tokens / tokens.sum()))
-        if self.metric == "spearman":
-            return float(np.corrcoef(_ranks(own[places]), _ranks(reference[places]))[0, 1])
-        return float(own[places].mean())
+        def statistic(places: NDArray[np.int64]) -> float:
+            if self.metric == "perplexity":
+                tokens = reference[places]
+                return float(np.exp(own[places] @ tokens / tokens.sum()))
+            if self.metric == "spearman":
+                return float(np.corrcoef(_ranks(own[places]), _ranks(reference[places]))[0, 1])
+            return float(own[places].mean())
+
+        return statistic
 
 
 @checked

@@ -24,6 +24,7 @@ from spectrim.core.nested import describe, logits_of
 from spectrim.layers.cost import count_macs
 from spectrim.layers.saving import load
 from spectrim.models import CIFAR_MEAN, CIFAR_STD, resolve
+from spectrim.models.folders import require_length
 from spectrim.models.weights import is_saved
 from spectrim.reporting import words
 
@@ -109,9 +110,13 @@ def load_source(source: Source, progress: Stages, machine: Machine) -> Loaded:
     model = load_model(source, progress).to(device)  # first, since weights of another kind are refused at once
     data = None if reference is None else load_batches(reference, source, progress, model)
     is_text = source.folder is not None and len(shape) == 1
+    if is_text:
+        require_length(model, *shape, option="--tokens")
     zeros = torch.zeros(1, *shape, dtype=torch.int64 if is_text else None)
     example = data.example if data else as_inputs(zeros.flatten(1) if source.flatten else zeros)
     hint = " Does the network want other images or shapes? See --data, --input, --flatten and --option."
+    if is_text or (reference and reference.kind == "text"):
+        hint = " Does the network take texts of so many tokens? See --tokens."
     with evaluating(model):
         output = call(model, example, what="one input" if data else "--input", hint=hint)
     network = Loaded(model, example, output, data)
@@ -143,6 +148,7 @@ def load_batches(reference: DataReference, source: Source, progress: Stages, mod
 
 
 def _require_known_tokens(tokens: Any, model: nn.Module, source: Source) -> None:
+    require_length(model, tokens.shape[1], option="--tokens")
     words, largest = getattr(getattr(model, "config", None), "vocab_size", None), int(tokens.max())
     if words is not None and largest >= words:
         raise DataError(

@@ -18,7 +18,7 @@ from spectrim.cli.commands import MEASURED, MODEL, PLAN, REPORT, SPECTRA
 from spectrim.cli.loading import Loaded, load_source
 from spectrim.cli.options import Goal, Layers, Source
 from spectrim.cli.outputs import OutputFiles, Record, has_checksum, is_page, outputs
-from spectrim.cli.pretrained import folder_files, require_dense, write_folder
+from spectrim.cli.pretrained import folder_files, require_dense, why_not_dense, write_folder
 from spectrim.cli.samples import StoredData
 from spectrim.cli.signatures import Invocation
 from spectrim.cli.stages import Stages, file_lines, show, stages
@@ -53,7 +53,10 @@ def analyze_network(command: commands.Analyze) -> None:
     source, out = command.source, command.out
     files: OutputFiles = {SPECTRA: (is_page, "open this in a browser")}
     with stages() as progress, outputs(out, files) if out else nullcontext() as folder:
-        analysis = _analysis(load_source(source, progress, command.machine), command.layers, progress=progress)
+        network = load_source(source, progress, command.machine)
+        if reason := why_not_dense(network.model, source.folder):
+            progress.say(f"{reason}; each stands here as its factors, such as LAYER.down and LAYER.up")
+        analysis = _analysis(network, command.layers, progress=progress)
         listing = table(analysis)
         if folder is not None:
             title = f"Singular values of {source.model}"

@@ -1,7 +1,6 @@
 """A network that comes from a folder of Hugging Face goes into one again: weights, settings and tokenizer."""
 
 import filecmp
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +9,28 @@ from torch import nn
 from spectrim.benchmark.fidelity import Fidelity
 from spectrim.cli.outputs import OutputFiles
 from spectrim.core.errors import FileError, ModelError
-from spectrim.integrations.cards import CARD, is_own_card, write_model_card
+from spectrim.core.files import gguf_file
+from spectrim.export.folders import save_folder
 from spectrim.layers.factored import low_rank_layers
 from spectrim.models.folders import CONFIG, is_factored, other_files
+from spectrim.reporting.cards import CARD, is_own_card, write_model_card
 
-_SINGLE_FILE = "100TB"
+_TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
+
+
+def why_not_dense(model: nn.Module, folder: Path | None) -> str | None:
+    """What to say of a model that was compressed already; None for a dense one."""
+    layers = low_rank_layers(model)
+    name = folder or type(model).__name__
+    return f"{name} was compressed already: {len(layers)} of its layers are factored" if layers else None
 
 
 def require_dense(model: nn.Module, folder: Path | None) -> None:
     """Raise `ModelError` for the folder of a model that was compressed already."""
-    if folder is not None and (layers := low_rank_layers(model)):
+    if folder is not None and (reason := why_not_dense(model, folder)):
         raise ModelError(
-            f"{folder} was compressed already: {len(layers)} of its layers are factored; give the folder of the dense "
-            "model, or make this one dense first: spectrim.merge(model).save_pretrained(..)"
+            f"{reason}; give the folder of the dense model, or make this one dense first: "
+            "spectrim.merge(model).save_pretrained(..)"
         )
 
 
@@ -38,13 +46,12 @@ def folder_files(source: Path, out: Path) -> OutputFiles:
         str(path): (lambda there, path=path: filecmp.cmp(source / path, there, shallow=False), "")
         for path in other_files(source)
     }
-    return copied | {CONFIG: (lambda path: is_factored(path.parent), ""), CARD: (is_own_card, "the model card")}
+    own = (CONFIG, *_TOKENIZER) if gguf_file(source) else (CONFIG,)
+    beside = dict.fromkeys(own, (lambda path: is_factored(path.parent), ""))
+    return copied | beside | {CARD: (is_own_card, "the model card")}
 
 
 def write_folder(model: Any, folder: Path, *, source: Path, fidelity: Fidelity | None) -> None:
     """Save a model as transformers does, with all that lay beside it in `source`, and a card."""
-    model.save_pretrained(folder, max_shard_size=_SINGLE_FILE)
-    for path in other_files(source):
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source / path, folder / path)
+    save_folder(model, folder, source=source)
     write_model_card(model, folder, fidelity=fidelity)

@@ -1,12 +1,13 @@
 """`spectrim recipe` and what `spectrim demo` shares with it: a study with its progress and its table."""
 
-from collections.abc import Callable, Iterator
+import shlex
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -18,7 +19,7 @@ from spectrim.cli.options import CPU, Machine, Output
 from spectrim.cli.signatures import Group, unfolded
 from spectrim.cli.stages import interruptible, show
 from spectrim.core.errors import DataError
-from spectrim.reporting import runtimes_table, table
+from spectrim.reporting import Results, runtimes_table, table
 from spectrim.reporting.listings import Column, listing
 
 recipe = typer.Typer(no_args_is_help=True, help="Reproducible studies, one command each.")
@@ -28,7 +29,7 @@ recipe = typer.Typer(no_args_is_help=True, help="Reproducible studies, one comma
 @unfolded
 def list_recipes(*, output: Output) -> None:
     """Show every study."""
-    columns: dict[Column, Callable[[recipes.Study], str]] = {
+    columns: dict[Column, Callable[[recipes.Recipe], str]] = {
         Column("Name", number=False): lambda study: study.name,
         Column("Kind", 1, number=False): lambda study: study.kind,
         Column("What it does", number=False, narrow=24): lambda study: study.title,
@@ -44,8 +45,16 @@ def show_recipe(name: Annotated[str, typer.Argument(metavar="NAME", help="As `sp
 
 
 DataFolder = Annotated[
-    Path | None, typer.Option(metavar="DIR", help="Where the data set's files lie, if you have them.")
+    Path | None,
+    typer.Option("--data-folder", "--data", metavar="DIR", help="Where the data set's files lie, if you have them."),
 ]
+
+
+_KIND_OPTIONS: Mapping[str, tuple[type[recipes.Recipe], str]] = {
+    "weights": (recipes.ClassifierStudy, "classifier"),
+    "model": (recipes.TextStudy, "sentence-pairs or language-model"),
+}
+"""Options that only some kinds of recipes have."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,21 +76,28 @@ class RunOptions:
             help="The trained network (.safetensors, .pt, ..); or `imagenet` to begin with torchvision's own weights.",
         ),
     ] = None
+    model: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Folder of Hugging Face with the dense model, or one .gguf file.")
+    ] = None
     quick: Annotated[bool, typer.Option("--quick", help="Little data, few epochs, one seed: to see it work.")] = False
 
-    def run(self, study: recipes.Study, machine: Machine, *, output: Output) -> None:
+    def run(self, study: recipes.Recipe, machine: Machine, *, output: Output) -> None:
         """Run the study with these options."""
         if self.quick:
             study = study.quick()
         if self.seeds is not None and (seeds := _seeds(self.seeds)) != study.seeds:
             study = study.model_copy(update={"seeds": seeds, "command": f"{study.command} --seeds {self.seeds}"})
-        if self.weights is not None:
-            if not isinstance(study, recipes.ClassifierStudy):
+        for name, (kind, kinds) in _KIND_OPTIONS.items():
+            if (value := getattr(self, name)) is None:
+                continue
+            if not isinstance(study, kind):
                 raise DataError(
-                    f"--weights is for recipes of the kind classifier; {study.name} is of the kind {study.kind}"
+                    f"--{name} is for recipes of the kind {kinds}; {study.name} is of the kind {study.kind}"
                 )
-            command = f"{study.command} --weights {self.weights}"
-            study = study.model_copy(update={"weights": self.weights, "command": command})
+            study = study.model_copy(update={name: value, "command": f"{study.command} --{name} {shlex.quote(value)}"})
+        if isinstance(study, recipes.TextStudy) and self.data_folder is not None:
+            data = shlex.quote(str(self.data_folder))
+            study = study.model_copy(update={"command": f"{study.command} --data {data}"})
         out = self.out or Path(f"spectrim-{study.name}")
         run(study, out=out, data_folder=self.data_folder, machine=machine, output=output)
 
@@ -130,7 +146,8 @@ def verify_recipe(
 
 def _add_command(name: str) -> None:
     """Make a command of a study; its help is the remark that the recipe's file begins with."""
-    without = () if isinstance(recipes.find_study(name), recipes.ClassifierStudy) else ("weights",)
+    study = recipes.find_study(name)
+    without = tuple(option for option, (kind, _) in _KIND_OPTIONS.items() if not isinstance(study, kind))
 
     def command(
         *, options: Annotated[RunOptions, Group(without=without)], machine: Annotated[Machine, CPU], output: Output
@@ -172,28 +189,59 @@ def _bars() -> Iterator[Callable[[recipes.Progress], None]]:
         yield update
 
 
-def run(study: recipes.Study, *, out: Path, data_folder: Path | None, machine: Machine, output: Output) -> None:
+def run(study: recipes.Recipe, *, out: Path, data_folder: Path | None, machine: Machine, output: Output) -> None:
     """Run a study with a progress bar, then show its table and where the report is."""
     find_device(machine)  # which is checked before anything is loaded
     show(study.title, output=output)
     state = f"what is finished lies in {out}, and the same command goes on from there"
+    results: recipes.TextResults | Results
     with interruptible(lambda: state), _bars() as update, ExitStack() as closing:
         choose = partial(set_threads, machine, closing=closing, say=_say)
-        results = recipes.run_study(study, out, data_folder=data_folder, on_progress=update, on_network=choose)
+        options: dict[str, Any] = {"data_folder": data_folder, "on_progress": update, "on_network": choose}
+        if isinstance(study, recipes.TextStudy):
+            results = recipes.run_text_study(study, out, **options)
+        elif isinstance(study, recipes.Study):
+            results = recipes.run_study(study, out, **options)
+    if isinstance(results, recipes.TextResults):
+        _show_models(results, out, output=output)
+    else:
+        _show_images(results, out, output=output)
+    show(f"  spectrim recipe verify {out}  (measure all of it again)", output=output)
+
+
+def _show_models(results: recipes.TextResults, out: Path, *, output: Output) -> None:
+    """The scores, and where the models are."""
+    folders = [out / model.folder for model in results.models if model.folder is not None]
+    files = [f"  {path}  (a folder of Hugging Face)" for path in folders]
+    files += [f"  {out / name}  ({content})" for name, content in _TEXT_FILES]
+    loading = "  import spectrim", "  from transformers import AutoModel  # or the class that config.json names"
+    python = "In Python:", *loading, f"  model = AutoModel.from_pretrained({str(folders[0])!r})"
+    show(results.table(), *files, *python, output=output)
+
+
+def _show_images(results: Results, out: Path, *, output: Output) -> None:
+    """The networks, and where everything is."""
     times = runtimes_table(results) if results.dense.in_runtimes else None
     saved = f"Saved is {results.chosen}: {results.chosen_because}."
     show(table(results), times, results.summary, saved, output=output)
-    for name, content in (
-        ("report.html", "open this in a browser"),
-        ("model.safetensors", "the network: spectrim.load(path, network)"),
-        ("plan.json", "what was done to each layer"),
-        ("results.json", "every number"),
-        ("recipe.toml", "the recipe as it was run"),
-        ("models", "every network of every seed"),
-    ):
+    for name, content in _IMAGE_FILES:
         if name != "plan.json" or results.variant(results.chosen or "dense").plan is not None:
             show(f"  {out / name}  ({content})", output=output)
-    show(f"  spectrim recipe verify {out}  (measure all of it again)", output=output)
+
+
+_TEXT_FILES = (
+    ("report.md", "the table, and what it was made from"),
+    ("results.json", "every number"),
+    ("recipe.toml", "the recipe as it was run"),
+)
+_IMAGE_FILES = (
+    ("report.html", "open this in a browser"),
+    ("model.safetensors", "the network: spectrim.load(path, network)"),
+    ("plan.json", "what was done to each layer"),
+    ("results.json", "every number"),
+    ("recipe.toml", "the recipe as it was run"),
+    ("models", "every network of every seed"),
+)
 
 
 def _seeds(text: str) -> tuple[int, ...]:

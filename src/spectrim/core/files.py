@@ -79,6 +79,12 @@ def read_text(path: Path) -> str:
         raise FileError(f"cannot read {path}: {error.strerror or error}") from error
 
 
+def gguf_file(folder: Path) -> Path | None:
+    """The model of a folder that has one .gguf file, and no config.json."""
+    files = [] if (folder / "config.json").exists() else sorted(folder.glob("*.gguf"))
+    return files[0] if len(files) == 1 else None
+
+
 def sha256_of(path: Path) -> str:
     """The checksum of a file, as hexadecimal digits.
 

@@ -1,6 +1,8 @@
 """Memory: how much of it is free, and where large tensors are kept."""
 
+import importlib
 import os
+import sys
 import tempfile
 from contextlib import suppress
 from dataclasses import dataclass
@@ -107,6 +109,23 @@ class Storage:
 
 IN_PLACE = Storage()
 """In memory, where the model is."""
+
+
+def peak_gb() -> float:
+    """The most memory that this process has held, in GB (2^30 bytes).
+
+    On Linux from /proc, since `ru_maxrss` of a child starts at its parent's size.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        lines = (line.split() for line in status.read_text(encoding="utf-8").splitlines())
+        return next(int(parts[1]) for parts in lines if parts[0] == "VmHWM:") / 2**20
+    if sys.platform == "win32":
+        return float(psutil.Process().memory_info().peak_wset) / 2**30
+    resource = importlib.import_module("resource")
+    return (
+        float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 2**10)) / 2**30
+    )
 
 
 def free_bytes(device: torch.device) -> int:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from spectrim.core.errors import DataError, DependencyError
+from spectrim.core.files import gguf_file
 from spectrim.data.access import Split
 
 Part = Literal["train", "test", "whole"]
@@ -323,15 +324,36 @@ def _encoder(tokenizer: Path | str) -> Callable[[str], list[int]]:
 
             fast = Tokenizer.from_file(str(path))
             return lambda text: list(fast.encode(text, add_special_tokens=False).ids)
-        from transformers import AutoTokenizer
-
-        own = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
     except ImportError as error:
         raise DependencyError(f'a tokenizer needs {error.name}; run: pip install "spectrim[hf]"') from error
     except Exception as error:  # whatever a damaged or foreign file leads to
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DataError(f"cannot read the tokenizer {path}: {reason}") from error
+        raise _unreadable(path, error) from error
+    own = load_tokenizer(path)
     return lambda text: list(own.encode(text, add_special_tokens=False, verbose=False))
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of transformers in a folder, or in its one .gguf file; none of the folder's code is run.
+
+    Raises:
+        DataError: there is none, or it cannot be read.
+        DependencyError: transformers is not installed.
+    """
+    gguf = gguf_file(folder)
+    try:
+        from transformers import AutoTokenizer
+
+        options = {} if gguf is None else {"gguf_file": gguf.name}
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, **options)
+    except ImportError as error:
+        raise DependencyError(f'a tokenizer needs {error.name}; run: pip install "spectrim[hf]"') from error
+    except Exception as error:  # whatever a damaged or foreign file leads to
+        raise _unreadable(folder, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> DataError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return DataError(f"cannot read the tokenizer {path}: {reason}")
 
 
 def _digest_of_files(paths: Sequence[Path]) -> str:

@@ -6,8 +6,9 @@ structure into `config.json` as `quantization_config`, with the `quant_method` "
 each layer one number under the name of the dense weight. A program that does not import spectrim stops at the wrong
 size of that number, where it would only warn of weights that are missing, and make random ones.
 
-Tested with transformers 4.57.6, 5.17 and 5.24, accelerate 1.15 and PEFT 0.21, in one process. Folders of 4.57 are read
-by 5.24, and the other way round.
+Tested with transformers 4.57.6 (these tests, those of the command line, of token masks, attention, embeddings and
+recipes), 5.17 and 5.24, accelerate 1.15, PEFT 0.21 and sentence-transformers 6.2, in one process. Folders of 4.57 are
+read by 5.24, and the other way round.
 """
 
 import functools
@@ -36,7 +37,7 @@ from spectrim.layers.factored import FactoredLayer, low_rank_layers
 from spectrim.layers.replacement import names_of, narrowed_layers
 from spectrim.layers.structure import Structure, rebuild, structure_of
 
-_METHOD = "spectrim"
+_METHOD, _GGUF = "spectrim", "gguf"
 _MAJOR = int(transformers.__version__.partition(".")[0])
 if _MAJOR >= 5:
     from transformers.conversion_mapping import get_model_conversion_mapping
@@ -123,12 +124,19 @@ class FactoredQuantizer(HfQuantizer):
     def update_missing_keys(self, model: Any, missing_keys: list[str], base_model_prefix: str) -> list[str]:
         """Of transformers 4, which does not show its files: refuses those that miss a factor.
 
+        Before it reads a file, transformers 4 has some modules fill the weights of layers inside them with random
+        numbers, as CLIP's embeddings do; those with factored layers, none of whose weights is missing, are left out.
+
         Raises:
             FileError: one is missing.
         """
-        factors = tuple(f"{name}." for name in low_rank_layers(model))
+        layers = low_rank_layers(model)
+        factors = tuple(f"{name}." for name in layers)
         if missing := [key for key in missing_keys if key.startswith(factors)]:
             raise _other_weights(missing[0], "not in", model)
+        for parent in {name.rpartition(".")[0] for name in layers}:
+            if not any(key.startswith(f"{parent}.".lstrip(".")) for key in missing_keys):
+                model.get_submodule(parent)._is_hf_initialized = True
         return missing_keys
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
@@ -189,6 +197,7 @@ def _with_state_and_card(save: Callable[..., Any]) -> Callable[..., Any]:
     def save_pretrained(*args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
+        _forget_unpacked(bound.arguments["self"])
         token = _STATE_TO_SAVE.set(bound.arguments["state_dict"])
         try:
             result = save(*args, **kwargs)
@@ -199,6 +208,12 @@ def _with_state_and_card(save: Callable[..., Any]) -> Callable[..., Any]:
         return result
 
     return save_pretrained
+
+
+def _forget_unpacked(model: Any) -> None:
+    """Let go of what has read a model from GGUF, if its weights are ordinary ones since; it refuses to save them."""
+    if getattr(model, "quantization_method", None) == _GGUF and not model.hf_quantizer.packed_modules:
+        model.hf_quantizer.remove_quantization_config(model)
 
 
 def _with_card(upload: Callable[..., Any]) -> Callable[..., Any]:

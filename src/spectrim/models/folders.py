@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from spectrim.core.errors import DependencyError, FileError, ModelError
-from spectrim.core.files import read_text
+from spectrim.core.errors import DataError, DependencyError, FileError, ModelError
+from spectrim.core.files import gguf_file, read_text
 
 CONFIG = "config.json"
 _INDEX = "model.safetensors.index.json"
@@ -20,13 +20,16 @@ _OWN_METHOD = "spectrim"
 def load_pretrained(folder: str | Path) -> nn.Module:
     """The model of a folder that `save_pretrained` wrote, of the class that its config.json names, in its number type.
 
+    A folder with one .gguf file and no config.json is a model that writes text; its weights are unpacked.
+
     Raises:
         FileError: no such folder, or one that lacks weights or part of them.
         ModelError: a model that needs code of its own, or whose weights have been quantised.
         DependencyError: transformers is not installed.
     """
     folder = Path(folder).expanduser()
-    config = read_config(folder)
+    gguf = gguf_file(folder)
+    config = {"architectures": ["AutoModelForCausalLM"]} if gguf else read_config(folder)
     _require_plain_weights(folder, config)
     try:
         transformers = importlib.import_module("transformers")
@@ -36,15 +39,21 @@ def load_pretrained(folder: str | Path) -> nn.Module:
     model_class = getattr(transformers, name, None) if name.isidentifier() else None
     if model_class is None or not hasattr(model_class, "from_pretrained"):
         raise ModelError(_why_unknown(folder, config, name, version=transformers.__version__))
-    _require_all_files(folder)
+    options: dict[str, Any] = {"use_safetensors": True}
+    if gguf is None:
+        _require_all_files(folder)
+    else:
+        options = {"gguf_file": gguf.name}
+        if hasattr(transformers, "GgufConfig"):  # version 5 may leave weights packed
+            options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
         model, report = model_class.from_pretrained(
             str(folder),
             output_loading_info=True,
             local_files_only=True,
             trust_remote_code=False,
-            use_safetensors=True,
             dtype="auto",
+            **options,
         )
     except (FileError, ModelError):
         raise
@@ -69,7 +78,10 @@ def read_config(folder: Path) -> Mapping[str, Any]:
     if not folder.is_dir():
         raise FileError(f"there is no folder {folder}; hf:DIR is a folder on this machine, nothing is downloaded")
     if not (folder / CONFIG).is_file():
-        raise FileError(f"{folder} has no {CONFIG}; give a folder that model.save_pretrained wrote")
+        advice = "give a folder that model.save_pretrained wrote, or one with a single .gguf file"
+        if (inner := folder / "0_Transformer" / CONFIG).is_file():
+            advice = f"give {inner.parent}, and put what is written in its place in a copy of {folder}"
+        raise FileError(f"{folder} has no {CONFIG}; {advice}")
     try:
         config = json.loads(read_text(folder / CONFIG))
     except json.JSONDecodeError as error:
@@ -77,6 +89,16 @@ def read_config(folder: Path) -> Mapping[str, Any]:
     if not isinstance(config, dict):
         raise FileError(f"{folder / CONFIG} holds a {type(config).__name__}, not the entries of a configuration")
     return config
+
+
+def require_length(model: nn.Module, tokens: int, *, option: str) -> None:
+    """Raise `DataError` for texts of more tokens than a model of transformers has positions for."""
+    most = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if isinstance(most, int) and 0 < most < tokens:
+        raise DataError(
+            f"{option} {tokens} is longer than the texts that the model takes: {most} tokens "
+            f"(max_position_embeddings in its {CONFIG}); give {option} {most} or less"
+        )
 
 
 def is_factored(folder: Path) -> bool:

@@ -16,7 +16,9 @@ from spectrim.recipes.files import (
 from spectrim.recipes.fully_connected import DynamicStudy, MlpStudy, Moving, ProjectedStudy, Truncating, Tuning
 from spectrim.recipes.images import Augment
 from spectrim.recipes.run import run_study
-from spectrim.recipes.study import Phase, Progress, Study, Tuned
+from spectrim.recipes.study import Phase, Progress, Recipe, Study, Tuned
+from spectrim.recipes.text_run import ScoredModel, TextResults, run_text_study
+from spectrim.recipes.texts import LanguageModelStudy, SentencePairStudy, TextStudy
 from spectrim.recipes.verification import Check, verify_run
 
 __all__ = [
@@ -28,13 +30,19 @@ __all__ = [
     "Check",
     "ClassifierStudy",
     "DynamicStudy",
+    "LanguageModelStudy",
     "MiniResNetStudy",
     "MlpStudy",
     "Moving",
     "Phase",
     "Progress",
     "ProjectedStudy",
+    "Recipe",
+    "ScoredModel",
+    "SentencePairStudy",
     "Study",
+    "TextResults",
+    "TextStudy",
     "Truncating",
     "Tuned",
     "Tuning",
@@ -44,5 +52,6 @@ __all__ = [
     "recipe_file",
     "recipe_text",
     "run_study",
+    "run_text_study",
     "verify_run",
 ]

@@ -18,11 +18,17 @@ from spectrim.core.files import read_text
 from spectrim.recipes.classifier import ClassifierStudy
 from spectrim.recipes.convolutional import MiniResNetStudy
 from spectrim.recipes.fully_connected import DynamicStudy, MlpStudy, ProjectedStudy
-from spectrim.recipes.study import Study
+from spectrim.recipes.study import Recipe
+from spectrim.recipes.texts import LanguageModelStudy, SentencePairStudy
 
-_CLASSES: tuple[type[Study], ...] = (MlpStudy, DynamicStudy, ProjectedStudy, MiniResNetStudy, ClassifierStudy)
+_CLASSES: tuple[type[Recipe], ...] = (
+    *(MlpStudy, DynamicStudy, ProjectedStudy, MiniResNetStudy, ClassifierStudy),
+    *(SentencePairStudy, LanguageModelStudy),
+)
 
-KINDS: Mapping[str, type[Study]] = MappingProxyType({str(kind.model_fields["kind"].default): kind for kind in _CLASSES})
+KINDS: Mapping[str, type[Recipe]] = MappingProxyType(
+    {str(kind.model_fields["kind"].default): kind for kind in _CLASSES}
+)
 """The class of each kind of study, by the name that recipe files give it."""
 
 NAMES = (
@@ -35,13 +41,15 @@ NAMES = (
     "miniresnet-fashion",
     "miniresnet-emnist",
     "resnet18-cifar10",
+    "minilm-stsb",
+    "smollm2-wikitext",
 )
 """The recipes that come with Spectrim, files in `library`; their settings were chosen on held-out training images."""
 
 _MOST_FAULTS = 3
 
 
-def find_study(name: str) -> Study:
+def find_study(name: str) -> Recipe:
     """The study of this name. Raises `DataError`, which lists near names, where there is none."""
     study = parse_recipe(recipe_file(name), origin=f"the recipe {name}")
     return study if study.command else study.model_copy(update={"command": f"spectrim recipe {name}"})
@@ -55,7 +63,7 @@ def recipe_file(name: str) -> str:
     return (files("spectrim.recipes") / "library" / f"{name}.toml").read_text(encoding="utf-8")
 
 
-def read_recipe(path: Path) -> Study:
+def read_recipe(path: Path) -> Recipe:
     """The study that a TOML file describes.
 
     Raises `FileError`, which names the file, the key and what is allowed, for a file that is missing, no TOML or no
@@ -65,7 +73,7 @@ def read_recipe(path: Path) -> Study:
     return study if study.command else study.model_copy(update={"command": f"spectrim recipe run {path}"})
 
 
-def parse_recipe(text: str, *, origin: str) -> Study:
+def parse_recipe(text: str, *, origin: str) -> Recipe:
     """The study that TOML `text` describes; `origin` names it in messages, as in `read_recipe`."""
     try:
         settings = tomllib.loads(text)
@@ -87,7 +95,7 @@ def parse_recipe(text: str, *, origin: str) -> Study:
         raise FileError(f"{origin}: {'; '.join(faults[:_MOST_FAULTS])}{more}") from error
 
 
-def recipe_text(study: Study) -> str:
+def recipe_text(study: Recipe) -> str:
     """The study as TOML, with every setting; read back, it is the same study but for its command."""
     return tomli_w.dumps(study.model_dump(mode="json", exclude_none=True, exclude={"command"}))
 
@@ -132,5 +140,5 @@ def _models(annotation: Any) -> Iterator[type[BaseModel]]:
             yield from _models(argument)
 
 
-STUDIES: tuple[Study, ...] = tuple(map(find_study, NAMES))
+STUDIES: tuple[Recipe, ...] = tuple(map(find_study, NAMES))
 DEMO = STUDIES[0]

@@ -1,7 +1,7 @@
 """A study from its data to its report, and the folder that everything goes to."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,7 +14,7 @@ from spectrim.recipes.files import read_recipe, recipe_text
 from spectrim.recipes.images import Images, load_images
 from spectrim.recipes.results import Evaluation, model_file, require_runtimes, versions
 from spectrim.recipes.seed import SeedResult, SeedRun
-from spectrim.recipes.study import ProgressCallback, ProgressReporter, Study
+from spectrim.recipes.study import ProgressCallback, ProgressReporter, Recipe, Study
 from spectrim.reporting import Results, report
 from spectrim.runtimes.sessions import fingerprint
 
@@ -25,9 +25,10 @@ MODEL, PLAN, PARTS = "model.safetensors", "plan.json", "parts"
 class Manifest(FrozenFile):
     """What a finished run was made from, and what it wrote.
 
-    `identity` is a hash of the recipe's settings, see `Study.identity`. `machine` names the processor, its instructions
-    and versions: where these are the same, accuracies repeat exactly. `data` has the SHA-256 of the training and the
-    test split, whose files came from `source`; `files` has that of every file of the run, by its path in the folder.
+    `identity` is a hash of the recipe's settings, see `Recipe.identity`. `machine` names the processor, its
+    instructions and versions: where these are the same, accuracies repeat exactly. `data` has the SHA-256 of the
+    training and the test split, whose files came from `source`; `files` has that of every file of the run, by its path
+    in the folder.
     """
 
     version: Literal[1] = 1
@@ -48,7 +49,7 @@ class RunFolder:
 
     path: Path
 
-    def require_free(self, study: Study) -> None:
+    def require_free(self, study: Recipe) -> None:
         """Check that a run of `study` may be written here, and leave everything as it is.
 
         Raises `FileError` for a folder that cannot be written to, or that holds the run of another recipe.
@@ -57,7 +58,7 @@ class RunFolder:
             _require_same(self.path, study)
         require_writable_folder(next(path for path in (self.path, *self.path.parents) if path.exists()))
 
-    def claim(self, study: Study) -> None:
+    def claim(self, study: Recipe) -> None:
         """Take the folder for a run of `study`, and note the recipe in it; raises as `require_free` does."""
         self.require_free(study)
         require_writable_folder(self.path)
@@ -72,7 +73,7 @@ class RunFolder:
         return recipe.exists() and not is_trace
 
     def save(self, study: Study, results: Results, *, seeds: Sequence[SeedResult], images: Images) -> None:
-        """Write everything; the manifest last, so that it is there only for a whole run."""
+        """Write everything."""
         write_text(self.path / RECIPE, recipe_text(study))
         files = [RECIPE, RESULTS, REPORT, MODEL]
         for seed in seeds:
@@ -86,6 +87,10 @@ class RunFolder:
             files.append(PLAN)
         results.save(self.path / RESULTS)
         report(results, self.path / REPORT)
+        self.note(study, files, source=images.source, data=images.checksums)
+
+    def note(self, study: Recipe, files: Iterable[str], *, source: str, data: tuple[str, str]) -> None:
+        """Write the manifest; it comes last, so that it is there only for a whole run."""
         Manifest(
             recipe=study.name,
             identity=study.identity,
@@ -93,8 +98,8 @@ class RunFolder:
             versions=versions(),
             machine=fingerprint("torch"),
             dataset=study.dataset,
-            source=images.source,
-            data=images.checksums,
+            source=source,
+            data=data,
             files={name: sha256_of(self.path / name) for name in sorted(files)},
         ).save(self.path / MANIFEST)
 
@@ -108,7 +113,7 @@ class RunFolder:
         return Manifest.load(self.path / MANIFEST)
 
 
-def _require_same(path: Path, study: Study) -> None:
+def _require_same(path: Path, study: Recipe) -> None:
     """FileError unless the folder's recipe is this one, other seeds allowed."""
     advice = "give another folder with --out, or delete this one"
     try:

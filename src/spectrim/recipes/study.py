@@ -85,25 +85,15 @@ class PublishedFigures(Frozen):
         return Published(source=self.source, accuracy=(*dense, *self.ranks.items()), points=self.points)
 
 
-class Study(Frozen, ABC):
-    """Everything that decides the result of a study; each kind adds its network and its own settings.
+class Recipe(Frozen, ABC):
+    """What every kind of study has.
 
     Attributes:
         kind: Which class of study it is.
         name: Its name on the command line.
         title: One line for the report.
-        dataset: As `spectrim data list` names it.
-        held_out: Training images set aside for choices.
-        limit: Use at most so many training and test images.
-        dense: Training of the dense network, cross-entropy.
+        dataset: As `spectrim data list` names it; of texts, what they are called.
         seeds: One whole run each.
-        tolerance: The chosen network is the smallest that loses at most this share of held-out accuracy; of those up to
-            5 % larger, the most accurate.
-        runtimes: What the networks are timed in, the first one for the table; none means torch, and ONNX Runtime where
-            it is installed.
-        latency_batch: Images of one timed pass.
-        substitute: The recipe to take where the data cannot be had. In the file: `stand_in`.
-        published: Figures to compare with.
         command: What repeats the study.
     """
 
@@ -111,32 +101,19 @@ class Study(Frozen, ABC):
     name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     title: str
     dataset: str
-    held_out: int = Field(ge=1)
-    limit: int | None = Field(default=None, ge=1)
-    dense: Phase
     seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
-    tolerance: float = Field(default=0.005, ge=0)
-    runtimes: tuple[RuntimeName, ...] = ("torch",)
-    latency_batch: int = Field(default=1, ge=1)
-    substitute: str | None = Field(default=None, alias="stand_in")
-    published: tuple[PublishedFigures, ...] = ()
     command: str = ""
 
     def quick(self) -> Self:
-        """The same study on little data with few epochs, for its first seed: to see it work, not for its figures."""
+        """The same study on little data, for its first seed: to see it work, not for its figures."""
         if self.is_quick:
             return self
-        return self.model_copy(
-            update={
-                "title": f"{self.title}{QUICK}",
-                "command": f"{self.command} --quick",
-                "seeds": self.seeds[:1],
-                "limit": min(self.limit or 2000, 2000),
-                "held_out": min(self.held_out, 1000),
-                "dense": self.dense.at_most(4),
-                **self._shortened(),
-            }
-        )
+        common = {"title": f"{self.title}{QUICK}", "command": f"{self.command} --quick", "seeds": self.seeds[:1]}
+        return self.model_copy(update={**common, **self._reduced()})
+
+    @abstractmethod
+    def _reduced(self) -> Mapping[str, object]:
+        """The other settings of a quick look."""
 
     @property
     def is_quick(self) -> bool:
@@ -147,6 +124,40 @@ class Study(Frozen, ABC):
     def identity(self) -> str:
         """A hash of all that decides what one seed gives; seeds, words and published figures do not."""
         return key_of(**self.model_dump(mode="json", exclude={"seeds", "title", "published", "command", "substitute"}))
+
+
+class Study(Recipe):
+    """Everything that decides the result of a study of images; each kind adds its network and its own settings.
+
+    Attributes:
+        held_out: Training images set aside for choices.
+        limit: Use at most so many training and test images.
+        dense: Training of the dense network, cross-entropy.
+        tolerance: The chosen network is the smallest that loses at most this share of held-out accuracy; of those up to
+            5 % larger, the most accurate.
+        runtimes: What the networks are timed in, the first one for the table; none means torch, and ONNX Runtime where
+            it is installed.
+        latency_batch: Images of one timed pass.
+        substitute: The recipe to take where the data cannot be had. In the file: `stand_in`.
+        published: Figures to compare with.
+    """
+
+    held_out: int = Field(ge=1)
+    limit: int | None = Field(default=None, ge=1)
+    dense: Phase
+    tolerance: float = Field(default=0.005, ge=0)
+    runtimes: tuple[RuntimeName, ...] = ("torch",)
+    latency_batch: int = Field(default=1, ge=1)
+    substitute: str | None = Field(default=None, alias="stand_in")
+    published: tuple[PublishedFigures, ...] = ()
+
+    def _reduced(self) -> Mapping[str, object]:
+        return {
+            "limit": min(self.limit or 2000, 2000),
+            "held_out": min(self.held_out, 1000),
+            "dense": self.dense.at_most(4),
+            **self._shortened(),
+        }
 
     @abstractmethod
     def _shortened(self) -> Mapping[str, object]:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-from math import ceil
+from math import ceil, isclose
 from pathlib import Path
 from typing import Literal
 
@@ -14,14 +14,18 @@ from numpy.typing import NDArray
 from torch import nn
 
 from spectrim.benchmark.measurement import Measurement, accuracy, count, measure
+from spectrim.benchmark.scores import evaluate
 from spectrim.core.errors import FileError
 from spectrim.core.files import sha256_of
 from spectrim.layers.saving import load
+from spectrim.models.folders import load_pretrained
 from spectrim.recipes.files import read_recipe
 from spectrim.recipes.images import Batch, Images
 from spectrim.recipes.results import changes_of
-from spectrim.recipes.run import RECIPE, RESULTS, RunFolder, images_of
+from spectrim.recipes.run import RECIPE, RESULTS, Manifest, RunFolder, images_of
 from spectrim.recipes.study import ProgressCallback, ProgressReporter, Study
+from spectrim.recipes.text_run import TextResults
+from spectrim.recipes.texts import TextStudy
 from spectrim.reporting import Changes, Results, Run, Variant, words
 from spectrim.runtimes.sessions import fingerprint
 
@@ -29,7 +33,7 @@ Verdict = Literal["ok", "differs", "missing", "altered", "not judged"]
 
 ELSEWHERE = 0.0005
 """Share of the images that another processor or version may classify differently: it rounds differently."""
-_DIGITS = 1e-4
+_DIGITS, _SCORE = 1e-4, 1e-4
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,8 @@ def verify_run(
     torch, elsewhere up to `ELSEWHERE` of the images (at least 2) may differ; so for what the chosen network predicts
     differently from the dense one. Parameters, bytes and MACs must be exactly as noted, singular values of the dense
     network's weights within 0.01 % of the largest. Latency is measured and shown, not judged, unless it is turned off.
-    Training curves cannot be measured again. The data set's files lie in `data_folder`, if not in the cache.
+    Training curves cannot be measured again. Of a study of texts, every compressed model is loaded and scored. The data
+    set's files lie in `data_folder`, if not in the cache.
 
     Raises `FileError` for a folder that holds no finished run, or whose recipe or results cannot be read, and
     `DataError` where the data set cannot be obtained.
@@ -74,12 +79,14 @@ def verify_run(
         checks.append(Check(f"file {name}", digest[:16], now[:16] if now else words.NOTHING, verdict))
     if any(not check.good and check.what in (f"file {RECIPE}", f"file {RESULTS}") for check in checks):
         return tuple(checks)  # what it says cannot be trusted, and may not even be readable
-    study, results = read_recipe(run_folder.path / RECIPE), Results.load(run_folder.path / RESULTS)
+    recipe = read_recipe(run_folder.path / RECIPE)
+    if isinstance(recipe, TextStudy):
+        data = Path(manifest.source) if data_folder is None else data_folder
+        return (*checks, *_text_checks(recipe, run_folder, data, progress=ProgressReporter(on_progress)))
+    assert isinstance(recipe, Study)  # there are no others
+    study, results = recipe, Results.load(run_folder.path / RESULTS)
     images = images_of(study, data_folder)
-    checks += [
-        _compared(f"data, {split} split (sha256)", stored[:16], now[:16], same=stored == now)
-        for split, stored, now in zip(("training", "test"), manifest.data, images.checksums, strict=True)
-    ]
+    checks += _data_checks(manifest, images.checksums)
     # on the same kind of machine, no image may be classified differently
     tolerance = 0.0 if manifest.machine == fingerprint("torch") else ELSEWHERE
     verifier = _Verifier(run_folder.path, study, images, results, tolerance)
@@ -93,6 +100,35 @@ def verify_run(
     checks += verifier.spectra()
     progress.end()
     return tuple(checks)
+
+
+def _data_checks(manifest: Manifest, checksums: tuple[str, str]) -> Iterator[Check]:
+    for split, stored, now in zip(("training", "test"), manifest.data, checksums, strict=True):
+        yield _compared(f"data, {split} split (sha256)", stored[:16], now[:16], same=stored == now)
+
+
+def _text_checks(study: TextStudy, run: RunFolder, data: Path, *, progress: ProgressReporter) -> Iterator[Check]:
+    """The data, and the scores of every compressed model, which hold its tokenizer."""
+    results = TextResults.load(run.path / RESULTS)
+    models = {model: run.path / model.folder for model in results.models if model.folder is not None}
+    study.require_files(data)
+    yield from _data_checks(run.manifest(), study.checksums(data))
+    progress.parts = len(models)
+    for model, folder in models.items():
+        progress.begin(model.name)
+        try:
+            network = study.network(load_pretrained(folder), folder)
+        except FileError as error:
+            yield Check(f"{model.name}: network", str(model.folder), str(error), "missing")
+            continue
+        texts = study.texts(folder, data)
+        for what, stored, batches in zip(
+            ("test", "held-out"), (model.test, model.held_out), (texts.test, texts.held_out), strict=True
+        ):
+            now = evaluate(network, batches, study.score)
+            same = isclose(stored.value, now.value, rel_tol=_SCORE) and stored.examples == now.examples
+            yield _compared(f"{model.name}: {what} {study.score}", f"{stored.value:.6g}", f"{now.value:.6g}", same=same)
+    progress.end()
 
 
 def _compared(what: str, stored: str, now: str, *, same: bool) -> Check:

@@ -71,8 +71,8 @@ def test_what_goes_to_the_hub_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyP
     uploaded = []
 
     class Api:
-        def create_repo(self, name: str, **options: Any) -> Any:
-            return SimpleNamespace(repo_id=name)
+        def create_repo(self, repo_id: str, **options: Any) -> Any:
+            return SimpleNamespace(repo_id=repo_id)
 
         def create_branch(self, *args: Any, **options: Any) -> None: ...
 
@@ -94,7 +94,7 @@ def test_what_goes_to_the_hub_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyP
     if how == "push":
         model.push_to_hub("me/small")
     else:
-        model.save_pretrained(tmp_path / "small", push_to_hub=True, repo_id="me/small")
+        model.save_pretrained(str(tmp_path / "small"), push_to_hub=True, repo_id="me/small")
     card = dict(uploaded)["README.md"].decode()
     assert "from_pretrained" in card
     assert "- mine\n- spectrim" in card
