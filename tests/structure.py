@@ -25,7 +25,7 @@ FORM_NAMES = {
     name
     for path in (SOURCE / "layers" / "forms").glob("*.py")
     for name in re.findall(r'^    name = "(\w+)"$', path.read_text(encoding="utf-8"), re.MULTILINE)
-}
+} - {"width"}  # which figures and small networks have as well
 
 LOOSE = {"one", "found", "given", "made", "kept", "shown", "wanted"}
 """Names that say nothing of what they hold: of no variable, loop or argument."""
@@ -274,7 +274,7 @@ def figures() -> tuple[Figure, ...]:
         Figure("longest chain of imports between them", len(chain), 10, (" -> ".join(chain),)),
         *(Figure(name, len(places), bar, tuple(places)) for name, places, bar in counted),
         Figure("longest function body", lengths[0][0], 45, tuple(f"{lines} {at}" for lines, at in lengths[:12])),
-        Figure("lines of Python", sum(lines for lines, _ in files), 30_100, tuple(f"{n} {at}" for n, at in files[:12])),
+        Figure("lines of Python", sum(lines for lines, _ in files), 33_500, tuple(f"{n} {at}" for n, at in files[:12])),
     )
 
 

@@ -184,8 +184,8 @@ def test_layers_that_must_stay_as_they_are_are_not_narrowed(name: str) -> None:
     if name == "shared":
         model[1].up.weight = model[0].up.weight
     analysis = st.analyze(model, DATA[0], exclude="0.up" if name == "skipped" else ())
-    found = {layer.name for layer in analysis if layer.feeders}
-    assert found == (set() if name == "shared" else {"1.down"})
+    narrowable = {layer.name for layer in analysis if layer.feeders}
+    assert narrowable == (set() if name == "shared" else {"1.down"})
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])

@@ -26,7 +26,7 @@ from spectrim.layers.selection import LayerSelection, Patterns, TreatAs
 from spectrim.layers.tracing import trace
 from spectrim.layers.types import layer_type_of
 from spectrim.layers.unfusing import unfused
-from spectrim.layers.units import SingleWeight, Unit, Weight, find_units
+from spectrim.layers.units import SingleWeight, Unit, find_units
 from spectrim.linalg import Decomposition, Factors, FloatArray, Problem, Ranks, Spectrum, matrix_of, shrunk, spectrum
 
 _T = TypeVar("_T")
@@ -77,6 +77,7 @@ class LayerAnalysis:
         skip_reason: Why it stays dense, or None.
         is_lookup: Whether its inputs are indices, as an embedding's are.
         stack: Of an expert of a mixture what its projection of all experts is called; None for other layers.
+        feeders: See `SingleWeight`.
         dense: Its cost as it is.
         full_rank: The largest number of singular values the weight's matrix can have, in each group; 0 for no matrix.
     """
@@ -100,13 +101,9 @@ class LayerAnalysis:
     skip_reason = _OfUnit(lambda unit: unit.skip_reason)
     is_lookup = _OfUnit(lambda unit: unit.weights[0].is_lookup)
     stack = _OfUnit(lambda unit: unit.weights[0].stack)
+    feeders = _OfUnit(lambda unit: unit.feeders if isinstance(unit, SingleWeight) else ())
     dense = _OfUnit(lambda unit: unit.dense_cost)
     full_rank = _OfUnit(lambda unit: unit.weights[0].geometry.full_rank if unit.weights[0].geometry else 0)
-
-    @property
-    def feeders(self) -> tuple[Weight, ...]:
-        """The layers whose outputs it reads number by number, and nothing else does."""
-        return self.unit.feeders if isinstance(self.unit, SingleWeight) else ()
 
     @cached_property
     def joint_forms(self) -> tuple[str, ...]:
@@ -144,8 +141,8 @@ class LayerAnalysis:
     def rank_errors(self, form: str, metric: Metric) -> RankErrors:
         """Every rank of a form with its cost and its error."""
         if (form, metric) not in self._rank_errors:
-            costs, total = self.rank_costs(form, metric), self.problems[metric].total
-            tails = self.decomposition(form, metric).tails
+            costs, tails = self.rank_costs(form, metric), self.decomposition(form, metric).tails
+            total = self.problems[metric].total
             lost = np.clip(tails / total, 0.0, 1.0) if total > 0 else np.zeros(len(tails))
             self._rank_errors[form, metric] = RankErrors(**vars(costs), lost=lost)
         return self._rank_errors[form, metric]

@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils.hooks import RemovableHandle
 
 from spectrim.core.errors import FileError, ModelError, ResourceError
-from spectrim.core.nested import describe, from_numpy, has_ragged, map_tensors, rows, tensors
+from spectrim.core.nested import alike, describe, from_numpy, has_ragged, map_tensors, rows, tensors
 
 LABELS = ("labels", "label")
 """Entries of a mapping that are labels, and no inputs."""
@@ -80,14 +80,14 @@ class Inputs:
         return next((t.numel() for t in self.tensors() if t.ndim == 2 and not t.is_floating_point()), self.samples)
 
     def parts(self, *, places: int) -> "list[Inputs]":
-        """Long sequences in parts of whole samples with about so many places; in one part what cannot be taken apart.
+        """Long sequences in parts of whole samples with about so many places; in one part what cannot be taken splits.
 
         Sequences are long if four of them have more places than that.
         """
         shapes, samples = [tensor.shape for tensor in self.tensors()], self.samples
-        apart = not self.is_ragged and all(len(shape) > 1 and shape[0] == samples != shape[1] for shape in shapes)
+        splits = not self.is_ragged and all(len(shape) > 1 and shape[0] == samples != shape[1] for shape in shapes)
         size = max(1, places * samples // max(1, self.places))
-        if not apart or 4 * self.places <= places * samples or samples <= size:
+        if not splits or 4 * self.places <= places * samples or samples <= size:
             return [self]
         return [self.map(partial(_rows, start=start, size=size)) for start in range(0, samples, size)]
 
@@ -326,30 +326,6 @@ def _recorded(model: nn.Module, inputs: Inputs) -> _Record:
 
 def _copies(value: Any) -> list[Tensor]:
     return [tensor.detach().clone() for tensor in tensors(value, floats=True)]
-
-
-def alike(first: Any, second: Any) -> bool:
-    """Whether all tensors in two values agree to 1e-4 of their largest entry; NaN and infinity equal themselves."""
-    pairs = [list(tensors(value, floats=True)) for value in (first, second)]
-    return len(pairs[0]) == len(pairs[1]) and all(map(_close, *pairs))
-
-
-def _close(first: Tensor, second: Tensor) -> bool:
-    if first.shape != second.shape or first.dtype != second.dtype:
-        return False
-    tolerance = max(1e-4, 2 * torch.finfo(first.dtype).eps) if first.is_floating_point() else 1e-4
-    first, second = _plain(first), _plain(second)
-    if not (first.is_floating_point() or first.is_complex()):
-        return torch.equal(first, second)
-    scale = float(first.abs().nan_to_num(0.0, 0.0, 0.0).max()) if first.numel() else 0.0
-    return torch.allclose(first, second, rtol=0, atol=tolerance * scale, equal_nan=True)
-
-
-def _plain(tensor: Tensor) -> Tensor:
-    """A dense tensor whose number type has all operations."""
-    tensor = tensor.dequantize() if tensor.is_quantized else tensor.detach()
-    tensor = tensor if tensor.layout == torch.strided else tensor.to_dense()
-    return tensor.float() if tensor.is_floating_point() and tensor.itemsize < 4 else tensor
 
 
 _WRAPPERS = {

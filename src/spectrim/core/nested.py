@@ -206,3 +206,27 @@ def describe(value: Any, *, most: int = 8) -> str:
     else:
         return type(value).__name__
     return f"{type(value).__name__}({', '.join([*entries, '..'] if len(value) > most else entries)})"
+
+
+def alike(first: Any, second: Any) -> bool:
+    """Whether all tensors in two values agree to 1e-4 of their largest entry; NaN and infinity equal themselves."""
+    pairs = [list(tensors(value, floats=True)) for value in (first, second)]
+    return len(pairs[0]) == len(pairs[1]) and all(map(_close, *pairs))
+
+
+def _close(first: Tensor, second: Tensor) -> bool:
+    if first.shape != second.shape or first.dtype != second.dtype:
+        return False
+    tolerance = max(1e-4, 2 * torch.finfo(first.dtype).eps) if first.is_floating_point() else 1e-4
+    first, second = _ordinary(first), _ordinary(second)
+    if not (first.is_floating_point() or first.is_complex()):
+        return torch.equal(first, second)
+    scale = float(first.abs().nan_to_num(0.0, 0.0, 0.0).max()) if first.numel() else 0.0
+    return torch.allclose(first, second, rtol=0, atol=tolerance * scale, equal_nan=True)
+
+
+def _ordinary(tensor: Tensor) -> Tensor:
+    """A dense tensor whose number type has all operations."""
+    tensor = tensor.dequantize() if tensor.is_quantized else tensor.detach()
+    tensor = tensor if tensor.layout == torch.strided else tensor.to_dense()
+    return tensor.float() if tensor.is_floating_point() and tensor.itemsize < 4 else tensor

@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from spectrim.core.execution import alike
+from spectrim.core.nested import alike
 from spectrim.layers.factored import attributes_of, shallow_copy
 
 Rerouting = Callable[[Tensor, int], Tensor]

@@ -1,4 +1,4 @@
-"""The heads of attentions, found by what the network does with the values that it is given."""
+"""The heads of attentions, confirmed by what the network does with the values that it is outputs."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ _OF_HEADS = re.compile("head")
 """Attributes of an attention that may say how large a head is, or how many there are."""
 
 
-_Trial = tuple[str, HeadLayout]
+ValuesCandidate = tuple[str, HeadLayout]
 """A layer that may give the values of heads, and how these may lie."""
 
 
@@ -43,7 +43,7 @@ def find_heads(
     Each head's values are multiplied by a matrix of their own. What the layer reads must become what it was, multiplied
     head by head by these matrices: so it does where heads mix values of different places, and not different numbers.
     """
-    possible = {name: trials for name in single if (trials := _trials(model, name, single, order))}
+    possible = {name: candidates for name in single if (candidates := _candidates(model, name, single, order))}
     if not possible:
         return {}
     received: dict[str, Tensor] = {}
@@ -52,26 +52,28 @@ def find_heads(
     ):
         call(model, inputs)
     # what reads the same as another layer does not read what that gives
-    left = {
-        name: [trial for trial in own if not _equal(received.get(name), received.get(trial[0]))]
+    pending = {
+        name: [candidate for candidate in own if not _equal(received.get(name), received.get(candidate[0]))]
         for name, own in possible.items()
     }
-    found: dict[str, Feeding] = {}
+    confirmed: dict[str, Feeding] = {}
     for _ in range(_ROUNDS):
-        now = _apart(left, order)
+        now = _undisturbed(pending, order)
         if not now:
             break
-        found |= _Multiplied(model, inputs, received, now).passed()
-        left = {name: own[name in now :] for name, own in left.items() if name not in found}
-    return {name: found[name] for name in possible if name in found}
+        confirmed |= _Multiplied(model, inputs, received, now).passed()
+        pending = {name: own[name in now :] for name, own in pending.items() if name not in confirmed}
+    return {name: confirmed[name] for name in possible if name in confirmed}
 
 
-def _apart(trials: Mapping[str, Sequence[_Trial]], order: Sequence[str]) -> dict[str, _Trial]:
-    """The next trial of each layer, of those that do not disturb each other: no two have a layer between in common."""
-    chosen, end = dict[str, _Trial](), -1
+def _undisturbed(
+    candidates: Mapping[str, Sequence[ValuesCandidate]], order: Sequence[str]
+) -> dict[str, ValuesCandidate]:
+    """The next candidate of each layer, of those that do not disturb each other, since no layer is between both."""
+    chosen, end = dict[str, ValuesCandidate](), -1
     for name in order:
-        if name in trials and trials[name] and order.index(trials[name][0][0]) >= end:
-            chosen[name], end = trials[name][0], order.index(name)
+        if name in candidates and candidates[name] and order.index(candidates[name][0][0]) >= end:
+            chosen[name], end = candidates[name][0], order.index(name)
     return chosen
 
 
@@ -84,18 +86,20 @@ def _record(received: dict[str, Tensor], name: str, _: nn.Module, args: tuple[An
         received[name] = args[0].clone()
 
 
-def _trials(model: nn.Module, name: str, single: Mapping[str, SingleWeight], order: Sequence[str]) -> list[_Trial]:
+def _candidates(
+    model: nn.Module, name: str, single: Mapping[str, SingleWeight], order: Sequence[str]
+) -> list[ValuesCandidate]:
     """Layers that may give the values, the nearest first, with the layouts that sizes allow, large heads first."""
     place, width = order.index(name), single[name].geometry.into
-    trials = []
+    candidates = []
     for values in reversed(order[max(0, place - _NEAREST) : place]):
         if values not in single or not _is_near(name, values):
             continue
-        given = single[values].geometry.outputs
+        outputs = single[values].geometry.outputs
         for size in sorted(_sizes(model, name, width) | _sizes(model, values, width), reverse=True):
-            if size > 1 and width % size == 0 and given % size == 0 and (width // size) % (given // size) == 0:
-                trials.append((values, HeadLayout(width // size, given // size, size)))
-    return trials
+            if size > 1 and width % size == 0 and outputs % size == 0 and (width // size) % (outputs // size) == 0:
+                candidates.append((values, HeadLayout(width // size, outputs // size, size)))
+    return candidates
 
 
 def _is_near(name: str, other: str) -> bool:
@@ -125,27 +129,27 @@ class _Multiplied:
     model: nn.Module
     inputs: Inputs
     received: Mapping[str, Tensor]
-    trials: Mapping[str, _Trial]
+    candidates: Mapping[str, ValuesCandidate]
     agreeing: set[str] = field(default_factory=set)
 
     def passed(self) -> dict[str, Feeding]:
         """Those whose layers would read heads that are multiplied as the values were."""
         hooks = []
-        for values, layout in self.trials.values():
+        for values, layout in self.candidates.values():
             hook = partial(_multiply, _matrices(layout))
             hooks.append(self.model.get_submodule(values).register_forward_hook(hook))
         for name in self.received:
             hooks.append(self.model.get_submodule(name).register_forward_pre_hook(partial(self._look, name)))
         with temporary(hooks):
             call(self.model, self.inputs)
-        return {name: Feeding((self.trials[name][0],), self.trials[name][1]) for name in self.agreeing}
+        return {name: Feeding((self.candidates[name][0],), self.candidates[name][1]) for name in self.agreeing}
 
     def _look(self, name: str, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         before = self.received[name]
         if args[0].shape != before.shape:
             return None
-        if name in self.trials:
-            layout = self.trials[name][1]
+        if name in self.candidates:
+            layout = self.candidates[name][1]
             by = _matrices(layout).repeat_interleave(layout.heads // layout.groups, dim=0)
             expected, scale = _times(before, by), float(before.abs().max())
             moved, off = (float((expected - other).abs().max()) for other in (before, args[0]))

@@ -1,4 +1,4 @@
-"""Layers with a space between them that can be narrowed: found by what the network does, and made narrower together."""
+"""Layers with a space between them that can be narrowed, found by what the network does with it."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace as with_changes
@@ -9,7 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.core.errors import ModelError
-from spectrim.core.execution import Inputs, alike, call, evaluating, temporary
+from spectrim.core.execution import Inputs, call, evaluating, temporary
+from spectrim.core.nested import alike
+from spectrim.layers.forms.head_vo import HeadValueOutputForm
+from spectrim.layers.forms.width import WidthForm
 from spectrim.layers.head_layouts import Feeding, find_heads
 from spectrim.layers.replacement import narrowed_at, own_bias, refitted_at, replace
 from spectrim.layers.tracing import Trace
@@ -31,12 +34,12 @@ def with_feeders(model: nn.Module, inputs: Inputs, trace: Trace, units: Sequence
     try:
         with evaluating(model), torch.no_grad():
             tried = find_neurons(model, inputs, single, list(trace.calls))
-            found = _checked(model, inputs, tried)
-            left = {name: unit for name, unit in single.items() if name not in _members(found)}
-            found |= _checked(model, inputs, find_heads(model, inputs, left, list(trace.calls)))
+            feedings = _checked(model, inputs, tried)
+            others = {name: unit for name, unit in single.items() if name not in _members(feedings)}
+            feedings |= _checked(model, inputs, find_heads(model, inputs, others, list(trace.calls)))
     except ModelError:
         return tuple(units)
-    return tuple(_with(unit, found.get(unit.name), single) for unit in units)
+    return tuple(_with(unit, feedings.get(unit.name), single) for unit in units)
 
 
 def _with(unit: Unit, feeding: Feeding | None, single: Mapping[str, SingleWeight]) -> Unit:
@@ -45,8 +48,8 @@ def _with(unit: Unit, feeding: Feeding | None, single: Mapping[str, SingleWeight
     return with_changes(unit, feeders=tuple(single[name].weight for name in feeding.feeders), heads=feeding.heads)
 
 
-def _members(found: Mapping[str, Feeding]) -> set[str]:
-    return {member for name, feeding in found.items() for member in (name, *feeding.feeders)}
+def _members(feedings: Mapping[str, Feeding]) -> set[str]:
+    return {member for name, feeding in feedings.items() for member in (name, *feeding.feeders)}
 
 
 def _checked(model: nn.Module, inputs: Inputs, tried: Mapping[str, Feeding]) -> dict[str, Feeding]:
@@ -74,7 +77,11 @@ def find_neurons(
     Half of these outputs are changed, and no other inputs may change.
     """
     possible = _possible(single, order)
-    return {name: Feeding(own) for name, own in _Trial(model, inputs, possible).feeders().items()} if possible else {}
+    return (
+        {name: Feeding(own) for name, own in _PerturbedPass(model, inputs, possible).feeders().items()}
+        if possible
+        else {}
+    )
 
 
 def _possible(single: Mapping[str, SingleWeight], order: Sequence[str]) -> dict[str, tuple[str, ...]]:
@@ -94,7 +101,7 @@ def _possible(single: Mapping[str, SingleWeight], order: Sequence[str]) -> dict[
 
 
 @dataclass(eq=False)
-class _Trial:
+class _PerturbedPass:
     """Runs a network with half of the outputs of layers changed, while all these layers receive what they always do."""
 
     model: nn.Module
@@ -169,8 +176,8 @@ def _narrows(model: nn.Module, inputs: Inputs, places: Mapping[str, Feeding]) ->
         into, reading, rank = _half(feeding.heads or HeadLayout(1, 1, kernels.shape[2]))
         reading = reading.to(kernels.device)
         factors = (into.to(kernels.device), reading, kernels @ reading.mT)
-        form = "width" if feeding.heads is None else "head_vo"
-        narrowed |= narrowed_at(model, name, feeding.feeders, form=form, rank=rank, factors=factors, bias=own_bias)
+        form = WidthForm if feeding.heads is None else HeadValueOutputForm
+        narrowed |= narrowed_at(model, name, feeding.feeders, form=form.name, rank=rank, factors=factors, bias=own_bias)
         zeroed |= refitted_at(model, [name], weight=factors[2] @ reading, bias=own_bias)
     try:
         return alike(_outputs(model, inputs, zeroed), _outputs(model, inputs, narrowed))
@@ -179,11 +186,11 @@ def _narrows(model: nn.Module, inputs: Inputs, places: Mapping[str, Feeding]) ->
 
 
 def _half(layout: HeadLayout) -> tuple[Tensor, Tensor, int]:
-    """What becomes of the numbers of each set of values and of each head if half of them are left, and how many are."""
-    left = torch.randperm(layout.size, generator=torch.Generator().manual_seed(0))[: (layout.size + 1) // 2]
-    picked = torch.eye(layout.size, dtype=torch.float64)[left.sort().values]
-    each = (torch.block_diag(*[picked] * number).unsqueeze(0) for number in (layout.groups, layout.heads))
-    return *each, len(left)
+    """What becomes of the numbers of each set of values and of each head if half of them stay, and how many stay."""
+    half = torch.randperm(layout.size, generator=torch.Generator().manual_seed(0))[: (layout.size + 1) // 2]
+    selection = torch.eye(layout.size, dtype=torch.float64)[half.sort().values]
+    each = (torch.block_diag(*[selection] * number).unsqueeze(0) for number in (layout.groups, layout.heads))
+    return *each, len(half)
 
 
 def _outputs(model: nn.Module, inputs: Inputs, replacements: Mapping[str, nn.Module]) -> Any:

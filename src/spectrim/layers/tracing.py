@@ -12,8 +12,8 @@ from torch.utils.hooks import RemovableHandle
 
 from spectrim.core.dispatch import OperatorMode
 from spectrim.core.errors import ModelError
-from spectrim.core.execution import Inputs, alike, call, evaluating, require_unwrapped, require_values, temporary
-from spectrim.core.nested import extent, extents, joined, overlap
+from spectrim.core.execution import Inputs, call, evaluating, require_unwrapped, require_values, temporary
+from spectrim.core.nested import alike, extent, extents, joined, overlap
 from spectrim.layers.experts import evenly, rerouted
 from spectrim.layers.factored import attributes_of
 from spectrim.layers.selection import TreatAs

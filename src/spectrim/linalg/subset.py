@@ -54,8 +54,8 @@ class SubsetDecomposition(Decomposition):
             return cls(problem, is_read.argsort(descending=True, stable=True), np.zeros(0))
         if problem.covariance is None:
             norms, columns = W.square().sum(dim=0).sort(descending=True)
-            left = norms.flip(0).cumsum(0).flip(0) - norms
-            return cls(problem, columns, left[step - 1 :: step].cpu().numpy())
+            unread = norms.flip(0).cumsum(0).flip(0) - norms
+            return cls(problem, columns, unread[step - 1 :: step].cpu().numpy())
         residual, products = C.clone(), W @ C
         energy, order, lost = float((products * W).sum()), list[int](), list[float]()
         least = 1e-9 * float(C.diagonal().max())
@@ -90,11 +90,11 @@ class SubsetDecomposition(Decomposition):
         """Which inputs are read, as rows that are 1 there, (1, rank, in), twice, and their weight, (1, out, rank)."""
         (W,), C = self.problem.matrices, self.problem.full_metric
         taken = self.order[: ranks[0]].sort().values.to(C.device)
-        picked = torch.zeros(len(taken), C.shape[0], dtype=C.dtype, device=C.device)
-        picked[torch.arange(len(taken)), taken] = 1.0
+        selection = torch.zeros(len(taken), C.shape[0], dtype=C.dtype, device=C.device)
+        selection[torch.arange(len(taken)), taken] = 1.0
         factor = torch.linalg.cholesky(C[taken][:, taken])
         weight = torch.cholesky_solve((W @ C[:, taken]).mT, factor).mT
-        return picked.unsqueeze(0), picked.unsqueeze(0), self.problem.unweighted(weight.unsqueeze(0))
+        return selection.unsqueeze(0), selection.unsqueeze(0), self.problem.unweighted(weight.unsqueeze(0))
 
 
 def _step(inputs: int) -> int:

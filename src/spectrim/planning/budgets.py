@@ -1,7 +1,6 @@
 """Forms and ranks of all layers under one budget, and the whole trade-off."""
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
@@ -17,6 +16,7 @@ from spectrim.core.errors import PlanError, RuleError
 from spectrim.core.plans import Budget, LatencyNote, LayerPlan, Limit, Metric, Plan
 from spectrim.layers.forms import RankCosts, joint_form_named, selected_forms
 from spectrim.linalg import FloatArray, Ranks
+from spectrim.planning.curve import Curve, Point
 from spectrim.planning.decisions import (
     PlanOptions,
     dense,
@@ -27,38 +27,10 @@ from spectrim.planning.decisions import (
     possible_forms,
     why_impossible,
 )
-from spectrim.planning.groups import Group
+from spectrim.planning.groups import Group, grouped
 from spectrim.planning.knapsack import Allocation, KnapsackItem
+from spectrim.planning.reach import out_of_reach
 from spectrim.runtimes.rank_grid import Grid
-
-
-@dataclass(frozen=True, eq=False)
-class Point:
-    """One point of a trade-off curve.
-
-    Attributes:
-        kept: The share of the dense network's cost that is kept.
-        lost: What all layers lose together: shares of their energies, times their sensitivities if these were measured.
-        plan: The plan that does it.
-    """
-
-    kept: float
-    lost: float
-    plan: Plan
-
-
-@dataclass(frozen=True, eq=False)
-class Curve:
-    """What every budget would lose, cheapest first. `cost` is what `kept` is a share of."""
-
-    cost: Limit
-    points: tuple[Point, ...]
-
-    def __iter__(self) -> Iterator[Point]:
-        return iter(self.points)
-
-    def __len__(self) -> int:
-        return len(self.points)
 
 
 @checked
@@ -223,21 +195,16 @@ class Candidates:
     @cached_property
     def groups(self) -> list[Group]:
         """What is chosen together: a layer, or several that can be narrowed together."""
-        by_name, taken, groups = {layer.name: layer for layer in self.analysis}, set[str](), list[Group]()
-        joint: dict[str, tuple[tuple[LayerAnalysis, ...], list[str]]] = {}
-        for layer in self.analysis:
-            if forms := self._joint_forms(layer):
-                members = (*(by_name[feeder.name] for feeder in layer.feeders), layer)
-                joint |= dict.fromkeys((member.name for member in members), (members, forms))
-        for layer in self.analysis:
-            if layer.name in taken:
-                continue
-            members, forms = joint.get(layer.name, ((layer,), []))
-            group = Group.of_each(members, [self._alone[member.name] for member in members])
-            for form in forms:
-                group = group.with_options(*self._joint(members, form))
-            taken |= {member.name for member in members}
-            groups.append(group)
+        by_name = {layer.name: layer for layer in self.analysis}
+        together = {
+            layer.name: tuple(by_name[feeder.name] for feeder in layer.feeders)
+            for layer in self.analysis
+            if self._joint_forms(layer)
+        }
+        groups = [Group.of_each(members, self._alone) for members in grouped(self.analysis, together)]
+        for place, group in enumerate(groups):
+            for form in self._joint_forms(group.layers[-1]):
+                groups[place] = groups[place].with_options(*self._joint(group.layers, form))
         return groups
 
     @cached_property
@@ -353,7 +320,7 @@ class Candidates:
             why = f"{together[0]} at {share:.0%} of the {self.cost} of all {len(group.layers)} layers loses least"
             return narrowed(group.layers, *together, metric=self.metric, reason=f"{why} for what it saves")
         planned = []
-        for layer, choice in zip(group.layers, group.apart(option), strict=True):
+        for layer, choice in zip(group.layers, group.separately(option), strict=True):
             item, named = self._alone[layer.name]
             if choice:
                 form, ranks = named[choice - 1]
@@ -413,40 +380,3 @@ def solve(candidates: Candidates, rule: Budget, *, share: float) -> list[int]:
     """
     limit = candidates.require(rule, share=share) - candidates.outside
     return Allocation.of(candidates.items, limit=limit).solve(limit)
-
-
-def out_of_reach(candidates: Candidates, rule: Budget, least: float, *, how: str = "predicted") -> str:
-    """What to say of a budget when `least` is the smallest share there is."""
-    open_to = len(candidates.cheapest)
-    timed = candidates.cost == "latency"
-    if timed and (not open_to or least >= 1):
-        measured = f"with all its layers at their fastest ranks the model takes {least:.3g} of the dense time"
-        why = measured if open_to else "no layer would be faster in factors"
-        return (
-            f"{rule} cannot be reached: {why} with the {rule.runtime} runtime here; "
-            "limit the MACs or the parameters instead, or try another runtime or batch"
-        )
-    share = math.ceil(1e4 * least) / 1e4
-    smallest, at = ("fastest", f"their fastest ranks ({how})") if timed else ("smallest", f"rank {candidates.multiple}")
-    cost = "time is" if timed else f"{rule.limits} are"
-    others = max(0, candidates.whole - candidates.body) / candidates.whole
-    of = f", of={rule.of!r}" if rule.of else ""
-    return (
-        f"{rule} cannot be reached: the {smallest} this model can be is Budget({rule.limits}={share:g}{of}), with all "
-        f"{open_to} layers that can shrink at {at}; {others:.1%} of the {cost} in what cannot shrink"
-        f"{_first_reason(candidates)}"
-    )
-
-
-def _first_reason(candidates: Candidates) -> str:
-    """The reason for which most of the cost stays dense, with its largest layer, if there are any."""
-    metric = candidates.metric if candidates.metric in candidates.analysis.metrics else "plain"
-    groups: dict[str, list[LayerAnalysis]] = {}
-    for layer in candidates.analysis:
-        if reason := why_impossible(layer, metric, limit=candidates._limit):
-            groups.setdefault(reason, []).append(layer)
-    if not groups:
-        return ""
-    reason, layers = max(groups.items(), key=lambda group: sum(map(candidates.dense, group[1])))
-    number, largest = sum(map(len, groups.values())), max(layers, key=candidates.dense)
-    return f"; {number} layers stay dense, {len(layers)} of them like {largest.name}: {reason}"

@@ -17,8 +17,9 @@ from spectrim.layers.forms import form_named
 from spectrim.layers.replacement import duplicate, factorize
 from spectrim.layers.unfusing import fused
 from spectrim.linalg import Factors
-from spectrim.planning.budgets import Candidates, out_of_reach, solve
+from spectrim.planning.budgets import Candidates, solve
 from spectrim.planning.decisions import PlanOptions
+from spectrim.planning.reach import out_of_reach
 from spectrim.planning.rules import candidates_of
 from spectrim.runtimes.sessions import Runtime, Session, require_runtime
 from spectrim.runtimes.timing import Interval, compare, interleaved

@@ -195,9 +195,9 @@ class JointForm(Form):
     def feeder_costs(self, unit: Unit, feeder: Weight, ranks: npt.NDArray[np.int64]) -> RankCosts:
         """Those of a layer that feeds it."""
         assert feeder.geometry is not None
-        given, _ = self.sizes(unit, ranks)
-        params = given * feeder.geometry.into
-        return RankCosts(self.name, ranks, params + feeder.biases * given, params * feeder.positions.kernel)
+        fed, _ = self.sizes(unit, ranks)
+        params = fed * feeder.geometry.into
+        return RankCosts(self.name, ranks, params + feeder.biases * fed, params * feeder.positions.kernel)
 
     def feeder_cost(self, unit: Unit, feeder: Weight, ranks: Ranks) -> Cost:
         """The same at `ranks`."""
