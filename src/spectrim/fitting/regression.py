@@ -15,7 +15,7 @@ from spectrim.linalg import Covariance, to_float64
 from spectrim.linalg.covariance import add_outer, solver, times
 from spectrim.linalg.problem import ridged
 
-_RIDGE, _MOST_RIDGE = 1e-2, 1e4
+_RIDGE, _RIDGE_OF_TOKENS, _MOST_RIDGE = 1e-2, 1e-1, 1e4
 
 Rows = dict[str, list[Tensor]]
 """By call site and batch: (groups, n, ..)."""
@@ -44,6 +44,11 @@ class InputRows:
         """On another device; itself where it is there."""
         moved = [rows.to(device) for rows in self.rows]
         return self if all(map(operator.is_, moved, self.rows)) else InputRows(self.name, moved, self.samples)
+
+    @property
+    def are_tokens(self) -> bool:
+        """Whether they are several to a sample, without a kernel that sees them together, as words of a text are."""
+        return sum(rows.shape[1] for rows in self.rows) > sum(map(_number, self.samples))
 
     @cached_property
     def moments(self) -> Moments:
@@ -94,7 +99,8 @@ class RidgeFit:
             means = {site: torch.zeros_like(mean) for site, mean in means.items()}
         # (1 - s) C + s I but for a factor, where s is what so few samples do not know
         unknown = min(together.shrinkage / max(1 - together.shrinkage, 1e-9), _MOST_RIDGE)
-        metric = ridged(C, share=max(_RIDGE, unknown))
+        of_tokens = layer_type_of(layer).feature_dim(layer) == -1 and any(own.are_tokens for own in received.values())
+        metric = ridged(C, share=max(_RIDGE_OF_TOKENS if of_tokens else _RIDGE, unknown))
         return cls(W, inputs, means, C, metric, solver(metric), biased)
 
     def cross(self, targets: Rows) -> Tensor:
@@ -122,6 +128,10 @@ class RidgeFit:
         if not self.biased:
             return torch.zeros_like(whole[..., 0]).flatten()
         return (_mean(targets) - (whole.to(self.dense.device) @ self.means[site].unsqueeze(-1)).squeeze(-1)).flatten()
+
+
+def _number(samples: Samples) -> int:
+    return samples if isinstance(samples, int) else len(samples)
 
 
 def _mean(batches: Sequence[Tensor]) -> Tensor:
