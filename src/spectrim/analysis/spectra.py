@@ -294,8 +294,20 @@ def analyze_selected(
     """
     seen = trace(model, as_inputs(example_inputs), treat_as=selection.treat_as)
     units = find_units(model, seen, selection)
+    return analyze_units(model, units, whole=count(model, example_inputs), calibration=calibration, device=device)
+
+
+def analyze_units(
+    model: nn.Module,
+    units: Sequence[Unit],
+    *,
+    whole: NetworkCost,
+    calibration: Calibration | None = None,
+    device: torch.device | None = None,
+) -> Analysis:
+    """As `analyze_selected`, of units that were found before, in a model that costs `whole`."""
     layers = tuple(_layer(model, unit, calibration, device) for unit in units)
-    return Analysis(layers, _metrics(layers, calibration), count(model, example_inputs), calibration)
+    return Analysis(layers, _metrics(layers, calibration), whole, calibration)
 
 
 def with_statistics(bare: Analysis, calibration: Calibration) -> Analysis:

@@ -12,7 +12,7 @@ from spectrim.core.errors import DependencyError, FileError, ModelError
 from spectrim.core.files import read_text
 
 CONFIG = "config.json"
-_INDEX = "model.safetensors.index.json"
+INDEX = "model.safetensors.index.json"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".index.json")
 _OWN_METHOD = "spectrim"
 
@@ -26,17 +26,7 @@ def load_pretrained(folder: str | Path) -> nn.Module:
         DependencyError: transformers is not installed.
     """
     folder = Path(folder).expanduser()
-    config = read_config(folder)
-    _require_plain_weights(folder, config)
-    try:
-        transformers = importlib.import_module("transformers")
-    except ImportError as error:
-        raise DependencyError('a folder of Hugging Face needs transformers; run: pip install "spectrim[hf]"') from error
-    name = next(iter(config.get("architectures") or ()), "")
-    model_class = getattr(transformers, name, None) if name.isidentifier() else None
-    if model_class is None or not hasattr(model_class, "from_pretrained"):
-        raise ModelError(_why_unknown(folder, config, name, version=transformers.__version__))
-    _require_all_files(folder)
+    model_class = model_class_of(folder)
     try:
         model, report = model_class.from_pretrained(
             str(folder),
@@ -50,14 +40,33 @@ def load_pretrained(folder: str | Path) -> nn.Module:
         raise
     except Exception as error:  # whatever a damaged or foreign folder leads to
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise FileError(f"{folder} cannot be loaded as a {name}: {reason}") from error
+        raise FileError(f"{folder} cannot be loaded as a {model_class.__name__}: {reason}") from error
     if missing := sorted(report["missing_keys"]):
         raise FileError(
-            f"{folder} lacks {len(missing)} of the weights of a {name}, which would be random, first {missing[0]}; is "
-            "the folder whole, and the architecture in its config.json that of its weights?"
+            f"{folder} lacks {len(missing)} of the weights of a {model_class.__name__}, which would be random, first "
+            f"{missing[0]}; is the folder whole, and the architecture in its config.json that of its weights?"
         )
     network: nn.Module = model.eval()
     return network
+
+
+def model_class_of(folder: Path) -> Any:
+    """The class of transformers that a folder's config.json names, once it is known that all its files are there.
+
+    Raises as `load_pretrained`.
+    """
+    config = read_config(folder)
+    _require_plain_weights(folder, config)
+    try:
+        transformers = importlib.import_module("transformers")
+    except ImportError as error:
+        raise DependencyError('a folder of Hugging Face needs transformers; run: pip install "spectrim[hf]"') from error
+    name = next(iter(config.get("architectures") or ()), "")
+    model_class = getattr(transformers, name, None) if name.isidentifier() else None
+    if model_class is None or not hasattr(model_class, "from_pretrained"):
+        raise ModelError(_why_unknown(folder, config, name, version=transformers.__version__))
+    _require_all_files(folder)
+    return model_class
 
 
 def read_config(folder: Path) -> Mapping[str, Any]:
@@ -127,7 +136,7 @@ def _why_unknown(folder: Path, config: Mapping[str, Any], name: str, *, version:
 
 def _require_all_files(folder: Path) -> None:
     """Raise `FileError` where a shard is missing, or there are no safetensors."""
-    index = folder / _INDEX
+    index = folder / INDEX
     if not index.is_file():
         if not any(folder.glob("*.safetensors")):
             raise FileError(
