@@ -116,9 +116,9 @@ __all__ = [
     "Ratio", "Results", "Run", "Score",
     "SpatialConv2d", "Spectrum", "Tucker2Conv2d", "Variant", "accuracy", "analyze", "calibrate",
     "compare_quantized", "compress", "compress_checkpoint", "errors", "estimate_memory", "evaluate", "export_onnx",
-    "export_openvino", "export_program", "finetune", "latency_table", "load", "measure", "merge", "onnx_accuracy", "pareto", "plan",
-    "plot_accuracy", "plot_classes", "plot_curves", "plot_history", "plot_ranks", "plot_spectra", "probe",
-    "quantize", "report", "runtime_gain", "save", "save_figure", "sensitivity", "table", "text", "training",
+    "export_openvino", "export_program", "finetune", "latency_table", "load", "measure", "merge", "onnx_accuracy",
+    "pareto", "plan", "plot_accuracy", "plot_classes", "plot_curves", "plot_history", "plot_ranks", "plot_spectra",
+    "probe", "quantize", "report", "runtime_gain", "save", "save_figure", "sensitivity", "table", "text", "training",
     "write_model_card",
 ]
 # fmt: on

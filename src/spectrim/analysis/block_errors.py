@@ -13,9 +13,9 @@ from spectrim.layers.tokens import TokenMasks, output_rows
 from spectrim.layers.types import layer_type_of
 from spectrim.linalg import to_float64
 
-_SAMPLES, _TOKENS = 4, 2048
+_SAMPLES, _TOKENS = 4, 1024
 _LOST = 0.1
-_ROWS = 1024
+_ROWS = 512
 
 
 def block_sensitivity(block: nn.Module, analysis: Analysis, batches: Sequence[Inputs]) -> dict[str, float]:
@@ -111,7 +111,8 @@ def _project(mean: Tensor, basis: Tensor, layer: nn.Module, _: object, output: T
 def relative_squares(before: Tensor, after: Tensor, masks: TokenMasks) -> Tensor:
     """Squared change of each token's vector as a share of its square, (n,)."""
     places = masks.places(before.shape)
-    pair = [(tensor if places is None else places.take(tensor)).double() for tensor in (before, after)]
-    square = pair[0].square().sum(dim=-1)
-    change = (pair[1] - pair[0]).square().sum(dim=-1)
-    return torch.div(change, square.clamp(min=1e-30)).flatten()
+    first, second = ((x if places is None else places.take(x)).double() for x in (before, after))
+    square: Tensor = first.square().sum(dim=-1)
+    change: Tensor = (second - first).square().sum(dim=-1)
+    shares: Tensor = change / square.clamp(min=1e-30)
+    return shares.flatten()

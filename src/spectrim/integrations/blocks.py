@@ -1,8 +1,8 @@
 """A model of transformers whose blocks are read from its folder one at a time, and run one after the other."""
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from spectrim.core.errors import DataError, ModelError
-from spectrim.core.execution import Inputs, call, distinct_state, evaluating, fill_state
+from spectrim.core.execution import Inputs, call, distinct_state, evaluating, fill_state, temporary
 from spectrim.core.nested import map_tensors, size_of, tensors
 from spectrim.integrations.shards import Shards
 from spectrim.layers.tokens import TokenMasks
@@ -173,15 +173,18 @@ class BlockChain:
         before = [first]
 
         def run(name: str, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            expected = calls[len(before) - 1]
+            position = len(before) - 1
+            if position == len(calls) or name != self.names[position]:
+                raise ModelError(f"{name} does not run once, in the order of the blocks; {_WHOLE}")
+            expected = calls[position]
             same = torch.equal(hidden, before[-1]) and _equal((args, kwargs), (expected.args, expected.kwargs))
-            if name != self.names[len(before) - 1] or not same:
+            if not same:
                 raise ModelError(f"{name} is given more than the hidden states of the block before it; {_WHOLE}")
             output = self._filled(name)(hidden, *args, **kwargs)
             before.append(_hidden_of(name, output)[0])
             return output
 
-        self._run(batch, run)
+        self._run(batch, run, to_end=True)
 
     def _with_output_of_first(self, batch: Inputs) -> "BlockChain":
         """The chain that knows what its blocks give besides hidden states."""
@@ -194,41 +197,39 @@ class BlockChain:
         self._run(batch, run)
         return replace(self, beside=beside[0])
 
-    def _run(self, batch: Inputs, on_block: Callable[..., Any]) -> None:
-        """Run the model up to the end of the last block, with `on_block` in the place of each block's forward pass."""
+    def _run(self, batch: Inputs, on_block: Callable[..., Any], *, to_end: bool = False) -> None:
+        """Run the model with `on_block` in the place of each block's forward pass, up to the last block or the head."""
         blocks = {name: self.model.get_submodule(name) for name in self.names}
+
+        reached: list[str] = []
+
+        def end(*_: Any) -> None:
+            raise _BlocksEnded
 
         def forward(name: str, *args: Any, **kwargs: Any) -> Any:
             hidden, *args = args if args else (kwargs.pop("hidden_states", None),)  # type: ignore[assignment]
             if not isinstance(hidden, Tensor):
                 raise ModelError(f"{name} is not given hidden states as its first argument; {_WHOLE}")
+            reached.append(name)
             output = on_block(name, hidden, tuple(args), kwargs)
-            if name == self.names[-1]:
+            if name == self.names[-1] and not to_end:
                 raise _BlocksEnded
             return output
 
-        with evaluating(self.model), self._rest_in_float32():
+        hooks = [] if self._head is None else [self._head.register_forward_pre_hook(end)]
+        # embeddings stay in the file, in its number type, and what they look up is converted
+        lookups = filter(_is_lookup, self.model.modules())
+        hooks += [module.register_forward_hook(lambda *call: _widened(call[-1])) for module in lookups]
+        with evaluating(self.model), temporary(hooks), suppress(_BlocksEnded):
             try:
                 for name, block in blocks.items():
                     block.__dict__["forward"] = partial(forward, name)
                 call(self.model, batch, what="the calibration data")
-            except _BlocksEnded:
-                return
             finally:
                 for block in blocks.values():
                     del block.__dict__["forward"]
-        raise ModelError(f"{self.names[-1]} is not called by {type(self.model).__name__}; {_WHOLE}")
-
-    @contextmanager
-    def _rest_in_float32(self) -> Iterator[None]:
-        """Embeddings stay in the file, in its number type; what they look up is converted."""
-        lookups = [module for module in self.model.modules() if _is_lookup(module)]
-        handles = [module.register_forward_hook(lambda *call: _widened(call[-1])) for module in lookups]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        if not reached:
+            raise ModelError(f"no block is called by {type(self.model).__name__}; {_WHOLE}")
 
     def _filled(self, name: str) -> nn.Module:
         block: nn.Module = copy.deepcopy(self.model.get_submodule(name))
@@ -238,13 +239,18 @@ class BlockChain:
         _fill(block, values, name)
         return block
 
+    @property
+    def _head(self) -> nn.Module | None:
+        """What gives scores of words; it is not run."""
+        head: nn.Module | None = self.model.get_output_embeddings()
+        return head
+
     def _load_rest(self) -> None:
         blocks = tuple(f"{name}." for name in self.names)
         state = self.shards.read(name for name in self.shards.keys if not name.startswith(blocks))
-        head = self.model.get_output_embeddings() if hasattr(self.model, "get_output_embeddings") else None
         for key, tensor in state.items():
             owner = self.model.get_submodule(key.rpartition(".")[0])
-            if not _is_lookup(owner) and owner is not head:
+            if not _is_lookup(owner) and owner is not self._head:
                 state[key] = _widened(tensor, copy=True)
         fill_state(self.model, state, strict=False, assign=True)
         for name, buffer in self.model.named_buffers():

@@ -141,11 +141,10 @@ class _Run:
         self._require_memory(first)
         hidden = sum(tensor.nbytes for tensor in first)
         fingerprint = self.request.fingerprint(shards, self.batches)
-        work = WorkFolder.begin(self.out, fingerprint, needed=shards.bytes + 4 * hidden)
-        if not (work.path / "chain.json").exists() and not work.is_complete:
+        if not WorkFolder(self.out).is_begun:
             self.report("check", 0, 1)
             chain.require_chain(resized(self.batches[0], 1))
-            write_text(work.path / "chain.json", "{}")
+        work = WorkFolder.begin(self.out, fingerprint, needed=shards.bytes + 4 * hidden)
         walk = Walk(chain, self.request, work, calls, first, self.report)
         for block in walk.missing(work.spectra, ["spectra"]):
             walk.learn(block, self._selected)

@@ -39,9 +39,8 @@ class WorkFolder:
             ResourceError: the disk has less space than is needed.
         """
         work = cls(out)
-        begun = work.path / "request.json"
-        if begun.is_file():
-            if read_text(begun) != request:
+        if work.is_begun:
+            if read_text(work._request) != request:
                 raise FileError(
                     f"{out} was begun with another rule, other data, options or weights; give those again to go on, "
                     f"or delete {out} to begin anew"
@@ -57,13 +56,22 @@ class WorkFolder:
                 f"{needed / 1e9:.1f} GB will be written to {out}, and {free / 1e9:.1f} GB are free; choose a folder on "
                 "another disk, or give fewer samples"
             )
-        write_text(begun, request)
+        write_text(work._request, request)
         return work
 
     @property
     def path(self) -> Path:
         """The folder."""
         return self.out / WORK
+
+    @property
+    def _request(self) -> Path:
+        return self.path / "request.json"
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether there is something to go on with."""
+        return self._request.is_file()
 
     @property
     def is_complete(self) -> bool:
