@@ -104,7 +104,7 @@ def _project(mean: Tensor, basis: Tensor, layer: nn.Module, _: object, output: T
     rows = output.movedim(dim, -1).unflatten(-1, (len(basis), -1)).movedim(-2, 0)
     flat = rows.reshape(len(basis), -1, rows.shape[-1])
     mean, basis = mean.to(flat), basis.to(flat)
-    low = ((flat - mean) @ basis) @ basis.mT + mean
+    low: Tensor = ((flat - mean) @ basis) @ basis.mT + mean
     return low.reshape(rows.shape).movedim(0, -2).flatten(-2).movedim(-1, dim)
 
 

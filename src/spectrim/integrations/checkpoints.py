@@ -27,7 +27,6 @@ from spectrim.core.plans import Budget, Metric, Plan, Rule
 from spectrim.core.progress import progress_callback
 from spectrim.integrations.blocks import BlockCall, BlockChain, block_bytes, empty_model, shared_calls
 from spectrim.integrations.cards import write_model_card
-from spectrim.integrations.huggingface import FactoredConfig
 from spectrim.integrations.shards import Shards, groups_of, write_index, write_shard
 from spectrim.integrations.spectra_files import read_spectra
 from spectrim.integrations.walks import BlockRecord, Request, Walk
@@ -117,7 +116,7 @@ def compress_checkpoint(
     request = Request(rule, options, include, exclude, fitted and metric != "plain")
     with progress_callback(on_progress, progress=progress) as report:
         report("read", 0, 1)
-        model = _new_model(source)
+        model = new_model(source)
         shards = Shards.of(source, model)
         batches = _read(data, model, max_batches=max_batches, mask=mask)
         chain = BlockChain.of(model, shards, resized(batches[0], 1))
@@ -200,7 +199,7 @@ class _Run:
     @cached_property
     def dense_cost(self) -> NetworkCost:
         """Of the dense model; the analysis adds the MACs."""
-        params = sum(parameter.numel() for parameter in _new_model(self.chain.shards.folder).parameters())
+        params = sum(parameter.numel() for parameter in new_model(self.chain.shards.folder).parameters())
         return NetworkCost(params=params, bytes=self.chain.shards.bytes, macs=0)
 
 
@@ -245,13 +244,15 @@ class _Output:
 
     def _write_beside(self, records: Sequence[BlockRecord]) -> None:
         """Everything but the weights."""
+        from spectrim.integrations.huggingface import FactoredConfig
+
         out, source = self.run.out, self.run.chain.shards.folder
         for path in other_files(source):
             (out / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source / path, out / path)
         self.plan.save(out / PLAN)
         low_rank = {name: layer for record in records for name, layer in record.low_rank.items()}
-        config, model = _config_of(source), _new_model(source)
+        config, model = _config_of(source), new_model(source)
         rebuild(model, Structure(low_rank=low_rank, same_layer={}), origin=str(out))
         write_model_card(model, out)
         if low_rank:
@@ -302,7 +303,7 @@ def _config_of(folder: Path) -> Any:
     return AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
 
 
-def _new_model(folder: Path) -> Any:
+def new_model(folder: Path) -> Any:
     """The folder's model without values, which keeps no keys and values of earlier tokens."""
     model_class, config = model_class_of(folder), _config_of(folder)
     for part in (config, config.get_text_config()):

@@ -1,14 +1,13 @@
 """The weights of a folder of Hugging Face, read one by one under the names that they have in the model."""
 
+import functools
 import json
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -17,11 +16,6 @@ from spectrim.core.errors import FileError
 from spectrim.core.execution import distinct_state
 from spectrim.core.files import read_text, write_atomically
 from spectrim.models.folders import INDEX
-
-_MAJOR = int(transformers.__version__.partition(".")[0])
-if _MAJOR >= 5:
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 _LEGACY = (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias"))
 
@@ -143,17 +137,12 @@ def _files_by_key(folder: Path) -> dict[str, str]:
     return files
 
 
-def _renaming(model: Any) -> Any:
+def _renaming(model: Any) -> Callable[[str], str]:
     """What turns keys in files into names of this version of transformers."""
-    renamings = []
-    if _MAJOR >= 5:
-        renamings = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)]
-
-    def rename(key: str) -> str:
-        if renamings:
-            return str(rename_source_key(key, renamings, [])[0])
-        for old, new in _LEGACY:
-            key = re.sub(rf"{re.escape(old)}$", new, key)
-        return key
-
-    return rename
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming, rename_source_key
+    except ImportError:  # transformers 4
+        return lambda key: functools.reduce(lambda name, pair: name.replace(*pair), _LEGACY, key)
+    renamings = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)]
+    return lambda key: rename_source_key(key, renamings, [])[0]

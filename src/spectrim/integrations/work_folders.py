@@ -48,14 +48,13 @@ class WorkFolder:
             return work
         if out.exists() and (not out.is_dir() or any(path for path in out.iterdir() if path.name != WORK)):
             raise FileError(f"{out} is there already, and stays as it is; choose another folder for out=")
-        require_writable_folder(work.path)
-        free = shutil.disk_usage(work.path).free
+        free = shutil.disk_usage(next(parent for parent in (out, *out.absolute().parents) if parent.exists())).free
         if needed > free:
-            work.path.rmdir()
             raise ResourceError(
                 f"{needed / 1e9:.1f} GB will be written to {out}, and {free / 1e9:.1f} GB are free; choose a folder on "
                 "another disk, or give fewer samples"
             )
+        require_writable_folder(work.path)
         write_text(work._request, request)
         return work
 
