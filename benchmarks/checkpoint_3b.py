@@ -72,7 +72,8 @@ def compress(folder: Path, out: Path, *, share: float) -> None:
     begin = time.perf_counter()
 
     def report(what: str, done: int, total: int) -> None:
-        print(f"{time.perf_counter() - begin:8.1f} s  {peak_gb():5.2f} GB  {what}  {done}/{total}", flush=True)
+        wall, cpu = time.perf_counter() - begin, time.process_time()
+        print(f"{wall:8.1f} s  {cpu:8.1f} s of CPU  {peak_gb():5.2f} GB  {what}  {done}/{total}", flush=True)
 
     data = [{"input_ids": part} for part in tokens.split(BATCH)]
     result = st.compress_checkpoint(folder, st.Budget(params=share, of="body"), data=data, out=out, on_progress=report)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import spectrim as st
@@ -86,9 +86,9 @@ def test_the_folder_loads_and_costs_what_the_plan_says(tmp_path: Path, name: str
     small = loaded(type(dense), tmp_path / "small")
     params = sum(weight.numel() for weight in small.parameters())
     assert params == result.measurement.params
-    kept, whole = result.plan.kept_cost.params, result.plan.dense_cost.params
-    assert kept < whole
-    assert params == sum(weight.numel() for weight in dense.parameters()) - whole + kept
+    after, before = result.plan.kept_cost.params, result.plan.dense_cost.params
+    assert after < before
+    assert params == sum(weight.numel() for weight in dense.parameters()) - before + after
     assert st.Plan.load(tmp_path / "small" / "plan.json") == result.plan
     assert set(low_rank_layers(small)) == {layer.name for layer in result.plan.factored}
     with torch.no_grad():
@@ -207,6 +207,17 @@ def test_bfloat16_stays_bfloat16(tmp_path: Path) -> None:
     assert result.hidden_error < 0.6
 
 
+def test_names_without_the_prefix_of_the_body_are_known(tmp_path: Path) -> None:
+    dense = folder_of(gpt2(), tmp_path / "dense")
+    path = tmp_path / "dense" / "model.safetensors"
+    save_file(
+        {key.removeprefix("transformer."): value for key, value in load_file(path).items()}, path, {"format": "pt"}
+    )
+    result = st.compress_checkpoint(tmp_path / "dense", BODY, data=tokens(), out=tmp_path / "small")
+    small = loaded(type(dense), tmp_path / "small")
+    assert set(low_rank_layers(small)) == {layer.name for layer in result.plan.factored}
+
+
 def test_padding_changes_nothing(tmp_path: Path) -> None:
     folder_of(llama(), tmp_path / "dense")
     results = []
@@ -250,6 +261,8 @@ def damaged(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
         (BODY, {"metric": "loss"}, "needs gradients of the whole model"),
         (BODY, {"exclude": "lm_head"}, "matches no layer"),
         (BODY, {"data": []}, "is empty"),
+        (BODY, {"data": [{"pixels": torch.zeros(2, 3)}]}, "cannot run the calibration data"),
+        (st.Rank(40), {}, "full rank 32"),
         (st.Budget(params=0.01), {}, "cannot be reached"),
     ],
 )

@@ -1,6 +1,7 @@
 """How much the output of one block changes with an error in each of its layers, without a decomposition of weights."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -55,20 +56,21 @@ def block_sensitivity(block: nn.Module, analysis: Analysis, batches: Sequence[In
     return sensitivities
 
 
+def first_samples(inputs: Inputs, number: int) -> Inputs:
+    """The first samples; tensors that are not one row a sample stay as they are."""
+    samples = inputs.samples
+    cropped = inputs.map(lambda tensor: tensor[:number] if tensor.ndim and len(tensor) == samples else tensor)
+    return replace(cropped, mask=inputs.mask[:number] if isinstance(inputs.mask, Tensor) else inputs.mask)
+
+
 def _few(batches: Sequence[Inputs]) -> Iterator[Inputs]:
     """The first samples of each batch, no more than are looked at."""
     samples, tokens = _SAMPLES, _TOKENS
     for batch in batches:
-        size, length = batch.samples, batch.args[0][0].numel() // batch.args[0].shape[-1]
-        number = max(1, min(size, samples, tokens // max(1, length)))
+        length = max(1, batch.args[0][0].numel() // batch.args[0].shape[-1])
+        number = max(1, min(batch.samples, samples, tokens // length))
+        yield first_samples(batch, number)
         samples, tokens = samples - number, tokens - number * length
-
-        def first(tensor: Tensor, size: int = size, number: int = number) -> Tensor:
-            return tensor[:number] if tensor.ndim and len(tensor) == size else tensor
-
-        mask = first(batch.mask) if isinstance(batch.mask, Tensor) else batch.mask
-        cut = batch.map(first)
-        yield Inputs(cut.args, cut.kwargs, mask)
         if samples <= 0 or tokens <= 0:
             return
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from spectrim.core.errors import DataError, ModelError
-from spectrim.core.execution import Inputs, call, distinct_state, evaluating, fill_state, temporary
+from spectrim.core.errors import DataError, ModelError, SpectrimError
+from spectrim.core.execution import Inputs, distinct_state, evaluating, fill_state, temporary
 from spectrim.core.nested import map_tensors, size_of, tensors
 from spectrim.integrations.shards import Shards
 from spectrim.layers.tokens import TokenMasks
@@ -224,7 +224,13 @@ class BlockChain:
             try:
                 for name, block in blocks.items():
                     block.__dict__["forward"] = partial(forward, name)
-                call(self.model, batch, what="the calibration data")
+                self.model(*batch.args, **batch.kwargs)
+            except SpectrimError:
+                raise
+            except Exception as error:
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                name = type(self.model).__name__
+                raise DataError(f"{name} cannot run the calibration data ({batch.describe()}): {reason}") from error
             finally:
                 for block in blocks.values():
                     del block.__dict__["forward"]
@@ -309,11 +315,11 @@ def _block_names(model: Any) -> tuple[str, ...]:
     alike = {name: own for name, own in lists.items() if len({type(each) for each in own}) == 1}
     if getattr(model.config, "is_encoder_decoder", False):
         raise ModelError(f"{type(model).__name__} has an encoder and a decoder, which are not one chain; {_WHOLE}")
-    found = named or alike
-    if not found:
+    lists = named or alike
+    if not lists:
         raise ModelError(f"{type(model).__name__} has no list of blocks (nn.ModuleList) that are alike; {_WHOLE}")
-    longest = max(found, key=lambda name: sum(p.numel() for each in found[name] for p in each.parameters()))
-    return tuple(f"{longest}.{position}" for position in range(len(found[longest])))
+    largest = max(lists, key=lambda name: sum(p.numel() for each in lists[name] for p in each.parameters()))
+    return tuple(f"{largest}.{position}" for position in range(len(lists[largest])))
 
 
 def _fill(block: nn.Module, values: Mapping[str, Tensor], name: str) -> None:

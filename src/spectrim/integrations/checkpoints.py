@@ -2,14 +2,15 @@
 
 import shutil
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from spectrim.analysis.calibration import POSITIONS
 from spectrim.analysis.moments import covariance_bytes
@@ -111,6 +112,7 @@ def compress_checkpoint(
         raise ModelError(f"{source} was compressed already; give the folder of the dense model")
     if target.resolve() == source.resolve():
         raise FileError(f"out={str(out)!r} is the folder of the dense model, which stays as it is; choose another")
+    WorkFolder(target).require_usable()
     options = PlanOptions(metric, rank_multiple=rank_multiple)
     fitted = isinstance(rule, Budget) if reconstruct == "auto" else reconstruct
     request = Request(rule, options, include, exclude, fitted and metric != "plain")
@@ -136,15 +138,17 @@ class _Run:
     def compress(self) -> CompressedCheckpoint:
         """Both passes, and the folder."""
         chain, shards = self.chain, self.chain.shards
-        first, calls = self._recorded()
-        self._require_memory(first)
-        hidden = sum(tensor.nbytes for tensor in first)
+        shapes = {name: tuple(chain.model.get_submodule(name).weight.shape) for name in self._selected}
+        require_reachable(self.request.rule, {name: (own, min(own[0], prod(own[1:]))) for name, own in shapes.items()})
+        hidden = chain.record(self.batches[0])[0].nbytes // self.batches[0].samples
+        samples = sum(batch.samples for batch in self.batches)
+        self._require_memory(shapes, hidden=hidden, samples=samples)
         fingerprint = self.request.fingerprint(shards, self.batches)
         if not WorkFolder(self.out).is_begun:
             self.report("check", 0, 1)
             chain.require_chain(resized(self.batches[0], 1))
-        work = WorkFolder.begin(self.out, fingerprint, needed=shards.bytes + 4 * hidden)
-        walk = Walk(chain, self.request, work, calls, first, self.report)
+        work = WorkFolder.begin(self.out, fingerprint, needed=shards.bytes + 5 * hidden * samples)
+        walk = Walk(chain, self.request, work, self._recorded(work), self.report)
         for block in walk.missing(work.spectra, ["spectra"]):
             walk.learn(block, self._selected)
         plan = self._planned(work)
@@ -159,26 +163,25 @@ class _Run:
         names = [name for name in typed_layers(self.chain.model) if name.startswith(blocks)]
         return LayerSelection(self.request.include, self.request.exclude).matching(names)
 
-    def _recorded(self) -> tuple[list[Tensor], list[list[BlockCall]]]:
-        """What reaches the first block, and by batch what each block is given besides."""
-        first, calls = [], list[list[BlockCall]]()
-        for batch in self.batches:
+    def _recorded(self, work: WorkFolder) -> list[list[BlockCall]]:
+        """By batch what each block is given besides hidden states; those that reach the first block go into files."""
+        calls: list[list[BlockCall]] = []
+        for position, batch in enumerate(self.batches):
             hidden, own = self.chain.record(batch)
-            first.append(hidden)
+            work.write_hidden("spectra", 0, position, hidden)
             calls.append(shared_calls(own, calls[-1] if calls else None))
-        return first, calls
+        return calls
 
-    def _require_memory(self, hidden: Sequence[Tensor]) -> None:
-        """Raise `ResourceError` if a block, its statistics and the work on its largest weight do not fit."""
-        block = block_bytes(self.chain)
-        shapes = [tuple(self.chain.model.get_submodule(name).weight.shape) for name in self._selected]
-        largest = max((rows * columns for rows, columns in (shape[:2] for shape in shapes)), default=0)
-        vectors = sum(min(POSITIONS, tensor[0].numel() // tensor.shape[-1]) * len(tensor) for tensor in hidden)
-        names = dict(zip(self._selected, shapes, strict=True))
-        of_block = [shape for name, shape in names.items() if name.startswith(f"{self.chain.names[0]}.")]
-        statistics = sum(covariance_bytes(max(shape[:2]), vectors=vectors, itemsize=4) for shape in of_block)
-        batch = max(tensor.nbytes for tensor in hidden)
-        needed = 3 * block + statistics + 8 * 8 * largest + 16 * batch
+    def _require_memory(self, shapes: Mapping[str, Sequence[int]], *, hidden: int, samples: int) -> None:
+        """Raise `ResourceError` if a block, its statistics and the work on its largest weight do not fit.
+
+        `hidden` are the bytes of one sample's hidden states.
+        """
+        sizes = [(shape[0], prod(shape[1:])) for shape in shapes.values()]
+        statistics = sum(covariance_bytes(into, vectors=samples * POSITIONS, itemsize=4) for _, into in sizes)
+        largest = 8 * max((out * into for out, into in sizes), default=0)
+        batch = max(own.samples for own in self.batches)
+        needed = 3 * block_bytes(self.chain) + statistics // len(self.chain.names) + 8 * largest + 16 * batch * hidden
         free = free_bytes(torch.device("cpu"))
         if needed > free:
             raise ResourceError(

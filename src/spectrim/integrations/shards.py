@@ -106,13 +106,13 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> Path:
 def groups_of(sizes: Mapping[str, int], *, most: int) -> list[list[str]]:
     """Keys in groups of at most so many bytes, each at least one key."""
     groups: list[list[str]] = []
-    room = 0
+    free = 0
     for key in sorted(sizes):
-        if sizes[key] > room:
+        if sizes[key] > free:
             groups.append([])
-            room = most
+            free = most
         groups[-1].append(key)
-        room -= sizes[key]
+        free -= sizes[key]
     return groups
 
 

@@ -22,8 +22,8 @@ from spectrim.linalg import ChannelDecomposition, Problem, Spectrum
 _KEY = "spectrim"
 
 
-def write_spectra(path: Path, analysis: Analysis, *, metric: Metric, itemsizes: Mapping[str, int]) -> None:
-    """Write an analysis of a block, in one metric; `itemsizes` are those of its layers' weights in their files."""
+def write_spectra(path: Path, analysis: Analysis, *, metric: Metric) -> None:
+    """Write an analysis of a block, in one metric."""
     values, layers = {}, []
     for layer in analysis:
         totals: dict[Metric, float] = {}
@@ -33,7 +33,7 @@ def write_spectra(path: Path, analysis: Analysis, *, metric: Metric, itemsizes: 
             decomposition = ChannelDecomposition.of_values(layer.problems[own])
             values[f"{layer.name}:{own}"] = torch.from_numpy(decomposition.spectrum.values.copy())
         layer_type = layer.weight.layer_type.name if layer.weight.layer_type else None
-        weight = asdict(replace(layer.weight, layer_type=None, itemsize=itemsizes[layer.name]))
+        weight = asdict(replace(layer.weight, layer_type=None))
         layers.append(
             {
                 "weight": weight | {"layer_type": layer_type},

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spectrim.analysis.block_errors import block_sensitivity, relative_squares
+from spectrim.analysis.block_errors import block_sensitivity, first_samples, relative_squares
 from spectrim.analysis.calibration import Calibration, calibrate
 from spectrim.analysis.spectra import analyze_selected, analyze_units
 from spectrim.core.errors import ModelError
@@ -60,7 +60,7 @@ class Request:
         """All that the result depends on, as JSON."""
         digest = hashlib.sha256()
         for batch in batches:
-            digest.update(batch.describe().encode())
+            digest.update(f"{batch.describe()}, {batch.mask}".encode())
             for tensor in batch.tensors():
                 digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
         fields = {
@@ -100,7 +100,6 @@ class Walk:
         request: What is asked for.
         work: The files.
         calls: By batch, what each block is given besides hidden states.
-        first: By batch, the hidden states that reach the first block.
         report: Called with what is done next.
     """
 
@@ -108,17 +107,12 @@ class Walk:
     request: Request
     work: WorkFolder
     calls: Sequence[Sequence[BlockCall]]
-    first: Sequence[Tensor]
     report: ProgressCallback
 
     def missing(self, path: Any, stages: Sequence[Stage]) -> Iterator[int]:
-        """Blocks of which there is no such file yet, once what reaches them is there."""
+        """Blocks of which there is no such file yet; what reached those that are done is deleted."""
         number = len(self.chain.names)
         begin = next((block for block in range(number) if not path(block).exists()), number)
-        if begin == 0:
-            for stage in stages:
-                for batch, hidden in enumerate(self.first):
-                    self.work.write_hidden(stage, 0, batch, hidden)
         for block in range(begin, number):
             yield block
             self.work.forget_hidden(stages, block)
@@ -131,15 +125,13 @@ class Walk:
         inputs = self._inputs("spectra", block)
         own = [layer for layer in typed_layers(model) if layer in selected]
         selection = LayerSelection(own or ("*",), () if own else ("*",), lookups=False)
-        bare = analyze_selected(model, _one_sample(inputs[0]), selection=selection)
+        bare = analyze_selected(model, first_samples(inputs[0], 1), selection=selection)
         calibration = self._calibrated(model, bare.call_sites, block, "spectra")
         units = [layer.unit for layer in bare]
         analysis = analyze_units(model, units, whole=bare.whole, calibration=calibration)
         if isinstance(request.rule, Budget) and request.metric != "plain":
             analysis = replace(analysis, sensitivity=block_sensitivity(model, analysis, inputs))
-        shards = self.chain.shards
-        sizes = {layer.name: shards.dtype(f"{layer.name}.weight").itemsize for layer in analysis}
-        write_spectra(self.work.spectra(block), analysis, metric=request.metric, itemsizes=sizes)
+        write_spectra(self.work.spectra(block), analysis, metric=request.metric)
 
     def fit(self, block: int, plan: Plan) -> None:
         """The second pass over a block: it is factored, fitted, written, and run on what reaches it."""
@@ -148,8 +140,8 @@ class Walk:
         dense = self.chain.block(name)
         units = read_units(self.work.spectra(block))
         own = plan.model_copy(update={"layers": tuple(plan[unit.name] for unit in units)})
-        sites = {site for unit in units if unit.skip_reason is None for site in unit.call_sites}
-        calibration = self._calibrated(dense, sites, block, "dense")
+        call_sites = {site for unit in units if unit.skip_reason is None for site in unit.call_sites}
+        calibration = self._calibrated(dense, call_sites, block, "dense")
         whole = NetworkCost(params=0, bytes=0, macs=0)
         analysis = analyze_units(dense, units, whole=whole, calibration=calibration)
         small: nn.Module = duplicate(dense)
@@ -174,11 +166,11 @@ class Walk:
         """What the block is given in each batch."""
         return [own[block].of(self.work.read_hidden(stage, block, batch)) for batch, own in enumerate(self.calls)]
 
-    def _calibrated(self, model: BlockModel, sites: set[str], block: int, stage: Stage) -> Calibration:
+    def _calibrated(self, model: BlockModel, call_sites: set[str], block: int, stage: Stage) -> Calibration:
         """The statistics of a dense block; keeps what it gives."""
         outputs = _Outputs(self.work, stage, block + 1)
         with temporary([model.register_forward_hook(outputs)]):
-            return calibrate(model, self._inputs(stage, block), layers=sites)
+            return calibrate(model, self._inputs(stage, block), layers=call_sites)
 
     def _passed(self, model: nn.Module, inputs: Sequence[Inputs], stage: Stage, block: int) -> None:
         outputs = _Outputs(self.work, stage, block + 1)
@@ -228,9 +220,3 @@ class _Outputs:
         """Keep one."""
         self.work.write_hidden(self.stage, self.block, self.batch, output)
         self.batch += 1
-
-
-def _one_sample(inputs: Inputs) -> Inputs:
-    samples = inputs.samples
-    cut = inputs.map(lambda tensor: tensor[:1] if tensor.ndim and len(tensor) == samples else tensor)
-    return replace(cut, mask=inputs.mask[:1] if isinstance(inputs.mask, Tensor) else inputs.mask)

@@ -16,7 +16,7 @@ from spectrim.models.folders import CONFIG
 
 WORK = ".spectrim-checkpoint"
 Stage = Literal["spectra", "dense", "compressed"]
-"""Hidden states of the first pass, and of both networks in the second one."""
+"""Hidden states of the first pass, and of both networks in the second one; at the first block they are the same."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class WorkFolder:
             needed: Bytes that will be written.
 
         Raises:
-            FileError: the folder is something else, or was begun with another request.
+            FileError: the folder was begun with another request.
             ResourceError: the disk has less space than is needed.
         """
         work = cls(out)
@@ -46,8 +46,6 @@ class WorkFolder:
                     f"or delete {out} to begin anew"
                 )
             return work
-        if out.exists() and (not out.is_dir() or any(path for path in out.iterdir() if path.name != WORK)):
-            raise FileError(f"{out} is there already, and stays as it is; choose another folder for out=")
         free = shutil.disk_usage(next(parent for parent in (out, *out.absolute().parents) if parent.exists())).free
         if needed > free:
             raise ResourceError(
@@ -62,6 +60,12 @@ class WorkFolder:
     def path(self) -> Path:
         """The folder."""
         return self.out / WORK
+
+    def require_usable(self) -> None:
+        """Raise `FileError` for a folder that holds something else."""
+        out = self.out
+        if not self.is_begun and out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise FileError(f"{out} is there already, and stays as it is; choose another folder for out=")
 
     @property
     def _request(self) -> Path:
@@ -108,4 +112,4 @@ class WorkFolder:
                     shutil.rmtree(path)
 
     def _hidden(self, stage: Stage, block: int) -> Path:
-        return self.path / f"{stage}-{block:05d}"
+        return self.path / (f"{stage}-{block:05d}" if block else "first")
