@@ -261,7 +261,7 @@ def damaged(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
         (BODY, {"metric": "loss"}, "needs gradients of the whole model"),
         (BODY, {"exclude": "lm_head"}, "matches no layer"),
         (BODY, {"data": []}, "is empty"),
-        (BODY, {"data": [{"pixels": torch.zeros(2, 3)}]}, "cannot run the calibration data"),
+        (BODY, {"data": [{"pixels": torch.eye(3)}]}, "cannot run the calibration data"),
         (st.Rank(40), {}, "full rank 32"),
         (st.Budget(params=0.01), {}, "cannot be reached"),
     ],

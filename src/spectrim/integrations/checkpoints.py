@@ -36,7 +36,7 @@ from spectrim.layers.cost import NetworkCost
 from spectrim.layers.selection import LayerSelection, Patterns
 from spectrim.layers.structure import Structure, rebuild
 from spectrim.layers.tracing import typed_layers
-from spectrim.models.folders import CONFIG, is_factored, model_class_of, other_files
+from spectrim.models.folders import CONFIG, OWN_METHOD, is_factored, model_class_of, other_files
 from spectrim.planning.decisions import PlanOptions
 from spectrim.planning.rules import plan_with, require_reachable
 
@@ -247,8 +247,6 @@ class _Output:
 
     def _write_beside(self, records: Sequence[BlockRecord]) -> None:
         """Everything but the weights."""
-        from spectrim.integrations.huggingface import FactoredConfig
-
         out, source = self.run.out, self.run.chain.shards.folder
         for path in other_files(source):
             (out / path).parent.mkdir(parents=True, exist_ok=True)
@@ -262,7 +260,7 @@ class _Output:
             keys = self.run.chain.shards.keys
             stored = {keys[f"{name}.weight"].removesuffix(".weight"): layer for name, layer in low_rank.items()}
             structure = Structure(low_rank=stored, same_layer={})
-            config.quantization_config = FactoredConfig(structure.model_dump(mode="json"))
+            config.quantization_config = {"structure": structure.model_dump(mode="json"), "quant_method": OWN_METHOD}
         with tempfile.TemporaryDirectory(dir=self.work.path) as temporary:
             config.save_pretrained(temporary)
             (Path(temporary) / CONFIG).replace(out / CONFIG)

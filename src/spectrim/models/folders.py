@@ -14,7 +14,7 @@ from spectrim.core.files import read_text
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".index.json")
-_OWN_METHOD = "spectrim"
+OWN_METHOD = "spectrim"
 
 
 def load_pretrained(folder: str | Path) -> nn.Module:
@@ -90,7 +90,7 @@ def read_config(folder: Path) -> Mapping[str, Any]:
 
 def is_factored(folder: Path) -> bool:
     """Whether the folder's config.json speaks of factored layers; raises as `read_config`."""
-    return _quant_method(read_config(folder)) == _OWN_METHOD
+    return _quant_method(read_config(folder)) == OWN_METHOD
 
 
 def other_files(folder: Path) -> list[Path]:
@@ -115,7 +115,7 @@ def _quant_method(config: Mapping[str, Any]) -> str | None:
 
 def _require_plain_weights(folder: Path, config: Mapping[str, Any]) -> None:
     method = _quant_method(config)
-    if method not in (None, _OWN_METHOD):
+    if method not in (None, OWN_METHOD):
         raise ModelError(
             f"the weights in {folder} are quantised: the quant_method in its {CONFIG} is {method!r}; give the folder "
             "of the model as it was before, and quantise the compressed one"
