@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from spectrim.compression import Compressed, compress
     from spectrim.core.plans import Budget, Cost, Energy, LatencyNote, LayerPlan, Plan, Rank, Ratio
     from spectrim.export import Exported, export_onnx, export_openvino, export_program
+    from spectrim.integrations.checkpoints import CompressedCheckpoint, compress_checkpoint
     from spectrim.layers.forms import (
         LowRankConv1d,
         LowRankConv2d,
@@ -85,6 +86,7 @@ _NAMES = {
     "core.plans": "Budget Cost Energy LatencyNote LayerPlan Plan Rank Ratio",
     "export": "Exported export_onnx export_openvino export_program",
     "reporting.cards": "write_model_card",
+    "integrations.checkpoints": "CompressedCheckpoint compress_checkpoint",
     "layers.forms": "LowRankConv1d LowRankConv2d LowRankConvTranspose2d LowRankEmbedding "
     "LowRankEmbeddingBag LowRankLinear SpatialConv2d Tucker2Conv2d",
     "layers.replacement": "merge",
@@ -107,17 +109,18 @@ _MODULES = {name: f"{__name__}.{module}" for module, names in _NAMES.items() for
 
 # fmt: off
 __all__ = [
-    "Accuracy", "Analysis", "Budget", "Calibration", "Changes", "Comparison", "Compressed", "Cost", "Curve",
+    "Accuracy", "Analysis", "Budget", "Calibration", "Changes", "Comparison", "Compressed", "CompressedCheckpoint",
+    "Cost", "Curve",
     "Energy", "Epoch", "Exported", "Fidelity", "Finetuned", "Grid", "History", "Interval", "LatencyNote",
     "LatencyTable", "LayerAnalysis", "LayerPlan", "LayerSpectrum", "LowRankConv1d", "LowRankConv2d",
     "LowRankConvTranspose2d", "LowRankEmbedding", "LowRankEmbeddingBag", "LowRankLinear", "Measurement",
     "MemoryEstimate", "Plan", "Published", "PublishedPoint", "Quantized", "QuantizedRow", "QuantizedTable", "Rank",
     "Ratio", "Results", "Run", "Score",
     "SpatialConv2d", "Spectrum", "Tucker2Conv2d", "Variant", "accuracy", "analyze", "calibrate",
-    "compare_quantized", "compress", "errors", "estimate_memory", "evaluate", "export_onnx", "export_openvino",
-    "export_program", "finetune", "latency_table", "load", "measure", "merge", "onnx_accuracy", "pareto", "plan",
-    "plot_accuracy", "plot_classes", "plot_curves", "plot_history", "plot_ranks", "plot_spectra", "probe",
-    "quantize", "report", "runtime_gain", "save", "save_figure", "sensitivity", "table", "text", "training",
+    "compare_quantized", "compress", "compress_checkpoint", "errors", "estimate_memory", "evaluate", "export_onnx",
+    "export_openvino", "export_program", "finetune", "latency_table", "load", "measure", "merge", "onnx_accuracy",
+    "pareto", "plan", "plot_accuracy", "plot_classes", "plot_curves", "plot_history", "plot_ranks", "plot_spectra",
+    "probe", "quantize", "report", "runtime_gain", "save", "save_figure", "sensitivity", "table", "text", "training",
     "write_model_card",
 ]
 # fmt: on

@@ -150,3 +150,31 @@ def test_files_of_others_stay(folder: Run) -> None:
         assert f"{other} is there already" in said(ended)
         assert other.read_text() == "{}"
         other.unlink()
+
+
+def test_a_folder_is_compressed_block_by_block(folder: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = folder("compress", *MODEL, "--params", 0.8, "--of", "body", "--block-by-block", "--out", "small")
+    assert ended.code == 0, ended.err
+    small = transformers.AutoModelForCausalLM.from_pretrained("small")
+    body = sum(parameter.numel() for parameter in small.model.layers.parameters())
+    plan = st.Plan.load("small/plan.json")
+    assert plan.kept_cost.params + 64 == body
+    assert plan.kept_cost.params <= 0.8 * plan.dense_cost.params
+    assert transformers.AutoTokenizer.from_pretrained("small")("5 7")["input_ids"] == [5, 7]
+    assert "model = LlamaForCausalLM.from_pretrained('small')" in ended.out
+    assert "The last hidden states are" in ended.out
+
+    from spectrim.cli import checkpoints
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "free_bytes", lambda _: 1000)
+        ended = folder("compress", *MODEL, "--params", 0.9, "--out", "other")  # it does not fit twice
+    assert ended.code == 0, ended.err
+    assert Path("other/model-00001-of-00002.safetensors").exists()
+    ended = folder("compress", *MODEL, "--params", 0.8, "--of", "body", "--block-by-block", "--out", "small")
+    assert ended.code == 1
+    assert "is there already" in said(ended)
+    for options in (("--latency", 0.5), ("--params", 0.8, "--metric", "loss"), ("--params", 0.8, "--keep-last")):
+        ended = folder("compress", *MODEL, *options, "--block-by-block", "--out", "new")
+        assert ended.code == 2, ended.err
+        assert "--block-by-block" in said(ended)

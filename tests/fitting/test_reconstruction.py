@@ -264,3 +264,21 @@ def test_a_branch_that_is_nearly_dead_does_no_harm(scale: float) -> None:
     small = st.compress(model, st.Budget(macs=0.5), example_inputs=x[:1], data=x.split(16))
     dense, smaller = output_of(model, x), output_of(small.model, x)
     assert float((dense - smaller).norm() / (dense - dense.mean(dim=0)).norm()) < 0.3
+
+
+def test_a_part_of_a_network_is_fitted_to_what_arrives_from_the_part_before() -> None:
+    from spectrim.core.execution import Inputs
+    from spectrim.fitting.reconstruction import reconstruct
+    from spectrim.layers.replacement import duplicate
+
+    part = seeded(lambda: small_mlp(bias=True))
+    x = inputs(256, 12)
+    arriving = x @ (torch.eye(12) + 0.3 * inputs(12, 12)).double()
+    batches, others = ([Inputs((rows,), {}) for rows in own.split(64)] for own in (x, arriving))
+    analysis = st.analyze(part, x[:1], calibration=st.calibrate(part, batches))
+    plan = st.plan(analysis, st.Rank(3))
+    alone = reconstruct(part, duplicate(part), plan, analysis=analysis, batches=batches)
+    paired = reconstruct(part, duplicate(part), plan, analysis=analysis, batches=batches, small_batches=others)
+    with torch.no_grad():
+        errors = [float((part(x) - small(arriving)).square().mean()) for small in (alone, paired)]
+    assert errors[1] < 0.7 * errors[0]

@@ -392,3 +392,15 @@ def test_an_output_metric_lowers_the_error_that_it_measures(form: str, metric: s
         sums += each
     # alternating steps may end in different local minima at single ranks
     assert sums[0] < sums[1]
+
+
+@pytest.mark.parametrize("shape", [(12, 7), (7, 12), (9, 9)])
+@pytest.mark.parametrize("metric", ["plain", "activation"])
+def test_the_values_alone_are_those_of_the_decomposition(shape: tuple[int, int], metric: str) -> None:
+    weight, rows = numbers(2, *shape), numbers(2, 40, shape[1], seed=1)
+    covariance = None if metric == "plain" else rows.mT @ rows / 40
+    problem = Problem(weight, covariance, rounding_tolerance=1e-12)
+    whole, alone = ChannelDecomposition.of(problem), ChannelDecomposition.of_values(problem)
+    np.testing.assert_allclose(alone.spectrum.values, whole.spectrum.values, rtol=1e-6)
+    again = ChannelDecomposition.of_values(problem, alone.spectrum)
+    assert [again.tail_at((rank,)) for rank in (1, 3)] == pytest.approx([whole.tail_at((rank,)) for rank in (1, 3)])

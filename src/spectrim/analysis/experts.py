@@ -8,7 +8,16 @@ from torch import Tensor
 
 from spectrim.analysis.calibration import Calibration
 from spectrim.analysis.moments import Moments
+from spectrim.layers.units import Unit
 from spectrim.linalg import add_outer, matrix_of, mean_variance, square_of
+
+
+def with_experts_of(calibration: Calibration | None, units: Sequence[Unit]) -> Calibration | None:
+    """The statistics, as `with_experts`, of the stacks among the units."""
+    stacks: dict[str, list[str]] = {}
+    for weight in (weight for unit in units for weight in unit.weights if weight.stack):
+        stacks.setdefault(weight.stack or "", []).extend(weight.call_sites)
+    return with_experts(calibration, stacks) if calibration and stacks else calibration
 
 
 def with_experts(calibration: Calibration, stacks: Mapping[str, Sequence[str]]) -> Calibration:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.analysis.calibration import Calibration
-from spectrim.analysis.experts import with_experts
+from spectrim.analysis.experts import with_experts_of
 from spectrim.analysis.moments import Moments, pooled
 from spectrim.analysis.tied_embeddings import tied_problem
 from spectrim.core.arguments import checked
@@ -67,17 +67,14 @@ class LayerAnalysis:
         problems: What its factors approximate, by metric; empty for layers that cannot be factored.
         weight: The unit's first weight; its only one so far.
         name: The layer's name.
-        names: `name` and `tied_names`.
-        tied_names: Other layers with the same weight.
+        names: `name` and `tied_names`, other layers with the same weight.
         call_sites: The first name of each distinct layer that uses the weight (each keeps a bias of its own).
         kind: Its class, such as `Linear`.
         shape: The weight's shape, as it is stored.
         geometry: Its groups, inputs, outputs and kernel; None for layers that are not matrices.
         positions: Vectors handled in one forward pass of the example inputs, all uses together.
         skip_reason: Why it stays dense, or None.
-        is_lookup: Whether its inputs are indices, as an embedding's are.
-        stack: Of an expert of a mixture what its projection of all experts is called; None for other layers.
-        feeders: See `SingleWeight`.
+        is_lookup, stack, feeders: See `Weight` and `SingleWeight`.
         dense: Its cost as it is.
         full_rank: The largest number of singular values the weight's matrix can have, in each group; 0 for no matrix.
     """
@@ -319,14 +316,26 @@ def analyze_selected(
     inputs = as_inputs(example_inputs)
     seen = trace(model, inputs, treat_as=selection.treat_as)
     units = with_feeders(model, inputs, seen, find_units(model, seen, selection))
-    statistics = _with_experts(calibration, units)
+    return analyze_units(model, units, whole=count(model, inputs), calibration=calibration, device=device)
+
+
+def analyze_units(
+    model: nn.Module,
+    units: Sequence[Unit],
+    *,
+    whole: NetworkCost,
+    calibration: Calibration | None = None,
+    device: torch.device | None = None,
+) -> Analysis:
+    """As `analyze_selected`, of units that were found before, in a model that costs `whole`."""
+    statistics = with_experts_of(calibration, units)
     layers = tuple(_layer(model, unit, statistics, device) for unit in units)
-    return Analysis(layers, _metrics(layers, calibration), count(model, example_inputs), calibration)
+    return Analysis(layers, _metrics(layers, calibration), whole, calibration)
 
 
 def with_statistics(bare: Analysis, calibration: Calibration) -> Analysis:
     """An analysis without statistics with those of a calibration; the weights are not copied again."""
-    statistics = _with_experts(calibration, [layer.unit for layer in bare])
+    statistics = with_experts_of(calibration, [layer.unit for layer in bare])
     layers = tuple(
         LayerAnalysis(layer.unit, layer.forms, _problems(layer.unit, layer.problems["plain"].weight, statistics))
         if layer.problems
@@ -334,13 +343,6 @@ def with_statistics(bare: Analysis, calibration: Calibration) -> Analysis:
         for layer in bare
     )
     return replace(bare, layers=layers, metrics=_metrics(layers, calibration), calibration=calibration)
-
-
-def _with_experts(calibration: Calibration | None, units: Sequence[Unit]) -> Calibration | None:
-    stacks: dict[str, list[str]] = {}
-    for weight in (weight for unit in units for weight in unit.weights if weight.stack):
-        stacks.setdefault(weight.stack or "", []).extend(weight.call_sites)
-    return with_experts(calibration, stacks) if calibration and stacks else calibration
 
 
 def _metrics(layers: Sequence[LayerAnalysis], calibration: Calibration | None) -> tuple[Metric, ...]:

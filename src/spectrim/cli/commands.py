@@ -50,7 +50,7 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """What `spectrim compress` does: a plan instead of a rule, whether layers are fitted, or an estimate alone."""
+    """What `spectrim compress` does: a plan instead of a rule, whether layers are fitted, how, or an estimate alone."""
 
     plan: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Apply this plan instead of a rule; `spectrim plan` writes one.")
@@ -61,6 +61,14 @@ class Method:
             "--reconstruct/--no-reconstruct",
             help="Fit each layer to what it receives in the compressed network (default for --macs, --params, --bytes "
             "and --latency, where there is --data).",
+        ),
+    ] = None
+    block_by_block: Annotated[
+        bool | None,
+        typer.Option(
+            "--block-by-block/--whole",
+            help="Read, compress and write a folder of Hugging Face one block at a time (default where it does not "
+            "fit into memory twice); the same command goes on with a run that was stopped.",
         ),
     ] = None
     estimate: Annotated[

@@ -14,6 +14,7 @@ from spectrim.analysis.spectra import Analysis, analyze_selected
 from spectrim.benchmark.fidelity import Fidelity
 from spectrim.benchmark.measurement import Measurement
 from spectrim.cli import commands
+from spectrim.cli.checkpoints import compress_folder, is_block_by_block
 from spectrim.cli.commands import MEASURED, MODEL, PLAN, REPORT, SPECTRA
 from spectrim.cli.loading import Loaded, load_source
 from spectrim.cli.options import Goal, Layers, Source
@@ -96,6 +97,9 @@ def compress_network(command: commands.Compress) -> None:
     if method.estimate:
         _show_memory(command, edited=edited)
         return
+    if is_block_by_block(command):
+        _compress_blocks(command)
+        return
     files = {**_files(out), **(folder_files(source.folder, out) if source.folder else {})}
     with stages() as progress, outputs(out, files) as folder:
         network = load_source(source, progress, command.machine)
@@ -127,6 +131,16 @@ def compress_network(command: commands.Compress) -> None:
     findings = str(small.fidelity) if small.fidelity else None, _accuracy(record, network, untested=untested)
     hints = *file_lines(out, files), *_how_to_load(source, network, out=out), *_how_to_score(network, source, out=out)
     show(table(small.plan), _times(small.plan), table(compressed), *findings, *hints, output=command.output)
+
+
+def _compress_blocks(command: commands.Compress) -> None:
+    """The same of a folder, block by block."""
+    source, out = command.source, command.out
+    with stages(state=lambda: f"the same command goes on with what is in {out}") as progress:
+        small, network = compress_folder(command, progress)
+    text = f"The last hidden states are {small.hidden_error:.1%} off the dense ones on the calibration data."
+    hints = *_how_to_load(source, network, out=out), *_how_to_score(network, source, out=out)
+    show(table(small.plan), table(small.measurement), text, *hints, output=command.output)
 
 
 def _write(

@@ -33,12 +33,13 @@ class Inputs:
     Attributes:
         args: Positional arguments.
         kwargs: Those with names.
-        mask: Name of the argument (batch, length) that says which positions are tokens; None for the usual names.
+        mask: Name of the argument (batch, length) that says which positions are tokens, or this mask itself where no
+            argument is; None for the usual names.
     """
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
-    mask: str | None = None
+    mask: str | Tensor | None = None
 
     def describe(self) -> str:
         """Types and shapes, for messages."""
@@ -66,8 +67,11 @@ class Inputs:
     def samples(self) -> int:
         """The size of the first dimension that most tensors have; the smallest of several, and 1 without any.
 
-        Vectors, such as tables, and square matrices, such as masks, count only where there is nothing else.
+        Vectors, such as tables, and square matrices, such as masks, count only where there is nothing else. A `mask`
+        that is no argument has one row a sample.
         """
+        if isinstance(self.mask, Tensor):
+            return len(self.mask)
         rows = self.rows()
         likely = [tensor for tensor in rows if tensor.ndim > 2 or len(set(tensor.shape)) == 2]
         sizes = Counter(len(tensor) for tensor in likely or rows if len(tensor))

@@ -112,6 +112,7 @@ def reconstruct(
     *,
     analysis: Analysis,
     batches: Sequence[Inputs],
+    small_batches: Sequence[Inputs] | None = None,
     cache_bytes: int = DEFAULT_BYTES,
     on_progress: ProgressCallback | None = None,
 ) -> nn.Module:
@@ -137,11 +138,14 @@ def reconstruct(
             that are not fitted: those in the plain metric, those that the data do not reach, and those that choose by
             value what they look at.
         batches: What the networks are run on.
+        small_batches: What the compressed one is run on in their place, one for one: of a part of a network, what
+            arrives from the compressed part before it.
         cache_bytes: Bytes that may be kept to save time: two fifths for sampled outputs of the dense network, which is
             run on each time they are full, and three tenths in each network for outputs of blocks that are finished.
         on_progress: Called with each layer's name before it is fitted, how many are done, and of how many.
     """
-    run = partial(_reconstruct, model, plan=plan, analysis=analysis, batches=batches, cache_bytes=cache_bytes)
+    pairs = list(zip(batches, batches if small_batches is None else small_batches, strict=True))
+    run = partial(_reconstruct, model, plan=plan, analysis=analysis, pairs=pairs, cache_bytes=cache_bytes)
     try:
         return run(small, on_progress=on_progress)
     except ForgottenOutputError:  # a batch for which the network reads more than for the first one
@@ -154,7 +158,7 @@ def _reconstruct(
     *,
     plan: Plan,
     analysis: Analysis,
-    batches: Sequence[Inputs],
+    pairs: Sequence[tuple[Inputs, Inputs]],
     cache_bytes: int,
     on_progress: ProgressCallback | None,
     forgets: bool = True,
@@ -164,7 +168,8 @@ def _reconstruct(
     unfitted = exempt | {layer.name for layer in plan if layer.metric == "plain"}
     chosen = [layer for layer in plan if not layer.frozen and layer.name not in unfitted]
     call_sites = {layer.name: analysis[layer.name].call_sites for layer in chosen}
-    successors = find_successors(model, batches[0], [name for name, own in call_sites.items() if len(own) == 1])
+    first = pairs[0][0]
+    successors = find_successors(model, first, [name for name, own in call_sites.items() if len(own) == 1])
     nothing = Successor(torch.ones(()), torch.zeros(()))
     places = [
         _Place(layer, call_sites[layer.name], successors.get(layer.name, nothing), plan.feeders(layer.name))
@@ -172,10 +177,10 @@ def _reconstruct(
     ]
     as_planned = [layer for layer in plan.factored if layer.name in unfitted]
     factorize(small, plan.model_copy(update={"layers": tuple(as_planned)}), factors=analysis.factors)
-    dense = ActivationCache(model, 3 * cache_bytes // 10, batches[0], forgets, _changing_later(places))
+    dense = ActivationCache(model, 3 * cache_bytes // 10, first, forgets, _changing_later(places))
     compressed = dense.of(small)
-    data = [(batch, TokenMasks.of(model, batch)) for batch in batches]
-    readers, events = _readers(model, batches[0], places), dict[int, Counter[str]]()
+    data, small_data = ([(batch, TokenMasks.of(model, batch)) for batch in own] for own in zip(*pairs, strict=True))
+    readers, events = _readers(model, first, places), dict[int, Counter[str]]()
     end, inputs = 0, dict[str, InputRows]()
     for start, place in enumerate(places):
         name = place.plan.name
@@ -189,7 +194,7 @@ def _reconstruct(
         else:
             others = [later.plan.name for later in places[start + 1 :] if readers.get(later.plan.name) == name]
             inputs = dict.fromkeys(
-                _collect(compressed, place, own, data, others=others), own[place.call_sites[0]].inputs
+                _collect(compressed, place, own, small_data, others=others), own[place.call_sites[0]].inputs
             )
         if all(site.is_paired for site in own.values()):
             replace(small, _fitted(small, place, own, analysis=analysis))

@@ -120,8 +120,8 @@ class RidgeFit:
 
     def error(self, whole: Tensor, cross: Tensor, G: Tensor | None) -> float:
         """The mean of (y - Q x)^T G (y - Q x) for a weight Q, less what no Q changes, if the mean is exact."""
-        product = (times(whole, self.covariance) - 2 * cross) @ whole.mT
-        return float(product.diagonal(dim1=1, dim2=2).sum() if G is None else (product * G.to(product)).sum())
+        part = times(whole, self.covariance) - 2 * cross
+        return float((part * whole).sum() if G is None else ((part @ whole.mT) * G.to(part)).sum())
 
     def bias(self, site: str, whole: Tensor, targets: Sequence[Tensor]) -> Tensor:
         """(out,): what makes the mean output exact for the weight `whole`, (groups, out, n); zero without a bias."""

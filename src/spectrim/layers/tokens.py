@@ -64,11 +64,14 @@ class TokenMasks:
 
     @classmethod
     def of(cls, model: nn.Module, inputs: Inputs) -> "TokenMasks":
-        """Those among a model's inputs: `inputs.mask`, or arguments with the names that Hugging Face and torch use.
+        """Those of a model's inputs: `inputs.mask`, or arguments with the names that Hugging Face and torch use.
 
         Raises:
             DataError: there is no `inputs.mask` of the shape (batch, length).
         """
+        length_first = any(getattr(module, "batch_first", True) is False for module in model.modules())
+        if isinstance(inputs.mask, Tensor):
+            return cls([_is_token(inputs.mask, "")], length_first)
         named = _by_name(model, inputs)
         names = (*_OF_TOKENS, *_OF_PADDING) if inputs.mask is None else (inputs.mask,)
         values = {name: named[name] for name in names if isinstance(named.get(name), Tensor)}
@@ -79,7 +82,6 @@ class TokenMasks:
                 f"mask={inputs.mask!r}: the inputs ({inputs.describe()}) have no entry of this name and of shape "
                 "(batch, length); name one that is nonzero at tokens and zero at padding"
             )
-        length_first = any(getattr(module, "batch_first", True) is False for module in model.modules())
         return cls(masks, length_first)
 
     def places(self, shape: Sequence[int], *, positions: int | None = None) -> TokenPlaces | None:

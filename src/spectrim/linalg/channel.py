@@ -9,8 +9,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from spectrim.linalg.covariance import Covariance, inner
-from spectrim.linalg.problem import Decomposition, Factors, Problem, Ranks, is_wide
+from spectrim.linalg.covariance import Covariance, inner, matrix_of
+from spectrim.linalg.problem import Decomposition, Factors, Problem, Ranks, is_wide, lifted, needed_floor
 from spectrim.linalg.spectra import FloatArray, Spectrum, over_groups
 from spectrim.linalg.subspace import leading_vectors
 
@@ -26,6 +26,7 @@ class ChannelDecomposition(Decomposition):
     """
 
     problem: Problem
+    _values: Spectrum | None = None
     _truncated: dict[int, tuple[Tensor, float] | None] = field(repr=False, default_factory=dict)
 
     @staticmethod
@@ -37,6 +38,11 @@ class ChannelDecomposition(Decomposition):
     def of(cls, problem: Problem, *, near: Factors = ()) -> Self:
         """The best basis for every rank, worked out when first asked for; `near` is not needed."""
         return cls(problem)
+
+    @classmethod
+    def of_values(cls, problem: Problem, values: Spectrum | None = None) -> Self:
+        """What each rank loses and no factors: from the values, or from eigenvalues alone, a quarter of the time."""
+        return cls(problem, _values_alone(problem) if values is None else values)
 
     @classmethod
     def basis_bytes(cls, shape: Sequence[int], *, itemsize: int, rank: int | None = None) -> int:
@@ -73,7 +79,7 @@ class ChannelDecomposition(Decomposition):
     @property
     def spectrum(self) -> Spectrum:
         """The values that belong to the k directions."""
-        return self._solved[1]
+        return self._solved[1] if self._values is None else self._values
 
     @property
     def tails(self) -> FloatArray:
@@ -120,7 +126,7 @@ class ChannelDecomposition(Decomposition):
         So they are where they are known already, where the weight is not wide or the rank not small, and where the
         outputs do not vary in so many directions.
         """
-        if "_solved" in self.__dict__ or not _is_truncated(self._shape, rank):
+        if self._values is not None or "_solved" in self.__dict__ or not _is_truncated(self._shape, rank):
             return None
         if rank not in self._truncated:
             self._truncated[rank] = _truncate(self.problem, rank)
@@ -153,6 +159,33 @@ def _truncate(problem: Problem, rank: int) -> tuple[Tensor, float] | None:
         bases.append(basis)
         whole += float(squares.sum())
     return (torch.stack(bases), whole) if bases else None
+
+
+def _values_alone(problem: Problem) -> Spectrum:
+    """The spectrum without the basis."""
+    if problem.covariance is None:
+        grams = [_small_gram(W, None) for W in problem.matrices]
+    else:
+        grams = [_small_gram(W, C) for W, C in zip(problem.matrices, problem.covariances, strict=True)]
+    squares = torch.stack([torch.linalg.eigvalsh((gram + gram.mT) / 2).flip(0).clamp(min=0) for gram in grams])
+    if problem.covariance is not None:
+        unseen = squares <= problem.rounding_tolerance * squares[:, :1]  # rounding, spread evenly as in the basis
+        mean = (squares * unseen).sum(dim=1, keepdim=True) / unseen.sum(dim=1, keepdim=True).clamp(min=1)
+        squares = torch.where(unseen, mean, squares)
+    return over_groups(squares.sqrt())
+
+
+def _small_gram(W: Tensor, C: Covariance | None) -> Tensor:
+    """A matrix with the eigenvalues of W C W^T that can differ from 0, and a few zeros."""
+    if W.shape[0] <= W.shape[1]:
+        return W @ W.mT if C is None else inner(W, C)
+    gram = W.mT @ W
+    if C is None:
+        return gram
+    matrix = matrix_of(C)
+    root = torch.linalg.cholesky(lifted(matrix.clone(), needed_floor(matrix.unsqueeze(0))[0]))
+    product: Tensor = root.mT @ gram @ root
+    return product
 
 
 def _left_vectors(W: Tensor, *, wide: bool) -> tuple[Tensor, Tensor]:

@@ -12,9 +12,9 @@ from spectrim.core.errors import DataError, DependencyError, FileError, ModelErr
 from spectrim.core.files import gguf_file, read_text
 
 CONFIG = "config.json"
-_INDEX = "model.safetensors.index.json"
+INDEX = "model.safetensors.index.json"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".index.json")
-_OWN_METHOD = "spectrim"
+OWN_METHOD = "spectrim"
 
 
 def load_pretrained(folder: str | Path) -> nn.Module:
@@ -28,24 +28,13 @@ def load_pretrained(folder: str | Path) -> nn.Module:
         DependencyError: transformers is not installed.
     """
     folder = Path(folder).expanduser()
-    gguf = gguf_file(folder)
-    config = {"architectures": ["AutoModelForCausalLM"]} if gguf else read_config(folder)
-    _require_plain_weights(folder, config)
-    try:
-        transformers = importlib.import_module("transformers")
-    except ImportError as error:
-        raise DependencyError('a folder of Hugging Face needs transformers; run: pip install "spectrim[hf]"') from error
-    name = next(iter(config.get("architectures") or ()), "")
-    model_class = getattr(transformers, name, None) if name.isidentifier() else None
-    if model_class is None or not hasattr(model_class, "from_pretrained"):
-        raise ModelError(_why_unknown(folder, config, name, version=transformers.__version__))
+    gguf, model_class = gguf_file(folder), model_class_of(folder)
     options: dict[str, Any] = {"use_safetensors": True}
-    if gguf is None:
-        _require_all_files(folder)
-    else:
+    if gguf is not None:
         options = {"gguf_file": gguf.name}
-        if hasattr(transformers, "GgufConfig"):  # version 5 may leave weights packed
-            options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+        configuration = getattr(importlib.import_module("transformers"), "GgufConfig", None)
+        if configuration is not None:  # version 5 may leave weights packed
+            options["quantization_config"] = configuration(dequantize=True)
     try:
         model, report = model_class.from_pretrained(
             str(folder),
@@ -59,14 +48,35 @@ def load_pretrained(folder: str | Path) -> nn.Module:
         raise
     except Exception as error:  # whatever a damaged or foreign folder leads to
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise FileError(f"{folder} cannot be loaded as a {name}: {reason}") from error
+        raise FileError(f"{folder} cannot be loaded as a {model_class.__name__}: {reason}") from error
     if missing := sorted(report["missing_keys"]):
         raise FileError(
-            f"{folder} lacks {len(missing)} of the weights of a {name}, which would be random, first {missing[0]}; is "
-            "the folder whole, and the architecture in its config.json that of its weights?"
+            f"{folder} lacks {len(missing)} of the weights of a {model_class.__name__}, which would be random, first "
+            f"{missing[0]}; is the folder whole, and the architecture in its config.json that of its weights?"
         )
     network: nn.Module = model.eval()
     return network
+
+
+def model_class_of(folder: Path) -> Any:
+    """The class of transformers that a folder's config.json names, once it is known that all its files are there.
+
+    Raises as `load_pretrained`.
+    """
+    gguf = gguf_file(folder)
+    config = {"architectures": ["AutoModelForCausalLM"]} if gguf else read_config(folder)
+    _require_plain_weights(folder, config)
+    try:
+        transformers = importlib.import_module("transformers")
+    except ImportError as error:
+        raise DependencyError('a folder of Hugging Face needs transformers; run: pip install "spectrim[hf]"') from error
+    name = next(iter(config.get("architectures") or ()), "")
+    model_class = getattr(transformers, name, None) if name.isidentifier() else None
+    if model_class is None or not hasattr(model_class, "from_pretrained"):
+        raise ModelError(_why_unknown(folder, config, name, version=transformers.__version__))
+    if gguf is None:
+        _require_all_files(folder)
+    return model_class
 
 
 def read_config(folder: Path) -> Mapping[str, Any]:
@@ -103,7 +113,7 @@ def require_length(model: nn.Module, tokens: int, *, option: str) -> None:
 
 def is_factored(folder: Path) -> bool:
     """Whether the folder's config.json speaks of factored layers; raises as `read_config`."""
-    return _quant_method(read_config(folder)) == _OWN_METHOD
+    return _quant_method(read_config(folder)) == OWN_METHOD
 
 
 def other_files(folder: Path) -> list[Path]:
@@ -128,7 +138,7 @@ def _quant_method(config: Mapping[str, Any]) -> str | None:
 
 def _require_plain_weights(folder: Path, config: Mapping[str, Any]) -> None:
     method = _quant_method(config)
-    if method not in (None, _OWN_METHOD):
+    if method not in (None, OWN_METHOD):
         raise ModelError(
             f"the weights in {folder} are quantised: the quant_method in its {CONFIG} is {method!r}; give the folder "
             "of the model as it was before, and quantise the compressed one"
@@ -149,7 +159,7 @@ def _why_unknown(folder: Path, config: Mapping[str, Any], name: str, *, version:
 
 def _require_all_files(folder: Path) -> None:
     """Raise `FileError` where a shard is missing, or there are no safetensors."""
-    index = folder / _INDEX
+    index = folder / INDEX
     if not index.is_file():
         if not any(folder.glob("*.safetensors")):
             raise FileError(

@@ -213,7 +213,10 @@ class Candidates:
         return [group.item for group in self.groups]
 
     def _joint_forms(self, layer: LayerAnalysis) -> list[str]:
-        if self.latencies is not None or self.metric not in layer.problems or self.metric == "plain":
+        if self.latencies is not None or self.metric == "plain":
+            return []
+        known = {other.name for other in self.analysis if self.metric in other.problems}
+        if not known.issuperset({layer.name, *(feeder.name for feeder in layer.feeders)}):
             return []
         return [form for form in layer.joint_forms if form in self.forms]
 
