@@ -16,13 +16,17 @@ transformers = pytest.importorskip("transformers", reason="the extra 'hf' is not
 IDS = {"input_ids": torch.arange(24).reshape(2, 12) % 19}
 
 
-@cache
-def _compressed() -> st.Compressed:
+def _dense() -> Any:
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=24, **sizes)).eval()
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=24, **sizes)).eval()
+
+
+@cache
+def _compressed(*, on_data: bool = True) -> st.Compressed:
+    model = _dense()
     data = [{"input_ids": torch.randint(0, 24, (8, 12))} for _ in range(2)]
-    return st.compress(model, st.Ratio(0.25), example_inputs=IDS, data=data, include="*mlp*")
+    return st.compress(model, st.Ratio(0.25), example_inputs=IDS, data=data if on_data else None, include="*mlp*")
 
 
 def _card(folder: Path) -> str:
@@ -51,7 +55,7 @@ def test_measured_quality_is_in_it_until_the_model_is_saved_again(tmp_path: Path
     assert str(small.fidelity) in _card(tmp_path)
     small.model.save_pretrained(tmp_path)
     assert "How good" not in _card(tmp_path)
-    st.merge(small.model).save_pretrained(tmp_path)
+    st.merge(_compressed(on_data=False).model).save_pretrained(tmp_path)
     assert not (tmp_path / "README.md").exists()
 
 
@@ -61,8 +65,18 @@ def test_a_card_of_somebody_else_stays(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     assert not st.write_model_card(model, tmp_path)
     assert _card(tmp_path) == "# Mine\n"
-    st.merge(model).save_pretrained(tmp_path)
+    st.merge(_compressed(on_data=False).model).save_pretrained(tmp_path)
     assert _card(tmp_path) == "# Mine\n"
+
+
+def test_a_card_of_narrowed_layers_says_how_many_neurons_are_left(tmp_path: Path) -> None:
+    dense = _dense()
+    data = [{"input_ids": torch.randint(0, 24, (8, 12))} for _ in range(2)]
+    small = st.compress(dense, st.Budget(params=0.7), example_inputs=IDS, data=data, include="*mlp*", forms="width")
+    small.model.save_pretrained(tmp_path)
+    ranks = [small.plan[f"model.layers.{number}.mlp.down_proj"].rank for number in (0, 1)]
+    span = f"{min(ranks)} to {max(ranks)}" if len(set(ranks)) > 1 else f"{ranks[0]}"
+    assert f"| `model.layers.*.mlp.up_proj` (2) | 48\u00d732 | narrowed | {span} |" in _card(tmp_path)
 
 
 @pytest.mark.parametrize("how", ["push", "save"])

@@ -11,7 +11,7 @@ from spectrim.cli.outputs import OutputFiles
 from spectrim.core.errors import FileError, ModelError
 from spectrim.core.files import gguf_file
 from spectrim.export.folders import save_folder
-from spectrim.layers.factored import low_rank_layers
+from spectrim.layers.replacement import compressed_layers
 from spectrim.models.folders import CONFIG, is_factored, other_files
 from spectrim.reporting.cards import CARD, is_own_card, write_model_card
 
@@ -20,9 +20,9 @@ _TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 
 def why_not_dense(model: nn.Module, folder: Path | None) -> str | None:
     """What to say of a model that was compressed already; None for a dense one."""
-    layers = low_rank_layers(model)
+    layers = compressed_layers(model)
     name = folder or type(model).__name__
-    return f"{name} was compressed already: {len(layers)} of its layers are factored" if layers else None
+    return f"{name} was compressed already: {len(layers)} of its layers are factored or narrowed" if layers else None
 
 
 def require_dense(model: nn.Module, folder: Path | None) -> None:

@@ -34,7 +34,7 @@ from spectrim.core.errors import FileError, ModelError
 from spectrim.core.execution import unique_tensors
 from spectrim.core.files import parse
 from spectrim.layers.factored import FactoredLayer, low_rank_layers
-from spectrim.layers.replacement import names_of, narrowed_layers
+from spectrim.layers.replacement import compressed_layers, names_of
 from spectrim.layers.structure import Structure, rebuild, structure_of
 
 _METHOD, _GGUF = "spectrim", "gguf"
@@ -130,7 +130,7 @@ class FactoredQuantizer(HfQuantizer):
         Raises:
             FileError: one is missing.
         """
-        layers = low_rank_layers(model)
+        layers = compressed_layers(model)
         factors = tuple(f"{name}." for name in layers)
         if missing := [key for key in missing_keys if key.startswith(factors)]:
             raise _other_weights(missing[0], "not in", model)
@@ -181,7 +181,7 @@ class _QuantizerOfFactored:
     """
 
     def __get__(self, model: Any | None, owner: type[PreTrainedModel]) -> FactoredQuantizer:
-        if model is None or not (low_rank_layers(model) or narrowed_layers(model) or _is_described(model)):
+        if model is None or not (compressed_layers(model) or _is_described(model)):
             raise AttributeError("hf_quantizer")
         return FactoredQuantizer(FactoredConfig({}))
 

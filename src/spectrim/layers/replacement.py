@@ -196,6 +196,11 @@ def narrowed_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if hasattr(module, NARROWED_FROM)}
 
 
+def compressed_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Every factored or narrowed layer of `model` by its first name."""
+    return {**low_rank_layers(model), **narrowed_layers(model)}
+
+
 def product(layer: nn.Module, *, form: str, factors: Factors) -> Tensor:
     """The matrices (groups, out, n), float64, that factors for `layer` stand for."""
     if find_form(form).is_joint:

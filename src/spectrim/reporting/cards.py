@@ -12,7 +12,9 @@ from spectrim.benchmark.fidelity import Fidelity
 from spectrim.benchmark.scores import Score
 from spectrim.core.arguments import checked
 from spectrim.core.files import read_text, write_text
-from spectrim.layers.factored import FactoredLayer, low_rank_layers
+from spectrim.layers.factored import FactoredLayer
+from spectrim.layers.heads import AroundHeads
+from spectrim.layers.replacement import NARROWED_FROM, compressed_layers
 from spectrim.reporting import words
 
 CARD = "README.md"
@@ -46,7 +48,7 @@ def write_model_card(
     before = read_text(path) if path.exists() else ""
     if before and _MARK not in before and _OF_TRANSFORMERS not in before:
         return False
-    layers = low_rank_layers(model)
+    layers = compressed_layers(model)
     if not layers:
         if _MARK in before:
             path.unlink()
@@ -70,18 +72,18 @@ def _metadata(before: str) -> str:
 
 
 def _lines(
-    model: nn.Module, layers: Mapping[str, FactoredLayer], fidelity: Fidelity | None, scores: Mapping[str, Score]
+    model: nn.Module, layers: Mapping[str, nn.Module], fidelity: Fidelity | None, scores: Mapping[str, Score]
 ) -> Iterator[str]:
     name = type(model).__name__
     params = sum(parameter.numel() for parameter in model.parameters())
-    products = {frozenset(part.get_parameter("weight") for part in layer.chain): layer for layer in layers.values()}
-    dense = sum(prod(_shape(layer)) for layer in products.values())
-    factors = sum(weight.numel() for weights in products for weight in weights)
+    weights = {frozenset(_weights(layer)): layer for layer in layers.values()}
+    dense = sum(prod(_shape(layer)) for layer in weights.values())
+    stored = sum(weight.numel() for weight in {weight for own in weights for weight in own})
     yield f"""
-# {name} with low-rank factors
+# {name}, compressed
 
-{len(products)} of its weights are products of smaller ones, made by Spectrim: they have {factors:,} parameters of the
-{dense:,} of the dense weights ({factors / dense:.1%}). The model has {params:,} in all.
+{len(weights)} of its weights are smaller, or products of smaller ones: they have {stored:,} parameters of the
+{dense:,} of the dense weights ({stored / dense:.1%}). The model has {params:,} in all.
 
 ## How to load it
 
@@ -98,8 +100,8 @@ model = {name}.from_pretrained("..")  # this folder, or the name of this reposit
 |---|---|---|---|"""
     for pattern, alike in _alike(layers).items():
         shapes = ", ".join(dict.fromkeys(words.shape(_shape(layer)) for layer in alike))
-        forms = ", ".join(dict.fromkeys(layer.form for layer in alike))
-        least, most = (bound(layer.rank for layer in alike) for bound in (min, max))
+        forms = ", ".join(dict.fromkeys(_form(layer) for layer in alike))
+        least, most = (bound(_rank(layer) for layer in alike) for bound in (min, max))
         ranks = str(least) if least == most else f"{least} to {most}"
         number = f" ({len(alike)})" if len(alike) > 1 else ""
         yield f"| `{pattern}`{number} | {shapes} | {forms} | {ranks} |"
@@ -110,13 +112,37 @@ model = {name}.from_pretrained("..")  # this folder, or the name of this reposit
     yield ""
 
 
-def _alike(layers: Mapping[str, FactoredLayer]) -> dict[str, list[FactoredLayer]]:
+def _weights(layer: nn.Module) -> list[nn.Parameter]:
+    parts = layer.chain if isinstance(layer, FactoredLayer) else (layer,)
+    return [weight for part in parts if isinstance(weight := part.weight, nn.Parameter)]
+
+
+def _form(layer: nn.Module) -> str:
+    """What is in the place of the dense weight."""
+    if isinstance(layer, FactoredLayer):
+        return layer.form
+    return "narrowed heads" if isinstance(layer, AroundHeads) else "narrowed"
+
+
+def _rank(layer: nn.Module) -> int:
+    """Singular values; of a narrowed layer the outputs or inputs that are left, in each head."""
+    if isinstance(layer, FactoredLayer):
+        return layer.rank
+    (weight,) = _weights(layer)
+    least = min(zip(weight.shape, _shape(layer), strict=True), key=lambda pair: pair[0] / pair[1])[0]
+    return least // (layer.heads if isinstance(layer, AroundHeads) else 1)
+
+
+def _alike(layers: Mapping[str, nn.Module]) -> dict[str, list[nn.Module]]:
     """Layers whose names differ in numbers only, by their name with a star for them."""
-    groups: dict[str, list[FactoredLayer]] = {}
+    groups: dict[str, list[nn.Module]] = {}
     for name, layer in layers.items():
         groups.setdefault(re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name), []).append(layer)
     return groups
 
 
-def _shape(layer: FactoredLayer) -> tuple[int, ...]:
-    return tuple(layer.empty_dense().get_parameter("weight").shape)
+def _shape(layer: nn.Module) -> tuple[int, ...]:
+    if isinstance(layer, FactoredLayer):
+        return tuple(layer.empty_dense().get_parameter("weight").shape)
+    shape: tuple[int, ...] = getattr(layer, NARROWED_FROM)
+    return shape

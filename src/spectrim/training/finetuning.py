@@ -24,7 +24,7 @@ from spectrim.core.execution import (
 )
 from spectrim.core.progress import progress_callback
 from spectrim.layers.factored import is_low_rank, low_rank_layers
-from spectrim.layers.replacement import duplicate
+from spectrim.layers.replacement import compressed_layers, duplicate
 from spectrim.layers.selection import Patterns
 from spectrim.layers.types import find_layer_type
 from spectrim.training.checkpoint import Checkpoint, identity
@@ -184,7 +184,7 @@ def _trained(model: nn.Module, train: str | Sequence[str]) -> dict[str, nn.Param
         case "all":
             chosen = list(model.parameters())
         case "factors":
-            chosen = list(nn.ModuleList(low_rank_layers(model).values()).parameters())
+            chosen = list(nn.ModuleList(compressed_layers(model).values()).parameters())
         case "head":
             chosen = list(_head(model).parameters())
         case _:
