@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import spectrim as st
+from spectrim.layers.forms import FORMS
 from spectrim.models import mlp, resnet20
 
 FOLDER = Path(__file__).parent / "files" / "figures"
@@ -69,8 +70,10 @@ def compressed(network: str, *, calibrated: bool) -> Iterator[tuple[str, st.Comp
     model, images = NETWORKS[network]()
     data = images.split(len(images) // 3) if calibrated else None
     analysis = None if calibrated else st.analyze(model, images[:1])
+    alone = [form.name for form in FORMS]  # there were no forms of several layers then
     for share in BUDGETS:
-        small = st.compress(model, st.Budget(macs=share), example_inputs=images[:1], data=data, analysis=analysis)
+        budget = st.Budget(macs=share)
+        small = st.compress(model, budget, example_inputs=images[:1], data=data, analysis=analysis, forms=alone)
         with torch.no_grad():
             yield f"{network}-{share:g}-{'data' if calibrated else 'plain'}", small, small.model(images[:8])
 

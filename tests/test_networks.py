@@ -12,9 +12,9 @@ from cases import same_state, state
 from torch import Tensor, nn
 
 import spectrim as st
-from spectrim.layers.forms import FORMS
+from spectrim.layers.forms import selected_forms
 
-FORM_NAMES = {form.name for form in FORMS}
+FORM_NAMES = set(selected_forms(None))
 
 
 def block(into: int, out: int, kernel: int | tuple[int, int] = 3, **options: Any) -> nn.Sequential:

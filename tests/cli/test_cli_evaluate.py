@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -43,8 +44,9 @@ DIGITS = ("--model", "mine:network", "--data", "digits")
 
 
 @pytest.fixture
-def mine(run: Run) -> Run:
+def mine(run: Run, monkeypatch: pytest.MonkeyPatch) -> Run:
     Path("mine.py").write_text(MODULE)
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
     return run
 
 

@@ -239,11 +239,12 @@ def test_a_folder_comes_back_in_a_fresh_process(results: Any, name: str) -> None
     small, again = results[name]
     params = sum(parameter.numel() for parameter in small.model.parameters())
     factored = sum("LowRank" in type(module).__name__ for module in small.model.modules())
+    narrowed = [layer for layer in small.plan if layer.unit]
     network = (NETWORKS | TIED)[name]
     texts = {f"text {cached}": True for cached in (True, False)} if network.prompt else {}
     expected = {"class": network.model, "left over": 0, "params": params, "factored": factored, "equal": True}
     assert again == expected | texts
-    assert factored > 0
+    assert factored or narrowed
 
 
 @pytest.mark.parametrize("name", NETWORKS | TIED)

@@ -20,7 +20,7 @@ from spectrim.core.errors import ModelError, PlanError
 from spectrim.core.execution import as_inputs, require_unwrapped, require_values
 from spectrim.core.plans import Cost, CostName, LayerPlan, Metric
 from spectrim.layers.cost import NetworkCost, count
-from spectrim.layers.forms import RankCosts, find_form, forms_of, joint_forms_of
+from spectrim.layers.forms import RankCosts, decompose, find_form, forms_of, joint_forms_of
 from spectrim.layers.narrowing import with_feeders
 from spectrim.layers.selection import LayerSelection, Patterns, TreatAs
 from spectrim.layers.tracing import trace
@@ -127,7 +127,7 @@ class LayerAnalysis:
     def decomposition(self, form: str, metric: Metric) -> Decomposition:
         """The bases behind every rank of a form; worked out when first asked for."""
         if (form, metric) not in self._decompositions:
-            self._decompositions[form, metric] = find_form(form).decompose(self.problems[metric], unit=self.unit)
+            self._decompositions[form, metric] = decompose(form, self.problems[metric], self.unit)
         return self._decompositions[form, metric]
 
     def rank_costs(self, form: str, metric: Metric) -> RankCosts:

@@ -26,8 +26,7 @@ class HeadValueOutputForm(JointForm):
     def sizes(self, unit: Unit, ranks: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         return ranks[:, 0] * _layout(unit).groups, ranks[:, 0] * _layout(unit).heads
 
-    def decompose(self, problem: Problem, *, unit: Unit | None = None, near: Factors = ()) -> Decomposition:
-        assert unit is not None
+    def decompose_unit(self, problem: Problem, unit: Unit, *, near: Factors = ()) -> Decomposition:
         return HeadDecomposition.of_heads(problem, _layout(unit))
 
 

@@ -25,7 +25,7 @@ class WidthForm(JointForm):
     def sizes(self, unit: Unit, ranks: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         return ranks[:, 0], ranks[:, 0]
 
-    def decompose(self, problem: Problem, *, unit: Unit | None = None, near: Factors = ()) -> Decomposition:
+    def decompose_unit(self, problem: Problem, unit: Unit, *, near: Factors = ()) -> Decomposition:
         return SubsetDecomposition.of(problem, near=near)
 
 
