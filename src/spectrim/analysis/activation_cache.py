@@ -59,20 +59,18 @@ class ActivationCache:
         free_bytes: Bytes that may still be kept.
         tried_on: Inputs to try the blocks on; without them no block is recalled.
         forgets: Whether outputs may be forgotten.
-        never: Names of blocks that change after they have finished.
     """
 
     model: nn.Module
     free_bytes: int
     tried_on: Inputs | None
     forgets: bool = True
-    never: Collection[str] = ()
     _outputs: dict[int, _Outputs] = field(default_factory=dict)
 
-    def of(self, model: nn.Module) -> "ActivationCache":
-        """A cache of as many bytes for another network with the same blocks."""
-        other = ActivationCache(model, self.free_bytes, self.tried_on, self.forgets, self.never)
-        other.__dict__["_blocks"] = self._blocks
+    def of(self, model: nn.Module, *, never: frozenset[str]) -> "ActivationCache":
+        """A cache of as many bytes for another network with the same blocks, some of which are to run each time."""
+        other = ActivationCache(model, self.free_bytes, self.tried_on, self.forgets)
+        other.__dict__["_blocks"] = _Blocks(self._blocks.recallable - never, self._blocks.frontiers - never)
         return other
 
     @property
@@ -86,8 +84,7 @@ class ActivationCache:
             return _Blocks()
         if self.tried_on.is_ragged or any(tensor.layout != torch.strided for tensor in self.tried_on.tensors()):
             return _Blocks()  # such inputs cannot be cut or rolled
-        modules = ((name, module) for name, module in self.model.named_modules() if name and name not in self.never)
-        names = [name for name, module in modules if _is_block(module)]
+        names = [name for name, module in self.model.named_modules() if name and _is_block(module)]
         names.sort(key=lambda name: name.count("."), reverse=True)
         with evaluating(self.model), suppress(ModelError):
             # a block is tried after a pass on other inputs, so that what it left to others is not what it leaves now

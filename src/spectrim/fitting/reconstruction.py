@@ -177,8 +177,8 @@ def _reconstruct(
     ]
     as_planned = [layer for layer in plan.factored if layer.name in unfitted]
     factorize(small, plan.model_copy(update={"layers": tuple(as_planned)}), factors=analysis.factors)
-    dense = ActivationCache(model, 3 * cache_bytes // 10, first, forgets, _changing_later(places))
-    compressed = dense.of(small)
+    dense = ActivationCache(model, 3 * cache_bytes // 10, first, forgets)
+    compressed = dense.of(small, never=_changing_later(places))
     data, small_data = ([(batch, TokenMasks.of(model, batch)) for batch in own] for own in zip(*pairs, strict=True))
     readers, events = _readers(model, first, places), dict[int, Counter[str]]()
     end, inputs = 0, dict[str, InputRows]()
@@ -252,9 +252,8 @@ def _record(
     seen, end = {site: _Seen(InputRows(site)) for site, _ in later}, len(places)
 
     def on_call(name: str, layer: nn.Module, _: Tensor, output: Tensor) -> None:
-        reached()
-        if name in seen:
-            seen[name].calls[position] += 1
+        if name not in seen or not position:  # the next places begin here, or no one knows yet where they do
+            reached()
         add(name, layer, output, "outputs")
 
     def on_residual(name: str, layer: nn.Module, residual: Tensor) -> None:
@@ -263,9 +262,11 @@ def _record(
 
     def add(name: str, layer: nn.Module, output: Tensor, part: str) -> None:
         if name in seen:
+            seen[name].calls[position] += part == "outputs"
             getattr(seen[name], part).append(output_rows(layer, output, positions=POSITIONS, masks=masks))
         counted[name] += 1
         if expected is not counted and all(counted[site] == expected[site] for site in seen):
+            reached()
             raise _PassEnded
 
     for position, entry in enumerate(data):

@@ -10,7 +10,7 @@ from spectrim.analysis.spectra import LayerAnalysis
 from spectrim.linalg import FloatArray, Ranks
 from spectrim.planning.knapsack import KnapsackItem
 
-_MOST = 1024
+_MOST = 256
 
 FormRanks = tuple[str, Ranks]
 
