@@ -13,7 +13,7 @@ from torch import Tensor
 from spectrim.linalg.problem import Decomposition, Factors, Problem, Ranks
 from spectrim.linalg.spectra import FloatArray
 
-_ROUNDS, _CANDIDATES = 64, 4
+_ROUNDS, _CANDIDATES = 32, 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,7 +98,7 @@ class SubsetDecomposition(Decomposition):
 
 
 def _step(inputs: int) -> int:
-    """How many inputs are taken at a time: a power of two, so that there are 64 to 128 rounds or fewer."""
+    """How many inputs are taken at a time: a power of two, so that there are 32 to 64 rounds or fewer."""
     return 1 << max(0, (inputs // _ROUNDS).bit_length() - 1)
 
 
