@@ -137,7 +137,7 @@ def right(folder: Path) -> dict[str, Any]:
         **{"model": network, "dense": network, "small": network, "example_inputs": x, "analysis": analysis},
         **{name: [(x, torch.zeros(4, dtype=torch.int64))] for name in DATA},
         **{"rule": st.Rank(2), "rule_or_plan": st.Rank(2), "results": results, "source": analysis, "value": analysis},
-        **{"path": folder / "written", "folder": folder / "folder", "epochs": 1, "rounds": 5},
+        **{"path": folder / "written", "folder": folder / "folder", "out": folder / "out", "epochs": 1, "rounds": 5},
         **{"history": [st.Epoch(epoch=1, loss=1.0, seconds=1.0)], "schemes": [], "figure": None, "changes": None},
         **{"points": 2, "latency": False, "check": False},
     }
