@@ -1,6 +1,6 @@
 """A synthetic Llama of 3 billion parameters in bfloat16, compressed block by block: memory, time, resuming.
 
-    python benchmarks/checkpoint_3b.py --folder /tmp/llama3b --layers 2
+    python benchmarks/checkpoint_3b.py --folder llama3b --layers 2
 
 Makes the folder once (random weights; 6 GB with all 28 layers), compresses it to `--params` of its body in a process of
 its own, and again in one that is killed twice and started anew; the files of both must be the same, byte by byte.
