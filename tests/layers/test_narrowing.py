@@ -1,5 +1,7 @@
 """Layers that are narrowed together: which ones are found, and that what comes out is what was meant."""
 
+import copy
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -7,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import spectrim as st
+from spectrim.analysis import spectra
+from spectrim.layers.heads import HeadOutput, HeadValues
 from spectrim.layers.replacement import narrowed_at, narrowed_layers, own_bias, replace
 from spectrim.linalg import HeadLayout
 
@@ -275,3 +279,32 @@ def test_without_data_and_under_other_rules_nothing_is_narrowed(dense: nn.Module
     for rule, data in ((st.Budget(params=0.6), None), (st.Ratio(0.5), DATA)):
         plan = st.compress(dense, rule, example_inputs=DATA[0], data=data).plan
         assert not any(layer.unit for layer in plan)
+
+
+def test_narrowed_heads_are_found_in_bfloat16_too() -> None:
+    model = network(Attention(groups=2), Mlp(nn.GELU())).bfloat16()
+    analysis = st.analyze(model, DATA[0].bfloat16())
+    assert analysis["0.o"].unit.heads == HeadLayout(4, 2, 6)
+    assert [own.name for own in analysis["1.down"].feeders] == ["1.up"]
+
+
+@pytest.mark.filterwarnings(r"ignore:.*torch\.jit.*:FutureWarning", r"ignore:.*torch\.jit.*:DeprecationWarning")
+@pytest.mark.parametrize("how", [copy.deepcopy, torch.jit.script, lambda model: torch.jit.trace(model, DATA[0])])
+def test_layers_around_narrowed_heads_are_copied_scripted_and_traced(how: Callable[[nn.Module], nn.Module]) -> None:
+    values, output = nn.Linear(12, 6), nn.Linear(6, 12)
+    model = nn.Sequential(
+        HeadValues(values, heads=3, size=4, rank=2, narrowed_from=(12, 12)),
+        HeadOutput(output, heads=3, size=4, rank=2, narrowed_from=(12, 12)),
+    )
+    expected = output(values(DATA[0]))
+    torch.testing.assert_close(how(model)(DATA[0]), expected)
+    torch.testing.assert_close(model[0](DATA[0]).unflatten(-1, (3, 4))[..., 2:], torch.zeros(16, 6, 3, 2))
+
+
+def test_only_budgets_look_for_layers_to_narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, looked = network(Mlp(nn.ReLU())), list[str]()
+    monkeypatch.setattr(spectra, "with_feeders", lambda *args: looked.append("looked") or args[-1])
+    st.compress(model, st.Ratio(0.5), example_inputs=DATA[0], data=DATA)
+    assert not looked
+    st.compress(model, st.Budget(params=0.7), example_inputs=DATA[0], data=DATA)
+    assert looked

@@ -12,15 +12,15 @@ from torch import Tensor, nn
 
 from spectrim.analysis.calibration import Calibration
 from spectrim.analysis.experts import with_experts_of
-from spectrim.analysis.moments import Moments, pooled
-from spectrim.analysis.tied_embeddings import tied_problem
+from spectrim.analysis.moments import pooled
+from spectrim.analysis.tied_embeddings import tied_problems
 from spectrim.core.arguments import checked
 from spectrim.core.display import Displayed
 from spectrim.core.errors import ModelError, PlanError
 from spectrim.core.execution import as_inputs, require_unwrapped, require_values
 from spectrim.core.plans import Cost, CostName, LayerPlan, Metric
 from spectrim.layers.cost import NetworkCost, count
-from spectrim.layers.forms import RankCosts, decompose, find_form, forms_of, joint_forms_of
+from spectrim.layers.forms import RankCosts, find_form, forms_of, joint_forms_of
 from spectrim.layers.narrowing import with_feeders
 from spectrim.layers.selection import LayerSelection, Patterns, TreatAs
 from spectrim.layers.tracing import trace
@@ -127,7 +127,7 @@ class LayerAnalysis:
     def decomposition(self, form: str, metric: Metric) -> Decomposition:
         """The bases behind every rank of a form; worked out when first asked for."""
         if (form, metric) not in self._decompositions:
-            self._decompositions[form, metric] = decompose(form, self.problems[metric], self.unit)
+            self._decompositions[form, metric] = find_form(form).decompose_unit(self.problems[metric], self.unit)
         return self._decompositions[form, metric]
 
     def rank_costs(self, form: str, metric: Metric) -> RankCosts:
@@ -297,8 +297,9 @@ def analyze(
         DataError: a calibration of another model.
     """
     selection = LayerSelection(include, exclude, keep_last, {} if treat_as is None else treat_as)
-    model = unfused(model, selection.unfuses)
-    return analyze_selected(model, example_inputs, selection=selection, calibration=calibration)
+    return analyze_selected(
+        unfused(model, selection.unfuses), example_inputs, selection=selection, calibration=calibration
+    )
 
 
 def analyze_selected(
@@ -315,7 +316,8 @@ def analyze_selected(
     """
     inputs = as_inputs(example_inputs)
     seen = trace(model, inputs, treat_as=selection.treat_as)
-    units = with_feeders(model, inputs, seen, find_units(model, seen, selection))
+    units = find_units(model, seen, selection)
+    units = with_feeders(model, inputs, seen, units) if selection.together else units
     return analyze_units(model, units, whole=count(model, inputs), calibration=calibration, device=device)
 
 
@@ -376,7 +378,7 @@ def _problems(unit: Unit, kernels: Tensor, calibration: Calibration | None) -> d
     if calibration and all(site in calibration.moments for site in unit.call_sites):
         moments = [calibration.moments[site] for site in unit.call_sites]
         if unit.weight.outputs:
-            return problems | _tied_problems(unit, kernels, moments)
+            return problems | tied_problems(kernels, moments, outputs=len(unit.weight.outputs))
         inputs = pooled(moments, name=unit.name, width=unit.geometry.width)
         problems["activation"] = Problem(
             kernels, inputs.covariance, shrinkage=inputs.shrinkage, rounding_tolerance=inputs.rounding_tolerance
@@ -389,12 +391,3 @@ def _problems(unit: Unit, kernels: Tensor, calibration: Calibration | None) -> d
         if len(outputs) == len(moments):
             problems["loss"] = replace(problems["activation"], output=torch.stack(outputs).sum(dim=0))
     return problems
-
-
-def _tied_problems(unit: SingleWeight, kernels: Tensor, moments: Sequence[Moments]) -> dict[Metric, Problem]:
-    number = len(unit.call_sites) - len(unit.weight.outputs)
-    lookups, outputs = moments[:number], moments[number:]
-    metrics: dict[Metric, bool] = {"activation": False}
-    if all(seen.output_grad_covariance is not None for seen in lookups):
-        metrics["loss"] = True
-    return {metric: tied_problem(kernels, lookups, outputs, loss=loss) for metric, loss in metrics.items()}

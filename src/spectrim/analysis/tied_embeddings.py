@@ -7,9 +7,20 @@ import torch
 from torch import Tensor
 
 from spectrim.analysis.moments import Moments, pooled
+from spectrim.core.names import Metric
 from spectrim.linalg import DiagonalCovariance, Problem, add_outer, matrix_of, shrunk, to_float64
 
 _SWEEPS = 50
+
+
+def tied_problems(kernels: Tensor, moments: Sequence[Moments], *, outputs: int) -> dict[Metric, Problem]:
+    """What there is to approximate in the data metrics; the last so many statistics are those of output layers."""
+    number = len(moments) - outputs
+    lookups, others = moments[:number], moments[number:]
+    metrics: dict[Metric, bool] = {"activation": False}
+    if all(seen.output_grad_covariance is not None for seen in lookups):
+        metrics["loss"] = True
+    return {metric: tied_problem(kernels, lookups, others, loss=loss) for metric, loss in metrics.items()}
 
 
 def tied_problem(kernels: Tensor, lookups: Sequence[Moments], outputs: Sequence[Moments], *, loss: bool) -> Problem:

@@ -16,6 +16,11 @@ def save_folder(model: Any, folder: Path, *, source: Path) -> None:
     model.save_pretrained(folder, max_shard_size=_SINGLE_FILE)
     if gguf_file(source):
         load_tokenizer(source).save_pretrained(folder)
+    copy_beside(source, folder)
+
+
+def copy_beside(source: Path, folder: Path) -> None:
+    """Copy what a folder has besides the model: tokenizer, settings of text generation, .."""
     for path in other_files(source):
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / path, folder / path)

@@ -16,7 +16,7 @@ from spectrim.core.execution import Inputs, ProgressCallback, call
 from spectrim.core.plans import LayerPlan, Plan
 from spectrim.fitting.regression import InputRows, RidgeFit, Rows
 from spectrim.fitting.successors import Successor, find_successors, following
-from spectrim.layers.forms import decompose
+from spectrim.layers.forms import find_form
 from spectrim.layers.replacement import duplicate, factored_at, factorize, narrowed_at, product, refitted_at, replace
 from spectrim.layers.tokens import TokenMasks, input_rows, output_rows
 from spectrim.layers.types import layer_type_of
@@ -352,7 +352,7 @@ def _fitted(small: nn.Module, place: _Place, seen: Mapping[str, _Seen], *, analy
         if is_approximated:
             problem = analysis[plan.name].problems[plan.metric or "plain"].of_weight(best.reshape(shape), fit.metric)
             unit = analysis[plan.name].unit
-            factors = decompose(plan.form, problem, unit, near=factors).factors(plan.ranks)
+            factors = find_form(plan.form).decompose_unit(problem, unit, near=factors).factors(plan.ranks)
             best = product(layer, form=plan.form, factors=factors)
         if turn:
             targets = place.revised(seen, targets, whole=best, fit=fit)

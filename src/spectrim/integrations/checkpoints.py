@@ -26,6 +26,7 @@ from spectrim.core.files import write_text
 from spectrim.core.memory import free_bytes
 from spectrim.core.plans import Budget, Metric, Plan, Rule
 from spectrim.core.progress import progress_callback
+from spectrim.export.folders import copy_beside
 from spectrim.integrations.blocks import BlockCall, BlockChain, block_bytes, empty_model, shared_calls
 from spectrim.integrations.shards import Shards, groups_of, write_index, write_shard
 from spectrim.integrations.spectra_files import read_spectra
@@ -35,7 +36,7 @@ from spectrim.layers.cost import NetworkCost
 from spectrim.layers.selection import LayerSelection, Patterns
 from spectrim.layers.structure import Structure, rebuild
 from spectrim.layers.tracing import typed_layers
-from spectrim.models.folders import CONFIG, OWN_METHOD, is_factored, model_class_of, other_files
+from spectrim.models.folders import CONFIG, OWN_METHOD, is_factored, model_class_of
 from spectrim.planning.decisions import PlanOptions
 from spectrim.planning.rules import plan_with, require_reachable
 from spectrim.reporting.cards import write_model_card
@@ -248,9 +249,7 @@ class _Output:
     def _write_beside(self, records: Sequence[BlockRecord]) -> None:
         """Everything but the weights."""
         out, source = self.run.out, self.run.chain.shards.folder
-        for path in other_files(source):
-            (out / path).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source / path, out / path)
+        copy_beside(source, out)
         self.plan.save(out / PLAN)
         low_rank = {name: layer for record in records for name, layer in record.low_rank.items()}
         config, model = _config_of(source), new_model(source)

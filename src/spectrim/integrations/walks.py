@@ -124,7 +124,7 @@ class Walk:
         model = self.chain.block(name)
         inputs = self._inputs("spectra", block)
         own = [layer for layer in typed_layers(model) if layer in selected]
-        selection = LayerSelection(own or ("*",), () if own else ("*",), lookups=False)
+        selection = LayerSelection(own or ("*",), () if own else ("*",), lookups=False, together=False)
         bare = analyze_selected(model, first_samples(inputs[0], 1), selection=selection)
         calibration = self._calibrated(model, bare.call_sites, block, "spectra")
         units = [layer.unit for layer in bare]

@@ -1,7 +1,7 @@
-"""The heads of attentions, confirmed by what the network does with the values that it is outputs."""
+"""The heads of attentions, found by what the network does with the values that they are made of."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -46,11 +46,7 @@ def find_heads(
     possible = {name: candidates for name in single if (candidates := _candidates(model, name, single, order))}
     if not possible:
         return {}
-    received: dict[str, Tensor] = {}
-    with temporary(
-        model.get_submodule(name).register_forward_pre_hook(partial(_record, received, name)) for name in single
-    ):
-        call(model, inputs)
+    received = received_by(model, inputs, single)
     # what reads the same as another layer does not read what that gives
     pending = {
         name: [candidate for candidate in own if not _equal(received.get(name), received.get(candidate[0]))]
@@ -70,20 +66,28 @@ def _undisturbed(
     candidates: Mapping[str, Sequence[ValuesCandidate]], order: Sequence[str]
 ) -> dict[str, ValuesCandidate]:
     """The next candidate of each layer, of those that do not disturb each other, since no layer is between both."""
-    chosen, end = dict[str, ValuesCandidate](), -1
+    undisturbed, end = dict[str, ValuesCandidate](), -1
     for name in order:
         if name in candidates and candidates[name] and order.index(candidates[name][0][0]) >= end:
-            chosen[name], end = candidates[name][0], order.index(name)
-    return chosen
+            undisturbed[name], end = candidates[name][0], order.index(name)
+    return undisturbed
 
 
 def _equal(first: Tensor | None, second: Tensor | None) -> bool:
     return first is not None and second is not None and first.shape == second.shape and torch.equal(first, second)
 
 
-def _record(received: dict[str, Tensor], name: str, _: nn.Module, args: tuple[Any, ...]) -> None:
-    if args and isinstance(args[0], Tensor):
-        received[name] = args[0].clone()
+def received_by(model: nn.Module, inputs: Inputs, names: Iterable[str]) -> dict[str, Tensor]:
+    """What layers of these names receive in a pass, copied."""
+    received: dict[str, Tensor] = {}
+
+    def record(name: str, _: nn.Module, args: tuple[Any, ...]) -> None:
+        if args and isinstance(args[0], Tensor):
+            received[name] = args[0].clone()
+
+    with temporary(model.get_submodule(name).register_forward_pre_hook(partial(record, name)) for name in names):
+        call(model, inputs)
+    return received
 
 
 def _candidates(
@@ -152,8 +156,9 @@ class _Multiplied:
             layout = self.candidates[name][1]
             by = _matrices(layout).repeat_interleave(layout.heads // layout.groups, dim=0)
             expected, scale = _times(before, by), float(before.abs().max())
+            tolerance = scale * max(_CLOSE, 4 * torch.finfo(before.dtype).eps)
             moved, off = (float((expected - other).abs().max()) for other in (before, args[0]))
-            if moved > 10 * _CLOSE * scale and off <= _CLOSE * scale:
+            if moved > 10 * tolerance and off <= tolerance:
                 self.agreeing.add(name)
         return (before, *args[1:])
 

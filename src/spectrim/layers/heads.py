@@ -1,6 +1,6 @@
 """Linear layers around an attention whose heads hold fewer numbers than its code takes them to have."""
 
-from typing import cast
+from typing import ClassVar, cast
 
 from torch import Tensor, nn
 
@@ -12,12 +12,16 @@ class AroundHeads(nn.Module):
         linear: The layer.
         heads: How many heads there are.
         size: Numbers of a head, as the attention takes it.
+        rank: Numbers that it holds.
         narrowed_from: Shape of the weight in whose place it is.
     """
 
-    def __init__(self, linear: nn.Module, *, heads: int, size: int, narrowed_from: tuple[int, ...]) -> None:
+    # torch.jit.script compiles properties
+    __jit_unused_properties__: ClassVar[list[str]] = ["weight", "bias"]
+
+    def __init__(self, linear: nn.Module, *, heads: int, size: int, rank: int, narrowed_from: tuple[int, ...]) -> None:
         super().__init__()
-        self.linear, self.heads, self.size = linear, heads, size
+        self.linear, self.heads, self.size, self.rank = linear, heads, size, rank
         self.narrowed_from = narrowed_from
 
     @property
@@ -32,7 +36,7 @@ class AroundHeads(nn.Module):
 
     def extra_repr(self) -> str:
         """How the heads lie."""
-        return f"heads={self.heads}, size={self.size}"
+        return f"heads={self.heads}, size={self.size}, rank={self.rank}"
 
 
 class HeadValues(AroundHeads):
@@ -44,8 +48,8 @@ class HeadValues(AroundHeads):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # the name that dense layers give it
         """Apply the layer, and fill up."""
-        values = self.linear(input).unflatten(-1, (self.heads, -1))
-        return nn.functional.pad(values, (0, self.size - values.shape[-1])).flatten(-2)
+        values: Tensor = self.linear(input).unflatten(-1, [self.heads, self.rank])
+        return nn.functional.pad(values, [0, self.size - self.rank]).flatten(-2)
 
 
 class HeadOutput(AroundHeads):
@@ -57,6 +61,6 @@ class HeadOutput(AroundHeads):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
         """Apply the layer to what the heads hold."""
-        rank = self.linear.get_parameter("weight").shape[1] // self.heads
-        output: Tensor = self.linear(input.unflatten(-1, (self.heads, self.size))[..., :rank].flatten(-2))
+        heads = input.unflatten(-1, [self.heads, self.size])
+        output: Tensor = self.linear(heads[..., : self.rank].flatten(-2))
         return output

@@ -13,7 +13,7 @@ from spectrim.core.execution import Inputs, call, evaluating, temporary
 from spectrim.core.nested import alike
 from spectrim.layers.forms.head_vo import HeadValueOutputForm
 from spectrim.layers.forms.width import WidthForm
-from spectrim.layers.head_layouts import Feeding, find_heads
+from spectrim.layers.head_layouts import Feeding, find_heads, received_by
 from spectrim.layers.replacement import narrowed_at, own_bias, refitted_at, replace
 from spectrim.layers.tracing import Trace
 from spectrim.layers.types import layer_type_of
@@ -77,11 +77,8 @@ def find_neurons(
     Half of these outputs are changed, and no other inputs may change.
     """
     possible = _possible(single, order)
-    return (
-        {name: Feeding(own) for name, own in _PerturbedPass(model, inputs, possible).feeders().items()}
-        if possible
-        else {}
-    )
+    feeders = _PerturbedPass(model, inputs, possible).feeders() if possible else {}
+    return {name: Feeding(own) for name, own in feeders.items()}
 
 
 def _possible(single: Mapping[str, SingleWeight], order: Sequence[str]) -> dict[str, tuple[str, ...]]:
@@ -107,7 +104,6 @@ class _PerturbedPass:
     model: nn.Module
     inputs: Inputs
     possible: Mapping[str, Sequence[str]]
-    received: dict[str, Tensor] = field(default_factory=dict)
     changed: dict[str, Tensor] = field(default_factory=dict)
     masks: dict[str, Tensor] = field(default_factory=dict)
 
@@ -115,9 +111,11 @@ class _PerturbedPass:
         """By layer, those that feed it, if what lies between is elementwise; others may read them as well."""
         feeders = list(dict.fromkeys(feeder for own in self.possible.values() for feeder in own))
         watched = dict.fromkeys((*self.possible, *feeders))
-        with temporary(self._layer(name).register_forward_pre_hook(partial(self._record, name)) for name in watched):
-            call(self.model, self.inputs)
-        hooks = [self._layer(name).register_forward_pre_hook(partial(self._restore, name)) for name in watched]
+        received = received_by(self.model, self.inputs, watched)
+        hooks = [
+            self._layer(name).register_forward_pre_hook(partial(self._restore, name, before))
+            for name, before in received.items()
+        ]
         hooks += [
             self._layer(name).register_forward_hook(partial(self._change, name, number))
             for number, name in enumerate(feeders)
@@ -129,13 +127,8 @@ class _PerturbedPass:
     def _layer(self, name: str) -> nn.Module:
         return self.model.get_submodule(name)
 
-    def _record(self, name: str, _: nn.Module, args: tuple[Any, ...]) -> None:
-        if args and isinstance(args[0], Tensor):
-            self.received[name] = args[0].clone()
-
-    def _restore(self, name: str, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        before = self.received.get(name)
-        if before is None or before.shape != args[0].shape:
+    def _restore(self, name: str, before: Tensor, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if before.shape != args[0].shape:
             return None
         self.changed[name] = args[0] != before
         return (before, *args[1:])

@@ -185,9 +185,9 @@ def narrowed_like(layer: nn.Module, *, out: int, into: int, bias: bool, heads: i
     if not heads:
         setattr(new, NARROWED_FROM, shape)
     elif into == sizes.into:
-        new = HeadValues(new, heads=heads, size=sizes.outputs // heads, narrowed_from=shape)
+        new = HeadValues(new, heads=heads, size=sizes.outputs // heads, rank=out // heads, narrowed_from=shape)
     else:
-        new = HeadOutput(new, heads=heads, size=sizes.into // heads, narrowed_from=shape)
+        new = HeadOutput(new, heads=heads, size=sizes.into // heads, rank=into // heads, narrowed_from=shape)
     return new.train(layer.training).requires_grad_(reference.requires_grad)
 
 

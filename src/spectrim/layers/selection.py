@@ -31,6 +31,7 @@ class LayerSelection:
         exclude: Patterns of layers to leave out.
         keep_last: Leave out the layer that is called last.
         lookups: Whether embeddings may be factored, which makes them smaller, but not faster.
+        together: Whether it is tried which layers can be narrowed together, which takes some passes.
         treat_as: See `TreatAs`. Where its outputs are not those of that class, the layer stays as it is.
 
     Raises:
@@ -42,6 +43,7 @@ class LayerSelection:
     keep_last: bool = False
     treat_as: TreatAs = field(default_factory=dict)
     lookups: bool = True
+    together: bool = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.treat_as, Mapping):

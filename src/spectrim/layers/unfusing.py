@@ -27,7 +27,7 @@ def unfused(model: nn.Module, selects: Selects = lambda *_: True) -> nn.Module:
         model: Any module; it stays as it is.
         selects: Only modules of which a layer is wanted are taken apart.
     """
-    if not _to_take_apart(model, selects):
+    if not _replaceable(model, selects):
         return model
     try:
         copied = _with_same_tensors(model)
@@ -48,7 +48,7 @@ def unfused_as(model: nn.Module, names: Iterable[str]) -> nn.Module:
 
 def unfuse_(model: nn.Module, selects: Selects) -> None:
     """As `unfused`, in the model itself."""
-    _exchange(model, {module: kind(module) for module, kind in _to_take_apart(model, selects).items()})
+    _exchange(model, {module: kind(module) for module, kind in _replaceable(model, selects).items()})
 
 
 def fused(model: nn.Module) -> nn.Module:
@@ -83,7 +83,7 @@ def _kind_of(module: nn.Module) -> type[_Unfused] | None:
     return next((kind for kind in _KINDS if kind.parts(module)), None)
 
 
-def _to_take_apart(model: nn.Module, selects: Selects) -> dict[nn.Module, type[_Unfused]]:
+def _replaceable(model: nn.Module, selects: Selects) -> dict[nn.Module, type[_Unfused]]:
     uses = Counter(id(weight) for module in model.modules() for weight in module._parameters.values())
     return {
         module: kind

@@ -101,11 +101,11 @@ class HeadDecomposition(Decomposition):
     def factors(self, ranks: Ranks) -> Factors:
         """What becomes of the values, what becomes of the heads, and the weight that reads these."""
         (rank,), layout = ranks, self.layout
-        taken = rank * layout.heads
+        columns = rank * layout.heads
         solved = torch.linalg.solve_triangular(
-            self.factor[:taken, :taken], self.projected[:, :taken], upper=False, left=False
+            self.factor[:columns, :columns], self.projected[:, :columns], upper=False, left=False
         )
-        weight = solved.reshape(-1, rank, layout.heads).transpose(1, 2).reshape(1, -1, taken)
+        weight = solved.reshape(-1, rank, layout.heads).transpose(1, 2).reshape(1, -1, columns)
         few = self.directions[:, :rank]
         feeding = torch.block_diag(*few)
         reading = torch.block_diag(*few.repeat_interleave(layout.heads // layout.groups, dim=0))

@@ -61,15 +61,15 @@ class SubsetDecomposition(Decomposition):
         least = 1e-9 * float(C.diagonal().max())
         free = torch.ones(n, dtype=torch.bool, device=C.device)
         while len(order) < n:
-            chosen = _next(residual, products, free, number=min(step, n - len(order)), least=least)
-            free[chosen] = False
-            order += chosen.tolist()
-            among = residual[chosen][:, chosen]
+            batch = _next(residual, products, free, number=min(step, n - len(order)), least=least)
+            free[batch] = False
+            order += batch.tolist()
+            among = residual[batch][:, batch]
             factor = torch.linalg.cholesky(among + least * torch.eye(len(among), dtype=C.dtype, device=C.device))
-            explained = torch.cholesky_solve(residual[chosen], factor)
-            gained = torch.linalg.solve_triangular(factor, products[:, chosen].mT, upper=False).square().sum()
-            products = products - products[:, chosen] @ explained
-            residual.addmm_(residual[:, chosen], explained, alpha=-1)
+            explained = torch.cholesky_solve(residual[batch], factor)
+            gained = torch.linalg.solve_triangular(factor, products[:, batch].mT, upper=False).square().sum()
+            products = products - products[:, batch] @ explained
+            residual.addmm_(residual[:, batch], explained, alpha=-1)
             energy -= float(gained)
             lost.append(max(0.0, energy))
         return cls(problem, torch.tensor(order), np.array(lost))
@@ -89,11 +89,11 @@ class SubsetDecomposition(Decomposition):
     def factors(self, ranks: Ranks) -> Factors:
         """Which inputs are read, as rows that are 1 there, (1, rank, in), twice, and their weight, (1, out, rank)."""
         (W,), C = self.problem.matrices, self.problem.full_metric
-        taken = self.order[: ranks[0]].sort().values.to(C.device)
-        selection = torch.zeros(len(taken), C.shape[0], dtype=C.dtype, device=C.device)
-        selection[torch.arange(len(taken)), taken] = 1.0
-        factor = torch.linalg.cholesky(C[taken][:, taken])
-        weight = torch.cholesky_solve((W @ C[:, taken]).mT, factor).mT
+        inputs = self.order[: ranks[0]].sort().values.to(C.device)
+        selection = torch.zeros(len(inputs), C.shape[0], dtype=C.dtype, device=C.device)
+        selection[torch.arange(len(inputs)), inputs] = 1.0
+        factor = torch.linalg.cholesky(C[inputs][:, inputs])
+        weight = torch.cholesky_solve((W @ C[:, inputs]).mT, factor).mT
         return selection.unsqueeze(0), selection.unsqueeze(0), self.problem.unweighted(weight.unsqueeze(0))
 
 
@@ -103,7 +103,7 @@ def _step(inputs: int) -> int:
 
 
 def _next(residual: Tensor, products: Tensor, free: Tensor, *, number: int, least: float) -> Tensor:
-    """The inputs that explain most, chosen one after the other among those that explain most by themselves."""
+    """The inputs that explain most, batch one after the other among those that explain most by themselves."""
     variances = residual.diagonal()
     scores = torch.where(free & (variances > least), products.square().sum(dim=0) / variances.clamp(min=least), -1.0)
     scores = torch.where(free, scores, -2.0)

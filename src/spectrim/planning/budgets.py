@@ -212,11 +212,14 @@ class Candidates:
         """By group: costs and losses."""
         return [group.item for group in self.groups]
 
+    @cached_property
+    def _informed(self) -> set[str]:
+        """Names of the layers that can be factored in the metric."""
+        return {layer.name for layer in self.analysis if self.metric in layer.problems}
+
     def _joint_forms(self, layer: LayerAnalysis) -> list[str]:
-        if self.latencies is not None or self.metric == "plain":
-            return []
-        known = {other.name for other in self.analysis if self.metric in other.problems}
-        if not known.issuperset({layer.name, *(feeder.name for feeder in layer.feeders)}):
+        members = {layer.name, *(feeder.name for feeder in layer.feeders)}
+        if self.latencies is not None or self.metric == "plain" or not members <= self._informed:
             return []
         return [form for form in layer.joint_forms if form in self.forms]
 

@@ -60,6 +60,13 @@ def takes_lookups(rule_or_plan: Rule | Plan) -> bool:
     return isinstance(rule_or_plan, Budget) and rule_or_plan.limits in _SIZES and rule_or_plan.of is None
 
 
+def takes_layers_together(rule_or_plan: Rule | Plan) -> bool:
+    """Whether layers may be narrowed together."""
+    if isinstance(rule_or_plan, Plan):
+        return any(layer.unit for layer in rule_or_plan)
+    return isinstance(rule_or_plan, Budget) and rule_or_plan.limits != "latency"
+
+
 _SIZES = ("params", "bytes")
 
 

@@ -17,7 +17,6 @@ from spectrim.layers.forms.spatial import SpatialConv2d, SpatialForm
 from spectrim.layers.forms.tucker2 import Tucker2Conv2d, Tucker2Form
 from spectrim.layers.forms.width import WidthForm
 from spectrim.layers.units import Unit
-from spectrim.linalg import Decomposition, Factors, Problem
 
 __all__ = [
     "FORMS",
@@ -35,7 +34,6 @@ __all__ = [
     "SingleWeightForm",
     "SpatialConv2d",
     "Tucker2Conv2d",
-    "decompose",
     "find_form",
     "form_named",
     "forms_of",
@@ -85,14 +83,6 @@ def joint_form_named(name: str) -> JointForm:
     if not isinstance(form, JointForm):
         raise PlanError(f"the {name} form is one of a weight by itself")
     return form
-
-
-def decompose(form: str, problem: Problem, unit: Unit, *, near: Factors = ()) -> Decomposition:
-    """What factors of any rank of a unit's weight are made from in a form; see `Form.decompose`."""
-    chosen = find_form(form)
-    if isinstance(chosen, JointForm):
-        return chosen.decompose_unit(problem, unit, near=near)
-    return chosen.decompose(problem, near=near)
 
 
 def selected_forms(names: Sequence[str] | str | None, *, closed_form: bool = False) -> tuple[str, ...]:

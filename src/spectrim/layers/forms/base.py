@@ -79,8 +79,8 @@ class Form(ABC):
         return Cost(params=int(costs.params[0]), macs=int(costs.macs[0]))
 
     @abstractmethod
-    def decompose(self, problem: Problem, *, near: Factors = ()) -> Decomposition:
-        """What factors of any rank are made from.
+    def decompose_unit(self, problem: Problem, unit: Unit, *, near: Factors = ()) -> Decomposition:
+        """What factors of any rank of a unit are made from.
 
         Where factors are found by iteration, those of a problem that is nearly the same are a better start, up to their
         own rank, and save finding one: `near`.
@@ -147,7 +147,11 @@ class SingleWeightForm(Form):
     def working_bytes(self, unit: Unit, *, vectors: int | None, rank: int | None = None) -> int:
         return self.decomposition.working_bytes(_geometry(unit).shape, vectors=vectors, rank=rank)
 
+    def decompose_unit(self, problem: Problem, unit: Unit, *, near: Factors = ()) -> Decomposition:
+        return self.decompose(problem, near=near)
+
     def decompose(self, problem: Problem, *, near: Factors = ()) -> Decomposition:
+        """As `decompose_unit`: of a weight by itself, what is to be approximated says all."""
         return self.decomposition.of(problem, near=near)
 
     def build(self, layer: nn.Module, *, layer_type: LayerType, ranks: Ranks, bias: bool) -> FactoredLayer:
@@ -203,13 +207,6 @@ class JointForm(Form):
         """The same at `ranks`."""
         costs = self.feeder_costs(unit, feeder, np.array([ranks], dtype=np.int64))
         return Cost(params=int(costs.params[0]), macs=int(costs.macs[0]))
-
-    @abstractmethod
-    def decompose_unit(self, problem: Problem, unit: Unit, *, near: Factors = ()) -> Decomposition:
-        """As `decompose`, of the weight of a unit."""
-
-    def decompose(self, problem: Problem, *, near: Factors = ()) -> Decomposition:
-        raise NotImplementedError(f"the {self.name} form is one of a unit: decompose_unit")
 
     def working_bytes(self, unit: Unit, *, vectors: int | None, rank: int | None = None) -> int:
         """The metric, what becomes of it, and as much again twice; the same of its product with the weight."""
