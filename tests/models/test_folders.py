@@ -7,20 +7,11 @@ from typing import Any
 import pytest
 import torch
 from cases import same_state, state
+from tiny_llama import IDS, llama
 
 import spectrim as st
 from spectrim import errors, models
 from spectrim.models.folders import other_files
-
-transformers = pytest.importorskip("transformers", reason="the extra 'hf' is not installed")
-
-IDS = {"input_ids": torch.arange(24).reshape(2, 12) % 19}
-
-
-def llama() -> Any:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=24, **sizes)).eval()
 
 
 def edit(folder: Path, **entries: Any) -> None:

@@ -8,23 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_llama import IDS, llama, transformers
 
 import spectrim as st
-
-transformers = pytest.importorskip("transformers", reason="the extra 'hf' is not installed")
-
-IDS = {"input_ids": torch.arange(24).reshape(2, 12) % 19}
-
-
-def _dense() -> Any:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=24, **sizes)).eval()
 
 
 @cache
 def _compressed(*, on_data: bool = True) -> st.Compressed:
-    model = _dense()
+    model = llama(layers=2)
     data = [{"input_ids": torch.randint(0, 24, (8, 12))} for _ in range(2)]
     return st.compress(model, st.Ratio(0.25), example_inputs=IDS, data=data if on_data else None, include="*mlp*")
 
@@ -70,7 +61,7 @@ def test_a_card_of_somebody_else_stays(tmp_path: Path) -> None:
 
 
 def test_a_card_of_narrowed_layers_says_how_many_neurons_are_left(tmp_path: Path) -> None:
-    dense = _dense()
+    dense = llama(layers=2)
     data = [{"input_ids": torch.randint(0, 24, (8, 12))} for _ in range(2)]
     small = st.compress(dense, st.Budget(params=0.7), example_inputs=IDS, data=data, include="*mlp*", forms="width")
     small.model.save_pretrained(tmp_path)
