@@ -18,11 +18,11 @@ import time
 from pathlib import Path
 
 import torch
-from peak_memory import peak_gb
 from safetensors.torch import save_file
 from transformers import LlamaConfig
 
 import spectrim as st
+from spectrim.core.memory import peak_gb
 
 SAMPLES, LENGTH, BATCH = 8, 256, 2
 HIDDEN, INNER, HEADS, KV_HEADS, WORDS = 3072, 8192, 24, 8, 128256

@@ -1,7 +1,7 @@
 """The structure's figures against their bars, the directions of imports, the public names, and what an import costs."""
 
 import ast
-import importlib
+import importlib.util
 import pkgutil
 import re
 import subprocess
@@ -44,6 +44,16 @@ SOURCE = structure.modules(structure.SOURCE)
 @pytest.mark.parametrize("figure", structure.figures(), ids=lambda figure: figure.name)
 def test_a_figure_of_the_structure_keeps_its_bar(figure: Figure) -> None:
     assert figure.value <= figure.bar, "\n".join(figure.places)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.stem)
+def test_benchmarks_import_what_there_is(path: Path) -> None:
+    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    names = {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
+    names |= {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    beside = {file.stem for folder in ("benchmarks", "tests") for file in (ROOT / folder).glob("*.py")}
+    tops = {name.split(".")[0] for name in names} - beside - {"playwright", "fvcore"}
+    assert not [name for name in tops if importlib.util.find_spec(name) is None]
 
 
 def test_the_figures_see_what_they_count() -> None:

@@ -1,5 +1,6 @@
 """Sensitivities of layers, and the gradients' moments behind the loss metric."""
 
+import numpy as np
 import pytest
 import torch
 from cases import inputs, same_state, state
@@ -8,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 import spectrim as st
 from spectrim.core.execution import as_inputs
+from spectrim.layers.replacement import mean_corrections, narrowed_at, product
 
 
 class Weighted(nn.Module):
@@ -34,8 +36,8 @@ def test_the_sensitivity_is_quadratic_in_a_layers_weight_in_the_sum(batches: lis
     before = state(model)
     analysis = st.analyze(model, batches[0], calibration=st.calibrate(model, batches))
     sensitivities = st.sensitivity(model, analysis, [as_inputs(batch) for batch in batches]).sensitivity
-    assert sensitivities["ten"] == pytest.approx(100 * sensitivities["single"], rel=1e-3)
-    assert sensitivities["none"] == 0
+    assert sensitivities["ten"]["linear"] == pytest.approx(100 * sensitivities["single"]["linear"], rel=1e-3)
+    assert sensitivities["none"]["linear"] == 0
     same_state(model, before)
 
 
@@ -43,7 +45,8 @@ def test_the_order_of_the_batches_does_not_matter(batches: list[Tensor]) -> None
     model = Weighted()
     analysis = st.analyze(model, batches[0], calibration=st.calibrate(model, batches))
     data = [as_inputs(batch) for batch in batches * 4]
-    forward, backward = (st.sensitivity(model, analysis, order).sensitivity for order in (data, data[::-1]))
+    weighed = [st.sensitivity(model, analysis, order) for order in (data, data[::-1])]
+    forward, backward = ([own.sensitivity_of(layer.name, "linear") for layer in own] for own in weighed)
     assert forward == pytest.approx(backward, rel=1e-5)
 
 
@@ -137,7 +140,7 @@ def test_a_narrow_last_layer_is_not_free(outputs: int) -> None:
     with torch.no_grad():
         head.weight.copy_(torch.linalg.qr(torch.randn(16, outputs, dtype=torch.float64))[0].T)  # equal singular values
     analysis = st.analyze(model, x[:1], calibration=st.calibrate(model, x.split(16)))
-    measured = st.sensitivity(model, analysis, x.split(16)).sensitivity["4"]
+    measured = st.sensitivity(model, analysis, x.split(16)).sensitivity["4"]["linear"]
     assert (measured > 0) == (outputs > 1)
 
 
@@ -226,3 +229,24 @@ def test_complex_outputs_are_differentiated_and_compared() -> None:
     data = [torch.randn(32, 16) for _ in range(8)]
     plan = st.compress(Spectral(), st.Budget(macs=0.5), example_inputs=data[0], data=data).plan
     assert plan.metric == "loss"
+
+
+def test_each_form_is_measured_in_the_metric_of_a_budget() -> None:
+    """The share that a width loses, times its sensitivity, is what the outputs change by."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 16), nn.Tanh(), nn.Linear(16, 4)).double()
+    x = inputs(256, 16)
+    statistics = st.calibrate(model, x.split(32), gradients=True)
+    weighed = st.sensitivity(model, st.analyze(model, x[:1], calibration=statistics), x.split(32))
+    assert set(weighed.sensitivity["2"]) == {"linear", "width"}
+    layer = weighed["2"]
+    errors = layer.rank_errors("width", "loss")
+    place = int(np.abs(errors.lost - 0.1).argmin())
+    factors = layer.decomposition("width", "loss").factors(tuple(errors.ranks[place]))
+    bias, rank = mean_corrections(weighed.means), int(errors.ranks[place, 0])
+    narrowed = narrowed_at(model, "2", ["0"], form="width", rank=rank, factors=factors, bias=bias)
+    small = nn.Sequential(narrowed["0"], model[1], narrowed["2"], *model[3:])
+    change = float((small(x) - model(x)).detach().square().mean())
+    problem = layer.problems["loss"]
+    lost = problem.seen_error(product(model[2], form="width", factors=factors)) / problem.total
+    assert weighed.sensitivity["2"]["width"] * lost == pytest.approx(change, rel=0.3)

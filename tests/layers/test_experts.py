@@ -178,7 +178,7 @@ def test_experts_that_no_token_reaches_have_the_statistics_of_the_others() -> No
     torch.testing.assert_close(matrix_of(analysis[names[0]].problems["activation"].covariance), mean)
     small = st.compress(model, st.Budget(params=0.8), example_inputs=x[0], data=x)
     sensitivity = st.sensitivity(model, analysis, x).sensitivity
-    assert 0 < sensitivity[names[0]] < sensitivity[names[1]]
+    assert 0 < sensitivity[names[0]]["linear"] < sensitivity[names[1]]["linear"]
     assert small.plan[names[0]].kept.params > 0
 
 
@@ -214,13 +214,13 @@ def test_a_stack_is_weighed_in_one_pass() -> None:
     weighed = st.sensitivity(model, analysis, data, on_progress=lambda name, *_: names.append(name))
     assert names.count("experts.gate_up") == names.count("experts.down") == 1
     assert not any(name.startswith("experts.down.") for name in names)
-    assert all(weighed.sensitivity[f"experts.down.{expert}"] > 0 for expert in range(EXPERTS))
+    assert all(weighed.sensitivity[f"experts.down.{expert}"]["linear"] > 0 for expert in range(EXPERTS))
 
 
 def test_a_stack_is_weighed_without_statistics() -> None:
     model, data = build(), [texts() for _ in range(3)]
     weighed = st.sensitivity(model, st.analyze(model, data[0]), data, metric="plain").sensitivity
-    assert all(weighed[f"experts.down.{expert}"] > 0 for expert in range(EXPERTS))
+    assert all(weighed[f"experts.down.{expert}"]["linear"] > 0 for expert in range(EXPERTS))
 
 
 def test_the_predicted_error_is_that_of_the_network() -> None:

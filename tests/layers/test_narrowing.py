@@ -308,3 +308,23 @@ def test_only_budgets_look_for_layers_to_narrow(monkeypatch: pytest.MonkeyPatch)
     assert not looked
     st.compress(model, st.Budget(params=0.7), example_inputs=DATA[0], data=DATA)
     assert looked
+
+
+class TwoPaths(nn.Module):
+    """What is read by the last layer depends on the data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other, self.last = nn.Linear(12, 32), nn.Linear(12, 32), nn.Linear(32, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.relu((self.one if float(x.detach().mean()) > 0 else self.other)(x)))
+
+
+def test_layers_are_not_narrowed_together_where_others_take_their_turn() -> None:
+    torch.manual_seed(0)
+    model, data = TwoPaths(), [torch.randn(16, 12) + sign for sign in (1, -1, 1, -1)]
+    assert st.plan(st.analyze(model, data[0]), st.Rank(4))["last"].form == "linear"
+    small = st.compress(model, st.Budget(macs=0.7), example_inputs=data[0], data=data)
+    assert all(layer.unit is None for layer in small.plan)
+    assert all(torch.isfinite(small.model(batch)).all() for batch in data)

@@ -277,7 +277,7 @@ def test_a_sensitive_layer_keeps_more() -> None:
     rule = st.Budget(macs=0.6)
     even = st.plan(known, rule)
     for name in ("2", "6"):
-        sensitivity = {layer.name: 100.0 if layer.name == name else 1.0 for layer in known}
+        sensitivity = {layer.name: {layer.forms[0]: 100.0 if layer.name == name else 1.0} for layer in known}
         careful = st.plan(replace(known, sensitivity=sensitivity), rule)
         assert careful[name].kept.macs > even[name].kept.macs
         assert (careful[name].predicted_error or 0.0) < (even[name].predicted_error or 0.0)

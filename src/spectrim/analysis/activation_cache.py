@@ -1,7 +1,7 @@
 """Repeated passes over the same beginning of a network, without computing it each time."""
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -71,6 +71,12 @@ class ActivationCache:
         """A cache of as many bytes for another network with the same blocks, some of which are to run each time."""
         other = ActivationCache(model, self.free_bytes, self.tried_on, self.forgets)
         other.__dict__["_blocks"] = _Blocks(self._blocks.recallable - never, self._blocks.frontiers - never)
+        return other
+
+    def keeping(self) -> "ActivationCache":
+        """A cache of as many bytes for the same network that forgets no output."""
+        other = ActivationCache(self.model, self.free_bytes, self.tried_on, forgets=False)
+        other.__dict__["_blocks"] = _Blocks(self._blocks.recallable)
         return other
 
     @property
@@ -237,6 +243,12 @@ class _Pass:
                 before = [(earlier, value if _is_forgotten(value) else _forgotten(value)) for earlier, value in before]
             self.finished = [*before, (key, copied)]
         return output
+
+
+def blocks_apart(pairs: Iterable[tuple[str, str]]) -> frozenset[str]:
+    """Blocks with the first layer of a pair that is exchanged together, and without the second one."""
+    around = [(first.rsplit(".", up)[0], last) for first, last in pairs for up in range(1, 1 + first.count("."))]
+    return frozenset(block for block, last in around if not last.startswith(f"{block}."))
 
 
 def _equal(first: Any, second: Any) -> bool:

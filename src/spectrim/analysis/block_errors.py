@@ -19,7 +19,7 @@ _LOST = 0.1
 _ROWS = 512
 
 
-def block_sensitivity(block: nn.Module, analysis: Analysis, batches: Sequence[Inputs]) -> dict[str, float]:
+def block_sensitivity(block: nn.Module, analysis: Analysis, batches: Sequence[Inputs]) -> dict[str, dict[str, float]]:
     """Squared change of each token's hidden state, as a share of its square, for each share of energy a layer loses.
 
     Each layer by itself gives only the principal components of its outputs, so many that about a tenth of their energy
@@ -35,7 +35,7 @@ def block_sensitivity(block: nn.Module, analysis: Analysis, batches: Sequence[In
     layers = [layer for layer in analysis if layer.problems and not layer.is_lookup]
     rows: dict[str, list[Tensor]] = {layer.name: [] for layer in layers}
     modules = {name: block.get_submodule(name) for name in rows}
-    sensitivities: dict[str, float] = {}
+    sensitivities: dict[str, dict[str, float]] = {}
     with evaluating(block):
         masks = [TokenMasks.of(block, batch) for batch in few]
         dense = []
@@ -46,13 +46,13 @@ def block_sensitivity(block: nn.Module, analysis: Analysis, batches: Sequence[In
         for name, layer in modules.items():
             mean, basis, lost = _losing_components(torch.cat(rows.pop(name), dim=1))
             if not lost:
-                sensitivities[name] = 0.0
+                sensitivities[name] = {analysis[name].forms[0]: 0.0}
                 continue
             changes = []
             with temporary([layer.register_forward_hook(partial(_project, mean, basis))]):
                 for batch, own, before in zip(few, masks, dense, strict=True):
                     changes.append(relative_squares(before, call(block, batch), own))
-            sensitivities[name] = float(torch.cat(changes).mean()) / lost
+            sensitivities[name] = {analysis[name].forms[0]: float(torch.cat(changes).mean()) / lost}
     return sensitivities
 
 

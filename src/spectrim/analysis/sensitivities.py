@@ -5,11 +5,13 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace as with_changes
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from spectrim.analysis.activation_cache import DEFAULT_BYTES, ActivationCache, ForgottenOutputError
+from spectrim.analysis.activation_cache import DEFAULT_BYTES, ActivationCache, ForgottenOutputError, blocks_apart
 from spectrim.analysis.calibration import Calibration, add_gradients
+from spectrim.analysis.metrics import measured_in, metric_of
 from spectrim.analysis.moments import RunningGradients
 from spectrim.analysis.spectra import Analysis, LayerAnalysis
 from spectrim.core.arguments import checked
@@ -19,10 +21,11 @@ from spectrim.core.execution import Inputs, ProgressCallback, call, evaluating, 
 from spectrim.core.memory import IN_PLACE, Storage
 from spectrim.core.plans import Metric
 from spectrim.core.progress import progress_callback
-from spectrim.layers.replacement import factored_at, mean_corrections, product, replace
+from spectrim.layers.replacement import BiasOf, factored_at, mean_corrections, narrowed_at, product, replace
 from spectrim.layers.tokens import TokenMasks, TokenPlaces
 from spectrim.layers.unfusing import unfused_as
-from spectrim.linalg import Factors
+from spectrim.layers.units import SingleWeight
+from spectrim.linalg import Factors, Ranks
 
 _LEAST, _MOST = 32, 256
 _GRADIENTS = 128
@@ -38,7 +41,7 @@ def sensitivity(
     batches: Iterable[Any],
     *,
     labels: bool = False,
-    metric: Metric = "activation",
+    metric: Metric | None = None,
     cache: int | None = None,
     on_progress: ProgressCallback | None = None,
     progress: bool = False,
@@ -46,17 +49,18 @@ def sensitivity(
     """The analysis with `sensitivity`: squared error of the network's outputs for each share of energy a layer loses.
 
     Each layer by itself is factored, in the form with a closed solution, at a rank that loses about a tenth of its
-    energy, and the network is run on 32 to 256 samples, until the mean over them is known to 15 %; of a network that
-    gives something at every place of a text, on 512 places or more. Makes budgets better where layers differ in how
-    much they matter; no labels are used. The experts of a mixture are factored together, one projection at a time, and
-    what the outputs change by is shared out by the energy that each of them loses.
+    energy, and layers that can be narrowed together are narrowed, in each form in which they can. The network is run on
+    32 to 256 samples, until the mean over them is known to 15 %; of a network that gives something at every place of a
+    text, on 512 places or more. Makes budgets better where layers differ in how much they matter; no labels are used.
+    The experts of a mixture are factored together, one projection at a time, and what the outputs change by is shared
+    out by the energy that each of them loses.
 
     Args:
         model: The model that was analysed; put back as it was after each layer.
         analysis: From `st.analyze` with a calibration.
         batches: As for `st.calibrate`; as many as are needed are used, whatever their order.
         labels: Batches have labels, as for `st.calibrate`.
-        metric: In which metric the layers are factored.
+        metric: In which metric the layers are factored, by default the one that a budget takes: the best there is.
         cache: Bytes of blocks' outputs that may be kept, so that not every pass has to begin at the first layer.
             By default what the statistics take, at least 512 MiB.
         on_progress: Called with each layer's name, or that of a stack of experts, how many are done, and of how many.
@@ -64,11 +68,12 @@ def sensitivity(
 
     Raises:
         DataError: no batches.
-        PlanError: a negative `cache`, or an analysis of another model.
+        PlanError: a negative `cache`, an analysis of another model, or one without the metric.
     """
     require_cache_bytes(cache)
     model = unfused_as(model, analysis.names)
     analysis.require_model(model)
+    chosen = metric_of(analysis, metric, best=True)
     data = enumerate(batches_of(batches, what="the data to measure sensitivities on"))
     read = [inputs_of(batch, model, position=position, labels=labels) for position, batch in data]
     whole = subset([inputs for inputs, _ in read], samples=_MOST)
@@ -77,23 +82,25 @@ def sensitivity(
         raise DataError("there is no data to measure sensitivities on; give at least one batch")
     groups: dict[str, list[LayerAnalysis]] = {}
     for layer in analysis:
-        if metric in layer.problems:
+        if measured_in(layer, chosen):
             groups.setdefault(layer.stack or layer.name, []).append(layer)
-    activations = ActivationCache(model, cache_bytes_of(analysis, cache), used[0])
+    pairs = [(feeder.name, layer.name) for layer in analysis if layer.joint_forms for feeder in layer.feeders]
+    activations = ActivationCache(model, cache_bytes_of(analysis, cache), used[0]).of(model, never=blocks_apart(pairs))
     moments = analysis.calibration.moments if analysis.calibration else {}
     counts = {name: seen.count for name, seen in moments.items()}
-    runs = _SingleLayerRuns(activations, used, metric, analysis.means, counts, hint=read[0][1])
-    sensitivities: dict[str, float] = {}
+    runs = _SingleLayerRuns(activations, used, chosen, analysis.means, counts, hint=read[0][1])
+    keeping = activations.keeping()
+    del activations
+    sensitivities: dict[str, dict[str, float]] = {}
     try:
         with progress_callback(on_progress, progress=progress) as report:
             for done, (name, group) in enumerate(groups.items()):
                 report(name, done, len(groups))
                 try:
-                    sensitivities |= runs.measure(group)
+                    sensitivities |= runs.of_group(group)
                 except ForgottenOutputError:  # a batch for which the network reads more than the first one
-                    size = cache_bytes_of(analysis, cache)
-                    runs = with_changes(runs, cache=ActivationCache(model, size, used[0], forgets=False))
-                    sensitivities |= runs.measure(group)
+                    runs = with_changes(runs, cache=keeping)
+                    sensitivities |= runs.of_group(group)
     except _NoDistanceError as error:
         warnings.warn(
             f"{str(error).format(type(model).__name__)}, so that no distance to the dense network can be measured; "
@@ -102,7 +109,15 @@ def sensitivity(
             stacklevel=3,
         )
         sensitivities = {}
-    return with_changes(analysis, sensitivity=sensitivities)
+    layers = tuple(_possible(layer, sensitivities.get(layer.name)) for layer in analysis)
+    return with_changes(analysis, layers=layers, sensitivity=sensitivities)
+
+
+def _possible(layer: LayerAnalysis, measured: Mapping[str, float] | None) -> LayerAnalysis:
+    """A layer that is not narrowed together with others if that has failed."""
+    if measured is None or set(layer.joint_forms) <= set(measured) or not isinstance(layer.unit, SingleWeight):
+        return layer
+    return with_changes(layer, unit=with_changes(layer.unit, feeders=(), heads=None))
 
 
 class _NoDistanceError(Exception):
@@ -150,7 +165,7 @@ def _parts_for_gradients(batches: Sequence[Inputs]) -> Iterator[tuple[int, Input
 def without_blocked_loss(analysis: Analysis) -> Analysis:
     """The analysis, without the loss metric if a layer matters that no gradient reaches, as below `no_grad`."""
     without = (layer for layer in analysis if "activation" in layer.problems and "loss" not in layer.problems)
-    if not any(analysis.sensitivity.get(layer.name, 0) > 0 for layer in without):
+    if not any(analysis.sensitivity_of(layer.name, layer.forms[0]) for layer in without):
         return analysis
     return with_changes(analysis, metrics=tuple(metric for metric in analysis.metrics if metric != "loss"))
 
@@ -192,30 +207,39 @@ class _SingleLayerRuns:
     dense_outputs: list[list[Tensor]] = field(default_factory=list)
     hint: str = ""
 
-    def measure(self, layers: Sequence[LayerAnalysis]) -> dict[str, float]:
-        """The sensitivities of layers that are factored together, by name."""
-        model, bias = self.cache.model, mean_corrections(self.means)
-        after: dict[str, nn.Module] = {}
-        lost: dict[str, float] = {}
-        for layer in layers:
-            factors, lost[layer.name] = self._losing_factors(layer)
-            if lost[layer.name]:
-                after |= factored_at(model, layer.names, form=layer.forms[0], factors=factors, bias=bias)
-        if not after:
-            return dict.fromkeys(lost, 0.0)
-        squares = self._squares(after)
+    def of_group(self, layers: Sequence[LayerAnalysis]) -> dict[str, dict[str, float]]:
+        """The sensitivities of layers that are factored together, by name and form."""
+        measured: dict[str, dict[str, float]] = {layer.name: {} for layer in layers}
+        for form in (layers[0].forms[0], *layers[0].joint_forms):
+            try:
+                slopes = self._measure(layers, form)
+            except ModelError:
+                if form not in layers[0].joint_forms:
+                    raise
+                continue  # on these data other layers read what it narrows
+            for name, slope in slopes.items():
+                measured[name][form] = slope
+        return measured
+
+    def _measure(self, layers: Sequence[LayerAnalysis], form: str) -> dict[str, float]:
+        tried = [candidate for layer in layers if (candidate := self._candidate(layer, form))]
+        slopes = dict.fromkeys((layer.name for layer in layers), 0.0)
+        if not tried:
+            return slopes
+        bias, after = mean_corrections(self.means), dict[str, nn.Module]()
+        for candidate in tried:
+            after |= candidate.replacements(self.cache.model, bias)
+        change = float(self._squares(after).mean())
         if len(layers) == 1:
-            return {name: float(squares.mean()) / share for name, share in lost.items()}
+            return {candidate.layer.name: change / candidate.lost for candidate in tried}
         usual = 0 if self.counts else 1
         seen = {layer.name: sum(self.counts.get(site, usual) for site in layer.call_sites) for layer in layers}
-        even, energies = (
-            sum(seen.values()) / len(seen),
-            {layer.name: layer.problems[self.metric].total for layer in layers},
-        )
-        total = sum(seen[name] * energies[name] * lost[name] for name in seen)
-        # half as often as on these data, and half as often as all others, so that no expert counts for nothing
-        weights = {name: (seen[name] + even) / 2 * energies[name] for name in seen}
-        return {name: float(squares.mean()) * weight / total if total else 0.0 for name, weight in weights.items()}
+        even = sum(seen.values()) / len(seen)
+        total = sum(seen[candidate.layer.name] * candidate.energy * candidate.lost for candidate in tried)
+        for candidate in tried if total else ():
+            # half as often as on these data, and half as often as all others, so that no expert counts for nothing
+            slopes[candidate.layer.name] = change * (seen[candidate.layer.name] + even) / 2 * candidate.energy / total
+        return slopes
 
     def _squares(self, after: Mapping[str, nn.Module]) -> Tensor:
         """By sample how much the outputs change with these layers in the place of the dense ones."""
@@ -241,25 +265,46 @@ class _SingleLayerRuns:
                 break
         return squares
 
-    def _losing_factors(self, layer: LayerAnalysis) -> tuple[Factors, float]:
-        """Factors that lose about a tenth of the energy on these samples, and how much; 0 if none lose anything.
+    def _candidate(self, layer: LayerAnalysis, form: str) -> "_Candidate | None":
+        """Factors that lose about a tenth of the energy, and how much on these samples; None if none lose anything.
 
-        Of other samples they may lose much more, where these are few. At full rank nothing is lost, and the layer would
-        look free.
+        Of other samples they may lose much more, where these are few. What loses nothing would look free, so that then
+        smaller ranks are tried.
         """
-        form, problem = layer.forms[0], layer.problems[self.metric]
-        dense, ranks = self.cache.model.get_submodule(layer.name), layer.rank_costs(form, self.metric).ranks
-        bases, total = layer.decomposition(form, self.metric), problem.seen_error(0)
-        best: tuple[Factors, float] = ((), 0.0)
-        low, high = 0, len(ranks) - 1
-        while low <= high and min(total, problem.total) > 0:
-            middle = (low + high) // 2
-            factors = bases.factors(tuple(int(rank) for rank in ranks[middle]))
-            lost = problem.seen_error(product(dense, form=form, factors=factors)) / total
-            if lost > _LEAST_LOST and (not best[1] or abs(lost - _LOST) < abs(best[1] - _LOST)):
-                best = factors, lost
-            low, high = (middle + 1, high) if lost > _LOST else (low, middle - 1)
-        return best[0], best[1] and best[1] * total / problem.total
+        metric = measured_in(layer, self.metric)
+        assert metric is not None
+        problem, errors = layer.problems[metric], layer.rank_errors(form, metric)
+        dense, total = self.cache.model.get_submodule(layer.name), problem.seen_error(0)
+        losing = np.flatnonzero(errors.lost > _LEAST_LOST)
+        place = len(losing) and 1 + int(np.abs(errors.lost[losing] - _LOST).argmin())
+        while place and min(total, problem.total) > 0:
+            ranks = tuple(int(rank) for rank in errors.ranks[losing[place - 1]])
+            factors = layer.decomposition(form, metric).factors(ranks)
+            lost = problem.seen_error(product(dense, form=form, factors=factors)) / problem.total
+            if lost > _LEAST_LOST:
+                return _Candidate(layer, form, ranks, factors, lost, problem.total)
+            place //= 2
+        return None
+
+
+@dataclass(frozen=True, eq=False)
+class _Candidate:
+    """A layer in a form at some ranks; `lost` is the share of its `energy` that it loses."""
+
+    layer: LayerAnalysis
+    form: str
+    ranks: Ranks
+    factors: Factors
+    lost: float
+    energy: float
+
+    def replacements(self, model: nn.Module, bias: BiasOf) -> dict[str, nn.Module]:
+        """The layers that take its place, by name."""
+        layer, form = self.layer, self.form
+        if form not in layer.joint_forms:
+            return factored_at(model, layer.names, form=form, factors=self.factors, bias=bias)
+        feeders, (rank,) = [feeder.name for feeder in layer.feeders], self.ranks
+        return narrowed_at(model, layer.name, feeders, form=form, rank=rank, factors=self.factors, bias=bias)
 
 
 def _squares(first: Sequence[Tensor], second: Sequence[Tensor], batch: Inputs) -> Tensor:

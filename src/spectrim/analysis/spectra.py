@@ -191,15 +191,15 @@ class Analysis(Displayed):
         metrics: The available metrics, the best one last.
         whole: What the whole model costs, other operations included.
         calibration: The statistics it was made with, if any.
-        sensitivity: How much the network's outputs change with a lost share of each layer's energy, from
-            `st.sensitivity`; empty if it was not measured.
+        sensitivity: By layer and form how much the network's outputs change with a lost share of the layer's energy,
+            from `st.sensitivity`; empty if it was not measured.
     """
 
     layers: tuple[LayerAnalysis, ...]
     metrics: tuple[Metric, ...]
     whole: NetworkCost
     calibration: Calibration | None = field(default=None, repr=False)
-    sensitivity: Mapping[str, float] = field(default_factory=dict, repr=False)
+    sensitivity: Mapping[str, Mapping[str, float]] = field(default_factory=dict, repr=False)
 
     def __iter__(self) -> Iterator[LayerAnalysis]:
         return iter(self.layers)
@@ -230,6 +230,11 @@ class Analysis(Displayed):
         """The factors of a planned layer, from its input to its output, before they are fitted to anything else."""
         assert planned.metric is not None
         return self[planned.name].decomposition(planned.form, planned.metric).factors(planned.ranks)
+
+    def sensitivity_of(self, name: str, form: str) -> float | None:
+        """That of a layer in a form, or where it was not measured in this one, in its first; None if it was in none."""
+        known = self.sensitivity.get(name, {})
+        return known.get(form, next(iter(known.values()), None))
 
     @property
     def means(self) -> dict[str, Tensor]:

@@ -94,10 +94,10 @@ def measured_fidelity(
 
 def _predicted_square(plan: Plan, analysis: Analysis) -> float | None:
     """The mean squared error of the outputs' entries that the plan's losses add up to."""
-    sensitivity = analysis.sensitivity
-    if not sensitivity or any(layer.predicted_error is None for layer in plan.factored):
+    if not analysis.sensitivity or any(layer.predicted_error is None for layer in plan.factored):
         return None
-    return sum((layer.predicted_error or 0.0) ** 2 * sensitivity.get(layer.name, 0.0) for layer in plan.factored)
+    each = ((layer, analysis.sensitivity_of(layer.name, layer.form) or 0.0) for layer in plan.factored)
+    return sum((layer.predicted_error or 0.0) ** 2 * sensitivity for layer, sensitivity in each)
 
 
 def fidelity(

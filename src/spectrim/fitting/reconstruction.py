@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from spectrim.analysis.activation_cache import DEFAULT_BYTES, ActivationCache, ForgottenOutputError
+from spectrim.analysis.activation_cache import DEFAULT_BYTES, ActivationCache, ForgottenOutputError, blocks_apart
 from spectrim.analysis.calibration import POSITIONS
 from spectrim.analysis.spectra import Analysis
 from spectrim.core.execution import Inputs, ProgressCallback, call
@@ -178,7 +178,8 @@ def _reconstruct(
     as_planned = [layer for layer in plan.factored if layer.name in unfitted]
     factorize(small, plan.model_copy(update={"layers": tuple(as_planned)}), factors=analysis.factors)
     dense = ActivationCache(model, 3 * cache_bytes // 10, first, forgets)
-    compressed = dense.of(small, never=_changing_later(places))
+    never = blocks_apart((feeder, place.plan.name) for place in places for feeder in place.feeders)
+    compressed = dense.of(small, never=never)
     data, small_data = ([(batch, TokenMasks.of(model, batch)) for batch in own] for own in zip(*pairs, strict=True))
     readers, events = _readers(model, first, places), dict[int, Counter[str]]()
     end, inputs = 0, dict[str, InputRows]()
@@ -205,13 +206,6 @@ def _reconstruct(
     if on_progress is not None:
         on_progress("", len(places), len(places))
     return small
-
-
-def _changing_later(places: Sequence[_Place]) -> frozenset[str]:
-    """Blocks that have a layer that is narrowed together with one after them."""
-    pairs = [(feeder, place.plan.name) for place in places for feeder in place.feeders]
-    around = [(feeder.rsplit(".", up)[0], last) for feeder, last in pairs for up in range(1, 1 + feeder.count("."))]
-    return frozenset(block for block, last in around if not last.startswith(f"{block}."))
 
 
 _Data = Sequence[tuple[Inputs, TokenMasks]]

@@ -45,7 +45,7 @@ def write_spectra(path: Path, analysis: Analysis, *, metric: Metric) -> None:
     described = {
         "layers": layers,
         "macs": analysis.whole.macs,
-        "sensitivity": dict(analysis.sensitivity),
+        "sensitivity": {name: dict(own) for name, own in analysis.sensitivity.items()},
         "metrics": analysis.metrics,
     }
     write_atomically(path, lambda part: save_file(values, part, metadata={_KEY: json.dumps(described)}))
@@ -61,7 +61,7 @@ def read_spectra(paths: Iterable[Path], *, whole: NetworkCost) -> Analysis:
     """The analysis of all blocks together, of a model that costs `whole`: enough for a plan, and without factors."""
     layers: list[LayerAnalysis] = []
     metrics: tuple[Metric, ...] = ("plain",)
-    sensitivity: dict[str, float] = {}
+    sensitivity: dict[str, dict[str, float]] = {}
     macs = 0
     for path in paths:
         with safe_open(path, framework="pt") as opened:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from spectrim.analysis.metrics import metric_of
 from spectrim.analysis.spectra import Analysis, LayerAnalysis
 from spectrim.benchmark.latencies import LatencyTable
 from spectrim.core.arguments import checked
@@ -22,7 +23,6 @@ from spectrim.planning.decisions import (
     dense,
     factored,
     listed,
-    metric_of,
     narrowed,
     possible_forms,
     why_impossible,
@@ -235,11 +235,16 @@ class Candidates:
                 feeder, joint_form_named(form).feeder_costs(last.unit, feeder.weight, errors.ranks)
             )
         ranks = [(form, (int(rank),)) for rank in errors.ranks[fits, 0]]
-        return costs[fits], (errors.lost * self._sensitivity(last))[fits], ranks
+        return costs[fits], (errors.lost * self._sensitivity(last, form))[fits], ranks
 
-    def _sensitivity(self, layer: LayerAnalysis) -> float:
-        usual = float(np.median([*self.analysis.sensitivity.values()])) if self.analysis.sensitivity else 1.0
-        return self.analysis.sensitivity.get(layer.name, usual)
+    @cached_property
+    def _usual(self) -> float:
+        """The sensitivity of layers whose own is not known."""
+        return float(np.median([next(iter(own.values())) for own in self.analysis.sensitivity.values()] or [1.0]))
+
+    def _sensitivity(self, layer: LayerAnalysis, form: str) -> float:
+        known = self.analysis.sensitivity_of(layer.name, form)
+        return self._usual if known is None else known
 
     def _candidates_of(self, layer: LayerAnalysis) -> tuple[KnapsackItem, list[tuple[str, Ranks]]]:
         costs, losses = [np.array([self.dense(layer)])], [np.zeros(1)]
@@ -248,7 +253,7 @@ class Candidates:
             errors = layer.rank_errors(form, self.metric)
             fits, cost = self._usable(layer, errors)
             costs.append(cost)
-            losses.append(errors.lost[fits] * self._sensitivity(layer))
+            losses.append(errors.lost[fits] * self._sensitivity(layer, form))
             named += [(form, tuple(int(rank) for rank in ranks)) for ranks in errors.ranks[fits]]
         return KnapsackItem(np.concatenate(costs).astype(np.int64), np.concatenate(losses)), named
 

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from spectrim.analysis.spectra import Analysis, LayerAnalysis
+from spectrim.analysis.spectra import LayerAnalysis
 from spectrim.benchmark.latencies import LatencyTable
-from spectrim.core.errors import PlanError, RuleError
+from spectrim.core.errors import RuleError
 from spectrim.core.plans import DENSE, Budget, LayerPlan, Limit, Metric, Plan, Rule
 from spectrim.layers.forms import joint_form_named
 from spectrim.layers.selection import LOOKUP
@@ -38,19 +38,6 @@ class PlanOptions:
                 "give st.probe(runtime=.., threads=..), or let st.compress do it"
             )
         return multiple_of(self.rank_multiple) or 1
-
-
-def metric_of(analysis: Analysis, metric: Metric | None, *, best: bool) -> Metric:
-    """The metric asked for, or the usual one: the best that there is, or activation before plain."""
-    usual: Metric = "activation" if "activation" in analysis.metrics else "plain"
-    chosen = metric or (analysis.metrics[-1] if best else usual)
-    if chosen not in analysis.metrics:
-        how = "with gradients=True " if chosen == "loss" else ""
-        raise PlanError(
-            f"the analysis has no {chosen} metric, only {', '.join(analysis.metrics)}; "
-            f"pass calibration=st.calibrate(model, batches) {how}to st.analyze"
-        )
-    return chosen
 
 
 def takes_lookups(rule_or_plan: Rule | Plan) -> bool:

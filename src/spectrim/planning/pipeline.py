@@ -177,9 +177,19 @@ class _Stages:
         analysis = with_statistics(bare, statistics)
         if not budgeted:
             return analysis, batches
-        weighing = progress_of("weigh", self.on_progress)
-        weighed = sensitivity(model, analysis, _in_memory(batches), cache=self.run.cache, on_progress=weighing)
-        return weighed if metric else without_blocked_loss(weighed), batches
+        weighed = self._weighed(analysis, batches, metric)
+        usable = weighed if metric else without_blocked_loss(weighed)
+        return usable if usable is weighed else self._weighed(usable, batches, metric), batches
+
+    def _weighed(self, analysis: Analysis, batches: Iterable[Inputs], metric: Metric | None) -> Analysis:
+        return sensitivity(
+            self.model,
+            analysis,
+            _in_memory(batches),
+            metric=metric,
+            cache=self.run.cache,
+            on_progress=progress_of("weigh", self.on_progress),
+        )
 
     def planned(self, analysis: Analysis) -> Plan:
         """The plan, with what has to be timed on this machine."""

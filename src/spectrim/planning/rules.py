@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from spectrim.analysis.metrics import metric_of
 from spectrim.analysis.spectra import Analysis, LayerAnalysis
 from spectrim.benchmark.latencies import LatencyTable
 from spectrim.core.arguments import checked
@@ -18,7 +19,6 @@ from spectrim.planning.decisions import (
     dense,
     factored,
     listed,
-    metric_of,
     narrowed,
     possible_forms,
     takes_lookups,
