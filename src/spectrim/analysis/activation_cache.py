@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 from spectrim.core.errors import ModelError
 from spectrim.core.execution import Inputs, call, evaluating
+from spectrim.core.memory import free_bytes
 from spectrim.core.nested import map_tensors, tensors
 from spectrim.layers.factored import is_low_rank
 
-DEFAULT_BYTES = 2**29
-"""Bytes of activations kept to save time, if nothing else is said: 512 MiB."""
+DEFAULT_BYTES, _MOST_BYTES, _OF_FREE = 2**29, 2**31, 16
+"""Bytes of activations kept to save time, if nothing else is said: 512 MiB, and where a 16th of the memory that is free
+is more, that, up to 2 GiB."""
 
 _TRIED, _TRIED_PLACES = 2, 8
 """Samples on which the blocks are tried, and numbers of a sequence."""
@@ -243,6 +245,11 @@ class _Pass:
                 before = [(earlier, value if _is_forgotten(value) else _forgotten(value)) for earlier, value in before]
             self.finished = [*before, (key, copied)]
         return output
+
+
+def default_bytes() -> int:
+    """How many bytes to keep on this machine as it is now."""
+    return max(DEFAULT_BYTES, min(_MOST_BYTES, free_bytes(torch.device("cpu")) // _OF_FREE))
 
 
 def blocks_apart(pairs: Iterable[tuple[str, str]]) -> frozenset[str]:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from spectrim.analysis.activation_cache import DEFAULT_BYTES, ActivationCache, ForgottenOutputError, blocks_apart
+from spectrim.analysis.activation_cache import ActivationCache, ForgottenOutputError, blocks_apart, default_bytes
 from spectrim.analysis.calibration import Calibration, add_gradients
 from spectrim.analysis.metrics import measured_in, metric_of
 from spectrim.analysis.moments import RunningGradients
@@ -62,7 +62,7 @@ def sensitivity(
         labels: Batches have labels, as for `st.calibrate`.
         metric: In which metric the layers are factored, by default the one that a budget takes: the best there is.
         cache: Bytes of blocks' outputs that may be kept, so that not every pass has to begin at the first layer.
-            By default what the statistics take, at least 512 MiB.
+            By default what the statistics take, or 512 MiB to 2 GiB by the memory that is free.
         on_progress: Called with each layer's name, or that of a stack of experts, how many are done, and of how many.
         progress: Show the same on standard error, as `st.compress` does.
 
@@ -177,22 +177,29 @@ def require_cache_bytes(cache: int | None) -> None:
 
 
 def cache_bytes_of(analysis: Analysis, cache: int | None) -> int:
-    """Bytes of activations that may be kept: as asked for, or as many again as the statistics take."""
+    """Bytes of activations that may be kept: as asked for, or as many again as the statistics take, or more."""
     if cache is not None:
         return cache
-    return max(DEFAULT_BYTES, analysis.calibration.bytes) if analysis.calibration else DEFAULT_BYTES
+    return max(default_bytes(), analysis.calibration.bytes if analysis.calibration else 0)
 
 
 def subset(batches: Sequence[Inputs], *, samples: int) -> list[Inputs]:
-    """Whole batches with at least so many samples, the same ones in whatever order they come."""
+    """Whole batches with at least so many samples, the same ones in whatever order they come, long and short ones."""
+    ordered = sorted(batches, key=lambda batch: sum(float(tensor.double().sum()) for tensor in batch.tensors()))
     used: list[Inputs] = []
     taken = 0
-    for batch in sorted(batches, key=lambda batch: sum(float(tensor.double().sum()) for tensor in batch.tensors())):
+    for place in sorted(range(len(ordered)), key=lambda place: _halving(place, len(ordered))):
         if taken >= samples:
             break
-        used.append(batch)
-        taken += batch.samples
+        used.append(ordered[place])
+        taken += ordered[place].samples
     return used
+
+
+def _halving(place: int, number: int) -> tuple[bool, str]:
+    """Sorts places of so many into the middle one, those in the middle of the halves, and so on."""
+    digits = f"{place:0{number.bit_length()}b}"
+    return not place, digits[::-1]
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,7 +6,7 @@ from functools import cached_property
 
 from torch import nn
 
-from spectrim.analysis.activation_cache import DEFAULT_BYTES
+from spectrim.analysis.activation_cache import default_bytes
 from spectrim.analysis.calibration import POSITIONS
 from spectrim.analysis.moments import covariance_bytes
 from spectrim.benchmark.fidelity import SAMPLES
@@ -308,7 +308,7 @@ class Stages:
         work = self.work
         if work.data is None or not (work.is_fitted or (work.is_budget and work.uses_data)):
             return 0
-        limit = max(DEFAULT_BYTES, self.statistics) if work.run.cache is None else work.run.cache
+        limit = max(default_bytes(), self.statistics) if work.run.cache is None else work.run.cache
         return min(limit, self._of_samples(self.allocations.total, work.data.samples))
 
     def _of_samples(self, size: int, samples: int) -> int:

@@ -32,11 +32,17 @@ class Texts:
     test: Sequence[Any]
 
     def calibration(self, number: int, *, batch: int, seed: int) -> list[Any]:
-        """So many samples, chosen by the seed, in batches. Raises `DataError` where there are fewer."""
+        """So many samples, chosen by the seed, in batches of like length. Raises `DataError` where there are fewer.
+
+        Samples are sorted by length, since a batch takes as long as its longest one; a batch of medium length is first.
+        """
         if number > len(self.samples):
             raise DataError(f"samples = {number}, and there are {len(self.samples)} to calibrate on; ask for fewer")
         order = torch.randperm(len(self.samples), generator=torch.Generator().manual_seed(seed))[:number]
-        return [self.encode([self.samples[place] for place in part]) for part in order.split(batch)]
+        drawn = sorted((self.samples[place] for place in order), key=len)
+        batches = [self.encode(drawn[start : start + batch]) for start in range(0, number, batch)]
+        middle = len(batches) // 2
+        return batches[middle:] + batches[:middle]
 
 
 class TextFiles(Frozen):
