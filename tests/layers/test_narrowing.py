@@ -44,6 +44,24 @@ class Sized(Mlp):
         return x + self.down(hidden)
 
 
+class Paired(Mlp):
+    """Its code needs an even width."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(self.between(self.up(x)).unflatten(-1, (-1, 2)).flatten(-2))
+
+
+class Classes(nn.Module):
+    """The hidden numbers are read once more, and the outputs are classes, which hardly tell that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = Reread(nn.ReLU()), nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.inner(x)).argmax(dim=-1)
+
+
 class Mixing(nn.Module):
     """Each place of a sequence sees the others."""
 
@@ -66,6 +84,14 @@ class Attention(nn.Module):
         heads = nn.functional.scaled_dot_product_attention(q, k, v)
         heads = heads + heads.flip(1) if self.mixed else heads
         return x + self.o(heads.transpose(1, 2).flatten(-2))
+
+
+class OneForBoth(Attention):
+    """Keys are values."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, v = (layer(x).unflatten(-1, (-1, 6)).transpose(1, 2) for layer in (self.q, self.v))
+        return x + self.o(nn.functional.scaled_dot_product_attention(q, v, v).transpose(1, 2).flatten(-2))
 
 
 def network(*layers: nn.Module) -> nn.Module:
@@ -95,13 +121,24 @@ def test_a_gate_is_found() -> None:
 
 @pytest.mark.parametrize(
     "layer",
-    [Mlp(nn.LayerNorm(32)), Mlp(nn.Softmax(dim=-1)), Mlp(Mixing()), Reread(nn.ReLU()), Sized(nn.ReLU())],
-    ids=["norm", "softmax", "mixing", "read twice", "its code knows the width"],
+    [
+        Mlp(nn.LayerNorm(32)),
+        Mlp(nn.Softmax(dim=-1)),
+        Mlp(Mixing()),
+        Reread(nn.ReLU()),
+        Sized(nn.ReLU()),
+        Paired(nn.ReLU()),
+    ],
+    ids=["norm", "softmax", "mixing", "read twice", "its code knows the width", "pairs"],
 )
 def test_what_is_not_elementwise_or_is_read_elsewhere_is_not_narrowed(layer: nn.Module) -> None:
     model = network(layer, Mlp(nn.ReLU()))
     assert feeders(model) == {"1.down": ["1.up"]}
     assert not narrowed_layers(model)
+
+
+def test_layers_whose_outputs_are_read_elsewhere_are_not_narrowed_if_only_classes_come_out() -> None:
+    assert {layer.name for layer in st.analyze(Classes().eval(), DATA[0][:1, :2]) if layer.feeders} == set()
 
 
 @pytest.mark.parametrize("groups", [4, 2, 1])
@@ -124,6 +161,19 @@ def test_heads_of_torchs_attention_are_found() -> None:
 
 def test_heads_that_are_mixed_are_not_narrowed() -> None:
     assert feeders(network(Attention(mixed=True))) == {}
+
+
+@pytest.mark.parametrize("x", [DATA[0], DATA[0][:, :1], torch.ones(1, 6, 12)], ids=["many", "one token", "equal"])
+def test_values_that_are_keys_as_well_are_not_narrowed(x: Tensor) -> None:
+    assert {layer.name for layer in st.analyze(network(OneForBoth()), x) if layer.feeders} == set()
+
+
+@pytest.mark.parametrize("between", [nn.ReLU(), nn.Identity()])
+def test_where_the_example_is_zero_nothing_is_narrowed(between: nn.Module) -> None:
+    layer = Reread(between)
+    layer.up.bias = None
+    model = network(layer)
+    assert {own.name for own in st.analyze(model, torch.zeros(1, 6, 12)) if own.feeders} == set()
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
@@ -264,6 +314,8 @@ def test_the_plan_is_carried_out_again_and_can_be_edited(dense: nn.Module, small
     [
         ("0.up", {"rank": 3}, "give all the same form and rank"),
         ("0.up", {"unit": None, "form": "dense", "rank": None, "metric": None}, "together with 0.gate; in this model"),
+        ("0.down", {"form": "head_vo"}, "it can be narrowed in the width form together with 0.up, 0.gate"),
+        ("0.down", {"metric": "plain"}, "0.down in the plain metric, and .* give activation or loss as its metric"),
         ("0.down", {"unit": None, "form": "dense", "rank": None, "metric": None}, "0.down, which it does not narrow"),
     ],
 )

@@ -13,7 +13,7 @@ from spectrim.core.execution import Inputs, call, temporary
 from spectrim.layers.units import SingleWeight
 from spectrim.linalg import HeadLayout
 
-_NEAREST, _LEVELS, _ROUNDS, _CLOSE = 4, 2, 16, 1e-3
+_NEAREST, _LEVELS, _ROUNDS, _COMPARED, _CLOSE = 4, 2, 16, 64, 1e-3
 _OF_HEADS = re.compile("head")
 """Attributes of an attention that may say how large a head is, or how many there are."""
 
@@ -46,7 +46,7 @@ def find_heads(
     possible = {name: candidates for name in single if (candidates := _candidates(model, name, single, order))}
     if not possible:
         return {}
-    received = received_by(model, inputs, single)
+    received, _ = received_by(model, inputs, single)
     # what reads the same as another layer does not read what that gives
     pending = {
         name: [candidate for candidate in own if not _equal(received.get(name), received.get(candidate[0]))]
@@ -77,8 +77,8 @@ def _equal(first: Tensor | None, second: Tensor | None) -> bool:
     return first is not None and second is not None and first.shape == second.shape and torch.equal(first, second)
 
 
-def received_by(model: nn.Module, inputs: Inputs, names: Iterable[str]) -> dict[str, Tensor]:
-    """What layers of these names receive in a pass, copied."""
+def received_by(model: nn.Module, inputs: Inputs, names: Iterable[str]) -> tuple[dict[str, Tensor], Any]:
+    """What layers of these names receive in a pass, copied, and what the network gives."""
     received: dict[str, Tensor] = {}
 
     def record(name: str, _: nn.Module, args: tuple[Any, ...]) -> None:
@@ -86,8 +86,7 @@ def received_by(model: nn.Module, inputs: Inputs, names: Iterable[str]) -> dict[
             received[name] = args[0].clone()
 
     with temporary(model.get_submodule(name).register_forward_pre_hook(partial(record, name)) for name in names):
-        call(model, inputs)
-    return received
+        return received, call(model, inputs)
 
 
 def _candidates(
@@ -135,12 +134,13 @@ class _Multiplied:
     received: Mapping[str, Tensor]
     candidates: Mapping[str, ValuesCandidate]
     agreeing: set[str] = field(default_factory=set)
+    values: dict[str, Tensor] = field(default_factory=dict)
 
     def passed(self) -> dict[str, Feeding]:
         """Those whose layers would read heads that are multiplied as the values were."""
         hooks = []
         for values, layout in self.candidates.values():
-            hook = partial(_multiply, _matrices(layout))
+            hook = partial(self._multiply, values, _matrices(layout))
             hooks.append(self.model.get_submodule(values).register_forward_hook(hook))
         for name in self.received:
             hooks.append(self.model.get_submodule(name).register_forward_pre_hook(partial(self._look, name)))
@@ -158,19 +158,32 @@ class _Multiplied:
             expected, scale = _times(before, by), float(before.abs().max())
             tolerance = scale * max(_CLOSE, 4 * torch.finfo(before.dtype).eps)
             moved, off = (float((expected - other).abs().max()) for other in (before, args[0]))
-            if moved > 10 * tolerance and off <= tolerance:
+            if moved > 10 * tolerance and off <= tolerance and self._mixes(name, tolerance):
                 self.agreeing.add(name)
         return (before, *args[1:])
+
+    def _mixes(self, name: str, tolerance: float) -> bool:
+        """Whether heads are more than values of a single place, as they are of one token, or of tokens that are alike.
+
+        There it cannot be told whether the weights of the places depend on the values.
+        """
+        feeder, layout = self.candidates[name]
+        width = layout.heads * layout.size
+        values = self.values[feeder].unflatten(-1, (layout.groups, layout.size))
+        values = values.repeat_interleave(layout.heads // layout.groups, dim=-2).reshape(-1, width)
+        heads = self.received[name].reshape(-1, width)
+        few = heads[:: max(1, len(heads) // _COMPARED)]
+        return bool((torch.cdist(few.float(), values.float(), p=torch.inf).amin(dim=1) > tolerance).any())
+
+    def _multiply(self, name: str, by: Tensor, _: nn.Module, __: Any, output: Tensor) -> Tensor:
+        self.values[name] = output
+        return _times(output, by)
 
 
 def _matrices(layout: HeadLayout) -> Tensor:
     """(groups, size, size), the same for the same layout."""
     n = layout.groups, layout.size, layout.size
     return torch.eye(layout.size) + 0.3 * torch.randn(n, generator=torch.Generator().manual_seed(0))
-
-
-def _multiply(by: Tensor, _: nn.Module, __: Any, output: Tensor) -> Tensor:
-    return _times(output, by)
 
 
 def _times(numbers: Tensor, by: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Layers with a space between them that can be narrowed, found by what the network does with it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace as with_changes
 from functools import partial
 from typing import Any
@@ -26,17 +26,17 @@ _PLACES, _MOST_FEEDERS = 64, 2
 def with_feeders(model: nn.Module, inputs: Inputs, trace: Trace, units: Sequence[Unit]) -> tuple[Unit, ...]:
     """The units, with the layers that feed them where what lies between can be narrowed.
 
-    What lies between is tried, see `find_neurons` and `find_heads`. Then all such places are narrowed to half of their
-    width, and the network must give what it gives with the other half of the weights' columns zero.
+    What lies between is tried, see `find_neurons` and `find_heads`. Then all such places are narrowed to about half of
+    their width, and the network, with all layers in it, must give what it gives with the other columns zero.
     """
     single = {unit.name: unit for unit in units if isinstance(unit, SingleWeight) and _can_be_narrowed(unit, trace)}
     inputs = inputs.parts(places=_PLACES)[0]
     try:
         with evaluating(model), torch.no_grad():
             tried = find_neurons(model, inputs, single, list(trace.calls))
-            feedings = _checked(model, inputs, tried)
+            feedings = _checked(model, inputs, tried, single)
             others = {name: unit for name, unit in single.items() if name not in _members(feedings)}
-            feedings |= _checked(model, inputs, find_heads(model, inputs, others, list(trace.calls)))
+            feedings |= _checked(model, inputs, find_heads(model, inputs, others, list(trace.calls)), single)
     except ModelError:
         return tuple(units)
     return tuple(_with(unit, feedings.get(unit.name), single) for unit in units)
@@ -52,12 +52,14 @@ def _members(feedings: Mapping[str, Feeding]) -> set[str]:
     return {member for name, feeding in feedings.items() for member in (name, *feeding.feeders)}
 
 
-def _checked(model: nn.Module, inputs: Inputs, tried: Mapping[str, Feeding]) -> dict[str, Feeding]:
+def _checked(
+    model: nn.Module, inputs: Inputs, tried: Mapping[str, Feeding], watched: Iterable[str]
+) -> dict[str, Feeding]:
     """Those that can be narrowed, none of which shares a layer with another."""
     disjoint = _disjoint(tried)
-    if not disjoint or _narrows(model, inputs, disjoint):
+    if not disjoint or _narrows(model, inputs, disjoint, watched):
         return disjoint
-    return _disjoint({name: own for name, own in tried.items() if _narrows(model, inputs, {name: own})})
+    return _disjoint({name: own for name, own in tried.items() if _narrows(model, inputs, {name: own}, watched)})
 
 
 def _can_be_narrowed(unit: SingleWeight, trace: Trace) -> bool:
@@ -111,10 +113,11 @@ class _PerturbedPass:
         """By layer, those that feed it, if what lies between is elementwise; others may read them as well."""
         feeders = list(dict.fromkeys(feeder for own in self.possible.values() for feeder in own))
         watched = dict.fromkeys((*self.possible, *feeders))
-        received = received_by(self.model, self.inputs, watched)
+        received, _ = received_by(self.model, self.inputs, watched)
         hooks = [
             self._layer(name).register_forward_pre_hook(partial(self._restore, name, before))
             for name, before in received.items()
+            if before.any()  # of zeros it cannot be told what becomes of them
         ]
         hooks += [
             self._layer(name).register_forward_hook(partial(self._change, name, number))
@@ -159,8 +162,11 @@ def _disjoint(tried: Mapping[str, Feeding]) -> dict[str, Feeding]:
     return disjoint
 
 
-def _narrows(model: nn.Module, inputs: Inputs, places: Mapping[str, Feeding]) -> bool:
-    """Whether the network with half of the width at these places gives what it gives with half of the columns zero."""
+def _narrows(model: nn.Module, inputs: Inputs, places: Mapping[str, Feeding], watched: Iterable[str]) -> bool:
+    """Whether the network with half of the width at these places gives what it gives with half of the columns zero.
+
+    What the other watched layers receive is compared too: outputs may be classes, which hardly ever change.
+    """
     narrowed: dict[str, nn.Module] = {}
     zeroed: dict[str, nn.Module] = {}
     for name, feeding in places.items():
@@ -172,24 +178,29 @@ def _narrows(model: nn.Module, inputs: Inputs, places: Mapping[str, Feeding]) ->
         form = WidthForm if feeding.heads is None else HeadValueOutputForm
         narrowed |= narrowed_at(model, name, feeding.feeders, form=form.name, rank=rank, factors=factors, bias=own_bias)
         zeroed |= refitted_at(model, [name], weight=factors[2] @ reading, bias=own_bias)
+    watched = [name for name in watched if name not in places]
     try:
-        return alike(_outputs(model, inputs, zeroed), _outputs(model, inputs, narrowed))
+        return alike(_outputs(model, inputs, zeroed, watched), _outputs(model, inputs, narrowed, watched))
     except ModelError:  # its code looks at the sizes
         return False
 
 
 def _half(layout: HeadLayout) -> tuple[Tensor, Tensor, int]:
-    """What becomes of the numbers of each set of values and of each head if half of them stay, and how many stay."""
-    half = torch.randperm(layout.size, generator=torch.Generator().manual_seed(0))[: (layout.size + 1) // 2]
+    """What becomes of the numbers of each set of values and of each head if half of them stay, and how many stay.
+
+    An odd number: code may need an even one, or one that it can divide.
+    """
+    number = max(1, layout.size // 2 - 1 | 1)
+    half = torch.randperm(layout.size, generator=torch.Generator().manual_seed(0))[:number]
     selection = torch.eye(layout.size, dtype=torch.float64)[half.sort().values]
     each = (torch.block_diag(*[selection] * number).unsqueeze(0) for number in (layout.groups, layout.heads))
     return *each, len(half)
 
 
-def _outputs(model: nn.Module, inputs: Inputs, replacements: Mapping[str, nn.Module]) -> Any:
+def _outputs(model: nn.Module, inputs: Inputs, replacements: Mapping[str, nn.Module], watched: Iterable[str]) -> Any:
     before = {name: model.get_submodule(name) for name in replacements}
     replace(model, replacements)
     try:
-        return call(model, inputs)
+        return received_by(model, inputs, watched)
     finally:
         replace(model, before)
