@@ -298,6 +298,16 @@ def test_narrowed_networks_are_compressed_again(dense: nn.Module, small: st.Comp
     assert torch.equal(again(DATA[0]), twice.model(DATA[0]))
 
 
+def test_heads_are_narrowed_once(tmp_path: Path) -> None:
+    model = network(Attention(), Attention())
+    small = st.compress(model, st.Budget(params=0.9), example_inputs=DATA[0], data=DATA, forms="head_vo").model
+    assert narrowed_layers(small)
+    twice = st.compress(small, st.Budget(params=0.8), example_inputs=DATA[0], data=DATA).model
+    for saved in (twice, st.merge(twice)):
+        again = st.load(st.save(saved, tmp_path / "twice.safetensors"), model)
+        assert torch.equal(again(DATA[0]), saved(DATA[0]))
+
+
 def test_the_plan_is_carried_out_again_and_can_be_edited(dense: nn.Module, small: st.Compressed) -> None:
     again = st.compress(dense, small.plan, example_inputs=DATA[0], data=DATA)
     assert torch.equal(again.model(DATA[0]), small.model(DATA[0]))

@@ -14,6 +14,7 @@ from spectrim.core.nested import alike
 from spectrim.layers.forms.head_vo import HeadValueOutputForm
 from spectrim.layers.forms.width import WidthForm
 from spectrim.layers.head_layouts import Feeding, find_heads, received_by
+from spectrim.layers.heads import AroundHeads
 from spectrim.layers.replacement import narrowed_at, own_bias, refitted_at, replace
 from spectrim.layers.tracing import Trace
 from spectrim.layers.types import layer_type_of
@@ -29,7 +30,11 @@ def with_feeders(model: nn.Module, inputs: Inputs, trace: Trace, units: Sequence
     What lies between is tried, see `find_neurons` and `find_heads`. Then all such places are narrowed to about half of
     their width, and the network, with all layers in it, must give what it gives with the other columns zero.
     """
-    single = {unit.name: unit for unit in units if isinstance(unit, SingleWeight) and _can_be_narrowed(unit, trace)}
+    single = {
+        unit.name: unit
+        for unit in units
+        if isinstance(unit, SingleWeight) and _can_be_narrowed(unit, trace) and not _is_in_heads(model, unit.name)
+    }
     inputs = inputs.parts(places=_PLACES)[0]
     try:
         with evaluating(model), torch.no_grad():
@@ -69,6 +74,11 @@ def _can_be_narrowed(unit: SingleWeight, trace: Trace) -> bool:
         return False
     is_linear = not weight.geometry.kernel and weight.geometry.groups == 1
     return is_linear and len(weight.names) == 1 and trace.calls.get(weight.name) == 1
+
+
+def _is_in_heads(model: nn.Module, name: str) -> bool:
+    """Whether it belongs to heads that were narrowed before."""
+    return isinstance(model.get_submodule(name.rpartition(".")[0]), AroundHeads)
 
 
 def find_neurons(
