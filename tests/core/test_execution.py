@@ -237,9 +237,11 @@ class TestEvaluating:
                 super().__init__()
                 self.norm, self.layer = nn.BatchNorm1d(12).double(), nn.Linear(12, 12).double()
                 self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+                self.register_buffer("passes", torch.zeros(()))
 
             def forward(self, x: Tensor) -> Tensor:
                 self.steps += 1
+                self.passes = self.passes + 1
                 mean, var = self.norm.running_mean, self.norm.running_var
                 return self.layer(nn.functional.batch_norm(x, mean, var, training=True))
 

@@ -196,12 +196,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, no gradients and no shortcut kernels that bypass layers; everything is put back afterwards.
 
     Random states (torch, numpy, Python) are put back as well, so that a model that draws numbers does not change the
-    caller's next ones, and so are the values of buffers that the model's forward pass writes to.
+    caller's next ones, and so are buffers that the model's forward pass writes to or exchanges.
     """
     flags = {module: module.training for module in model.modules()}
     fast = torch.backends.mha.get_fastpath_enabled()
     gpus = sorted({tensor.device.index or 0 for tensor in model.parameters() if tensor.device.type == "cuda"})
     python, arrays = random.getstate(), np.random.get_state()
+    owned = [(module, dict(module._buffers)) for module in flags if module._buffers]
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers() if _can_be_written(buffer)]
     with torch.no_grad(), torch.random.fork_rng(devices=gpus):
         try:
@@ -214,6 +215,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
                 module.training = flag
             random.setstate(python)
             np.random.set_state(arrays)
+            for module, own in owned:
+                module._buffers.update(own)
             for buffer, value in buffers:
                 if buffer.shape == value.shape and not torch.equal(buffer, value):
                     buffer.copy_(value)

@@ -127,7 +127,6 @@ class _PerturbedPass:
         hooks = [
             self._layer(name).register_forward_pre_hook(partial(self._restore, name, before))
             for name, before in received.items()
-            if before.any()  # of zeros it cannot be told what becomes of them
         ]
         hooks += [
             self._layer(name).register_forward_hook(partial(self._change, name, number))
@@ -143,7 +142,8 @@ class _PerturbedPass:
     def _restore(self, name: str, before: Tensor, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if before.shape != args[0].shape:
             return None
-        self.changed[name] = args[0] != before
+        if before.any():  # of zeros it cannot be told what becomes of them
+            self.changed[name] = args[0] != before
         return (before, *args[1:])
 
     def _change(self, feeder: str, number: int, _: nn.Module, __: Any, output: Tensor) -> Tensor:
