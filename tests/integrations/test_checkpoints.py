@@ -309,6 +309,27 @@ def test_folders_that_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize(
+    ("change", "kind", "message"),
+    [
+        (lambda weight: weight[:, :8], errors.FileError, r"up_proj.weight in .* is \[48, 8\], and by its config.json"),
+        (lambda weight: weight.to(torch.int8), errors.ModelError, "is torch.int8, .* save the model as bfloat16"),
+        (lambda weight: weight * torch.nan, errors.ModelError, r"model.layers.0 gives NaN .* check its weights"),
+    ],
+    ids=["size", "type", "NaN"],
+)
+def test_weights_that_do_not_fit_are_refused(
+    tmp_path: Path, change: Callable[[Tensor], Tensor], kind: type[Exception], message: str
+) -> None:
+    dense = tmp_path / "dense"
+    folder_of(llama(), dense)
+    state, key = weights_of(dense), "model.layers.0.mlp.up_proj.weight"
+    save_file(state | {key: change(state[key]).contiguous()}, dense / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(kind, match=message):
+        st.compress_checkpoint(dense, BODY, data=tokens(), out=tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
 def test_models_that_are_no_chain_are_refused(tmp_path: Path) -> None:
     sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "vocab_size": 24}
     t5 = transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes, decoder_start_token_id=0))

@@ -80,6 +80,8 @@ class TestRefusals:
         second = sorted(tmp_path.glob("model-*"))[1]
         second.unlink()
         self.refused(tmp_path, rf"lacks 1 of its \d+ files of weights: {second.name}")
+        (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"lm_head.weight": 1}}')
+        self.refused(tmp_path, "index.json is damaged")
         for shard in tmp_path.glob("model*"):
             shard.unlink()
         self.refused(tmp_path, "no .safetensors file")

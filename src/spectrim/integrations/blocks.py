@@ -182,6 +182,8 @@ class BlockChain:
                 raise ModelError(f"{name} is given more than the hidden states of the block before it; {_WHOLE}")
             output = self._filled(name)(hidden, *args, **kwargs)
             before.append(_hidden_of(name, output)[0])
+            if not bool(before[-1].isfinite().all()):
+                raise ModelError(f"{name} gives NaN or infinite numbers on the calibration data; check its weights")
             return output
 
         self._run(batch, run, to_end=True)

@@ -12,11 +12,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from spectrim.core.errors import FileError
+from spectrim.core.errors import FileError, ModelError
 from spectrim.core.execution import distinct_state
 from spectrim.core.files import read_text, write_atomically
 from spectrim.models.folders import INDEX
 
+_COMPUTED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _LEGACY = (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias"))
 
 
@@ -39,7 +40,8 @@ class Shards:
         """Those of a folder for a model without values.
 
         Raises:
-            FileError: a file is damaged, or weights of the model are missing.
+            FileError: a file is damaged, or weights of the model are missing or of another size.
+            ModelError: weights are quantised.
         """
         files = _files_by_key(folder)
         state, aliases = distinct_state(model)
@@ -57,7 +59,19 @@ class Shards:
                 "folder whole? Weights that transformers puts together from several are not read block by block: load "
                 "it whole with transformers, and call st.compress"
             )
-        return cls(folder, files, keys)
+        shards, names = cls(folder, files, keys), {key: name for name, key in keys.items()}
+        for key, tensor in shards.tensors(keys[name] for name in state):
+            expected = state[names[key]]
+            if tensor.shape != expected.shape:
+                raise FileError(
+                    f"{key} in {folder} is {list(tensor.shape)}, and by its config.json {list(expected.shape)}; fetch "
+                    "both again"
+                )
+            if expected.is_floating_point() and tensor.dtype not in _COMPUTED:
+                raise ModelError(
+                    f"{key} in {folder} is {tensor.dtype}, which is not computed with; save the model as bfloat16 first"
+                )
+        return shards
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Tensors by their names in the model; they look into the files."""

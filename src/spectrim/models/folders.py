@@ -168,9 +168,9 @@ def _require_all_files(folder: Path) -> None:
         return
     try:
         names = set(json.loads(read_text(index))["weight_map"].values())
+        missing = sorted(name for name in names if not (folder / name).is_file())
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise FileError(f"{index} is damaged ({type(error).__name__}); download or save it again") from error
-    missing = sorted(name for name in names if not (folder / name).is_file())
     if missing:
         listed = ", ".join([*missing[:3], ".."][: len(missing)])
         raise FileError(f"{folder} lacks {len(missing)} of its {len(names)} files of weights: {listed}; fetch them")
