@@ -180,6 +180,7 @@ def test_a_run_stopped_while_files_are_written_goes_on(
             with pytest.raises(ZeroDivisionError):
                 st.compress_checkpoint(dense, BODY, data=tokens(), out=tmp_path / "small")
         assert not (tmp_path / "small" / "config.json").exists()
+    (tmp_path / "small/.plan.json.0a1b2c3d.part").touch()
     st.compress_checkpoint(dense, BODY, data=tokens(), out=tmp_path / "small")
     assert files_of(tmp_path / "small") == expected
 
@@ -195,6 +196,21 @@ def test_another_request_does_not_go_on(tmp_path: Path, uninterrupted: tuple[Pat
     for rule, data in ((st.Budget(params=0.7, of="body"), tokens()), (BODY, tokens(4))):
         with pytest.raises(errors.FileError, match="was begun with another"):
             st.compress_checkpoint(dense, rule, data=data, out=tmp_path / "small")
+    (tmp_path / "dense").mkdir()
+    for path in dense.iterdir():
+        (tmp_path / "dense" / path.name).symlink_to(path)
+    (tmp_path / "dense/config.json").unlink()
+    config = json.loads((dense / "config.json").read_text(encoding="utf-8")) | {"rms_norm_eps": 0.1}
+    (tmp_path / "dense/config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(errors.FileError, match="was begun with another"):
+        st.compress_checkpoint(tmp_path / "dense", BODY, data=tokens(), out=tmp_path / "small")
+
+
+def test_a_run_stopped_before_it_had_begun_is_begun(tmp_path: Path, uninterrupted: tuple[Path, dict[str, str]]) -> None:
+    dense, expected = uninterrupted
+    (tmp_path / "small/.spectrim-checkpoint").mkdir(parents=True)
+    st.compress_checkpoint(dense, BODY, data=tokens(), out=tmp_path / "small")
+    assert files_of(tmp_path / "small") == expected
 
 
 def test_bfloat16_stays_bfloat16(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from spectrim.core.errors import FileError, ModelError
 from spectrim.core.execution import distinct_state
 from spectrim.core.files import read_text, write_atomically
-from spectrim.models.folders import INDEX
+from spectrim.models.folders import CONFIG, INDEX
 
 _COMPUTED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _LEGACY = (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias"))
@@ -106,8 +106,8 @@ class Shards:
 
     @property
     def outline(self) -> list[tuple[str, int, int]]:
-        """Names, sizes and times of the files, by which it is seen that they are others."""
-        stats = ((file, (self.folder / file).stat()) for file in sorted(set(self.files.values())))
+        """Names, sizes and times of the files and of config.json, by which it is seen that they are others."""
+        stats = ((file, (self.folder / file).stat()) for file in sorted({*self.files.values(), CONFIG}))
         return [(file, stat.st_size, stat.st_mtime_ns) for file, stat in stats]
 
 

@@ -45,6 +45,8 @@ class WorkFolder:
                     f"{out} was begun with another rule, other data, options or weights; give those again to go on, "
                     f"or delete {out} to begin anew"
                 )
+            for part in out.glob(".*.part"):  # what was being written when it was stopped
+                part.unlink()
             return work
         free = shutil.disk_usage(next(parent for parent in (out, *out.absolute().parents) if parent.exists())).free
         if needed > free:
@@ -64,7 +66,7 @@ class WorkFolder:
     def require_usable(self) -> None:
         """Raise `FileError` for a folder that holds something else."""
         out = self.out
-        if not self.is_begun and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if not self.is_begun and out.exists() and (not out.is_dir() or set(out.iterdir()) - {self.path}):
             raise FileError(f"{out} is there already, and stays as it is; choose another folder for out=")
 
     @property
