@@ -213,6 +213,24 @@ def test_a_run_stopped_before_it_had_begun_is_begun(tmp_path: Path, uninterrupte
     assert files_of(tmp_path / "small") == expected
 
 
+@pytest.mark.parametrize("step", ["calibrate model.layers.0", "fit model.layers.1"])
+def test_a_disk_that_runs_full_is_said(tmp_path: Path, uninterrupted: tuple[Path, dict[str, str]], step: str) -> None:
+    resource = pytest.importorskip("resource", reason="no limit of file sizes here")
+    (dense, expected), limits = uninterrupted, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill(what: str, done: int, total: int) -> None:
+        if what == step:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+
+    try:
+        with pytest.raises(errors.FileError, match=r"cannot write .*small.*a disk with space"):
+            st.compress_checkpoint(dense, BODY, data=tokens(), out=tmp_path / "small", on_progress=fill)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    st.compress_checkpoint(dense, BODY, data=tokens(), out=tmp_path / "small")
+    assert files_of(tmp_path / "small") == expected
+
+
 def test_bfloat16_stays_bfloat16(tmp_path: Path) -> None:
     dense = folder_of(llama(tie_word_embeddings=True).to(torch.bfloat16), tmp_path / "dense")
     result = st.compress_checkpoint(tmp_path / "dense", BODY, data=tokens(), out=tmp_path / "small")

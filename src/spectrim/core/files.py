@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
 
 from spectrim.core.arguments import checked
 from spectrim.core.errors import ArgumentError, FileError
@@ -55,8 +56,11 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> Path:
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise FileError(f"cannot write {path}: {error.strerror or error}; choose a folder you may write to") from error
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise FileError(
+            f"cannot write {path}: {reason}; choose a folder you may write to, on a disk with space"
+        ) from error
     return path
 
 
