@@ -231,6 +231,29 @@ def test_a_disk_that_runs_full_is_said(tmp_path: Path, uninterrupted: tuple[Path
     assert files_of(tmp_path / "small") == expected
 
 
+@pytest.mark.parametrize(
+    ("name", "gone"),
+    [("spectra-00000", False), ("dense-00001/000000", True), ("weights-00000", False), ("weights-00000", True)],
+)
+def test_damaged_files_of_a_stopped_run_are_named(
+    tmp_path: Path, uninterrupted: tuple[Path, dict[str, str]], name: str, gone: bool
+) -> None:
+    def stop(what: str, done: int, total: int) -> None:
+        if what == ("plan" if name.startswith("spectra") else "fit model.layers.1"):
+            raise StoppedError
+
+    out = tmp_path / "small"
+    with pytest.raises(StoppedError):
+        st.compress_checkpoint(uninterrupted[0], BODY, data=tokens(), out=out, on_progress=stop)
+    path = out / f".spectrim-checkpoint/{name}.safetensors"
+    path.write_bytes(path.read_bytes()[:-9])
+    if gone:
+        path.unlink()
+    with pytest.raises(errors.FileError, match=r"is damaged.*to begin anew"):
+        st.compress_checkpoint(uninterrupted[0], BODY, data=tokens(), out=out)
+    assert not (out / "config.json").exists()
+
+
 def test_bfloat16_stays_bfloat16(tmp_path: Path) -> None:
     dense = folder_of(llama(tie_word_embeddings=True).to(torch.bfloat16), tmp_path / "dense")
     result = st.compress_checkpoint(tmp_path / "dense", BODY, data=tokens(), out=tmp_path / "small")

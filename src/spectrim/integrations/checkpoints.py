@@ -28,10 +28,10 @@ from spectrim.core.plans import Budget, Metric, Plan, Rule
 from spectrim.core.progress import progress_callback
 from spectrim.export.folders import copy_beside
 from spectrim.integrations.blocks import BlockCall, BlockChain, block_bytes, empty_model, shared_calls
-from spectrim.integrations.shards import Shards, groups_of, write_index, write_shard
+from spectrim.integrations.shards import Shards, groups_of, open_shard, write_index, write_shard
 from spectrim.integrations.spectra_files import read_spectra
 from spectrim.integrations.walks import BlockRecord, Request, Walk
-from spectrim.integrations.work_folders import WorkFolder
+from spectrim.integrations.work_folders import BEGIN_ANEW, WorkFolder
 from spectrim.layers.cost import NetworkCost
 from spectrim.layers.selection import LayerSelection, Patterns
 from spectrim.layers.structure import Structure, rebuild
@@ -228,6 +228,9 @@ class _Output:
                 files.append((file, keys))
                 if path.exists():
                     path.replace(out / file)
+                with open_shard(out / file, hint=BEGIN_ANEW) as opened:
+                    for key in keys:
+                        opened.get_slice(key)
             write_index(out, files, total=sum(size for *_, size in parts))
             self._write_beside(records)
         result = CompressedCheckpoint(out, self.plan, self._measurement(records), records[-1].hidden_error)

@@ -3,6 +3,7 @@
 import functools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -88,12 +89,9 @@ class Shards:
         for key in keys:
             by_file.setdefault(self.files[key], []).append(key)
         for file, own in by_file.items():
-            try:
-                with safe_open(self.folder / file, framework="pt") as opened:
-                    for key in own:
-                        yield key, opened.get_tensor(key)
-            except (SafetensorError, OSError) as error:
-                raise FileError(f"{self.folder / file} is damaged: {error}; fetch it again") from error
+            with open_shard(self.folder / file) as opened:
+                for key in own:
+                    yield key, opened.get_tensor(key)
 
     def dtype(self, name: str) -> torch.dtype:
         """The number type of a tensor in its file."""
@@ -109,6 +107,16 @@ class Shards:
         """Names, sizes and times of the files and of config.json, by which it is seen that they are others."""
         stats = ((file, (self.folder / file).stat()) for file in sorted({*self.files.values(), CONFIG}))
         return [(file, stat.st_size, stat.st_mtime_ns) for file, stat in stats]
+
+
+@contextmanager
+def open_shard(path: Path, *, hint: str = "fetch it again") -> Iterator[Any]:
+    """A safetensors file; raises `FileError`, with what to do about it, where it is missing or cut off."""
+    try:
+        with safe_open(path, framework="pt") as opened:
+            yield opened
+    except (SafetensorError, OSError) as error:
+        raise FileError(f"{path} is damaged: {error}; {hint}") from error
 
 
 def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> Path:
@@ -143,11 +151,8 @@ def _files_by_key(folder: Path) -> dict[str, str]:
         return dict(json.loads(read_text(folder / INDEX))["weight_map"])
     files: dict[str, str] = {}
     for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(path, framework="pt") as opened:
-                files |= dict.fromkeys(opened.keys(), path.name)
-        except (SafetensorError, OSError) as error:
-            raise FileError(f"{path} is damaged: {error}; fetch it again") from error
+        with open_shard(path) as opened:
+            files |= dict.fromkeys(opened.keys(), path.name)
     return files
 
 

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 
 from spectrim.analysis.spectra import Analysis, LayerAnalysis
 from spectrim.core.files import write_atomically
 from spectrim.core.names import Metric
+from spectrim.integrations.shards import open_shard
+from spectrim.integrations.work_folders import BEGIN_ANEW
 from spectrim.layers.cost import NetworkCost
 from spectrim.layers.types import LAYER_TYPES, Geometry, Positions
 from spectrim.layers.units import SingleWeight
@@ -53,7 +54,7 @@ def write_spectra(path: Path, analysis: Analysis, *, metric: Metric) -> None:
 
 def read_units(path: Path) -> tuple[SingleWeight, ...]:
     """The layers of a block as they were traced."""
-    with safe_open(path, framework="pt") as opened:
+    with open_shard(path, hint=BEGIN_ANEW) as opened:
         return tuple(_unit(entry) for entry in json.loads(opened.metadata()[_KEY])["layers"])
 
 
@@ -64,7 +65,7 @@ def read_spectra(paths: Iterable[Path], *, whole: NetworkCost) -> Analysis:
     sensitivity: dict[str, dict[str, float]] = {}
     macs = 0
     for path in paths:
-        with safe_open(path, framework="pt") as opened:
+        with open_shard(path, hint=BEGIN_ANEW) as opened:
             described = json.loads(opened.metadata()[_KEY])
             values = {key: Spectrum(opened.get_tensor(key).numpy().copy()) for key in opened.keys()}  # noqa: SIM118
         layers += [_layer(entry, values) for entry in described["layers"]]

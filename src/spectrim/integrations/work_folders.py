@@ -6,15 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from spectrim.core.errors import FileError, ResourceError
 from spectrim.core.files import read_text, require_writable_folder, write_atomically, write_text
+from spectrim.integrations.shards import open_shard
 from spectrim.models.folders import CONFIG
 
 WORK = ".spectrim-checkpoint"
+BEGIN_ANEW = "delete the folder that was begun, to begin anew"
 Stage = Literal["spectra", "dense", "compressed"]
 """Hidden states of the first pass, and of both networks in the second one; at the first block they are the same."""
 
@@ -102,7 +103,7 @@ class WorkFolder:
 
     def read_hidden(self, stage: Stage, block: int, batch: int) -> Tensor:
         """What reaches a block in a batch, as it lies in the file."""
-        with safe_open(self._hidden(stage, block) / f"{batch:06d}.safetensors", framework="pt") as opened:
+        with open_shard(self._hidden(stage, block) / f"{batch:06d}.safetensors", hint=BEGIN_ANEW) as opened:
             hidden: Tensor = opened.get_tensor("hidden")
             return hidden
 
