@@ -94,6 +94,23 @@ class OneForBoth(Attention):
         return x + self.o(nn.functional.scaled_dot_product_attention(q, v, v).transpose(1, 2).flatten(-2))
 
 
+class SharedValues(nn.Module):
+    """The second attention reads the values of the first one as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Attention(), Attention()
+
+    def forward(self, x: Tensor) -> Tensor:
+        before: Tensor | float = 0.0
+        for layer in (self.first, self.second):
+            q, k, v = (each(x).unflatten(-1, (-1, 6)).transpose(1, 2) for each in (layer.q, layer.k, layer.v))
+            before = v + before
+            heads = nn.functional.scaled_dot_product_attention(q, k, before)
+            x = x + layer.o(heads.transpose(1, 2).flatten(-2))
+        return x
+
+
 def network(*layers: nn.Module) -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(*layers, nn.LayerNorm(12)).eval()
@@ -161,6 +178,7 @@ def test_heads_of_torchs_attention_are_found() -> None:
 
 def test_heads_that_are_mixed_are_not_narrowed() -> None:
     assert feeders(network(Attention(mixed=True))) == {}
+    assert feeders(network(SharedValues())) == {}
 
 
 @pytest.mark.parametrize("x", [DATA[0], DATA[0][:, :1], torch.ones(1, 6, 12)], ids=["many", "one token", "equal"])

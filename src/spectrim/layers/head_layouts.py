@@ -139,8 +139,8 @@ class _Multiplied:
     def passed(self) -> dict[str, Feeding]:
         """Those whose layers would read heads that are multiplied as the values were."""
         hooks = []
-        for values, layout in self.candidates.values():
-            hook = partial(self._multiply, values, _matrices(layout))
+        for name, (values, _) in self.candidates.items():
+            hook = partial(self._multiply, name)
             hooks.append(self.model.get_submodule(values).register_forward_hook(hook))
         for name in self.received:
             hooks.append(self.model.get_submodule(name).register_forward_pre_hook(partial(self._look, name)))
@@ -154,7 +154,7 @@ class _Multiplied:
             return None
         if name in self.candidates:
             layout = self.candidates[name][1]
-            by = _matrices(layout).repeat_interleave(layout.heads // layout.groups, dim=0)
+            by = self._matrices(name).repeat_interleave(layout.heads // layout.groups, dim=0)
             expected, scale = _times(before, by), float(before.abs().max())
             tolerance = scale * max(_CLOSE, 4 * torch.finfo(before.dtype).eps)
             moved, off = (float((expected - other).abs().max()) for other in (before, args[0]))
@@ -167,23 +167,22 @@ class _Multiplied:
 
         There it cannot be told whether the weights of the places depend on the values.
         """
-        feeder, layout = self.candidates[name]
+        layout = self.candidates[name][1]
         width = layout.heads * layout.size
-        values = self.values[feeder].unflatten(-1, (layout.groups, layout.size))
+        values = self.values[name].unflatten(-1, (layout.groups, layout.size))
         values = values.repeat_interleave(layout.heads // layout.groups, dim=-2).reshape(-1, width)
         heads = self.received[name].reshape(-1, width)
         few = heads[:: max(1, len(heads) // _COMPARED)]
         return bool((torch.cdist(few.float(), values.float(), p=torch.inf).amin(dim=1) > tolerance).any())
 
-    def _multiply(self, name: str, by: Tensor, _: nn.Module, __: Any, output: Tensor) -> Tensor:
+    def _multiply(self, name: str, _: nn.Module, __: Any, output: Tensor) -> Tensor:
         self.values[name] = output
-        return _times(output, by)
+        return _times(output, self._matrices(name))
 
-
-def _matrices(layout: HeadLayout) -> Tensor:
-    """(groups, size, size), the same for the same layout."""
-    n = layout.groups, layout.size, layout.size
-    return torch.eye(layout.size) + 0.3 * torch.randn(n, generator=torch.Generator().manual_seed(0))
+    def _matrices(self, name: str) -> Tensor:
+        """(groups, size, size), others for each layer, since one may read what is meant for another."""
+        layout, draw = self.candidates[name][1], torch.Generator().manual_seed(list(self.candidates).index(name))
+        return torch.eye(layout.size) + 0.3 * torch.randn(layout.groups, layout.size, layout.size, generator=draw)
 
 
 def _times(numbers: Tensor, by: Tensor) -> Tensor:

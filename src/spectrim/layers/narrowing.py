@@ -179,10 +179,10 @@ def _narrows(model: nn.Module, inputs: Inputs, places: Mapping[str, Feeding], wa
     """
     narrowed: dict[str, nn.Module] = {}
     zeroed: dict[str, nn.Module] = {}
-    for name, feeding in places.items():
+    for number, (name, feeding) in enumerate(places.items()):
         layer = model.get_submodule(name)
         kernels = to_float64(layer_type_of(layer).kernels(layer))
-        into, reading, rank = _half(feeding.heads or HeadLayout(1, 1, kernels.shape[2]))
+        into, reading, rank = _half(feeding.heads or HeadLayout(1, 1, kernels.shape[2]), seed=number)
         reading = reading.to(kernels.device)
         factors = (into.to(kernels.device), reading, kernels @ reading.mT)
         form = WidthForm if feeding.heads is None else HeadValueOutputForm
@@ -195,13 +195,13 @@ def _narrows(model: nn.Module, inputs: Inputs, places: Mapping[str, Feeding], wa
         return False
 
 
-def _half(layout: HeadLayout) -> tuple[Tensor, Tensor, int]:
+def _half(layout: HeadLayout, *, seed: int) -> tuple[Tensor, Tensor, int]:
     """What becomes of the numbers of each set of values and of each head if half of them stay, and how many stay.
 
     An odd number: code may need an even one, or one that it can divide.
     """
     number = max(1, layout.size // 2 - 1 | 1)
-    half = torch.randperm(layout.size, generator=torch.Generator().manual_seed(0))[:number]
+    half = torch.randperm(layout.size, generator=torch.Generator().manual_seed(seed))[:number]
     selection = torch.eye(layout.size, dtype=torch.float64)[half.sort().values]
     each = (torch.block_diag(*[selection] * number).unsqueeze(0) for number in (layout.groups, layout.heads))
     return *each, len(half)
