@@ -283,9 +283,11 @@ def test_a_tokenizer_of_a_folder_or_a_file(tmp_path: Path) -> None:
 
 def test_texts_that_are_refused(tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("few words")
+    (tmp_path / "words.txt").write_text("some more words")
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
     for name, tokenizer, message in (
-        ("short.txt", "bytes", "too few for 10 samples of 128; give more text, or --tokens 1"),
+        ("short.txt", "bytes", "too few for 10 samples of 128; give more text$"),
+        ("words.txt", "bytes", "too few for 10 samples of 128; give more text, or --tokens 1$"),
         ("binary.txt", "bytes", "give a file in UTF-8"),
         ("none.txt", "bytes", "none.txt"),
         ("short.txt", "nowhere", "there is no tokenizer nowhere"),

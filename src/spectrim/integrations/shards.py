@@ -113,10 +113,11 @@ class Shards:
 def open_shard(path: Path, *, hint: str = "fetch it again") -> Iterator[Any]:
     """A safetensors file; raises `FileError`, with what to do about it, where it is missing or cut off."""
     try:
-        with safe_open(path, framework="pt") as opened:
+        with path.open("rb"), safe_open(path, framework="pt") as opened:
             yield opened
     except (SafetensorError, OSError) as error:
-        raise FileError(f"{path} is damaged: {error}; {hint}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise FileError(f"{path} is damaged or cannot be read: {reason}; {hint}") from error
 
 
 def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> Path:
