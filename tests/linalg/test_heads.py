@@ -37,6 +37,16 @@ def test_the_predicted_error_is_that_of_the_factors(layout: HeadLayout, with_out
         assert error == pytest.approx(solved.tail_at((rank,)), rel=1e-5, abs=1e-6 * problem.total)
 
 
+@pytest.mark.parametrize("scale", [1e-3, 1e3])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_numbers_stay_as_large_as_they_were(layout: HeadLayout, scale: float) -> None:
+    problem = problem_of(layout)
+    problem = Problem(problem.weight, scale * problem.covariance)
+    _, reading, _ = HeadDecomposition.of_heads(problem, layout).factors((layout.size,))
+    after = (reading @ problem.metric @ reading.mT)[0].trace()
+    assert float(after) == pytest.approx(float(problem.metric[0].trace()), rel=1e-4)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_head_of_a_group_reads_the_same_numbers(layout: HeadLayout) -> None:
     feeding, reading, _ = HeadDecomposition.of_heads(problem_of(layout), layout).factors((2,))

@@ -73,6 +73,8 @@ class HeadDecomposition(Decomposition):
         effect = (parts.mT @ parts).reshape(by_group).sum(dim=1)
         values, vectors = torch.linalg.eigh(own.reshape(by_group).mean(dim=1))
         roots = values.clamp(min=1e-12 * float(values.max())).sqrt().unsqueeze(1)
+        # numbers stay as large as they were on average, since the attention may clip them
+        roots = roots / roots.square().mean().sqrt()
         root, inverse = (vectors * roots) @ vectors.mT, (vectors / roots) @ vectors.mT
         best = torch.linalg.eigh(root @ effect @ root)[1].flip(2).mT
         directions = best @ inverse
