@@ -51,6 +51,19 @@ class Paired(Mlp):
         return x + self.down(self.between(self.up(x)).unflatten(-1, (-1, 2)).flatten(-2))
 
 
+class Stacked(nn.Module):
+    """Its code needs two MLPs of the same width."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Mlp(nn.ReLU()), Mlp(nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first.up(x).relu()
+        x = x + self.first.down(hidden)
+        return x + self.second.down(torch.stack([hidden, self.second.up(x).relu()])[1])
+
+
 class Classes(nn.Module):
     """The hidden numbers are read once more, and the outputs are classes, which hardly tell that."""
 
@@ -145,8 +158,9 @@ def test_a_gate_is_found() -> None:
         Reread(nn.ReLU()),
         Sized(nn.ReLU()),
         Paired(nn.ReLU()),
+        Stacked(),
     ],
-    ids=["norm", "softmax", "mixing", "read twice", "its code knows the width", "pairs"],
+    ids=["norm", "softmax", "mixing", "read twice", "its code knows the width", "pairs", "equal widths"],
 )
 def test_what_is_not_elementwise_or_is_read_elsewhere_is_not_narrowed(layer: nn.Module) -> None:
     model = network(layer, Mlp(nn.ReLU()))

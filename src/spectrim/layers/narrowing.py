@@ -198,9 +198,9 @@ def _narrows(model: nn.Module, inputs: Inputs, places: Mapping[str, Feeding], wa
 def _half(layout: HeadLayout, *, seed: int) -> tuple[Tensor, Tensor, int]:
     """What becomes of the numbers of each set of values and of each head if half of them stay, and how many stay.
 
-    An odd number: code may need an even one, or one that it can divide.
+    An odd number, since code may need an even one, and another one for each seed, since it may need equal ones.
     """
-    number = max(1, layout.size // 2 - 1 | 1)
+    number = max(1, (layout.size // 2 - 1 | 1) - 2 * (seed % 4))
     half = torch.randperm(layout.size, generator=torch.Generator().manual_seed(seed))[:number]
     selection = torch.eye(layout.size, dtype=torch.float64)[half.sort().values]
     each = (torch.block_diag(*[selection] * number).unsqueeze(0) for number in (layout.groups, layout.heads))
