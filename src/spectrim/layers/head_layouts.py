@@ -13,7 +13,7 @@ from spectrim.core.execution import Inputs, call, temporary
 from spectrim.layers.units import SingleWeight
 from spectrim.linalg import HeadLayout
 
-_NEAREST, _LEVELS, _ROUNDS, _COMPARED, _CLOSE = 4, 2, 16, 64, 1e-3
+_NEAREST, _LEVELS, _ROUNDS, _COMPARED, _CLOSE = 4, 2, 16, 16, 1e-3
 _OF_HEADS = re.compile("head")
 """Attributes of an attention that may say how large a head is, or how many there are."""
 
