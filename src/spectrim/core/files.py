@@ -58,9 +58,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> Path:
             temporary.unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise FileError(
-            f"cannot write {path}: {reason}; choose a folder you may write to, on a disk with space"
-        ) from error
+        raise FileError(f"cannot write {path}: {reason}; choose a folder you may write to, with space") from error
     return path
 
 

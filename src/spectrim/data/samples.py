@@ -218,10 +218,9 @@ def load_text(path: Path | str, *, tokenizer: Path | str, split: Part = "train",
     numbers = torch.tensor(_encoder(tokenizer)(text), dtype=torch.int64)
     count, least = (len(numbers) - 1) // length, 1 if split == "whole" else _TESTED_OF
     if count < least:
-        shorter = (len(numbers) - 1) // least
+        shorter = f", or --tokens {number}" if (number := (len(numbers) - 1) // least) > 0 else ""
         raise DataError(
-            f"{path} has {len(numbers):,} tokens, too few for {least} samples of {length}; give more text"
-            + (f", or --tokens {shorter}" if shorter > 0 else "")
+            f"{path} has {len(numbers):,} tokens, too few for {least} samples of {length}; give more text{shorter}"
         )
     inputs = numbers[: count * length].view(count, length)
     following = numbers[1 : count * length + 1].view(count, length)

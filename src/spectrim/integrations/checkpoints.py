@@ -229,8 +229,7 @@ class _Output:
                 if path.exists():
                     path.replace(out / file)
                 with open_shard(out / file, hint=BEGIN_ANEW) as opened:
-                    for key in keys:
-                        opened.get_slice(key)
+                    list(map(opened.get_slice, keys))
             write_index(out, files, total=sum(size for *_, size in parts))
             self._write_beside(records)
         result = CompressedCheckpoint(out, self.plan, self._measurement(records), records[-1].hidden_error)

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from spectrim.core.errors import FileError, ModelError
+from spectrim.core.errors import FileError
 from spectrim.core.execution import distinct_state
 from spectrim.core.files import read_text, write_atomically
 from spectrim.models.folders import CONFIG, INDEX
@@ -41,8 +41,7 @@ class Shards:
         """Those of a folder for a model without values.
 
         Raises:
-            FileError: a file is damaged, or weights of the model are missing or of another size.
-            ModelError: weights are quantised.
+            FileError: a file is damaged, or weights of the model are missing or of another size or type.
         """
         files = _files_by_key(folder)
         state, aliases = distinct_state(model)
@@ -63,15 +62,10 @@ class Shards:
         shards, names = cls(folder, files, keys), {key: name for name, key in keys.items()}
         for key, tensor in shards.tensors(keys[name] for name in state):
             expected = state[names[key]]
-            if tensor.shape != expected.shape:
-                raise FileError(
-                    f"{key} in {folder} is {list(tensor.shape)}, and by its config.json {list(expected.shape)}; fetch "
-                    "both again"
-                )
-            if expected.is_floating_point() and tensor.dtype not in _COMPUTED:
-                raise ModelError(
-                    f"{key} in {folder} is {tensor.dtype}, which is not computed with; save the model as bfloat16 first"
-                )
+            computed = tensor.dtype in _COMPUTED or not expected.is_floating_point()
+            if tensor.shape != expected.shape or not computed:
+                needed = f"{list(expected.shape)} by config.json; fetch both again" if computed else "bfloat16 or wider"
+                raise FileError(f"{key} in {folder} is {tensor.dtype} {list(tensor.shape)}, and has to be {needed}")
         return shards
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
@@ -116,8 +110,7 @@ def open_shard(path: Path, *, hint: str = "fetch it again") -> Iterator[Any]:
         with path.open("rb"), safe_open(path, framework="pt") as opened:
             yield opened
     except (SafetensorError, OSError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise FileError(f"{path} is damaged or cannot be read: {reason}; {hint}") from error
+        raise FileError(f"{path} is damaged or missing: {getattr(error, 'strerror', 0) or error}; {hint}") from error
 
 
 def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> Path:

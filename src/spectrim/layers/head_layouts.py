@@ -163,16 +163,11 @@ class _Multiplied:
         return (before, *args[1:])
 
     def _mixes(self, name: str, tolerance: float) -> bool:
-        """Whether heads are more than values of a single place, as they are of one token, or of tokens that are alike.
-
-        There it cannot be told whether the weights of the places depend on the values.
-        """
-        layout = self.candidates[name][1]
-        width = layout.heads * layout.size
+        """Whether heads mix values of places that differ; else it cannot be told what the values do to the weights."""
+        layout, heads = self.candidates[name][1], self.received[name]
         values = self.values[name].unflatten(-1, (layout.groups, layout.size))
-        values = values.repeat_interleave(layout.heads // layout.groups, dim=-2).reshape(-1, width)
-        heads = self.received[name].reshape(-1, width)
-        few = heads[:: max(1, len(heads) // _COMPARED)]
+        values = values.repeat_interleave(layout.heads // layout.groups, dim=-2).reshape(-1, heads.shape[-1])
+        few = heads.reshape(-1, heads.shape[-1])[:: max(1, heads[..., 0].numel() // _COMPARED)]
         return bool((torch.cdist(few.float(), values.float(), p=torch.inf).amin(dim=1) > tolerance).any())
 
     def _multiply(self, name: str, _: nn.Module, __: Any, output: Tensor) -> Tensor:

@@ -30,11 +30,9 @@ def with_feeders(model: nn.Module, inputs: Inputs, trace: Trace, units: Sequence
     What lies between is tried, see `find_neurons` and `find_heads`. Then all such places are narrowed to about half of
     their width, and the network, with all layers in it, must give what it gives with the other columns zero.
     """
-    single = {
-        unit.name: unit
-        for unit in units
-        if isinstance(unit, SingleWeight) and _can_be_narrowed(unit, trace) and not _is_in_heads(model, unit.name)
-    }
+    in_heads = {f"{name}.linear" for name, module in model.named_modules() if isinstance(module, AroundHeads)}
+    likely = (unit for unit in units if isinstance(unit, SingleWeight) and unit.name not in in_heads)
+    single = {unit.name: unit for unit in likely if _can_be_narrowed(unit, trace)}
     inputs = inputs.parts(places=_PLACES)[0]
     try:
         with evaluating(model), torch.no_grad():
@@ -74,11 +72,6 @@ def _can_be_narrowed(unit: SingleWeight, trace: Trace) -> bool:
         return False
     is_linear = not weight.geometry.kernel and weight.geometry.groups == 1
     return is_linear and len(weight.names) == 1 and trace.calls.get(weight.name) == 1
-
-
-def _is_in_heads(model: nn.Module, name: str) -> bool:
-    """Whether it belongs to heads that were narrowed before."""
-    return isinstance(model.get_submodule(name.rpartition(".")[0]), AroundHeads)
 
 
 def find_neurons(
@@ -173,10 +166,7 @@ def _disjoint(tried: Mapping[str, Feeding]) -> dict[str, Feeding]:
 
 
 def _narrows(model: nn.Module, inputs: Inputs, places: Mapping[str, Feeding], watched: Iterable[str]) -> bool:
-    """Whether the network with half of the width at these places gives what it gives with half of the columns zero.
-
-    What the other watched layers receive is compared too: outputs may be classes, which hardly ever change.
-    """
+    """Whether outputs and watched layers' inputs at half of the width here are those with half of the columns zero."""
     narrowed: dict[str, nn.Module] = {}
     zeroed: dict[str, nn.Module] = {}
     for number, (name, feeding) in enumerate(places.items()):
@@ -196,10 +186,7 @@ def _narrows(model: nn.Module, inputs: Inputs, places: Mapping[str, Feeding], wa
 
 
 def _half(layout: HeadLayout, *, seed: int) -> tuple[Tensor, Tensor, int]:
-    """What becomes of the numbers of each set of values and of each head if half of them stay, and how many stay.
-
-    An odd number, since code may need an even one, and another one for each seed, since it may need equal ones.
-    """
+    """What becomes of values and of heads if about half stay: an odd number, and others by seed, as code may forbid."""
     number = max(1, (layout.size // 2 - 1 | 1) - 2 * (seed % 4))
     half = torch.randperm(layout.size, generator=torch.Generator().manual_seed(seed))[:number]
     selection = torch.eye(layout.size, dtype=torch.float64)[half.sort().values]

@@ -192,9 +192,10 @@ def _together(plan: Plan, decided: LayerPlan, members: Sequence[LayerAnalysis]) 
     names, rank, metric = [layer.name for layer in feeders], decided.ranks, decided.metric
     there = {name: plan[name] for name in plan.feeders(last.name)}
     if decided.form not in last.joint_forms or sorted(there) != sorted(names):
+        form = f"in the {' or '.join(last.joint_forms)} form " if names else ""
         raise PlanError(
             f"the plan narrows {last.name} in the {decided.form} form together with {', '.join(there) or 'nothing'}; "
-            f"in this model it can be narrowed {_how(last, names)}"
+            f"in this model it can be narrowed {form}together with {', '.join(names) or 'no other layer'}"
         )
     if any((entry.form, entry.ranks) != (decided.form, rank) for entry in there.values()):
         raise PlanError(
@@ -202,21 +203,13 @@ def _together(plan: Plan, decided: LayerPlan, members: Sequence[LayerAnalysis]) 
             "same form and rank"
         )
     if metric is None or metric == "plain" or metric not in last.problems:
-        raise PlanError(
-            f"the plan narrows {last.name} in the {metric} metric, and layers are narrowed in a metric of data: pass "
-            "data=, and give activation or loss as its metric"
-        )
+        raise PlanError(f"the plan narrows {last.name} in the {metric} metric; pass data=, and plan activation or loss")
     if rank[0] > (full := last.full_ranks(decided.form)[0]):
         raise PlanError(f"the plan wants rank {rank[0]} for {last.name}, above its full rank {full}")
     fresh = narrowed(members, decided.form, rank, metric=metric, reason=decided.reason)
     if fresh[-1].kept == decided.kept:
         return fresh
     return [*fresh[:-1], fresh[-1].model_copy(update={"reason": f"rank {rank[0]} set by hand in the plan"})]
-
-
-def _how(last: LayerAnalysis, names: Sequence[str]) -> str:
-    together = f"together with {', '.join(names) or 'no other layer'}"
-    return f"in the {' or '.join(last.joint_forms)} form {together}" if names else together
 
 
 def require_reachable(rule: Rule, sizes: Mapping[str, tuple[Sequence[int], int]]) -> None:
