@@ -323,6 +323,8 @@ _T5 = {
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "num_local_experts": 4}
 _IMAGE = _WIDTHS | {"image_size": 32, "patch_size": 8}
 _FILM = _IMAGE | {"num_frames": 4}
+_WINDOWS: dict[str, Any] = {"image_size": 32, "embed_dim": 24, "depths": [1, 1, 1], "num_heads": [1, 2, 4]}
+_WINDOWS |= {"window_size": 4, "patch_size": 2}
 _STAGES = {"hidden_sizes": [16, 32, 48, 64], "depths": [1, 1, 1, 1]}
 _WAVE = (
     _WIDTHS
@@ -553,30 +555,8 @@ HF: Mapping[str, tuple[str, Callable[[int], Any], Mapping[str, Any]]] = {
     "ViTForImageClassification": ("ViTConfig", pixels(32), _IMAGE),
     "DeiTForImageClassification": ("DeiTConfig", pixels(32), _IMAGE),
     "BeitForImageClassification": ("BeitConfig", pixels(32), _IMAGE),
-    "SwinForImageClassification": (
-        "SwinConfig",
-        pixels(32),
-        {
-            "image_size": 32,
-            "embed_dim": 24,
-            "depths": [1, 1, 1],
-            "num_heads": [1, 2, 4],
-            "window_size": 4,
-            "patch_size": 2,
-        },
-    ),
-    "Swinv2ForImageClassification": (
-        "Swinv2Config",
-        pixels(32),
-        {
-            "image_size": 32,
-            "embed_dim": 24,
-            "depths": [1, 1, 1],
-            "num_heads": [1, 2, 4],
-            "window_size": 4,
-            "patch_size": 2,
-        },
-    ),
+    "SwinForImageClassification": ("SwinConfig", pixels(32), _WINDOWS),
+    "Swinv2ForImageClassification": ("Swinv2Config", pixels(32), _WINDOWS),
     "ConvNextForImageClassification": ("ConvNextConfig", pixels(32), _STAGES),
     "ConvNextV2ForImageClassification": ("ConvNextV2Config", pixels(32), _STAGES),
     "SegformerForSemanticSegmentation": (

@@ -63,11 +63,7 @@ def compared(options: argparse.Namespace, dense: nn.Module, seed: int, console: 
     """Everything for one seed."""
     data = calibration(seed)
     compressed = st.compress(
-        dense,
-        st.Budget(params=options.share),
-        example_inputs=data[0][:1],
-        data=data,
-        analysis=analysed(dense, data),
+        dense, st.Budget(params=options.share), example_inputs=data[0][:1], data=data, analysis=analysed(dense, data)
     )
     small = finetuned(options, compressed.model, dense, seed) if options.epochs else compressed.model
     with tempfile.TemporaryDirectory() as folder:

@@ -197,12 +197,7 @@ def carry_out(
 
 
 def _built(
-    model: nn.Module,
-    decision: Decision,
-    *,
-    fitted: bool,
-    cache: int | None,
-    on_progress: ProgressCallback | None,
+    model: nn.Module, decision: Decision, *, fitted: bool, cache: int | None, on_progress: ProgressCallback | None
 ) -> nn.Module:
     """A copy of the model with the plan carried out, and its layers fitted to the batches, if there are any."""
     analysis, plan = decision.analysis, decision.plan

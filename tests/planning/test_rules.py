@@ -472,3 +472,9 @@ def test_a_budget_out_of_reach_says_what_stays_dense_and_why() -> None:
     model[0].register_forward_hook(lambda *_: None)
     with pytest.raises(errors.RuleError, match=r"cannot be reached: .*; 1 layers stay dense, .* 0: it carries hooks"):
         st.compress(model, st.Budget(macs=0.05), example_inputs=x)
+
+
+def test_a_share_of_nothing_is_refused() -> None:
+    model, x = small_mlp(), inputs(4, 12)
+    with pytest.raises(errors.RuleError, match=r"of='body'.* cannot be reached.*not selected by include and exclude"):
+        st.compress(model, st.Budget(macs=0.5, of="body"), example_inputs=x, exclude="*")

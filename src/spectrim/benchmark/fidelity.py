@@ -62,13 +62,7 @@ class Fidelity(Displayed, Frozen):
 
 
 def measured_fidelity(
-    model: nn.Module,
-    small: nn.Module,
-    batches: Sequence[Inputs],
-    *,
-    plan: Plan,
-    analysis: Analysis,
-    held_out: bool,
+    model: nn.Module, small: nn.Module, batches: Sequence[Inputs], *, plan: Plan, analysis: Analysis, held_out: bool
 ) -> Fidelity | None:
     """Compare a compressed network on up to 256 samples, in an order of their own; see `fidelity`.
 

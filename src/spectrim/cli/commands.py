@@ -261,8 +261,7 @@ class Scoring:
         ),
     ] = "accuracy"
     against: Annotated[
-        str | None,
-        _score(metavar="REF", help="Another network, as --model names it: the difference on the same data."),
+        str | None, _score(metavar="REF", help="Another network, as --model names it: the difference on the same data.")
     ] = None
     against_weights: Annotated[
         Path | None,

@@ -19,10 +19,7 @@ _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
 
-_EXPLAINED = {
-    *("rule", "rule_or_plan", "rank_multiple"),
-    *("value", "source", "figure", "report.results", "treat_as"),
-}
+_EXPLAINED = {*("rule", "rule_or_plan", "rank_multiple"), *("value", "source", "figure", "report.results", "treat_as")}
 """Arguments of which the functions themselves say more than a type does."""
 
 

@@ -180,12 +180,7 @@ def inputs_of(
 
 
 def split_labels(
-    batch: Any,
-    *,
-    position: int,
-    like: Inputs | None = None,
-    model: nn.Module | None = None,
-    required: bool = True,
+    batch: Any, *, position: int, like: Inputs | None = None, model: nn.Module | None = None, required: bool = True
 ) -> tuple[Inputs, Any]:
     """Split a labelled batch into what the model gets and the labels.
 

@@ -111,11 +111,7 @@ class ImageFiles:
 
 
 def load_folder(
-    folder: Path | str,
-    *,
-    split: Split = "train",
-    shape: tuple[int, ...] | None = None,
-    shorter: int | None = None,
+    folder: Path | str, *, split: Split = "train", shape: tuple[int, ...] | None = None, shorter: int | None = None
 ) -> Samples:
     """Images in class folders, by torchvision's conventions: `folder/train/CLASS/..` and `folder/test/CLASS/..`.
 

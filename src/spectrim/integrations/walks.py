@@ -155,10 +155,7 @@ class Walk:
         del dense, analysis, calibration
         self._passed(small, inputs, "compressed", block)
         record = BlockRecord(
-            keys=keys,
-            size=size,
-            low_rank=structure_of(small).low_rank,
-            hidden_error=self._error(block + 1),
+            keys=keys, size=size, low_rank=structure_of(small).low_rank, hidden_error=self._error(block + 1)
         )
         record.save(self.work.record(block))
 

@@ -18,15 +18,7 @@ from spectrim.core.plans import Budget, LatencyNote, LayerPlan, Limit, Metric, P
 from spectrim.layers.forms import RankCosts, joint_form_named, selected_forms
 from spectrim.linalg import FloatArray, Ranks
 from spectrim.planning.curve import Curve, Point
-from spectrim.planning.decisions import (
-    PlanOptions,
-    dense,
-    factored,
-    listed,
-    narrowed,
-    possible_forms,
-    why_impossible,
-)
+from spectrim.planning.decisions import PlanOptions, dense, factored, listed, narrowed, possible_forms, why_impossible
 from spectrim.planning.groups import Group, grouped
 from spectrim.planning.knapsack import Allocation, KnapsackItem
 from spectrim.planning.reach import out_of_reach
@@ -183,7 +175,7 @@ class Candidates:
         part = self.body if rule.of else self.whole
         rest = self.whole - part
         budget = rest + int(Fraction(share).limit_denominator(10**12) * part)
-        if budget < self.least:
+        if not part or budget < self.least:
             raise RuleError(out_of_reach(self, rule, (self.least - rest) / part if part else 1.0))
         return budget
 

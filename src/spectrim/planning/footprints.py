@@ -327,10 +327,7 @@ class Stages:
             self._of_samples(self.allocations.outputs, min(work.samples, most)) for most in (SAMPLES, work.batch)
         )
         compared = sum(layer.compared for layer in self.decomposed)
-        stages = {
-            "decide": decided + self.most("working"),
-            "build": decided + self.copy + self.most("working"),
-        }
+        stages = {"decide": decided + self.most("working"), "build": decided + self.copy + self.most("working")}
         if work.uses_data:
             stages["calibrate"] = start + self.forward + self.most("gathering")
             stages["compare"] = decided + compared + self.copies + self.forward + 4 * of_batch

@@ -20,14 +20,7 @@ from spectrim.core.execution import Inputs, as_inputs
 from spectrim.core.files import Frozen, write_atomically
 from spectrim.core.names import SCHEMES as SCHEMES, Scheme as Scheme
 from spectrim.core.plans import Budget
-from spectrim.quantization.evaluation import (
-    Feed,
-    accuracy_of,
-    difference,
-    engine,
-    feed_of,
-    require_quantizer,
-)
+from spectrim.quantization.evaluation import Feed, accuracy_of, difference, engine, feed_of, require_quantizer
 from spectrim.quantization.graphs import compact, large, store_bf16, store_int8, weights
 from spectrim.runtimes.conversion import graph_inputs, quiet, to_onnx
 from spectrim.runtimes.engines import Arrays

@@ -24,11 +24,7 @@ _OF_TRANSFORMERS = "This model card has been automatically generated."
 
 @checked
 def write_model_card(
-    model: nn.Module,
-    folder: str | Path,
-    *,
-    fidelity: Fidelity | None = None,
-    scores: Mapping[str, Score] | None = None,
+    model: nn.Module, folder: str | Path, *, fidelity: Fidelity | None = None, scores: Mapping[str, Score] | None = None
 ) -> bool:
     """Write a README.md beside a model with factored layers; `save_pretrained` and `push_to_hub` do it by themselves.
 

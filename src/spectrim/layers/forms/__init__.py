@@ -4,13 +4,7 @@ from collections.abc import Sequence
 
 from spectrim.core.errors import PlanError
 from spectrim.layers.forms.base import Form, JointForm, RankCosts, SingleWeightForm
-from spectrim.layers.forms.channel import (
-    ChannelForm,
-    LowRankConv,
-    LowRankConv1d,
-    LowRankConv2d,
-    LowRankConvTranspose2d,
-)
+from spectrim.layers.forms.channel import ChannelForm, LowRankConv, LowRankConv1d, LowRankConv2d, LowRankConvTranspose2d
 from spectrim.layers.forms.head_vo import HeadValueOutputForm
 from spectrim.layers.forms.linear import LinearForm, LowRankEmbedding, LowRankEmbeddingBag, LowRankLinear
 from spectrim.layers.forms.spatial import SpatialConv2d, SpatialForm

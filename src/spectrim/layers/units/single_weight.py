@@ -131,12 +131,7 @@ def find_single_weights(model: nn.Module, trace: Trace, selection: LayerSelectio
 
 
 def _weight(
-    layer: nn.Module,
-    tied: Sequence[str],
-    call_sites: Sequence[str],
-    positions: Mapping[str, Positions],
-    *,
-    biases: int,
+    layer: nn.Module, tied: Sequence[str], call_sites: Sequence[str], positions: Mapping[str, Positions], *, biases: int
 ) -> Weight:
     layer_type, own = find_layer_type(layer), list(layer.parameters(recurse=False))
     # a subclass or a parametrised layer cannot be exchanged, but its weight has a spectrum all the same
