@@ -32,7 +32,7 @@ def test_the_predicted_error_is_that_of_the_factors(layout: HeadLayout, with_out
         assert feeding.shape == (1, layout.groups * rank, layout.groups * layout.size)
         lost = problem.weight.double() - weight @ reading
         if problem.output is not None:
-            lost = problem._roots[0] @ lost
+            lost = problem.weighted(lost)
         error = float(((lost @ problem.metric) * lost).sum())
         assert error == pytest.approx(solved.tail_at((rank,)), rel=1e-5, abs=1e-6 * problem.total)
 

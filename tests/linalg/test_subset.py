@@ -30,7 +30,7 @@ def test_the_predicted_error_is_that_of_the_factors(n: int, with_output: bool) -
         assert bool((into.sum(dim=2) == 1).all())
         lost = problem.weight.double() - last @ into
         if problem.output is not None:
-            lost = problem._roots[0] @ lost
+            lost = problem.weighted(lost)
         error = float(((lost @ problem.metric) * lost).sum())
         assert error == pytest.approx(float(solved.tails[5 * place]), rel=1e-3, abs=1e-5 * problem.total)
 

@@ -121,7 +121,7 @@ class Problem:
         """Another weight and covariance, in the same metric of the outputs."""
         other = Problem(weight, covariance, output=self.output)
         if self.output is not None:
-            other.__dict__["_roots"] = self._roots
+            other.__dict__["_axes"] = self._axes
         return other
 
     @property
@@ -145,7 +145,7 @@ class Problem:
 
     def _make_matrices(self) -> Tensor:
         flat = to_float64(self.weight).flatten(2)
-        return flat if self.output is None else self._roots[0] @ flat
+        return flat if self.output is None else self.weighted(flat)
 
     @property
     def shrunk_covariance(self) -> Covariance:
@@ -219,7 +219,7 @@ class Problem:
         if C is not None:
             C = to_float64(C.to(self.device)) if isinstance(C, Tensor) else C.to(self.device)
         if self.output is not None:
-            weight, product = self._roots[0] @ to_float64(weight), self._roots[0] @ to_float64(product)
+            weight, product = (self.weighted(to_float64(whole)) for whole in (weight, product))
         energy = 0.0
         # by blocks of outputs, since the difference of the whole matrices may be the largest array of all
         for dense, low in zip(weight.split(_BLOCK, dim=1), product.split(_BLOCK, dim=1), strict=True):
@@ -227,21 +227,26 @@ class Problem:
             energy += float(((lost if C is None else times(lost, C)) * lost).sum())
         return energy
 
+    def weighted(self, rows: Tensor) -> Tensor:
+        """G^1/2 times (groups, out, ..), float64."""
+        vectors, roots = self._axes
+        return (vectors @ (roots * (vectors.mT @ rows.flatten(2)))).reshape(rows.shape)
+
     def unweighted(self, last: Tensor) -> Tensor:
         """G^-1/2 times the last factor (groups, out, ..), back from the metric of `matrices`."""
         if self.output is None:
             return last
-        return (self._roots[1] @ last.flatten(2)).reshape(last.shape)
+        vectors, roots = self._axes
+        return (vectors @ ((vectors.mT @ last.flatten(2)) / roots)).reshape(last.shape)
 
     @cached_property
-    def _roots(self) -> tuple[Tensor, Tensor]:
+    def _axes(self) -> tuple[Tensor, Tensor]:
+        """The eigenvectors of G, and the roots of its eigenvalues (groups, out, 1)."""
         assert self.output is not None
         values, vectors = torch.linalg.eigh(to_float64(self.output).to(self.weight.device))
         top = values[:, -1:].clamp(min=torch.finfo(torch.float64).tiny)
         # directions without effect on the loss keep a small weight, so that the root has an inverse
-        values = (values / top).clamp(min=0) + 1e-3
-        roots = values.sqrt().unsqueeze(1)
-        return (vectors * roots) @ vectors.mT, (vectors / roots) @ vectors.mT
+        return vectors, ((values / top).clamp(min=0) + 1e-3).sqrt().unsqueeze(2)
 
 
 def ridged(C: Covariance, *, share: float) -> Covariance:
