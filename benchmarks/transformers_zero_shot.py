@@ -142,14 +142,14 @@ def main() -> None:
     assert isinstance(study, TextStudy)
     chosen = {name: getattr(arguments, name) for name in ("model", "shares", "samples", "scored")}
     study = study.model_copy(update={name: value for name, value in chosen.items() if value is not None})
-    found: dict[tuple[str, float], list[tuple[float, float, float]]] = {}
+    by_network: dict[tuple[str, float], list[tuple[float, float, float]]] = {}
     for method, share, *numbers in rows(arguments, study):
-        found.setdefault((method, share), []).append((numbers[0], numbers[1], numbers[2]))
+        by_network.setdefault((method, share), []).append((numbers[0], numbers[1], numbers[2]))
         print(
             f"{method:9} {share:.2f}  {study.score} {numbers[0]:.2f}  {numbers[1]:.4f}  {numbers[2]:.0f} s", flush=True
         )
     table = Table("method", "kept", study.score, "sd", "distance", "sd", "seconds")
-    for (method, share), seeds in found.items():
+    for (method, share), seeds in by_network.items():
         score, distance, seconds = zip(*seeds, strict=True)
         spread = [statistics.stdev(values) if len(values) > 1 else 0.0 for values in (score, distance)]
         mean = [statistics.mean(values) for values in (score, distance, seconds)]
