@@ -31,7 +31,7 @@ def block_sensitivity(block: nn.Module, analysis: Analysis, batches: Sequence[In
         analysis: Of the block.
         batches: Its inputs; a few samples are used.
     """
-    few = list(_few(subset(batches, samples=_SAMPLES)))
+    few = list(_few(subset(block, batches, samples=_SAMPLES)))
     layers = [layer for layer in analysis if layer.problems and not layer.is_lookup]
     rows: dict[str, list[Tensor]] = {layer.name: [] for layer in layers}
     modules = {name: block.get_submodule(name) for name in rows}

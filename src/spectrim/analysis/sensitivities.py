@@ -76,7 +76,7 @@ def sensitivity(
     chosen = metric_of(analysis, metric, best=True)
     data = enumerate(batches_of(batches, what="the data to measure sensitivities on"))
     read = [inputs_of(batch, model, position=position, labels=labels) for position, batch in data]
-    whole = subset([inputs for inputs, _ in read], samples=_MOST)
+    whole = subset(model, [inputs for inputs, _ in read], samples=_MOST)
     used = [part for batch in whole for part in batch.parts(places=_PLACES)]
     if not used:
         raise DataError("there is no data to measure sensitivities on; give at least one batch")
@@ -141,7 +141,7 @@ def with_output_grads(
     sums: dict[str, RunningGradients] = {}
     try:
         with evaluating(model):
-            for position, part, signs in _parts_for_gradients(batches):
+            for position, part, signs in _parts_for_gradients(model, batches):
                 add_gradients(model, part, layers, sums, what=f"batch {position}", storage=storage, signs=signs)
     except (DataError, ModelError):
         if required:
@@ -150,10 +150,10 @@ def with_output_grads(
     return statistics.with_output_grads({name: part for name, part in sums.items() if part.tells})
 
 
-def _parts_for_gradients(batches: Sequence[Inputs]) -> Iterator[tuple[int, Inputs, torch.Generator]]:
+def _parts_for_gradients(model: nn.Module, batches: Sequence[Inputs]) -> Iterator[tuple[int, Inputs, torch.Generator]]:
     """The number of a batch, a part of it, and what the signs of all its parts are drawn from."""
     places = 0
-    for position, batch in enumerate(subset(batches, samples=_GRADIENTS)):
+    for position, batch in enumerate(subset(model, batches, samples=_GRADIENTS)):
         signs, parts = torch.Generator().manual_seed(0), batch.parts(places=_PLACES)
         for part in parts:
             yield position, part, signs
@@ -183,9 +183,9 @@ def cache_bytes_of(analysis: Analysis, cache: int | None) -> int:
     return max(default_bytes(), analysis.calibration.bytes if analysis.calibration else 0)
 
 
-def subset(batches: Sequence[Inputs], *, samples: int) -> list[Inputs]:
+def subset(model: nn.Module, batches: Sequence[Inputs], *, samples: int) -> list[Inputs]:
     """Whole batches with at least so many samples, the same ones in whatever order they come, long and short ones."""
-    ordered = sorted(batches, key=lambda batch: sum(float(tensor.double().sum()) for tensor in batch.tensors()))
+    ordered = sorted(batches, key=lambda batch: _total(model, batch))
     used: list[Inputs] = []
     taken = 0
     for place in sorted(range(len(ordered)), key=lambda place: _halving(place, len(ordered))):
@@ -194,6 +194,16 @@ def subset(batches: Sequence[Inputs], *, samples: int) -> list[Inputs]:
         used.append(ordered[place])
         taken += ordered[place].samples
     return used
+
+
+def _total(model: nn.Module, batch: Inputs) -> float:
+    """The sum of a batch's numbers, but those at padding."""
+    masks, total = TokenMasks.of(model, batch), 0.0
+    for tensor in batch.tensors():
+        each = tensor.unsqueeze(-1) if tensor.ndim == 2 else tensor
+        places = masks.places(each.shape)
+        total += float((each if places is None else places.take(each)).double().sum())
+    return total
 
 
 def _halving(place: int, number: int) -> tuple[bool, str]:

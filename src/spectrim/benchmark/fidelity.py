@@ -75,7 +75,7 @@ def measured_fidelity(
     if not wide and any(layer.metric != "plain" for layer in plan.factored):
         plain = factorize(duplicate(model), plan.model_copy(update={"layers": layers}), factors=analysis.factors)
     measured = fidelity(
-        model, small, subset(batches, samples=SAMPLES), plain=plain, predicted=_predicted_square(plan, analysis)
+        model, small, subset(model, batches, samples=SAMPLES), plain=plain, predicted=_predicted_square(plan, analysis)
     )
     if measured is None:
         return None

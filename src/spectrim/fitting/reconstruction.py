@@ -243,7 +243,8 @@ def _record(
     """
     later = [(site, place) for place in places[start:] for site in place.call_sites]
     adding = {site for site, place in later if place.successor.residual}
-    seen, end = {site: _Seen(InputRows(site)) for site, _ in later}, len(places)
+    seen = {site: _Seen(InputRows(site)) for site, _ in later}
+    room, end, dropped = free_bytes // len(data), len(places), set[str]()
 
     def on_call(name: str, layer: nn.Module, _: Tensor, output: Tensor) -> None:
         if name not in seen or not position:  # the next places begin here, or no one knows yet where they do
@@ -255,11 +256,19 @@ def _record(
             add(name, layer, residual, "dense_residuals")
 
     def add(name: str, layer: nn.Module, output: Tensor, part: str) -> None:
+        nonlocal room, end
         if name in seen:
+            rows = output_rows(layer, output, positions=POSITIONS, masks=masks)
             seen[name].calls[position] += part == "outputs"
-            getattr(seen[name], part).append(output_rows(layer, output, positions=POSITIONS, masks=masks))
+            room -= 0 if position else rows.numel() * rows.element_size()
+            if not position and room < 0 and name not in (*places[start].call_sites, *dropped):
+                dropped.add(name)
+                end = next(n for n in range(start + 1, end + 1) if not dropped.isdisjoint(places[n].call_sites))
+            if name not in dropped:
+                getattr(seen[name], part).append(rows)
         counted[name] += 1
-        if expected is not counted and all(counted[site] == expected[site] for site in seen):
+        wanted = (site for place in places[start:end] for site in place.call_sites)
+        if expected is not counted and all(counted[site] == expected[site] for site in wanted):
             reached()
             raise _PassEnded
 
@@ -270,21 +279,8 @@ def _record(
         watched = following(cache.model, dict(later), on_call=on_call, on_residual=on_residual)
         with suppress(_PassEnded), cache.recalling(position) as reached, watched:
             call(cache.model, batch, what=f"batch {position}")
-        if not position:
-            end = _affordable(places, start, seen, free_bytes=free_bytes // len(data))
-            seen = {site: seen[site] for place in places[start:end] for site in place.call_sites}
+        seen = {site: seen[site] for place in places[start:end] for site in place.call_sites}
     return seen, end
-
-
-def _affordable(places: Sequence[_Place], start: int, first: Mapping[str, _Seen], *, free_bytes: int) -> int:
-    """Where the places end, one at least, whose rows of one batch fit into so many bytes."""
-    for number in range(start, len(places)):
-        for site in places[number].call_sites:
-            rows = (*first[site].outputs, *first[site].dense_residuals)
-            free_bytes -= sum(row.numel() * row.element_size() for row in rows)
-        if free_bytes < 0:
-            return max(start + 1, number)
-    return len(places)
 
 
 def _collect(
