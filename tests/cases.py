@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -188,3 +189,8 @@ def taken_at_their_word(calibration: st.Calibration) -> st.Calibration:
         name: replace(seen, shrinkage=0.0, output_grad_shrinkage=0.0) for name, seen in calibration.moments.items()
     }
     return replace(calibration, moments=moments)
+
+
+def files(folder: Path) -> dict[str, bytes | None]:
+    """What lies in a folder, by path."""
+    return {str(path): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}

@@ -1,11 +1,13 @@
 """What the tests of the command line share: the whole command line in this process, and a trained network."""
 
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from cases import files
 
 from spectrim.cli.app import main
 
@@ -17,6 +19,11 @@ class Ended:
     code: int
     out: str
     err: str
+
+    @property
+    def said(self) -> str:
+        """What it said besides its results, in one line without frames."""
+        return " ".join(re.sub(r"[│╭╮╰╯─]", " ", self.err).split())
 
 
 Run = Callable[..., Ended]
@@ -34,6 +41,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     """The whole command line as `spectrim` runs it, in an empty folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # so that "nothing was written" can be seen
     monkeypatch.setenv("SPECTRIM_DATA", str(tmp_path / "cache"))
     monkeypatch.setenv("SPECTRIM_LATENCY", str(tmp_path / "times"))
 
@@ -46,5 +54,20 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
             code = ended.code
         captured = capsys.readouterr()
         return Ended(int(code or 0), captured.out, captured.err)
+
+    return call
+
+
+@pytest.fixture
+def refused(run: Run, tmp_path: Path) -> Run:
+    """The command line for a mistake: it gives one message, with this text in it, and writes nothing."""
+
+    def call(*arguments: object, message: str, code: int | None = None) -> None:
+        before = files(tmp_path)
+        ended = run(*arguments)
+        assert ended.code == code or (code is None and ended.code), ended.said
+        assert message in ended.said
+        assert "Traceback" not in ended.out + ended.err
+        assert files(tmp_path) == before
 
     return call

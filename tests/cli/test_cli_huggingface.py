@@ -39,10 +39,6 @@ def folder(run: Run) -> Run:
     return run
 
 
-def said(ended: Any) -> str:
-    return " ".join(ended.err.replace("│", " ").split())
-
-
 def test_a_folder_becomes_a_smaller_one(folder: Run) -> None:
     for _ in range(2):  # the second replaces what the first has written
         ended = folder("compress", *MODEL, "--macs", 0.8, "--out", "small")
@@ -65,13 +61,14 @@ def test_a_folder_becomes_a_smaller_one(folder: Run) -> None:
     ended = folder("analyze", "--model", "hf:small", "--tokens", 8)
     assert ended.code == 0, ended.err
     assert re.search(
-        r"small was compressed already: \d+ of its layers are factored or narrowed; each stands here", said(ended)
+        r"small was compressed already: \d+ of its layers are factored or narrowed; each stands here", ended.said
     )
-    for command in (("compress", "--out", "again"), ("plan", "--out", "plan.json")):
-        ended = folder(*command, "--model", "hf:small", *TEXT, "--macs", 0.5)
+    Path("once").mkdir()
+    Path("once/plan.json").write_text(Path("small/plan.json").read_text() + "\n")  # of another run
+    for out in ("again", "once"):
+        ended = folder("compress", "--model", "hf:small", *TEXT, "--macs", 0.5, "--out", out)
         assert ended.code == 1
-        assert "small was compressed already" in said(ended)
-        assert not Path(command[2]).exists()
+        assert "small was compressed already" in ended.said
 
 
 def test_a_gguf_file_becomes_a_smaller_folder(run: Run) -> None:
@@ -90,7 +87,7 @@ def test_a_gguf_file_becomes_a_smaller_folder(run: Run) -> None:
     assert own["Score"] == pytest.approx(dense["Score"], rel=0.1)
     Path("small/config.json").write_text("{}")
     ended = run("compress", "--model", "hf:packed", *TEXT, "--macs", 0.8, "--out", "small")
-    assert "is there already" in said(ended)
+    assert "is there already" in ended.said
 
 
 def test_a_plan_is_applied(folder: Run) -> None:
@@ -111,7 +108,7 @@ def test_a_share_of_the_body(folder: Run) -> None:
     assert st.Plan.load("plan.json").rule == st.Budget(params=0.7, of="body")
     ended = folder("plan", *MODEL, "--rank", 4, "--of", "body", "--out", "rank.json")
     assert ended.code != 0
-    assert "--of body goes with --macs or --params" in said(ended)
+    assert "--of body goes with --macs or --params" in ended.said
 
 
 def test_without_data_a_text_model_runs_on_tokens(folder: Run) -> None:
@@ -124,6 +121,7 @@ def test_without_data_a_text_model_runs_on_tokens(folder: Run) -> None:
     ("arguments", "message"),
     [
         (("--model", "hf:none", *TEXT), "there is no folder none"),
+        (("--model", "./dense", *TEXT), "--model ./dense is a folder; write --model hf:./dense"),
         ((*MODEL, "--weights", "text.txt"), "the folder holds its weights"),
         ((*MODEL[:2], "--data", "text:short.txt", "--tokens", 30), "too few for 10 samples of 30"),
         ((*MODEL, "--tokenizer", "bytes"), "the tokenizer bytes gives a token 57, and the network knows 0 to 23"),
@@ -132,24 +130,21 @@ def test_without_data_a_text_model_runs_on_tokens(folder: Run) -> None:
         (("--model", "hf:dense", "--tokens", 40), "give --tokens 32 or less"),
     ],
 )
-def test_mistakes_are_said(folder: Run, arguments: tuple[str, ...], message: str) -> None:
-    ended = folder("compress", *arguments, "--macs", 0.8, "--out", "small")
-    assert ended.code != 0
-    assert message in said(ended)
-    assert "Traceback" not in ended.err
-    assert not Path("small").exists()
+@pytest.mark.usefixtures("folder")
+def test_a_mistake_is_one_message(refused: Run, arguments: tuple[str, ...], message: str) -> None:
+    refused("compress", *arguments, "--macs", 0.8, "--out", "small", message=message)
 
 
 def test_files_of_others_stay(folder: Run) -> None:
     ended = folder("compress", *MODEL, "--macs", 0.8, "--out", "dense")
-    assert "which stays as it is" in said(ended)
+    assert "which stays as it is" in ended.said
     for name in ("README.md", "config.json", "tokenizer.json"):
         other = Path("other") / name
         other.parent.mkdir(exist_ok=True)
         other.write_text("{}")
         ended = folder("compress", *MODEL, "--macs", 0.8, "--out", "other")
         assert ended.code == 1
-        assert f"{other} is there already" in said(ended)
+        assert f"{other} is there already" in ended.said
         assert other.read_text() == "{}"
         other.unlink()
 
@@ -175,8 +170,8 @@ def test_a_folder_is_compressed_block_by_block(folder: Run, monkeypatch: pytest.
     assert Path("other/model-00001-of-00002.safetensors").exists()
     ended = folder("compress", *MODEL, "--params", 0.8, "--of", "body", "--block-by-block", "--out", "small")
     assert ended.code == 1
-    assert "is there already" in said(ended)
+    assert "is there already" in ended.said
     for options in (("--latency", 0.5), ("--params", 0.8, "--metric", "loss"), ("--params", 0.8, "--keep-last")):
         ended = folder("compress", *MODEL, *options, "--block-by-block", "--out", "new")
         assert ended.code == 2, ended.err
-        assert "--block-by-block" in said(ended)
+        assert "--block-by-block" in ended.said

@@ -310,9 +310,5 @@ def test_only_classes_that_come_out_otherwise_are_listed(run: Run) -> None:
         (("--data", "folder:digits", "--mean", "0.5,0.5,0.5", "--std", 0.5), "--mean and --std take one value"),
     ],
 )
-def test_a_mistake_about_the_data_is_one_message(run: Run, arguments: tuple[Any, ...], message: str) -> None:
-    result = run("compress", *MLP, *arguments, "--rank", 4, "--out", "small")
-    assert result.code != 0
-    assert " ".join(message.split()) in " ".join(result.err.replace("│", " ").split())
-    assert "Traceback" not in result.err
-    assert not Path("small").exists()
+def test_a_mistake_about_the_data_is_one_message(refused: Run, arguments: tuple[Any, ...], message: str) -> None:
+    refused("compress", *MLP, *arguments, "--rank", 4, "--out", "small", message=" ".join(message.split()))

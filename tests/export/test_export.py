@@ -468,3 +468,11 @@ def test_masks_stay_masks_and_ids_stay_ids() -> None:
         assert set(some_ids.flatten().tolist()) <= set(ids.flatten().tolist())
         assert all(row.tolist() in mask.tolist() for row in some_mask)
         assert all(row.tolist() in bias.tolist() for row in some_bias)
+
+
+def test_a_decoder_is_exported_without_its_cache(tmp_path: Path) -> None:
+    tiny_llama = pytest.importorskip("tiny_llama")
+    model = tiny_llama.llama()
+    exported = st.export_onnx(model, tmp_path / "llama.onnx", tiny_llama.IDS)
+    assert len(exported.outputs) == 1
+    assert model.config.use_cache

@@ -87,6 +87,8 @@ def _batches(command: Evaluate, model: nn.Module, progress: Stages) -> Iterable[
     assert reference is not None  # the option is required
     if whole and reference.kind != "text":
         raise typer.BadParameter("--whole goes with --data text:FILE")
+    if reference.kind == "text" and command.scoring.metric == "accuracy":
+        raise typer.BadParameter("--metric accuracy is of class indices; of a text give --metric perplexity")
     data = load_batches(reference, source, progress, model)
     set_threads(command.machine, SMALL_BATCH, closing=progress.closing, say=progress.say)
     batches = data.split("whole") if whole and isinstance(data, StoredData) else data.tests

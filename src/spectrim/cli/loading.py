@@ -129,9 +129,11 @@ def load_source(source: Source, progress: Stages, machine: Machine) -> Loaded:
 
 def load_model(source: Source, progress: Stages) -> nn.Module:
     """The network, after what there is to say of where it comes from."""
-    if source.folder is None and source.model.partition(":")[0] not in ("spectrim", "torchvision", "timm"):
+    kind, colon, _ = source.model.partition(":")
+    named = source.folder is None and colon
+    if named and kind not in ("spectrim", "torchvision", "timm"):
         progress.say(f"--model {source.model} runs the code of that module")
-    elif source.folder is None and source.weights is None:
+    elif named and source.weights is None:
         progress.say("without --weights this network is untrained")
     return load_network(source, source.weights)
 
@@ -160,7 +162,10 @@ def _require_known_tokens(tokens: Any, model: nn.Module, source: Source) -> None
 def load_network(source: Source, weights: Path | None) -> nn.Module:
     """The network with the weights of a file that `spectrim.save` wrote, or of a plain one; in evaluation mode."""
     if weights is not None and source.folder is not None:
-        raise typer.BadParameter(f"--weights does not go with --model {source.model}: the folder holds its weights")
+        raise typer.BadParameter(
+            f"--weights does not go with --model {source.model}: the folder holds its weights; what needs --weights "
+            "(bench, quantize, finetune) takes such models in Python only"
+        )
     if weights is not None and weights.is_dir():
         weights = weights / MODEL
     if weights is not None and is_saved(weights):

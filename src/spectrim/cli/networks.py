@@ -100,7 +100,8 @@ def compress_network(command: commands.Compress) -> None:
     if is_block_by_block(command):
         _compress_blocks(command)
         return
-    files = {**_files(out), **(folder_files(source.folder, out) if source.folder else {})}
+    own = _files(out)
+    files = {**own, **(folder_files(source.folder, out) if source.folder else {}), **own}
     with stages() as progress, outputs(out, files) as folder:
         network = load_source(source, progress, command.machine)
         untested = network.why_untested(asked=command.test)

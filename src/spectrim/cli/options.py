@@ -46,10 +46,8 @@ def require_path(path: Path | None) -> Path | None:
 def require_share(value: float | None, param: typer.CallbackParam) -> float | None:
     """The budget, if it was given. Raises `RuleError` before anything is loaded, for what is no share."""
     if value is not None and not 0 < value < 1:
-        example = f"{param.opts[0]} {value / 100 if 2 <= value < 100 else 0.5:g}"
-        raise RuleError(
-            f"{param.opts[0]} {value:g}: a budget is a share of the dense network, between 0 and 1: {example}"
-        )
+        key, share = param.opts[0], value / 100 if 2 <= value < 100 else 0.5
+        raise RuleError(f"{key} {value:g}: a budget is a share of the dense network, between 0 and 1: {key} {share:g}")
     return value
 
 
@@ -188,7 +186,9 @@ class Source:
     @property
     def folder(self) -> Path | None:
         """The folder of Hugging Face that holds the network, if one does."""
-        kind, _, path = self.model.partition(":")
+        kind, colon, path = self.model.partition(":")
+        if not colon and Path(kind).is_dir():
+            raise typer.BadParameter(f"--model {kind} is a folder; write --model hf:{kind}")
         return Path(path).expanduser() if kind == "hf" else None
 
     @property

@@ -68,7 +68,7 @@ class WorkFolder:
         """Raise `FileError` for a folder that holds something else."""
         out = self.out
         if not self.is_begun and out.exists() and (not out.is_dir() or set(out.iterdir()) - {self.path}):
-            raise FileError(f"{out} is there already, and stays as it is; choose another folder for out=")
+            raise FileError(f"{out} is there already, and stays as it is; choose another folder")
 
     @property
     def _request(self) -> Path:

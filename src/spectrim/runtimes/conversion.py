@@ -250,8 +250,22 @@ def _captured(model: nn.Module, inputs: Inputs, shapes: _Shapes) -> ExportedProg
 
 
 def _export(model: nn.Module, inputs: Inputs, shapes: _Shapes) -> ExportedProgram:
-    with quiet():
+    with quiet(), _without_cache(model):
         return torch.export.export(model, inputs.args, dict(inputs.kwargs), dynamic_shapes=shapes, strict=False)
+
+
+@contextmanager
+def _without_cache(model: nn.Module) -> Iterator[None]:
+    """A decoder of transformers gives its outputs alone, and not the keys and values for the next token."""
+    config: Any = getattr(model, "config", None)
+    cached = getattr(config, "use_cache", None)
+    if cached:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        if cached:
+            config.use_cache = cached
 
 
 def _first_fixed(model: nn.Module, inputs: Inputs, shapes: _Shapes) -> str | None:
