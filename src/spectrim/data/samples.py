@@ -349,7 +349,7 @@ def load_tokenizer(folder: Path) -> Any:
 
 def _unreadable(path: Path, error: Exception) -> DataError:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return DataError(f"cannot read the tokenizer {path}: {reason}")
+    return DataError(f"cannot read the tokenizer {path}: {reason.rstrip(': ')}; give the model's own, a folder or file")
 
 
 def _digest_of_files(paths: Sequence[Path]) -> str:

@@ -17,7 +17,7 @@ TreatAs = Mapping[type[nn.Module], type[nn.Module]]
 
 LOOKUP = (
     "its rows are looked up, which costs no MACs, and a product of factors would; Budget(params=..) or "
-    "Budget(bytes=..) may make it smaller"
+    "Budget(bytes=..), of the whole network, may make it smaller"
 )
 """Why embeddings stay dense under other rules."""
 
