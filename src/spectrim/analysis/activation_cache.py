@@ -69,16 +69,11 @@ class ActivationCache:
     forgets: bool = True
     _outputs: dict[int, _Outputs] = field(default_factory=dict)
 
-    def of(self, model: nn.Module, *, never: frozenset[str]) -> "ActivationCache":
+    def of(self, model: nn.Module, *, never: frozenset[str] = frozenset(), forgets: bool = True) -> "ActivationCache":
         """A cache of as many bytes for another network with the same blocks, some of which are to run each time."""
-        other = ActivationCache(model, self.free_bytes, self.tried_on, self.forgets)
-        other.__dict__["_blocks"] = _Blocks(self._blocks.recallable - never, self._blocks.frontiers - never)
-        return other
-
-    def keeping(self) -> "ActivationCache":
-        """A cache of as many bytes for the same network that forgets no output."""
-        other = ActivationCache(self.model, self.free_bytes, self.tried_on, forgets=False)
-        other.__dict__["_blocks"] = _Blocks(self._blocks.recallable)
+        other = ActivationCache(model, self.free_bytes, self.tried_on, self.forgets and forgets)
+        frontiers = self._blocks.frontiers - never if other.forgets else frozenset[str]()
+        other.__dict__["_blocks"] = _Blocks(self._blocks.recallable - never, frontiers)
         return other
 
     @property

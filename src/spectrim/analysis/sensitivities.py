@@ -27,11 +27,9 @@ from spectrim.layers.unfusing import unfused_as
 from spectrim.layers.units import SingleWeight
 from spectrim.linalg import Factors, Ranks
 
-_LEAST, _MOST = 32, 256
-_GRADIENTS = 128
+_LEAST, _MOST, _GRADIENTS = 32, 256, 128
 _PLACES, _GRADIENT_PLACES = 512, 4096
-_LOST, _LEAST_LOST = 0.1, 1e-9
-_PRECISION = 0.15
+_LOST, _LEAST_LOST, _PRECISION = 0.1, 1e-9, 0.15
 
 
 @checked
@@ -89,7 +87,7 @@ def sensitivity(
     moments = analysis.calibration.moments if analysis.calibration else {}
     counts = {name: seen.count for name, seen in moments.items()}
     runs = _SingleLayerRuns(activations, used, chosen, analysis.means, counts, hint=read[0][1])
-    keeping = activations.keeping()
+    keeping = activations.of(model, forgets=False)
     del activations
     sensitivities: dict[str, dict[str, float]] = {}
     try:

@@ -244,7 +244,7 @@ def _record(
     later = [(site, place) for place in places[start:] for site in place.call_sites]
     adding = {site for site, place in later if place.successor.residual}
     seen = {site: _Seen(InputRows(site)) for site, _ in later}
-    room, end, dropped = free_bytes // len(data), len(places), set[str]()
+    segment = _Segment(places, start, len(places), free_bytes // len(data))
 
     def on_call(name: str, layer: nn.Module, _: Tensor, output: Tensor) -> None:
         if name not in seen or not position:  # the next places begin here, or no one knows yet where they do
@@ -256,19 +256,13 @@ def _record(
             add(name, layer, residual, "dense_residuals")
 
     def add(name: str, layer: nn.Module, output: Tensor, part: str) -> None:
-        nonlocal room, end
         if name in seen:
             rows = output_rows(layer, output, positions=POSITIONS, masks=masks)
             seen[name].calls[position] += part == "outputs"
-            room -= 0 if position else rows.numel() * rows.element_size()
-            if not position and room < 0 and name not in (*places[start].call_sites, *dropped):
-                dropped.add(name)
-                end = next(n for n in range(start + 1, end + 1) if not dropped.isdisjoint(places[n].call_sites))
-            if name not in dropped:
+            if position or segment.takes(name, rows):
                 getattr(seen[name], part).append(rows)
         counted[name] += 1
-        wanted = (site for place in places[start:end] for site in place.call_sites)
-        if expected is not counted and all(counted[site] == expected[site] for site in wanted):
+        if expected is not counted and all(counted[site] == expected[site] for site in segment.call_sites):
             reached()
             raise _PassEnded
 
@@ -279,8 +273,35 @@ def _record(
         watched = following(cache.model, dict(later), on_call=on_call, on_residual=on_residual)
         with suppress(_PassEnded), cache.recalling(position) as reached, watched:
             call(cache.model, batch, what=f"batch {position}")
-        seen = {site: seen[site] for place in places[start:end] for site in place.call_sites}
-    return seen, end
+        seen = {site: seen[site] for site in segment.call_sites}
+    return seen, segment.end
+
+
+@dataclass(eq=False)
+class _Segment:
+    """Places of the plan from `start` to `end`, one at least, whose rows of a batch fit into `free_bytes`."""
+
+    places: Sequence[_Place]
+    start: int
+    end: int
+    free_bytes: int
+    without: set[str] = field(default_factory=set)
+
+    def takes(self, site: str, rows: Tensor) -> bool:
+        """Whether rows of a call site in the first batch are kept; if they are not, the segment ends before it."""
+        self.free_bytes -= rows.numel() * rows.element_size()
+        if self.free_bytes < 0 and site not in self.places[self.start].call_sites:
+            self.without.add(site)
+            self.end = next(n for n in range(self.start + 1, self.end + 1) if self._lacks(n))
+        return site not in self.without
+
+    @property
+    def call_sites(self) -> list[str]:
+        """Those of its places."""
+        return [site for place in self.places[self.start : self.end] for site in place.call_sites]
+
+    def _lacks(self, number: int) -> bool:
+        return not self.without.isdisjoint(self.places[number].call_sites)
 
 
 def _collect(

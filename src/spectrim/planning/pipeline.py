@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -177,19 +178,11 @@ class _Stages:
         analysis = with_statistics(bare, statistics)
         if not budgeted:
             return analysis, batches
-        weighed = self._weighed(analysis, batches, metric)
+        report = progress_of("weigh", self.on_progress)
+        weigh = partial(sensitivity, metric=metric, cache=self.run.cache, on_progress=report)
+        weighed = weigh(model, analysis, _in_memory(batches))
         usable = weighed if metric else without_blocked_loss(weighed)
-        return usable if usable is weighed else self._weighed(usable, batches, metric), batches
-
-    def _weighed(self, analysis: Analysis, batches: Iterable[Inputs], metric: Metric | None) -> Analysis:
-        return sensitivity(
-            self.model,
-            analysis,
-            _in_memory(batches),
-            metric=metric,
-            cache=self.run.cache,
-            on_progress=progress_of("weigh", self.on_progress),
-        )
+        return usable if usable is weighed else weigh(model, usable, _in_memory(batches)), batches
 
     def planned(self, analysis: Analysis) -> Plan:
         """The plan, with what has to be timed on this machine."""
