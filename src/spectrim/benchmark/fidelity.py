@@ -27,7 +27,7 @@ _LITTLE_AGREEMENT = 0.5
 _ROWS = 256
 _ROUNDING = 1e-12
 _CLEARLY_OFF, _OVER_BUDGET = 1e-3, 5e-3
-SAMPLES = 256
+SAMPLES, _PLACES = 256, 512
 
 
 class Fidelity(Displayed, Frozen):
@@ -74,9 +74,8 @@ def measured_fidelity(
     wide = any(analysis[layer.name].problems["plain"].is_wide for layer in plan.factored)
     if not wide and any(layer.metric != "plain" for layer in plan.factored):
         plain = factorize(duplicate(model), plan.model_copy(update={"layers": layers}), factors=analysis.factors)
-    measured = fidelity(
-        model, small, subset(model, batches, samples=SAMPLES), plain=plain, predicted=_predicted_square(plan, analysis)
-    )
+    used = [part for batch in subset(model, batches, samples=SAMPLES) for part in batch.parts(places=_PLACES)]
+    measured = fidelity(model, small, used, plain=plain, predicted=_predicted_square(plan, analysis))
     if measured is None:
         return None
     _warn_if_useless(measured)
