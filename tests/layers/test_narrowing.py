@@ -217,7 +217,7 @@ def test_heads_become_smaller_under_a_budget_and_go_through_a_file(groups: int, 
     assert {layer.form for layer in small.plan if layer.unit} == {"head_vo"}
     assert small.fidelity is not None
     assert small.fidelity.plain is not None
-    assert small.fidelity.relative_error < 0.4 * small.fidelity.plain.relative_error
+    assert small.fidelity.relative_error < 0.5 * small.fidelity.plain.relative_error
     again = st.load(st.save(small.model, tmp_path / "small.safetensors"), model)
     assert torch.equal(again(DATA[0]), small.model(DATA[0]))
 
