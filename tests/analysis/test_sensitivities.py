@@ -250,3 +250,29 @@ def test_each_form_is_measured_in_the_metric_of_a_budget() -> None:
     problem = layer.problems["loss"]
     lost = problem.seen_error(product(model[2], form="width", factors=factors)) / problem.total
     assert weighed.sensitivity["2"]["width"] * lost == pytest.approx(change, rel=0.3)
+
+
+class OfManyKinds(nn.Module):
+    """Takes sparse matrices, and sequences of several lengths."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down = nn.Linear(12, 24), nn.Linear(24, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.down(torch.relu(self.up(x if x.is_nested else x.to_dense())))
+        return torch.stack([part.mean(dim=0) for part in y.unbind()]) if x.is_nested else y
+
+
+@pytest.mark.parametrize("kind", [torch.sparse_csr, torch.sparse_coo, torch.jagged])
+@pytest.mark.filterwarnings("ignore:Sparse:UserWarning")
+def test_samples_are_chosen_of_sparse_and_ragged_batches(kind: torch.layout) -> None:
+    torch.manual_seed(0)
+    if kind == torch.jagged:
+        data = [torch.nested.nested_tensor([torch.randn(n, 12) for n in (3, 5, 4)], layout=kind) for _ in range(16)]
+    else:
+        data = [torch.relu(torch.randn(16, 12)).to_sparse(layout=kind) for _ in range(8)]
+    small = st.compress(OfManyKinds(), st.Budget(macs=0.7), example_inputs=data[0], data=data)
+    assert small.measurement.macs_ratio is not None
+    assert small.measurement.macs_ratio <= 0.7

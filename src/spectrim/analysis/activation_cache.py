@@ -247,9 +247,9 @@ def default_bytes() -> int:
     return max(DEFAULT_BYTES, min(_MOST_BYTES, free_bytes(torch.device("cpu")) // _OF_FREE))
 
 
-def blocks_apart(pairs: Iterable[tuple[str, str]]) -> frozenset[str]:
-    """Blocks with the first layer of a pair that is exchanged together, and without the second one."""
-    around = [(first.rsplit(".", up)[0], last) for first, last in pairs for up in range(1, 1 + first.count("."))]
+def blocks_of_feeders(pairs: Iterable[tuple[str, str]]) -> frozenset[str]:
+    """Blocks that hold the first layer of a pair that is narrowed together, and not the second one."""
+    around = [(feeder.rsplit(".", up)[0], last) for feeder, last in pairs for up in range(1, 1 + feeder.count("."))]
     return frozenset(block for block, last in around if not last.startswith(f"{block}."))
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from spectrim.analysis.activation_cache import ActivationCache, ForgottenOutputError, blocks_apart, default_bytes
+from spectrim.analysis.activation_cache import ActivationCache, ForgottenOutputError, blocks_of_feeders, default_bytes
 from spectrim.analysis.calibration import Calibration, add_gradients
 from spectrim.analysis.metrics import measured_in, metric_of
 from spectrim.analysis.moments import RunningGradients
@@ -83,7 +83,9 @@ def sensitivity(
         if measured_in(layer, chosen):
             groups.setdefault(layer.stack or layer.name, []).append(layer)
     pairs = [(feeder.name, layer.name) for layer in analysis if layer.joint_forms for feeder in layer.feeders]
-    activations = ActivationCache(model, cache_bytes_of(analysis, cache), used[0]).of(model, never=blocks_apart(pairs))
+    activations = ActivationCache(model, cache_bytes_of(analysis, cache), used[0]).of(
+        model, never=blocks_of_feeders(pairs)
+    )
     moments = analysis.calibration.moments if analysis.calibration else {}
     counts = {name: seen.count for name, seen in moments.items()}
     runs = _SingleLayerRuns(activations, used, chosen, analysis.means, counts, hint=read[0][1])
@@ -195,12 +197,11 @@ def subset(model: nn.Module, batches: Sequence[Inputs], *, samples: int) -> list
 
 
 def _total(model: nn.Module, batch: Inputs) -> float:
-    """The sum of a batch's numbers, but those at padding."""
+    """The sum of a batch's numbers, but those at padding; matrices hold one number for each token."""
     masks, total = TokenMasks.of(model, batch), 0.0
     for tensor in batch.tensors():
-        each = tensor.unsqueeze(-1) if tensor.ndim == 2 else tensor
-        places = masks.places(each.shape)
-        total += float((each if places is None else places.take(each)).double().sum())
+        places = masks.places((*tensor.shape, 1) if tensor.ndim == 2 else tensor.shape) if masks.masks else None
+        total += float((tensor if places is None else places.take(tensor)).double().sum())
     return total
 
 

@@ -175,7 +175,7 @@ class Candidates:
         part = self.body if rule.of else self.whole
         rest = self.whole - part
         budget = rest + int(Fraction(share).limit_denominator(10**12) * part)
-        if not part or budget < self.least:
+        if budget < self.least or (rule.of and self.whole > 0 == part):
             raise RuleError(out_of_reach(self, rule, (self.least - rest) / part if part else 1.0))
         return budget
 
