@@ -187,12 +187,12 @@ def subset(model: nn.Module, batches: Sequence[Inputs], *, samples: int) -> list
     """Whole batches with at least so many samples, the same ones in whatever order they come, long and short ones."""
     ordered = sorted(batches, key=lambda batch: _total(model, batch))
     used: list[Inputs] = []
-    taken = 0
+    number = 0
     for place in sorted(range(len(ordered)), key=lambda place: _halving(place, len(ordered))):
-        if taken >= samples:
+        if number >= samples:
             break
         used.append(ordered[place])
-        taken += ordered[place].samples
+        number += ordered[place].samples
     return used
 
 

@@ -128,8 +128,8 @@ def read_split(folder: Path, stored: StoredSplit) -> tuple[torch.Tensor, torch.T
         images, labels = tensors["images"], tensors["labels"]
     except (OSError, SafetensorError, KeyError) as error:
         raise DamagedCacheError(f"{path} cannot be read: {error}") from error
-    if (got := checksum(images, labels)) != stored.checksum:
-        raise DamagedCacheError(f"{path} has checksum {got}, its manifest says {stored.checksum}")
+    if (actual := checksum(images, labels)) != stored.checksum:
+        raise DamagedCacheError(f"{path} has checksum {actual}, its manifest says {stored.checksum}")
     return images, labels
 
 

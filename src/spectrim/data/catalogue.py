@@ -66,11 +66,11 @@ def check(entry: Entry, splits: Splits) -> None:
         images, labels = splits[split]
         expected = (size, *entry.info.shape)
         if tuple(images.shape) != expected or len(labels) != size:
-            got = f"images {tuple(images.shape)} and {len(labels)} labels"
-            raise DataError(f"its {split} split has {got}, expected {expected} and {size} labels")
+            contents = f"images {tuple(images.shape)} and {len(labels)} labels"
+            raise DataError(f"its {split} split has {contents}, expected {expected} and {size} labels")
         if size and not 0 <= int(labels.min()) <= int(labels.max()) < len(entry.info.classes):
-            got = f"{int(labels.min())} to {int(labels.max())}"
-            raise DataError(f"its {split} labels run from {got}, expected 0 to {len(entry.info.classes) - 1}")
+            extent = f"{int(labels.min())} to {int(labels.max())}"
+            raise DataError(f"its {split} labels run from {extent}, expected 0 to {len(entry.info.classes) - 1}")
         if entry.checksums is not None and (digest := checksum(images, labels)) != entry.checksums[split]:
             why = "damaged, or another data set with the same file names"
             raise DataError(f"its {split} split has sha256 {digest}, expected {entry.checksums[split]}: {why}")

@@ -105,9 +105,9 @@ def parse_idx(raw: Raw, *, ndim: int) -> torch.Tensor:
     magic, header = 0x0800 + ndim, 4 * (1 + ndim)
     if len(raw.data) < header:
         raise DataError(f"{raw.where}: an idx file starts with {header} bytes of header, got {len(raw.data)} bytes")
-    got, *sizes = np.frombuffer(raw.data, dtype=">u4", count=1 + ndim).tolist()
-    if got != magic:
-        raise DataError(f"{raw.where}: idx magic number {got}, expected {magic}; this is another kind of file")
+    number, *sizes = np.frombuffer(raw.data, dtype=">u4", count=1 + ndim).tolist()
+    if number != magic:
+        raise DataError(f"{raw.where}: idx magic number {number}, expected {magic}; this is another kind of file")
     expected = header + int(np.prod(sizes, dtype=object))
     if len(raw.data) != expected:
         shape = " x ".join(map(str, sizes))
@@ -131,8 +131,8 @@ def _decode_cifar_binary(files: Sequence[Raw]) -> Splits:
 
     def batch(raw: Raw) -> torch.Tensor:
         if not raw.data or len(raw.data) % _CIFAR_RECORD:
-            got = f"got {len(raw.data)} bytes, expected a multiple of {_CIFAR_RECORD}"
-            raise DataError(f"{raw.where}: {got}; truncated or damaged")
+            fault = f"got {len(raw.data)} bytes, expected a multiple of {_CIFAR_RECORD}"
+            raise DataError(f"{raw.where}: {fault}; truncated or damaged")
         return torch.from_numpy(np.frombuffer(raw.data, dtype=np.uint8).reshape(-1, _CIFAR_RECORD).copy())
 
     *train, test = map(batch, files)
@@ -183,9 +183,9 @@ _DECODERS: Mapping[str, Callable[[Sequence[Raw]], Splits]] = {
 def require_md5(path: Path, md5: str) -> None:
     """DataError unless the file has this md5."""
     with path.open("rb") as file:
-        got = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
-    if got != md5:
-        raise DataError(f"{path}: md5 {got}, expected {md5}; truncated, damaged or another edition")
+        actual = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+    if actual != md5:
+        raise DataError(f"{path}: md5 {actual}, expected {md5}; truncated, damaged or another edition")
 
 
 _File = tuple[str, str, Callable[[], bytes]]

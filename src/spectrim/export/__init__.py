@@ -200,9 +200,9 @@ def export_openvino(
 
     weights, written = write_together((target.with_suffix(".bin"), target), write)
     used = {name for port in converted.inputs for name in port.names}  # it drops those that nothing depends on
-    taken = tuple(port for port in inputs if port.name in used)
+    read = tuple(port for port in inputs if port.name in used)
     size, result = written.stat().st_size + weights.stat().st_size, next(iter(checks), None)
-    return exported(path=written, bytes=size, inputs=taken, outputs=outputs, check=result)
+    return exported(path=written, bytes=size, inputs=read, outputs=outputs, check=result)
 
 
 def _padded(reference: Reference, pad: Pad, *, runtime: str, threads: int) -> tuple[nn.Module, partial[Exported]]:

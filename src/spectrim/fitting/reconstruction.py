@@ -90,10 +90,10 @@ class _Place:
         bias = fit.bias(site, whole, targets[site]).reshape(len(whole), 1, -1)
         revised = []
         for position, (y, x) in enumerate(zip(rows.outputs, rows.inputs.rows, strict=True)):
-            got = x.to(y.dtype) @ whole.mT.to(y.dtype) + bias.to(y.dtype)
+            fitted = x.to(y.dtype) @ whole.mT.to(y.dtype) + bias.to(y.dtype)
             before = scale * y + shift + (rows.dense_residuals[position] if rows.dense_residuals else 0)
             offset = shift + (rows.residuals[position] if rows.residuals else 0)
-            hidden = torch.minimum(scale * got + offset, torch.zeros_like(got))
+            hidden = torch.minimum(scale * fitted + offset, torch.zeros_like(fitted))
             revised.append((torch.where(before > 0, before, hidden) - offset) / scale)
         return {site: revised}
 

@@ -91,11 +91,11 @@ class RidgeFit:
         together = pooled(list(moments.values()), name=next(iter(inputs)), width=W.shape[2])
         C = together.covariance.to(W.device)
         C = to_float64(C) if isinstance(C, Tensor) else C
-        means = {site: of_site.mean.to(W.device) for site, of_site in moments.items()}
+        means = {site: seen.mean.to(W.device) for site, seen in moments.items()}
         if not biased:
-            total = sum(of_site.count for of_site in moments.values())
-            for site, of_site in moments.items():
-                C = add_outer(C, means[site] * (of_site.count / total) ** 0.5)
+            total = sum(seen.count for seen in moments.values())
+            for site, seen in moments.items():
+                C = add_outer(C, means[site] * (seen.count / total) ** 0.5)
             means = {site: torch.zeros_like(mean) for site, mean in means.items()}
         # (1 - s) C + s I but for a factor, where s is what so few samples do not know
         unknown = min(together.shrinkage / max(1 - together.shrinkage, 1e-9), _MOST_RIDGE)

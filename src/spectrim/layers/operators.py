@@ -14,7 +14,7 @@ from torch.utils.flop_counter import sdpa_flop
 from spectrim.core.dispatch import OperatorMode
 from spectrim.core.nested import extent, extents, overlap
 
-Shape = Sequence[int]
+Sizes = Sequence[int]
 
 _LISTS = {"aten", "prim", "prims", "profiler", "_c10d_functional", "c10d"}
 """Lists of operators whose own products are counted; what others compute is not known."""
@@ -49,43 +49,43 @@ def formulas() -> Mapping[Any, Callable[..., int]]:
     return known
 
 
-def _attention(query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> int:
+def _attention(query: Sizes, key: Sizes, value: Sizes, *_: Any, **__: Any) -> int:
     return int(sdpa_flop(query, key, value))
 
 
-def _recurrent_layer(rows: Shape, into: Shape, back: Shape, *_: Any, **__: Any) -> int:
+def _recurrent_layer(rows: Sizes, into: Sizes, back: Sizes, *_: Any, **__: Any) -> int:
     """One direction of one layer: `rows` are (time, batch, features), or those of packed sequences (rows, features)."""
     return 2 * math.prod(rows[:-1]) * (math.prod(into) + math.prod(back))
 
 
-def _recurrent_layers(rows: Shape, weights: Sequence[Shape], *_: Any, **__: Any) -> int:
+def _recurrent_layers(rows: Sizes, weights: Sequence[Sizes], *_: Any, **__: Any) -> int:
     return 2 * math.prod(rows[:-1]) * sum(math.prod(weight) for weight in weights if len(weight) == 2)
 
 
-def _trilinear(first: Shape, second: Shape, third: Shape, *expanded: Any, **_: Any) -> int:
+def _trilinear(first: Sizes, second: Sizes, third: Sizes, *expanded: Any, **_: Any) -> int:
     """Of a sum over products of three tensors, each with further dimensions at the places in `expanded`."""
     shapes = [_expanded(shape, places) for shape, places in zip((first, second, third), expanded, strict=False)]
     sizes: list[int] = [max(each) for each in zip(*shapes, strict=True)]
     return 2 * math.prod(sizes)
 
 
-def _expanded(shape: Shape, places: Iterable[int]) -> list[int]:
+def _expanded(shape: Sizes, places: Iterable[int]) -> list[int]:
     sizes = list(shape)
     for place in sorted(places):
         sizes.insert(place, 1)
     return sizes
 
 
-def _grouped(rows: Shape, matrices: Shape, *_: Any, **__: Any) -> int:
+def _grouped(rows: Sizes, matrices: Sizes, *_: Any, **__: Any) -> int:
     """Each row times one of the matrices, or each group of rows times its own."""
     return 2 * math.prod(rows) * matrices[-1]
 
 
-def _matrix_vector(matrix: Shape, _: Shape, **__: Any) -> int:
+def _matrix_vector(matrix: Sizes, _: Sizes, **__: Any) -> int:
     return 2 * math.prod(matrix)
 
 
-def _deformable(_: Shape, weight: Shape, *__: Any, out_shape: Shape, **___: Any) -> int:
+def _deformable(_: Sizes, weight: Sizes, *__: Any, out_shape: Sizes, **___: Any) -> int:
     """A convolution of samples; the samples themselves are interpolated, which is not counted."""
     batch, channels, *places = out_shape
     return 2 * batch * channels * math.prod(places) * math.prod(weight[1:])

@@ -65,10 +65,10 @@ class Allocation:
         chosen, spent = (np.zeros((len(items), size), dtype=np.int32) for _ in range(2))
         for row, item in enumerate(items):
             options = item.efficient()
-            taken = -(-(item.costs[options] - item.costs.min()) // unit)
-            last = np.concatenate([taken[1:] != taken[:-1], [True]]) & (taken < size)
+            steps = -(-(item.costs[options] - item.costs.min()) // unit)
+            last = np.concatenate([steps[1:] != steps[:-1], [True]]) & (steps < size)
             total = np.full(size, np.inf)
-            for option, cost in zip(options[last], taken[last], strict=True):
+            for option, cost in zip(options[last], steps[last], strict=True):
                 candidate = best[: size - cost] + item.losses[option]
                 better = candidate < total[cost:]
                 total[cost:][better] = candidate[better]

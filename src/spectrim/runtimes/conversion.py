@@ -108,9 +108,9 @@ def _name_ends(graph: Any, program: ExportedProgram) -> None:
     users = set(program.graph_signature.user_inputs)
     places = [node for node in program.graph.nodes if node.op == "placeholder" and node.name in users]
     names = [node.name for node in places if isinstance(node.meta.get("val"), Tensor)]
-    taken = {value.name for node in graph for value in node.outputs} | set(graph.initializers)
+    used_names = {value.name for node in graph for value in node.outputs} | set(graph.initializers)
     for value, name in zip(graph.inputs, names, strict=True):
-        if name not in taken:
+        if name not in used_names:
             value.name = name
 
 

@@ -249,8 +249,8 @@ def _logits(outputs: Any, *, of: str) -> Tensor:
     """The logits, (batch, classes) or with places, in float32 at least."""
     logits = logits_of(outputs)
     if not isinstance(logits, Tensor) or logits.ndim < 2 or not logits.is_floating_point():
-        got = describe(logits) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
-        raise DataError(f"{of} gives {got}, not logits (batch, classes); where that is right, {_NAMED}")
+        outputs_kind = describe(logits) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+        raise DataError(f"{of} gives {outputs_kind}, not logits (batch, classes); where that is right, {_NAMED}")
     return _full(logits)
 
 
