@@ -26,11 +26,13 @@ def estimated(rows: Tensor, *, samples: int) -> float:
 
 
 def test_the_share_is_the_one_with_the_least_mean_squared_error() -> None:
-    truth = torch.diag(0.7 ** (2 * torch.arange(WIDTH).double()))
+    # of inputs with like variances, since the diagonal is exchanged for less
+    turn = torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(0)).double())[0]
+    truth = turn.T @ torch.diag(0.7 ** (2 * torch.arange(WIDTH).double())) @ turn
     shares, errors = torch.linspace(0, 1, 51), torch.zeros(51, dtype=torch.float64)
     estimates = []
     for seed in range(60):
-        rows = drawn(20, seed=seed)
+        rows = drawn(20, seed=seed) @ turn
         moment = (rows.mT @ rows / len(rows)).unsqueeze(0)
         errors += torch.stack([(matrix_of(shrunk(moment, float(share)))[0] - truth).square().sum() for share in shares])
         estimates.append(estimated(rows, samples=20))
@@ -53,8 +55,16 @@ def test_many_samples_know_nearly_all() -> None:
     assert estimated(drawn(5000, seed=0), samples=5000) < 0.01
 
 
+def test_an_input_of_large_variance_does_not_hide_the_others() -> None:
+    variances = torch.ones(WIDTH).double()
+    variances[0] = 1e6
+    C = torch.diag(variances).unsqueeze(0)
+    assert float(matrix_of(shrunk(C, 0.01))[0, 1:, 1:].diagonal().max()) < 1.2
+    assert torch.equal(matrix_of(shrunk(0 * C, 0.5))[0], 0.25 * torch.eye(WIDTH).double())
+
+
 def test_vectors_shrink_as_their_matrix_does() -> None:
-    C = LowRankCovariance(drawn(5, seed=0).unsqueeze(0), torch.full((1,), 0.01).double())
+    C = LowRankCovariance(drawn(5, seed=0).unsqueeze(0), torch.full((1, 1), 0.01).double())
     torch.testing.assert_close(matrix_of(shrunk(C, 0.3)), matrix_of(shrunk(C.matrix, 0.3)))
     assert square_of(C) == pytest.approx(square_of(C.matrix))
 

@@ -109,6 +109,18 @@ def test_the_statistics_are_frequencies() -> None:
     assert moments.shrinkage == pytest.approx(float((counts == 1).sum() / counts.sum()))
 
 
+class Positions(nn.Embedding):
+    """Finds its indices itself, as the embeddings of positions do in OPT and BART."""
+
+    def forward(self, mask: torch.Tensor) -> torch.Tensor:
+        return super().forward(mask.cumsum(dim=1).long() - 1)
+
+
+def test_a_table_that_is_not_given_indices_is_left_out() -> None:
+    model = nn.Sequential(Positions(9, 4), nn.Linear(4, 4))
+    assert set(st.calibrate(model, [torch.ones(2, 9)]).moments) == {"1"}
+
+
 def test_the_error_is_that_of_what_is_looked_up() -> None:
     """Each row counts as often as it is looked up, and those that never were a little."""
     model = build()

@@ -71,6 +71,12 @@ class TestStatistics:
             assert close(other.mean, moments.mean)
             assert close(other.covariance, moments.covariance)
 
+    @pytest.mark.parametrize(("shape", "looked_at"), [((2, 300, 8), 300), ((2, 600, 8), 512), ((2, 20, 30, 8), 64)])
+    def test_tokens_are_looked_at_one_by_one_and_maps_by_some(self, shape: tuple[int, ...], looked_at: int) -> None:
+        """Neighbours in a map tell nearly the same, and 64 tokens of a long text are too few for a wide layer."""
+        moments = st.calibrate(nn.Sequential(nn.Linear(8, 8)), [torch.randn(shape)]).moments["0"]
+        assert moments.count == 2 * looked_at
+
     def test_more_padding_changes_nothing(self) -> None:
         model = Encoder().eval()
         wide = [{name: nn.functional.pad(tensor, (0, 5)) for name, tensor in batch.items()} for batch in padded()]

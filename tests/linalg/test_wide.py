@@ -33,7 +33,7 @@ def weight_of(shape: tuple[int, ...]) -> Tensor:
 
 def low_rank(groups: int, number: int, width: int, *, ridge: float = 0.0) -> LowRankCovariance:
     rows = numbers(groups, number, width, seed=1) / number**0.5
-    return LowRankCovariance(rows, torch.full((groups,), ridge, dtype=torch.float64))
+    return LowRankCovariance(rows, torch.full((groups, 1), ridge, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.float64])

@@ -23,9 +23,10 @@ from spectrim.layers.experts import rerouted
 from spectrim.layers.tokens import TokenMasks, TokenPlaces, input_rows
 from spectrim.layers.tracing import typed_layers, watching
 from spectrim.layers.types import layer_type_of
+from spectrim.layers.types.base import SampledPlaces
 from spectrim.layers.unfusing import unfused
 
-POSITIONS = 64
+POSITIONS = SampledPlaces()
 """Places that are looked at in each sample, if nothing else is said."""
 
 
@@ -69,7 +70,7 @@ def calibrate(
     labels: bool = False,
     mask: str | None = None,
     layers: Collection[str] | None = None,
-    positions: int | None = POSITIONS,
+    positions: int | SampledPlaces | None = POSITIONS,
     gradients: bool = False,
     accelerator: Accelerator | None = None,
     device: str | torch.device | None = None,
@@ -92,8 +93,9 @@ def calibrate(
         mask: Name of the input (batch, length) that is nonzero at tokens and zero at padding, which no statistic
             counts; by default `attention_mask` and the like, and `src_key_padding_mask` and the like, as in torch.
         layers: Names of the layers to watch; all by default.
-        positions: Places of each sample that are looked at (output pixels of a convolution, time steps of a linear
-            layer), chosen at random but the same for every sample; None for all of them.
+        positions: Places of each sample that are looked at (output pixels of a convolution, tokens of a linear layer),
+            chosen at random but the same for every sample; None for all of them. By default at most 64 of a map, whose
+            neighbours are alike, and 512 of a sequence.
         gradients: Also stream the second moments of gradients that the loss metric is made of; takes about four times
             as long. No labels are used.
         accelerator: An `accelerate.Accelerator`, under `torchrun`: every process is given the same batches and runs
@@ -112,12 +114,12 @@ def calibrate(
         ResourceError: the statistics of a layer take more memory than is free.
     """
     storage, model = Storage.of(device, offload), unfused(model)
-    sums: dict[str, RunningCovariance | RunningFrequencies] = {}
-    gradient_sums: dict[str, RunningGradients] = {}
+    positions = SampledPlaces(positions, positions) if isinstance(positions, int) else positions
+    sums, gradient_sums = dict[str, RunningCovariance | RunningFrequencies](), dict[str, RunningGradients]()
 
     def add_rows(name: str, layer: nn.Module, x: Tensor, output: Tensor) -> None:
         is_lookup = layer_type_of(layer).is_lookup
-        is_chosen = (layers is None or name in layers) and (is_lookup or x.is_floating_point())
+        is_chosen = (layers is None or name in layers) and is_lookup != x.is_floating_point()
         if is_chosen and not is_in_transform(x):
             rows, samples = input_rows(
                 layer, x.detach(), output=output, positions=positions, masks=masks, samples=inputs.samples

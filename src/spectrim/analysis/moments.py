@@ -40,8 +40,8 @@ class Moments:
             Of indices the second moment of the vectors that are 1 there, which is diagonal: the shares.
         rounding_tolerance: Relative rounding error of the covariance, from the precision it was summed in.
         samples: Number of samples (images, texts) that the vectors are of.
-        shrinkage: Share of the covariance, from 0 to 1, that is better exchanged for the mean variance, as in the plain
-            metric: what so few samples do not know of others (Ledoit & Wolf 2004); 1 for a single sample.
+        shrinkage: Share of the covariance, from 0 to 1, that is better exchanged for its diagonal, and of that for the
+            mean variance: what so few samples do not know of others (Ledoit & Wolf 2004); 1 for a single sample.
         output_grad_covariance: Second moment of the gradient of random combinations of the network's outputs with
             respect to this layer's output, summed over places, float64 (groups, out, out); None if not asked for.
         output_grad_shrinkage: As `shrinkage`, of that moment.
@@ -265,4 +265,4 @@ class RunningCovariance:
         middle, root = mean.unsqueeze(1), self.count**0.5
         rows = torch.cat([((to_float64(rows) - middle) / root).to(rows.dtype) for rows in self.batches], dim=1)
         self.batches = []
-        return mean, LowRankCovariance(self.storage.keep(rows), mean.new_zeros(len(mean)))
+        return mean, LowRankCovariance(self.storage.keep(rows), mean.new_zeros(len(mean), 1))

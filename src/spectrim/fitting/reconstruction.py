@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.analysis.activation_cache import DEFAULT_BYTES, ActivationCache, ForgottenOutputError, blocks_of_feeders
-from spectrim.analysis.calibration import POSITIONS
 from spectrim.analysis.spectra import Analysis
 from spectrim.core.execution import Inputs, ProgressCallback, call
 from spectrim.core.plans import LayerPlan, Plan
@@ -20,6 +19,10 @@ from spectrim.layers.forms import find_form
 from spectrim.layers.replacement import duplicate, factored_at, factorize, narrowed_at, product, refitted_at, replace
 from spectrim.layers.tokens import TokenMasks, input_rows, output_rows
 from spectrim.layers.types import layer_type_of
+from spectrim.layers.types.base import PIXELS, TOKENS, SampledPlaces
+
+_ROWS = 2**14
+"""Of a layer that are kept of all sequences together, if each has 64."""
 
 
 class _PassEnded(BaseException):
@@ -211,6 +214,12 @@ def _reconstruct(
 _Data = Sequence[tuple[Inputs, TokenMasks]]
 
 
+def _sampled(data: _Data) -> SampledPlaces:
+    """Those whose rows are kept: of many sequences fewer of each."""
+    number = _ROWS // max(1, sum(batch.samples for batch, _ in data))
+    return SampledPlaces(of_sequence=min(max(number, PIXELS), TOKENS))
+
+
 def _readers(model: nn.Module, batch: Inputs, places: Sequence[_Place]) -> dict[str, str]:
     """By layer, the first one that reads the same tensor; of layers that are called once and add to no branch."""
     alone = {place.plan.name for place in places if len(place.call_sites) == 1 and not place.successor.residual}
@@ -244,7 +253,7 @@ def _record(
     later = [(site, place) for place in places[start:] for site in place.call_sites]
     adding = {site for site, place in later if place.successor.residual}
     seen = {site: _Seen(InputRows(site)) for site, _ in later}
-    segment = _Segment(places, start, len(places), free_bytes // len(data))
+    sampled, segment = _sampled(data), _Segment(places, start, len(places), free_bytes // len(data))
 
     def on_call(name: str, layer: nn.Module, _: Tensor, output: Tensor) -> None:
         if name not in seen or not position:  # the next places begin here, or no one knows yet where they do
@@ -257,7 +266,7 @@ def _record(
 
     def add(name: str, layer: nn.Module, output: Tensor, part: str) -> None:
         if name in seen:
-            rows = output_rows(layer, output, positions=POSITIONS, masks=masks)
+            rows = output_rows(layer, output, positions=sampled, masks=masks)
             seen[name].calls[position] += part == "outputs"
             if position or segment.takes(name, rows):
                 getattr(seen[name], part).append(rows)
@@ -311,13 +320,13 @@ def _collect(
 
     Gives those of the `others`, which read the same tensor, that did so in each batch, with the same values.
     """
-    same, shared = Counter[str](), torch.empty(0)
+    same, shared, sampled = Counter[str](), torch.empty(0), _sampled(data)
 
     def on_call(name: str, layer: nn.Module, x: Tensor, output: Tensor) -> None:
         nonlocal shared
         reached()
         if name in seen:
-            rows, samples = input_rows(layer, x, output=output, positions=POSITIONS, masks=masks, samples=batch.samples)
+            rows, samples = input_rows(layer, x, output=output, positions=sampled, masks=masks, samples=batch.samples)
             seen[name].inputs.add(rows.clone() if rows.data_ptr() == x.data_ptr() else rows, samples)
             shared = x.clone() if others else shared
         elif x.shape == shared.shape and torch.equal(x, shared):
@@ -328,7 +337,7 @@ def _collect(
 
     def on_residual(name: str, layer: nn.Module, residual: Tensor) -> None:
         if name in seen:
-            seen[name].residuals.append(output_rows(layer, residual, positions=POSITIONS, masks=masks))
+            seen[name].residuals.append(output_rows(layer, residual, positions=sampled, masks=masks))
             raise _PassEnded
 
     for position, entry in enumerate(data):
@@ -368,7 +377,7 @@ def _fitted(small: nn.Module, place: _Place, seen: Mapping[str, _Seen], *, analy
         if turn:
             targets = place.revised(seen, targets, whole=best, fit=fit)
     unfitted = product(layer, form=plan.form, factors=before) if before else fit.dense
-    if not fit.error(best, cross, G) <= fit.error(unfitted, cross, G):  # also where it is not a number
+    if not fit.excess(best, unfitted, cross=cross, G=G) <= 0:  # also where it is not a number
         best, factors = unfitted, before
 
     def bias(name: str, _: nn.Module, whole: Tensor) -> Tensor | None:

@@ -118,10 +118,14 @@ class RidgeFit:
         """(cov(y, x) + r W)(cov(x) + r I)^-1, written as a correction of W."""
         return self.dense + self.solve(cross - times(self.dense, self.covariance))
 
-    def error(self, whole: Tensor, cross: Tensor, G: Tensor | None) -> float:
-        """The mean of (y - Q x)^T G (y - Q x) for a weight Q, less what no Q changes, if the mean is exact."""
-        part = times(whole, self.covariance) - 2 * cross
-        return float((part * whole).sum() if G is None else ((part @ whole.mT) * G.to(part)).sum())
+    def excess(self, whole: Tensor, other: Tensor, *, cross: Tensor, G: Tensor | None) -> float:
+        """By how much the mean of (y - Q x)^T G (y - Q x) is larger for Q = `whole` than for Q = `other`.
+
+        Both with the bias that makes the mean exact. C is symmetric, so that one product with it is enough.
+        """
+        away = whole - other
+        part = times(whole + other, self.covariance) - 2 * cross
+        return float((part * away).sum() if G is None else ((part @ away.mT) * G.to(part)).sum())
 
     def bias(self, site: str, whole: Tensor, targets: Sequence[Tensor]) -> Tensor:
         """(out,): what makes the mean output exact for the weight `whole`, (groups, out, n); zero without a bias."""

@@ -12,7 +12,6 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from spectrim.analysis.calibration import POSITIONS
 from spectrim.analysis.moments import covariance_bytes
 from spectrim.analysis.sampling import SampleCount, warn_of_few
 from spectrim.analysis.spectra import Analysis
@@ -36,6 +35,7 @@ from spectrim.layers.cost import NetworkCost
 from spectrim.layers.selection import LayerSelection, Patterns
 from spectrim.layers.structure import Structure, rebuild
 from spectrim.layers.tracing import typed_layers
+from spectrim.layers.types.base import TOKENS
 from spectrim.models.folders import CONFIG, OWN_METHOD, is_factored, model_class_of
 from spectrim.planning.decisions import PlanOptions
 from spectrim.planning.rules import plan_with, require_reachable
@@ -179,7 +179,7 @@ class _Run:
         `hidden` are the bytes of one sample's hidden states.
         """
         sizes = [(shape[0], prod(shape[1:])) for shape in shapes.values()]
-        statistics = sum(covariance_bytes(into, vectors=samples * POSITIONS, itemsize=4) for _, into in sizes)
+        statistics = sum(covariance_bytes(into, vectors=samples * TOKENS, itemsize=4) for _, into in sizes)
         largest = 8 * max((out * into for out, into in sizes), default=0)
         batch = max(own.samples for own in self.batches)
         needed = 3 * block_bytes(self.chain) + statistics // len(self.chain.names) + 8 * largest + 16 * batch * hidden

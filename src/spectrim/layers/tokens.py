@@ -14,7 +14,7 @@ from spectrim.core.errors import DataError
 from spectrim.core.execution import Inputs
 from spectrim.core.nested import fractions
 from spectrim.layers.types import layer_type_of
-from spectrim.layers.types.base import sample
+from spectrim.layers.types.base import SampledPlaces, sample
 
 _OF_TOKENS = ("attention_mask", "decoder_attention_mask", "encoder_attention_mask")
 _OF_PADDING = ("key_padding_mask", "src_key_padding_mask", "tgt_key_padding_mask", "memory_key_padding_mask")
@@ -84,7 +84,7 @@ class TokenMasks:
             )
         return cls(masks, length_first)
 
-    def places(self, shape: Sequence[int], *, positions: int | None = None) -> TokenPlaces | None:
+    def places(self, shape: Sequence[int], *, positions: SampledPlaces | None = None) -> TokenPlaces | None:
         """The tokens of a tensor (batch, length, .., size) or (batch * length, size), at most so many of a sample.
 
         They are those that the sample would have alone, without padding. Tensors may be (length, batch, .., size) as
@@ -129,7 +129,7 @@ class TokenMasks:
         each = ((tensor, self.places(tensor.shape)) for tensor in fractions(outputs))
         return [tensor if places is None else change(places, tensor) for tensor, places in each]
 
-    def rows_of(self, layer: nn.Module, shape: Sequence[int], *, positions: int | None) -> TokenPlaces | None:
+    def rows_of(self, layer: nn.Module, shape: Sequence[int], *, positions: SampledPlaces | None) -> TokenPlaces | None:
         """The places to look at in a call of a layer; None if that has no padding."""
         if layer_type_of(layer).feature_dim(layer) != -1:
             return None
@@ -140,7 +140,7 @@ class TokenMasks:
 
 
 def input_rows(
-    layer: nn.Module, x: Tensor, *, output: Tensor, positions: int | None, masks: TokenMasks, samples: int
+    layer: nn.Module, x: Tensor, *, output: Tensor, positions: SampledPlaces | None, masks: TokenMasks, samples: int
 ) -> tuple[Tensor, int | Sequence[int]]:
     """As `LayerType.input_rows`, without padding, and of how many samples, or how many of each, they are."""
     kind = layer_type_of(layer)
@@ -155,7 +155,7 @@ def input_rows(
     return rows, [size * rows.shape[1] // max(1, len(x)) for size in places.sizes]
 
 
-def output_rows(layer: nn.Module, output: Tensor, *, positions: int | None, masks: TokenMasks) -> Tensor:
+def output_rows(layer: nn.Module, output: Tensor, *, positions: SampledPlaces | None, masks: TokenMasks) -> Tensor:
     """As `LayerType.output_rows`, without padding."""
     kind = layer_type_of(layer)
     places = masks.rows_of(layer, output.shape, positions=positions)
@@ -168,11 +168,11 @@ def _order(mask: Tensor, length_first: bool) -> Tensor:  # noqa: FBT001
     return mask.T if length_first else mask
 
 
-def _located(mask: Tensor, dims: int, positions: int | None, *, length_first: bool) -> TokenPlaces:
+def _located(mask: Tensor, dims: int, positions: SampledPlaces | None, *, length_first: bool) -> TokenPlaces:
     numbers = _order(torch.arange(mask.numel()).reshape(_order(mask, length_first).shape), length_first)
     of_sample = [numbers[row, mask[row]] for row in range(len(mask))]
     if dims == 2:
-        of_sample = [places[sample(len(places), positions)] for places in of_sample]
+        of_sample = [places[sample(len(places), positions, sequence=True)] for places in of_sample]
     return TokenPlaces(torch.cat(of_sample), [len(places) for places in of_sample], dims)
 
 

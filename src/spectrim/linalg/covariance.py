@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -12,11 +11,11 @@ from spectrim.linalg.spectra import to_float64
 
 @dataclass(frozen=True, eq=False)
 class LowRankCovariance:
-    """F^T F + s I, (groups, n, n), or of one group (n, n).
+    """F^T F + D with D diagonal, (groups, n, n), or of one group (n, n).
 
     Attributes:
         rows: F, (groups, m, n), float32 or float64: m centred vectors, divided by the root of their number.
-        ridge: s, float64 (groups,).
+        ridge: The diagonal of D, float64 (groups, n), or (groups, 1) where all of it is equal.
     """
 
     rows: Tensor
@@ -30,8 +29,7 @@ class LowRankCovariance:
     def matrix(self) -> Tensor:
         """The matrix itself, float64."""
         rows = to_float64(self.rows)
-        identity = torch.eye(rows.shape[-1], dtype=rows.dtype, device=rows.device)
-        return rows.mT @ rows + self.ridge.to(rows.device)[..., None, None] * identity
+        return rows.mT @ rows + torch.diag_embed(self.ridge.to(rows.device).expand(*rows.shape[:-2], rows.shape[-1]))
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -40,7 +38,13 @@ class LowRankCovariance:
 
     def lifted(self, by: Tensor) -> "LowRankCovariance":
         """With `by`, (groups,), added to the diagonals."""
-        return replace(self, ridge=self.ridge + by)
+        return replace(self, ridge=self.ridge + by.unsqueeze(-1))
+
+    @property
+    def variances(self) -> Tensor:
+        """The diagonal, float64 (groups, n), or (n,)."""
+        seen: Tensor = torch.linalg.vector_norm(self.rows, dim=-2, dtype=torch.float64).square()
+        return seen + self.ridge.to(seen.device)
 
     def to(self, device: torch.device) -> "LowRankCovariance":
         """On another device."""
@@ -93,10 +97,7 @@ def mean_variance(C: Covariance) -> Tensor:
     """The trace divided by n, float64 (groups,)."""
     if isinstance(C, Tensor):
         return to_float64(C.diagonal(dim1=-2, dim2=-1).mean(dim=-1))
-    if isinstance(C, DiagonalCovariance):
-        return C.variances.mean(dim=-1)
-    energy = torch.linalg.vector_norm(C.rows, dim=(-2, -1), dtype=torch.float64).square()
-    return cast(Tensor, energy / C.rows.shape[-1] + C.ridge.to(energy.device))
+    return C.variances.mean(dim=-1)
 
 
 def square_of(C: Covariance) -> float:
@@ -106,8 +107,8 @@ def square_of(C: Covariance) -> float:
     if isinstance(C, DiagonalCovariance):
         return float(C.variances.square().sum())
     gram, ridge = to_float64(C.rows @ C.rows.mT), C.ridge.to(C.rows.device)
-    trace = gram.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
-    return float(gram.square().sum() + (2 * ridge * trace + C.rows.shape[-1] * ridge.square()).sum())
+    # |F^T F|^2, and of what D adds to the diagonal v of it: (v + D)^2 - v^2
+    return float(gram.square().sum() + (ridge * (2 * C.variances - ridge)).sum())
 
 
 def square_around(C: Covariance, v: Tensor) -> float:
@@ -117,18 +118,26 @@ def square_around(C: Covariance, v: Tensor) -> float:
 
 
 def shrunk(C: Covariance, share: float) -> Covariance:
-    """C with a share of it exchanged for its mean variance, or for 1 where that is 0."""
+    """C with a share of it exchanged for its diagonal, and that share of the diagonal for a typical variance.
+
+    This is the square of the mean standard deviation, so that a few inputs of large variance, as language models have
+    them, do not hide the others; 1 where it is 0. Of a diagonal matrix, of shares, it is their mean.
+    """
     if not share:
         return C
-    mean = mean_variance(C)
-    by = share * torch.where(mean > 0, mean, torch.ones_like(mean))
+    if isinstance(C, DiagonalCovariance):
+        mean = mean_variance(C)
+        by = share * torch.where(mean > 0, mean, torch.ones_like(mean))
+        return DiagonalCovariance(C.variances * (1 - share)).lifted(by)
+    own = to_float64(C.diagonal(dim1=-2, dim2=-1)).clamp(min=0) if isinstance(C, Tensor) else C.variances
+    # not the mean, which few large ones decide
+    typical = own.sqrt().mean(dim=-1, keepdim=True).square()
+    by = share * ((1 - share) * own + share * torch.where(typical > 0, typical, torch.ones_like(typical)))
     if isinstance(C, LowRankCovariance):
         return LowRankCovariance(C.rows * (1 - share) ** 0.5, (1 - share) * C.ridge + by.to(C.ridge.device))
-    if isinstance(C, DiagonalCovariance):
-        return DiagonalCovariance(C.variances * (1 - share)).lifted(by)
     part = to_float64(C)
     part = part * (1 - share) if C.dtype == part.dtype else part.mul_(1 - share)  # of a copy, in place
-    part.diagonal(dim1=-2, dim2=-1).add_(by.unsqueeze(-1))
+    part.diagonal(dim1=-2, dim2=-1).add_(by)
     return part
 
 
@@ -139,7 +148,7 @@ def times(M: Tensor, C: Covariance) -> Tensor:
     if isinstance(C, DiagonalCovariance):
         return M * C.variances.unsqueeze(-2)
     rows = to_float64(C.rows)
-    return (M @ rows.mT) @ rows + C.ridge[:, None, None] * M
+    return (M @ rows.mT) @ rows + C.ridge.unsqueeze(-2) * M
 
 
 def solver(C: Covariance) -> Callable[[Tensor], Tensor]:
@@ -152,11 +161,12 @@ def solver(C: Covariance) -> Callable[[Tensor], Tensor]:
         return lambda M: torch.cholesky_solve(M.mT, root).mT
     if isinstance(C, DiagonalCovariance):
         return lambda M: M / C.variances.unsqueeze(-2)
-    rows, ridge = to_float64(C.rows), C.ridge[:, None, None]
+    rows, scale = to_float64(C.rows), C.ridge.sqrt().unsqueeze(-2)
+    rows = rows / scale
     gram = rows @ rows.mT
-    gram.diagonal(dim1=1, dim2=2).add_(C.ridge.unsqueeze(1))
+    gram.diagonal(dim1=1, dim2=2).add_(1)
     root = torch.linalg.cholesky(gram)
-    return lambda M: (M - torch.cholesky_solve((M @ rows.mT).mT, root).mT @ rows) / ridge
+    return lambda M: (M / scale - torch.cholesky_solve((M / scale @ rows.mT).mT, root).mT @ rows) / scale
 
 
 def add_outer(C: Covariance, v: Tensor) -> Covariance:
@@ -175,7 +185,7 @@ def inner(M: Tensor, C: Covariance) -> Tensor:
     if isinstance(C, DiagonalCovariance):
         return times(M, C) @ M.mT
     seen = M @ to_float64(C.rows).mT
-    return seen @ seen.mT + C.ridge[..., None, None] * (M @ M.mT) if bool(C.ridge.any()) else seen @ seen.mT
+    return seen @ seen.mT + (M * C.ridge.unsqueeze(-2)) @ M.mT if bool(C.ridge.any()) else seen @ seen.mT
 
 
 def add_covariances(parts: list[tuple[Covariance, float]]) -> Covariance:

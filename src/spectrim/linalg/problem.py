@@ -169,7 +169,7 @@ class Problem:
         if not bool(C.ridge.any()):
             return list(seen)
         kind = C.rows.dtype
-        return list(torch.cat([seen.to(kind), W.to(kind) * C.ridge.sqrt().to(kind)[:, None, None]], dim=2))
+        return list(torch.cat([seen.to(kind), W.to(kind) * C.ridge.sqrt().to(kind).unsqueeze(-2)], dim=2))
 
     @property
     def covariances(self) -> Sequence[Covariance]:

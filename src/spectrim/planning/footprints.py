@@ -7,7 +7,6 @@ from functools import cached_property
 from torch import nn
 
 from spectrim.analysis.activation_cache import default_bytes
-from spectrim.analysis.calibration import POSITIONS
 from spectrim.analysis.moments import covariance_bytes
 from spectrim.benchmark.fidelity import SAMPLES
 from spectrim.core.execution import Inputs
@@ -16,6 +15,7 @@ from spectrim.core.nested import size_of
 from spectrim.core.plans import Budget, Metric, Plan, Rank, Rule
 from spectrim.layers.allocations import Allocations
 from spectrim.layers.forms import Form, find_form, forms_of, joint_forms_of, selected_forms
+from spectrim.layers.types.base import PIXELS, TOKENS
 from spectrim.layers.units import Unit
 from spectrim.linalg import is_wide
 from spectrim.planning.resources import DataSize, RunOptions
@@ -109,7 +109,8 @@ class Layer:
 
     def _vectors_of(self, samples: int) -> int:
         places = -(-self.unit.weights[0].positions.kernel // (max(1, self.example_samples) * len(self.unit.call_sites)))
-        return samples * min(places, POSITIONS)
+        geometry = self.unit.weights[0].geometry
+        return samples * min(places, PIXELS if geometry and geometry.kernel else TOKENS)
 
     @cached_property
     def size(self) -> tuple[int, int, int]:

@@ -12,6 +12,22 @@ from torch import Tensor, nn
 
 from spectrim.core.plans import Cost
 
+PIXELS, TOKENS = 64, 512
+"""Places of a map and of a sequence that are looked at, if nothing else is said."""
+
+
+@dataclass(frozen=True)
+class SampledPlaces:
+    """How many places of a sample are looked at, at most; None for all of them.
+
+    Attributes:
+        of_map: Of a sample with two or more dimensions of places, where neighbours tell nearly the same.
+        of_sequence: Of one with a single dimension, such as the tokens of a text.
+    """
+
+    of_map: int | None = PIXELS
+    of_sequence: int | None = TOKENS
+
 
 @dataclass(frozen=True)
 class Positions:
@@ -165,18 +181,18 @@ class LayerType(ABC):
         """How many vectors one call handles."""
 
     @abstractmethod
-    def input_rows(self, layer: nn.Module, x: Tensor, *, output: Tensor, positions: int | None) -> Tensor:
+    def input_rows(self, layer: nn.Module, x: Tensor, *, output: Tensor, positions: SampledPlaces | None) -> Tensor:
         """The vectors of one call's input that the matrix multiplies (im2col): (groups, n, in * kernel places).
 
         Args:
             layer: The layer.
             x: Its input.
             output: Its output.
-            positions: Places looked at in each sample, the same ones in every call; None for all of them.
+            positions: How many places are looked at in each sample, the same ones in every call; None for all of them.
         """
 
     @abstractmethod
-    def output_rows(self, layer: nn.Module, output: Tensor, *, positions: int | None) -> Tensor:
+    def output_rows(self, layer: nn.Module, output: Tensor, *, positions: SampledPlaces | None) -> Tensor:
         """The outputs at the places of `input_rows`, copied: (groups, n, out)."""
 
     @abstractmethod
@@ -206,13 +222,14 @@ class LayerType(ABC):
         """Write what the layer does to the value `name`, a tensor of so many dimensions; gives the output's name."""
 
 
-def sample(places: int, positions: int | None) -> Tensor:
-    """The places that are looked at: all of them, or `positions` at random, the same ones every time."""
-    if positions is None or positions >= places:
+def sample(places: int, positions: SampledPlaces | None, *, sequence: bool = False) -> Tensor:
+    """The places that are looked at: all of them, or a number at random, the same ones every time."""
+    number = None if positions is None else positions.of_sequence if sequence else positions.of_map
+    if number is None or number >= places:
         return torch.arange(places)
-    return _drawn(places, positions)
+    return _drawn(places, number)
 
 
 @lru_cache(maxsize=1024)
-def _drawn(places: int, positions: int) -> Tensor:
-    return torch.randperm(places, generator=torch.Generator().manual_seed(0))[:positions]
+def _drawn(places: int, number: int) -> Tensor:
+    return torch.randperm(places, generator=torch.Generator().manual_seed(0))[:number]

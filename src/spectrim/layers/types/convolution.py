@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor, nn
 from torch.nn import functional
 
-from spectrim.layers.types.base import Geometry, LayerType, OnnxGraph, Positions, sample
+from spectrim.layers.types.base import Geometry, LayerType, OnnxGraph, Positions, SampledPlaces, sample
 
 _ONNX_MODES = {"reflect": "reflect", "replicate": "edge", "circular": "wrap"}
 _NEUTRAL = {"kernel_size": 1, "stride": 1, "dilation": 1, "padding": 0}
@@ -48,7 +48,7 @@ class Convolution(LayerType):
         mixed = out // max(output.shape[-1], 1) * x.shape[-1]
         return Positions(output=out, kernel=out, mixed=mixed, input=into)
 
-    def input_rows(self, layer: Any, x: Tensor, *, output: Tensor, positions: int | None) -> Tensor:
+    def input_rows(self, layer: Any, x: Tensor, *, output: Tensor, positions: SampledPlaces | None) -> Tensor:
         windows = self._windows(layer, self._batched(x), output)
         images, channels, *places = windows.shape[: 2 + self.dims]
         # picked from a view, so that only the sampled windows are ever copied
@@ -58,7 +58,7 @@ class Convolution(LayerType):
         grouped: Tensor = windows.reshape(images, layer.groups, channels // layer.groups, len(chosen), -1)
         return grouped.permute(1, 0, 3, 2, 4).reshape(layer.groups, images * len(chosen), -1)
 
-    def output_rows(self, layer: Any, output: Tensor, *, positions: int | None) -> Tensor:
+    def output_rows(self, layer: Any, output: Tensor, *, positions: SampledPlaces | None) -> Tensor:
         columns = self._batched(output).flatten(2)
         columns = columns[:, :, sample(columns.shape[2], positions).to(columns.device)]
         images, _, places = columns.shape

@@ -4,7 +4,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from spectrim.layers.types.base import Geometry, LayerType, OnnxGraph, Positions, sample
+from spectrim.layers.types.base import Geometry, LayerType, OnnxGraph, Positions, SampledPlaces, sample
 
 
 class Linear(LayerType):
@@ -23,10 +23,10 @@ class Linear(LayerType):
         vectors = output.numel() // max(output.shape[-1], 1)
         return Positions(vectors, vectors, vectors, vectors)
 
-    def input_rows(self, layer: nn.Module, x: Tensor, *, output: Tensor, positions: int | None) -> Tensor:
+    def input_rows(self, layer: nn.Module, x: Tensor, *, output: Tensor, positions: SampledPlaces | None) -> Tensor:
         return _vectors(x, positions)
 
-    def output_rows(self, layer: nn.Module, output: Tensor, *, positions: int | None) -> Tensor:
+    def output_rows(self, layer: nn.Module, output: Tensor, *, positions: SampledPlaces | None) -> Tensor:
         return _vectors(output, positions).clone()
 
     def feature_dim(self, layer: nn.Module) -> int:
@@ -50,9 +50,10 @@ class Linear(LayerType):
         return product if bias is None else graph.node("Add", [product, graph.constant(bias)])
 
 
-def _vectors(tensor: Tensor, positions: int | None) -> Tensor:
+def _vectors(tensor: Tensor, positions: SampledPlaces | None) -> Tensor:
     """Vectors (batch, .., size), sampled over what lies between, as (1, n, size)."""
     if tensor.ndim < 3:
         return tensor.reshape(1, -1, tensor.shape[-1])
     between = tensor.flatten(1, -2)
-    return between[:, sample(between.shape[1], positions).to(tensor.device)].flatten(0, 1).unsqueeze(0)
+    chosen = sample(between.shape[1], positions, sequence=tensor.ndim == 3)
+    return between[:, chosen.to(tensor.device)].flatten(0, 1).unsqueeze(0)
