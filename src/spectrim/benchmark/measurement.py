@@ -76,6 +76,7 @@ class Measurement(Displayed, NetworkCost):
         params_ratio: kept / dense.
         bytes_ratio: kept / dense.
         macs_ratio: kept / dense.
+        cache_bytes_ratio: kept / dense.
         speedup: Time of the reference over time of the model, both in this runtime: median of paired rounds and its
             95 % interval.
         drift: Time of the reference in the first half of the rounds over that in the second: 1 on a quiet machine.
@@ -91,6 +92,7 @@ class Measurement(Displayed, NetworkCost):
     params_ratio: float | None = None
     bytes_ratio: float | None = None
     macs_ratio: float | None = None
+    cache_bytes_ratio: float | None = None
     speedup: Interval | None = None
     drift: float | None = None
 
@@ -113,10 +115,11 @@ class Measurement(Displayed, NetworkCost):
         return None if self.speedup is None else Comparison(ratio=self.speedup, drift=self.drift or 1.0).verdict
 
     def against(self, dense: NetworkCost) -> "Measurement":
-        """This measurement with its three ratios to a dense one filled in."""
+        """This measurement with its ratios to a dense one filled in."""
         ratios = {
-            f"{name}_ratio": getattr(self, name) / whole if (whole := getattr(dense, name)) else None
-            for name in ("params", "bytes", "macs")
+            f"{name}_ratio": own / whole if (whole := getattr(dense, name)) and own is not None else None
+            for name in ("params", "bytes", "macs", "cache_bytes")
+            for own in (getattr(self, name),)
         }
         return self.model_copy(update=ratios)
 

@@ -14,6 +14,7 @@ from spectrim.core.dispatch import OperatorMode
 from spectrim.core.execution import as_inputs, call, distinct_state, evaluating, require_shapes
 from spectrim.core.files import Frozen
 from spectrim.core.nested import stored_tensors, tensors
+from spectrim.layers.caches import bytes_per_token
 from spectrim.layers.experts import evenly, rerouted
 from spectrim.layers.operators import UncountedOperators, formulas
 
@@ -30,6 +31,7 @@ class NetworkCost(Frozen):
         uncounted: Names of operators that were run and may multiply more than element by element, but whose
             multiplications are not known: Fourier transforms, solvers, operators of other packages. None without any.
         uncounted_weights: Those of them that were given a weight of the model.
+        cache_bytes: Of keys and values that a decoder of transformers keeps for each token; None for other models.
     """
 
     params: int = Field(ge=0)
@@ -37,6 +39,7 @@ class NetworkCost(Frozen):
     macs: int = Field(ge=0)
     uncounted: tuple[str, ...] | None = None
     uncounted_weights: tuple[str, ...] | None = None
+    cache_bytes: int | None = None
 
 
 def count(model: nn.Module, example_inputs: Any) -> NetworkCost:
@@ -46,13 +49,14 @@ def count(model: nn.Module, example_inputs: Any) -> NetworkCost:
     counter = FlopCounterMode(display=False, custom_mapping=dict(formulas()))
     counter.mod_tracker = _WholeNetwork()
     with evaluating(model), rerouted(model, evenly), _Multiplications(counter), uncounted:
-        call(model, as_inputs(example_inputs))
+        outputs = call(model, as_inputs(example_inputs))
     return NetworkCost(
         params=_params(model),
         bytes=file_size(model),
         macs=int(counter.get_total_flops()) // 2,
         uncounted=tuple(uncounted.names) or None,
         uncounted_weights=tuple(uncounted.weighted) or None,
+        cache_bytes=bytes_per_token(outputs),
     )
 
 

@@ -53,14 +53,14 @@ class HeadValues(AroundHeads):
 
 
 class HeadOutput(AroundHeads):
-    """Reads the numbers of each head, and not the zeros after them.
+    """Reads the numbers of each head, and not the zeros that may be after them.
 
     Shapes:
-        input (..., heads * size), output (..., out); `linear` takes (..., heads * rank).
+        input (..., heads * size) or (..., heads * rank), output (..., out); `linear` takes (..., heads * rank).
     """
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
         """Apply the layer to what the heads hold."""
-        heads = input.unflatten(-1, [self.heads, self.size])
+        heads = input.unflatten(-1, [self.heads, -1])
         output: Tensor = self.linear(heads[..., : self.rank].flatten(-2))
         return output

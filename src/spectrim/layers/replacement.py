@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from spectrim.core.errors import ModelError
 from spectrim.core.nested import is_plain
 from spectrim.core.plans import LayerPlan, Plan
 from spectrim.layers.attention import match_fast_paths
+from spectrim.layers.caches import match_caches
 from spectrim.layers.factored import FactoredLayer, geometry_of, low_rank_layers, shallow_copy
 from spectrim.layers.forms import find_form, form_named, joint_form_named
 from spectrim.layers.forms.linear import tied_output
@@ -37,12 +38,20 @@ def replace(model: nn.Module, replacements: Mapping[str, nn.Module]) -> None:
             parent = model.get_submodule(path)
             done.append((parent, child, parent.get_submodule(child)))
             setattr(parent, child, new)
-        match_fast_paths(model, [parent for parent, _, _ in done])
+        _match_surroundings(model, done, replacements.values())
     except BaseException:
         for parent, child, old in reversed(done):
             setattr(parent, child, old)
-        match_fast_paths(model, [parent for parent, _, _ in done])
+        _match_surroundings(model, done, replacements.values())
         raise
+
+
+def _match_surroundings(
+    model: nn.Module, done: Sequence[tuple[nn.Module, str, nn.Module]], new: Iterable[nn.Module]
+) -> None:
+    match_fast_paths(model, [parent for parent, _, _ in done])
+    if any(isinstance(layer, AroundHeads) for layer in (*new, *(old for _, _, old in done))):
+        match_caches(model)
 
 
 def names_of(model: nn.Module, module: nn.Module) -> tuple[str, ...]:

@@ -175,7 +175,8 @@ def _shares(layer: LayerPlan, wholes: tuple[Cost, Cost], name: Literal["params",
 
 
 def _of_measurement(measurement: Measurement) -> Listing:
-    ratios = {name: getattr(measurement, f"{name}_ratio") or 1 for name in ("params", "bytes", "macs")}
+    costs = ("params", "bytes", "macs", "cache_bytes")
+    ratios = {name: ratio for name in costs if (ratio := getattr(measurement, f"{name}_ratio"))}
     whole = {name: round(getattr(measurement, name) / ratio) for name, ratio in ratios.items()}
     dense, rows = words.costs(measurement.model_copy(update=whole)), list[tuple[str, ...]]()
     for name, (value, ratio) in words.costs(measurement).items():

@@ -150,11 +150,12 @@ def circumstances(measurement: Measurement) -> str:
 
 def costs(measurement: Measurement) -> dict[str, tuple[Cell, float | None]]:
     """The value of each cost, and its ratio kept / dense."""
+    cache = measurement.cache_bytes
     return {
         "Parameters": (count(measurement.params), measurement.params_ratio),
         "File size": (size(measurement.bytes), measurement.bytes_ratio),
         "MACs": (count(measurement.macs), measurement.macs_ratio),
-    }
+    } | ({"Cache of a token": (size(cache), measurement.cache_bytes_ratio)} if cache else {})
 
 
 def common_name(names: Sequence[str]) -> str:

@@ -1,0 +1,92 @@
+"""Tokens per second that a decoder reads and writes with its cache, dense and compressed in turn in one process.
+
+    python benchmarks/decode.py --dense SMOLLM2 --compressed SMALL --batch 1,8
+
+Both are folders of Hugging Face. A prompt of random tokens is read in one pass (prefill), and tokens are written after
+it one by one, the likeliest of each step (decode). Ratios are compressed over dense, of paired rounds, with their 95 %
+interval; one thread.
+"""
+
+import argparse
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from spectrim.layers.caches import bytes_per_token
+from spectrim.models.folders import load_pretrained
+from spectrim.runtimes.timing import Timing, compare, interleaved, medians_ms, pass_timer
+
+PHASES = ("prefill", "decode")
+
+
+class Decoder:
+    """A model after a prompt."""
+
+    def __init__(self, model: nn.Module, prompt: Tensor) -> None:
+        self.model, self.prompt = model.eval(), prompt
+        outputs = self.read()
+        self.bytes_per_token = bytes_per_token(outputs)
+        # the name of the cache depends on the version of transformers
+        self.name = next(name for name, value in outputs.items() if hasattr(value, "get_seq_length"))
+        self.after, self.first = outputs[self.name], outputs.logits[:, -1:].argmax(dim=-1)
+        self.renew()
+
+    def read(self) -> Any:
+        """One pass of the prompt."""
+        return self.model(self.prompt, use_cache=True, logits_to_keep=1)
+
+    def renew(self) -> None:
+        """Go back to the end of the prompt."""
+        self.cache = copy.deepcopy(self.after)
+
+    def write(self, length: int) -> None:
+        """So many tokens."""
+        token = self.first
+        for _ in range(length):
+            token = self.model(token, use_cache=True, **{self.name: self.cache}).logits[:, -1:].argmax(dim=-1)
+
+    def timer(self, phase: str, length: int) -> Callable[[], Timing]:
+        """Times a phase."""
+        if phase == "prefill":
+            return pass_timer(self.read, cpu=True)
+        return pass_timer(lambda: self.write(length), cpu=True, between=self.renew)
+
+
+def main() -> None:
+    """Print a line for every batch size and phase."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dense", required=True)
+    parser.add_argument("--compressed", required=True)
+    parser.add_argument("--batch", default=(1, 8), type=lambda text: tuple(map(int, text.split(","))))
+    parser.add_argument("--prompt", type=int, default=128, help="tokens of the prompt")
+    parser.add_argument("--tokens", type=int, default=8, help="tokens that are written")
+    parser.add_argument("--rounds", type=int, default=15)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    models = [load_pretrained(folder) for folder in (arguments.compressed, arguments.dense)]
+    table = Table("batch", "phase", "dense, tokens/s", "compressed, tokens/s", "ratio", "95 % interval", "verdict")
+    with torch.inference_mode():
+        for batch in arguments.batch:
+            vocabulary = min(model.config.vocab_size for model in models)
+            prompt = torch.randint(vocabulary, (batch, arguments.prompt), generator=torch.Generator().manual_seed(0))
+            decoders = [Decoder(model, prompt) for model in models]
+            for phase in PHASES:
+                runs = [decoder.timer(phase, arguments.tokens) for decoder in decoders]
+                own, reference = interleaved(runs, rounds=arguments.rounds)
+                compared, tokens = compare(own, reference), arguments.prompt if phase == "prefill" else arguments.tokens
+                small, dense = (f"{1e3 * batch * tokens / ms:.1f}" for ms in medians_ms(own, reference))
+                ratio = compared.ratio
+                bounds = f"{ratio.low:.2f} to {ratio.high:.2f}"
+                table.add_row(str(batch), phase, dense, small, f"{ratio.value:.2f}", bounds, compared.verdict)
+    Console(width=110).print(table)
+    small, dense = (decoder.bytes_per_token for decoder in decoders)
+    print(f"cache of a token: {dense:,} bytes dense, {small:,} compressed ({small / dense:.1%})")
+
+
+if __name__ == "__main__":
+    main()
