@@ -164,12 +164,13 @@ class _Seen:
 
     __slots__ = ()
     view: _View
+    layers: list[Any]
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-        view, layers, update = self.view, vars(self)["layers"], super().update  # type: ignore[misc]
+        view, update = self.view, super().update  # type: ignore[misc]
         if not isinstance(value_states, Tensor) or value_states.shape[-1] != view.size:
             return update(key_states, value_states, layer_idx, *args, **kwargs)
-        layer = layers[layer_idx] if layer_idx < len(layers) else None
+        layer = self.layers[layer_idx] if layer_idx < len(self.layers) else None
         values = value_states[..., : view.rank] if view.fits(layer) else value_states
         if not view.is_trial:
             keys, values = update(key_states, values, layer_idx, *args, **kwargs)
