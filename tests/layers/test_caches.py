@@ -15,6 +15,7 @@ from spectrim.layers.replacement import narrowed_at, own_bias, replace
 
 transformers = pytest.importorskip("transformers", reason="the extra 'hf' is not installed")
 
+IS_NEW = int(transformers.__version__.partition(".")[0]) >= 5
 IDS = torch.arange(14).reshape(2, 7) + 3
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 TOKENS = {"vocab_size": 24, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 23}
@@ -89,8 +90,7 @@ def test_caches_of_a_fixed_length(name: str) -> None:
     network = narrowed(name)
     text, cache = written(network, cache_implementation="static")
     assert torch.equal(text, written(network, use_cache=False)[0])
-    asked_for_values = int(transformers.__version__.partition(".")[0]) >= 5
-    assert {part.values.shape[-1] for part in layers(cache)} == {RANK if asked_for_values else SIZE}
+    assert {part.values.shape[-1] for part in layers(cache)} == {RANK if IS_NEW else SIZE}
 
 
 def test_copies_and_files_keep_values_narrow(tmp_path: Path) -> None:
@@ -137,6 +137,9 @@ def test_attentions_that_take_no_narrow_values_get_zeros() -> None:
     assert torch.equal(again, text)
     assert {part.values.shape[-1] for part in layers(cache)} == {RANK}
     assert hooks(network)[0].takes_narrow == {"sdpa": True, "equal_widths": False}
+    network = narrowed("BERT")  # of transformers 4 it takes one width only
+    written(network)
+    assert hooks(network)[0].takes_narrow == ({"sdpa": True} if IS_NEW else {"None": False})
 
 
 class Whole(transformers.cache_utils.QuantizedLayer):
@@ -178,6 +181,15 @@ def test_gradients_pass_through_the_cache_and_through_checkpoints() -> None:
         network.zero_grad()
     for gradient in gradients[1:]:
         torch.testing.assert_close(gradient, gradients[0])
+
+
+def test_steps_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = narrowed("Llama")
+    text, layer = written(network, use_cache=False)[0], network.model.layers[0]
+    monkeypatch.setattr(layer, "forward", torch.compile(layer.forward, backend="eager", fullgraph=True))
+    again, cache = written(network, cache_implementation="static")
+    assert torch.equal(again, text)
+    assert len({part.values.shape[-1] for part in layers(cache)}) == 1
 
 
 def test_the_forward_pass_is_exported() -> None:

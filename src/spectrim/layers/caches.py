@@ -6,7 +6,6 @@ tries whether the attention takes values of that width; where it does not, they 
 """
 
 import copy
-import functools
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +20,8 @@ from spectrim.layers.heads import HeadOutput, HeadValues
 
 _ARGUMENTS = {"cache", "past_key_values", "past_key_value", "layer_past"}
 _PAIRED = "self_attention_cache"
+_SEEN: dict[type, type] = {}
+"""By the class of a cache that of its views; torch's compiler warns of functools.cache."""
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -77,7 +78,8 @@ class NarrowCache:
             return None
         hidden = args[0] if args else kwargs.get("hidden_states")
         is_step = isinstance(hidden, Tensor) and hidden.ndim == 3 and hidden.shape[1] == 1
-        implementation = str(getattr(getattr(attention, "config", None), "_attn_implementation", None))
+        config = next((part.config for part in attention.modules() if hasattr(part, "config")), None)
+        implementation = str(getattr(config, "_attn_implementation", None))
         if is_step and implementation not in self.takes_narrow and not _is_watched(attention):
             self.takes_narrow[implementation] = self._try(attention, args, kwargs)
         narrow = is_step and self.takes_narrow.get(implementation, False)
@@ -154,9 +156,10 @@ def _is_watched(attention: nn.Module) -> bool:
     return any(part._forward_hooks or part._forward_pre_hooks for part in parts)
 
 
-@functools.cache
 def _seen_class(kind: type, *, is_pair: bool) -> Any:
-    return type("NarrowCache", (_SeenPair if is_pair else _Seen, kind), {"__slots__": ("view",)})
+    if kind not in _SEEN:
+        _SEEN[kind] = type("NarrowCache", (_SeenPair if is_pair else _Seen, kind), {"__slots__": ("view",)})
+    return _SEEN[kind]
 
 
 class _Seen:
