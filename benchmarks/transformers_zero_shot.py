@@ -1,4 +1,4 @@
-"""Transformers without any training: Spectrim beside the methods of one layer at a time, all in one harness.
+"""Transformers without labels: Spectrim beside the methods of one layer at a time, all in one harness.
 
     python benchmarks/transformers_zero_shot.py --recipe minilm-stsb --model MINILM --data PAIRS
     .. --recipe smollm2-wikitext --model SMOLLM2 --data TEXTS --samples 16 --scored 8
@@ -10,6 +10,7 @@ Models and data are those of the recipes (`spectrim recipe show minilm-stsb`). M
 - `joint`: every MLP at the same share of its neurons and every head at the same share of its numbers, the other layers
   as in `whitened` (like MoDeGPT).
 - `spectrim`: one `st.compress` under the budget.
+- `distilled`: the same network, then `st.distill` on the same samples.
 
 Scores are means over calibration seeds with their standard deviation, on held-out data, or with `--test` on test data.
 `distance` is the mean squared distance of embeddings to the dense network's on 256 calibration sentences that were not
@@ -39,7 +40,7 @@ from spectrim.planning.pipeline import decide
 from spectrim.recipes.files import find_study
 from spectrim.recipes.texts import Texts, TextStudy
 
-METHODS = ("plain", "whitened", "joint", "spectrim")
+METHODS = ("plain", "whitened", "joint", "spectrim", "distilled")
 OTHERS = 256
 
 
@@ -111,15 +112,23 @@ def rows(arguments: argparse.Namespace, study: TextStudy) -> Iterator[tuple[str,
         ).analysis
         learning = time.process_time() - begin
         for share in study.shares:
+            zero_shot: tuple[nn.Module, float] | None = None
             for method in arguments.methods:
                 begin, rule = time.process_time(), study.rule(share)
-                plan = st.plan(analysis, rule) if method == "spectrim" else None
-                fitted: Any = "auto" if plan else False
-                plan = plan or uniform(analysis, rule, share, method=method)
-                small = st.compress(
-                    network, plan, example_inputs=data[0], data=data, analysis=analysis, reconstruct=fitted
-                ).model
-                seconds = time.process_time() - begin + (learning if method == "spectrim" else 0.0)
+                allocated = method in ("spectrim", "distilled")
+                if method == "distilled" and zero_shot:
+                    small, before = zero_shot
+                else:
+                    plan = st.plan(analysis, rule) if allocated else uniform(analysis, rule, share, method=method)
+                    fitted: Any = "auto" if allocated else False
+                    small = st.compress(
+                        network, plan, example_inputs=data[0], data=data, analysis=analysis, reconstruct=fitted
+                    ).model
+                    before = learning if allocated else 0.0
+                if method == "distilled":
+                    small = st.distill(small, network, data=data, seed=seed).model
+                seconds = time.process_time() - begin + before
+                zero_shot = (small, seconds) if method == "spectrim" else zero_shot
                 score = scores.score(small)
                 yield method, share, score, scores.distance(small, unseen, score), seconds
 

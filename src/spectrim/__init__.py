@@ -69,7 +69,7 @@ if TYPE_CHECKING:
     from spectrim.reporting.cards import write_model_card
     from spectrim.runtimes.rank_grid import Grid, probe
     from spectrim.runtimes.timing import Comparison, Interval
-    from spectrim.training import Finetuned, History, finetune
+    from spectrim.training import Distillation, Finetuned, History, distill, finetune
 
 __version__ = "0.1.0"
 
@@ -101,7 +101,7 @@ _NAMES = {
     "plot_accuracy plot_classes plot_curves plot_history plot_ranks plot_spectra report save_figure table text",
     "runtimes.rank_grid": "Grid probe",
     "runtimes.timing": "Comparison Interval",
-    "training": "Finetuned History finetune",
+    "training": "Distillation Finetuned History distill finetune",
 }
 """The public names by their modules, which are imported when the first of their names is asked for."""
 
@@ -110,18 +110,18 @@ _MODULES = {name: f"{__name__}.{module}" for module, names in _NAMES.items() for
 # fmt: off
 __all__ = [
     "Accuracy", "Analysis", "Budget", "Calibration", "Changes", "Comparison", "Compressed", "CompressedCheckpoint",
-    "Cost", "Curve",
+    "Cost", "Curve", "Distillation",
     "Energy", "Epoch", "Exported", "Fidelity", "Finetuned", "Grid", "History", "Interval", "LatencyNote",
     "LatencyTable", "LayerAnalysis", "LayerPlan", "LayerSpectrum", "LowRankConv1d", "LowRankConv2d",
     "LowRankConvTranspose2d", "LowRankEmbedding", "LowRankEmbeddingBag", "LowRankLinear", "Measurement",
     "MemoryEstimate", "Plan", "Published", "PublishedPoint", "Quantized", "QuantizedRow", "QuantizedTable", "Rank",
     "Ratio", "Results", "Run", "Score",
     "SpatialConv2d", "Spectrum", "Tucker2Conv2d", "Variant", "accuracy", "analyze", "calibrate",
-    "compare_quantized", "compress", "compress_checkpoint", "errors", "estimate_memory", "evaluate", "export_onnx",
-    "export_openvino", "export_program", "finetune", "latency_table", "load", "measure", "merge", "onnx_accuracy",
-    "pareto", "plan", "plot_accuracy", "plot_classes", "plot_curves", "plot_history", "plot_ranks", "plot_spectra",
-    "probe", "quantize", "report", "runtime_gain", "save", "save_figure", "sensitivity", "table", "text", "training",
-    "write_model_card",
+    "compare_quantized", "compress", "compress_checkpoint", "distill", "errors", "estimate_memory", "evaluate",
+    "export_onnx", "export_openvino", "export_program", "finetune", "latency_table", "load", "measure", "merge",
+    "onnx_accuracy", "pareto", "plan", "plot_accuracy", "plot_classes", "plot_curves", "plot_history", "plot_ranks",
+    "plot_spectra", "probe", "quantize", "report", "runtime_gain", "save", "save_figure", "sensitivity", "table",
+    "text", "training", "write_model_card",
 ]
 # fmt: on
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import nn
@@ -30,6 +30,18 @@ from spectrim.planning.latency_budget import refused
 from spectrim.planning.pipeline import Decision, decide, progress_of
 from spectrim.planning.resources import RunOptions
 from spectrim.runtimes.rank_grid import Grid
+
+
+class Distillation(Protocol):
+    """What `distill=` takes; `st.Distillation` is one."""
+
+    def batches(self, calibration: Sequence[Inputs], *, like: Inputs) -> Sequence[Inputs]:
+        """What is learnt from."""
+
+    def distilled(
+        self, model: nn.Module, teacher: nn.Module, batches: Sequence[Inputs], *, on_progress: ProgressCallback | None
+    ) -> nn.Module:
+        """The compressed network after learning from the dense one."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,6 +88,7 @@ def compress(
     analysis: Analysis | None = None,
     latencies: LatencyTable | None = None,
     reconstruct: Literal["auto"] | bool = "auto",
+    distill: Distillation | None = None,
     cache: int | None = None,
     device: str | torch.device | None = None,
     offload: str | Path | None = None,
@@ -124,6 +137,8 @@ def compress(
         latencies: From `st.latency_table` on this very model, for a budget of latency; by default it is made here.
         reconstruct: Fit the layers one after the other to undo what those before have changed; `auto` does it under a
             `Budget` with `data`.
+        distill: `st.Distillation(epochs=3)`: let the compressed network learn from the dense one afterwards, without
+            labels, on the calibration batches or on others (`Distillation(data=..)`); see `st.distill`.
         cache: Bytes of activations that weighing and fitting may keep, so that not every pass has to begin at the first
             layer; saves time only. By default what the statistics take, or 512 MiB to 2 GiB by the memory that is free.
         device: Where statistics are added up and weights decomposed, such as `"cpu"`; by default where the model is.
@@ -138,7 +153,7 @@ def compress(
     Raises:
         SpectrimError: one of its kinds, before anything has been changed.
     """
-    run = RunOptions(cache, Storage.of(device, offload), max_batches, reconstruct)
+    run = RunOptions(cache, Storage.of(device, offload), max_batches, reconstruct, distill is not None)
     if reconstruct not in ("auto", True, False):
         raise RuleError(f"reconstruct={reconstruct!r}: give 'auto', True or False")
     if reconstruct is True and (data is None or metric == "plain"):
@@ -166,6 +181,7 @@ def compress(
             decision,
             example_inputs=example,
             reconstruct=reconstruct,
+            distill=distill,
             cache=cache,
             inplace=inplace,
             on_progress=report,
@@ -178,18 +194,22 @@ def carry_out(
     *,
     example_inputs: Any,
     reconstruct: Literal["auto"] | bool = "auto",
+    distill: Distillation | None = None,
     cache: int | None = None,
     inplace: bool = False,
     on_progress: ProgressCallback | None = None,
 ) -> Compressed:
-    """The second half of `compress`: replace, fit, look at the result.
+    """The second half of `compress`: replace, fit, distil, look at the result.
 
-    Arguments and errors are those of `compress`; `on_progress` is called for `fit LAYER`.
+    Arguments and errors are those of `compress`; `on_progress` is called for `fit LAYER` and `distil EPOCH`.
     """
     plan, analysis, example = decision.plan, decision.analysis, as_inputs(example_inputs)
     fitted = _is_fitted(plan, reconstruct=reconstruct)
+    learnt = distill.batches(decision.batches, like=example) if distill and not _is_refused(plan) else []
     dense = unfused_as(model, analysis.names)
     smaller = fused(_built(dense, decision, fitted=fitted, cache=cache, on_progress=on_progress))
+    if distill and learnt:
+        smaller = distill.distilled(smaller, model, learnt, on_progress=progress_of("distil", on_progress))
     seen, held_out = decision.seen
     measured = measured_fidelity(dense, smaller, seen or [example], plan=plan, analysis=analysis, held_out=held_out)
     compressed = _counted(model, smaller, plan, example, inplace=inplace)

@@ -63,8 +63,8 @@ def _why_not(command: commands.Compress) -> str | None:
     source, method = command.source, command.method
     if source.folder is None or source.data is None:
         return "it needs --model hf:DIR and --data"
-    if method.plan is not None or method.estimate:
-        return "it takes a rule, not --plan or --estimate"
+    if method.plan is not None or method.estimate or method.distill:
+        return "it takes a rule, not --plan, --estimate or --distill"
     return _why_not_goal(command.goal) or (
         "it does not take --keep-last, since the head is left as it is"
         if command.layers.keep_last

@@ -3,13 +3,16 @@
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from spectrim.cli.options import CPU, DATA, NETWORK, Goal, Layers, Machine, Output, Source, Test, require_path
 from spectrim.cli.signatures import Group, Invocation
 from spectrim.core.names import SCHEMES, LossName, Scheme
+
+if TYPE_CHECKING:
+    from spectrim.training.distillation import Distillation
 
 MODEL, PLAN, MEASURED = "model.safetensors", "plan.json", "measurement.json"
 HISTORY, HISTORY_PAGE, REPORT, SPECTRA = "history.json", "history.html", "report.html", "spectra.html"
@@ -50,7 +53,7 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """What `spectrim compress` does: a plan instead of a rule, whether layers are fitted, how, or an estimate alone."""
+    """What `spectrim compress` does: a plan instead of a rule, fitting, distillation, or an estimate alone."""
 
     plan: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Apply this plan instead of a rule; `spectrim plan` writes one.")
@@ -61,6 +64,15 @@ class Method:
             "--reconstruct/--no-reconstruct",
             help="Fit each layer to what it receives in the compressed network (default for --macs, --params, --bytes "
             "and --latency, where there is --data).",
+        ),
+    ] = None
+    distill: Annotated[
+        int | None,
+        typer.Option(
+            metavar="EPOCHS",
+            min=1,
+            help="Let the result learn from the dense network afterwards, on the calibration samples, without labels; "
+            "it never ends worse on those that are kept aside.",
         ),
     ] = None
     block_by_block: Annotated[
@@ -79,6 +91,13 @@ class Method:
     def fitted(self) -> Literal["auto"] | bool:
         """As the library takes it."""
         return "auto" if self.reconstruct is None else self.reconstruct
+
+    @property
+    def distillation(self) -> "Distillation | None":
+        """As the library takes it."""
+        from spectrim.training.distillation import Distillation
+
+        return None if self.distill is None else Distillation(epochs=self.distill)
 
 
 @dataclass(frozen=True, kw_only=True)

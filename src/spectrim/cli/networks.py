@@ -37,8 +37,6 @@ from spectrim.reporting.listings import Column, Listing
 from spectrim.runtimes.rank_grid import Grid, probe
 from spectrim.runtimes.sessions import require_runtime
 
-Fitted = Literal["auto"] | bool
-
 
 class Measured(Record):
     """What `spectrim compress` writes as measurement.json: cost and accuracy of both networks."""
@@ -92,8 +90,7 @@ def compress_network(command: commands.Compress) -> None:
     edited = None if method.plan is None else _load_plan(method.plan, command.invocation)
     if edited is None:
         _check(command.goal, source)
-    if method.reconstruct and (source.data is None or (edited or command.goal).metric == "plain"):
-        raise typer.BadParameter("--reconstruct needs data: give --data, and another metric than plain")
+    _require_data(command, edited)
     if method.estimate:
         _show_memory(command, edited=edited)
         return
@@ -105,13 +102,14 @@ def compress_network(command: commands.Compress) -> None:
     with stages() as progress, outputs(out, files) as folder:
         network = load_source(source, progress, command.machine)
         untested = network.why_untested(asked=command.test)
-        decision = _decide(network, command, progress=progress, edited=edited, fitted=method.fitted)
+        decision = _decide(network, command, progress=progress, edited=edited, method=method)
         progress.begin("compress")
         small = carry_out(
             network.model,
             decision,
             example_inputs=network.example,
             reconstruct=method.fitted,
+            distill=method.distillation,
             cache=source.cache_bytes,
             on_progress=progress.follow,
         )
@@ -132,6 +130,14 @@ def compress_network(command: commands.Compress) -> None:
     findings = str(small.fidelity) if small.fidelity else None, _accuracy(record, network, untested=untested)
     hints = *file_lines(out, files), *_how_to_load(source, network, out=out), *_how_to_score(network, source, out=out)
     show(table(small.plan), _times(small.plan), table(compressed), *findings, *hints, output=command.output)
+
+
+def _require_data(command: commands.Compress, edited: Plan | None) -> None:
+    """Report options that need data where there are none."""
+    for name in ("reconstruct", "distill"):
+        lacks = command.source.data is None or (edited or command.goal).metric == "plain"
+        if getattr(command.method, name) and lacks:
+            raise typer.BadParameter(f"--{name} needs data: give --data, and another metric than plain")
 
 
 def _compress_blocks(command: commands.Compress) -> None:
@@ -170,7 +176,7 @@ def _decide(
     *,
     progress: Stages,
     edited: Plan | None = None,
-    fitted: Fitted = "auto",
+    method: commands.Method | None = None,
 ) -> Decision:
     """The analysis, and the plan that the rule gives, or the one that was edited."""
     goal = command.goal
@@ -182,7 +188,11 @@ def _decide(
         data=network.calibration,
         layers=command.layers.selection,
         options=PlanOptions(metric=goal.metric, forms=goal.forms, rank_multiple=_rank_multiple(goal, progress)),
-        run=RunOptions(cache=command.source.cache_bytes, reconstruct=fitted),
+        run=RunOptions(
+            cache=command.source.cache_bytes,
+            reconstruct=method.fitted if method else "auto",
+            distill=bool(method and method.distill),
+        ),
         on_progress=progress.follow,
     )
 
@@ -204,6 +214,7 @@ def _show_memory(command: commands.Compress, *, edited: Plan | None) -> None:
             exclude=layers.exclude,
             keep_last=layers.keep_last,
             reconstruct=command.method.fitted,
+            distill=bool(command.method.distill),
             cache=source.cache_bytes,
         )
     show(table(estimate), output=command.output)

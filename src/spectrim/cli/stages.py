@@ -25,6 +25,7 @@ _TITLES = {
     "weigh": "weigh {} layers",
     "time": "time {} shapes of layers",
     "fit": "reconstruct {} layers",
+    "distil": "distil in {} steps",
 }
 """Titles of the library's stages that have steps, by the first word of what it reports."""
 

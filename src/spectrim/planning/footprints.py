@@ -66,7 +66,7 @@ class Work:
     @property
     def keeps_batches(self) -> bool:
         """Whether calibration inputs are run several times."""
-        return self.uses_data and (self.is_budget or self.is_fitted or self.has_gradients)
+        return self.uses_data and (self.is_budget or self.is_fitted or self.has_gradients or self.run.distill)
 
     @property
     def rank(self) -> int | None:
@@ -299,7 +299,7 @@ class Stages:
     @property
     def backward(self) -> int:
         """One pass over a batch with gradients: outputs of layers are copied, and have gradients."""
-        if not self.work.has_gradients:
+        if not (self.work.has_gradients or self.work.run.distill):
             return 0
         return self._of_samples(2 * self.allocations.total, self.work.batch)
 
@@ -338,4 +338,6 @@ class Stages:
             stages["weigh"] = decided + self.cache + self.forward + outputs + self.most("weighing")
         if work.is_fitted:
             stages["fit"] = decided + self.copy + self.cache + self.forward + self.most("fitting")
+        if work.run.distill:  # two copies, gradients, two moments, and the best weights so far
+            stages["distil"] = decided + self.copy + 5 * size_of(list(self.model.parameters())) + self.backward
         return stages

@@ -43,8 +43,8 @@ class MemoryEstimate(Displayed, Frozen):
         activations: The cache, and the tensors of one pass over a batch: with gradients all of them, else those that
             are alive together.
         peak: The most that is alive together, with a margin for what the allocator and libraries take: while
-            statistics are gathered, while gradients are, while layers are weighed, while they are fitted, or while the
-            networks are compared.
+            statistics are gathered, while gradients are, while layers are weighed, while they are fitted, while the
+            network is distilled, or while the networks are compared.
         tensors: The same without the margin.
         widest: The layer whose statistics and decomposition take most; None where nothing is decomposed.
         available: Bytes that were free when this was estimated, on the device of the statistics.
@@ -97,6 +97,7 @@ def estimate_memory(
     keep_last: bool = False,
     treat_as: TreatAs | None = None,
     reconstruct: Literal["auto"] | bool = "auto",
+    distill: bool = False,
     cache: int | None = None,
     device: str | torch.device | None = None,
     offload: str | Path | None = None,
@@ -113,6 +114,7 @@ def estimate_memory(
         rule_or_plan: As for `st.compress`, and so are the arguments that are not listed here.
         example_inputs: One call's inputs.
         data: The calibration batches; None for none.
+        distill: Whether the network is distilled afterwards.
         samples: How many calibration samples there are, where `data` cannot tell, or is not there yet.
 
     Raises:
@@ -126,7 +128,7 @@ def estimate_memory(
     if samples is not None and samples < 1:
         raise DataError(f"samples={samples}: give at least 1, or None where the data tell it")
     batches_of([] if data is None else data, what="the calibration data", max_batches=max_batches)
-    run = RunOptions(cache, Storage.of(device, offload), max_batches, reconstruct)
+    run = RunOptions(cache, Storage.of(device, offload), max_batches, reconstruct, distill)
     example = as_inputs(example_inputs)
     size: DataSize | None = None
     if data is not None or samples is not None:

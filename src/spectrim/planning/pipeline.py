@@ -145,7 +145,9 @@ class _Stages:
         if first is None:
             raise DataError("the calibration data is empty; give at least one batch")
         rule = self.rule_or_plan.rule if isinstance(self.rule_or_plan, Plan) else self.rule_or_plan
-        repeated = isinstance(rule, Budget) or "loss" in self.metrics or self.run.reconstruct is True
+        repeated = (
+            isinstance(rule, Budget) or "loss" in self.metrics or self.run.reconstruct is True or self.run.distill
+        )
         batches = chain([first], batches)
         batches = self.reserved.taken_from(batches) if aside else batches
         return collected(batches) if repeated or isinstance(data, Sequence) else batches

@@ -23,12 +23,14 @@ class RunOptions:
         storage: The device and the folder of the statistics.
         max_batches: Calibration batches at most.
         reconstruct: Whether layers are fitted one after the other.
+        distill: Whether the compressed network is trained afterwards.
     """
 
     cache: int | None = None
     storage: Storage = IN_PLACE
     max_batches: int | None = None
     reconstruct: Literal["auto"] | bool = "auto"
+    distill: bool = False
 
 
 @dataclass(frozen=True)

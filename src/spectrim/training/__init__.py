@@ -1,6 +1,7 @@
 """Training after compression, to get back the accuracy that was lost, and training towards low rank."""
 
 from spectrim.training.checkpoint import Checkpoint, resumed
+from spectrim.training.distillation import Distillation, distill
 from spectrim.training.finetuning import Finetuned, finetune
 from spectrim.training.history import History
 from spectrim.training.loop import Step, TrainingRun, train_in_place
@@ -12,6 +13,7 @@ from spectrim.training.truncated import Truncation, truncated_
 
 __all__ = [
     "Checkpoint",
+    "Distillation",
     "Finetuned",
     "History",
     "NuclearNorm",
@@ -25,6 +27,7 @@ __all__ = [
     "Switch",
     "TrainingRun",
     "Truncation",
+    "distill",
     "finetune",
     "frobenius_decay",
     "resumed",

@@ -63,6 +63,7 @@ class TrainingRun:
         trained: The parameters that change, among those that ask for gradients; None for all of these.
         frozen_modules: Modules that stay in evaluation mode, such as norms whose statistics must not change.
         teacher: A network with the same outputs, in evaluation mode.
+        minutes: End after about so many; the learning rate decays until then.
 
     Raises:
         TrainingError: `keep="best"` or `patience` without `held_out`, `label_weight` without `teacher`, or
@@ -86,6 +87,7 @@ class TrainingRun:
     on_step: Callable[[Step], object] | None = None
     on_progress: ProgressCallback | None = None
     accelerator: Accelerator | None = None
+    minutes: float | None = None
 
     def __post_init__(self) -> None:
         settings = self.settings
@@ -168,7 +170,7 @@ class _Loop:
             self.consistent = True
             if handling:
                 signal.signal(signal.SIGINT, self._interrupt)
-            while len(self.progress.curve) < self.run.settings.epochs and not self._out_of_patience():
+            while len(self.progress.curve) < self.run.settings.epochs and not self._is_over():
                 self._steps()
                 self._end_epoch()
         except KeyboardInterrupt:
@@ -191,9 +193,15 @@ class _Loop:
             file = checkpoint and checkpoint.path
             raise TrainingError(f"processes find different checkpoints at {file}; put it on a disk that all can read")
 
-    def _out_of_patience(self) -> bool:
+    def _is_over(self) -> bool:
+        """Whether patience or time is at its end."""
         patience, curve = self.run.settings.patience, self.progress.curve
-        return bool(patience and curve and len(curve) - 1 - self.progress.best >= patience)
+        return bool(patience and curve and len(curve) - 1 - self.progress.best >= patience) or self._time_share() >= 1
+
+    def _time_share(self) -> float:
+        """Of the time that the run may take, what it has taken."""
+        seconds = self.progress.seconds + sum(epoch.seconds for epoch in self.progress.curve)
+        return seconds / 60 / self.run.minutes if self.run.minutes else 0.0
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
         """Ctrl-C takes effect at the end of the present step, so that the state is complete; a second one at once."""
@@ -223,6 +231,8 @@ class _Loop:
                     raise KeyboardInterrupt
                 if run.save_every and (position + 1) % run.save_every == 0 and position + 1 != steps:
                     self._save()
+                if self._time_share() >= 1:
+                    break
         if not self.progress.step:
             raise DataError(f"the training data of epoch {epoch} is empty; give at least one batch")
 
@@ -298,7 +308,7 @@ class _Loop:
     def _rate(self, position: int, steps: int) -> float:
         """The learning rate of a step of the present epoch; the same for all of them if their number is unknown."""
         done = len(self.progress.curve) + (position / steps if steps else 0)
-        return self.run.settings.rate(done / self.run.settings.epochs)
+        return self.run.settings.rate(min(1.0, max(done / self.run.settings.epochs, self._time_share())))
 
     def _require_finite(self, value: float, *, what: str, position: int) -> None:
         if math.isfinite(value):

@@ -159,7 +159,7 @@ class Objective:
         if name is None and known is not None:
             _require_clear(outputs, known, position)
         if name is None and _is_unknown(outputs) and _is_unknown(taught):
-            return _mean([_scaled(*pair) for pair in _pairs(outputs, taught, position, whose="the teacher's")])
+            return _mean([scaled_error(*pair) for pair in _pairs(outputs, taught, position, whose="the teacher's")])
         goal = _logits(taught, of=type(self.teacher).__name__)
         return self._kl(self._logits(outputs), goal, self._axis_of(outputs, known))
 
@@ -295,7 +295,7 @@ def _binary_kl(outputs: Tensor, targets: Tensor) -> Tensor:
     return _bce(outputs, soft) - _bce(targets, soft)
 
 
-def _scaled(outputs: Tensor, targets: Tensor) -> Tensor:
+def scaled_error(outputs: Tensor, targets: Tensor) -> Tensor:
     """The mean squared error over the variance of the targets, so that every output counts alike."""
     variance = targets.var(unbiased=False)
     return functional.mse_loss(outputs, targets) / torch.where(variance > 0, variance, torch.ones_like(variance))
