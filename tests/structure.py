@@ -265,7 +265,7 @@ def figures() -> tuple[Figure, ...]:
         ("home-made words in names", home_made_words(source), 0),
         ("names that say nothing", loose_names(source), 0),
         ("the same in tests, benchmarks and examples", loose_names(modules(*(ROOT / name for name in USERS))), 0),
-        ("functions with more than 8 parameters", many_parameters(source), 11),
+        ("functions with more than 8 parameters", many_parameters(source), 12),
         ("private ones among them", [place for place in many_parameters(source) if "private" in place], 0),
         ("modules over 400 lines", [f"{name} {lines}" for lines, name in files if lines > 400], 0),
     ]
@@ -274,7 +274,7 @@ def figures() -> tuple[Figure, ...]:
         Figure("longest chain of imports between them", len(chain), 10, (" -> ".join(chain),)),
         *(Figure(name, len(places), bar, tuple(places)) for name, places, bar in counted),
         Figure("longest function body", lengths[0][0], 45, tuple(f"{lines} {at}" for lines, at in lengths[:12])),
-        Figure("lines of Python", sum(lines for lines, _ in files), 34_400, tuple(f"{n} {at}" for n, at in files[:12])),
+        Figure("lines of Python", sum(lines for lines, _ in files), 34_600, tuple(f"{n} {at}" for n, at in files[:12])),
     )
 
 

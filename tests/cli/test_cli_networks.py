@@ -177,6 +177,18 @@ def test_the_distance_to_the_dense_network_is_said(run: Run, tmp_path: Path, bat
     assert f"Without data: {fidelity.plain.relative_error:.1%} off." in result.out
 
 
+def test_the_result_learns_from_the_dense_network(run: Run, tmp_path: Path) -> None:
+    errors = []
+    for name, options in (("small", ()), ("taught", ("--distill", 3))):
+        result = run("compress", *TRAINED, "--macs", 0.4, "--batch", 64, "--no-test", *options, "--out", name)
+        assert result.code == 0, result.err
+        fidelity = Measured.load(tmp_path / name / "measurement.json").fidelity
+        assert fidelity is not None
+        errors.append(fidelity.relative_error)
+        assert ("distil in 180 steps" in result.err) == (name == "taught")
+    assert errors[1] < errors[0]
+
+
 def test_each_stage_is_a_line_where_there_is_no_terminal(run: Run) -> None:
     torch.manual_seed(0)  # of untrained networks, some are lucky
     result = run("compress", *RESNET, "--data", "digits", "--images", 64, "--macs", 0.6, "--out", "small")
@@ -405,6 +417,7 @@ INPUT = ("compress", *MLP, "--rank", "4", "--out", "new/small", "--input", "64")
         ((*INPUT[:-1], "0,64"), 2, "--input '0,64'"),
         ((*INPUT[:-1], "63"), 1, "shapes cannot be multiplied"),
         ((*INPUT, "--reconstruct"), 2, "--reconstruct needs data"),
+        ((*INPUT, "--distill", "2"), 2, "--distill needs data"),
         ((*INPUT, "--metric", "activation"), 2, "--metric activation needs data"),
         ((*INPUT, "--test"), 2, "there is no --data"),
         ((*INPUT, "--mean", "0.5", "--std", "0.5"), 2, "--mean goes with --data"),

@@ -195,6 +195,8 @@ def test_logits_are_compared_as_classes() -> None:
     [
         ({"data": DATA[:1]}, errors.DataError, "there are 1; give two or more"),
         ({"data": []}, errors.DataError, "there are 0"),
+        ({"data": DATA, "held_out": []}, errors.DataError, "held_out is empty"),
+        ({"data": DATA, "batch": 0}, errors.TrainingError, "batch=0"),
         ({"data": DATA, "minutes": 0.0}, errors.TrainingError, "minutes=0.0: give a number above 0"),
         ({"data": DATA, "epochs": 0}, errors.TrainingError, "epochs=0"),
         ({"data": X}, errors.DataError, "data is one Tensor"),

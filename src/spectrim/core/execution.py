@@ -88,10 +88,14 @@ class Inputs:
 
         Sequences are long if four of them have more places than that.
         """
+        size = max(1, places * self.samples // max(1, self.places))
+        return [self] if 4 * self.places <= places * self.samples else self.split(size)
+
+    def split(self, size: int) -> "list[Inputs]":
+        """In parts of so many samples; in one part where it cannot be told which dimension has them."""
         shapes, samples = [tensor.shape for tensor in self.tensors()], self.samples
-        splits = not self.is_ragged and all(len(shape) > 1 and shape[0] == samples != shape[1] for shape in shapes)
-        size = max(1, places * samples // max(1, self.places))
-        if not splits or 4 * self.places <= places * samples or samples <= size:
+        splits = all(len(shape) > 1 and shape[0] == samples != shape[1] for shape in shapes)
+        if not splits or samples <= size or self.is_ragged or isinstance(self.mask, Tensor):
             return [self]
         return [self.map(partial(_rows, start=start, size=size)) for start in range(0, samples, size)]
 

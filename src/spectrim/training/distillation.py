@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -51,6 +51,7 @@ def distill(
     epochs: int = 3,
     minutes: float | None = None,
     lr: float = 3e-4,
+    batch: int = 16,
     loss: Literal["kl", "mse"] | None = None,
     hidden: bool = True,
     mask: str | None = None,
@@ -70,12 +71,14 @@ def distill(
         model: The compressed network; left as it is.
         teacher: The dense network.
         data: Batches as for `st.finetune`. Labels in them are not used; the last entry of a tuple counts as them.
-        held_out: Batches that are kept aside. By default a sixteenth of the batches in `data`, at least one, which are
-            not trained on; all of `data` is kept in memory then.
+        held_out: Batches that are kept aside. By default a sixteenth of `data`, at least one batch, which is not
+            trained on; all of `data` is kept in memory then.
         epochs: Passes over the data; those of a list come in another order each time. Ends early after three epochs
             without a better one.
         minutes: End after about so many, however many epochs are left; the learning rate decays until then.
         lr: Peak learning rate. One that is too large undoes what the fit has reached, and a warning says so.
+        batch: Larger batches are split into parts of so many samples, a step each, where it is clear what of them is a
+            sample; those of a `DataLoader` with `held_out` are taken as they come.
         loss: How outputs are compared: `"kl"` of the classes, or `"mse"`, the mean squared error over the variance of
             the dense outputs. By default `"kl"` for the logits of Hugging Face's models, else `"mse"`.
         hidden: Whether the last hidden state counts as well, by its mean squared error over its variance. It is what
@@ -99,14 +102,14 @@ def distill(
     for network in (model, teacher):
         require_unwrapped(network)
         require_values(network)
-    settings = _settings(epochs=epochs, minutes=minutes, lr=lr, seed=seed)
-    batches, aside = _split(data, held_out, model=model, seed=seed)
+    settings = _settings(epochs=epochs, minutes=minutes, lr=lr, batch=batch, seed=seed)
+    batches, aside = _split(data, held_out, model=model, batch=batch, seed=seed)
     student = duplicate(model)
     if isinstance(checkpoint, str | Path):
-        others = {**settings.model_dump(), "minutes": minutes, "loss": loss, "hidden": hidden, "mask": mask}
-        checkpoint = Checkpoint(Path(checkpoint), run=identity(model, teacher, others), unfit="refuse")
-    example = replace(next(_inputs(aside, model, "held_out")), mask=mask)
-    with evaluating(teacher), _Comparison(loss, mask).of(student, teacher, example, hidden=hidden) as function:
+        others = {"minutes": minutes, "batch": batch, "loss": loss, "hidden": hidden, "mask": mask}
+        run_of = identity(model, teacher, {**settings.model_dump(), **others})
+        checkpoint = Checkpoint(Path(checkpoint), run=run_of, unfit="refuse")
+    with evaluating(teacher), _Comparison(loss, mask).of(student, teacher, aside, hidden=hidden) as function:
         before = Objective(settings, type(model).__name__, teacher, function).held_out(student, aside)[1] or 0.0
         if before == 0:
             warnings.warn("the network computes what the dense one does already, and is left as it is", stacklevel=3)
@@ -140,19 +143,19 @@ class Distillation:
     epochs: int = 3
     minutes: float | None = None
     lr: float = 3e-4
+    batch: int = 16
     loss: Literal["kl", "mse"] | None = None
     hidden: bool = True
     seed: int = 0
     data: Iterable[Any] | None = None
 
     def __post_init__(self) -> None:
-        _ = _settings(epochs=self.epochs, minutes=self.minutes, lr=self.lr, seed=self.seed)
+        _ = _settings(epochs=self.epochs, minutes=self.minutes, lr=self.lr, batch=self.batch, seed=self.seed)
 
     def batches(self, calibration: Sequence[Inputs], *, like: Inputs) -> Sequence[Inputs]:
-        """What it learns from. Raises `DataError` where there are fewer than two batches."""
+        """What it learns from, in parts. Raises `DataError` where there are fewer than two."""
         own = calibration if self.data is None else collected(without_labels(self.data, like=like, what="distill.data"))
-        _require_two(own)
-        return own
+        return _parts(own, self.batch, least=2)
 
     def distilled(
         self, model: nn.Module, teacher: nn.Module, batches: Sequence[Inputs], *, on_progress: ProgressCallback | None
@@ -170,7 +173,7 @@ class Distillation:
                 for number in (0, 1) if done == 1 else (done,):
                     on_progress(what, number, total)
 
-        options = {name: getattr(self, name) for name in ("epochs", "minutes", "lr", "loss", "hidden", "seed")}
+        options = {name: getattr(self, name) for name in ("epochs", "minutes", "lr", "batch", "loss", "hidden", "seed")}
         mask = batches[0].mask if isinstance(batches[0].mask, str) else None
         return distill(model, teacher, data=batches, mask=mask, on_progress=report, **options).model
 
@@ -194,9 +197,12 @@ class _Comparison:
 
     @contextmanager
     def of(
-        self, student: nn.Module, teacher: nn.Module, example: Inputs, *, hidden: bool
+        self, student: nn.Module, teacher: nn.Module, data: Iterable[Any], *, hidden: bool
     ) -> Iterator[Callable[[Any, Any], Tensor]]:
         """The loss function of these networks, while the hooks are in place."""
+        example = next(_inputs(data, student, "held_out"), None)
+        if example is None:
+            raise DataError("held_out is empty; give at least one batch")
         place = _hidden_place(student, teacher, example)
         handles = [teacher.register_forward_pre_hook(self._read_mask, with_kwargs=True)]
         for network, signals in ((student, self.student), (teacher, self.teacher)) if place and hidden else ():
@@ -276,9 +282,11 @@ def _kl(outputs: Tensor, goal: Tensor) -> Tensor:
     return functional.kl_div(own, other, reduction="sum", log_target=True) * outputs.shape[axis] / outputs.numel()
 
 
-def _settings(*, epochs: int, minutes: float | None, lr: float, seed: int) -> Settings:
+def _settings(*, epochs: int, minutes: float | None, lr: float, batch: int, seed: int) -> Settings:
     if minutes is not None and not minutes > 0:
         raise TrainingError(f"minutes={minutes!r}: give a number above 0, or None")
+    if batch < 1:
+        raise TrainingError(f"batch={batch!r}: give at least 1 sample")
     return Settings(epochs=epochs, lr=lr, seed=seed, keep="best", patience=_PATIENCE)
 
 
@@ -289,18 +297,16 @@ def _inputs(data: Iterable[Any], model: nn.Module, what: str) -> Iterator[Inputs
 
 
 def _split(
-    data: Iterable[Any], held_out: Iterable[Any] | None, *, model: nn.Module, seed: int
+    data: Iterable[Any], held_out: Iterable[Any] | None, *, model: nn.Module, batch: int, seed: int
 ) -> tuple[Iterable[Any] | EpochData, Iterable[Any]]:
     """What is trained on, in another order each epoch, and what is kept aside."""
     if held_out is not None and not isinstance(data, Sequence):
         return data, held_out
-    batches = collected(_inputs(data, model, "data"))
+    parts = _parts(collected(_inputs(data, model, "data")), batch, least=2 if held_out is None else 1)
     if held_out is None:
-        _require_two(batches)
-        order = _order(len(batches), seed)
-        aside, used = order[: -(-len(batches) // _ASIDE_OF)], sorted(order[-(-len(batches) // _ASIDE_OF) :])
-        held_out, batches = [batches[place] for place in aside], [batches[place] for place in used]
-    return (lambda epoch: [batches[place] for place in _order(len(batches), seed + 100_003 * (epoch + 1))]), held_out
+        order, number = _order(len(parts), seed), -(-len(parts) // _ASIDE_OF)
+        held_out, parts = ([parts[place] for place in places] for places in (order[:number], sorted(order[number:])))
+    return (lambda epoch: [parts[place] for place in _order(len(parts), seed + 100_003 * (epoch + 1))]), held_out
 
 
 def _order(number: int, seed: int) -> list[int]:
@@ -308,12 +314,14 @@ def _order(number: int, seed: int) -> list[int]:
     return places
 
 
-def _require_two(batches: Sequence[Any]) -> None:
-    if len(batches) < 2:
+def _parts(batches: Sequence[Inputs], size: int, *, least: int) -> list[Inputs]:
+    parts = [part for inputs in batches for part in inputs.split(size)]
+    if len(parts) < least:
         raise DataError(
-            f"distillation learns from batches and keeps some aside, and of data there are {len(batches)}; give two or "
+            f"distillation learns from batches and keeps some aside, and of data there are {len(parts)}; give two or "
             "more, smaller ones, or held_out="
         )
+    return parts
 
 
 def _is_convolutional(model: nn.Module) -> bool:

@@ -37,7 +37,7 @@ class History(tuple[Epoch, ...]):
     Attributes:
         lr: The learning rate of the last step of each epoch.
         stopped_early: Whether patience ended the run before its last epoch.
-        weights_of: Position of the epoch whose weights the network has; None before the first one has ended.
+        weights_of: Position of the epoch whose weights the network has; None for those before the first one.
     """
 
     lr: tuple[float, ...]
