@@ -185,7 +185,7 @@ def test_the_result_learns_from_the_dense_network(run: Run, tmp_path: Path) -> N
         fidelity = Measured.load(tmp_path / name / "measurement.json").fidelity
         assert fidelity is not None
         errors.append(fidelity.relative_error)
-        assert ("distil in 180 steps" in result.err) == (name == "taught")
+        assert ("distil in 168 steps" in result.err) == (name == "taught")
     assert errors[1] < errors[0]
 
 

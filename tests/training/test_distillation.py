@@ -78,7 +78,7 @@ def test_the_network_comes_nearer_and_nothing_else_changes() -> None:
     assert not teacher.training
     assert torch.equal(torch.get_rng_state(), states)
     assert result.history.measured_by == "loss"
-    assert told[-1][1:] == (30, 30)
+    assert told[-1][1:] == (50, 50)
     assert torch.equal(result.model[1].running_mean, teacher[1].running_mean)
     assert not any(module._forward_hooks for network in (teacher, result.model) for module in network.modules())
 
@@ -113,6 +113,17 @@ def test_labels_are_not_used_and_loaders_are_read() -> None:
     assert same(st.distill(model, teacher, data=loader, epochs=1).model, alone)
     streamed = st.distill(model, teacher, data=loader, held_out=ASIDE, epochs=2)
     assert len(streamed.history) == 2
+
+
+def test_the_dense_network_is_run_once_on_each_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher, calls = dense(), []
+    model = small(teacher)
+    teacher.register_forward_hook(lambda *_: calls.append(1))
+    result = st.distill(model, teacher, data=DATA, lr=1e-2)
+    assert len(calls) == 1 + len(DATA)  # one to find the hidden state
+    monkeypatch.setattr(distillation, "free_bytes", lambda _: 1)
+    assert same(st.distill(model, teacher, data=DATA, lr=1e-2).model, result.model)
+    assert len(calls) == 1 + len(DATA) + 2 + 5 * len(DATA)
 
 
 def test_padding_changes_nothing() -> None:
@@ -230,7 +241,7 @@ def test_compress_distils_and_looks_at_the_result() -> None:
     assert plain.fidelity is not None
     assert after.fidelity is not None
     assert after.fidelity.relative_error != plain.fidelity.relative_error
-    assert "distil epoch 3/3" in told
+    assert "distil epoch 5/5" in told
     assert same(teacher, dense())
 
 

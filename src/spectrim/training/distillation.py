@@ -19,25 +19,28 @@ from spectrim.core.execution import (
     Inputs,
     ProgressCallback,
     call,
+    device_of,
     evaluating,
     require_unwrapped,
     require_values,
     temporary,
 )
-from spectrim.core.nested import fractions, logits_of
+from spectrim.core.memory import free_bytes
+from spectrim.core.nested import fractions, logits_of, size_of, stored_tensors
 from spectrim.core.progress import progress_callback
 from spectrim.layers.factored import is_low_rank
 from spectrim.layers.replacement import duplicate
 from spectrim.layers.tokens import TokenMasks
 from spectrim.layers.types import find_layer_type
-from spectrim.training.checkpoint import Checkpoint, identity
+from spectrim.training.checkpoint import Checkpoint, digest, identity
 from spectrim.training.finetuning import Finetuned
 from spectrim.training.history import History
 from spectrim.training.loop import EpochData, TrainingRun, train_in_place
 from spectrim.training.losses import Objective, scaled_error
 from spectrim.training.settings import Settings
 
-_ASIDE_OF, _PATIENCE, _HIDDEN = 16, 3, 1.0
+_ASIDE_OF, _PATIENCE = 16, 3
+_RATE, _MOST = 1e-3, 5e-4
 _STATE = "last_hidden_state"
 
 
@@ -48,9 +51,9 @@ def distill(
     *,
     data: Iterable[Any],
     held_out: Iterable[Any] | None = None,
-    epochs: int = 3,
+    epochs: int = 5,
     minutes: float | None = None,
-    lr: float = 3e-4,
+    lr: float | None = None,
     batch: int = 16,
     loss: Literal["kl", "mse"] | None = None,
     hidden: bool = True,
@@ -76,7 +79,9 @@ def distill(
         epochs: Passes over the data; those of a list come in another order each time. Ends early after three epochs
             without a better one.
         minutes: End after about so many, however many epochs are left; the learning rate decays until then.
-        lr: Peak learning rate. One that is too large undoes what the fit has reached, and a warning says so.
+        lr: Peak learning rate. One that is too large undoes what the fit has reached, and a warning says so. By default
+            a thousandth of the loss that it begins with on what is kept aside, at most 5e-4: the steps' own noise adds
+            to the loss about in proportion to the rate.
         batch: Larger batches are split into parts of so many samples, a step each, where it is clear what of them is a
             sample; those of a `DataLoader` with `held_out` are taken as they come.
         loss: How outputs are compared: `"kl"` of the classes, or `"mse"`, the mean squared error over the variance of
@@ -105,15 +110,18 @@ def distill(
     settings = _settings(epochs=epochs, minutes=minutes, lr=lr, batch=batch, seed=seed)
     batches, aside = _split(data, held_out, model=model, batch=batch, seed=seed)
     student = duplicate(model)
-    if isinstance(checkpoint, str | Path):
-        others = {"minutes": minutes, "batch": batch, "loss": loss, "hidden": hidden, "mask": mask}
-        run_of = identity(model, teacher, {**settings.model_dump(), **others})
-        checkpoint = Checkpoint(Path(checkpoint), run=run_of, unfit="refuse")
-    with evaluating(teacher), _Comparison(loss, mask).of(student, teacher, aside, hidden=hidden) as function:
-        before = Objective(settings, type(model).__name__, teacher, function).held_out(student, aside)[1] or 0.0
+    function = _Comparison(loss, mask)
+    with evaluating(teacher), function.hooks(student, teacher, aside, hidden=hidden):
+        dense = _Teacher(teacher, function.teacher, comes_again=callable(batches))
+        before = Objective(settings, type(model).__name__, dense, function).held_out(student, aside)[1] or 0.0
         if before == 0:
             warnings.warn("the network computes what the dense one does already, and is left as it is", stacklevel=3)
             return Finetuned(student, History())
+        settings = settings if lr is not None else settings.model_copy(update={"lr": min(_MOST, _RATE * before)})
+        if isinstance(checkpoint, str | Path):
+            others = {"minutes": minutes, "batch": batch, "loss": loss, "hidden": hidden, "mask": mask}
+            run_of = identity(model, teacher, {**settings.model_dump(), **others})
+            checkpoint = Checkpoint(Path(checkpoint), run=run_of, unfit="refuse")
         with progress_callback(on_progress, progress=progress) as report:
             run = TrainingRun(
                 student,
@@ -121,14 +129,14 @@ def distill(
                 settings=settings,
                 loss=function,
                 frozen_modules=[student],
-                teacher=teacher,
+                teacher=dense,
                 held_out=aside,
                 checkpoint=checkpoint,
                 minutes=minutes,
                 on_progress=report,
             )
             history = train_in_place(run)
-    return _no_worse(Finetuned(student, history), model, before=before, lr=lr)
+    return _no_worse(Finetuned(student, history), model, before=before, lr=settings.lr)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -140,9 +148,9 @@ class Distillation:
             has been fitted already: other ones gain more. They are kept in memory.
     """
 
-    epochs: int = 3
+    epochs: int = 5
     minutes: float | None = None
-    lr: float = 3e-4
+    lr: float | None = None
     batch: int = 16
     loss: Literal["kl", "mse"] | None = None
     hidden: bool = True
@@ -196,10 +204,8 @@ class _Comparison:
     teacher: _Signals = field(default_factory=_Signals)
 
     @contextmanager
-    def of(
-        self, student: nn.Module, teacher: nn.Module, data: Iterable[Any], *, hidden: bool
-    ) -> Iterator[Callable[[Any, Any], Tensor]]:
-        """The loss function of these networks, while the hooks are in place."""
+    def hooks(self, student: nn.Module, teacher: nn.Module, data: Iterable[Any], *, hidden: bool) -> Iterator[None]:
+        """Hooks on the networks that record what the loss needs."""
         example = next(_inputs(data, student, "held_out"), None)
         if example is None:
             raise DataError("held_out is empty; give at least one batch")
@@ -208,7 +214,7 @@ class _Comparison:
         for network, signals in ((student, self.student), (teacher, self.teacher)) if place and hidden else ():
             handles.append(network.get_submodule(place or "").register_forward_hook(_recorder(signals)))
         with temporary(handles):
-            yield self
+            yield
 
     def __call__(self, outputs: Any, taught: Any) -> Tensor:
         """The loss."""
@@ -219,7 +225,7 @@ class _Comparison:
         total = torch.stack([compare(*pair) for pair in pairs]).mean()
         if self.teacher.hidden is not None and self.student.hidden is not None:
             states = [self._values(signals.hidden) for signals in (self.student, self.teacher)]
-            total = total + _HIDDEN * scaled_error(states[0][0], states[1][0])
+            total = total + scaled_error(states[0][0], states[1][0])
         return total
 
     def _values(self, outputs: Any) -> list[Tensor]:
@@ -228,6 +234,29 @@ class _Comparison:
 
     def _read_mask(self, teacher: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.teacher.masks = TokenMasks.of(teacher, Inputs(args, kwargs, self.mask))
+
+
+class _Teacher(nn.Module):
+    """The dense network, run once on each batch that comes again, as far as a quarter of the free memory goes."""
+
+    def __init__(self, network: nn.Module, signals: _Signals, *, comes_again: bool) -> None:
+        super().__init__()
+        self.network, self.signals = network, signals
+        self.free = free_bytes(device_of(network)) // 4 if comes_again else 0
+        self.known: dict[str, tuple[Any, Tensor | None, TokenMasks]] = {}
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The outputs, with what hooks recorded of them."""
+        batch = enumerate(stored_tensors((args, kwargs)))
+        key = digest({f"{place} {list(tensor.shape)}": tensor for place, tensor in batch})
+        if key in self.known:
+            outputs, self.signals.hidden, self.signals.masks = self.known[key]
+            return outputs
+        outputs = self.network(*args, **kwargs)
+        self.free -= size_of((outputs, self.signals.hidden))
+        if self.free > 0:
+            self.known[key] = (outputs, self.signals.hidden, self.signals.masks)
+        return outputs
 
 
 def _recorder(signals: _Signals) -> Callable[[nn.Module, Any, Any], None]:
@@ -282,12 +311,12 @@ def _kl(outputs: Tensor, goal: Tensor) -> Tensor:
     return functional.kl_div(own, other, reduction="sum", log_target=True) * outputs.shape[axis] / outputs.numel()
 
 
-def _settings(*, epochs: int, minutes: float | None, lr: float, batch: int, seed: int) -> Settings:
+def _settings(*, epochs: int, minutes: float | None, lr: float | None, batch: int, seed: int) -> Settings:
     if minutes is not None and not minutes > 0:
         raise TrainingError(f"minutes={minutes!r}: give a number above 0, or None")
     if batch < 1:
         raise TrainingError(f"batch={batch!r}: give at least 1 sample")
-    return Settings(epochs=epochs, lr=lr, seed=seed, keep="best", patience=_PATIENCE)
+    return Settings(epochs=epochs, lr=_MOST if lr is None else lr, seed=seed, keep="best", patience=_PATIENCE)
 
 
 def _inputs(data: Iterable[Any], model: nn.Module, what: str) -> Iterator[Inputs]:
