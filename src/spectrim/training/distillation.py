@@ -366,14 +366,14 @@ def _no_worse(trained: Finetuned, model: nn.Module, *, before: float, lr: float)
     first, best = history[0].held_out_loss or 0.0, min(epoch.held_out_loss or 0.0 for epoch in history)
     change = f"the loss on inputs kept aside went from {before:.3g} to {first:.3g} in the first epoch"
     if best < before:
-        if first > before:
+        if first > 1.05 * before:
             warnings.warn(
-                f"{change}: lr={lr:g} undid what the fit had reached; a third of it may end better", stacklevel=4
+                f"{change}: lr={lr:.2g} undid what the fit had reached; a third of it may end better", stacklevel=4
             )
         return trained
     warnings.warn(
         f"distillation made nothing better ({change}), and the network is left as it was; give a smaller lr= than "
-        f"{lr:g}, or other inputs than those it was fitted to",
+        f"{lr:.2g}, or other inputs than those it was fitted to",
         stacklevel=4,
     )
     return Finetuned(duplicate(model), History(history, lr=history.lr, stopped_early=history.stopped_early))
