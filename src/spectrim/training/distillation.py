@@ -40,7 +40,7 @@ from spectrim.training.losses import Objective, scaled_error
 from spectrim.training.settings import Settings
 
 _ASIDE_OF, _PATIENCE = 16, 3
-_RATE, _MOST = 1e-3, 5e-4
+_RATE, _MOST = 6e-4, 5e-4
 _STATE = "last_hidden_state"
 
 
@@ -80,7 +80,7 @@ def distill(
             without a better one.
         minutes: End after about so many, however many epochs are left; the learning rate decays until then.
         lr: Peak learning rate. One that is too large undoes what the fit has reached, and a warning says so. By default
-            a thousandth of the loss that it begins with on what is kept aside, at most 5e-4: the steps' own noise adds
+            6e-4 times the loss that it begins with on what is kept aside, at most 5e-4: the steps' own noise adds
             to the loss about in proportion to the rate.
         batch: Larger batches are split into parts of so many samples, a step each, where it is clear what of them is a
             sample; those of a `DataLoader` with `held_out` are taken as they come.
