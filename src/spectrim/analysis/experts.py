@@ -73,7 +73,7 @@ class _Estimate:
 
     Attributes:
         moment: The moment.
-        unknown: Share of it to exchange for its mean variance, as in `Moments`.
+        unknown: Share of it that is not known, as in `Moments`.
         variance: Mean squared distance to what more vectors would give.
         count: How many vectors.
     """

@@ -40,8 +40,8 @@ class Moments:
             Of indices the second moment of the vectors that are 1 there, which is diagonal: the shares.
         rounding_tolerance: Relative rounding error of the covariance, from the precision it was summed in.
         samples: Number of samples (images, texts) that the vectors are of.
-        shrinkage: Share of the covariance, from 0 to 1, that is better exchanged for its diagonal, and of that for the
-            mean variance: what so few samples do not know of others (Ledoit & Wolf 2004); 1 for a single sample.
+        shrinkage: Share of the covariance, from 0 to 1, that is better exchanged for its diagonal, and of that for a
+            typical variance: what so few samples do not know of others (Ledoit & Wolf 2004); 1 for a single sample.
         output_grad_covariance: Second moment of the gradient of random combinations of the network's outputs with
             respect to this layer's output, summed over places, float64 (groups, out, out); None if not asked for.
         output_grad_shrinkage: As `shrinkage`, of that moment.

@@ -136,7 +136,7 @@ def in_range(rows: Tensor) -> tuple[Tensor, float]:
 
 
 def shrinkage(moment: Covariance, *, samples: int, variation: float) -> float:
-    """Which share of a second moment (groups, n, n) to exchange for its mean variance, from 0 to 1.
+    """Which share of a second moment (groups, n, n), from 0 to 1, few samples do not know; see `shrunk`.
 
     The share with the least mean squared error: the variance of the estimate over its squared distance to a multiple of
     the identity (Ledoit & Wolf 2004, with samples in the place of vectors). It is 1 for a single sample, or several

@@ -79,7 +79,8 @@ def measured_fidelity(
     if measured is None:
         return None
     _warn_if_useless(measured)
-    _warn_if_worse_with_data(measured)
+    rounding = max((torch.finfo(own.dtype).eps for own in small.parameters() if own.is_floating_point()), default=0.0)
+    _warn_if_worse_with_data(measured, near=max(_NEAR, 8 * rounding))
     _warn_if_worse_than_predicted(measured)
     others = measured.plain and measured.plain.model_copy(update={"held_out": held_out})
     return measured.model_copy(update={"held_out": held_out, "plain": others})
@@ -227,12 +228,12 @@ def _warn_if_worse_than_predicted(measured: Fidelity) -> None:
     )
 
 
-def _warn_if_worse_with_data(measured: Fidelity) -> None:
+def _warn_if_worse_with_data(measured: Fidelity, *, near: float) -> None:
     """Warn if weights approximated by themselves, without the data, come nearer to the dense network on these data."""
     plain = measured.plain
     if plain is None or plain.relative_error > _FAR:  # nothing is left of the network either way
         return
-    if measured.relative_error <= max(_NEAR, _WORSE * plain.relative_error):
+    if measured.relative_error <= max(near, _WORSE * plain.relative_error):
         return
     warnings.warn(
         f"on the calibration data the compressed network is {measured.relative_error:.3g} off (relative error), and "

@@ -37,8 +37,8 @@ class LowRankCovariance:
         return *self.rows.shape[:-2], self.rows.shape[-1], self.rows.shape[-1]
 
     def lifted(self, by: Tensor) -> "LowRankCovariance":
-        """With `by`, (groups,), added to the diagonals."""
-        return replace(self, ridge=self.ridge + by.unsqueeze(-1))
+        """With `by`, (groups, n), added to the diagonals."""
+        return replace(self, ridge=self.ridge + by.to(self.ridge.device))
 
     @property
     def variances(self) -> Tensor:
@@ -76,8 +76,8 @@ class DiagonalCovariance:
         return *self.variances.shape, self.variances.shape[-1]
 
     def lifted(self, by: Tensor) -> "DiagonalCovariance":
-        """With `by`, (groups,), added to the diagonals."""
-        return DiagonalCovariance(self.variances + by.to(self.variances.device).unsqueeze(-1))
+        """With `by`, (groups, n), added to the diagonals."""
+        return DiagonalCovariance(self.variances + by.to(self.variances.device))
 
     def to(self, device: torch.device) -> "DiagonalCovariance":
         """On another device."""
@@ -93,11 +93,22 @@ def matrix_of(C: Covariance) -> Tensor:
     return to_float64(C) if isinstance(C, Tensor) else C.matrix
 
 
+def variances_of(C: Covariance) -> Tensor:
+    """The diagonal, float64 (groups, n)."""
+    return to_float64(C.diagonal(dim1=-2, dim2=-1)).clamp(min=0) if isinstance(C, Tensor) else C.variances
+
+
 def mean_variance(C: Covariance) -> Tensor:
     """The trace divided by n, float64 (groups,)."""
     if isinstance(C, Tensor):
         return to_float64(C.diagonal(dim1=-2, dim2=-1).mean(dim=-1))
     return C.variances.mean(dim=-1)
+
+
+def typical_variance(variances: Tensor) -> Tensor:
+    """The square of the mean standard deviation, which few large ones do not decide; 1 where it is 0; (groups, 1)."""
+    typical = variances.sqrt().mean(dim=-1, keepdim=True).square()
+    return torch.where(typical > 0, typical, torch.ones_like(typical))
 
 
 def square_of(C: Covariance) -> float:
@@ -120,19 +131,16 @@ def square_around(C: Covariance, v: Tensor) -> float:
 def shrunk(C: Covariance, share: float) -> Covariance:
     """C with a share of it exchanged for its diagonal, and that share of the diagonal for a typical variance.
 
-    This is the square of the mean standard deviation, so that a few inputs of large variance, as language models have
-    them, do not hide the others; 1 where it is 0. Of a diagonal matrix, of shares, it is their mean.
+    So a few inputs of large variance, as language models have them, do not hide the others. Of a diagonal matrix, of
+    shares, it is exchanged for their mean.
     """
     if not share:
         return C
+    own = variances_of(C)
     if isinstance(C, DiagonalCovariance):
-        mean = mean_variance(C)
-        by = share * torch.where(mean > 0, mean, torch.ones_like(mean))
-        return DiagonalCovariance(C.variances * (1 - share)).lifted(by)
-    own = to_float64(C.diagonal(dim1=-2, dim2=-1)).clamp(min=0) if isinstance(C, Tensor) else C.variances
-    # not the mean, which few large ones decide
-    typical = own.sqrt().mean(dim=-1, keepdim=True).square()
-    by = share * ((1 - share) * own + share * torch.where(typical > 0, typical, torch.ones_like(typical)))
+        mean = own.mean(dim=-1, keepdim=True)
+        return DiagonalCovariance(own * (1 - share)).lifted(share * torch.where(mean > 0, mean, torch.ones_like(mean)))
+    by = share * ((1 - share) * own + share * typical_variance(own))
     if isinstance(C, LowRankCovariance):
         return LowRankCovariance(C.rows * (1 - share) ** 0.5, (1 - share) * C.ridge + by.to(C.ridge.device))
     part = to_float64(C)

@@ -17,9 +17,10 @@ from spectrim.linalg.covariance import (
     DiagonalCovariance,
     LowRankCovariance,
     matrix_of,
-    mean_variance,
     shrunk,
     times,
+    typical_variance,
+    variances_of,
 )
 from spectrim.linalg.spectra import FloatArray, to_float64
 
@@ -105,7 +106,7 @@ class Problem:
         covariance: C = cov(x), (groups, n, n) with n = in times the kernel's size; None for the identity, which is the
             plain metric.
         output: G, (groups, out, out), positive semi-definite; None for the identity.
-        shrinkage: Share of C, from 0 to 1, to exchange for its mean variance, since the statistics do not know it.
+        shrinkage: Share of C, from 0 to 1, that the statistics do not know; see `shrunk`.
         rounding_tolerance: Variance below this share of the largest is taken as rounding of the statistics.
         _shared: What problems that differ in their output metric only have in common.
     """
@@ -250,11 +251,9 @@ class Problem:
 
 
 def ridged(C: Covariance, *, share: float) -> Covariance:
-    """C with a share of the mean variance, or more, added to its diagonals, so that it has an inverse."""
-    if isinstance(C, Tensor):
-        return lifted(C.clone(), needed_floor(C, share=share))
-    mean = mean_variance(C)
-    return C.lifted(torch.where(mean > 0, mean * share, torch.ones_like(mean)))
+    """C with a share of the typical variance, or more, added to its diagonals, so that it has an inverse."""
+    by = share * typical_variance(variances_of(C))
+    return lifted(C.clone(), needed_floor(C, least=by.squeeze(-1))) if isinstance(C, Tensor) else C.lifted(by)
 
 
 def lifted(metric: Tensor, floor: Tensor) -> Tensor:
@@ -263,13 +262,13 @@ def lifted(metric: Tensor, floor: Tensor) -> Tensor:
     return metric
 
 
-def needed_floor(metric: Tensor, *, share: float = _FLOOR) -> Tensor:
-    """What to add to the diagonals of (groups, n, n), (groups,): a share of the mean variance, or more.
+def needed_floor(metric: Tensor, *, share: float = _FLOOR, least: Tensor | None = None) -> Tensor:
+    """What to add to the diagonals of (groups, n, n), (groups,): a share of the mean variance, or `least`, or more.
 
     An inverse needs more where statistics were summed in float32, whose rounding leaves negative variances.
     """
     mean = metric.diagonal(dim1=-2, dim2=-1).mean(dim=-1)
-    floor = torch.where(mean > 0, mean * share, torch.ones_like(mean))
+    floor = torch.where(mean > 0, mean * share, torch.ones_like(mean)) if least is None else least
     for _ in range(8):
         failed = torch.linalg.cholesky_ex(lifted(metric.clone(), floor))[1] > 0
         if not bool(failed.any()):
