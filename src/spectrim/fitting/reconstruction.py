@@ -124,9 +124,10 @@ def reconstruct(
     In execution order, layer by layer: y is the output of the dense network, x the input in the network as compressed
     so far. W* = (cov(y, x) + r W)(cov(x) + r I)^-1, r a hundredth of the typical variance or of tokens a tenth, is
     factored in the metric cov(x) + r I, and the bias makes the mean exact (asymmetric reconstruction; Zhang 2016).
-    Layers that stay dense take W* as it is. Where the graph shows that a layer's output is only added to a residual branch, y also makes up for
-    what that branch lacks; where only a ReLU follows, y does not count where the ReLU hides it. Where, on these data,
-    the planned factors come nearer to y than the fitted ones, which are drawn towards W, they are kept.
+    Layers that stay dense take W* as it is. Where the graph shows that a layer's output is only added to a residual
+    branch, y also makes up for what that branch lacks; where only a ReLU follows, y does not count where the ReLU hides
+    it. Where, on these data, the planned factors come nearer to y than the fitted ones, which are drawn towards W, they
+    are kept.
 
     Time: a run of the compressed network up to each layer, less the blocks whose outputs are kept, and one of the dense
     network; layers that read one tensor share a run. Memory: one layer's sampled inputs and second moments, the
