@@ -97,6 +97,14 @@ def others(study: TextStudy, texts: Texts, *, seed: int) -> list[Any]:
     return [texts.encode([texts.samples[place] for place in part]) for part in places]
 
 
+def analysed(study: TextStudy, network: nn.Module, data: Sequence[Any], *, methods: Sequence[str]) -> st.Analysis:
+    """Spectra in the metrics that the methods need; sensitivities only for Spectrim's."""
+    if not {"spectrim", "distilled"} & set(methods):
+        return st.analyze(network, data[0], calibration=st.calibrate(network, data))
+    rule, options = study.rule(study.shares[0]), PlanOptions(metric=study.metric)
+    return decide(network, rule, example_inputs=as_inputs(data[0]), data=data, options=options).analysis
+
+
 def rows(arguments: argparse.Namespace, study: TextStudy) -> Iterator[tuple[str, float, float, float, float]]:
     """Method, share, score, distance and seconds, seed by seed; the dense model first."""
     source, data_folder = study.require_folders(arguments.data)
@@ -106,10 +114,8 @@ def rows(arguments: argparse.Namespace, study: TextStudy) -> Iterator[tuple[str,
     yield "dense", 1.0, scores.dense, 0.0, 0.0
     for seed in arguments.seeds:
         data, unseen = texts.calibration(study.samples, batch=study.batch, seed=seed), others(study, texts, seed=seed)
-        example, options, begin = as_inputs(data[0]), PlanOptions(metric=study.metric), time.process_time()
-        analysis = decide(
-            network, study.rule(study.shares[0]), example_inputs=example, data=data, options=options
-        ).analysis
+        begin = time.process_time()
+        analysis = analysed(study, network, data, methods=arguments.methods)
         learning = time.process_time() - begin
         for share in study.shares:
             zero_shot: tuple[nn.Module, float] | None = None
@@ -143,13 +149,14 @@ def main() -> None:
     parser.add_argument("--shares", type=lambda text: tuple(map(float, text.split(","))))
     parser.add_argument("--seeds", default=(0, 1, 2), type=lambda text: tuple(map(int, text.split(","))))
     parser.add_argument("--samples", type=int)
+    parser.add_argument("--batch", type=int, help="samples at a time")
     parser.add_argument("--scored", type=int, help="examples to score, at most")
     parser.add_argument("--test", action="store_true", help="score test data instead of held-out data")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     study = find_study(arguments.recipe)
     assert isinstance(study, TextStudy)
-    chosen = {name: getattr(arguments, name) for name in ("model", "shares", "samples", "scored")}
+    chosen = {name: getattr(arguments, name) for name in ("model", "shares", "samples", "batch", "scored")}
     study = study.model_copy(update={name: value for name, value in chosen.items() if value is not None})
     by_network: dict[tuple[str, float], list[tuple[float, float, float]]] = {}
     for method, share, *numbers in rows(arguments, study):
