@@ -66,6 +66,9 @@ def test_values_have_no_agreement_and_outputs_of_varying_shapes_no_distance() ->
     same = fidelity(nn.Flatten(0), nn.Flatten(0), [as_inputs(x)])
     assert same is not None
     assert (same.relative_error, same.agreement) == (0, None)
+    embeddings = fidelity(nn.Identity(), nn.Identity(), [as_inputs(nn.functional.normalize(x))])
+    assert embeddings is not None
+    assert embeddings.agreement is None
     assert fidelity(Chosen(), nn.Identity(), [as_inputs(x), as_inputs(-x)]) is None
     assert fidelity(nn.Identity(), nn.Unflatten(1, (3, 1)), [as_inputs(x)]) is None
 
@@ -198,7 +201,8 @@ def test_a_bias_of_two_layers_is_not_shared_by_their_factors() -> None:
 def test_data_that_make_it_worse_are_said() -> None:
     plain = Fidelity(relative_error=0.1, samples=4)
     with pytest.warns(UserWarning, match=r"0.3 off .* and 0.1 without these data"):
-        _warn_if_worse_with_data(Fidelity(relative_error=0.3, samples=4, plain=plain))
+        _warn_if_worse_with_data(Fidelity(relative_error=0.3, samples=4, plain=plain), near=0.02)
+    _warn_if_worse_with_data(Fidelity(relative_error=0.3, samples=4, plain=plain), near=0.4)
 
 
 def test_a_network_in_which_nothing_can_be_factored_is_said() -> None:

@@ -22,6 +22,7 @@ from spectrim.layers.replacement import duplicate, factorize
 from spectrim.layers.tokens import TokenMasks, TokenPlaces
 
 _WORSE, _NEAR, _FAR = 1.2, 0.02, 0.9
+_UNIT = 1e-2
 _FURTHER, _LARGE = 3.0, 0.3
 _LITTLE_AGREEMENT = 0.5
 _ROWS = 256
@@ -334,4 +335,8 @@ def _rows(outputs: Any, masks: TokenMasks) -> list[Tensor]:
 
 
 def _are_scores(outputs: Any) -> bool:
-    return isinstance(outputs, Tensor) and outputs.ndim == 2 and outputs.shape[1] > 1 and not outputs.is_complex()
+    """Whether the largest of each row may say something: not of embeddings, which have a norm of 1."""
+    if not isinstance(outputs, Tensor) or outputs.ndim != 2 or outputs.shape[1] < 2 or outputs.is_complex():
+        return False
+    norms = torch.linalg.vector_norm(outputs.double(), dim=1)
+    return not len(norms) or bool(((norms - 1).abs() > _UNIT).any())
