@@ -6,7 +6,8 @@
 Models and data are those of the recipes (`spectrim recipe show minilm-stsb`). Methods:
 
 - `plain`: truncated SVD, every layer at the same share of its cost.
-- `whitened`: the same in the metric of the inputs with mean correction (what SVD-LLM does).
+- `uncentred`: the same in the metric of the inputs' second moments, without biases and shrinkage (as SVD-LLM does).
+- `whitened`: the same in the metric of the inputs' covariances, with mean correction.
 - `joint`: every MLP at the same share of its neurons and every head at the same share of its numbers, the other layers
   as in `whitened` (like MoDeGPT).
 - `spectrim`: one `st.compress` under the budget.
@@ -23,6 +24,7 @@ import math
 import statistics
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,7 @@ from torch import nn
 import spectrim as st
 from spectrim.core.execution import as_inputs
 from spectrim.core.memory import peak_gb
+from spectrim.linalg.covariance import add_outer
 from spectrim.models.folders import load_pretrained
 from spectrim.planning.decisions import PlanOptions, dense, factored, narrowed
 from spectrim.planning.pipeline import decide
@@ -105,6 +108,16 @@ def analysed(study: TextStudy, network: nn.Module, data: Sequence[Any], *, metho
     return decide(network, rule, example_inputs=as_inputs(data[0]), data=data, options=options).analysis
 
 
+def without_means(calibration: st.Calibration) -> st.Calibration:
+    """Second moments around zero, as they are, in the place of means and covariances."""
+    changed = {
+        name: replace(seen, mean=0 * seen.mean, compact=add_outer(seen.compact, seen.mean), shrinkage=0.0)
+        for name, seen in calibration.moments.items()
+        if isinstance(seen.compact, torch.Tensor)  # not of embeddings, which stay dense
+    }
+    return replace(calibration, moments={**calibration.moments, **changed})
+
+
 def rows(arguments: argparse.Namespace, study: TextStudy) -> Iterator[tuple[str, float, float, float, float]]:
     """Method, share, score, distance and seconds, seed by seed; the dense model first."""
     source, data_folder = study.require_folders(arguments.data)
@@ -117,6 +130,9 @@ def rows(arguments: argparse.Namespace, study: TextStudy) -> Iterator[tuple[str,
         begin = time.process_time()
         analysis = analysed(study, network, data, methods=arguments.methods)
         learning = time.process_time() - begin
+        around_zero = analysis
+        if "uncentred" in arguments.methods:
+            around_zero = st.analyze(network, data[0], calibration=without_means(st.calibrate(network, data)))
         for share in study.shares:
             zero_shot: tuple[nn.Module, float] | None = None
             for method in arguments.methods:
@@ -125,10 +141,11 @@ def rows(arguments: argparse.Namespace, study: TextStudy) -> Iterator[tuple[str,
                 if method == "distilled" and zero_shot:
                     small, before = zero_shot
                 else:
-                    plan = st.plan(analysis, rule) if allocated else uniform(analysis, rule, share, method=method)
+                    spectra = around_zero if method == "uncentred" else analysis
+                    plan = st.plan(spectra, rule) if allocated else uniform(spectra, rule, share, method=method)
                     fitted: Any = "auto" if allocated else False
                     small = st.compress(
-                        network, plan, example_inputs=data[0], data=data, analysis=analysis, reconstruct=fitted
+                        network, plan, example_inputs=data[0], data=data, analysis=spectra, reconstruct=fitted
                     ).model
                     before = learning if allocated else 0.0
                 if method == "distilled":
