@@ -280,6 +280,7 @@ def test_a_tied_head_stays_dense_where_embeddings_do(rule: Any) -> None:
     small = st.compress(build(Tied), rule, example_inputs=DATA[0], data=DATA)
     assert small.model.head.weight is small.model.words.weight
     assert "shares its weight with words" in small.plan["head"].reason
+    assert st.compress(build(Tied), small.plan, example_inputs=DATA[0], data=DATA).plan == small.plan
 
 
 def test_tied_layers_are_factored_only_together() -> None:

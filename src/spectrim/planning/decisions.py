@@ -43,7 +43,7 @@ class PlanOptions:
 def takes_lookups(rule_or_plan: Rule | Plan) -> bool:
     """Whether embeddings may be factored: where they count, and not only the body does."""
     if isinstance(rule_or_plan, Plan):
-        return True
+        return takes_lookups(rule_or_plan.rule)
     return isinstance(rule_or_plan, Budget) and rule_or_plan.limits in _SIZES and rule_or_plan.of is None
 
 
