@@ -254,6 +254,11 @@ def _counted(model: nn.Module, smaller: nn.Module, plan: Plan, example: Inputs, 
     if not _is_refused(plan):
         names = places_of(model, (name for layer in plan if not layer.frozen for name in layer.names))
         replace_layers(model, {name: smaller.get_submodule(name) for name in names})
+        changed = dict(smaller.named_parameters())  # by distillation also those of other layers
+        with torch.no_grad():
+            for name, own in model.named_parameters():
+                if not torch.equal(own, changed[name]):
+                    own.copy_(changed[name])
     return Compressed(model, plan, measurement)
 
 

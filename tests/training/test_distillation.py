@@ -245,6 +245,21 @@ def test_compress_distils_and_looks_at_the_result() -> None:
     assert same(teacher, dense())
 
 
+def test_a_network_that_is_compressed_in_place_is_the_distilled_one() -> None:
+    models = []
+    for inplace in (False, True):
+        torch.manual_seed(0)
+        norm = nn.LayerNorm(16)
+        network = nn.Sequential(nn.Linear(12, 16), norm, nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
+        distillation = st.Distillation(lr=1e-2)
+        result = st.compress(
+            network, st.Rank(3), example_inputs=X[:2], data=DATA, exclude=["5"], distill=distillation, inplace=inplace
+        )
+        assert (result.model is network) == (result.model[1] is norm) == inplace
+        models.append(result.model)
+    assert same(*models)
+
+
 def test_compress_says_what_distillation_lacks() -> None:
     teacher = dense()
     with pytest.raises(errors.DataError, match="give two or more"):
