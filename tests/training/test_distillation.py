@@ -17,6 +17,7 @@ from spectrim.training import distillation
 X = inputs(160, 12, dtype=torch.float32)
 DATA = list(X.split(16))
 ASIDE = [inputs(64, 12, dtype=torch.float32).flip(1)]
+FROZEN = nn.Linear(12, 4).requires_grad_(requires_grad=False)
 
 
 def dense() -> nn.Sequential:
@@ -109,6 +110,7 @@ def test_labels_are_not_used_and_loaders_are_read() -> None:
     labels = torch.randint(4, (160,)).split(16)
     alone = st.distill(model, teacher, data=DATA, epochs=1).model
     assert same(st.distill(model, teacher, data=list(zip(DATA, labels, strict=True)), epochs=1).model, alone)
+    assert same(st.distill(model, teacher, data=[X[:0], *DATA], epochs=1).model, alone)
     loader = DataLoader(TensorDataset(X), batch_size=16)
     assert same(st.distill(model, teacher, data=loader, epochs=1).model, alone)
     streamed = st.distill(model, teacher, data=loader, held_out=ASIDE, epochs=2)
@@ -209,6 +211,13 @@ def test_logits_are_compared_as_classes() -> None:
         ({"data": DATA, "held_out": []}, errors.DataError, "held_out is empty"),
         ({"data": DATA, "batch": 0}, errors.TrainingError, "batch=0"),
         ({"data": DATA, "minutes": 0.0}, errors.TrainingError, "minutes=0.0: give a number above 0"),
+        ({"data": DATA, "loss": "ce"}, errors.TrainingError, 'loss=\'ce\': there are "kl" and "mse"'),
+        ({"data": DATA, "mask": "m"}, errors.DataError, "mask='m': the inputs .* have no entry of this name"),
+        (
+            {"data": DATA, "model": nn.Linear(12, 4).requires_grad_(requires_grad=False)},
+            errors.TrainingError,
+            "nothing to train",
+        ),
         ({"data": DATA, "epochs": 0}, errors.TrainingError, "epochs=0"),
         ({"data": X}, errors.DataError, "data is one Tensor"),
         (
@@ -221,7 +230,7 @@ def test_logits_are_compared_as_classes() -> None:
 def test_a_mistake_is_said(options: dict[str, Any], kind: type[Exception], message: str) -> None:
     teacher = dense()
     with pytest.raises(kind, match=message):
-        st.distill(small(teacher), **{"teacher": teacher, **options})
+        st.distill(**{"model": small(teacher), "teacher": teacher, **options})
 
 
 def test_compress_distils_and_looks_at_the_result() -> None:

@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -107,7 +107,7 @@ def distill(
     for network in (model, teacher):
         require_unwrapped(network)
         require_values(network)
-    settings = _settings(epochs=epochs, minutes=minutes, lr=lr, batch=batch, seed=seed)
+    settings = _settings(epochs=epochs, minutes=minutes, lr=lr, batch=batch, seed=seed, loss=loss)
     batches, aside = _split(data, held_out, model=model, batch=batch, seed=seed)
     student = duplicate(model)
     function = _Comparison(loss, mask)
@@ -158,7 +158,8 @@ class Distillation:
     data: Iterable[Any] | None = None
 
     def __post_init__(self) -> None:
-        _ = _settings(epochs=self.epochs, minutes=self.minutes, lr=self.lr, batch=self.batch, seed=self.seed)
+        options = {name: getattr(self, name) for name in ("epochs", "minutes", "lr", "batch", "seed", "loss")}
+        _ = _settings(**options)
 
     def batches(self, calibration: Sequence[Inputs], *, like: Inputs) -> Sequence[Inputs]:
         """What it learns from, in parts. Raises `DataError` where there are fewer than two."""
@@ -209,6 +210,7 @@ class _Comparison:
         example = next(_inputs(data, student, "held_out"), None)
         if example is None:
             raise DataError("held_out is empty; give at least one batch")
+        _ = TokenMasks.of(teacher, replace(example, mask=self.mask))
         place = _hidden_place(student, teacher, example)
         handles = [teacher.register_forward_pre_hook(self._read_mask, with_kwargs=True)]
         for network, signals in ((student, self.student), (teacher, self.teacher)) if place and hidden else ():
@@ -311,7 +313,11 @@ def _kl(outputs: Tensor, goal: Tensor) -> Tensor:
     return functional.kl_div(own, other, reduction="sum", log_target=True) * outputs.shape[axis] / outputs.numel()
 
 
-def _settings(*, epochs: int, minutes: float | None, lr: float | None, batch: int, seed: int) -> Settings:
+def _settings(
+    *, epochs: int, minutes: float | None, lr: float | None, batch: int, seed: int, loss: str | None
+) -> Settings:
+    if loss not in ("kl", "mse", None):
+        raise TrainingError(f'loss={loss!r}: there are "kl" and "mse"')
     if minutes is not None and not minutes > 0:
         raise TrainingError(f"minutes={minutes!r}: give a number above 0, or None")
     if batch < 1:
@@ -344,7 +350,7 @@ def _order(number: int, seed: int) -> list[int]:
 
 
 def _parts(batches: Sequence[Inputs], size: int, *, least: int) -> list[Inputs]:
-    parts = [part for inputs in batches for part in inputs.split(size)]
+    parts = [part for inputs in batches for part in inputs.split(size) if part.samples]
     if len(parts) < least:
         raise DataError(
             f"distillation learns from batches and keeps some aside, and of data there are {len(parts)}; give two or "

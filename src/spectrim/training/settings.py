@@ -79,7 +79,9 @@ class Settings(Frozen):
             raise TrainingError(f"{name}={fault['input']!r}: {advice}") from error
 
     def make_optimiser(self, parameters: Sequence[nn.Parameter]) -> Optimizer:
-        """AdamW, or torch's SGD with momentum and L2 decay, for these parameters."""
+        """AdamW, or torch's SGD with momentum and L2 decay, for these parameters; `TrainingError` if there are none."""
+        if not parameters:
+            raise TrainingError("no parameter asks for gradients, so there is nothing to train")
         if self.optimizer == "sgd":
             return SGD(parameters, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
         # the fused update reads and writes every number once; the other one takes a third of a step on a CPU
