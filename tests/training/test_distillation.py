@@ -128,6 +128,18 @@ def test_the_dense_network_is_run_once_on_each_batch(monkeypatch: pytest.MonkeyP
     assert len(calls) == 1 + len(DATA) + 2 + 5 * len(DATA)
 
 
+def test_inputs_that_differ_in_more_than_tensors_are_other_ones() -> None:
+    class Scaled(nn.Linear):
+        def forward(self, x: Tensor, scale: float = 1.0, shift: Tensor | None = None) -> Tensor:  # type: ignore[override]
+            return super().forward(x) * scale + (0 if shift is None else shift)
+
+    teacher, calls = Scaled(12, 4), []
+    teacher.register_forward_hook(lambda *_: calls.append(1))
+    data = [{"x": X, "scale": 2.0}, {"x": X, "scale": 3.0}, {"x": X}]
+    st.distill(Scaled(12, 4), teacher, data=data, held_out=[{"x": X}], epochs=2, lr=1e-2, batch=160)
+    assert len(calls) == 4  # one to find the hidden state
+
+
 def test_padding_changes_nothing() -> None:
     teacher = Tokens()
     model = st.compress(teacher, st.Rank(3), example_inputs=texts(padding=0)[0]).model

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils import _pytree as pytree
 
 from spectrim.core.arguments import checked
 from spectrim.core.batches import batches_of, collected, split_labels, without_labels
@@ -250,7 +251,9 @@ class _Teacher(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The outputs, with what hooks recorded of them."""
         batch = enumerate(stored_tensors((args, kwargs)))
-        key = digest({f"{place} {list(tensor.shape)}": tensor for place, tensor in batch})
+        leaves, structure = pytree.tree_flatten((args, kwargs))
+        others = [leaf for leaf in leaves if not isinstance(leaf, Tensor)]
+        key = f"{digest({f'{place} {list(tensor.shape)}': tensor for place, tensor in batch})} {structure} {others}"
         if key in self.known:
             outputs, self.signals.hidden, self.signals.masks = self.known[key]
             return outputs
