@@ -134,7 +134,8 @@ def right(folder: Path) -> dict[str, Any]:
     variant = st.Variant(name="dense", stage="dense", measurement=measured)
     results = st.Results(title="a title", dense=variant, variants=())
     return {
-        **{"model": network, "dense": network, "small": network, "example_inputs": x, "analysis": analysis},
+        **{"model": network, "dense": network, "teacher": network, "small": network, "example_inputs": x},
+        "analysis": analysis,
         **{name: [(x, torch.zeros(4, dtype=torch.int64))] for name in DATA},
         **{"rule": st.Rank(2), "rule_or_plan": st.Rank(2), "results": results, "source": analysis, "value": analysis},
         **{"path": folder / "written", "folder": folder / "folder", "out": folder / "out", "epochs": 1, "rounds": 5},

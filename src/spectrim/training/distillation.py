@@ -321,9 +321,9 @@ def _settings(
 ) -> Settings:
     if loss not in ("kl", "mse", None):
         raise TrainingError(f'loss={loss!r}: there are "kl" and "mse"')
-    if minutes is not None and not minutes > 0:
+    if minutes is not None and not (isinstance(minutes, int | float) and minutes > 0):
         raise TrainingError(f"minutes={minutes!r}: give a number above 0, or None")
-    if batch < 1:
+    if not isinstance(batch, int) or batch < 1:
         raise TrainingError(f"batch={batch!r}: give at least 1 sample")
     return Settings(epochs=epochs, lr=_MOST if lr is None else lr, seed=seed, keep="best", patience=_PATIENCE)
 
