@@ -118,3 +118,9 @@ def test_statistics_that_do_not_fit_into_memory_are_refused(monkeypatch: pytest.
     monkeypatch.setattr(memory, "free_bytes", lambda _: needed - 1)
     with pytest.raises(errors.ResourceError, match=r"statistics of 1,300 inputs take 0\.02 GB"):
         st.calibrate(model, data)
+
+
+@pytest.mark.parametrize("positions", [0, -1])
+def test_too_few_positions_are_refused(positions: int) -> None:
+    with pytest.raises(errors.DataError, match=f"of_map={positions}.*give at least 1 place, or None"):
+        st.calibrate(nn.Linear(2, 2), [torch.zeros(1, 2)], positions=positions)

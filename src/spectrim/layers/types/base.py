@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from spectrim.core.errors import DataError
 from spectrim.core.plans import Cost
 
 PIXELS, TOKENS = 64, 512
@@ -27,6 +28,10 @@ class SampledPlaces:
 
     of_map: int | None = PIXELS
     of_sequence: int | None = TOKENS
+
+    def __post_init__(self) -> None:
+        if any(number is not None and number < 1 for number in (self.of_map, self.of_sequence)):
+            raise DataError(f"{self}: give at least 1 place, or None for all of them")
 
 
 @dataclass(frozen=True)
