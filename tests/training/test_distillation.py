@@ -140,6 +140,15 @@ def test_inputs_that_differ_in_more_than_tensors_are_other_ones() -> None:
     assert len(calls) == 4  # one to find the hidden state
 
 
+def test_caches_among_the_outputs_are_not_kept() -> None:
+    class Cached(nn.Linear):
+        def forward(self, x: Tensor) -> dict[str, Any]:
+            return {"states": super().forward(x), "cache": object()}
+
+    teacher = distillation._Teacher(Cached(12, 4), distillation._Signals(), comes_again=True)
+    assert list(teacher(X)) == ["states"]
+
+
 def test_padding_changes_nothing() -> None:
     teacher = Tokens()
     model = st.compress(teacher, st.Rank(3), example_inputs=texts(padding=0)[0]).model

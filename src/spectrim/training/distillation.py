@@ -258,6 +258,8 @@ class _Teacher(nn.Module):
             outputs, self.signals.hidden, self.signals.masks = self.known[key]
             return outputs
         outputs = self.network(*args, **kwargs)
+        if isinstance(outputs, Mapping):  # without caches of keys and values, whose size cannot be told
+            outputs = {name: value for name, value in outputs.items() if size_of(value)}
         self.free -= size_of((outputs, self.signals.hidden))
         if self.free > 0:
             self.known[key] = (outputs, self.signals.hidden, self.signals.masks)
