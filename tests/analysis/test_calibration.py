@@ -122,5 +122,5 @@ def test_statistics_that_do_not_fit_into_memory_are_refused(monkeypatch: pytest.
 
 @pytest.mark.parametrize("positions", [0, -1])
 def test_too_few_positions_are_refused(positions: int) -> None:
-    with pytest.raises(errors.DataError, match=f"of_map={positions}.*give at least 1 place, or None"):
+    with pytest.raises(errors.DataError, match=f"positions={positions}: give at least 1 place, None for all"):
         st.calibrate(nn.Linear(2, 2), [torch.zeros(1, 2)], positions=positions)

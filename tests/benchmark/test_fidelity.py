@@ -69,6 +69,9 @@ def test_values_have_no_agreement_and_outputs_of_varying_shapes_no_distance() ->
     embeddings = fidelity(nn.Identity(), nn.Identity(), [as_inputs(nn.functional.normalize(x))])
     assert embeddings is not None
     assert embeddings.agreement is None
+    sure = fidelity(nn.Identity(), nn.Identity(), [as_inputs(torch.eye(3))])
+    assert sure is not None
+    assert sure.agreement == 1
     assert fidelity(Chosen(), nn.Identity(), [as_inputs(x), as_inputs(-x)]) is None
     assert fidelity(nn.Identity(), nn.Unflatten(1, (3, 1)), [as_inputs(x)]) is None
 

@@ -150,3 +150,12 @@ def test_a_loader_of_one_batch_is_no_larger_than_its_data() -> None:
     assert result == estimate(st.Budget(params=0.6), data=DataLoader(data, batch_size=96)).model_copy(
         update={"available": result.available}
     )
+
+
+def test_the_fit_of_many_texts_holds_no_more_of_them() -> None:
+    """Of 16,384 tokens in all, or 64 of each text."""
+    model, example = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 8)), torch.randn(1, 512, 64)
+    some, many = (
+        st.estimate_memory(model, st.Budget(macs=0.5), example_inputs=example, samples=number) for number in (32, 256)
+    )
+    assert many.decompositions == some.decompositions

@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +25,6 @@ from spectrim.layers.tracing import typed_layers, watching
 from spectrim.layers.types import layer_type_of
 from spectrim.layers.types.base import SampledPlaces
 from spectrim.layers.unfusing import unfused
-
-POSITIONS = SampledPlaces()
-"""Places that are looked at in each sample, if nothing else is said."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +67,7 @@ def calibrate(
     labels: bool = False,
     mask: str | None = None,
     layers: Collection[str] | None = None,
-    positions: int | SampledPlaces | None = POSITIONS,
+    positions: int | Literal["auto"] | None = "auto",
     gradients: bool = False,
     accelerator: Accelerator | None = None,
     device: str | torch.device | None = None,
@@ -94,8 +91,8 @@ def calibrate(
             counts; by default `attention_mask` and the like, and `src_key_padding_mask` and the like, as in torch.
         layers: Names of the layers to watch; all by default.
         positions: Places of each sample that are looked at (output pixels of a convolution, tokens of a linear layer),
-            chosen at random but the same for every sample; None for all of them. By default at most 64 of a map, whose
-            neighbours are alike, and 512 of a sequence.
+            chosen at random but the same for every sample; None for all of them. `auto` takes at most 64 of a map,
+            whose neighbours are alike, and 512 of a sequence.
         gradients: Also stream the second moments of gradients that the loss metric is made of; takes about four times
             as long. No labels are used.
         accelerator: An `accelerate.Accelerator`, under `torchrun`: every process is given the same batches and runs
@@ -114,7 +111,7 @@ def calibrate(
         ResourceError: the statistics of a layer take more memory than is free.
     """
     storage, model = Storage.of(device, offload), unfused(model)
-    positions = SampledPlaces(positions, positions) if isinstance(positions, int) else positions
+    places = _places_of(positions)
     sums, gradient_sums = dict[str, RunningCovariance | RunningFrequencies](), dict[str, RunningGradients]()
 
     def add_rows(name: str, layer: nn.Module, x: Tensor, output: Tensor) -> None:
@@ -122,7 +119,7 @@ def calibrate(
         is_chosen = (layers is None or name in layers) and is_lookup != x.is_floating_point()
         if is_chosen and not is_in_transform(x):
             rows, samples = input_rows(
-                layer, x.detach(), output=output, positions=positions, masks=masks, samples=inputs.samples
+                layer, x.detach(), output=output, positions=places, masks=masks, samples=inputs.samples
             )
             empty = _no_frequencies(layer) if is_lookup else RunningCovariance(storage=storage)
             sums.setdefault(name, empty).add(rows, samples=samples)
@@ -158,6 +155,14 @@ def calibrate(
     moments = {name: statistics.finish(name) for name, statistics in reduced.items() if statistics.count}
     gradient_sums = _reduced_gradients(gradient_sums, names, accelerator)
     return Calibration(moments, seen).with_output_grads(gradient_sums)
+
+
+def _places_of(positions: int | Literal["auto"] | None) -> SampledPlaces:
+    if positions == "auto":
+        return SampledPlaces()
+    if positions is not None and positions < 1:
+        raise DataError(f"positions={positions}: give at least 1 place, None for all of them, or 'auto'")
+    return SampledPlaces(positions, positions)
 
 
 def add_gradients(

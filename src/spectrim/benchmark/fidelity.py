@@ -22,7 +22,7 @@ from spectrim.layers.replacement import duplicate, factorize
 from spectrim.layers.tokens import TokenMasks, TokenPlaces
 
 _WORSE, _NEAR, _FAR = 1.2, 0.02, 0.9
-_UNIT = 1e-2
+_UNIT, _SURE = 1e-2, 0.9
 _FURTHER, _LARGE = 3.0, 0.3
 _LITTLE_AGREEMENT = 0.5
 _ROWS = 256
@@ -338,5 +338,6 @@ def _are_scores(outputs: Any) -> bool:
     """Whether the largest of each row may say something: not of embeddings, which have a norm of 1."""
     if not isinstance(outputs, Tensor) or outputs.ndim != 2 or outputs.shape[1] < 2 or outputs.is_complex():
         return False
-    norms = torch.linalg.vector_norm(outputs.double(), dim=1)
-    return not len(norms) or bool(((norms - 1).abs() > _UNIT).any())
+    values = outputs.double()
+    unlike = (torch.linalg.vector_norm(values, dim=1) - 1).abs() > _UNIT
+    return bool(unlike.any() or (values.abs().amax(dim=1) > _SURE).all())  # probabilities of 1 have that norm as well

@@ -19,10 +19,7 @@ from spectrim.layers.forms import find_form
 from spectrim.layers.replacement import duplicate, factored_at, factorize, narrowed_at, product, refitted_at, replace
 from spectrim.layers.tokens import TokenMasks, input_rows, output_rows
 from spectrim.layers.types import layer_type_of
-from spectrim.layers.types.base import PIXELS, TOKENS, SampledPlaces
-
-_ROWS = 2**14
-"""Of a layer that are kept of all sequences together, if each has 64."""
+from spectrim.layers.types.base import SampledPlaces
 
 
 class _PassEnded(BaseException):
@@ -216,9 +213,7 @@ _Data = Sequence[tuple[Inputs, TokenMasks]]
 
 
 def _sampled(data: _Data) -> SampledPlaces:
-    """Those whose rows are kept: of many sequences fewer of each."""
-    number = _ROWS // max(1, sum(batch.samples for batch, _ in data))
-    return SampledPlaces(of_sequence=min(max(number, PIXELS), TOKENS))
+    return SampledPlaces.held(sum(batch.samples for batch, _ in data))
 
 
 def _readers(model: nn.Module, batch: Inputs, places: Sequence[_Place]) -> dict[str, str]:

@@ -91,7 +91,7 @@ class NarrowCache:
         try:
             with torch.no_grad():
                 for narrow in (False, True):
-                    view = _View(self.size, self.rank, narrow=narrow, is_trial=True)
+                    view = _View(self.size, self.rank, narrow=narrow, is_dry_run=True)
                     seen, named = view.arguments(args, kwargs)
                     outputs.append(attention.forward(*seen, **named))
             return alike(*outputs)
@@ -107,13 +107,13 @@ class _View:
         size: Numbers of a head, as the attention takes it.
         rank: Those that are kept.
         narrow: Values are read as they are kept; else with zeros.
-        is_trial: Nothing is kept.
+        is_dry_run: Nothing is stored.
     """
 
     size: int
     rank: int
     narrow: bool
-    is_trial: bool = False
+    is_dry_run: bool = False
 
     def arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
         """The arguments with the caches among them seen so."""
@@ -136,8 +136,8 @@ class _View:
         if before is not None:
             return before.shape[-1] in (0, self.rank)
         # of a fixed length; in transformers 4 the values get the size of the keys
-        is_fixed = getattr(layer, "is_compileable", False)
-        return not is_fixed or "value_states" in inspect.signature(layer.lazy_initialization).parameters
+        is_static = getattr(layer, "is_compileable", False)
+        return not is_static or "value_states" in inspect.signature(layer.lazy_initialization).parameters
 
 
 def _is_cache(value: Any) -> bool:
@@ -175,7 +175,7 @@ class _Seen:
             return update(key_states, value_states, layer_idx, *args, **kwargs)
         layer = self.layers[layer_idx] if layer_idx < len(self.layers) else None
         values = value_states[..., : view.rank] if view.fits(layer) else value_states
-        if not view.is_trial:
+        if not view.is_dry_run:
             keys, values = update(key_states, values, layer_idx, *args, **kwargs)
         elif layer is None:
             keys = key_states

@@ -100,9 +100,7 @@ def variances_of(C: Covariance) -> Tensor:
 
 def mean_variance(C: Covariance) -> Tensor:
     """The trace divided by n, float64 (groups,)."""
-    if isinstance(C, Tensor):
-        return to_float64(C.diagonal(dim1=-2, dim2=-1).mean(dim=-1))
-    return C.variances.mean(dim=-1)
+    return variances_of(C).mean(dim=-1)
 
 
 def typical_variance(variances: Tensor) -> Tensor:

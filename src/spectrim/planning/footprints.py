@@ -15,7 +15,7 @@ from spectrim.core.nested import size_of
 from spectrim.core.plans import Budget, Metric, Plan, Rank, Rule
 from spectrim.layers.allocations import Allocations
 from spectrim.layers.forms import Form, find_form, forms_of, joint_forms_of, selected_forms
-from spectrim.layers.types.base import PIXELS, TOKENS
+from spectrim.layers.types.base import SampledPlaces
 from spectrim.layers.units import Unit
 from spectrim.linalg import is_wide
 from spectrim.planning.resources import DataSize, RunOptions
@@ -105,12 +105,12 @@ class Layer:
     @property
     def vectors(self) -> int:
         """Input vectors of all samples that one call site looks at."""
-        return self._vectors_of(self.work.samples)
+        return self._vectors_of(self.work.samples, SampledPlaces())
 
-    def _vectors_of(self, samples: int) -> int:
+    def _vectors_of(self, samples: int, most: SampledPlaces) -> int:
         places = -(-self.unit.weights[0].positions.kernel // (max(1, self.example_samples) * len(self.unit.call_sites)))
         geometry = self.unit.weights[0].geometry
-        return samples * min(places, PIXELS if geometry and geometry.kernel else TOKENS)
+        return samples * min(places, (most.of_map if geometry and geometry.kernel else most.of_sequence) or places)
 
     @cached_property
     def size(self) -> tuple[int, int, int]:
@@ -153,7 +153,7 @@ class Layer:
     def gathering(self) -> int:
         """While a batch is added: its vectors, around their mean, those again for the sampling error, and a product."""
         groups, _, n = self.size
-        vectors = self._vectors_of(self.work.batch)
+        vectors = self._vectors_of(self.work.batch, SampledPlaces())
         return self.itemsize * groups * n * (4 * vectors + min(n, self.vectors))
 
     @cached_property
@@ -206,8 +206,9 @@ class Layer:
         if self._is_lookup:
             return self.working
         groups, out, n = self.size
-        rows = self.itemsize * groups * self.vectors * (n + 3 * out)
-        moments = 3 * groups * covariance_bytes(n, vectors=self.vectors, itemsize=8)
+        vectors = self._vectors_of(self.work.samples, SampledPlaces.held(self.work.samples))
+        rows = self.itemsize * groups * vectors * (n + 3 * out)
+        moments = 3 * groups * covariance_bytes(n, vectors=vectors, itemsize=8)
         roots = 2 * 8 * groups * out * out if self.work.has_gradients else 0
         return rows + moments + roots + 5 * 8 * self.entries + self.working
 

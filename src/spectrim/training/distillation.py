@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.utils import _pytree as pytree
 
 from spectrim.core.arguments import checked
@@ -37,7 +36,7 @@ from spectrim.training.checkpoint import Checkpoint, digest, identity
 from spectrim.training.finetuning import Finetuned
 from spectrim.training.history import History
 from spectrim.training.loop import EpochData, TrainingRun, train_in_place
-from spectrim.training.losses import Objective, scaled_error
+from spectrim.training.losses import Objective, divergence, scaled_error
 from spectrim.training.settings import Settings
 
 _ASIDE_OF, _PATIENCE = 16, 3
@@ -159,8 +158,11 @@ class Distillation:
     data: Iterable[Any] | None = None
 
     def __post_init__(self) -> None:
-        options = {name: getattr(self, name) for name in ("epochs", "minutes", "lr", "batch", "seed", "loss")}
-        _ = _settings(**options)
+        _ = _settings(**{name: value for name, value in self._options.items() if name != "hidden"})
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "data"}
 
     def batches(self, calibration: Sequence[Inputs], *, like: Inputs) -> Sequence[Inputs]:
         """What it learns from, in parts. Raises `DataError` where there are fewer than two."""
@@ -180,12 +182,11 @@ class Distillation:
 
         def report(what: str, done: int, total: int) -> None:
             if on_progress is not None:
-                for number in (0, 1) if done == 1 else (done,):
+                for number in (0, 1) if done == 1 else (done,):  # stages begin at 0
                     on_progress(what, number, total)
 
-        options = {name: getattr(self, name) for name in ("epochs", "minutes", "lr", "batch", "loss", "hidden", "seed")}
         mask = batches[0].mask if isinstance(batches[0].mask, str) else None
-        return distill(model, teacher, data=batches, mask=mask, on_progress=report, **options).model
+        return distill(model, teacher, data=batches, mask=mask, on_progress=report, **self._options).model
 
 
 @dataclass
@@ -312,15 +313,20 @@ def _has_state(output: Any) -> bool:
 
 
 def _kl(outputs: Tensor, goal: Tensor) -> Tensor:
-    """Of the classes, which are the second dimension of maps and else the last; the mean over all others."""
-    axis = 1 if outputs.ndim == 4 else -1
-    own, other = (functional.log_softmax(values, dim=axis) for values in (outputs, goal))
-    return functional.kl_div(own, other, reduction="sum", log_target=True) * outputs.shape[axis] / outputs.numel()
+    """Of the classes, which are the second dimension of maps and else the last."""
+    return divergence(outputs, goal, axis=1 if outputs.ndim == 4 else -1)
 
 
 def _settings(
-    *, epochs: int, minutes: float | None, lr: float | None, batch: int, seed: int, loss: str | None
+    *,
+    epochs: int,
+    minutes: float | None,
+    lr: float | None,
+    batch: int,
+    seed: int,
+    loss: str | None,
 ) -> Settings:
+    """Those of the run; everything is checked. Raises `TrainingError` for what is not allowed."""
     if loss not in ("kl", "mse", None):
         raise TrainingError(f'loss={loss!r}: there are "kl" and "mse"')
     if minutes is not None and not (isinstance(minutes, int | float) and minutes > 0):
@@ -366,7 +372,8 @@ def _parts(batches: Sequence[Inputs], size: int, *, least: int) -> list[Inputs]:
 
 def _is_convolutional(model: nn.Module) -> bool:
     """Whether most of the weights are those of convolutions."""
-    inside = [module for module in model.modules() if isinstance(module, nn.modules.conv._ConvNd)]
+    kinds = ((module, find_layer_type(module)) for module in model.modules())
+    inside = [module for module, kind in kinds if kind and not kind.is_lookup and kind.geometry(module).kernel]
     sizes = [sum(parameter.numel() for parameter in part.parameters()) for part in (nn.ModuleList(inside), model)]
     return 2 * sizes[0] > sizes[1]
 

@@ -171,11 +171,7 @@ class Objective:
         if logits.shape != goal.shape or not goal.is_floating_point():
             raise DataError(f"the teacher's logits {list(goal.shape)} do not fit the outputs {list(logits.shape)}")
         _require_classes(logits, axis)
-        T = self.settings.temperature
-        own, other = (functional.log_softmax(values / T, dim=axis) for values in (logits, goal.to(logits)))
-        loss = functional.kl_div(own, other, reduction="batchmean", log_target=True)
-        places = logits.numel() // max(1, len(logits) * logits.shape[axis])
-        return loss * T**2 / max(1, places)
+        return divergence(logits, goal.to(logits), axis=axis, temperature=self.settings.temperature)
 
     def _axis_of(self, outputs: Any, labels: Tensor | None) -> int:
         """The dimension of the logits that holds the classes, from 1."""
@@ -211,6 +207,14 @@ class Objective:
             return None, 0
         known = known.to(logits.device)
         return int((logits.detach().argmax(dim=axis) == known).sum()), int((known != IGNORED).sum())
+
+
+def divergence(logits: Tensor, goal: Tensor, *, axis: int, temperature: float = 1.0) -> Tensor:
+    """KL of the softened classes along an axis, times the temperature squared; the mean over samples and places."""
+    own, other = (functional.log_softmax(values / temperature, dim=axis) for values in (logits, goal))
+    loss = functional.kl_div(own, other, reduction="batchmean", log_target=True)
+    places = logits.numel() // max(1, len(logits) * logits.shape[axis])
+    return loss * temperature**2 / max(1, places)
 
 
 def _run(model: nn.Module, inputs: Inputs, position: int) -> Any:

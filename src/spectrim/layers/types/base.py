@@ -10,11 +10,13 @@ from typing import Any, ClassVar, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from spectrim.core.errors import DataError
 from spectrim.core.plans import Cost
 
 PIXELS, TOKENS = 64, 512
 """Places of a map and of a sequence that are looked at, if nothing else is said."""
+
+_HELD = 2**14
+"""Places of all sequences together whose rows are held."""
 
 
 @dataclass(frozen=True)
@@ -22,16 +24,17 @@ class SampledPlaces:
     """How many places of a sample are looked at, at most; None for all of them.
 
     Attributes:
-        of_map: Of a sample with two or more dimensions of places, where neighbours tell nearly the same.
-        of_sequence: Of one with a single dimension, such as the tokens of a text.
+        of_map: Of what a convolution gives, and of other maps, where neighbours tell nearly the same.
+        of_sequence: Of a sequence (batch, length, size), such as the tokens of a text.
     """
 
     of_map: int | None = PIXELS
     of_sequence: int | None = TOKENS
 
-    def __post_init__(self) -> None:
-        if any(number is not None and number < 1 for number in (self.of_map, self.of_sequence)):
-            raise DataError(f"{self}: give at least 1 place, or None for all of them")
+    @classmethod
+    def held(cls, samples: int) -> "SampledPlaces":
+        """Those whose rows are held in memory, of so many samples: of many sequences fewer of each, but 64."""
+        return cls(of_sequence=min(max(_HELD // max(1, samples), 64), TOKENS))
 
 
 @dataclass(frozen=True)
