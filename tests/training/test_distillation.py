@@ -227,8 +227,8 @@ def test_logits_are_compared_as_classes() -> None:
 @pytest.mark.parametrize(
     ("options", "kind", "message"),
     [
-        ({"data": DATA[:1]}, errors.DataError, "there are 1; give two or more"),
-        ({"data": []}, errors.DataError, "there are 0"),
+        ({"data": DATA[:1]}, errors.DataError, "of up to 16 samples, is 1; give data="),
+        ({"data": []}, errors.DataError, "samples, is 0"),
         ({"data": DATA, "held_out": []}, errors.DataError, "held_out is empty"),
         ({"data": DATA, "batch": 0}, errors.TrainingError, "batch=0"),
         ({"data": DATA, "minutes": 0.0}, errors.TrainingError, "minutes=0.0: give a number above 0"),
@@ -292,7 +292,7 @@ def test_a_network_that_is_compressed_in_place_is_the_distilled_one() -> None:
 
 def test_compress_says_what_distillation_lacks() -> None:
     teacher = dense()
-    with pytest.raises(errors.DataError, match="give two or more"):
+    with pytest.raises(errors.DataError, match="samples, is 0; give data="):
         st.compress(teacher, st.Rank(2), example_inputs=X[:2], distill=st.Distillation())
     with pytest.raises(errors.ArgumentError, match="distill=True: give a Distillation"):
         st.compress(teacher, st.Rank(2), example_inputs=X[:2], distill=True)

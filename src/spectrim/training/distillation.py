@@ -364,8 +364,8 @@ def _parts(batches: Sequence[Inputs], size: int, *, least: int) -> list[Inputs]:
     parts = [part for inputs in batches for part in inputs.split(size) if part.samples]
     if len(parts) < least:
         raise DataError(
-            f"distillation learns from batches and keeps some aside, and of data there are {len(parts)}; give two or "
-            "more, smaller ones, or held_out="
+            f"distillation learns from some inputs and keeps others aside, and the number of parts, of up to {size} "
+            f"samples, is {len(parts)}; give data=, more samples or smaller batches (st.distill also takes held_out=)"
         )
     return parts
 
@@ -389,9 +389,8 @@ def _no_worse(trained: Finetuned, model: nn.Module, *, before: float, lr: float)
                 f"{change}: lr={lr:.2g} undid what the fit had reached; a third of it may end better", stacklevel=4
             )
         return trained
+    advice = f"give a smaller lr= than {lr:.2g}" if first > before else "give other inputs than those it was fitted to"
     warnings.warn(
-        f"distillation made nothing better ({change}), and the network is left as it was; give a smaller lr= than "
-        f"{lr:.2g}, or other inputs than those it was fitted to",
-        stacklevel=4,
+        f"distillation made nothing better ({change}), and the network is left as it was; {advice}", stacklevel=4
     )
     return Finetuned(duplicate(model), History(history, lr=history.lr, stopped_early=history.stopped_early))
