@@ -160,8 +160,8 @@ def calibrate(
 def _places_of(positions: int | Literal["auto"] | None) -> SampledPlaces:
     if positions == "auto":
         return SampledPlaces()
-    if positions is not None and positions < 1:
-        raise DataError(f"positions={positions}: give at least 1 place, None for all of them, or 'auto'")
+    if positions is not None and (not isinstance(positions, int) or positions < 1):
+        raise DataError(f"positions={positions!r}: give at least 1 place, None for all of them, or 'auto'")
     return SampledPlaces(positions, positions)
 
 
