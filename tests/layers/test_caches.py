@@ -30,6 +30,7 @@ NETWORKS = {
     "T5": lambda: transformers.T5ForConditionalGeneration(transformers.T5Config(**(TOKENS | T5_SIZES))),
 }
 RANK, SIZE = 3, 8
+GROUPS = {"Llama": 2, "Gemma2": 2, "BERT": 4, "T5": 4}
 
 
 def dense(name: str) -> Any:
@@ -41,14 +42,19 @@ def dense(name: str) -> Any:
     return model
 
 
-def narrowed(name: str) -> Any:
-    """The first numbers of each head of every self-attention are left."""
-    model, first = dense(name), torch.eye(SIZE, dtype=torch.float64)[:RANK]
+def narrowed(name: str, *, even: bool = True) -> Any:
+    """The first numbers of each head of every self-attention are left: as many in all, or more in some."""
+    model = dense(name)
+    each = {2: (5, 1), 4: (1, 6, 2, 3)}[GROUPS[name]]
+    ranks = [RANK] * len(each) if even else each
+    first = [torch.eye(SIZE, dtype=torch.float64)[:rank] for rank in ranks]
     ends = {".v_proj": ".o_proj", "SelfAttention.v": "SelfAttention.o", ".self.value": ".output.dense"}
     for values, layer in list(model.named_modules()):
         for end in (end for end in ends if values.endswith(end)):
-            groups, output = layer.out_features // SIZE, values.removesuffix(end) + ends[end]
-            into, reading = (torch.block_diag(*[first] * number)[None] for number in (groups, 4))
+            output = values.removesuffix(end) + ends[end]
+            assert layer.out_features == len(ranks) * SIZE
+            heads = [rows for rows in first for _ in range(4 // len(ranks))]
+            into, reading = (torch.block_diag(*rows)[None] for rows in (first, heads))
             weight = model.get_submodule(output).weight.detach().double()[None] @ reading.mT
             factors = (into, reading, weight)
             new = narrowed_at(model, output, [values], form="head_vo", rank=RANK, factors=factors, bias=own_bias)
@@ -72,9 +78,13 @@ def layers(cache: Any) -> Iterator[Any]:
     return iter(getattr(cache, "self_attention_cache", cache).layers)
 
 
-@pytest.fixture(scope="module", params=NETWORKS)
+EVEN = pytest.mark.parametrize("even", [True, False], ids=["even", "uneven"])
+
+
+@pytest.fixture(scope="module", params=[(name, even) for name in NETWORKS for even in (True, False)], ids=str)
 def network(request: pytest.FixtureRequest) -> Any:
-    return narrowed(request.param)
+    name, even = request.param
+    return narrowed(name, even=even)
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
@@ -85,16 +95,18 @@ def test_texts_are_those_without_a_cache_and_values_are_kept_narrow(network: Any
     assert type(cache).__module__.startswith("transformers.")
 
 
+@EVEN
 @pytest.mark.parametrize("name", ["Llama", "Gemma2", "T5"])
-def test_caches_of_a_fixed_length(name: str) -> None:
-    network = narrowed(name)
+def test_caches_of_a_fixed_length(name: str, even: bool) -> None:
+    network = narrowed(name, even=even)
     text, cache = written(network, cache_implementation="static")
     assert torch.equal(text, written(network, use_cache=False)[0])
     assert {part.values.shape[-1] for part in layers(cache)} == {RANK if IS_NEW else SIZE}
 
 
-def test_copies_and_files_keep_values_narrow(tmp_path: Path) -> None:
-    network = narrowed("Llama")
+@EVEN
+def test_copies_and_files_keep_values_narrow(tmp_path: Path, even: bool) -> None:
+    network = narrowed("Llama", even=even)
     network.save_pretrained(tmp_path / "folder")
     loaded = st.load(st.save(network, tmp_path / "network.safetensors"), dense("Llama"))
     folder = type(network).from_pretrained(tmp_path / "folder")
@@ -127,17 +139,18 @@ def equal_widths(module: Any, query: Any, key: Any, value: Any, mask: Any, **opt
     return sdpa_attention_forward(module, query, key, value, mask, **options)
 
 
-def test_attentions_that_take_no_narrow_values_get_zeros() -> None:
+@EVEN
+def test_attentions_that_take_no_narrow_values_get_zeros(even: bool) -> None:
     transformers.AttentionInterface.register("equal_widths", equal_widths)
     transformers.AttentionMaskInterface.register("equal_widths", transformers.masking_utils.sdpa_mask)
-    network = narrowed("Llama")
+    network = narrowed("Llama", even=even)
     text = written(network)[0]
     network.set_attn_implementation("equal_widths")
     again, cache = written(network)
     assert torch.equal(again, text)
     assert {part.values.shape[-1] for part in layers(cache)} == {RANK}
     assert hooks(network)[0].takes_narrow == {"sdpa": True, "equal_widths": False}
-    network = narrowed("BERT")  # of transformers 4 it takes one width only
+    network = narrowed("BERT", even=even)  # of transformers 4 it takes one width only
     written(network)
     assert hooks(network)[0].takes_narrow == ({"sdpa": True} if IS_NEW else {"None": False})
 
@@ -153,8 +166,9 @@ class Whole(transformers.cache_utils.QuantizedLayer):
         return tensor
 
 
-def test_caches_that_cannot_keep_narrow_values_keep_zeros() -> None:
-    network, unhooked = narrowed("Llama"), narrowed("Llama")
+@EVEN
+def test_caches_that_cannot_keep_narrow_values_keep_zeros(even: bool) -> None:
+    network, unhooked = (narrowed("Llama", even=even) for _ in range(2))
     for module in unhooked.modules():
         module._forward_pre_hooks.clear()
     name = next(key for key, value in network(IDS).items() if hasattr(value, "get_seq_length"))
@@ -170,8 +184,9 @@ def test_caches_that_cannot_keep_narrow_values_keep_zeros() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")
-def test_gradients_pass_through_the_cache_and_through_checkpoints() -> None:
-    network, gradients = narrowed("Llama"), []
+@EVEN
+def test_gradients_pass_through_the_cache_and_through_checkpoints(even: bool) -> None:
+    network, gradients = narrowed("Llama", even=even), []
     for how in ("without", "with", "checkpoints"):
         network.train(how == "checkpoints")
         if how == "checkpoints":
@@ -183,8 +198,9 @@ def test_gradients_pass_through_the_cache_and_through_checkpoints() -> None:
         torch.testing.assert_close(gradient, gradients[0])
 
 
-def test_steps_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    network = narrowed("Llama")
+@EVEN
+def test_steps_are_compiled(monkeypatch: pytest.MonkeyPatch, even: bool) -> None:
+    network = narrowed("Llama", even=even)
     text, layer = written(network, use_cache=False)[0], network.model.layers[0]
     monkeypatch.setattr(layer, "forward", torch.compile(layer.forward, backend="eager", fullgraph=True))
     again, cache = written(network, cache_implementation="static")
@@ -192,15 +208,17 @@ def test_steps_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len({part.values.shape[-1] for part in layers(cache)}) == 1
 
 
-def test_the_forward_pass_is_exported() -> None:
-    network = narrowed("Llama")
+@EVEN
+def test_the_forward_pass_is_exported(even: bool) -> None:
+    network = narrowed("Llama", even=even)
     program = torch.export.export(network, (IDS,), {"use_cache": False}, strict=False)
     torch.testing.assert_close(program.module()(IDS, use_cache=False).logits, network(IDS).logits)
 
 
+@EVEN
 @pytest.mark.parametrize("name", NETWORKS)
-def test_bytes_of_a_token_are_those_that_a_cache_holds(name: str) -> None:
-    small, whole = narrowed(name), dense(name)
+def test_bytes_of_a_token_are_those_that_a_cache_holds(name: str, even: bool) -> None:
+    small, whole = narrowed(name, even=even), dense(name)
     example = {"input_ids": IDS} | ({"decoder_input_ids": IDS[:, :5]} if name == "T5" else {})
     measured = st.measure(small, example, reference=whole, latency=False)
     _, cache = written(small, min_new_tokens=2)

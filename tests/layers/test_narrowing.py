@@ -222,6 +222,23 @@ def test_heads_become_smaller_under_a_budget_and_go_through_a_file(groups: int, 
     assert torch.equal(again(DATA[0]), small.model(DATA[0]))
 
 
+def test_heads_that_say_more_keep_more_and_go_through_a_file(tmp_path: Path) -> None:
+    model = network(Attention(groups=4), Attention(groups=4))
+    with torch.no_grad():  # so that one head needs all of its numbers, and the others one or two
+        for layer in model[:2]:
+            layer.v.weight.unflatten(0, (4, 6))[1:, 2:] = 0
+    small = st.compress(model, st.Budget(params=0.8), example_inputs=DATA[0], data=DATA)
+    (ranks, *_), by_mean = ([part.ranks for part in small.model.modules() if isinstance(part, HeadValues)], {})
+    assert ranks[0] > max(ranks[1:])
+    for name, layer in small.model.named_modules():
+        if isinstance(layer, HeadValues | HeadOutput):
+            by_mean[name] = sum(layer.ranks) // layer.heads
+    assert by_mean == {layer.name: layer.ranks[0] for layer in small.plan if layer.unit}
+    st.save(small.model, file := tmp_path / "small.safetensors")
+    again = st.load(file, model)
+    assert torch.equal(again(DATA[0]), small.model(DATA[0]))
+
+
 class Apart(nn.Module):
     """An MLP whose first layer and last layer are in modules of their own, as BERT's are."""
 
@@ -371,15 +388,23 @@ def test_narrowed_heads_are_found_in_bfloat16_too() -> None:
 
 @pytest.mark.filterwarnings(r"ignore:.*torch\.jit.*:FutureWarning", r"ignore:.*torch\.jit.*:DeprecationWarning")
 @pytest.mark.parametrize("how", [copy.deepcopy, torch.jit.script, lambda model: torch.jit.trace(model, DATA[0])])
-def test_layers_around_narrowed_heads_are_copied_scripted_and_traced(how: Callable[[nn.Module], nn.Module]) -> None:
-    values, output = nn.Linear(12, 6), nn.Linear(6, 12)
+@pytest.mark.parametrize("ranks", [(2, 2, 2), (4, 1, 2), (1, 3, 3)])
+def test_layers_around_narrowed_heads_are_copied_scripted_and_traced(
+    ranks: tuple[int, ...], how: Callable[[nn.Module], nn.Module]
+) -> None:
+    values, output = nn.Linear(12, sum(ranks)), nn.Linear(sum(ranks), 12)
     model = nn.Sequential(
-        HeadValues(values, heads=3, size=4, rank=2, narrowed_from=(12, 12)),
-        HeadOutput(output, heads=3, size=4, rank=2, narrowed_from=(12, 12)),
+        HeadValues(values, size=4, ranks=ranks, narrowed_from=(12, 12)),
+        HeadOutput(output, size=4, ranks=ranks, narrowed_from=(12, 12)),
     )
     expected = output(values(DATA[0]))
     torch.testing.assert_close(how(model)(DATA[0]), expected)
-    torch.testing.assert_close(model[0](DATA[0]).unflatten(-1, (3, 4))[..., 2:], torch.zeros(16, 6, 3, 2))
+    heads = model[0](DATA[0]).unflatten(-1, (3, 4))
+    for head, (rank, own) in enumerate(zip(ranks, values(DATA[0]).split(ranks, dim=-1), strict=True)):
+        torch.testing.assert_close(heads[..., head, :rank], own)
+        assert not heads[..., head, rank:].any()
+    narrow = heads[..., : max(ranks)].flatten(-2)  # as an attention gives that has read a narrow cache
+    torch.testing.assert_close(model[1](narrow), expected)
 
 
 def test_only_budgets_look_for_layers_to_narrow(monkeypatch: pytest.MonkeyPatch) -> None:

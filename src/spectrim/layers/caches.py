@@ -1,8 +1,9 @@
 """Caches of keys and values that keep of each head only the numbers that its narrowed values have.
 
 The attentions of transformers shape their values by the size of a head, so narrowed ones have zeros at the end. A hook
-before such an attention gives it a view of its cache, which keeps what lies before the zeros. The first decoding step
-tries whether the attention takes values of that width; where it does not, they are filled up again as they are read.
+before such an attention gives it a view of its cache, which keeps what lies before the zeros. Heads that hold different
+numbers share the room: the cache has as many for each as they hold on average. The first decoding step tries whether
+the attention takes values as wide as the widest head; where it does not, they are filled up to the size of a head.
 """
 
 import copy
@@ -34,7 +35,7 @@ def match_caches(model: nn.Module) -> None:
         if isinstance(values, HeadValues):
             attention = _around(model, name)
             if not _ARGUMENTS.isdisjoint(inspect.signature(attention.forward).parameters):
-                attention.register_forward_pre_hook(NarrowCache(values.size, values.rank), with_kwargs=True)
+                attention.register_forward_pre_hook(NarrowCache(values.size, tuple(values.ranks)), with_kwargs=True)
 
 
 def _around(model: nn.Module, name: str) -> nn.Module:
@@ -64,12 +65,12 @@ class NarrowCache:
 
     Attributes:
         size: Numbers of a head, as the attention takes it.
-        rank: Those of its values that are not zero.
+        ranks: By head, those of its values that are not zero.
         takes_narrow: By attention implementation, whether the attention takes values of that width.
     """
 
-    def __init__(self, size: int, rank: int) -> None:
-        self.size, self.rank = size, rank
+    def __init__(self, size: int, ranks: tuple[int, ...]) -> None:
+        self.size, self.ranks = size, ranks
         self.takes_narrow: dict[str, bool] = {}
 
     def __call__(self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
@@ -83,7 +84,7 @@ class NarrowCache:
         if is_step and implementation not in self.takes_narrow and not _is_watched(attention):
             self.takes_narrow[implementation] = self._try(attention, args, kwargs)
         narrow = is_step and self.takes_narrow.get(implementation, False)
-        return _View(self.size, self.rank, narrow=narrow).arguments(args, kwargs)
+        return _View(self.size, self.ranks, narrow=narrow).arguments(args, kwargs)
 
     def _try(self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether values of their own width give what they give with zeros. Caches stay as they are."""
@@ -91,7 +92,7 @@ class NarrowCache:
         try:
             with torch.no_grad():
                 for narrow in (False, True):
-                    view = _View(self.size, self.rank, narrow=narrow, is_dry_run=True)
+                    view = _View(self.size, self.ranks, narrow=narrow, is_dry_run=True)
                     seen, named = view.arguments(args, kwargs)
                     outputs.append(attention.forward(*seen, **named))
             return alike(*outputs)
@@ -105,13 +106,13 @@ class _View:
 
     Attributes:
         size: Numbers of a head, as the attention takes it.
-        rank: Those that are kept.
+        ranks: Those that are kept, by head.
         narrow: Values are read as they are kept; else with zeros.
         is_dry_run: Nothing is stored.
     """
 
     size: int
-    rank: int
+    ranks: tuple[int, ...]
     narrow: bool
     is_dry_run: bool = False
 
@@ -128,13 +129,33 @@ class _View:
         seen.view = self
         return seen
 
+    @property
+    def kept(self) -> int:
+        """Numbers that a cache keeps for each head."""
+        return sum(self.ranks) // len(self.ranks)
+
+    def packed(self, values: Tensor) -> Tensor:
+        """Values (batch, heads, length, size) without zeros: (batch, heads, length, `kept`)."""
+        if min(self.ranks) == max(self.ranks):
+            return values[..., : self.kept]
+        each = [values[:, head, :, :rank] for head, rank in enumerate(self.ranks)]
+        packed: Tensor = torch.cat(each, dim=-1).unflatten(-1, (len(self.ranks), self.kept))
+        return packed.transpose(1, 2)
+
+    def unpacked(self, values: Tensor, *, width: int) -> Tensor:
+        """What was packed, each head with zeros up to a width."""
+        if min(self.ranks) == max(self.ranks):
+            return nn.functional.pad(values, [0, width - self.kept])
+        each = values.transpose(1, 2).flatten(2).split(self.ranks, dim=-1)
+        return torch.stack([nn.functional.pad(part, [0, width - part.shape[-1]]) for part in each], dim=1)
+
     def fits(self, layer: Any) -> bool:
         """Whether the layer of a cache can keep values without their zeros: not quantised, nor with others before."""
         before = getattr(layer, "values", None)
         if hasattr(layer, "_quantize"):
             return False
         if before is not None:
-            return before.shape[-1] in (0, self.rank)
+            return before.shape[-1] in (0, self.kept)
         # of a fixed length; in transformers 4 the values get the size of the keys
         is_static = getattr(layer, "is_compileable", False)
         return not is_static or "value_states" in inspect.signature(layer.lazy_initialization).parameters
@@ -174,7 +195,7 @@ class _Seen:
         if not isinstance(value_states, Tensor) or value_states.shape[-1] != view.size:
             return update(key_states, value_states, layer_idx, *args, **kwargs)
         layer = self.layers[layer_idx] if layer_idx < len(self.layers) else None
-        values = value_states[..., : view.rank] if view.fits(layer) else value_states
+        values = view.packed(value_states) if view.fits(layer) else value_states
         if not view.is_dry_run:
             keys, values = update(key_states, values, layer_idx, *args, **kwargs)
         elif layer is None:
@@ -182,9 +203,10 @@ class _Seen:
         else:  # those of a fixed length change in place
             layer = copy.deepcopy(layer) if layer.is_compileable else copy.copy(layer)
             keys, values = layer.update(key_states, values, *args, **kwargs)
-        if view.narrow:
-            return keys, values[..., : view.rank]
-        return keys, nn.functional.pad(values, [0, view.size - values.shape[-1]])
+        width = max(view.ranks) if view.narrow else view.size
+        if values.shape[-1] == view.size:
+            return keys, values[..., :width]
+        return keys, view.unpacked(values, width=width)
 
 
 class _SeenPair:

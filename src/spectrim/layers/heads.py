@@ -1,7 +1,9 @@
 """Linear layers around an attention whose heads hold fewer numbers than its code takes them to have."""
 
+from collections.abc import Sequence
 from typing import ClassVar, cast
 
+import torch
 from torch import Tensor, nn
 
 
@@ -10,19 +12,22 @@ class AroundHeads(nn.Module):
 
     Attributes:
         linear: The layer.
-        heads: How many heads there are.
         size: Numbers of a head, as the attention takes it.
-        rank: Numbers that it holds.
+        ranks: Numbers that each head holds.
         narrowed_from: Shape of the weight in whose place it is.
     """
 
     # torch.jit.script compiles properties
-    __jit_unused_properties__: ClassVar[list[str]] = ["weight", "bias"]
+    __jit_unused_properties__: ClassVar[list[str]] = ["weight", "bias", "heads"]
 
-    def __init__(self, linear: nn.Module, *, heads: int, size: int, rank: int, narrowed_from: tuple[int, ...]) -> None:
+    def __init__(self, linear: nn.Module, *, size: int, ranks: Sequence[int], narrowed_from: tuple[int, ...]) -> None:
         super().__init__()
-        self.linear, self.heads, self.size, self.rank = linear, heads, size, rank
-        self.narrowed_from = narrowed_from
+        self.linear, self.size, self.ranks, self.narrowed_from = linear, size, list(ranks), narrowed_from
+
+    @property
+    def heads(self) -> int:
+        """How many heads there are."""
+        return len(self.ranks)
 
     @property
     def weight(self) -> Tensor:
@@ -36,31 +41,47 @@ class AroundHeads(nn.Module):
 
     def extra_repr(self) -> str:
         """How the heads lie."""
-        return f"heads={self.heads}, size={self.size}, rank={self.rank}"
+        return f"size={self.size}, ranks={self.ranks}"
 
 
 class HeadValues(AroundHeads):
     """Gives the values of heads: the numbers of each, and zeros up to the size that the attention expects.
 
     Shapes:
-        input (..., in), output (..., heads * size); `linear` gives (..., heads * rank).
+        input (..., in), output (..., heads * size); `linear` gives (..., sum of ranks).
     """
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # the name that dense layers give it
         """Apply the layer, and fill up."""
-        values: Tensor = self.linear(input).unflatten(-1, [self.heads, self.rank])
-        return nn.functional.pad(values, [0, self.size - self.rank]).flatten(-2)
+        values: Tensor = self.linear(input)
+        if min(self.ranks) == max(self.ranks):
+            values = values.unflatten(-1, [len(self.ranks), -1])
+            return nn.functional.pad(values, [0, self.size - self.ranks[0]]).flatten(-2)
+        zeros = [self.size - rank for rank in self.ranks]
+        parts = nn.functional.pad(values, [0, sum(zeros)]).split(self.ranks + zeros, dim=-1)
+        filled: list[Tensor] = []
+        for head in range(len(zeros)):
+            filled.extend([parts[head], parts[len(zeros) + head]])
+        return torch.cat(filled, dim=-1)
 
 
 class HeadOutput(AroundHeads):
     """Reads the numbers of each head, and not the zeros that may be after them.
 
     Shapes:
-        input (..., heads * size) or (..., heads * rank), output (..., out); `linear` takes (..., heads * rank).
+        input (..., heads * size), or (..., heads * r) with any r that is no less than the largest rank, output
+        (..., out); `linear` takes (..., sum of ranks).
     """
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
         """Apply the layer to what the heads hold."""
-        heads = input.unflatten(-1, [self.heads, -1])
-        output: Tensor = self.linear(heads[..., : self.rank].flatten(-2))
+        heads = input.unflatten(-1, [len(self.ranks), -1])
+        if min(self.ranks) == max(self.ranks):
+            held = heads[..., : self.ranks[0]].flatten(-2)
+        else:
+            sizes: list[int] = []
+            for rank in self.ranks:
+                sizes.extend([rank, heads.shape[-1] - rank])
+            held = torch.cat(input.split(sizes, dim=-1)[::2], dim=-1)
+        output: Tensor = self.linear(held)
         return output

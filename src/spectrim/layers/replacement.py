@@ -162,17 +162,25 @@ def narrowed_at(
         own = own_bias(feeder, layer, feeding)
         kernels = to_float64(layer_type_of(layer).kernels(layer)).to(feeding.device)
         shifted = None if own is None else feeding[0] @ to_float64(own).to(feeding.device)
-        heads = feeding.shape[1] // rank if by_head else 0
-        narrowed[feeder] = _resized(layer, feeding @ kernels, shifted, name=feeder, heads=heads)
-    heads = reading.shape[1] // rank if by_head else 0
+        ranks = _head_ranks(feeding, rank) if by_head else ()
+        narrowed[feeder] = _resized(layer, feeding @ kernels, shifted, name=feeder, head_ranks=ranks)
+    ranks = _head_ranks(reading, rank) if by_head else ()
     value = bias(name, last, weight @ reading)
-    return narrowed | {name: _resized(last, weight, value, name=name, heads=heads)}
+    return narrowed | {name: _resized(last, weight, value, name=name, head_ranks=ranks)}
 
 
-def _resized(layer: nn.Module, weight: Tensor, bias: Tensor | None, *, name: str, heads: int) -> nn.Module:
+def _head_ranks(blocks: Tensor, mean: int) -> tuple[int, ...]:
+    """How many rows each head has in (1, mean * heads, size * heads), a block for each."""
+    heads = blocks.shape[1] // mean
+    return tuple(blocks[0].unflatten(1, (heads, -1)).any(dim=2).sum(dim=0).tolist())
+
+
+def _resized(
+    layer: nn.Module, weight: Tensor, bias: Tensor | None, *, name: str, head_ranks: tuple[int, ...]
+) -> nn.Module:
     """A layer like this one with a weight (1, out, in) and a bias (out,)."""
     _, out, into = weight.shape
-    new = narrowed_like(layer, out=out, into=into, bias=bias is not None, heads=heads)
+    new = narrowed_like(layer, out=out, into=into, bias=bias is not None, head_ranks=head_ranks)
     inner, reference = new.linear if isinstance(new, AroundHeads) else new, layer.get_parameter("weight")
     kind = layer_type_of(inner)
     inner.weight = parameter_like(reference, kind.to_weight(weight, kind.geometry(inner)))
@@ -183,20 +191,22 @@ def _resized(layer: nn.Module, weight: Tensor, bias: Tensor | None, *, name: str
     return new
 
 
-def narrowed_like(layer: nn.Module, *, out: int, into: int, bias: bool, heads: int = 0) -> nn.Module:
+def narrowed_like(
+    layer: nn.Module, *, out: int, into: int, bias: bool, head_ranks: tuple[int, ...] = ()
+) -> nn.Module:
     """A layer like this one with other sizes on the meta device, which says what shape the weight had.
 
-    With `heads` it gives or reads that many heads of an attention, which then hold fewer numbers.
+    With `head_ranks` it gives or reads the heads of an attention, each of which then holds so many numbers.
     """
     kind, reference = layer_type_of(layer), layer.get_parameter("weight")
     sizes, new = kind.geometry(layer), kind.resized(layer, out=out, into=into, bias=bias)
     shape = tuple(getattr(layer, NARROWED_FROM, reference.shape))
-    if not heads:
+    if not head_ranks:
         setattr(new, NARROWED_FROM, shape)
-    elif into == sizes.into:
-        new = HeadValues(new, heads=heads, size=sizes.outputs // heads, rank=out // heads, narrowed_from=shape)
+    elif into == sizes.into and out == sum(head_ranks):
+        new = HeadValues(new, size=sizes.outputs // len(head_ranks), ranks=head_ranks, narrowed_from=shape)
     else:
-        new = HeadOutput(new, heads=heads, size=sizes.into // heads, rank=into // heads, narrowed_from=shape)
+        new = HeadOutput(new, size=sizes.into // len(head_ranks), ranks=head_ranks, narrowed_from=shape)
     return new.train(layer.training).requires_grad_(reference.requires_grad)
 
 

@@ -1,8 +1,8 @@
 """Which layers of a model are factored, and how: a value that goes into files, and is carried out on a dense model."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from torch import nn
 
 from spectrim.core.errors import FileError, ModelError, PlanError
@@ -57,6 +57,7 @@ class Narrowed(Frozen):
         out: Outputs that it has now.
         bias: Whether it adds one.
         heads: Of how many heads of an attention it gives or reads what they hold; 0 for other layers.
+        head_ranks: How many numbers each of them holds; none where all hold as many.
     """
 
     shape: tuple[int, ...]
@@ -64,6 +65,14 @@ class Narrowed(Frozen):
     out: Annotated[int, Field(ge=1)]
     bias: bool
     heads: int = Field(default=0, ge=0)
+    head_ranks: tuple[Annotated[int, Field(ge=1)], ...] = ()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        own = self.head_ranks
+        if own and (len(own) != self.heads or sum(own) not in (self.into, self.out)):
+            raise ValueError(f"{self.heads} heads of a layer {self.into} -> {self.out} cannot hold {own}")
+        return self
 
 
 class Structure(Frozen):
@@ -168,18 +177,23 @@ def _options_of(dense: nn.Module) -> dict[str, str]:
 
 
 def _narrowed(layer: nn.Module) -> Narrowed:
-    heads = layer.heads if isinstance(layer, AroundHeads) else 0
+    ranks = layer.ranks if isinstance(layer, AroundHeads) else []
     shape: tuple[int, ...] = getattr(layer, NARROWED_FROM)
     layer = layer.linear if isinstance(layer, AroundHeads) else layer
     kind = layer_type_of(layer.empty_dense() if isinstance(layer, FactoredLayer) else layer)
     sizes = layer.geometry if isinstance(layer, FactoredLayer) else kind.geometry(layer)
-    return Narrowed(shape=shape, into=sizes.into, out=sizes.out, bias=layer.bias is not None, heads=heads)
+    own = tuple(ranks) if len(set(ranks)) > 1 else ()
+    bias = layer.bias is not None
+    return Narrowed(shape=shape, into=sizes.into, out=sizes.out, bias=bias, heads=len(ranks), head_ranks=own)
 
 
 def _unset(dense: nn.Module, layer: Narrowed) -> nn.Module:
     """A narrowed layer without values in the place of a dense one."""
-    weight = dense.get_parameter("weight")
-    new = narrowed_like(dense, out=layer.out, into=layer.into, bias=layer.bias, heads=layer.heads)
+    weight, ranks = dense.get_parameter("weight"), layer.head_ranks
+    if layer.heads and not ranks:
+        held = layer.out if layer.into == layer_type_of(dense).geometry(dense).into else layer.into
+        ranks = (held // layer.heads,) * layer.heads
+    new = narrowed_like(dense, out=layer.out, into=layer.into, bias=layer.bias, head_ranks=ranks)
     return new if weight.is_meta else new.to_empty(device=weight.device)
 
 

@@ -28,26 +28,36 @@ class HeadLayout:
     groups: int
     size: int
 
+    def columns(self, directions: Tensor) -> Tensor:
+        """Where the numbers of some directions of groups are in all heads: those of a direction one after the other."""
+        each = self.heads // self.groups
+        group, row = directions.unsqueeze(1) // self.size, directions.unsqueeze(1) % self.size
+        heads = group * each + torch.arange(each, device=directions.device)
+        return (heads * self.size + row).flatten()
+
 
 @dataclass(frozen=True, eq=False)
 class HeadDecomposition(Decomposition):
     """Each head's part of the weight at lower ranks, nested, and all parts together refitted to what is left.
 
     Within a group of heads the directions are the best for each head by itself (the truncated SVD of its part of the
-    weight times the root of its covariance; Lin et al. 2024, MoDeGPT); with the directions given, the weight is the
-    least squares solution over all heads, whose error is exact at every rank.
+    weight times the root of its covariance; Lin et al. 2024, MoDeGPT). Those of all groups are taken by their energy,
+    after the first one of each, so that a rank is the mean over the groups: heads that matter more keep more. With the
+    directions given, the weight is the least squares solution over all heads, whose error is exact at every rank.
 
     Attributes:
         problem: What is approximated; weight (1, out, heads * size).
         layout: How the heads lie.
         directions: (groups, size, size), rows best first.
-        factor: Cholesky factor of the covariance of the numbers in these directions, ordered by rank, then head.
+        order: int64 (groups * size,), all directions, the first to be taken first: row `order % size` of a group.
+        factor: Cholesky factor of the covariance of the numbers in these directions: by `order`, then head of a group.
         projected: The weight for these numbers times that, (out, heads * size).
     """
 
     problem: Problem
     layout: HeadLayout
     directions: Tensor
+    order: Tensor
     factor: Tensor
     projected: Tensor
 
@@ -66,7 +76,7 @@ class HeadDecomposition(Decomposition):
     def of_heads(cls, problem: Problem, layout: HeadLayout) -> Self:
         """Solve for every rank."""
         (W,), C = problem.matrices, problem.full_metric
-        heads, size, n = layout.heads, layout.size, W.shape[1]
+        heads, size = layout.heads, layout.size
         parts = W.reshape(-1, heads, size).transpose(0, 1)
         own = C.reshape(heads, size, heads, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
         by_group = (layout.groups, heads // layout.groups, size, size)
@@ -76,18 +86,17 @@ class HeadDecomposition(Decomposition):
         # numbers stay as large as they were on average, since the attention may clip them
         roots = roots / roots.square().mean().sqrt()
         root, inverse = (vectors * roots) @ vectors.mT, (vectors / roots) @ vectors.mT
-        best = torch.linalg.eigh(root @ effect @ root)[1].flip(2).mT
-        directions = best @ inverse
-        each = directions.repeat_interleave(heads // layout.groups, dim=0)
-        back = (root @ best.mT).repeat_interleave(heads // layout.groups, dim=0)
-        # (heads, size) -> (size, heads), so that the first r * heads are those of rank r
-        mixed = (each @ C.reshape(heads, size, n)).transpose(0, 1).reshape(n, heads, size)
-        mixed = (mixed.transpose(0, 1) @ each.mT).permute(1, 2, 0).reshape(n, n)
-        coefficients = (parts @ back).permute(1, 2, 0).reshape(-1, n)
+        energies, best = (part.flip(-1) for part in torch.linalg.eigh(root @ effect @ root))
+        best = best.mT
+        directions, order = best @ inverse, _by_energy(energies)
+        columns = layout.columns(order)
+        each = torch.block_diag(*directions.repeat_interleave(heads // layout.groups, dim=0))[columns]
+        back = torch.block_diag(*(root @ best.mT).repeat_interleave(heads // layout.groups, dim=0))
+        mixed, coefficients = each @ C @ each.mT, W @ back[:, columns]
         mixed = (mixed + mixed.mT) / 2
         mixed.diagonal().add_(1e-12 * float(mixed.diagonal().max()))
         factor = torch.linalg.cholesky(mixed)
-        return cls(problem, layout, directions, factor, coefficients @ factor)
+        return cls(problem, layout, directions, order, factor, coefficients @ factor)
 
     @cached_property
     def tails(self) -> FloatArray:
@@ -97,21 +106,30 @@ class HeadDecomposition(Decomposition):
         return np.append(after[1:].cpu().numpy(), 0.0)
 
     def tail_at(self, ranks: Ranks) -> float:
-        """Energy lost at a rank of each head."""
+        """Energy lost at a rank."""
         return float(self.tails[ranks[0] - 1])
 
     def factors(self, ranks: Ranks) -> Factors:
-        """What becomes of the values, what becomes of the heads, and the weight that reads these."""
+        """What becomes of the values, what becomes of the heads, and the weight that reads these, head by head."""
         (rank,), layout = ranks, self.layout
-        columns = rank * layout.heads
+        taken = self.order[: rank * layout.groups]
+        columns = layout.columns(taken)
         solved = torch.linalg.solve_triangular(
-            self.factor[:columns, :columns], self.projected[:, :columns], upper=False, left=False
+            self.factor[: len(columns), : len(columns)], self.projected[:, : len(columns)], upper=False, left=False
         )
-        weight = solved.reshape(-1, rank, layout.heads).transpose(1, 2).reshape(1, -1, columns)
-        few = self.directions[:, :rank]
-        feeding = torch.block_diag(*few)
-        reading = torch.block_diag(*few.repeat_interleave(layout.heads // layout.groups, dim=0))
-        return feeding.unsqueeze(0), reading.unsqueeze(0), self.problem.unweighted(weight)
+        few = [self.directions[group, : int((taken // layout.size == group).sum())] for group in range(layout.groups)]
+        reading = [rows for rows in few for _ in range(layout.heads // layout.groups)]
+        factors = torch.block_diag(*few), torch.block_diag(*reading), solved[:, columns.argsort()]
+        feeding, reads, weight = (part.unsqueeze(0) for part in factors)
+        return feeding, reads, self.problem.unweighted(weight)
+
+
+def _by_energy(energies: Tensor) -> Tensor:
+    """The order of (groups, size) directions, falling in each group: the first ones, then all others by energy."""
+    first = torch.full_like(energies[:, :1], torch.inf)
+    # rounding may not let one overtake those before it in its group
+    falling = torch.cat([first, energies[:, 1:]], dim=1).cummin(dim=1).values
+    return falling.flatten().argsort(descending=True, stable=True)
 
 
 def head_ranks(layout: HeadLayout) -> npt.NDArray[np.int64]:

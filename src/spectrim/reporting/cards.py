@@ -121,7 +121,7 @@ def _form(layer: nn.Module) -> str:
 
 
 def _rank(layer: nn.Module) -> int:
-    """Singular values; of a narrowed layer the outputs or inputs that are left, in each head."""
+    """Singular values; of a narrowed layer the outputs or inputs that are left, of heads their mean."""
     if isinstance(layer, FactoredLayer):
         return layer.rank
     (weight,) = _weights(layer)

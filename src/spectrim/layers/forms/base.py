@@ -180,7 +180,7 @@ class JointForm(Form):
     of the n numbers that the weight reads, and W' (1, out, l) is the weight of these: it stands for W' R.
 
     Attributes:
-        by_head: Whether it has the rank in each head of an attention.
+        by_head: Whether the rank is the mean over the heads of an attention.
     """
 
     is_joint = True

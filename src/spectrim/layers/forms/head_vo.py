@@ -1,4 +1,4 @@
-"""The form of an attention's values and output: fewer numbers in each head."""
+"""The form of an attention's values and output: fewer numbers in the heads, more in those that need more."""
 
 import numpy as np
 import numpy.typing as npt
@@ -9,7 +9,7 @@ from spectrim.linalg import Decomposition, Factors, HeadDecomposition, HeadLayou
 
 
 class HeadValueOutputForm(JointForm):
-    """Each head's product of value and output at a lower rank; what reads all heads is refitted."""
+    """The products of value and output of heads at lower ranks, whose mean is the rank; what reads them is refitted."""
 
     name = "head_vo"
     by_head = True
