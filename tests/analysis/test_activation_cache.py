@@ -292,3 +292,43 @@ def test_what_is_forgotten_takes_no_bytes() -> None:
                 handle = model.blocks[3].inside[0].register_forward_pre_hook(lambda *_, end=stop: end())
                 assert torch.equal(model(x), expected)
             handle.remove()
+
+
+def test_a_block_that_is_too_large_to_keep_is_forgotten_with_the_others() -> None:
+    class Wide(Chain):
+        def __init__(self) -> None:
+            super().__init__(skip=False)
+            sizes = ((8, 8), (8, 128), (128, 8), (8, 8))
+            self.blocks = nn.ModuleList(Counting(nn.Linear(*size), nn.ReLU()) for size in sizes)
+
+    model, x = Wide().eval(), torch.randn(64, 8)
+    cache = ActivationCache(model, free_bytes=64 * 128 * 4, tried_on=as_inputs(x))
+    with torch.no_grad():
+        expected = model(x)
+        assert "blocks.1" in cache.blocks
+        for number in (1, 3, 3):
+            with cache.recalling(0) as stop:
+                handle = model.blocks[number].inside[0].register_forward_pre_hook(lambda *_, end=stop: end())
+                assert torch.equal(model(x), expected)
+            handle.remove()
+
+
+def test_what_lies_beside_the_blocks_is_recalled_but_layers_are_not() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.pool, self.head = nn.Linear(4, 8), nn.MaxPool1d(2), nn.Linear(4, 2)
+            self.block = Counting(nn.Linear(4, 4), nn.ReLU())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.block(self.pool(self.stem(x))))
+
+    model, x = nn.Sequential(Net().eval()), torch.randn(8, 4)
+    cache = ActivationCache(model, free_bytes=10**6, tried_on=as_inputs(x))
+    assert cache.blocks == {"0", "0.pool", "0.block", "0.block.inside"}
+    with torch.no_grad():
+        expected = model(x)
+        for _ in range(2):
+            with cache.recalling(0) as stop:
+                assert torch.equal(model(x), expected)
+                stop()

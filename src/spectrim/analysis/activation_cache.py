@@ -15,6 +15,7 @@ from spectrim.core.execution import Inputs, call, evaluating
 from spectrim.core.memory import free_bytes
 from spectrim.core.nested import map_tensors, tensors
 from spectrim.layers.factored import is_low_rank
+from spectrim.layers.types import find_layer_type
 
 DEFAULT_BYTES, _MOST_BYTES, _OF_FREE = 2**29, 2**31, 16
 """Bytes of activations kept to save time, if nothing else is said: 512 MiB, and where a 16th of the memory that is free
@@ -49,7 +50,7 @@ class ActivationCache:
 
     If layers are worked on in execution order, whatever a pass has finished before the layer at hand is final. The
     outputs of modules made of modules (blocks, stages) are kept as long as the bytes suffice; on the next pass these
-    modules return what is kept instead of running.
+    modules return what is kept instead of running. So do modules beside the outermost blocks that are no layers.
 
     A block that does more than give an output (it runs hooks, writes to its input or to what others read) has to run.
     So each block is tried: with its output recalled, the network must give what it gives with the block run. Where it
@@ -87,7 +88,9 @@ class ActivationCache:
             return _Blocks()
         if self.tried_on.is_ragged or any(tensor.layout != torch.strided for tensor in self.tried_on.tensors()):
             return _Blocks()  # such inputs cannot be cut or rolled
-        names = [name for name, module in self.model.named_modules() if name and _is_block(module)]
+        outer = _outer_leaves(self.model)
+        blocks = [(name, module) for name, module in self.model.named_modules() if name and _is_block(module)]
+        names = [name for name, module in blocks if name in outer or next(module.children(), None) is not None]
         names.sort(key=lambda name: name.count("."), reverse=True)
         with evaluating(self.model), suppress(ModelError):
             # a block is tried after a pass on other inputs, so that what it left to others is not what it leaves now
@@ -183,7 +186,7 @@ class ActivationCache:
         self.free_bytes += sum(map(_size, run.known.values()))
         self._outputs[batch] = {}
         for key, output in run.finished:
-            if key in run.known or _size(output) <= self.free_bytes:
+            if not isinstance(output, _Unkept) and (key in run.known or _size(output) <= self.free_bytes):
                 self._outputs[batch][key] = output
                 self.free_bytes -= _size(output)
 
@@ -233,13 +236,23 @@ class _Pass:
         output = _copied(self.known[key]) if key in self.known else original(*args, **kwargs)
         if self.final and key in self.known:
             self.finished[inside:] = [(key, self.known[key])]
-        elif self.final and _is_storable(output) and _size(copied := _copied(output)) <= self.free_bytes:
+        elif self.final and _is_storable(output):
+            if _size(output) > self.free_bytes:
+                self.finished.append((key, _Unkept(_forgotten(output))))  # those inside are kept in its place
+                return output
             before = self.finished[:inside]
             # once what is before takes no bytes, there are enough for this output, which is then kept
             if name in self.frontiers:
-                before = [(earlier, value if _is_forgotten(value) else _forgotten(value)) for earlier, value in before]
-            self.finished = [*before, (key, copied)]
+                before = [(earlier, _forgotten(value)) for earlier, value in before]
+            self.finished = [*before, (key, _copied(output))]
         return output
+
+
+@dataclass(frozen=True, eq=False)
+class _Unkept:
+    """An output for which there are not enough bytes: what stands for it where it need not be known any more."""
+
+    forgotten: Any
 
 
 def default_bytes() -> int:
@@ -289,6 +302,11 @@ _SHAPES = {"__get__", "size", "dim", "numel", "stride", "element_size", "__len__
 
 
 def _forgotten(output: Any) -> Any:
+    """What is not kept in the place of an output, or of one that is not kept already."""
+    if isinstance(output, _Unkept):
+        return output.forgotten
+    if _is_forgotten(output):
+        return output
     return map_tensors(output, lambda tensor: tensor.new_zeros(()).expand(tensor.shape).as_subclass(_Forgotten))
 
 
@@ -303,7 +321,18 @@ def _size(output: Any) -> int:
 
 
 def _is_block(module: nn.Module) -> bool:
-    return not is_low_rank(module) and next(module.children(), None) is not None
+    """Whether it is made of modules, or is no layer that may change."""
+    is_made_of_modules = next(module.children(), None) is not None
+    return not is_low_rank(module) and (is_made_of_modules or find_layer_type(module) is None)
+
+
+def _outer_leaves(model: nn.Module) -> set[str]:
+    """Names of what lies beside the blocks, as the pooling after the first layer of a network does."""
+    path, children = "", dict(model.named_children())
+    while len(children) == 1:
+        ((name, only),) = children.items()
+        path, children = f"{path}{name}.", dict(only.named_children())
+    return {f"{path}{name}" for name, child in children.items() if next(child.children(), None) is None}
 
 
 def _first(tensor: Tensor, places: slice) -> Tensor:

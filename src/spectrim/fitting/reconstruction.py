@@ -16,10 +16,12 @@ from spectrim.core.plans import LayerPlan, Plan
 from spectrim.fitting.regression import InputRows, RidgeFit, Rows
 from spectrim.fitting.successors import Successor, find_successors, following
 from spectrim.layers.forms import find_form
+from spectrim.layers.forms.base import SingleWeightForm
 from spectrim.layers.replacement import duplicate, factored_at, factorize, narrowed_at, product, refitted_at, replace
 from spectrim.layers.tokens import TokenMasks, input_rows, output_rows
 from spectrim.layers.types import layer_type_of
 from spectrim.layers.types.base import SampledPlaces
+from spectrim.linalg.covariance import matrix_of
 
 
 class _PassEnded(BaseException):
@@ -362,13 +364,16 @@ def _fitted(small: nn.Module, place: _Place, seen: Mapping[str, _Seen], *, analy
     targets = place.targets(seen)
     before = analysis.factors(plan) if is_approximated else ()
     factors = before if plan.unit else ()  # the same neurons are left
+    form = find_form(plan.form) if is_approximated else None
+    by_matrix = isinstance(form, SingleWeightForm) and form.decomposition.by_matrix
+    metric = matrix_of(fit.metric) if by_matrix else fit.metric
     for turn in reversed(range(1 + place.successor.relu)):
         cross = fit.cross(targets)
         best = fit.weight(cross)
-        if is_approximated:
-            problem = analysis[plan.name].problems[plan.metric or "plain"].of_weight(best.reshape(shape), fit.metric)
+        if form is not None:
+            problem = analysis[plan.name].problems[plan.metric or "plain"].of_weight(best.reshape(shape), metric)
             unit = analysis[plan.name].unit
-            factors = find_form(plan.form).decompose_unit(problem, unit, near=factors).factors(plan.ranks)
+            factors = form.decompose_unit(problem, unit, near=factors).factors(plan.ranks)
             best = product(layer, form=plan.form, factors=factors)
         if turn:
             targets = place.revised(seen, targets, whole=best, fit=fit)

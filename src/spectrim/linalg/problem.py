@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
-from typing import Self
+from typing import ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -47,9 +47,11 @@ class Decomposition(ABC):
 
     Attributes:
         problem: What is approximated.
+        by_matrix: Whether it takes the covariance as a matrix, several times, whatever else it is given as.
     """
 
     problem: "Problem"
+    by_matrix: ClassVar[bool] = False
 
     @staticmethod
     @abstractmethod

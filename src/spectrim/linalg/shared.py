@@ -35,6 +35,7 @@ class SharedProjection(Decomposition):
     problem: Problem
     basis: Tensor
     first_shared: ClassVar[int]
+    by_matrix = True
 
     @classmethod
     def basis_bytes(cls, shape: Sequence[int], *, itemsize: int, rank: int | None = None) -> int:
