@@ -191,9 +191,7 @@ def _resized(
     return new
 
 
-def narrowed_like(
-    layer: nn.Module, *, out: int, into: int, bias: bool, head_ranks: tuple[int, ...] = ()
-) -> nn.Module:
+def narrowed_like(layer: nn.Module, *, out: int, into: int, bias: bool, head_ranks: tuple[int, ...] = ()) -> nn.Module:
     """A layer like this one with other sizes on the meta device, which says what shape the weight had.
 
     With `head_ranks` it gives or reads the heads of an attention, each of which then holds so many numbers.
