@@ -238,3 +238,16 @@ def test_steps_are_not_tried_while_they_are_watched() -> None:
     handle.remove()
     assert torch.equal(network.generate(IDS, max_new_tokens=3, do_sample=False), text)
     assert hooks(network)[0].takes_narrow
+
+
+@EVEN
+def test_values_that_are_repeated_for_the_queries_keep_zeros_where_heads_differ(even: bool) -> None:
+    ranks, cache = (3, 3) if even else (5, 1), transformers.DynamicCache()
+    hook = NarrowCache(SIZE, ranks)
+    (seen,), _ = hook(nn.Identity(), (cache,), {})
+    values = torch.randn(1, 4, 2, SIZE)  # two for each head
+    for head in range(4):
+        values[:, head, :, ranks[head // 2] :] = 0
+    _, read = seen.update(values, values, 0)
+    assert torch.equal(read, values)
+    assert cache.layers[0].values.shape[-1] == (RANK if even else SIZE)

@@ -149,10 +149,12 @@ class _View:
         each = values.transpose(1, 2).flatten(2).split(self.ranks, dim=-1)
         return torch.stack([nn.functional.pad(part, [0, width - part.shape[-1]]) for part in each], dim=1)
 
-    def fits(self, layer: Any) -> bool:
+    def fits(self, layer: Any, values: Tensor) -> bool:
         """Whether the layer of a cache can keep values without their zeros: not quantised, nor with others before."""
         before = getattr(layer, "values", None)
-        if hasattr(layer, "_quantize"):
+        is_even = min(self.ranks) == max(self.ranks)
+        has_each = is_even or (values.ndim == 4 and values.shape[1] == len(self.ranks))  # not repeated for queries
+        if hasattr(layer, "_quantize") or not has_each:
             return False
         if before is not None:
             return before.shape[-1] in (0, self.kept)
@@ -195,7 +197,7 @@ class _Seen:
         if not isinstance(value_states, Tensor) or value_states.shape[-1] != view.size:
             return update(key_states, value_states, layer_idx, *args, **kwargs)
         layer = self.layers[layer_idx] if layer_idx < len(self.layers) else None
-        values = view.packed(value_states) if view.fits(layer) else value_states
+        values = view.packed(value_states) if view.fits(layer, value_states) else value_states
         if not view.is_dry_run:
             keys, values = update(key_states, values, layer_idx, *args, **kwargs)
         elif layer is None:
