@@ -20,6 +20,7 @@ from spectrim.core.execution import Inputs, as_inputs, tensors
 from spectrim.export import Exported, export_onnx, export_openvino, export_program
 from spectrim.export.checks import Reference
 from spectrim.layers.factored import low_rank_layers
+from spectrim.layers.heads import HeadOutput, HeadValues
 from spectrim.layers.padding import padded
 from spectrim.models.networks import CifarResNet
 from spectrim.runtimes.conversion import openvino_core
@@ -385,6 +386,20 @@ def test_a_check_that_fails_leaves_nothing(write: Callable[..., Exported], name:
     with pytest.raises(st.errors.EngineError, match=r"other outputs than torch on a batch of 2: they differ by 1 of"):
         write(model, tmp_path / name, x, tolerance=0.5)
     assert {file: file.read_bytes() for file in tmp_path.iterdir()} == older
+
+
+@pytest.mark.parametrize(("write", "name"), exports())
+def test_heads_that_hold_different_numbers_one_of_them_all(
+    write: Callable[..., Exported], name: str, tmp_path: Path
+) -> None:
+    if write is export_openvino:
+        pytest.importorskip("openvino")
+    values, output = nn.Linear(12, 7), nn.Linear(7, 12)
+    heads = {"size": 4, "ranks": (4, 1, 2), "narrowed_from": (12, 12)}
+    model = nn.Sequential(HeadValues(values, **heads), HeadOutput(output, **heads)).eval()
+    written = write(model, tmp_path / name, torch.randn(3, 5, 12))
+    assert written.check is not None
+    assert written.check.difference < 1e-5
 
 
 def test_a_model_that_changes_its_outputs_is_refused(tmp_path: Path) -> None:
