@@ -250,8 +250,11 @@ class Apart(nn.Module):
         return x + self.last(self.first(x))
 
 
-def test_what_a_block_gave_before_it_was_narrowed_is_not_recalled() -> None:
-    model = network(Apart(), Apart())
+@pytest.mark.parametrize("between", ["in a block", "a layer", "a block"])
+def test_what_a_block_gave_before_it_was_narrowed_is_not_recalled(between: str) -> None:
+    relu = nn.ReLU() if between == "a layer" else nn.Sequential(nn.ReLU(), nn.Identity())
+    flat = (nn.Linear(12, 32), relu, nn.Linear(32, 12), nn.Tanh(), nn.Linear(12, 32), relu, nn.Linear(32, 12))
+    model = network(*((Apart(), Apart()) if between == "in a block" else flat))
     cached, uncached = (
         st.compress(model, st.Budget(params=0.5), example_inputs=DATA[0], data=DATA, forms="width", cache=cache)
         for cache in (None, 0)

@@ -260,10 +260,17 @@ def default_bytes() -> int:
     return max(DEFAULT_BYTES, min(_MOST_BYTES, free_bytes(torch.device("cpu")) // _OF_FREE))
 
 
-def blocks_of_feeders(pairs: Iterable[tuple[str, str]]) -> frozenset[str]:
-    """Blocks that hold the first layer of a pair that is narrowed together, and not the second one."""
+def blocks_of_feeders(model: nn.Module, pairs: Iterable[tuple[str, str]]) -> frozenset[str]:
+    """Blocks that hold the first layer of a pair that is narrowed together, and not the second one, or may lie between.
+
+    What lies between holds no layer.
+    """
+    pairs = list(pairs)
     around = [(feeder.rsplit(".", up)[0], last) for feeder, last in pairs for up in range(1, 1 + feeder.count("."))]
-    return frozenset(block for block, last in around if not last.startswith(f"{block}."))
+    holding = {block for block, last in around if not last.startswith(f"{block}.")}
+    named = model.named_modules() if pairs else ()
+    without_layers = {name for name, module in named if not any(map(find_layer_type, module.modules()))}
+    return frozenset(holding | without_layers)
 
 
 def _equal(first: Any, second: Any) -> bool:

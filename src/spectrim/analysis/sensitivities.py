@@ -84,7 +84,7 @@ def sensitivity(
             groups.setdefault(layer.stack or layer.name, []).append(layer)
     pairs = [(feeder.name, layer.name) for layer in analysis if layer.joint_forms for feeder in layer.feeders]
     activations = ActivationCache(model, cache_bytes_of(analysis, cache), used[0]).of(
-        model, never=blocks_of_feeders(pairs)
+        model, never=blocks_of_feeders(model, pairs)
     )
     moments = analysis.calibration.moments if analysis.calibration else {}
     counts = {name: seen.count for name, seen in moments.items()}
