@@ -314,21 +314,23 @@ def test_a_block_that_is_too_large_to_keep_is_forgotten_with_the_others() -> Non
 
 
 def test_what_lies_beside_the_blocks_is_recalled_but_layers_are_not() -> None:
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.stem, self.pool, self.head = nn.Linear(4, 8), nn.MaxPool1d(2), nn.Linear(4, 2)
-            self.block = Counting(nn.Linear(4, 4), nn.ReLU())
+    class Pool(nn.MaxPool1d):
+        runs = 0
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.head(self.block(self.pool(self.stem(x))))
+            self.runs += 1
+            return super().forward(x)
 
-    model, x = nn.Sequential(Net().eval()), torch.randn(8, 4)
+    pool = Pool(2)
+    inside = nn.Sequential(nn.Linear(4, 8), pool, Counting(nn.Linear(4, 4), nn.ReLU()), nn.Linear(4, 2))
+    model, x = nn.Sequential(inside).eval(), torch.randn(8, 4)
     cache = ActivationCache(model, free_bytes=10**6, tried_on=as_inputs(x))
-    assert cache.blocks == {"0", "0.pool", "0.block", "0.block.inside"}
+    assert cache.blocks == {"0", "0.1", "0.2", "0.2.inside"}
     with torch.no_grad():
-        expected = model(x)
-        for _ in range(2):
+        expected, pool.runs = model(x), 0
+        for _ in range(3):
+            handle = inside[3].register_forward_pre_hook(lambda *_: stop())
             with cache.recalling(0) as stop:
                 assert torch.equal(model(x), expected)
-                stop()
+            handle.remove()
+    assert pool.runs == 1

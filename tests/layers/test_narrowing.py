@@ -264,6 +264,41 @@ def test_what_a_block_gave_before_it_was_narrowed_is_not_recalled(between: str) 
     torch.testing.assert_close(cached.model(DATA[0]), uncached.model(DATA[0]))
 
 
+class Core(nn.Module):
+    """The middle of an attention, with positions of its own, in a module that holds neither values nor output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions = nn.Embedding(6, 6)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        bias = self.positions(torch.arange(6))
+        return nn.functional.scaled_dot_product_attention(q, k, v, bias)
+
+
+class WithCore(Attention):
+    """An attention whose middle is a block."""
+
+    def __init__(self) -> None:
+        super().__init__(groups=4)
+        self.core = Core()
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (layer(x).unflatten(-1, (-1, 6)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        return x + self.o(self.core(q, k, v).transpose(1, 2).flatten(-2))
+
+
+def test_the_middle_of_an_attention_is_not_recalled_from_before_it_was_narrowed() -> None:
+    model = network(WithCore(), WithCore())
+    cached, uncached = (
+        st.compress(model, st.Budget(params=0.6), example_inputs=DATA[0], data=DATA, forms="head_vo", cache=cache)
+        for cache in (None, 0)
+    )
+    assert "head_vo" in {layer.form for layer in cached.plan}
+    assert cached.plan == uncached.plan
+    torch.testing.assert_close(cached.model(DATA[0]), uncached.model(DATA[0]))
+
+
 def test_layers_in_a_row_are_taken_in_pairs() -> None:
     model = network(nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 12))
     assert feeders(model) == {"2": ["0"]}

@@ -5,13 +5,14 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from spectrim.core.errors import ModelError
-from spectrim.core.execution import Inputs, call, evaluating
+from spectrim.core.execution import Inputs, call, evaluating, temporary
 from spectrim.core.memory import free_bytes
 from spectrim.core.nested import map_tensors, tensors
 from spectrim.layers.factored import is_low_rank
@@ -88,9 +89,8 @@ class ActivationCache:
             return _Blocks()
         if self.tried_on.is_ragged or any(tensor.layout != torch.strided for tensor in self.tried_on.tensors()):
             return _Blocks()  # such inputs cannot be cut or rolled
-        outer = _outer_leaves(self.model)
-        blocks = [(name, module) for name, module in self.model.named_modules() if name and _is_block(module)]
-        names = [name for name, module in blocks if name in outer or next(module.children(), None) is not None]
+        names = [name for name, module in self.model.named_modules() if name and _is_block(module)]
+        names += _beside_blocks(self.model)
         names.sort(key=lambda name: name.count("."), reverse=True)
         with evaluating(self.model), suppress(ModelError):
             # a block is tried after a pass on other inputs, so that what it left to others is not what it leaves now
@@ -170,7 +170,7 @@ class ActivationCache:
         replaced = []
         try:
             for name, module in list(self.model.named_modules()):
-                if name in blocks and _is_block(module):
+                if name in blocks and not is_low_rank(module):
                     replaced.append((module, module.__dict__.get("forward")))
                     module.__dict__["forward"] = partial(run.forward, name, module.forward)
             yield
@@ -260,17 +260,34 @@ def default_bytes() -> int:
     return max(DEFAULT_BYTES, min(_MOST_BYTES, free_bytes(torch.device("cpu")) // _OF_FREE))
 
 
-def blocks_of_feeders(model: nn.Module, pairs: Iterable[tuple[str, str]]) -> frozenset[str]:
-    """Blocks that hold the first layer of a pair that is narrowed together, and not the second one, or may lie between.
+def blocks_after_feeders(model: nn.Module, inputs: Inputs, pairs: Iterable[tuple[str, str]]) -> frozenset[str]:
+    """Modules that end after the first layer of a pair that is narrowed together, and before the second one begins.
 
-    What lies between holds no layer.
+    What they give changes with the first layer, when the second one is worked on. The model is run once.
     """
-    pairs = list(pairs)
-    around = [(feeder.rsplit(".", up)[0], last) for feeder, last in pairs for up in range(1, 1 + feeder.count("."))]
-    holding = {block for block, last in around if not last.startswith(f"{block}.")}
-    named = model.named_modules() if pairs else ()
-    without_layers = {name for name, module in named if not any(map(find_layer_type, module.modules()))}
-    return frozenset(holding | without_layers)
+    spans: dict[str, list[tuple[int, int]]] = {}
+    begun: list[int] = []
+    clock = count()
+
+    def begin(*_: object) -> None:
+        begun.append(next(clock))
+
+    def end(name: str, *_: object) -> None:
+        spans.setdefault(name, []).append((begun.pop(), next(clock)))
+
+    pairs, named = list(pairs), list(model.named_modules())
+    if not pairs:
+        return frozenset()
+    hooks = [module.register_forward_pre_hook(begin) for _, module in named]
+    hooks += [module.register_forward_hook(partial(end, name)) for name, module in named]
+    with evaluating(model), temporary(hooks), torch.no_grad():
+        call(model, inputs)
+    if any(name not in spans for pair in pairs for name in pair):
+        return frozenset(spans)
+    between = [(spans[feeder][0][1], spans[last][-1][0]) for feeder, last in pairs]
+    return frozenset(
+        name for name, own in spans.items() if any(low < at < high for _, at in own for low, high in between)
+    )
 
 
 def _equal(first: Any, second: Any) -> bool:
@@ -309,7 +326,7 @@ _SHAPES = {"__get__", "size", "dim", "numel", "stride", "element_size", "__len__
 
 
 def _forgotten(output: Any) -> Any:
-    """What is not kept in the place of an output, or of one that is not kept already."""
+    """What stands for an output that need not be known."""
     if isinstance(output, _Unkept):
         return output.forgotten
     if _is_forgotten(output):
@@ -328,18 +345,17 @@ def _size(output: Any) -> int:
 
 
 def _is_block(module: nn.Module) -> bool:
-    """Whether it is made of modules, or is no layer that may change."""
-    is_made_of_modules = next(module.children(), None) is not None
-    return not is_low_rank(module) and (is_made_of_modules or find_layer_type(module) is None)
+    return not is_low_rank(module) and next(module.children(), None) is not None
 
 
-def _outer_leaves(model: nn.Module) -> set[str]:
-    """Names of what lies beside the blocks, as the pooling after the first layer of a network does."""
+def _beside_blocks(model: nn.Module) -> list[str]:
+    """What lies beside the outermost blocks and is no layer, as the pooling after the first layer of a network."""
     path, children = "", dict(model.named_children())
     while len(children) == 1:
-        ((name, only),) = children.items()
-        path, children = f"{path}{name}.", dict(only.named_children())
-    return {f"{path}{name}" for name, child in children.items() if next(child.children(), None) is None}
+        ((name, child),) = children.items()
+        path, children = f"{path}{name}.", dict(child.named_children())
+    leaves = (name for name, child in children.items() if next(child.children(), None) is None)
+    return [f"{path}{name}" for name in leaves if find_layer_type(children[name]) is None]
 
 
 def _first(tensor: Tensor, places: slice) -> Tensor:

@@ -9,7 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from spectrim.analysis.activation_cache import ActivationCache, ForgottenOutputError, blocks_of_feeders, default_bytes
+from spectrim.analysis.activation_cache import (
+    ActivationCache,
+    ForgottenOutputError,
+    blocks_after_feeders,
+    default_bytes,
+)
 from spectrim.analysis.calibration import Calibration, add_gradients
 from spectrim.analysis.metrics import measured_in, metric_of
 from spectrim.analysis.moments import RunningGradients
@@ -84,7 +89,7 @@ def sensitivity(
             groups.setdefault(layer.stack or layer.name, []).append(layer)
     pairs = [(feeder.name, layer.name) for layer in analysis if layer.joint_forms for feeder in layer.feeders]
     activations = ActivationCache(model, cache_bytes_of(analysis, cache), used[0]).of(
-        model, never=blocks_of_feeders(model, pairs)
+        model, never=blocks_after_feeders(model, used[0], pairs)
     )
     moments = analysis.calibration.moments if analysis.calibration else {}
     counts = {name: seen.count for name, seen in moments.items()}

@@ -9,7 +9,12 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from spectrim.analysis.activation_cache import DEFAULT_BYTES, ActivationCache, ForgottenOutputError, blocks_of_feeders
+from spectrim.analysis.activation_cache import (
+    DEFAULT_BYTES,
+    ActivationCache,
+    ForgottenOutputError,
+    blocks_after_feeders,
+)
 from spectrim.analysis.spectra import Analysis
 from spectrim.core.execution import Inputs, ProgressCallback, call
 from spectrim.core.plans import LayerPlan, Plan
@@ -181,7 +186,8 @@ def _reconstruct(
     as_planned = [layer for layer in plan.factored if layer.name in unfitted]
     factorize(small, plan.model_copy(update={"layers": tuple(as_planned)}), factors=analysis.factors)
     dense = ActivationCache(model, 3 * cache_bytes // 10, first, forgets)
-    never = blocks_of_feeders(model, ((feeder, place.plan.name) for place in places for feeder in place.feeders))
+    narrowed = ((feeder, place.plan.name) for place in places for feeder in place.feeders)
+    never = blocks_after_feeders(model, first, narrowed)
     compressed = dense.of(small, never=never)
     data, small_data = ([(batch, TokenMasks.of(model, batch)) for batch in own] for own in zip(*pairs, strict=True))
     readers, events = _readers(model, first, places), dict[int, Counter[str]]()

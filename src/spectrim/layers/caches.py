@@ -130,34 +130,38 @@ class _View:
         return seen
 
     @property
-    def kept(self) -> int:
-        """Numbers that a cache keeps for each head."""
+    def mean_rank(self) -> int:
+        """Numbers that a cache has room for in each head."""
         return sum(self.ranks) // len(self.ranks)
 
+    @property
+    def is_even(self) -> bool:
+        """Whether all heads have as many."""
+        return min(self.ranks) == max(self.ranks)
+
     def packed(self, values: Tensor) -> Tensor:
-        """Values (batch, heads, length, size) without zeros: (batch, heads, length, `kept`)."""
-        if min(self.ranks) == max(self.ranks):
-            return values[..., : self.kept]
+        """Values (batch, heads, length, size) without zeros: (batch, heads, length, `mean_rank`)."""
+        if self.is_even:
+            return values[..., : self.mean_rank]
         each = [values[:, head, :, :rank] for head, rank in enumerate(self.ranks)]
-        packed: Tensor = torch.cat(each, dim=-1).unflatten(-1, (len(self.ranks), self.kept))
+        packed: Tensor = torch.cat(each, dim=-1).unflatten(-1, (len(self.ranks), self.mean_rank))
         return packed.transpose(1, 2)
 
     def unpacked(self, values: Tensor, *, width: int) -> Tensor:
         """What was packed, each head with zeros up to a width."""
-        if min(self.ranks) == max(self.ranks):
-            return nn.functional.pad(values, [0, width - self.kept])
+        if self.is_even:
+            return nn.functional.pad(values, [0, width - self.mean_rank])
         each = values.transpose(1, 2).flatten(2).split(self.ranks, dim=-1)
         return torch.stack([nn.functional.pad(part, [0, width - part.shape[-1]]) for part in each], dim=1)
 
     def fits(self, layer: Any, values: Tensor) -> bool:
         """Whether the layer of a cache can keep values without their zeros: not quantised, nor with others before."""
         before = getattr(layer, "values", None)
-        is_even = min(self.ranks) == max(self.ranks)
-        has_each = is_even or (values.ndim == 4 and values.shape[1] == len(self.ranks))  # not repeated for queries
+        has_each = self.is_even or (values.ndim == 4 and values.shape[1] == len(self.ranks))  # not repeated for queries
         if hasattr(layer, "_quantize") or not has_each:
             return False
         if before is not None:
-            return before.shape[-1] in (0, self.kept)
+            return before.shape[-1] in (0, self.mean_rank)
         # of a fixed length; in transformers 4 the values get the size of the keys
         is_static = getattr(layer, "is_compileable", False)
         return not is_static or "value_states" in inspect.signature(layer.lazy_initialization).parameters

@@ -112,12 +112,12 @@ class HeadDecomposition(Decomposition):
     def factors(self, ranks: Ranks) -> Factors:
         """What becomes of the values, what becomes of the heads, and the weight that reads these, head by head."""
         (rank,), layout = ranks, self.layout
-        taken = self.order[: rank * layout.groups]
-        columns = layout.columns(taken)
+        chosen = self.order[: rank * layout.groups]
+        columns = layout.columns(chosen)
         solved = torch.linalg.solve_triangular(
             self.factor[: len(columns), : len(columns)], self.projected[:, : len(columns)], upper=False, left=False
         )
-        few = [self.directions[group, : int((taken // layout.size == group).sum())] for group in range(layout.groups)]
+        few = [self.directions[group, : int((chosen // layout.size == group).sum())] for group in range(layout.groups)]
         reading = [rows for rows in few for _ in range(layout.heads // layout.groups)]
         factors = torch.block_diag(*few), torch.block_diag(*reading), solved[:, columns.argsort()]
         feeding, reads, weight = (part.unsqueeze(0) for part in factors)

@@ -17,7 +17,7 @@ Arrays = Mapping[str, NDArray[Any]]
 Engine = Callable[[Arrays], list[NDArray[Any]]]
 """One pass over inputs by name: every output, in the order of the model."""
 
-_SLOWING = ["SkipLayerNormFusion"]
+_DISABLED = ["SkipLayerNormFusion"]
 """Of ONNX Runtime on CPUs. One kernel for an addition and a layer norm takes three times as long as two (1.32, MiniLM);
 it is used where the batch size is fixed, as when a network is timed, and not in files with any batch size."""
 _PRECISIONS = {"openvino": "f32", "openvino-bf16": "bf16"}
@@ -61,7 +61,7 @@ def onnxruntime_session(model: "onnx.ModelProto | Path", *, threads: int) -> Any
     options.log_severity_level = 4  # what it logs is raised as well
     source = str(model) if isinstance(model, Path) else model.SerializeToString()
     return onnxruntime.InferenceSession(
-        source, options, providers=["CPUExecutionProvider"], disabled_optimizers=_SLOWING
+        source, options, providers=["CPUExecutionProvider"], disabled_optimizers=_DISABLED
     )
 
 
