@@ -280,10 +280,11 @@ def blocks_after_feeders(model: nn.Module, inputs: Inputs, pairs: Iterable[tuple
         return frozenset()
     hooks = [module.register_forward_pre_hook(begin) for _, module in named]
     hooks += [module.register_forward_hook(partial(end, name)) for name, module in named]
-    with evaluating(model), temporary(hooks), torch.no_grad():
+    # inputs that do not fit are told of by the pass that needs them
+    with evaluating(model), temporary(hooks), torch.no_grad(), suppress(ModelError):
         call(model, inputs)
     if any(name not in spans for pair in pairs for name in pair):
-        return frozenset(spans)
+        return frozenset(name for name, _ in named)
     between = [(spans[feeder][0][1], spans[last][-1][0]) for feeder, last in pairs]
     return frozenset(
         name for name, own in spans.items() if any(low < at < high for _, at in own for low, high in between)
