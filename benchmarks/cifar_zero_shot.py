@@ -90,23 +90,27 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
 
 
 class Augmented:
-    """Batches of one epoch, each image flipped and shifted by itself, made as they are asked for; no labels."""
+    """Batches of one epoch, each image flipped and shifted by itself, made as they are asked for.
 
-    def __init__(self, padded: Tensor, *, draw: int) -> None:
-        self.padded, self.draw = padded, draw
+    Without `labels` all are of class 0, for training that looks at no labels.
+    """
+
+    def __init__(self, padded: Tensor, *, draw: int, labels: Tensor | None = None, batch: int = 128) -> None:
+        self.padded, self.draw, self.batch = padded, draw, batch
+        self.labels = torch.zeros(len(padded), dtype=torch.long) if labels is None else labels
 
     def __len__(self) -> int:
-        return math.ceil(len(self.padded) / 128)
+        return math.ceil(len(self.padded) / self.batch)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         draw = torch.Generator().manual_seed(self.draw)
-        for places in torch.randperm(len(self.padded), generator=draw).split(128):
-            corners = torch.randint(9, (len(places), 2), generator=draw).tolist()
-            flipped = torch.rand(len(places), generator=draw) < 0.5
-            shifted = zip(self.padded[places], corners, strict=True)
-            x = torch.stack([image[:, top : top + 32, left : left + 32] for image, (top, left) in shifted])
-            x[flipped] = x[flipped].flip(-1)
-            yield x, torch.zeros(len(x), dtype=torch.long)
+        for places in torch.randperm(len(self.padded), generator=draw).split(self.batch):
+            rows, columns = (torch.randint(9, (len(places), 2, 1), generator=draw) + torch.arange(32)).unbind(1)
+            flipped = torch.rand(len(places), 1, generator=draw) < 0.5
+            columns = torch.where(flipped, columns.flip(-1), columns)
+            image, top, left = places[:, None, None], rows[:, :, None], columns[:, None, :]
+            x = self.padded[image, :, top, left].movedim(-1, 1)
+            yield x.contiguous(), self.labels[places]
 
 
 def finetuned(small: nn.Module, teacher: nn.Module, seed: int) -> nn.Module:

@@ -2,8 +2,9 @@
 
     python benchmarks/encode.py --dense MINILM --compressed SMALL --runtimes torch,onnxruntime,openvino
 
-Both are folders of Hugging Face. Speed-ups are medians of paired rounds in one process, with their 95 % interval; one
-thread. Beside them what the multiplications alone would give.
+Both are folders of Hugging Face; `--device cuda --runtimes torch,torch-bf16` times them on a GPU. Speed-ups are medians
+of paired rounds in one process, with their 95 % interval; one thread. Beside them what the multiplications alone
+would give.
 """
 
 import argparse
@@ -32,9 +33,12 @@ def main() -> None:
     parser.add_argument("--lengths", default=(32, 128, 512), type=lambda text: tuple(map(int, text.split(","))))
     parser.add_argument("--batches", default=(1, 8), type=lambda text: tuple(map(int, text.split(","))))
     parser.add_argument("--rounds", type=int, default=31)
+    parser.add_argument("--device", default="cpu", help="cuda for a GPU, in torch, torch-compile or torch-bf16")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    dense, small = (load_pretrained(folder).eval() for folder in (arguments.dense, arguments.compressed))
+    dense, small = (
+        load_pretrained(folder).eval().to(arguments.device) for folder in (arguments.dense, arguments.compressed)
+    )
     table = Table("runtime", "length", "batch", "dense ms", "speed-up", "95 % interval", "of the MACs", "verdict")
     for runtime in arguments.runtimes:
         for length in arguments.lengths:

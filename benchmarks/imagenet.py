@@ -28,6 +28,7 @@ from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
 
 import spectrim as st
+from spectrim.core.execution import device_of
 from spectrim.core.memory import peak_gb
 
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
@@ -108,7 +109,7 @@ def network(arguments: argparse.Namespace) -> nn.Module:
 def outputs(model: nn.Module, data: Tensor) -> Tensor:
     """Logits of all images."""
     with torch.inference_mode():
-        return torch.cat([model(part) for part in data.split(32)])
+        return torch.cat([model(part.to(device_of(model))).cpu() for part in data.split(32)])
 
 
 def scores(small: Tensor, dense: Tensor, classes: Tensor) -> tuple[float, float, float]:
@@ -122,7 +123,7 @@ def scores(small: Tensor, dense: Tensor, classes: Tensor) -> tuple[float, float,
 
 def run(arguments: argparse.Namespace) -> dict[float, list[Sequence[float]]]:
     """Scores and seconds by share, a row for each seed."""
-    model, (data, classes) = network(arguments), images(arguments.images, size=arguments.size)
+    model, (data, classes) = network(arguments).to(arguments.device), images(arguments.images, size=arguments.size)
     rows: dict[float, list[Sequence[float]]] = {}
     for seed in arguments.seeds:
         order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
@@ -164,6 +165,7 @@ def main() -> None:
     parser.add_argument("--size", default=224, type=int)
     parser.add_argument("--exclude", default=(), type=lambda text: tuple(text.split(",")))
     parser.add_argument("--no-reconstruct", dest="reconstruct", action="store_false")
+    parser.add_argument("--device", default="cpu", help="where the network is run, such as cuda")
     parser.add_argument("--plans", help="where to write plans: the beginning of a file's name")
     parser.add_argument("--progress", action="store_true")
     arguments = parser.parse_args()

@@ -34,7 +34,7 @@ from rich.table import Table
 from torch import nn
 
 import spectrim as st
-from spectrim.core.execution import as_inputs
+from spectrim.core.execution import as_inputs, device_of
 from spectrim.core.memory import peak_gb
 from spectrim.linalg.covariance import add_outer
 from spectrim.models.folders import load_pretrained
@@ -87,7 +87,8 @@ class Scores:
         squares = []
         with torch.inference_mode():
             for batch in others:
-                squares.append((network(**batch) - self.network(**batch)).square().sum(dim=1))
+                there = {name: tensor.to(device_of(network)) for name, tensor in batch.items()}
+                squares.append((network(**there) - self.network(**there)).square().sum(dim=1))
         return float(torch.cat(squares).mean())
 
 
@@ -122,7 +123,7 @@ def rows(arguments: argparse.Namespace, study: TextStudy) -> Iterator[tuple[str,
     """Method, share, score, distance and seconds, seed by seed; the dense model first."""
     source, data_folder = study.require_folders(arguments.data)
     texts = study.texts(source, data_folder)
-    network = study.network(load_pretrained(source), source).eval()
+    network = study.network(load_pretrained(source), source).eval().to(arguments.device)
     scores = Scores(study, network, texts, test=arguments.test)
     yield "dense", 1.0, scores.dense, 0.0, 0.0
     for seed in arguments.seeds:
@@ -168,6 +169,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int)
     parser.add_argument("--batch", type=int, help="samples at a time")
     parser.add_argument("--scored", type=int, help="examples to score, at most")
+    parser.add_argument("--device", default="cpu", help="where the networks are run, such as cuda")
     parser.add_argument("--test", action="store_true", help="score test data instead of held-out data")
     arguments = parser.parse_args()
     torch.set_num_threads(1)

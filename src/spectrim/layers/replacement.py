@@ -120,7 +120,7 @@ def factored_at(
         ModelError: factors that overflow the layer's number type.
     """
     first, build = model.get_submodule(names[0]), form_named(form).build
-    ranks, reference = _ranks(factors), first.get_parameter("weight")
+    ranks, reference, factors = _ranks(factors), first.get_parameter("weight"), _beside(first, factors)
     blank = build(first, layer_type=layer_type_of(first), ranks=ranks, bias=False)
     shared = [parameter_like(reference, tensor) for tensor in blank.stored(balanced(factors))]
     if not all(torch.isfinite(weight).all() for weight in shared):
@@ -154,8 +154,8 @@ def narrowed_at(
     Raises:
         ModelError: weights that overflow the layers' number type.
     """
-    feeding, reading, weight = factors
     by_head, last = joint_form_named(form).by_head, model.get_submodule(name)
+    feeding, reading, weight = _beside(last, factors)
     narrowed = {}
     for feeder in feeders:
         layer = model.get_submodule(feeder)
@@ -167,6 +167,12 @@ def narrowed_at(
     ranks = _head_ranks(reading, rank) if by_head else ()
     value = bias(name, last, weight @ reading)
     return narrowed | {name: _resized(last, weight, value, name=name, head_ranks=ranks)}
+
+
+def _beside(layer: nn.Module, factors: Factors) -> Factors:
+    """The factors where the layer's numbers are in float64; they may come from where the analysis decomposes."""
+    device = to_float64(layer.get_parameter("weight")[:0]).device
+    return tuple(part.to(device) for part in factors)
 
 
 def _head_ranks(blocks: Tensor, mean: int) -> tuple[int, ...]:
@@ -182,13 +188,22 @@ def _resized(
     _, out, into = weight.shape
     new = narrowed_like(layer, out=out, into=into, bias=bias is not None, head_ranks=head_ranks)
     inner, reference = new.linear if isinstance(new, AroundHeads) else new, layer.get_parameter("weight")
-    kind = layer_type_of(inner)
-    inner.weight = parameter_like(reference, kind.to_weight(weight, kind.geometry(inner)))
-    if not torch.isfinite(inner.get_parameter("weight")).all():
-        raise ModelError(f"the narrowed {name} overflows {reference.dtype}; convert the model to float32 first")
-    if bias is not None:
-        inner.bias = parameter_like(reference, bias)
+    set_weight(inner, weight, bias, like=reference, name=name)
     return new
+
+
+def set_weight(layer: nn.Module, weight: Tensor, bias: Tensor | None, *, like: Tensor, name: str) -> None:
+    """Give a layer that no one else has yet a weight (groups, out, n), and a bias (out,) if it is to have one.
+
+    Raises:
+        ModelError: a weight that overflows the number type of `like`.
+    """
+    kind = layer_type_of(layer)
+    layer.weight = parameter_like(like, kind.to_weight(weight, kind.geometry(layer)))
+    if not torch.isfinite(layer.get_parameter("weight")).all():
+        raise ModelError(f"the narrowed {name} overflows {like.dtype}; convert the model to float32 first")
+    if bias is not None:
+        layer.bias = parameter_like(like, bias)
 
 
 def narrowed_like(layer: nn.Module, *, out: int, into: int, bias: bool, head_ranks: tuple[int, ...] = ()) -> nn.Module:
