@@ -148,6 +148,14 @@ def test_the_cache_saves_time_only(model: Callable[[], nn.Module], data: list[Te
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("joined", [SKIPS["of larger batches"], SKIPS["in place"]])
+def test_a_branch_may_be_in_some_batches_only(joined: Callable[[Tensor, Tensor], Tensor]) -> None:
+    torch.manual_seed(0)
+    batches = [*tokens(), tokens()[0][:2]]
+    assert all(tensor.isfinite().all() for tensor in compressed(Skip(joined), batches).values())
+
+
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("between", [halved, other_where_longer, lambda x: x], ids=["halved", "another", "the same"])
 def test_runs_are_shared_by_what_reads_the_same_values(
     monkeypatch: pytest.MonkeyPatch, between: Callable[[Tensor], Tensor]

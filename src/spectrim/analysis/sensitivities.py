@@ -18,16 +18,17 @@ from spectrim.analysis.activation_cache import (
 from spectrim.analysis.calibration import Calibration, add_gradients
 from spectrim.analysis.metrics import measured_in, metric_of
 from spectrim.analysis.moments import RunningGradients
+from spectrim.analysis.output_distance import NoDistanceError, outputs_of, squared_distances
 from spectrim.analysis.spectra import Analysis, LayerAnalysis
 from spectrim.core.arguments import checked
 from spectrim.core.batches import batches_of, inputs_of
 from spectrim.core.errors import DataError, ModelError, PlanError
-from spectrim.core.execution import Inputs, ProgressCallback, call, evaluating, temporary
+from spectrim.core.execution import Inputs, ProgressCallback, evaluating, temporary
 from spectrim.core.memory import IN_PLACE, Storage
 from spectrim.core.plans import Metric
 from spectrim.core.progress import progress_callback
 from spectrim.layers.replacement import BiasOf, factored_at, mean_corrections, narrowed_at, product, replace
-from spectrim.layers.tokens import TokenMasks, TokenPlaces
+from spectrim.layers.tokens import TokenMasks
 from spectrim.layers.unfusing import unfused_as
 from spectrim.layers.units import SingleWeight
 from spectrim.linalg import Factors, Ranks
@@ -106,7 +107,7 @@ def sensitivity(
                 except ForgottenOutputError:  # a batch for which the network reads more than the first one
                     runs = with_changes(runs, cache=keeping)
                     sensitivities |= runs.of_group(group)
-    except _NoDistanceError as error:
+    except NoDistanceError as error:
         warnings.warn(
             f"{str(error).format(type(model).__name__)}, so that no distance to the dense network can be measured; "
             "all layers count alike. A wrapper that returns what comes before a selection (scores and boxes of all "
@@ -123,10 +124,6 @@ def _possible(layer: LayerAnalysis, measured: Mapping[str, float] | None) -> Lay
     if measured is None or set(layer.joint_forms) <= set(measured) or not isinstance(layer.unit, SingleWeight):
         return layer
     return with_changes(layer, unit=with_changes(layer.unit, feeders=(), heads=None))
-
-
-class _NoDistanceError(Exception):
-    """Outputs that cannot be compared with the dense network's; says why, with {} for the network."""
 
 
 def with_output_grads(
@@ -269,17 +266,17 @@ class _SingleLayerRuns:
         squares = torch.zeros(0, dtype=torch.float64)
         for position, batch in enumerate(self.batches):
             if position == len(self.dense_outputs):
-                self.dense_outputs.append(_outputs(model, batch, position, hint=self.hint))
+                self.dense_outputs.append(outputs_of(model, batch, position, hint=self.hint))
             replace(model, after)
             try:
                 # blocks before the layer are not run again
                 with self.cache.recalling(position) as stop:
                     hooks = (part.register_forward_pre_hook(lambda *_, stop=stop: stop()) for part in after.values())
                     with temporary(hooks):
-                        changed = _outputs(model, batch, position)
+                        changed = outputs_of(model, batch, position)
             finally:
                 replace(model, before)
-            lost_here = _squares(self.dense_outputs[position], changed, batch)
+            lost_here = squared_distances(self.dense_outputs[position], changed, batch)
             squares = torch.cat([squares, lost_here])
             mean, least = float(squares.mean()), _LEAST if len(lost_here) <= batch.samples else _PLACES
             if len(squares) >= least and 0 < mean >= float(squares.std()) / (_PRECISION * len(squares) ** 0.5):
@@ -326,29 +323,3 @@ class _Candidate:
             return factored_at(model, layer.names, form=form, factors=self.factors, bias=bias)
         feeders, (rank,) = [feeder.name for feeder in layer.feeders], self.ranks
         return narrowed_at(model, layer.name, feeders, form=form, rank=rank, factors=self.factors, bias=bias)
-
-
-def _squares(first: Sequence[Tensor], second: Sequence[Tensor], batch: Inputs) -> Tensor:
-    """Mean squares of differences, sample by sample if all tensors have as many; else of everything, (1,).
-
-    Place by place where all tensors have the places of a batch that is taken apart.
-
-    Entries that are not finite, such as masked scores, count as equal.
-    """
-    if [tensor.shape for tensor in first] != [tensor.shape for tensor in second]:
-        raise _NoDistanceError("the shapes of {}'s outputs depend on their values")
-    if not sum(tensor.numel() for tensor in first):
-        raise _NoDistanceError("{}'s outputs hold no numbers with fractions")
-    rows = {len(tensor) if tensor.ndim > 1 else 1 for tensor in first}
-    number = rows.pop() if len(rows) == 1 else 1
-    if batch.places > _LEAST * batch.samples and all(t.ndim > 2 and t.shape[:2].numel() == batch.places for t in first):
-        number = batch.places
-    differences = [(a - b).nan_to_num(0.0, 0.0, 0.0).reshape(number, -1) for a, b in zip(first, second, strict=True)]
-    return torch.cat(differences, dim=1).double().square().mean(dim=1).cpu()
-
-
-def _outputs(model: nn.Module, batch: Inputs, position: int, *, hint: str = "") -> list[Tensor]:
-    with evaluating(model):
-        result = call(model, batch, what=f"batch {position}", hint=hint)
-    floats = [tensor.detach() for tensor in TokenMasks.of(model, batch).mapped(result, TokenPlaces.weigh)]
-    return [tensor.to(torch.promote_types(tensor.dtype, torch.float32), copy=True) for tensor in floats]

@@ -8,12 +8,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, UntypedStorage
+from torch import Tensor, UntypedStorage, nn
 from torch.nn.utils.rnn import PackedSequence, pad_sequence, unpack_sequence
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from spectrim.core.errors import DataError
+
+_SCALARS = (type(None), bool, int, float, str, torch.Size, torch.dtype, torch.device)
 
 
 def tensors(value: Any, *, floats: bool = False) -> Iterator[Tensor]:
@@ -25,6 +27,15 @@ def tensors(value: Any, *, floats: bool = False) -> Iterator[Tensor]:
             yield from (part for part in leaf if part is not None)
         elif floats and isinstance(leaf, float):
             yield torch.tensor(leaf)
+
+
+def operands(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
+    """Every tensor that a function of torch is called with; as `tensors`, but fast, since most have plain arguments."""
+    for value in (*args, *kwargs.values()):
+        if type(value) is Tensor or type(value) is nn.Parameter:
+            yield value
+        elif not isinstance(value, _SCALARS):
+            yield from tensors(value)
 
 
 def fractions(value: Any) -> list[Tensor]:

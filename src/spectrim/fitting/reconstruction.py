@@ -18,98 +18,21 @@ from spectrim.analysis.activation_cache import (
 from spectrim.analysis.spectra import Analysis
 from spectrim.core.execution import Inputs, ProgressCallback, call
 from spectrim.core.plans import LayerPlan, Plan
-from spectrim.fitting.regression import InputRows, RidgeFit, Rows
+from spectrim.fitting.held_out import HeldOut, Pairs, taken_apart
+from spectrim.fitting.neurons import Neurons
+from spectrim.fitting.places import Place, Seen, fitted, has_neurons
+from spectrim.fitting.regression import InputRows
 from spectrim.fitting.successors import Successor, find_successors, following
-from spectrim.layers.forms import find_form
-from spectrim.layers.forms.base import SingleWeightForm
-from spectrim.layers.replacement import duplicate, factored_at, factorize, narrowed_at, product, refitted_at, replace
+from spectrim.layers.elementwise import FunctionBetween, functions_between
+from spectrim.layers.replacement import duplicate, factorize, replace
 from spectrim.layers.tokens import TokenMasks, input_rows, output_rows
-from spectrim.layers.types import layer_type_of
 from spectrim.layers.types.base import SampledPlaces
-from spectrim.linalg.covariance import matrix_of
+
+_PLACES = 64
 
 
 class _PassEnded(BaseException):
     """Ends a forward pass early, once all rows are collected. Not an Exception, so that no model catches it."""
-
-
-@dataclass(eq=False)
-class _Seen:
-    """What one call site saw, batch by batch: rows (groups, n, ..).
-
-    Attributes:
-        inputs: Its inputs in the compressed network, which other sites may share.
-        outputs: Its outputs in the dense network.
-        residuals: The residual branches that are added to its outputs in the compressed network.
-        dense_residuals: The same in the dense network.
-        calls: How many calls in the dense network there were, by batch.
-    """
-
-    inputs: InputRows = field(default_factory=InputRows)
-    outputs: list[Tensor] = field(default_factory=list)
-    residuals: list[Tensor] = field(default_factory=list)
-    dense_residuals: list[Tensor] = field(default_factory=list)
-    calls: Counter[int] = field(default_factory=Counter)
-
-    def to(self, device: torch.device) -> "_Seen":
-        """On another device."""
-        outputs, residuals, dense_residuals = (
-            [rows.to(device) for rows in own] for own in (self.outputs, self.residuals, self.dense_residuals)
-        )
-        return _Seen(self.inputs.to(device), outputs, residuals, dense_residuals, self.calls)
-
-    @property
-    def is_paired(self) -> bool:
-        """Whether the rows of both networks belong together, one to one."""
-        rows = [inputs.shape[1] for inputs in self.inputs.rows]
-        return (
-            sum(rows) > 0
-            and rows == [outputs.shape[1] for outputs in self.outputs]
-            and [branch.shape for branch in self.residuals] == [branch.shape for branch in self.dense_residuals]
-        )
-
-
-@dataclass(frozen=True)
-class _Place:
-    """One weight of the plan, the distinct layers that use it, and what follows it if it is used only once.
-
-    What it should give is what leaves the network, after what follows it, as it was.
-    """
-
-    plan: LayerPlan
-    call_sites: tuple[str, ...]
-    successor: Successor
-    feeders: tuple[str, ...] = ()
-
-    def targets(self, seen: Mapping[str, _Seen]) -> Rows:
-        """The dense outputs, and what the residual branch lacks against the dense network."""
-        if not self.successor.residual:
-            return {site: rows.outputs for site, rows in seen.items()}
-        ((site, rows),) = seen.items()
-        scale, _ = self._affine(rows.outputs[0])
-        each = zip(rows.outputs, rows.dense_residuals, rows.residuals, strict=True)
-        return {site: [y + (s - t) / scale for y, s, t in each]}
-
-    def revised(self, seen: Mapping[str, _Seen], targets: Rows, *, whole: Tensor, fit: RidgeFit) -> Rows:
-        """The same, but as it comes out for `whole` where the ReLU gives zero both then and now (Zhang 2016)."""
-        ((site, rows),) = seen.items()
-        scale, shift = self._affine(rows.outputs[0])
-        bias = fit.bias(site, whole, targets[site]).reshape(len(whole), 1, -1)
-        revised = []
-        for position, (y, x) in enumerate(zip(rows.outputs, rows.inputs.rows, strict=True)):
-            fitted = x.to(y.dtype) @ whole.mT.to(y.dtype) + bias.to(y.dtype)
-            before = scale * y + shift + (rows.dense_residuals[position] if rows.dense_residuals else 0)
-            offset = shift + (rows.residuals[position] if rows.residuals else 0)
-            hidden = torch.minimum(scale * fitted + offset, torch.zeros_like(fitted))
-            revised.append((torch.where(before > 0, before, hidden) - offset) / scale)
-        return {site: revised}
-
-    def _affine(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Scale and shift as (groups, 1, out) of a group; a scale of nearly nothing is kept away from zero."""
-        both = (self.successor.scale, self.successor.shift)
-        scale, shift = (affine.to(like).reshape(len(like), 1, -1) for affine in both)
-        least = 1e-3 * scale.abs().max().clamp(min=1e-30)
-        return torch.where(scale.abs() < least, torch.where(scale < 0, -least, least), scale), shift
 
 
 def reconstruct(
@@ -166,7 +89,7 @@ def _reconstruct(
     *,
     plan: Plan,
     analysis: Analysis,
-    pairs: Sequence[tuple[Inputs, Inputs]],
+    pairs: Pairs,
     cache_bytes: int,
     on_progress: ProgressCallback | None,
     forgets: bool = True,
@@ -175,14 +98,10 @@ def _reconstruct(
     exempt = {layer.name for layer in analysis if layer.is_lookup or layer.stack}
     unfitted = exempt | {layer.name for layer in plan if layer.metric == "plain"}
     chosen = [layer for layer in plan if not layer.frozen and layer.name not in unfitted]
-    call_sites = {layer.name: analysis[layer.name].call_sites for layer in chosen}
+    feeding = _FeederInputs.of(model, pairs, plan=plan, chosen=chosen)
+    pairs = feeding.held_out.pairs
     first = pairs[0][0]
-    successors = find_successors(model, first, [name for name, own in call_sites.items() if len(own) == 1])
-    nothing = Successor(torch.ones(()), torch.zeros(()))
-    places = [
-        _Place(layer, call_sites[layer.name], successors.get(layer.name, nothing), plan.feeders(layer.name))
-        for layer in chosen
-    ]
+    places = _places(model, first, plan=plan, chosen=chosen, analysis=analysis)
     as_planned = [layer for layer in plan.factored if layer.name in unfitted]
     factorize(small, plan.model_copy(update={"layers": tuple(as_planned)}), factors=analysis.factors)
     dense = ActivationCache(model, 3 * cache_bytes // 10, first, forgets)
@@ -206,8 +125,10 @@ def _reconstruct(
             inputs = dict.fromkeys(
                 _collect(compressed, place, own, small_data, others=others), own[place.call_sites[0]].inputs
             )
+        neurons = feeding.neurons(small, place, own[place.call_sites[0]].inputs)
         if all(site.is_paired for site in own.values()):
-            replace(small, _fitted(small, place, own, analysis=analysis))
+            new = fitted(small, place, own, analysis=analysis, neurons=neurons)
+            replace(small, feeding.held_out.nearest(compressed, new))
         else:
             unit = (place.plan.name, *place.feeders)
             alone = plan.model_copy(update={"layers": tuple(layer for layer in plan if layer.name in unit)})
@@ -217,6 +138,55 @@ def _reconstruct(
     return small
 
 
+def _places(
+    model: nn.Module, first: Inputs, *, plan: Plan, chosen: Sequence[LayerPlan], analysis: Analysis
+) -> list[Place]:
+    """The weights that are fitted, in order of execution."""
+    call_sites = {layer.name: analysis[layer.name].call_sites for layer in chosen}
+    successors = find_successors(model, first, [name for name, own in call_sites.items() if len(own) == 1])
+    nothing = Successor(torch.ones(()), torch.zeros(()))
+    return [
+        Place(layer, call_sites[layer.name], successors.get(layer.name, nothing), plan.feeders(layer.name))
+        for layer in chosen
+    ]
+
+
+@dataclass(eq=False)
+class _FeederInputs:
+    """What the layers before elementwise functions receive, until those after them are fitted.
+
+    Attributes:
+        held_out: All batches, and those that neurons are not fitted to.
+        between: The functions, by the layer after each.
+        received: By layer before one.
+    """
+
+    held_out: HeldOut
+    between: Mapping[str, FunctionBetween]
+    received: dict[str, InputRows] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: nn.Module, pairs: Pairs, *, plan: Plan, chosen: Sequence[LayerPlan]) -> "_FeederInputs":
+        """Of the narrowed MLPs of a plan; without any the batches are as they were."""
+        feeders = {layer.name: plan.feeders(layer.name) for layer in chosen if has_neurons(layer)}
+        if not any(feeders.values()):
+            return cls(HeldOut(model, pairs), {})
+        held_out = HeldOut(model, taken_apart(pairs))
+        few = held_out.pairs[0][0].parts(places=_PLACES)[0]
+        return cls(held_out, functions_between(model, few, feeders) if held_out.positions else {})
+
+    def neurons(self, small: nn.Module, place: Place, inputs: InputRows) -> Neurons | None:
+        """Those before a place, if they can be fitted; `inputs` are what it receives."""
+        name = place.plan.name
+        if place.plan.unit not in (None, name):
+            self.received[name] = inputs
+        feeding = {feeder: self.received.pop(feeder) for feeder in place.feeders if feeder in self.received}
+        if name not in self.between or len(feeding) < len(place.feeders):
+            return None
+        neurons = Neurons(self.between[name], feeding, self.held_out.positions)
+        return neurons if neurons.agree(small, inputs) else None
+
+
 _Data = Sequence[tuple[Inputs, TokenMasks]]
 
 
@@ -224,7 +194,7 @@ def _sampled(data: _Data) -> SampledPlaces:
     return SampledPlaces.held(sum(batch.samples for batch, _ in data))
 
 
-def _readers(model: nn.Module, batch: Inputs, places: Sequence[_Place]) -> dict[str, str]:
+def _readers(model: nn.Module, batch: Inputs, places: Sequence[Place]) -> dict[str, str]:
     """By layer, the first one that reads the same tensor; of layers that are called once and add to no branch."""
     alone = {place.plan.name for place in places if len(place.call_sites) == 1 and not place.successor.residual}
     first: dict[int, str] = {}
@@ -242,13 +212,13 @@ def _readers(model: nn.Module, batch: Inputs, places: Sequence[_Place]) -> dict[
 
 def _record(
     cache: ActivationCache,
-    places: Sequence[_Place],
+    places: Sequence[Place],
     start: int,
     data: _Data,
     *,
     free_bytes: int,
     events: dict[int, Counter[str]],
-) -> tuple[dict[str, _Seen], int]:
+) -> tuple[dict[str, Seen], int]:
     """Outputs and residual branches of the dense network at as many places as memory allows, and where these end.
 
     `events` says by batch how many of both each call site has; the first time, when all passes go to the end, they are
@@ -256,7 +226,7 @@ def _record(
     """
     later = [(site, place) for place in places[start:] for site in place.call_sites]
     adding = {site for site, place in later if place.successor.residual}
-    seen = {site: _Seen(InputRows(site)) for site, _ in later}
+    seen = {site: Seen(InputRows(site)) for site, _ in later}
     sampled, segment = _sampled(data), _Segment(places, start, len(places), free_bytes // len(data))
 
     def on_call(name: str, layer: nn.Module, _: Tensor, output: Tensor) -> None:
@@ -294,7 +264,7 @@ def _record(
 class _Segment:
     """Places of the plan from `start` to `end`, one at least, whose rows of a batch fit into `free_bytes`."""
 
-    places: Sequence[_Place]
+    places: Sequence[Place]
     start: int
     end: int
     free_bytes: int
@@ -318,7 +288,7 @@ class _Segment:
 
 
 def _collect(
-    cache: ActivationCache, place: _Place, seen: Mapping[str, _Seen], data: _Data, *, others: Sequence[str]
+    cache: ActivationCache, place: Place, seen: Mapping[str, Seen], data: _Data, *, others: Sequence[str]
 ) -> set[str]:
     """Add the inputs and residual branches that the place sees in the network as it is now.
 
@@ -354,45 +324,3 @@ def _collect(
         with suppress(_PassEnded), cache.recalling(position) as reached, watched:
             call(cache.model, batch, what=f"batch {position}")
     return {name for name, number in same.items() if number == len(data)}
-
-
-def _fitted(small: nn.Module, place: _Place, seen: Mapping[str, _Seen], *, analysis: Analysis) -> dict[str, nn.Module]:
-    """The replacement for a place, fitted to its rows in its metric, or as planned if that is no worse."""
-    layer, plan = small.get_submodule(place.plan.name), place.plan
-    # where the analysis decomposes, which may be on another device than the network
-    seen = {site: rows.to(analysis[plan.name].problems["plain"].device) for site, rows in seen.items()}
-    shape = layer_type_of(layer).geometry(layer).shape
-    G = analysis[plan.name].problems["loss"].output if plan.metric == "loss" else None
-    # a layer that stays dense stays as it is built: without a bias, moments are taken around zero
-    is_approximated = plan.is_factored and plan.unit in (None, plan.name)  # others are narrowed with the last one
-    biased = is_approximated or layer._parameters.get("bias") is not None
-    fit = RidgeFit.of(layer, {site: own.inputs for site, own in seen.items()}, biased=biased)
-    targets = place.targets(seen)
-    before = analysis.factors(plan) if is_approximated else ()
-    factors = before if plan.unit else ()  # the same neurons are left
-    form = find_form(plan.form) if is_approximated else None
-    by_matrix = isinstance(form, SingleWeightForm) and form.decomposition.by_matrix
-    metric = matrix_of(fit.metric) if by_matrix else fit.metric
-    for turn in reversed(range(1 + place.successor.relu)):
-        cross = fit.cross(targets)
-        best = fit.weight(cross)
-        if form is not None:
-            problem = analysis[plan.name].problems[plan.metric or "plain"].of_weight(best.reshape(shape), metric)
-            unit = analysis[plan.name].unit
-            factors = form.decompose_unit(problem, unit, near=factors).factors(plan.ranks)
-            best = product(layer, form=plan.form, factors=factors)
-        if turn:
-            targets = place.revised(seen, targets, whole=best, fit=fit)
-    unfitted = product(layer, form=plan.form, factors=before) if before else fit.dense
-    if not fit.excess(best, unfitted, cross=cross, G=G) <= 0:  # also where it is not a number
-        best, factors = unfitted, before
-
-    def bias(name: str, _: nn.Module, whole: Tensor) -> Tensor | None:
-        return fit.bias(name, whole, targets[name]) if biased else None
-
-    if not is_approximated:
-        return refitted_at(small, plan.names, weight=best.reshape(shape), bias=bias)
-    if plan.unit:
-        (rank,) = plan.ranks
-        return narrowed_at(small, plan.name, place.feeders, form=plan.form, rank=rank, factors=factors, bias=bias)
-    return factored_at(small, plan.names, form=plan.form, factors=factors, bias=bias)

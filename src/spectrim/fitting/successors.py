@@ -11,7 +11,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from spectrim.core.execution import Inputs, call, evaluating
-from spectrim.core.nested import is_in_transform, tensors
+from spectrim.core.nested import is_in_transform, operands, tensors
 from spectrim.layers.tracing import CallHook, watching
 from spectrim.layers.types import layer_type_of
 
@@ -84,9 +84,9 @@ class _Follower(TorchFunctionMode):
         kwargs = kwargs or {}
         if not self.nodes:
             return func(*args, **kwargs)
-        operands = list(tensors((args, kwargs)))
+        sources = list(operands(args, kwargs))
         # before the call: one that works in place gives back the tensor that it was given
-        used = {id(operand): self.nodes[id(operand)] for operand in operands if id(operand) in self.nodes}
+        used = {id(operand): self.nodes[id(operand)] for operand in sources if id(operand) in self.nodes}
         result = func(*args, **kwargs)
         if not used or not any(True for _ in tensors(result)):
             return result
@@ -95,7 +95,7 @@ class _Follower(TorchFunctionMode):
             del self.nodes[id(output)]
         affine = _affine(args, kwargs) if func is functional.batch_norm else None
         for key, followed in used.items():
-            kind, other = _kind(func, key, operands, output)
+            kind, other = _kind(func, key, sources, output)
             for name, node in followed.items():
                 node.uses.append(_Node(node.tensor if output is None else output, kind, other, affine))
                 if output is not None:

@@ -124,7 +124,7 @@ class Problem:
         """Another weight and covariance, in the same metric of the outputs."""
         other = Problem(weight, covariance, output=self.output)
         if self.output is not None:
-            other.__dict__["_axes"] = self._axes
+            other.__dict__.update(_axes=self._axes, _root=self._root)
         return other
 
     @property
@@ -232,8 +232,7 @@ class Problem:
 
     def weighted(self, rows: Tensor) -> Tensor:
         """G^1/2 times (groups, out, ..), float64."""
-        vectors, roots = self._axes
-        return (vectors @ (roots * (vectors.mT @ rows.flatten(2)))).reshape(rows.shape)
+        return (self._root @ rows.flatten(2)).reshape(rows.shape)
 
     def unweighted(self, last: Tensor) -> Tensor:
         """G^-1/2 times the last factor (groups, out, ..), back from the metric of `matrices`."""
@@ -241,6 +240,12 @@ class Problem:
             return last
         vectors, roots = self._axes
         return (vectors @ ((vectors.mT @ last.flatten(2)) / roots)).reshape(last.shape)
+
+    @cached_property
+    def _root(self) -> Tensor:
+        """G^1/2."""
+        vectors, roots = self._axes
+        return vectors @ (roots * vectors.mT)
 
     @cached_property
     def _axes(self) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,88 @@
+"""Batches that fits leave out, on which the networks' outputs are compared."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from spectrim.analysis.activation_cache import ActivationCache
+from spectrim.analysis.output_distance import NoDistanceError, outputs_of, squared_distances
+from spectrim.core.execution import Inputs, temporary
+from spectrim.layers.replacement import replace
+
+_BATCHES, _PLACES = 8, 1024
+
+Pairs = Sequence[tuple[Inputs, Inputs]]
+"""Batch by batch what the dense network is run on, and the compressed one."""
+
+
+def taken_apart(pairs: Pairs) -> Pairs:
+    """At least eight batches, where they can be split into so many."""
+    if len(pairs) >= _BATCHES:
+        return pairs
+    size = max(1, sum(batch.samples for batch, _ in pairs) // _BATCHES)
+    parts: list[tuple[Inputs, Inputs]] = []
+    for pair in pairs:
+        each = [batch.split(size) for batch in pair]
+        parts += zip(*each, strict=True) if len(each[0]) == len(each[1]) else [pair]
+    return parts
+
+
+Layers = Mapping[str, nn.Module]
+"""By the name of the place that they take."""
+
+
+@dataclass(eq=False)
+class HeldOut:
+    """Every eighth batch, or fewer with some thousand places.
+
+    Attributes:
+        dense: The dense network.
+        pairs: All batches.
+        outputs: Of the dense network, by position in `pairs`.
+    """
+
+    dense: nn.Module
+    pairs: Pairs
+    outputs: dict[int, list[Tensor]] = field(default_factory=dict)
+
+    @property
+    def positions(self) -> list[int]:
+        """Of its batches; none where nothing would be left to fit to."""
+        chosen, places = list[int](), 0
+        for position in range(0, len(self.pairs) if len(self.pairs) > 1 else 0, _BATCHES):
+            if places >= _PLACES:
+                break
+            chosen.append(position)
+            places += self.pairs[position][0].places
+        return chosen
+
+    def nearest(self, cache: ActivationCache, candidates: Sequence[Layers]) -> Layers:
+        """The layers with which the compressed network comes nearest to the dense one; the first if no one can tell."""
+        if len(candidates) == 1:
+            return candidates[0]
+        try:
+            distances = [self._distance(cache, layers) for layers in candidates]
+        except NoDistanceError:
+            return candidates[0]
+        return candidates[min(range(len(distances)), key=distances.__getitem__)]
+
+    def _distance(self, cache: ActivationCache, layers: Layers) -> float:
+        small = cache.model
+        before = {name: small.get_submodule(name) for name in layers}
+        squares = []
+        replace(small, layers)
+        try:
+            for position in self.positions:
+                dense_batch, batch = self.pairs[position]
+                if position not in self.outputs:
+                    self.outputs[position] = outputs_of(self.dense, dense_batch, position)
+                with cache.recalling(position) as stop:
+                    hooks = (layer.register_forward_pre_hook(lambda *_, stop=stop: stop()) for layer in layers.values())
+                    with temporary(hooks):
+                        outputs = outputs_of(small, batch, position)
+                squares.append(squared_distances(self.outputs[position], outputs, batch))
+        finally:
+            replace(small, before)
+        return float(torch.cat(squares).mean())

@@ -1,0 +1,158 @@
+"""One weight of a plan: what it sees in both networks, what it should give, and its replacement."""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from spectrim.analysis.spectra import Analysis
+from spectrim.core.plans import LayerPlan
+from spectrim.fitting.neurons import Neurons
+from spectrim.fitting.regression import InputRows, RidgeFit, Rows
+from spectrim.fitting.successors import Successor
+from spectrim.layers.factored import shallow_copy
+from spectrim.layers.forms import find_form
+from spectrim.layers.forms.base import JointForm, SingleWeightForm
+from spectrim.layers.replacement import factored_at, narrowed_at, product, refitted_at
+from spectrim.layers.types import layer_type_of
+from spectrim.linalg.covariance import matrix_of
+
+
+@dataclass(eq=False)
+class Seen:
+    """What one call site saw, batch by batch: rows (groups, n, ..).
+
+    Attributes:
+        inputs: Its inputs in the compressed network, which other sites may share.
+        outputs: Its outputs in the dense network.
+        residuals: The residual branches that are added to its outputs in the compressed network.
+        dense_residuals: The same in the dense network.
+        calls: How many calls in the dense network there were, by batch.
+    """
+
+    inputs: InputRows = field(default_factory=InputRows)
+    outputs: list[Tensor] = field(default_factory=list)
+    residuals: list[Tensor] = field(default_factory=list)
+    dense_residuals: list[Tensor] = field(default_factory=list)
+    calls: Counter[int] = field(default_factory=Counter)
+
+    def to(self, device: torch.device) -> "Seen":
+        """On another device."""
+        outputs, residuals, dense_residuals = (
+            [rows.to(device) for rows in own] for own in (self.outputs, self.residuals, self.dense_residuals)
+        )
+        return Seen(self.inputs.to(device), outputs, residuals, dense_residuals, self.calls)
+
+    @property
+    def is_paired(self) -> bool:
+        """Whether the rows of both networks belong together, one to one."""
+        rows = [inputs.shape[1] for inputs in self.inputs.rows]
+        outputs, *branches = (
+            [own.shape for own in part] for part in (self.outputs, self.residuals, self.dense_residuals)
+        )
+        # of a branch that some batches only have, it is not known which
+        return sum(rows) > 0 and rows == [shape[1] for shape in outputs] and branches in ([[], []], [outputs, outputs])
+
+
+@dataclass(frozen=True)
+class Place:
+    """One weight of the plan, the distinct layers that use it, and what follows it if it is used only once.
+
+    What it should give is what leaves the network, after what follows it, as it was.
+    """
+
+    plan: LayerPlan
+    call_sites: tuple[str, ...]
+    successor: Successor
+    feeders: tuple[str, ...] = ()
+
+    def targets(self, seen: Mapping[str, Seen]) -> Rows:
+        """The dense outputs, and what the residual branch lacks against the dense network."""
+        if not self.successor.residual:
+            return {site: rows.outputs for site, rows in seen.items()}
+        ((site, rows),) = seen.items()
+        scale, _ = self._affine(rows.outputs[0])
+        each = zip(rows.outputs, rows.dense_residuals, rows.residuals, strict=True)
+        return {site: [y + (s - t) / scale for y, s, t in each]}
+
+    def revised(self, seen: Mapping[str, Seen], targets: Rows, *, whole: Tensor, fit: RidgeFit) -> Rows:
+        """The same, but as it comes out for `whole` where the ReLU gives zero both then and now (Zhang 2016)."""
+        ((site, rows),) = seen.items()
+        scale, shift = self._affine(rows.outputs[0])
+        bias = fit.bias(site, whole, targets[site]).reshape(len(whole), 1, -1)
+        revised = []
+        for position, (y, x) in enumerate(zip(rows.outputs, rows.inputs.rows, strict=True)):
+            fitted = x.to(y.dtype) @ whole.mT.to(y.dtype) + bias.to(y.dtype)
+            before = scale * y + shift + (rows.dense_residuals[position] if rows.dense_residuals else 0)
+            offset = shift + (rows.residuals[position] if rows.residuals else 0)
+            hidden = torch.minimum(scale * fitted + offset, torch.zeros_like(fitted))
+            revised.append((torch.where(before > 0, before, hidden) - offset) / scale)
+        return {site: revised}
+
+    def _affine(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and shift as (groups, 1, out) of a group; a scale of nearly nothing is kept away from zero."""
+        both = (self.successor.scale, self.successor.shift)
+        scale, shift = (affine.to(like).reshape(len(like), 1, -1) for affine in both)
+        least = 1e-3 * scale.abs().max().clamp(min=1e-30)
+        return torch.where(scale.abs() < least, torch.where(scale < 0, -least, least), scale), shift
+
+
+def has_neurons(plan: LayerPlan) -> bool:
+    """Whether it is planned to be narrowed together with layers before an elementwise function."""
+    form = find_form(plan.form) if plan.form and plan.unit == plan.name else None
+    return isinstance(form, JointForm) and not form.by_head
+
+
+def fitted(
+    small: nn.Module, place: Place, seen: Mapping[str, Seen], *, analysis: Analysis, neurons: Neurons | None = None
+) -> list[dict[str, nn.Module]]:
+    """The replacement for a place, fitted to its rows in its metric, or as planned if that is no worse.
+
+    With neurons also one in which the layers before them are fitted as well.
+    """
+    layer, plan = small.get_submodule(place.plan.name), place.plan
+    # where the analysis decomposes, which may be on another device than the network
+    device = analysis[plan.name].problems["plain"].device
+    seen = {site: rows.to(device) for site, rows in seen.items()}
+    shape = layer_type_of(layer).geometry(layer).shape
+    G = analysis[plan.name].problems["loss"].output if plan.metric == "loss" else None
+    # a layer that stays dense stays as it is built: without a bias, moments are taken around zero
+    is_approximated = plan.is_factored and plan.unit in (None, plan.name)  # others are narrowed with the last one
+    biased = is_approximated or layer._parameters.get("bias") is not None
+    fit = RidgeFit.of(layer, {site: own.inputs for site, own in seen.items()}, biased=biased)
+    targets = place.targets(seen)
+    before = analysis.factors(plan) if is_approximated else ()
+    factors = before if plan.unit else ()  # the same neurons are left
+    form = find_form(plan.form) if is_approximated else None
+    by_matrix = isinstance(form, SingleWeightForm) and form.decomposition.by_matrix
+    metric = matrix_of(fit.metric) if by_matrix else fit.metric
+    for turn in reversed(range(1 + place.successor.relu)):
+        cross = fit.cross(targets)
+        best = fit.weight(cross)
+        if form is not None:
+            problem = analysis[plan.name].problems[plan.metric or "plain"].of_weight(best.reshape(shape), metric)
+            unit = analysis[plan.name].unit
+            factors = form.decompose_unit(problem, unit, near=factors).factors(plan.ranks)
+            best = product(layer, form=plan.form, factors=factors)
+        if turn:
+            targets = place.revised(seen, targets, whole=best, fit=fit)
+    unfitted = product(layer, form=plan.form, factors=before) if before else fit.dense
+    if not fit.excess(best, unfitted, cross=cross, G=G) <= 0:  # also where it is not a number
+        best, factors = unfitted, before
+
+    def bias(name: str, _: nn.Module, whole: Tensor) -> Tensor | None:
+        return fit.bias(name, whole, targets[name]) if biased else None
+
+    if not is_approximated:
+        return [refitted_at(small, plan.names, weight=best.reshape(shape), bias=bias)]
+    if plan.unit:
+        (rank,) = plan.ranks
+        new = narrowed_at(small, plan.name, place.feeders, form=plan.form, rank=rank, factors=factors, bias=bias)
+        if neurons is None:
+            return [new]
+        both = {name: shallow_copy(module) for name, module in new.items()}
+        neurons.to(device).fit(both, seen[plan.name].inputs.samples, targets=targets[plan.name], G=G)
+        return [new, both]
+    return [factored_at(small, plan.names, form=plan.form, factors=factors, bias=bias)]
