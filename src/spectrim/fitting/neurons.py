@@ -100,10 +100,17 @@ class Neurons:
         return replace(self, received={name: rows.to(device) for name, rows in self.received.items()})
 
     def agree(self, model: nn.Module, hidden: InputRows) -> bool:
-        """Whether f, which was recorded on other data, gives what the layer after it has received in the model."""
+        """Whether f, which was recorded on other data, gives what the layer after it has received in the model.
+
+        And whether f has derivatives.
+        """
         expected = hidden.rows[0][0, :_CHECKED]
         try:
-            actual = self.hidden({name: model.get_submodule(name) for name in self.received}, 0, slice(_CHECKED))
+            with torch.enable_grad():
+                layers = {name: model.get_submodule(name) for name in self.received}
+                outputs = [output.detach().requires_grad_() for output in self.outputs(layers, 0, slice(_CHECKED))]
+                actual = self.between(outputs)
+                torch.autograd.grad(actual.sum(), outputs)
         except (RuntimeError, TypeError, ValueError, IndexError):  # calls that do not fit other values
             return False
         if actual.shape != expected.shape:
@@ -111,13 +118,10 @@ class Neurons:
         away = (actual.detach().double() - expected.to(actual.device).double()).norm()
         return float(away) <= _CLOSE * float(expected.double().norm())
 
-    def hidden(self, layers: Mapping[str, nn.Module], batch: int, places: slice = slice(None)) -> Tensor:
-        """What the layer after f receives, (n, neurons), from these layers in the place of those before f."""
-        outputs = []
-        for name, own in self.received.items():
-            rows = own.rows[batch][0, places]
-            outputs.append(layers[name](rows.to(device_of(layers[name]))).to(rows.device))
-        return self.between(outputs)
+    def outputs(self, layers: Mapping[str, nn.Module], batch: int, places: slice = slice(None)) -> list[Tensor]:
+        """What these layers, in the place of those before f, give, (n, neurons)."""
+        rows = {name: own.rows[batch][0, places] for name, own in self.received.items()}
+        return [layers[name](x.to(device_of(layers[name]))).detach().to(x.device) for name, x in rows.items()]
 
     def fit(
         self,
@@ -135,7 +139,7 @@ class Neurons:
             layer = layers[own.name]
             set_weight(layer, own.kernels, own.bias, like=layer.get_parameter("weight"), name=own.name)
         name, layer = list(layers.items())[-1]
-        rows = [self.hidden(layers, batch).detach()[None] for batch in range(len(targets))]
+        rows = [self.between(self.outputs(layers, batch))[None] for batch in range(len(targets))]
         again = RidgeFit.of(
             layer, {name: InputRows(name, rows, list(samples))}, biased=layer._parameters.get("bias") is not None
         )

@@ -36,11 +36,12 @@ def functions_between(
 
 @dataclass(frozen=True, eq=False)
 class _Call:
-    """A function, what it was called with, and what it gave."""
+    """A function, what it was called with, and what it gave, which may be one of its arguments, written to."""
 
     function: Callable[..., Any]
     args: Any
     result: Tensor
+    in_place: bool
 
 
 class _Recorder(TorchFunctionMode):
@@ -73,10 +74,10 @@ class _Recorder(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        depends = bool(self.dependent) and any(id(operand) in self.dependent for operand in operands(args, kwargs))
+        used = {id(operand) for operand in operands(args, kwargs)} & self.dependent if self.dependent else set()
         result = func(*args, **kwargs)
-        if depends and isinstance(result, Tensor):
-            self.calls.append(_Call(func, (args, kwargs), result))
+        if used and isinstance(result, Tensor):
+            self.calls.append(_Call(func, (args, kwargs), result, in_place=id(result) in used))
             self.dependent.add(id(result))
         return result
 
@@ -90,8 +91,10 @@ class _Replay:
     end: Tensor = field(repr=False)
 
     def __call__(self, values: Sequence[Tensor]) -> Tensor:
-        now = {id(output): value.clone() for output, value in zip(self.outputs, values, strict=True)}
+        now = {id(output): value for output, value in zip(self.outputs, values, strict=True)}
         for done in self.calls:
+            if done.in_place:  # what derivatives are made of must stay as it is
+                now[id(done.result)] = now[id(done.result)].clone()
             args, kwargs = map_tensors(done.args, lambda tensor: now.get(id(tensor), tensor))
             now[id(done.result)] = done.function(*args, **kwargs)
         return now[id(self.end)]

@@ -16,7 +16,7 @@ from spectrim.core.plans import Budget, Metric, Plan, Rank, Rule
 from spectrim.layers.allocations import Allocations
 from spectrim.layers.forms import Form, find_form, forms_of, joint_forms_of, selected_forms
 from spectrim.layers.types.base import SampledPlaces
-from spectrim.layers.units import Unit
+from spectrim.layers.units import SingleWeight, Unit
 from spectrim.linalg import is_wide
 from spectrim.planning.resources import DataSize, RunOptions
 
@@ -210,7 +210,15 @@ class Layer:
         rows = self.itemsize * groups * vectors * (n + 3 * out)
         moments = 3 * groups * covariance_bytes(n, vectors=vectors, itemsize=8)
         roots = 2 * 8 * groups * out * out if self.work.has_gradients else 0
-        return rows + moments + roots + 5 * 8 * self.entries + self.working
+        return rows + self._neurons(vectors) + moments + roots + 5 * 8 * self.entries + self.working
+
+    def _neurons(self, vectors: int) -> int:
+        """While the layers before an elementwise function are fitted: what they receive, slopes, and what it gives."""
+        unit = self.unit
+        if not isinstance(unit, SingleWeight) or unit.heads is not None or not self.work.forms_of(unit):
+            return 0
+        geometries = [feeder.geometry for feeder in unit.feeders if feeder.geometry is not None]
+        return self.itemsize * vectors * sum(2 * own.into + 3 * own.outputs for own in geometries)
 
     @property
     def _is_lookup(self) -> bool:
