@@ -21,12 +21,11 @@ from spectrim.core.execution import as_inputs, require_unwrapped, require_values
 from spectrim.core.plans import Cost, CostName, LayerPlan, Metric
 from spectrim.layers.cost import NetworkCost, count
 from spectrim.layers.forms import RankCosts, find_form, forms_of, joint_forms_of
-from spectrim.layers.narrowing import with_feeders
+from spectrim.layers.narrowing import selected_units
 from spectrim.layers.selection import LayerSelection, Patterns, TreatAs
-from spectrim.layers.tracing import trace
 from spectrim.layers.types import layer_type_of
 from spectrim.layers.unfusing import unfused
-from spectrim.layers.units import SingleWeight, Unit, find_units
+from spectrim.layers.units import SingleWeight, Unit
 from spectrim.linalg import Decomposition, Factors, FloatArray, Problem, Ranks, Spectrum, matrix_of, shrunk, spectrum
 
 _T = TypeVar("_T")
@@ -320,9 +319,7 @@ def analyze_selected(
     The weights are decomposed on `device`, by default on the model's.
     """
     inputs = as_inputs(example_inputs)
-    seen = trace(model, inputs, treat_as=selection.treat_as)
-    units = find_units(model, seen, selection)
-    units = with_feeders(model, inputs, seen, units) if selection.together else units
+    units = selected_units(model, inputs, selection)
     return analyze_units(model, units, whole=count(model, inputs), calibration=calibration, device=device)
 
 

@@ -16,12 +16,20 @@ from spectrim.layers.forms.width import WidthForm
 from spectrim.layers.head_layouts import Feeding, find_heads, received_by
 from spectrim.layers.heads import AroundHeads
 from spectrim.layers.replacement import narrowed_at, own_bias, refitted_at, replace
-from spectrim.layers.tracing import Trace
+from spectrim.layers.selection import LayerSelection
+from spectrim.layers.tracing import Trace, trace
 from spectrim.layers.types import layer_type_of
-from spectrim.layers.units import SingleWeight, Unit
+from spectrim.layers.units import SingleWeight, Unit, find_units
 from spectrim.linalg import HeadLayout, to_float64
 
 _PLACES, _MOST_FEEDERS = 64, 2
+
+
+def selected_units(model: nn.Module, inputs: Inputs, selection: LayerSelection) -> tuple[Unit, ...]:
+    """Those of one pass over the inputs."""
+    seen = trace(model, inputs, treat_as=selection.treat_as)
+    units = find_units(model, seen, selection)
+    return with_feeders(model, inputs, seen, units) if selection.together else units
 
 
 def with_feeders(model: nn.Module, inputs: Inputs, trace: Trace, units: Sequence[Unit]) -> tuple[Unit, ...]:

@@ -17,11 +17,11 @@ from spectrim.core.execution import Inputs, as_inputs
 from spectrim.core.files import Frozen
 from spectrim.core.memory import Storage, free_bytes
 from spectrim.core.plans import Metric, Plan, Rule
+from spectrim.layers.narrowing import selected_units
 from spectrim.layers.selection import LayerSelection, Patterns, TreatAs
-from spectrim.layers.tracing import trace
 from spectrim.layers.unfusing import unfused
-from spectrim.layers.units import Unit, find_units
-from spectrim.planning.decisions import takes_lookups
+from spectrim.layers.units import Unit
+from spectrim.planning.decisions import takes_layers_together, takes_lookups
 from spectrim.planning.footprints import Stages, Work
 from spectrim.planning.resources import DataSize, RunOptions
 
@@ -140,9 +140,10 @@ def estimate_memory(
         if size is None:
             raise DataError("how many samples the data have cannot be known without reading them; give samples=")
     treated = {} if treat_as is None else treat_as
-    selection = LayerSelection(include, exclude, keep_last, treated, lookups=takes_lookups(rule_or_plan))
+    lookups, together = takes_lookups(rule_or_plan), takes_layers_together(rule_or_plan)
+    selection = LayerSelection(include, exclude, keep_last, treated, lookups=lookups, together=together)
     model = unfused(model, selection.unfuses)
-    units = find_units(model, trace(model, example, treat_as=selection.treat_as), selection)
+    units = selected_units(model, example, selection)
     work = Work(rule_or_plan, metric, forms, size, run)
     return estimated(model, example, units, work)
 
