@@ -81,7 +81,7 @@ def sensitivity(
     data = enumerate(batches_of(batches, what="the data to measure sensitivities on"))
     read = [inputs_of(batch, model, position=position, labels=labels) for position, batch in data]
     whole = subset(model, [inputs for inputs, _ in read], samples=_MOST)
-    used = [part for batch in whole for part in batch.parts(places=_PLACES)]
+    used = [part for batch in whole for few in batch.parts(places=_PLACES) for part in few.split(_LEAST)]
     if not used:
         raise DataError("there is no data to measure sensitivities on; give at least one batch")
     groups: dict[str, list[LayerAnalysis]] = {}
