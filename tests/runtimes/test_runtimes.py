@@ -5,6 +5,7 @@ import importlib.metadata
 import shutil
 import sys
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,9 @@ from torch import Tensor, nn
 
 import spectrim as st
 from spectrim import errors
-from spectrim.runtimes import sessions
+from spectrim.core.execution import as_inputs
+from spectrim.runtimes import engines, sessions
+from spectrim.runtimes.conversion import to_onnx
 from spectrim.runtimes.sessions import RUNTIMES, Runtime, fingerprint, require_runtime
 
 QUICK = tuple(name for name in RUNTIMES if name != "compile")
@@ -314,6 +317,36 @@ def test_the_fingerprint_tells_what_times_depend_on(monkeypatch: pytest.MonkeyPa
     known = importlib.metadata.version
     monkeypatch.setattr(importlib.metadata, "version", lambda name: f"{known(name)}.next")
     assert fingerprint("onnxruntime", threads=1) != first
+
+
+class AddAndNorm(nn.Module):
+    """What ONNX Runtime fuses into one slow kernel where the batch size is fixed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.norm = nn.Linear(16, 16), nn.LayerNorm(16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x + self.layer(x))
+
+
+@pytest.mark.parametrize("disabled", [engines._DISABLED, []], ids=["as it is", "with all fusions"])
+def test_slow_fusions_are_off(disabled: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    make = onnxruntime.SessionOptions
+
+    def options() -> Any:
+        made = make()
+        made.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+        return made
+
+    monkeypatch.setattr(onnxruntime, "SessionOptions", options)
+    monkeypatch.setattr(engines, "_DISABLED", disabled)
+    engines.onnxruntime_session(
+        to_onnx(AddAndNorm().eval(), as_inputs(torch.randn(2, 5, 16)), dynamic_batch=False), threads=1
+    )
+    graph = onnx.load(tmp_path / "optimised.onnx").graph
+    assert ("SkipLayerNormalization" in {node.op_type for node in graph.node}) == (not disabled)
 
 
 @pytest.mark.gpu
