@@ -1,5 +1,6 @@
 """Layers before an elementwise function, fitted together: never worse on data that they did not see."""
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -112,6 +113,17 @@ def fit(model: Mlp, layers: dict[str, nn.Module], data: list[Tensor], *, G: Tens
         Neurons(between, received, [0]).fit(layers, [len(x) for x in data], targets=targets, G=G)
 
 
+@pytest.mark.parametrize(
+    "function", [lambda z: torch.sign(z), lambda z: 0 * z, lambda z: z.clamp(min=0) * 1e38 * 1e10, lambda z: z.round()]
+)
+def test_functions_without_slopes_leave_finite_weights(function: Callable[[Tensor], Tensor]) -> None:
+    model = Mlp(function)
+    layers = narrow(model, neurons=10)
+    with contextlib.suppress(st.errors.ModelError, st.errors.DataError):
+        fit(model, layers, list(rows(400).split(50)))
+    assert all(parameter.isfinite().all() for layer in layers.values() for parameter in layer.parameters())
+
+
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_a_fit_comes_nearer_also_on_other_data(name: str) -> None:
     model, data = FUNCTIONS[name](), list(rows(2000).split(250))
@@ -156,7 +168,8 @@ def test_one_step_is_exact_where_nothing_bends() -> None:
     fit_of_inputs = step.feeders[0].fit
     object.__setattr__(fit_of_inputs, "metric", fit_of_inputs.covariance)
     object.__setattr__(fit_of_inputs, "solve", lambda M: M @ torch.linalg.inv(fit_of_inputs.covariance[0]))
-    step._step([])
+    (change,) = step._step([])
+    step.feeders[0].weight = step.feeders[0].weight + change
     v = layers["down"].weight.detach().double()[:, 0]
     y = (targets[0][0] - layers["down"].bias.detach()).double() @ v / v.dot(v)
     best = torch.linalg.lstsq(functional.pad(data[0].double(), (0, 1), value=1.0), y).solution
@@ -243,6 +256,20 @@ def test_a_fit_that_makes_the_outputs_worse_is_not_taken(monkeypatch: pytest.Mon
     monkeypatch.setattr(Neurons, "fit", spoil)
     _, small = compressed(data)
     assert distance(model, small, x) == distance(model, without, x)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_function_that_grows_beyond_all_numbers_is_compressed() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(INTO, 64), Steep(), nn.Linear(64, 16), nn.LayerNorm(16), nn.Linear(16, 7)).eval()
+    data = list((3 * rows(800)).split(100))
+    small = st.compress(model, st.Budget(macs=0.5), example_inputs=data[0][:1], data=data)
+    assert all(parameter.isfinite().all() for parameter in small.model.parameters())
+
+
+class Steep(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.exp(x)
 
 
 def test_a_sample_that_cannot_be_split_is_fitted_to_as_before() -> None:

@@ -207,16 +207,21 @@ class NeuronFit:
         return cls(feeders, neurons.between, weight, offset, targets, metric, parts)
 
     def run(self) -> None:
-        """Take the steps."""
+        """Take the steps; fewer where f is flat everywhere, or something is not finite."""
         last = list[list[Tensor]]()
         for _ in range(_STEPS):
-            last = [self._step(last)]
+            moved = self._step(last)
+            if not all(torch.isfinite(change).all() for change in moved):
+                return
+            for feeder, change in zip(self.feeders, moved, strict=True):
+                feeder.weight = feeder.weight + change
+            last = [moved]
 
     def _weighted(self, outputs: Tensor) -> Tensor:
         return outputs if self.metric is None else outputs @ self.metric.to(outputs)
 
     def _step(self, last: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-        """Change the weights; gives by how much, by feeder."""
+        """By feeder the change of its weight; not finite where there is none to be found."""
         gradient, curvatures, slopes = self._gradient()
         descent = [
             feeder.solved(W / curvature)
@@ -235,14 +240,11 @@ class NeuronFit:
         known = torch.zeros(len(directions), dtype=torch.float64)
         for W, own_changes in zip(gradient, zip(*directions, strict=True), strict=True):
             known += _products(own_changes, [W]).flatten()
-        lengths = torch.linalg.lstsq(system, known).solution.tolist()
-        moved = [
-            torch.stack([change * length for change, length in zip(own, lengths, strict=True)]).sum(dim=0)
+        lengths = torch.linalg.pinv(system, hermitian=True) @ known if system.isfinite().all() else known * torch.nan
+        return [
+            torch.stack([change * length for change, length in zip(own, lengths.tolist(), strict=True)]).sum(dim=0)
             for own in zip(*directions, strict=True)
         ]
-        for feeder, change in zip(self.feeders, moved, strict=True):
-            feeder.weight = feeder.weight + change
-        return moved
 
     def _gradient(self) -> tuple[list[Tensor], list[Tensor], list[_Slopes]]:
         """By feeder where the error falls and the curvature of each neuron, (neurons, 1); the slopes of all parts."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.analysis.spectra import Analysis
+from spectrim.core.errors import DataError, ModelError
 from spectrim.core.plans import LayerPlan
 from spectrim.fitting.neurons import Neurons
 from spectrim.fitting.regression import InputRows, RidgeFit, Rows
@@ -153,6 +154,9 @@ def fitted(
         if neurons is None:
             return [new]
         both = {name: shallow_copy(module) for name, module in new.items()}
-        neurons.to(device).fit(both, seen[plan.name].inputs.samples, targets=targets[plan.name], G=G)
+        try:
+            neurons.to(device).fit(both, seen[plan.name].inputs.samples, targets=targets[plan.name], G=G)
+        except (DataError, ModelError, torch.linalg.LinAlgError):  # a step too far for the number type
+            return [new]
         return [new, both]
     return [factored_at(small, plan.names, form=plan.form, factors=factors, bias=bias)]
