@@ -81,6 +81,15 @@ def test_what_depends_on_other_values_does_not_agree() -> None:
     assert not Neurons(between, received, []).agree(model, InputRows("down", [right.flip(1)], [9]))
 
 
+def test_a_mask_of_the_batch_that_it_was_recorded_with_does_not_agree() -> None:
+    x = rows(64)
+    model = Mlp(lambda z: functional.gelu(z) * torch.ones(len(z), 1)).eval()
+    between = functions_between(model, as_inputs(x), {"down": ["up"]})["down"]
+    hidden = between([model.up(x).detach()])[None]
+    received = {"up": InputRows("up", [x[None]], [9])}
+    assert not Neurons(between, received, []).agree(model, InputRows("down", [hidden], [9]))
+
+
 def narrow(model: Mlp, *, neurons: int) -> dict[str, nn.Module]:
     """The first neurons."""
     layers: dict[str, nn.Module] = {}
@@ -270,6 +279,12 @@ def test_a_function_that_grows_beyond_all_numbers_is_compressed() -> None:
 class Steep(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return torch.exp(x)
+
+
+def test_functions_that_take_one_number_type_only_do() -> None:
+    model, x = Mlp(nn.PReLU().bfloat16()).bfloat16().eval(), rows(400).bfloat16()
+    small = st.compress(model, st.Budget(macs=0.7), example_inputs=x[:1], data=list(x.split(50)))
+    assert any(layer.form == "width" for layer in small.plan)
 
 
 def test_a_sample_that_cannot_be_split_is_fitted_to_as_before() -> None:

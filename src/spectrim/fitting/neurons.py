@@ -56,8 +56,7 @@ class Feeder:
 
     def inputs(self, batch: int, places: slice) -> Tensor:
         """Rows (x - m, 1), (n, in + 1), float32 at least."""
-        rows = self.rows[batch][0, places]
-        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        rows = _float32(self.rows[batch][0, places])
         return functional.pad(rows - self.fit.means[self.name].to(rows), (0, 1), value=1.0)
 
     @property
@@ -102,18 +101,19 @@ class Neurons:
     def agree(self, model: nn.Module, hidden: InputRows) -> bool:
         """Whether f, which was recorded on other data, gives what the layer after it has received in the model.
 
-        And whether f has derivatives.
+        And whether f has derivatives, also in the number type of the fit and of any number of rows.
         """
         expected = hidden.rows[0][0, :_CHECKED]
         try:
             with torch.enable_grad():
                 layers = {name: model.get_submodule(name) for name in self.received}
-                outputs = [output.detach().requires_grad_() for output in self.outputs(layers, 0, slice(_CHECKED))]
+                outputs = [_float32(z).requires_grad_() for z in self.outputs(layers, 0, slice(_CHECKED))]
                 actual = self.between(outputs)
                 torch.autograd.grad(actual.sum(), outputs)
         except (RuntimeError, TypeError, ValueError, IndexError):  # calls that do not fit other values
+                more = self.between([torch.cat([z, z[:1]]) for z in outputs])
             return False
-        if actual.shape != expected.shape:
+        if (actual.shape, more.shape[:-1]) != (expected.shape, (len(expected) + 1,)):
             return False
         away = (actual.detach().double() - expected.to(actual.device).double()).norm()
         return float(away) <= _CLOSE * float(expected.double().norm())
@@ -276,7 +276,13 @@ class NeuronFit:
         with torch.enable_grad():
             outputs = [z.detach().requires_grad_() for z in outputs]
             hidden = self.between(outputs)
-            return torch.autograd.grad(hidden.sum(), outputs), hidden.detach()
+            slopes = torch.autograd.grad(hidden.sum(), outputs)
+        return [slope.nan_to_num(0, 0, 0) for slope in slopes], hidden.detach()
+
+
+def _float32(rows: Tensor) -> Tensor:
+    """At least, and without a history."""
+    return rows.detach().to(torch.promote_types(rows.dtype, torch.float32))
 
 
 def _products(first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
