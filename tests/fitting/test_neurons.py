@@ -155,6 +155,23 @@ def test_the_steps_do_more_than_the_layer_after_them_alone() -> None:
     assert after[4] < after[1] < after[0]
 
 
+ODD: dict[str, Callable[..., Tensor]] = {
+    "no derivative": lambda gate, up: torch.sign(gate) * up,
+    "no derivative at all": lambda gate, up: torch.round(gate + up),
+    "not a number below zero": lambda gate, up: torch.sqrt(gate * (gate > 0)) * up,
+    "too large for float32": lambda gate, up: torch.exp(60 * gate) + 0 * up,
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_functions_with_odd_derivatives_leave_numbers_behind(name: str) -> None:
+    model = Mlp(ODD[name], gated=True).eval()
+    x = rows(300) / rows(300).norm(dim=1, keepdim=True)
+    layers = narrow(model, neurons=8)
+    fit(model, layers, list(x.split(100)))
+    assert all(parameter.isfinite().all() for layer in layers.values() for parameter in layer.parameters())
+
+
 def test_the_metric_says_which_outputs_count() -> None:
     model, data, x = FUNCTIONS["gelu"](), list(rows(2000).split(250)), rows(500, seed=3)
     metric = torch.diag(torch.tensor([1.0, 1e-4, 1e-4, 1e-4, 1e-4])).double()
@@ -248,6 +265,12 @@ def test_any_number_type_does(dtype: torch.dtype) -> None:
         _, without = compressed(data)
     assert all(parameter.dtype == dtype for parameter in small.model.parameters())
     assert distance(model, small, x) < (1.0 if dtype == torch.float64 else 1.1) * distance(model, without, x)
+
+
+def test_functions_that_take_one_number_type_only_do() -> None:
+    model, x = Mlp(nn.PReLU().bfloat16()).bfloat16().eval(), rows(400).bfloat16()
+    small = st.compress(model, st.Budget(macs=0.7), example_inputs=x[:1], data=list(x.split(50)))
+    assert any(layer.form == "width" for layer in small.plan)
 
 
 def test_a_fit_that_makes_the_outputs_worse_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:

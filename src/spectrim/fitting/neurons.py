@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from spectrim.analysis.sampling import Samples
+from spectrim.core.errors import DataError
 from spectrim.core.execution import device_of
 from spectrim.fitting.regression import InputRows, RidgeFit
 from spectrim.layers.elementwise import FunctionBetween
@@ -110,8 +111,8 @@ class Neurons:
                 outputs = [_float32(z).requires_grad_() for z in self.outputs(layers, 0, slice(_CHECKED))]
                 actual = self.between(outputs)
                 torch.autograd.grad(actual.sum(), outputs)
-        except (RuntimeError, TypeError, ValueError, IndexError):  # calls that do not fit other values
                 more = self.between([torch.cat([z, z[:1]]) for z in outputs])
+        except (RuntimeError, TypeError, ValueError, IndexError):  # calls that do not fit other values
             return False
         if (actual.shape, more.shape[:-1]) != (expected.shape, (len(expected) + 1,)):
             return False
@@ -140,9 +141,11 @@ class Neurons:
             set_weight(layer, own.kernels, own.bias, like=layer.get_parameter("weight"), name=own.name)
         name, layer = list(layers.items())[-1]
         rows = [self.between(self.outputs(layers, batch))[None] for batch in range(len(targets))]
-        again = RidgeFit.of(
-            layer, {name: InputRows(name, rows, list(samples))}, biased=layer._parameters.get("bias") is not None
-        )
+        received = {name: InputRows(name, rows, list(samples))}
+        try:
+            again = RidgeFit.of(layer, received, biased=layer._parameters.get("bias") is not None)
+        except DataError:  # the last step went too far
+            return
         cross = again.cross({name: list(targets)})
         best = again.weight(cross)
         best = best if again.excess(best, again.dense, cross=cross, G=G) <= 0 else again.dense
@@ -263,7 +266,7 @@ class NeuronFit:
             number += len(hidden)
         gains = (V * weighted).sum(dim=0).unsqueeze(1)
         curvatures = [gains * own / number for own in squares]
-        curvatures = [own + _FLAT * own.mean() for own in curvatures]
+        curvatures = [(own + _FLAT * own.mean()).clamp(min=torch.finfo(own.dtype).tiny) for own in curvatures]
         gradient = []
         for feeder, own, curvature in zip(self.feeders, sums, curvatures, strict=True):
             gradient.append(own / number - curvature * feeder.drawn(feeder.weight - feeder.start))
@@ -271,7 +274,7 @@ class NeuronFit:
         return gradient, curvatures, slopes
 
     def _derivatives(self, inputs: Sequence[Tensor]) -> tuple[Sequence[Tensor], Tensor]:
-        """The derivatives of f by feeder, (n, neurons), and f."""
+        """The derivatives of f by feeder, (n, neurons), zero where there is none, and f."""
         outputs = [x @ own.weight.mT.to(x) for own, x in zip(self.feeders, inputs, strict=True)]
         with torch.enable_grad():
             outputs = [z.detach().requires_grad_() for z in outputs]
