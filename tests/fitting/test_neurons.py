@@ -273,14 +273,14 @@ def test_functions_that_take_one_number_type_only_do() -> None:
     assert any(layer.form == "width" for layer in small.plan)
 
 
-def test_a_fit_that_makes_the_outputs_worse_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
+def test_a_fit_that_makes_the_outputs_worse_is_not_taken(value: float, monkeypatch: pytest.MonkeyPatch) -> None:
     data, x = list(rows(1600).split(100)), rows(500, seed=3)
 
     def spoil(_: Neurons, layers: dict[str, nn.Module], *__: Any, **___: Any) -> None:
         with torch.no_grad():
-            layers["down" if "down" in layers else list(layers)[-1]].weight = nn.Parameter(
-                torch.zeros_like(list(layers.values())[-1].weight)
-            )
+            last = list(layers.values())[-1]
+            last.weight = nn.Parameter(torch.full_like(last.weight, value))
 
     monkeypatch.setattr(Neurons, "agree", lambda *_: False)
     model, without = compressed(data)
