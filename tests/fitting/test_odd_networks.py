@@ -165,3 +165,13 @@ def test_runs_are_shared_by_what_reads_the_same_values(
     shared = compressed(model, data)
     monkeypatch.setattr(reconstruction, "_readers", lambda *_: {})
     assert same(shared, compressed(model, data))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
+def test_scripted_activations_take_no_hooks_and_need_none() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(SIZE, 64), torch.jit.script(nn.GELU()), nn.Linear(64, 4)).eval()
+    x = torch.randn(256, SIZE)
+    small = st.compress(model, st.Budget(macs=0.6), example_inputs=x[:2], data=list(x.split(32)))
+    assert any(layer.is_factored for layer in small.plan)
+    assert small.model(x).isfinite().all()

@@ -275,7 +275,8 @@ def blocks_after_feeders(model: nn.Module, inputs: Inputs, pairs: Iterable[tuple
     def end(name: str, *_: object) -> None:
         spans.setdefault(name, []).append((begun.pop(), next(clock)))
 
-    pairs, named = list(pairs), list(model.named_modules())
+    pairs = list(pairs)
+    named = [pair for pair in model.named_modules() if not isinstance(pair[1], torch.jit.ScriptModule)]
     if not pairs:
         return frozenset()
     hooks = [module.register_forward_pre_hook(begin) for _, module in named]
