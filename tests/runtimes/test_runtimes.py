@@ -336,9 +336,9 @@ def test_slow_fusions_are_off(disabled: list[str], tmp_path: Path, monkeypatch: 
     make = onnxruntime.SessionOptions
 
     def options() -> Any:
-        made = make()
-        made.optimized_model_filepath = str(tmp_path / "optimised.onnx")
-        return made
+        session_options = make()
+        session_options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+        return session_options
 
     monkeypatch.setattr(onnxruntime, "SessionOptions", options)
     monkeypatch.setattr(engines, "_DISABLED", disabled)
