@@ -1,6 +1,7 @@
 """Batches that fits leave out, on which the networks' outputs are compared."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -59,16 +60,24 @@ class HeldOut:
         return chosen
 
     def nearest(self, cache: ActivationCache, candidates: Sequence[Layers]) -> Layers:
-        """The layers with which the compressed network comes nearest to the dense one; the first if no one can tell."""
-        if len(candidates) == 1:
-            return candidates[0]
-        try:
-            distances = [self._distance(cache, layers) for layers in candidates]
-        except NoDistanceError:
-            return candidates[0]
-        return candidates[min(range(len(distances)), key=distances.__getitem__)]
+        """The layers with which the compressed network comes nearest to the dense one.
 
-    def _distance(self, cache: ActivationCache, layers: Layers) -> float:
+        Later ones have to be better than the first by more than chance may do; where that cannot be told, the first.
+        """
+        first, *others = candidates
+        best, most = first, 0.0
+        if others:
+            with suppress(NoDistanceError):
+                before = self._squares(cache, first)
+                for layers in others:
+                    gained = before - self._squares(cache, layers)
+                    least = float(gained.std()) / len(gained) ** 0.5 if len(gained) > 1 else 0.0
+                    if float(gained.mean()) > max(most, least):
+                        best, most = layers, float(gained.mean())
+        return best
+
+    def _squares(self, cache: ActivationCache, layers: Layers) -> Tensor:
+        """The squared distances with these layers, by sample; infinite where an output is not finite any more."""
         small = cache.model
         before = {name: small.get_submodule(name) for name in layers}
         squares = []
@@ -82,10 +91,11 @@ class HeldOut:
                     hooks = (layer.register_forward_pre_hook(lambda *_, stop=stop: stop()) for layer in layers.values())
                     with temporary(hooks):
                         outputs = outputs_of(small, batch, position)
-                squares.append(squared_distances(self.outputs[position], outputs, batch))
+                lost = squared_distances(self.outputs[position], outputs, batch)
                 each = zip(self.outputs[position], outputs, strict=True)
                 if any((a.isfinite() > b.isfinite()).any() for a, b in each):  # a distance takes these for equal
-                    return float("inf")
+                    lost = lost + float("inf")
+                squares.append(lost)
         finally:
             replace(small, before)
-        return float(torch.cat(squares).mean())
+        return torch.cat(squares)

@@ -8,10 +8,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from spectrim.analysis.sampling import Samples
-from spectrim.core.errors import DataError
+from spectrim.core.errors import DataError, ModelError
 from spectrim.core.execution import device_of
 from spectrim.fitting.regression import InputRows, RidgeFit
 from spectrim.layers.elementwise import FunctionBetween
+from spectrim.layers.factored import shallow_copy
 from spectrim.layers.replacement import set_weight
 from spectrim.layers.types import layer_type_of
 from spectrim.linalg import to_float64
@@ -124,6 +125,22 @@ class Neurons:
         rows = {name: own.rows[batch][0, places] for name, own in self.received.items()}
         return [layers[name](x.to(device_of(layers[name]))).detach().to(x.device) for name, x in rows.items()]
 
+    def fitted(
+        self,
+        layers: Mapping[str, nn.Module],
+        samples: Sequence[Samples],
+        *,
+        targets: Sequence[Tensor],
+        G: Tensor | None,
+    ) -> dict[str, nn.Module] | None:
+        """Copies of narrowed layers, as `fit` leaves them; None where that fails."""
+        copies = {name: shallow_copy(module) for name, module in layers.items()}
+        try:
+            self.fit(copies, samples, targets=targets, G=G)
+        except (DataError, ModelError, torch._C._LinAlgError):  # a step too far for the number type
+            return None
+        return copies
+
     def fit(
         self,
         layers: Mapping[str, nn.Module],
@@ -142,10 +159,7 @@ class Neurons:
         name, layer = list(layers.items())[-1]
         rows = [self.between(self.outputs(layers, batch))[None] for batch in range(len(targets))]
         received = {name: InputRows(name, rows, list(samples))}
-        try:
-            again = RidgeFit.of(layer, received, biased=layer._parameters.get("bias") is not None)
-        except DataError:  # the last step went too far
-            return
+        again = RidgeFit.of(layer, received, biased=layer._parameters.get("bias") is not None)
         cross = again.cross({name: list(targets)})
         best = again.weight(cross)
         best = best if again.excess(best, again.dense, cross=cross, G=G) <= 0 else again.dense

@@ -8,12 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.analysis.spectra import Analysis
-from spectrim.core.errors import DataError, ModelError
 from spectrim.core.plans import LayerPlan
 from spectrim.fitting.neurons import Neurons
 from spectrim.fitting.regression import InputRows, RidgeFit, Rows
 from spectrim.fitting.successors import Successor
-from spectrim.layers.factored import shallow_copy
 from spectrim.layers.forms import find_form
 from spectrim.layers.forms.base import JointForm, SingleWeightForm
 from spectrim.layers.replacement import factored_at, narrowed_at, product, refitted_at
@@ -151,12 +149,7 @@ def fitted(
     if plan.unit:
         (rank,) = plan.ranks
         new = narrowed_at(small, plan.name, place.feeders, form=plan.form, rank=rank, factors=factors, bias=bias)
-        if neurons is None:
-            return [new]
-        both = {name: shallow_copy(module) for name, module in new.items()}
-        try:
-            neurons.to(device).fit(both, seen[plan.name].inputs.samples, targets=targets[plan.name], G=G)
-        except (DataError, ModelError, torch.linalg.LinAlgError):  # a step too far for the number type
-            return [new]
-        return [new, both]
+        samples, goal = seen[plan.name].inputs.samples, targets[plan.name]
+        both = neurons.to(device).fitted(new, samples, targets=goal, G=G) if neurons else None
+        return [new, both] if both else [new]
     return [factored_at(small, plan.names, form=plan.form, factors=factors, bias=bias)]
