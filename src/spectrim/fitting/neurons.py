@@ -105,11 +105,12 @@ class Neurons:
 
         And whether f has derivatives, also in the number type of the fit and of any number of rows.
         """
-        expected = hidden.rows[0][0, :_CHECKED]
+        batch = next((batch for batch, rows in enumerate(hidden.rows) if rows.shape[1]), 0)
+        expected = hidden.rows[batch][0, :_CHECKED]
         try:
             with torch.enable_grad():
                 layers = {name: model.get_submodule(name) for name in self.received}
-                outputs = [_float32(z).requires_grad_() for z in self.outputs(layers, 0, slice(_CHECKED))]
+                outputs = [_float32(z).requires_grad_() for z in self.outputs(layers, batch, slice(_CHECKED))]
                 actual = self.between(outputs)
                 torch.autograd.grad(actual.sum(), outputs)
                 more = self.between([torch.cat([z, z[:1]]) for z in outputs])
@@ -137,7 +138,7 @@ class Neurons:
         copies = {name: shallow_copy(module) for name, module in layers.items()}
         try:
             self.fit(copies, samples, targets=targets, G=G)
-        except (DataError, ModelError, torch._C._LinAlgError):  # a step too far for the number type
+        except (DataError, ModelError, torch.linalg.LinAlgError):  # type: ignore[attr-defined]  # a step too far
             return None
         return copies
 
@@ -245,10 +246,9 @@ class NeuronFit:
             for feeder, W, curvature in zip(self.feeders, gradient, curvatures, strict=True)
         ]
         directions = [descent, *last]
-        few = slopes[:: _LENGTH_OF if len(slopes) >= 2 * _LENGTH_OF else 1]  # enough for two numbers
-        number = sum(len(own.inputs[0]) for own in few)
+        number = sum(len(own.inputs[0]) for own in slopes)
         system = torch.zeros(len(directions), len(directions), dtype=torch.float64)
-        for own in few:
+        for own in slopes:
             images = [own.image(change, self.weight) for change in directions]
             system += _products(images, [self._weighted(image) / number for image in images])
         for place, (feeder, curvature) in enumerate(zip(self.feeders, curvatures, strict=True)):
@@ -264,11 +264,12 @@ class NeuronFit:
         ]
 
     def _gradient(self) -> tuple[list[Tensor], list[Tensor], list[_Slopes]]:
-        """By feeder where the error falls and the curvature of each neuron, (neurons, 1); the slopes of all parts."""
+        """By feeder where the error falls and the curvature of each neuron, (neurons, 1); slopes of some parts."""
         sums = [torch.zeros_like(feeder.weight) for feeder in self.feeders]
         squares, slopes, number = [torch.zeros_like(own[:, :1]) for own in sums], list[_Slopes](), 0
         V, weighted = self.weight, self._weighted(self.weight.mT).mT
-        for batch, places in self.parts:
+        every = _LENGTH_OF if len(self.parts) >= 2 * _LENGTH_OF else 1  # of the slopes, enough for two numbers
+        for position, (batch, places) in enumerate(self.parts):
             inputs = [feeder.inputs(batch, places) for feeder in self.feeders]
             derivatives, hidden = self._derivatives(inputs)
             lacking = self.targets[batch][0, places].to(hidden) - self.offset.to(hidden) - hidden @ V.mT.to(hidden)
@@ -276,7 +277,8 @@ class NeuronFit:
             for place, (x, slope) in enumerate(zip(inputs, derivatives, strict=True)):
                 sums[place] += (back * slope).mT @ x
                 squares[place] += slope.square().sum(dim=0).unsqueeze(1)
-            slopes.append(_Slopes(inputs, derivatives))
+            if position % every == 0:
+                slopes.append(_Slopes(inputs, derivatives))
             number += len(hidden)
         gains = (V * weighted).sum(dim=0).unsqueeze(1)
         curvatures = [gains * own / number for own in squares]
