@@ -246,6 +246,28 @@ def test_networks_come_nearer_to_the_dense_one(gated: bool, batches: int) -> Non
     assert distance(model, small, x) < 0.97 * distance(model, without, x)
 
 
+@pytest.mark.parametrize("is_named", [True, False])
+def test_of_models_that_write_text_no_neurons_are_fitted(is_named: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[str] = []
+    monkeypatch.setattr(Neurons, "agree", lambda *_: bool(tried.append("")))
+    data, model = list(rows(600).reshape(60, 10, INTO).split(6)), Writer(is_named=is_named).eval()
+    small = st.compress(model, st.Budget(macs=0.5), example_inputs=data[0][:1], data=data)
+    assert any(layer.form == "width" for layer in small.plan)
+    assert bool(tried) != is_named
+
+
+class Writer(nn.Module):
+    """Logits of 7 classes for every place, by their name or not."""
+
+    def __init__(self, *, is_named: bool) -> None:
+        super().__init__()
+        self.inner, self.is_named = Blocks(gated=False), is_named
+
+    def forward(self, x: Tensor) -> Any:
+        logits = self.inner(x)
+        return {"logits": logits, "other": logits.mean()} if self.is_named else logits
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_any_number_type_does(dtype: torch.dtype) -> None:
     data, x = [part.to(dtype) for part in rows(1600).split(100)], rows(500, seed=3).to(dtype)

@@ -16,7 +16,7 @@ from spectrim.analysis.activation_cache import (
     blocks_after_feeders,
 )
 from spectrim.analysis.spectra import Analysis
-from spectrim.core.execution import Inputs, ProgressCallback, call
+from spectrim.core.execution import Inputs, ProgressCallback, call, evaluating
 from spectrim.core.plans import LayerPlan, Plan
 from spectrim.fitting.held_out import HeldOut, Pairs, taken_apart
 from spectrim.fitting.neurons import Neurons
@@ -167,9 +167,13 @@ class _FeederInputs:
 
     @classmethod
     def of(cls, model: nn.Module, pairs: Pairs, *, plan: Plan, chosen: Sequence[LayerPlan]) -> "_FeederInputs":
-        """Of the narrowed MLPs of a plan; without any the batches are as they were."""
+        """Of the narrowed MLPs of a plan; without any the batches are as they were.
+
+        Of models that give logits for every token, none: the squared distance of all logits says too little of these.
+        (SmolLM2 at 0.6 came 5 to 10 per cent nearer layer by layer, and its perplexity was 43.8, 43.2 without.)
+        """
         feeders = {layer.name: plan.feeders(layer.name) for layer in chosen if has_neurons(layer)}
-        if not any(feeders.values()):
+        if not any(feeders.values()) or _writes_text(model, pairs[0][0].parts(places=_PLACES)[0]):
             return cls(HeldOut(model, pairs), {})
         held_out = HeldOut(model, taken_apart(pairs))
         few = held_out.pairs[0][0].parts(places=_PLACES)[0]
@@ -185,6 +189,14 @@ class _FeederInputs:
             return None
         neurons = Neurons(self.between[name], feeding, self.held_out.positions)
         return neurons if neurons.agree(small, inputs) else None
+
+
+def _writes_text(model: nn.Module, few: Inputs) -> bool:
+    """Whether it gives logits (batch, tokens, classes) as models of Hugging Face name them."""
+    with evaluating(model):
+        result = call(model, few)
+    logits = result.get("logits") if isinstance(result, Mapping) else None
+    return isinstance(logits, Tensor) and logits.ndim == 3
 
 
 _Data = Sequence[tuple[Inputs, TokenMasks]]
