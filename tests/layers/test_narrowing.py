@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import spectrim as st
-from spectrim.analysis import spectra
+from spectrim.layers import narrowing
 from spectrim.layers.heads import HeadOutput, HeadValues
 from spectrim.layers.replacement import narrowed_at, narrowed_layers, own_bias, replace
 from spectrim.linalg import HeadLayout
@@ -447,7 +447,7 @@ def test_layers_around_narrowed_heads_are_copied_scripted_and_traced(
 
 def test_only_budgets_look_for_layers_to_narrow(monkeypatch: pytest.MonkeyPatch) -> None:
     model, looked = network(Mlp(nn.ReLU())), list[str]()
-    monkeypatch.setattr(spectra, "with_feeders", lambda *args: looked.append("looked") or args[-1])
+    monkeypatch.setattr(narrowing, "with_feeders", lambda *args: looked.append("looked") or args[-1])
     st.compress(model, st.Ratio(0.5), example_inputs=DATA[0], data=DATA)
     assert not looked
     st.compress(model, st.Budget(params=0.7), example_inputs=DATA[0], data=DATA)

@@ -29,13 +29,11 @@ class SharedProjection(Decomposition):
     Attributes:
         problem: What is approximated; weight (groups, out, in, *kernel).
         basis: float64 (groups, k, P), orthonormal rows, best first; k = min(P, out * Q).
-        is_near: Whether it is the solution of a problem that is nearly the same.
         first_shared: The first dimension of the weight that belongs to Q, not to P.
     """
 
     problem: Problem
     basis: Tensor
-    is_near: bool = False
     first_shared: ClassVar[int]
     by_matrix = True
 
@@ -70,7 +68,7 @@ class SharedProjection(Decomposition):
         With factors of a problem that is nearly the same, the first of them is the start, up to its rank.
         """
         if near:
-            return cls(problem, near[0].flatten(2), is_near=True)
+            return cls(problem, near[0].flatten(2))
         return cls(problem, torch.stack([nested_start(M, A) for M, A in cls.groups(problem)]))
 
     @classmethod
@@ -84,7 +82,7 @@ class SharedProjection(Decomposition):
         """V and the other factors, each (groups, ..), after at most so many sweeps of alternating least squares.
 
         A sweep improves V and fits the others anew. It ends earlier once a sweep lessens the error by less than a
-        hundredth. By default 4 sweeps, 2 where the metric is wide, 1 if the start is near there.
+        hundredth. By default 4 sweeps, 2 where the metric is wide.
         """
         starts = zip(self.groups(self.problem), self.basis, strict=True)
         each = [self._alternate(M, A, start[: ranks[0]], ranks[-1], sweeps) for (M, A), start in starts]
@@ -93,8 +91,7 @@ class SharedProjection(Decomposition):
     def _alternate(self, M: Tensor, A: Tensor | None, V: Tensor, rank: int, sweeps: int | None) -> tuple[Tensor, ...]:
         others, explained = self.fit(M, A, V, rank)
         whole, remaining = energy(M, A), float("inf")
-        wide = _SWEEPS // (4 if self.is_near else 2)
-        usual = _SWEEPS if A is None or len(A) <= _WIDE else wide
+        usual = _SWEEPS if A is None or len(A) <= _WIDE else _SWEEPS // 2
         for _ in range(usual if sweeps is None else sweeps):
             before, remaining = remaining, float(whole - explained)
             if remaining > (1 - _SLOW) * before:
