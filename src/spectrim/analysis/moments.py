@@ -30,7 +30,7 @@ _WIDE = 2048
 """Inputs of a layer above which few vectors are held as they are, and not as a matrix."""
 
 
-def _squared(rows: Tensor) -> Tensor:
+def _gram(rows: Tensor) -> Tensor:
     """X^T X of rows (groups, n, width); of a wide one only the blocks on and above the diagonal are multiplied."""
     width = rows.shape[2]
     if width < _BLOCKS * _BLOCK:
@@ -235,7 +235,7 @@ class RunningCovariance:
         groups, _, width = rows.shape
         size = groups * width**2 * (4 if width > _WIDE else 12)
         self.storage.require(size, device=rows.device, what=f"the statistics of {groups * width:,} inputs")
-        scatter, mean = _squared(centred), to_float64(mean)
+        scatter, mean = _gram(centred), to_float64(mean)
         if self.count == number:
             # half the memory of a wide layer, whose products are in float32 in any case
             scatter = scatter if rows.shape[2] > _WIDE else to_float64(scatter)

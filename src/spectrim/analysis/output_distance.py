@@ -1,11 +1,13 @@
 """How far the outputs of a network are from those of another one."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from spectrim.core.execution import Inputs, call, evaluating
+from spectrim.analysis.activation_cache import ActivationCache
+from spectrim.core.execution import Inputs, call, evaluating, temporary
+from spectrim.layers.replacement import replace
 from spectrim.layers.tokens import TokenMasks, TokenPlaces
 
 _LONG = 32
@@ -41,3 +43,18 @@ def outputs_of(model: nn.Module, batch: Inputs, position: int, *, hint: str = ""
         result = call(model, batch, what=f"batch {position}", hint=hint)
     floats = [tensor.detach() for tensor in TokenMasks.of(model, batch).mapped(result, TokenPlaces.weigh)]
     return [tensor.to(torch.promote_types(tensor.dtype, torch.float32), copy=True) for tensor in floats]
+
+
+def outputs_with(
+    cache: ActivationCache, layers: Mapping[str, nn.Module], *, batch: Inputs, position: int
+) -> list[Tensor]:
+    """The outputs of the cache's network with these layers in it; it is then as before. Earlier blocks are recalled."""
+    before = {name: cache.model.get_submodule(name) for name in layers}
+    replace(cache.model, layers)
+    try:
+        with cache.recalling(position) as stop:
+            hooks = (layer.register_forward_pre_hook(lambda *_: stop()) for layer in layers.values())
+            with temporary(hooks):
+                return outputs_of(cache.model, batch, position)
+    finally:
+        replace(cache.model, before)

@@ -18,16 +18,16 @@ from spectrim.analysis.activation_cache import (
 from spectrim.analysis.calibration import Calibration, add_gradients
 from spectrim.analysis.metrics import measured_in, metric_of
 from spectrim.analysis.moments import RunningGradients
-from spectrim.analysis.output_distance import NoDistanceError, outputs_of, squared_distances
+from spectrim.analysis.output_distance import NoDistanceError, outputs_of, outputs_with, squared_distances
 from spectrim.analysis.spectra import Analysis, LayerAnalysis
 from spectrim.core.arguments import checked
 from spectrim.core.batches import batches_of, inputs_of
 from spectrim.core.errors import DataError, ModelError, PlanError
-from spectrim.core.execution import Inputs, ProgressCallback, evaluating, temporary
+from spectrim.core.execution import Inputs, ProgressCallback, evaluating
 from spectrim.core.memory import IN_PLACE, Storage
 from spectrim.core.plans import Metric
 from spectrim.core.progress import progress_callback
-from spectrim.layers.replacement import BiasOf, factored_at, mean_corrections, narrowed_at, product, replace
+from spectrim.layers.replacement import BiasOf, factored_at, mean_corrections, narrowed_at, product
 from spectrim.layers.tokens import TokenMasks
 from spectrim.layers.unfusing import unfused_as
 from spectrim.layers.units import SingleWeight
@@ -261,21 +261,11 @@ class _SingleLayerRuns:
 
     def _squares(self, after: Mapping[str, nn.Module]) -> Tensor:
         """By sample how much the outputs change with these layers in the place of the dense ones."""
-        model = self.cache.model
-        before = {name: model.get_submodule(name) for name in after}
         squares = torch.zeros(0, dtype=torch.float64)
         for position, batch in enumerate(self.batches):
             if position == len(self.dense_outputs):
-                self.dense_outputs.append(outputs_of(model, batch, position, hint=self.hint))
-            replace(model, after)
-            try:
-                # blocks before the layer are not run again
-                with self.cache.recalling(position) as stop:
-                    hooks = (part.register_forward_pre_hook(lambda *_, stop=stop: stop()) for part in after.values())
-                    with temporary(hooks):
-                        changed = outputs_of(model, batch, position)
-            finally:
-                replace(model, before)
+                self.dense_outputs.append(outputs_of(self.cache.model, batch, position, hint=self.hint))
+            changed = outputs_with(self.cache, after, batch=batch, position=position)
             lost_here = squared_distances(self.dense_outputs[position], changed, batch)
             squares = torch.cat([squares, lost_here])
             mean, least = float(squares.mean()), _LEAST if len(lost_here) <= batch.samples else _PLACES

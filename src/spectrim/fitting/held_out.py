@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.analysis.activation_cache import ActivationCache
-from spectrim.analysis.output_distance import NoDistanceError, outputs_of, squared_distances
-from spectrim.core.execution import Inputs, temporary
-from spectrim.layers.replacement import replace
+from spectrim.analysis.output_distance import NoDistanceError, outputs_of, outputs_with, squared_distances
+from spectrim.core.execution import Inputs
 
 _BATCHES, _PLACES = 8, 1024
 
@@ -78,24 +77,15 @@ class HeldOut:
 
     def _squares(self, cache: ActivationCache, layers: Layers) -> Tensor:
         """The squared distances with these layers, by sample; infinite where an output is not finite any more."""
-        small = cache.model
-        before = {name: small.get_submodule(name) for name in layers}
         squares = []
-        replace(small, layers)
-        try:
-            for position in self.positions:
-                dense_batch, batch = self.pairs[position]
-                if position not in self.outputs:
-                    self.outputs[position] = outputs_of(self.dense, dense_batch, position)
-                with cache.recalling(position) as stop:
-                    hooks = (layer.register_forward_pre_hook(lambda *_, stop=stop: stop()) for layer in layers.values())
-                    with temporary(hooks):
-                        outputs = outputs_of(small, batch, position)
-                lost = squared_distances(self.outputs[position], outputs, batch)
-                each = zip(self.outputs[position], outputs, strict=True)
-                if any((a.isfinite() > b.isfinite()).any() for a, b in each):  # a distance takes these for equal
-                    lost = lost + float("inf")
-                squares.append(lost)
-        finally:
-            replace(small, before)
+        for position in self.positions:
+            dense_batch, batch = self.pairs[position]
+            if position not in self.outputs:
+                self.outputs[position] = outputs_of(self.dense, dense_batch, position)
+            outputs = outputs_with(cache, layers, batch=batch, position=position)
+            lost = squared_distances(self.outputs[position], outputs, batch)
+            each = zip(self.outputs[position], outputs, strict=True)
+            if any((a.isfinite() > b.isfinite()).any() for a, b in each):  # a distance takes these for equal
+                lost = lost + float("inf")
+            squares.append(lost)
         return torch.cat(squares)

@@ -19,7 +19,7 @@ from spectrim.linalg import to_float64
 from spectrim.linalg.covariance import times
 
 _STEPS, _ROWS, _LENGTH_OF = 4, 2048, 4
-_FLAT, _CLOSE, _CHECKED = 1e-3, 1e-2, 64
+_FLAT, _TOLERANCE, _CHECKED = 1e-3, 1e-2, 64
 
 Part = tuple[int, slice]
 """A batch, and places in it."""
@@ -71,7 +71,7 @@ class Feeder:
         """The layer's bias, (neurons,)."""
         return self.weight[:, -1] - (self.kernels[0] @ self.fit.means[self.name].mT).squeeze(1) if self.biased else None
 
-    def drawn(self, change: Tensor) -> Tensor:
+    def times_ridge(self, change: Tensor) -> Tensor:
         """The ridge times a change of W; that of the bias is free."""
         own = change[None, :, :-1]
         ridge = times(own, self.fit.metric) - times(own, self.fit.covariance)
@@ -119,7 +119,7 @@ class Neurons:
         if (actual.shape, more.shape[:-1]) != (expected.shape, (len(expected) + 1,)):
             return False
         away = (actual.detach().double() - expected.to(actual.device).double()).norm()
-        return float(away) <= _CLOSE * float(expected.double().norm())
+        return float(away) <= _TOLERANCE * float(expected.double().norm())
 
     def outputs(self, layers: Mapping[str, nn.Module], batch: int, places: slice = slice(None)) -> list[Tensor]:
         """What these layers, in the place of those before f, give, (n, neurons)."""
@@ -253,7 +253,7 @@ class NeuronFit:
             system += _products(images, [self._weighted(image) / number for image in images])
         for place, (feeder, curvature) in enumerate(zip(self.feeders, curvatures, strict=True)):
             changes = [change[place] for change in directions]
-            system += _products(changes, [curvature * feeder.drawn(change) for change in changes])
+            system += _products(changes, [curvature * feeder.times_ridge(change) for change in changes])
         known = torch.zeros(len(directions), dtype=torch.float64)
         for W, own_changes in zip(gradient, zip(*directions, strict=True), strict=True):
             known += _products(own_changes, [W]).flatten()
@@ -285,7 +285,7 @@ class NeuronFit:
         curvatures = [(own + _FLAT * own.mean()).clamp(min=torch.finfo(own.dtype).tiny) for own in curvatures]
         gradient = []
         for feeder, own, curvature in zip(self.feeders, sums, curvatures, strict=True):
-            gradient.append(own / number - curvature * feeder.drawn(feeder.weight - feeder.start))
+            gradient.append(own / number - curvature * feeder.times_ridge(feeder.weight - feeder.start))
             gradient[-1][:, -1] *= feeder.biased
         return gradient, curvatures, slopes
 
