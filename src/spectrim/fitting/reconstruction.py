@@ -182,6 +182,8 @@ class _FeederInputs:
     def neurons(self, small: nn.Module, place: Place, inputs: InputRows) -> Neurons | None:
         """Those before a place, if they can be fitted; `inputs` are what it receives."""
         name = place.plan.name
+        if not self.between:
+            return None
         if place.plan.unit not in (None, name):
             self.received[name] = inputs
         feeding = {feeder: self.received.pop(feeder) for feeder in place.feeders if feeder in self.received}
