@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 from tiny_gguf import WORDS, write_gguf
+from torch import nn
 
 import spectrim as st
+from spectrim.cli.pretrained import require_dense
 
 transformers = pytest.importorskip("transformers", reason="the extra 'hf' is not installed")
 
@@ -69,6 +71,18 @@ def test_a_folder_becomes_a_smaller_one(folder: Run) -> None:
         ended = folder("compress", "--model", "hf:small", *TEXT, "--macs", 0.5, "--out", out)
         assert ended.code == 1
         assert "small was compressed already" in ended.said
+
+
+@pytest.mark.parametrize(("forms", "can_be_dense"), [(["linear"], True), (["width"], False)])
+def test_only_what_is_factored_alone_is_to_be_merged(forms: list[str], can_be_dense: bool) -> None:
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8))
+    x = torch.randn(64, 8)
+    small = st.compress(dense, st.Budget(params=0.6), example_inputs=x[:1], data=[x], forms=forms).model
+    with pytest.raises(st.errors.ModelError, match="was compressed already") as raised:
+        require_dense(small, Path("small"))
+    assert ("spectrim.merge(" in str(raised.value)) == can_be_dense
+    require_dense(st.merge(small) if can_be_dense else dense, Path("small"))
 
 
 def test_a_gguf_file_becomes_a_smaller_folder(run: Run) -> None:

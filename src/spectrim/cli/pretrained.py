@@ -11,7 +11,7 @@ from spectrim.cli.outputs import OutputFiles
 from spectrim.core.errors import FileError, ModelError
 from spectrim.core.files import gguf_file
 from spectrim.export.folders import save_folder
-from spectrim.layers.replacement import compressed_layers
+from spectrim.layers.replacement import compressed_layers, narrowed_layers
 from spectrim.models.folders import CONFIG, is_factored, other_files
 from spectrim.reporting.cards import CARD, is_own_card, write_model_card
 
@@ -28,10 +28,9 @@ def why_not_dense(model: nn.Module, folder: Path | None) -> str | None:
 def require_dense(model: nn.Module, folder: Path | None) -> None:
     """Raise `ModelError` for the folder of a model that was compressed already."""
     if folder is not None and (reason := why_not_dense(model, folder)):
-        raise ModelError(
-            f"{reason}; give the folder of the dense model, or make this one dense first: "
-            "spectrim.merge(model).save_pretrained(..)"
-        )
+        merging = ", or make this one dense first: spectrim.merge(model).save_pretrained(..)"
+        stays_narrow = bool(narrowed_layers(model))
+        raise ModelError(f"{reason}; give the folder of the dense model{'' if stays_narrow else merging}")
 
 
 def folder_files(source: Path, out: Path) -> OutputFiles:
