@@ -1,10 +1,11 @@
 """Tokens per second that a decoder reads and writes with its cache, dense and compressed in turn in one process.
 
     python benchmarks/decode.py --dense SMOLLM2 --compressed SMALL --batch 1,8
+    python benchmarks/decode.py --dense SMOLLM2 --compressed SMALL --batch 1 --compile
 
 Both are folders of Hugging Face. A prompt of random tokens is read in one pass (prefill), and tokens are written after
 it one by one, the likeliest of each step (decode). Ratios are compressed over dense, of paired rounds, with their 95 %
-interval; one thread.
+interval; one thread. With `--compile` steps are compiled by torch, and the cache has a fixed length; it takes minutes.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from transformers import StaticCache
 
 from spectrim.layers.caches import bytes_per_token
 from spectrim.models.folders import load_pretrained
@@ -25,11 +27,13 @@ PHASES = ("prefill", "decode")
 
 
 class Decoder:
-    """A model after a prompt."""
+    """A model after a prompt, with a cache for so many tokens in all if its steps are compiled."""
 
-    def __init__(self, model: nn.Module, prompt: Tensor) -> None:
+    def __init__(self, model: nn.Module, prompt: Tensor, *, compiled_for: int | None = None) -> None:
         self.model, self.prompt = model.eval(), prompt
-        outputs = self.read()
+        self.step = model if compiled_for is None else torch.compile(model, dynamic=False)
+        self.fixed = None if compiled_for is None else StaticCache(config=model.config, max_cache_len=compiled_for)
+        outputs = self.read() if self.fixed is None else self.model(prompt, past_key_values=self.fixed)
         self.bytes_per_token = bytes_per_token(outputs)
         # the name of the cache depends on the version of transformers
         self.name = next(name for name, value in outputs.items() if hasattr(value, "get_seq_length"))
@@ -48,7 +52,7 @@ class Decoder:
         """So many tokens."""
         token = self.first
         for _ in range(length):
-            token = self.model(token, use_cache=True, **{self.name: self.cache}).logits[:, -1:].argmax(dim=-1)
+            token = self.step(token, use_cache=True, **{self.name: self.cache}).logits[:, -1:].argmax(dim=-1)
 
     def timer(self, phase: str, length: int) -> Callable[[], Timing]:
         """Times a phase."""
@@ -66,6 +70,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=128, help="tokens of the prompt")
     parser.add_argument("--tokens", type=int, default=8, help="tokens that are written")
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--compile", action="store_true", help="compile the steps")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     models = [load_pretrained(folder) for folder in (arguments.compressed, arguments.dense)]
@@ -74,7 +79,8 @@ def main() -> None:
         for batch in arguments.batch:
             vocabulary = min(model.config.vocab_size for model in models)
             prompt = torch.randint(vocabulary, (batch, arguments.prompt), generator=torch.Generator().manual_seed(0))
-            decoders = [Decoder(model, prompt) for model in models]
+            whole = arguments.prompt + arguments.tokens + 1
+            decoders = [Decoder(model, prompt, compiled_for=whole if arguments.compile else None) for model in models]
             for phase in PHASES:
                 runs = [decoder.timer(phase, arguments.tokens) for decoder in decoders]
                 own, reference = interleaved(runs, rounds=arguments.rounds)
