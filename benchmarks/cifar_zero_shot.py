@@ -1,7 +1,8 @@
 """CIFAR-10 accuracy of compressed ResNets without any training, held against the bars and the best peer.
 
     python benchmarks/cifar_zero_shot.py --weights cifar_resnet20.safetensors                      # the table
-    python benchmarks/cifar_zero_shot.py --weights cifar_resnet20.safetensors --finetune           # 3 epochs afterwards
+    python benchmarks/cifar_zero_shot.py --weights cifar_resnet20.safetensors --train finetune     # 3 epochs afterwards
+    python benchmarks/cifar_zero_shot.py --weights cifar_resnet20.safetensors --train distill      # the same, no labels
     python benchmarks/cifar_zero_shot.py --network resnet32 --weights cifar_resnet32.safetensors   # the same, untouched
     .. --images 4096                                      # what more calibration data would do; bars are for 1024
 
@@ -18,7 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -39,7 +40,7 @@ BAR = {
     "resnet20": {0.75: 91.4, 0.6: 90.9, 0.5: 90.4, 0.4: 89.2, 0.3: 86.4},
     "resnet32": {0.6: -0.5, 0.5: -0.9, 0.3: -2.5},
 }
-FINETUNED = {0.5: 90.9, 0.3: 88.0}
+TRAINED = {"finetune": {0.5: 90.9, 0.3: 88.0}, "distill": {0.5: 90.9, 0.3: 88.6}}
 IMAGES, BATCH, TUNING = 1024, 64, 10_000
 
 
@@ -113,14 +114,23 @@ class Augmented:
             yield x.contiguous(), self.labels[places]
 
 
-def finetuned(small: nn.Module, teacher: nn.Module, seed: int) -> nn.Module:
-    """Three epochs over 10 000 training images, with the dense network's answers."""
-    images = padded(cifar_inputs(load("cifar10", split="train").images[split(seed)[2]]))
+def trained(small: nn.Module, teacher: nn.Module, how: str, *, seed: int) -> nn.Module:
+    """Three epochs over 10 000 training images, with the dense network's answers or, to distil, its outputs alone."""
+    images = cifar_inputs(load("cifar10", split="train").images[split(seed)[2]])
 
-    def epoch(number: int) -> Augmented:
-        return Augmented(images, draw=1000 * seed + number)
+    def epochs_of(known: Tensor, *, batch: int) -> Callable[[int], Augmented]:
+        whole = padded(known)
+        return lambda number: Augmented(whole, draw=1000 * seed + number, batch=batch)
 
-    return st.finetune(small, epoch, teacher=teacher, epochs=3, lr=3e-4, seed=seed).model
+    if how == "finetune":
+        data = epochs_of(images, batch=128)
+        return st.finetune(small, data, teacher=teacher, epochs=3, lr=3e-4, seed=seed).model
+    aside, others = images.split([TUNING // 20, TUNING - TUNING // 20])
+    data = epochs_of(others, batch=BATCH)
+    tuned = st.distill(
+        small, teacher, data=data, held_out=aside.split(BATCH), epochs=3, batch=BATCH, lr=5e-4, seed=seed
+    )
+    return tuned.model
 
 
 def padded(images: Tensor) -> Tensor:
@@ -136,7 +146,7 @@ def main() -> None:
     parser.add_argument("--shares", default="", help="MACs kept, such as 0.5,0.3; all of the table by default")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--images", type=int, default=IMAGES, help="calibration images")
-    parser.add_argument("--finetune", action="store_true", help="also train 3 epochs afterwards")
+    parser.add_argument("--train", choices=tuple(TRAINED), help="also train 3 epochs afterwards")
     parser.add_argument("--held-out", action="store_true", help="accuracy on held-out training images instead")
     parser.add_argument("--json", type=Path, help="write every figure to this file")
     parser.add_argument("--once", type=float, help=argparse.SUPPRESS)
@@ -172,18 +182,19 @@ def report(arguments: argparse.Namespace, shares: list[float], seeds: list[int])
             small = compressed(model, data, share, analysis=analysis)
             results.setdefault(f"{share:g}", []).append(score(small.model, seed))
             results.setdefault(f"{share:g} kept", []).append(small.measurement.macs_ratio or 1.0)
-            if arguments.finetune:
-                after = score(finetuned(small.model, model, seed), seed)
-                results.setdefault(f"{share:g} fine-tuned", []).append(after)
-            said = (results[key][-1] for key in (f"{share:g}", f"{share:g} fine-tuned") if key in results)
+            if arguments.train:
+                after = score(trained(small.model, model, arguments.train, seed=seed), seed)
+                results.setdefault(f"{share:g} trained", []).append(after)
+            said = (results[key][-1] for key in (f"{share:g}", f"{share:g} trained") if key in results)
             console.print(f"seed {seed}, {share:g}:", *(f"{figure:.2f}" for figure in said))
-    table = Table("MACs kept", "accuracy", "sd", "best peer", "bar", "held", "fine-tuned", "sd", "bar", "held")
+    table = Table("MACs kept", "accuracy", "sd", "best peer", "bar", "held", arguments.train or "", "sd", "bar", "held")
     held = True
     for share in shares:
         bar = BAR[arguments.network].get(share)
         bar = dense + bar if bar is not None and bar < 0 else bar
-        tuned = results.get(f"{share:g} fine-tuned")
-        cells = [*figures(results[f"{share:g}"], bar), *(figures(tuned, FINETUNED.get(share)) if tuned else [""] * 4)]
+        after = results.get(f"{share:g} trained")
+        cells = figures(results[f"{share:g}"], bar)
+        cells += figures(after, TRAINED[arguments.train].get(share)) if after else [""] * 4
         peer = f"{PEER[share]:g}" if share in PEER and arguments.network == "resnet20" else ""
         table.add_row(f"{max(results[f'{share:g} kept']):.4f}", *cells[:2], peer, *cells[2:])
         held &= "no" not in cells

@@ -229,6 +229,22 @@ def test_steps_in_float32_as_wide_layers_take_them_are_as_good(
         assert now <= min(tail, 1.001 * exact[ranks]) + 1e-9 * problem.total
 
 
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("form", ITERATED)
+def test_from_factors_of_nearly_the_same_problem_the_fit_ends_as_low(
+    form: str, wide: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, ranks = random_problem((8, 6, 3, 3), "activation"), (5,) if form == "spatial" else (3, 4)
+    near = form_named(form).decompose(before).factors(ranks)
+    weight, noise = before.weight + 0.02 * numbers(*before.weight.shape, seed=1), numbers(54, 54, seed=2)
+    problem = before.of_weight(weight, before.metric + 1e-3 * noise @ noise.T / 54)
+    monkeypatch.setattr(linalg.shared, "_WIDE", 0 if wide else 1024)
+    anew, begun = form_named(form).decompose(problem), form_named(form).decompose(problem, near=near)
+    kept, better = (lost(problem, form, begun.factors(ranks, **sweeps)) for sweeps in ({"sweeps": 0}, {}))  # type: ignore[call-arg]
+    assert better < kept
+    assert better <= 1.01 * lost(problem, form, anew.factors(ranks))
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_the_tails_fall_to_nothing_as_ranks_grow(form: str) -> None:
     problem = random_problem((7, 5, 3, 3), "activation")

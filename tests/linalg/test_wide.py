@@ -8,7 +8,7 @@ from torch import Tensor, nn
 import spectrim as st
 from spectrim.analysis import moments
 from spectrim.linalg import ChannelDecomposition, LowRankCovariance, Problem, problem
-from spectrim.linalg.covariance import add_outer, inner, mean_variance, solver, times
+from spectrim.linalg.covariance import add_outer, gram, inner, mean_variance, solver, times
 from spectrim.linalg.subspace import leading_vectors
 
 SHAPES = {"wide": (1, 100, 160), "tall": (1, 160, 100), "square": (1, 120, 120), "kernel": (2, 90, 20, 3, 3)}
@@ -94,6 +94,12 @@ def test_a_low_rank_covariance_computes_as_its_matrix_does() -> None:
     plus = add_outer(C, v)
     assert isinstance(plus, LowRankCovariance)
     torch.testing.assert_close(plus.matrix, add_outer(C.matrix, v))
+
+
+@pytest.mark.parametrize("shape", [(2, 30, 1030), (20, 1025), (0, 1024), (3, 9, 20)])
+def test_the_second_moments_of_wide_rows_are_those_of_their_blocks(shape: tuple[int, ...]) -> None:
+    rows = numbers(*shape, seed=1)
+    torch.testing.assert_close(gram(rows), rows.mT @ rows)
 
 
 @pytest.mark.usefixtures("_wide")

@@ -18,8 +18,8 @@ from spectrim.core.nested import map_tensors, tensors
 from spectrim.layers.factored import is_low_rank
 from spectrim.layers.types import find_layer_type
 
-DEFAULT_BYTES, _MOST_BYTES, _OF_FREE = 2**29, 2**31, 16
-"""Bytes of activations kept to save time, if nothing else is said: 512 MiB, and where a 16th of the memory that is free
+DEFAULT_BYTES, _MOST_BYTES, _OF_FREE = 2**29, 2**31, 8
+"""Bytes of activations kept to save time, if nothing else is said: 512 MiB, and where an eighth of the memory that is free
 is more, that, up to 2 GiB."""
 
 _TRIED, _TRIED_PLACES = 2, 8

@@ -26,6 +26,8 @@ from spectrim.layers.types import layer_type_of
 from spectrim.layers.types.base import SampledPlaces
 from spectrim.layers.unfusing import unfused
 
+_OF_GRADIENTS = SampledPlaces(of_map=128, of_sequence=None)
+
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
@@ -214,7 +216,10 @@ def add_gradients(
                 ) from error
             for (name, layer, output), gradient in zip(taps, gradients, strict=True):
                 if gradient is not None:
-                    rows = layer_type_of(layer).output_rows(layer, joined(gradient), positions=None)
+                    whole = joined(gradient)
+                    rows = layer_type_of(layer).output_rows(layer, whole, positions=_OF_GRADIENTS)
+                    if rows.numel() < whole.numel():
+                        rows = rows * (whole.numel() / rows.numel()) ** 0.5  # the sum over all places
                     sums.setdefault(name, RunningGradients(storage=storage)).add(
                         rows, samples=inputs.samples, size=output.size(0)
                     )

@@ -14,6 +14,7 @@ from spectrim.linalg import (
     DiagonalCovariance,
     LowRankCovariance,
     add_covariances,
+    gram,
     matrix_of,
     square_around,
     square_of,
@@ -23,24 +24,8 @@ from spectrim.linalg import (
 PROBES = 2
 """Random combinations of the outputs that gradients are taken of."""
 
-_BLOCKS, _BLOCK = 4, 256
-"""Blocks that the products of wide vectors are divided into, and how wide each is at least."""
-
 _WIDE = 2048
 """Inputs of a layer above which few vectors are held as they are, and not as a matrix."""
-
-
-def _gram(rows: Tensor) -> Tensor:
-    """X^T X of rows (groups, n, width); of a wide one only the blocks on and above the diagonal are multiplied."""
-    width = rows.shape[2]
-    if width < _BLOCKS * _BLOCK:
-        return rows.mT @ rows
-    product, step = rows.new_empty(len(rows), width, width), -(-width // _BLOCKS)
-    for start in range(0, width, step):
-        block = rows[:, :, start : start + step].mT @ rows[:, :, start:]
-        product[:, start : start + step, start:] = block
-        product[:, start + step :, start : start + step] = block[:, :, step:].mT
-    return product
 
 
 @dataclass(frozen=True, eq=False)
@@ -235,7 +220,7 @@ class RunningCovariance:
         groups, _, width = rows.shape
         size = groups * width**2 * (4 if width > _WIDE else 12)
         self.storage.require(size, device=rows.device, what=f"the statistics of {groups * width:,} inputs")
-        scatter, mean = _gram(centred), to_float64(mean)
+        scatter, mean = gram(centred), to_float64(mean)
         if self.count == number:
             # half the memory of a wide layer, whose products are in float32 in any case
             scatter = scatter if rows.shape[2] > _WIDE else to_float64(scatter)

@@ -33,6 +33,9 @@ from spectrim.layers.unfusing import unfused_as
 from spectrim.layers.units import SingleWeight
 from spectrim.linalg import Factors, Ranks
 
+DIFFERENTIATED = 16
+"""How many samples gradients are taken of at a time."""
+
 _LEAST, _MOST, _GRADIENTS = 32, 256, 128
 _PLACES, _GRADIENT_PLACES = 512, 4096
 _LOST, _LEAST_LOST, _PRECISION = 0.1, 1e-9, 0.15
@@ -158,7 +161,7 @@ def _parts_for_gradients(model: nn.Module, batches: Sequence[Inputs]) -> Iterato
     for position, batch in enumerate(subset(model, batches, samples=_GRADIENTS)):
         signs, parts = torch.Generator().manual_seed(0), batch.parts(places=_PLACES)
         for part in parts:
-            yield position, part, signs
+            yield from ((position, few, signs) for few in part.split(DIFFERENTIATED))
             places += part.places
             if len(parts) > 1 and places >= _GRADIENT_PLACES:
                 return

@@ -123,7 +123,7 @@ def fitted(
     fit = RidgeFit.of(layer, {site: own.inputs for site, own in seen.items()}, biased=biased)
     targets = place.targets(seen)
     before = analysis.factors(plan) if is_approximated else ()
-    factors = before if plan.unit else ()  # the same neurons are left
+    factors = before  # where the search for those that are fitted begins; the same neurons are left
     form = find_form(plan.form) if is_approximated else None
     by_matrix = isinstance(form, SingleWeightForm) and form.decomposition.by_matrix
     metric = matrix_of(fit.metric) if by_matrix else fit.metric

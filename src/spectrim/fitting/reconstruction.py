@@ -267,7 +267,7 @@ def _record(
         batch, masks = entry
         counted = Counter[str]()
         expected = events.setdefault(position, counted)
-        watched = following(cache.model, dict(later), on_call=on_call, on_residual=on_residual)
+        watched = following(cache.model, dict(later), on_call=on_call, on_residual=on_residual if adding else None)
         with suppress(_PassEnded), cache.recalling(position) as reached, watched:
             call(cache.model, batch, what=f"batch {position}")
         seen = {site: seen[site] for site in segment.call_sites}

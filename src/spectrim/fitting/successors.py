@@ -1,7 +1,7 @@
 """What a network does with a layer's output: found by running it, not by knowing its class."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from inspect import signature
 from typing import Any
@@ -144,18 +144,20 @@ def following(
     Args:
         model: The network.
         call_sites: Names of the layers to follow.
-        on_call: Called with name, layer, input and output after each of their calls.
+        on_call: Called with name, layer, input and output after each of their calls. With it alone nothing more is
+            followed, which takes time.
         on_residual: Called when a residual branch is first added to a layer's output.
     """
-    follower = _Follower(on_residual)
+    follower, only_calls = _Follower(on_residual), on_call is not None and on_residual is None
 
     def begin(name: str, layer: nn.Module, x: Tensor, output: Tensor) -> None:
         if name in call_sites and not is_in_transform(x):
-            follower.begin(name, layer, output)
+            if not only_calls:
+                follower.begin(name, layer, output)
             if on_call is not None:
                 on_call(name, layer, x, output)
 
-    with evaluating(model), watching(model, begin), follower:
+    with evaluating(model), watching(model, begin), nullcontext() if only_calls else follower:
         yield follower
 
 

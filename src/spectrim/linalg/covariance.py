@@ -8,6 +8,22 @@ from torch import Tensor
 
 from spectrim.linalg.spectra import to_float64
 
+_BLOCKS, _BLOCK = 4, 256
+"""Blocks that the products of wide vectors are divided into, and how wide each is at least."""
+
+
+def gram(rows: Tensor) -> Tensor:
+    """X^T X of rows (.., n, width); of wide ones only the blocks on and above the diagonal are multiplied."""
+    width = rows.shape[-1]
+    if width < _BLOCKS * _BLOCK:
+        return rows.mT @ rows
+    product, step = rows.new_empty(*rows.shape[:-2], width, width), -(-width // _BLOCKS)
+    for start in range(0, width, step):
+        block = rows[..., start : start + step].mT @ rows[..., start:]
+        product[..., start : start + step, start:] = block
+        product[..., start + step :, start : start + step] = block[..., step:].mT
+    return product
+
 
 @dataclass(frozen=True, eq=False)
 class LowRankCovariance:
@@ -28,8 +44,9 @@ class LowRankCovariance:
     @property
     def matrix(self) -> Tensor:
         """The matrix itself, float64."""
-        rows = to_float64(self.rows)
-        return rows.mT @ rows + torch.diag_embed(self.ridge.to(rows.device).expand(*rows.shape[:-2], rows.shape[-1]))
+        product = gram(to_float64(self.rows))
+        product.diagonal(dim1=-2, dim2=-1).add_(self.ridge.to(product.device))
+        return product
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -121,8 +121,9 @@ class Problem:
     _shared: dict[str, Tensor] = field(repr=False, default_factory=dict)
 
     def of_weight(self, weight: Tensor, covariance: Covariance) -> "Problem":
-        """Another weight and covariance, in the same metric of the outputs."""
-        other = Problem(weight, covariance, output=self.output)
+        """Another weight and covariance, which has an inverse as it is, in the same metric of the outputs."""
+        floor = torch.zeros(len(weight), dtype=torch.float64, device=weight.device)
+        other = Problem(weight, covariance, output=self.output, _shared={"floor": floor})
         if self.output is not None:
             other.__dict__.update(_axes=self._axes, _root=self._root)
         return other
@@ -196,7 +197,7 @@ class Problem:
         if "floor" not in self._shared:
             self._shared["floor"] = needed_floor(self.metric)
         metric = self.metric
-        return list(lifted((metric + metric.mT).div_(2), self._shared["floor"]))
+        return list(lifted((metric + metric.mT).div_(2), self._shared["floor"].to(metric.device)))
 
     @property
     def full_metric(self) -> Tensor:

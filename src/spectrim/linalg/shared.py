@@ -29,11 +29,13 @@ class SharedProjection(Decomposition):
     Attributes:
         problem: What is approximated; weight (groups, out, in, *kernel).
         basis: float64 (groups, k, P), orthonormal rows, best first; k = min(P, out * Q).
+        is_near: Whether the basis was fitted already, to a problem that is nearly the same.
         first_shared: The first dimension of the weight that belongs to Q, not to P.
     """
 
     problem: Problem
     basis: Tensor
+    is_near: bool = False
     first_shared: ClassVar[int]
     by_matrix = True
 
@@ -68,7 +70,7 @@ class SharedProjection(Decomposition):
         With factors of a problem that is nearly the same, the first of them is the start, up to its rank.
         """
         if near:
-            return cls(problem, near[0].flatten(2))
+            return cls(problem, near[0].flatten(2), is_near=True)
         return cls(problem, torch.stack([nested_start(M, A) for M, A in cls.groups(problem)]))
 
     @classmethod
@@ -82,17 +84,20 @@ class SharedProjection(Decomposition):
         """V and the other factors, each (groups, ..), after at most so many sweeps of alternating least squares.
 
         A sweep improves V and fits the others anew. It ends earlier once a sweep lessens the error by less than a
-        hundredth. By default 4 sweeps, 2 where the metric is wide.
+        hundredth. By default 4 sweeps, of a wide metric 2, or 1 from a start that was fitted already.
         """
         starts = zip(self.groups(self.problem), self.basis, strict=True)
         each = [self._alternate(M, A, start[: ranks[0]], ranks[-1], sweeps) for (M, A), start in starts]
         return [torch.stack(parts) for parts in zip(*each, strict=True)]
 
     def _alternate(self, M: Tensor, A: Tensor | None, V: Tensor, rank: int, sweeps: int | None) -> tuple[Tensor, ...]:
+        is_wide = A is not None and len(A) > _WIDE
+        usual = _SWEEPS if not is_wide else _SWEEPS // 4 if self.is_near else _SWEEPS // 2
+        sweeps = usual if sweeps is None else sweeps
         others, explained = self.fit(M, A, V, rank)
-        whole, remaining = energy(M, A), float("inf")
-        usual = _SWEEPS if A is None or len(A) <= _WIDE else _SWEEPS // 2
-        for _ in range(usual if sweeps is None else sweeps):
+        whole = energy(M, A) if sweeps > 1 else explained
+        remaining = float("inf")
+        for _ in range(sweeps):
             before, remaining = remaining, float(whole - explained)
             if remaining > (1 - _SLOW) * before:
                 break
@@ -126,7 +131,7 @@ def nested_start(M: Tensor, A: Tensor | None) -> Tensor:
     values, vectors = torch.linalg.eigh((S + S.T) / 2)
     roots = values.clamp(min=1e-12 * float(values[-1])).sqrt()
     root = (vectors * roots) @ vectors.T
-    return orthonormal(top_rows(root @ M) @ ((vectors / roots) @ vectors.T))
+    return orthonormal(top_rows(_applied(root, M)) @ ((vectors / roots) @ vectors.T))
 
 
 def projected(V: Tensor, A: Tensor, Q: int) -> tuple[Tensor, Tensor]:
@@ -139,17 +144,22 @@ def projected(V: Tensor, A: Tensor, Q: int) -> tuple[Tensor, Tensor]:
     return TA, (TAT + TAT.T) / 2
 
 
+def _applied(V: Tensor, M: Tensor) -> Tensor:
+    """V M_q for every place q, (out, r, Q): one large product, where a batched one is ten times slower."""
+    return torch.einsum("rp,opq->orq", V, M)
+
+
 def least_squares(M: Tensor, A: Tensor | None, V: Tensor) -> tuple[Tensor, Tensor]:
     """The H (out, r Q) that minimises the error for a given V, and H T A T^T.
 
     Written as a correction of M T^T, so that it is exact where V already spans everything, however ill A may be.
     """
     out, _, Q = M.shape
-    H = (V @ M).reshape(out, -1)
+    H = _applied(V, M).reshape(out, -1)
     if A is None:
         return H, H
     TA, TAT = projected(V, A, Q)
-    rest = M - V.T @ H.reshape(out, -1, Q)
+    rest = M - _applied(V.T, H.reshape(out, -1, Q))
     H = H + solver(TAT)(TA @ rest.reshape(out, -1).T).T
     return H, H @ TAT
 
@@ -157,7 +167,7 @@ def least_squares(M: Tensor, A: Tensor | None, V: Tensor) -> tuple[Tensor, Tenso
 def explained_by(M: Tensor, A: Tensor | None, V: Tensor) -> Tensor:
     """Rows (r Q, out) whose squares add up to the energy that the first rows of T explain, for every number at once."""
     if A is None:
-        return (V @ M).permute(1, 2, 0).reshape(-1, len(M))
+        return _applied(V, M).permute(1, 2, 0).reshape(-1, len(M))
     TA, TAT = projected(V, A, M.shape[2])
     TAM = TA @ M.flatten(1).T
     factor, failed = torch.linalg.cholesky_ex(TAT)
@@ -182,7 +192,7 @@ def better_projection(M: Tensor, A: Tensor, H: Tensor, V: Tensor, *, steps: int 
     """
     out, P, Q = M.shape
     r, kind = len(V), V.dtype
-    rest = (M - (V.T @ H.reshape(out, r, Q))).reshape(out, -1)
+    rest = (M - _applied(V.T, H.reshape(out, r, Q))).reshape(out, -1)
     if P * Q > _WIDE:
         rest, A, H, V = (matrix.float() for matrix in (rest, A, H, V))
     H = H.reshape(out, r, Q)

@@ -8,6 +8,7 @@ from torch import nn
 
 from spectrim.analysis.activation_cache import default_bytes
 from spectrim.analysis.moments import covariance_bytes
+from spectrim.analysis.sensitivities import DIFFERENTIATED
 from spectrim.benchmark.fidelity import SAMPLES
 from spectrim.core.execution import Inputs
 from spectrim.core.memory import MAPPED_BYTES
@@ -307,10 +308,11 @@ class Stages:
 
     @property
     def backward(self) -> int:
-        """One pass over a batch with gradients: outputs of layers are copied, and have gradients."""
-        if not (self.work.has_gradients or self.work.run.distill):
+        """One pass over a part of a batch with gradients: outputs of layers are copied, and have gradients."""
+        work, whole = self.work, self.work.run.distill or self.example.is_ragged
+        if not (work.has_gradients or work.run.distill):
             return 0
-        return self._of_samples(2 * self.allocations.total, self.work.batch)
+        return self._of_samples(2 * self.allocations.total, work.batch if whole else min(work.batch, DIFFERENTIATED))
 
     @property
     def cache(self) -> int:
