@@ -114,7 +114,7 @@ class Augmented:
             yield x.contiguous(), self.labels[places]
 
 
-def trained(small: nn.Module, teacher: nn.Module, how: str, *, seed: int) -> nn.Module:
+def trained(small: nn.Module, teacher: nn.Module, how: str, *, share: float, seed: int) -> nn.Module:
     """Three epochs over 10 000 training images, with the dense network's answers or, to distil, its outputs alone."""
     images = cifar_inputs(load("cifar10", split="train").images[split(seed)[2]])
 
@@ -127,10 +127,8 @@ def trained(small: nn.Module, teacher: nn.Module, how: str, *, seed: int) -> nn.
         return st.finetune(small, data, teacher=teacher, epochs=3, lr=3e-4, seed=seed).model
     aside, others = images.split([TUNING // 20, TUNING - TUNING // 20])
     data = epochs_of(others, batch=BATCH)
-    tuned = st.distill(
-        small, teacher, data=data, held_out=aside.split(BATCH), epochs=3, batch=BATCH, lr=5e-4, seed=seed
-    )
-    return tuned.model
+    lr, few = 1e-3 if share < 0.4 else 5e-4, aside.split(BATCH)
+    return st.distill(small, teacher, data=data, held_out=few, epochs=3, batch=BATCH, lr=lr, seed=seed).model
 
 
 def padded(images: Tensor) -> Tensor:
@@ -183,7 +181,7 @@ def report(arguments: argparse.Namespace, shares: list[float], seeds: list[int])
             results.setdefault(f"{share:g}", []).append(score(small.model, seed))
             results.setdefault(f"{share:g} kept", []).append(small.measurement.macs_ratio or 1.0)
             if arguments.train:
-                after = score(trained(small.model, model, arguments.train, seed=seed), seed)
+                after = score(trained(small.model, model, arguments.train, share=share, seed=seed), seed)
                 results.setdefault(f"{share:g} trained", []).append(after)
             said = (results[key][-1] for key in (f"{share:g}", f"{share:g} trained") if key in results)
             console.print(f"seed {seed}, {share:g}:", *(f"{figure:.2f}" for figure in said))

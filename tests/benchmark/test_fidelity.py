@@ -226,7 +226,7 @@ def test_it_prints_what_a_reader_needs() -> None:
     plain = Fidelity(relative_error=0.4, samples=64)
     measured = Fidelity(relative_error=0.1834, agreement=0.984, samples=64, held_out=True, predicted=0.239, plain=plain)
     assert str(measured) == (
-        "Outputs on 64 calibration samples kept aside: 18.3% off the dense ones, 23.9% predicted; the same largest "
-        "one for 98.4%. Without data: 40.0% off."
+        "Outputs on 64 calibration samples kept aside: 18.3% off the dense ones, 23.9% predicted; the largest output "
+        "is the same for 98.4%. Without data: 40.0% off."
     )
     assert "samples that the network was fitted to, so that others are further off: 40.0% off" in str(plain)

@@ -1027,6 +1027,15 @@ def test_what_compress_returns_is_printed_in_a_few_lines(small: st.Compressed) -
     assert 'st.save(small.model, "small.safetensors")' in text
 
 
+def test_narrowed_layers_are_counted_by_themselves() -> None:
+    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 8)), torch.randn(256, 16, generator=generator)
+    small = st.compress(model, st.Budget(macs=0.6), example_inputs=x[:1], data=x.split(32), reconstruct=False)
+    assert {layer.form for layer in small.plan} == {"width"}
+    assert "0 of 2 factored, 2 narrowed" in st.text(small.plan)
+
+
 def test_a_latency_that_was_refused_is_said(small: st.Compressed) -> None:
     note = st.LatencyNote(
         runtime="torch", threads=1, dense_ms=1.0, predicted=1.0, refused="nothing is faster", fingerprint=""

@@ -19,8 +19,8 @@ from spectrim.layers.factored import is_low_rank
 from spectrim.layers.types import find_layer_type
 
 DEFAULT_BYTES, _MOST_BYTES, _OF_FREE = 2**29, 2**31, 8
-"""Bytes of activations kept to save time, if nothing else is said: 512 MiB, and where an eighth of the memory that is free
-is more, that, up to 2 GiB."""
+"""Bytes of activations kept to save time, if nothing else is said: 512 MiB, and where an eighth of the memory that is
+free is more, that, up to 2 GiB."""
 
 _TRIED, _TRIED_PLACES = 2, 8
 """Samples on which the blocks are tried, and numbers of a sequence."""

@@ -58,7 +58,7 @@ class Fidelity(Displayed, Frozen):
         seen = "kept aside" if self.held_out else "that the network was fitted to, so that others are further off"
         text = f"Outputs on {self.samples} calibration samples {seen}: {self.relative_error:.1%} off the dense ones"
         text += "" if self.predicted is None else f", {self.predicted:.1%} predicted"
-        text += "." if self.agreement is None else f"; the same largest one for {self.agreement:.1%}."
+        text += "." if self.agreement is None else f"; the largest output is the same for {self.agreement:.1%}."
         return text if self.plain is None else f"{text} Without data: {self.plain.relative_error:.1%} off."
 
 

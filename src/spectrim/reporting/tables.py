@@ -157,7 +157,9 @@ def _of_stack(name: str, layers: Sequence[LayerPlan]) -> LayerPlan:
 
 def _plan_title(plan: Plan) -> str:
     rule = words.sentence(words.rule_text(plan.rule))
-    return f"{rule}, {plan.metric} metric: {len(plan.factored)} of {len(plan)} factored"
+    narrowed = sum(layer.unit is not None for layer in plan.factored)
+    text = f"{rule}, {plan.metric} metric: {len(plan.factored) - narrowed} of {len(plan)} factored"
+    return f"{text}, {narrowed} narrowed" if narrowed else text
 
 
 def _plan_ranks(layer: LayerPlan) -> str:
