@@ -26,7 +26,7 @@ from spectrim.layers.types import layer_type_of
 from spectrim.layers.types.base import SampledPlaces
 from spectrim.layers.unfusing import unfused
 
-_OF_GRADIENTS = SampledPlaces(of_map=128, of_sequence=None)
+_OF_GRADIENTS, _EVERYWHERE = SampledPlaces(of_map=128, of_sequence=None), SampledPlaces(None, None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,8 +95,8 @@ def calibrate(
         positions: Places of each sample that are looked at (output pixels of a convolution, tokens of a linear layer),
             chosen at random but the same for every sample; None for all of them. `auto` takes at most 64 of a map,
             whose neighbours are alike, and 512 of a sequence.
-        gradients: Also stream the second moments of gradients that the loss metric is made of; takes about four times
-            as long. No labels are used.
+        gradients: Also stream the second moments of gradients that the loss metric is made of, at 128 places of a map,
+            or all without `positions`; takes about four times as long. No labels are used.
         accelerator: An `accelerate.Accelerator`, under `torchrun`: every process is given the same batches and runs
             those that are its turn, and all get the statistics of all, equal to one process's up to rounding.
         device: Where the statistics are added up; by default where the model is.
@@ -126,6 +126,7 @@ def calibrate(
             empty = _no_frequencies(layer) if is_lookup else RunningCovariance(storage=storage)
             sums.setdefault(name, empty).add(rows, samples=samples)
 
+    differentiate = partial(add_gradients, storage=storage, positions=_OF_GRADIENTS if positions else _EVERYWHERE)
     seen = 0
     number, visible = length_of(batches), progress and not (accelerator and accelerator.process_index)
     with evaluating(model), watching(model, add_rows), progress_callback(progress=visible) as report:
@@ -140,8 +141,7 @@ def calibrate(
             try:
                 with rerouted(model, masks.routed):
                     if gradients:
-                        what = f"batch {position}"
-                        add_gradients(model, inputs, layers, gradient_sums, what=what, hint=hint, storage=storage)
+                        differentiate(model, inputs, layers, gradient_sums, what=f"batch {position}", hint=hint)
                     else:
                         call(model, inputs, what=f"batch {position}", hint=hint)
             except ModelError as error:
@@ -177,6 +177,7 @@ def add_gradients(
     hint: str = "",
     storage: Storage = IN_PLACE,
     signs: torch.Generator | None = None,
+    positions: SampledPlaces = _OF_GRADIENTS,
 ) -> None:
     """Add to `sums`, by layer name, one batch's share of `Moments.output_grad_covariance`.
 
@@ -217,7 +218,7 @@ def add_gradients(
             for (name, layer, output), gradient in zip(taps, gradients, strict=True):
                 if gradient is not None:
                     whole = joined(gradient)
-                    rows = layer_type_of(layer).output_rows(layer, whole, positions=_OF_GRADIENTS)
+                    rows = layer_type_of(layer).output_rows(layer, whole, positions=positions)
                     if rows.numel() < whole.numel():
                         rows = rows * (whole.numel() / rows.numel()) ** 0.5  # the sum over all places
                     sums.setdefault(name, RunningGradients(storage=storage)).add(

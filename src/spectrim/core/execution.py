@@ -91,13 +91,18 @@ class Inputs:
         size = max(1, places * self.samples // max(1, self.places))
         return [self] if 4 * self.places <= places * self.samples else self.split(size)
 
-    def split(self, size: int) -> "list[Inputs]":
-        """In parts of so many samples; in one part where it cannot be told which dimension has them."""
+    @property
+    def splits(self) -> bool:
+        """Whether it can be told which dimension of each tensor has the samples."""
         shapes, samples = [tensor.shape for tensor in self.tensors()], self.samples
-        splits = all(len(shape) > 1 and shape[0] == samples != shape[1] for shape in shapes)
-        if not splits or samples <= size or self.is_ragged or isinstance(self.mask, Tensor):
+        known = all(len(shape) > 1 and shape[0] == samples != shape[1] for shape in shapes)
+        return known and not self.is_ragged and not isinstance(self.mask, Tensor)
+
+    def split(self, size: int) -> "list[Inputs]":
+        """In parts of so many samples; in one part if it does not split."""
+        if self.samples <= size or not self.splits:
             return [self]
-        return [self.map(partial(_rows, start=start, size=size)) for start in range(0, samples, size)]
+        return [self.map(partial(_rows, start=start, size=size)) for start in range(0, self.samples, size)]
 
 
 def _rows(tensor: Tensor, *, start: int, size: int) -> Tensor:

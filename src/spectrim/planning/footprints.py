@@ -309,7 +309,7 @@ class Stages:
     @property
     def backward(self) -> int:
         """One pass over a part of a batch with gradients: outputs of layers are copied, and have gradients."""
-        work, whole = self.work, self.work.run.distill or self.example.is_ragged
+        work, whole = self.work, self.work.run.distill or not self.example.splits
         if not (work.has_gradients or work.run.distill):
             return 0
         return self._of_samples(2 * self.allocations.total, work.batch if whole else min(work.batch, DIFFERENTIATED))
