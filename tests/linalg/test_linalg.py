@@ -240,8 +240,8 @@ def test_from_factors_of_nearly_the_same_problem_the_fit_ends_as_low(
     problem = before.of_weight(weight, before.metric + 1e-3 * noise @ noise.T / 54)
     monkeypatch.setattr(linalg.shared, "_WIDE", 0 if wide else 1024)
     anew, begun = form_named(form).decompose(problem), form_named(form).decompose(problem, near=near)
-    kept, better = (lost(problem, form, begun.factors(ranks, **sweeps)) for sweeps in ({"sweeps": 0}, {}))  # type: ignore[call-arg]
-    assert better < kept
+    start, better = (lost(problem, form, begun.factors(ranks, **sweeps)) for sweeps in ({"sweeps": 0}, {}))  # type: ignore[call-arg]
+    assert better < start
     assert better <= 1.01 * lost(problem, form, anew.factors(ranks))
 
 

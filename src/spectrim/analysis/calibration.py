@@ -1,5 +1,6 @@
 """Calibration: streamed means and covariances of the inputs of a trained network's layers; no activation is kept."""
 
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -16,7 +17,7 @@ from spectrim.core.batches import batches_of, inputs_of, length_of
 from spectrim.core.distributed import Accelerator, all_reduce, if_distributed, shard
 from spectrim.core.errors import DataError, ModelError
 from spectrim.core.execution import Inputs, call, evaluating, on_device_of, temporary
-from spectrim.core.memory import IN_PLACE, Storage
+from spectrim.core.memory import Storage
 from spectrim.core.nested import is_in_transform, joined
 from spectrim.core.progress import progress_callback
 from spectrim.layers.experts import rerouted
@@ -114,7 +115,8 @@ def calibrate(
     """
     storage, model = Storage.of(device, offload), unfused(model)
     places = _places_of(positions)
-    sums, gradient_sums = dict[str, RunningCovariance | RunningFrequencies](), dict[str, RunningGradients]()
+    sums = dict[str, RunningCovariance | RunningFrequencies]()
+    gradient_sums: defaultdict[str, RunningGradients] = defaultdict(partial(RunningGradients, storage=storage))
 
     def add_rows(name: str, layer: nn.Module, x: Tensor, output: Tensor) -> None:
         is_lookup = layer_type_of(layer).is_lookup
@@ -126,7 +128,7 @@ def calibrate(
             empty = _no_frequencies(layer) if is_lookup else RunningCovariance(storage=storage)
             sums.setdefault(name, empty).add(rows, samples=samples)
 
-    differentiate = partial(add_gradients, storage=storage, positions=_OF_GRADIENTS if positions else _EVERYWHERE)
+    differentiate = partial(add_gradients, positions=_OF_GRADIENTS if positions else _EVERYWHERE)
     seen = 0
     number, visible = length_of(batches), progress and not (accelerator and accelerator.process_index)
     with evaluating(model), watching(model, add_rows), progress_callback(progress=visible) as report:
@@ -155,8 +157,7 @@ def calibrate(
     reduced: dict[str, RunningCovariance | RunningFrequencies] = {**_reduced(covariances, names, accelerator)}
     reduced |= _reduced_frequencies(frequencies, names, accelerator)
     moments = {name: statistics.finish(name) for name, statistics in reduced.items() if statistics.count}
-    gradient_sums = _reduced_gradients(gradient_sums, names, accelerator)
-    return Calibration(moments, seen).with_output_grads(gradient_sums)
+    return Calibration(moments, seen).with_output_grads(_reduced_gradients(gradient_sums, names, accelerator))
 
 
 def _places_of(positions: int | Literal["auto"] | None) -> SampledPlaces:
@@ -171,11 +172,10 @@ def add_gradients(
     model: nn.Module,
     inputs: Inputs,
     layers: Collection[str] | None,
-    sums: dict[str, RunningGradients],
+    sums: defaultdict[str, RunningGradients],
     *,
     what: str,
     hint: str = "",
-    storage: Storage = IN_PLACE,
     signs: torch.Generator | None = None,
     positions: SampledPlaces = _OF_GRADIENTS,
 ) -> None:
@@ -221,9 +221,7 @@ def add_gradients(
                     rows = layer_type_of(layer).output_rows(layer, whole, positions=positions)
                     if rows.numel() < whole.numel():
                         rows = rows * (whole.numel() / rows.numel()) ** 0.5  # the sum over all places
-                    sums.setdefault(name, RunningGradients(storage=storage)).add(
-                        rows, samples=inputs.samples, size=output.size(0)
-                    )
+                    sums[name].add(rows, samples=inputs.samples, size=output.size(0))
 
 
 def _reduced(

@@ -1,8 +1,10 @@
 """How much a network's outputs change with an error in each layer, measured by factoring one layer at a time."""
 
 import warnings
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace as with_changes
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -143,11 +145,11 @@ def with_output_grads(
     Raises:
         SpectrimError: the model cannot be differentiated; if not `required`, the statistics are given back as they are.
     """
-    sums: dict[str, RunningGradients] = {}
+    sums: defaultdict[str, RunningGradients] = defaultdict(partial(RunningGradients, storage=storage))
     try:
         with evaluating(model):
             for position, part, signs in _parts_for_gradients(model, batches):
-                add_gradients(model, part, layers, sums, what=f"batch {position}", storage=storage, signs=signs)
+                add_gradients(model, part, layers, sums, what=f"batch {position}", signs=signs)
     except (DataError, ModelError):
         if required:
             raise
