@@ -32,8 +32,8 @@ class Decoder:
     def __init__(self, model: nn.Module, prompt: Tensor, *, compiled_for: int | None = None) -> None:
         self.model, self.prompt = model.eval(), prompt
         self.step = model if compiled_for is None else torch.compile(model, dynamic=False)
-        self.fixed = None if compiled_for is None else StaticCache(config=model.config, max_cache_len=compiled_for)
-        outputs = self.read() if self.fixed is None else self.model(prompt, past_key_values=self.fixed)
+        cache = None if compiled_for is None else StaticCache(config=model.config, max_cache_len=compiled_for)
+        outputs = self.read() if cache is None else model(prompt, past_key_values=cache)
         self.bytes_per_token = bytes_per_token(outputs)
         # the name of the cache depends on the version of transformers
         self.name = next(name for name, value in outputs.items() if hasattr(value, "get_seq_length"))

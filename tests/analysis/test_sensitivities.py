@@ -105,6 +105,26 @@ def test_gradients_at_some_places_stand_for_those_at_all(side: int, within: floa
     assert some.output_grad_shrinkage >= every.output_grad_shrinkage  # fewer vectors of each sample tell less
 
 
+class _Corner(nn.Module):
+    """Reads one place of a map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x).relu())[:, :, 0, 0]
+
+
+def test_gradients_at_places_that_are_not_sampled_are_found() -> None:
+    torch.manual_seed(0)
+    model, data = _Corner(), torch.randn(32, 3, 24, 24, generator=torch.Generator().manual_seed(1)).split(16)
+    some, every = (st.calibrate(model, data, gradients=True, positions=places).moments for places in ("auto", None))
+    for name in ("first", "second"):
+        assert every[name].output_grad_covariance is not None
+        torch.testing.assert_close(some[name].output_grad_covariance, every[name].output_grad_covariance)
+
+
 def test_without_being_asked_no_gradients_are_taken(batches: list[Tensor]) -> None:
     moments = st.calibrate(Weighted(), batches).moments.values()
     assert all(layer.output_grad_covariance is None for layer in moments)

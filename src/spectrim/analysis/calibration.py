@@ -28,6 +28,7 @@ from spectrim.layers.types.base import SampledPlaces
 from spectrim.layers.unfusing import unfused
 
 _OF_GRADIENTS, _EVERYWHERE = SampledPlaces(of_map=128, of_sequence=None), SampledPlaces(None, None)
+_UNLIKE = 2.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -217,11 +218,20 @@ def add_gradients(
                 ) from error
             for (name, layer, output), gradient in zip(taps, gradients, strict=True):
                 if gradient is not None:
-                    whole = joined(gradient)
-                    rows = layer_type_of(layer).output_rows(layer, whole, positions=positions)
-                    if rows.numel() < whole.numel():
-                        rows = rows * (whole.numel() / rows.numel()) ** 0.5  # the sum over all places
+                    rows = _gradient_rows(layer, joined(gradient), positions)
                     sums[name].add(rows, samples=inputs.samples, size=output.size(0))
+
+
+def _gradient_rows(layer: nn.Module, gradient: Tensor, positions: SampledPlaces) -> Tensor:
+    """A gradient at some places, as large as at all; at all where those tell too little, as of a network that crops."""
+    kind = layer_type_of(layer)
+    rows = kind.output_rows(layer, gradient, positions=positions)
+    if rows.numel() == gradient.numel():
+        return rows
+    rows = rows * (gradient.numel() / rows.numel()) ** 0.5
+    own = torch.promote_types(gradient.dtype, torch.float32)  # squares overflow in half precision
+    some, every = (float(torch.linalg.vector_norm(part, dtype=own)) ** 2 for part in (rows, gradient))
+    return rows if every / _UNLIKE <= some <= every * _UNLIKE else kind.output_rows(layer, gradient, positions=None)
 
 
 def _reduced(

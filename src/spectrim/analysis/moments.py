@@ -14,12 +14,12 @@ from spectrim.linalg import (
     DiagonalCovariance,
     LowRankCovariance,
     add_covariances,
-    gram,
     matrix_of,
     square_around,
     square_of,
     to_float64,
 )
+from spectrim.linalg.covariance import gram
 
 PROBES = 2
 """Random combinations of the outputs that gradients are taken of."""

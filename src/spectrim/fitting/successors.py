@@ -144,8 +144,8 @@ def following(
     Args:
         model: The network.
         call_sites: Names of the layers to follow.
-        on_call: Called with name, layer, input and output after each of their calls. With it alone nothing more is
-            followed, which takes time.
+        on_call: Called with name, layer, input and output after each of their calls. Without `on_residual` beside it,
+            what the model does with the outputs is not followed, which saves time.
         on_residual: Called when a residual branch is first added to a layer's output.
     """
     follower, only_calls = _Follower(on_residual), on_call is not None and on_residual is None

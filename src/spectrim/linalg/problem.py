@@ -261,7 +261,10 @@ class Problem:
 def ridged(C: Covariance, *, share: float) -> Covariance:
     """C with a share of the typical variance, or more, added to its diagonals, so that it has an inverse."""
     by = share * typical_variance(variances_of(C))
-    return lifted(C.clone(), needed_floor(C, least=by.squeeze(-1))) if isinstance(C, Tensor) else C.lifted(by)
+    if not isinstance(C, Tensor):
+        return C.lifted(by)
+    symmetric = (C + C.mT).div_(2)  # what passes here is then the matrix that is taken
+    return lifted(symmetric, needed_floor(symmetric, least=by.squeeze(-1)))
 
 
 def lifted(metric: Tensor, floor: Tensor) -> Tensor:

@@ -92,7 +92,7 @@ class SharedProjection(Decomposition):
 
     def _alternate(self, M: Tensor, A: Tensor | None, V: Tensor, rank: int, sweeps: int | None) -> tuple[Tensor, ...]:
         is_wide = A is not None and len(A) > _WIDE
-        usual = _SWEEPS if not is_wide else _SWEEPS // 4 if self.is_near else _SWEEPS // 2
+        usual = _SWEEPS // (4 if self.is_near else 2) if is_wide else _SWEEPS
         sweeps = usual if sweeps is None else sweeps
         others, explained = self.fit(M, A, V, rank)
         whole = energy(M, A) if sweeps > 1 else explained
