@@ -90,21 +90,6 @@ def test_gradient_moments_scale_with_what_follows(frozen: bool, batches: list[Te
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-@pytest.mark.parametrize(("side", "within"), [(11, 1e-6), (24, 0.1)])  # 121 places, which are all taken, and 576
-def test_gradients_at_some_places_stand_for_those_at_all(side: int, within: float) -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 4, 1))
-    data = torch.randn(64, 3, side, side, generator=torch.Generator().manual_seed(1)).split(16)
-    some, every = (
-        st.calibrate(model, data, gradients=True, positions=places).moments["0"] for places in ("auto", None)
-    )
-    assert some.output_grad_covariance is not None
-    assert every.output_grad_covariance is not None
-    away = some.output_grad_covariance - every.output_grad_covariance
-    assert float(away.norm()) <= within * float(every.output_grad_covariance.norm())
-    assert some.output_grad_shrinkage >= every.output_grad_shrinkage  # fewer vectors of each sample tell less
-
-
 class _Corner(nn.Module):
     """Reads one place of a map."""
 
@@ -116,7 +101,7 @@ class _Corner(nn.Module):
         return self.second(self.first(x).relu())[:, :, 0, 0]
 
 
-def test_gradients_at_places_that_are_not_sampled_are_found() -> None:
+def test_gradients_are_taken_at_all_places() -> None:
     torch.manual_seed(0)
     model, data = _Corner(), torch.randn(32, 3, 24, 24, generator=torch.Generator().manual_seed(1)).split(16)
     some, every = (st.calibrate(model, data, gradients=True, positions=places).moments for places in ("auto", None))

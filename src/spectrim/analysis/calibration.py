@@ -27,9 +27,6 @@ from spectrim.layers.types import layer_type_of
 from spectrim.layers.types.base import SampledPlaces
 from spectrim.layers.unfusing import unfused
 
-_OF_GRADIENTS, _EVERYWHERE = SampledPlaces(of_map=128, of_sequence=None), SampledPlaces(None, None)
-_UNLIKE = 2.0
-
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
@@ -97,8 +94,8 @@ def calibrate(
         positions: Places of each sample that are looked at (output pixels of a convolution, tokens of a linear layer),
             chosen at random but the same for every sample; None for all of them. `auto` takes at most 64 of a map,
             whose neighbours are alike, and 512 of a sequence.
-        gradients: Also stream the second moments of gradients that the loss metric is made of, at 128 places of a map,
-            or all without `positions`; takes about four times as long. No labels are used.
+        gradients: Also stream the second moments of gradients that the loss metric is made of; takes about four times
+            as long. No labels are used.
         accelerator: An `accelerate.Accelerator`, under `torchrun`: every process is given the same batches and runs
             those that are its turn, and all get the statistics of all, equal to one process's up to rounding.
         device: Where the statistics are added up; by default where the model is.
@@ -129,7 +126,6 @@ def calibrate(
             empty = _no_frequencies(layer) if is_lookup else RunningCovariance(storage=storage)
             sums.setdefault(name, empty).add(rows, samples=samples)
 
-    differentiate = partial(add_gradients, positions=_OF_GRADIENTS if positions else _EVERYWHERE)
     seen = 0
     number, visible = length_of(batches), progress and not (accelerator and accelerator.process_index)
     with evaluating(model), watching(model, add_rows), progress_callback(progress=visible) as report:
@@ -144,7 +140,7 @@ def calibrate(
             try:
                 with rerouted(model, masks.routed):
                     if gradients:
-                        differentiate(model, inputs, layers, gradient_sums, what=f"batch {position}", hint=hint)
+                        add_gradients(model, inputs, layers, gradient_sums, what=f"batch {position}", hint=hint)
                     else:
                         call(model, inputs, what=f"batch {position}", hint=hint)
             except ModelError as error:
@@ -178,7 +174,6 @@ def add_gradients(
     what: str,
     hint: str = "",
     signs: torch.Generator | None = None,
-    positions: SampledPlaces = _OF_GRADIENTS,
 ) -> None:
     """Add to `sums`, by layer name, one batch's share of `Moments.output_grad_covariance`.
 
@@ -218,20 +213,8 @@ def add_gradients(
                 ) from error
             for (name, layer, output), gradient in zip(taps, gradients, strict=True):
                 if gradient is not None:
-                    rows = _gradient_rows(layer, joined(gradient), positions)
+                    rows = layer_type_of(layer).output_rows(layer, joined(gradient), positions=None)
                     sums[name].add(rows, samples=inputs.samples, size=output.size(0))
-
-
-def _gradient_rows(layer: nn.Module, gradient: Tensor, positions: SampledPlaces) -> Tensor:
-    """A gradient at some places, as large as at all; at all where those tell too little, as of a network that crops."""
-    kind = layer_type_of(layer)
-    rows = kind.output_rows(layer, gradient, positions=positions)
-    if rows.numel() == gradient.numel():
-        return rows
-    rows = rows * (gradient.numel() / rows.numel()) ** 0.5
-    own = torch.promote_types(gradient.dtype, torch.float32)  # squares overflow in half precision
-    some, every = (float(torch.linalg.vector_norm(part, dtype=own)) ** 2 for part in (rows, gradient))
-    return rows if every / _UNLIKE <= some <= every * _UNLIKE else kind.output_rows(layer, gradient, positions=None)
 
 
 def _reduced(
