@@ -41,6 +41,8 @@ def main() -> None:
     parser.add_argument("--optimizer", choices=("adamw", "sgd"), default="adamw")
     parser.add_argument("--weight-decay", type=float, default=0.0)
     parser.add_argument("--label-weight", type=float, default=0.0, help="share of the labels in the loss")
+    parser.add_argument("--loss", choices=("mse",), help="of the outputs, in place of the divergence of classes")
+    parser.add_argument("--precision", choices=("float32", "bf16"), default="float32", help="of the training")
     parser.add_argument("--temperature", type=float, default=4.0)
     parser.add_argument("--free-norms", action="store_true", help="BatchNorm statistics follow the batches")
     parser.add_argument("--teacher", choices=("resnet20", "resnet32"), help="the dense network by default")
@@ -68,7 +70,8 @@ def main() -> None:
     )
     chosen = "-held-out" if args.held_out else ""
     norms = "-free" if args.free_norms else ""
-    taught = f"{args.teacher or 'dense'}-w{args.label_weight:g}-t{args.temperature:g}"
+    taught = f"{args.teacher or 'dense'}-w{args.label_weight:g}-{args.loss or f't{args.temperature:g}'}"
+    norms += "-bf16" if args.precision == "bf16" else ""
     setting = (
         f"{args.epochs}x{args.batch}-{args.optimizer}{args.lr:g}-decay{args.weight_decay:g}-{taught}{norms}{chosen}"
     )
@@ -83,6 +86,8 @@ def main() -> None:
         weight_decay=args.weight_decay,
         label_weight=args.label_weight,
         temperature=args.temperature,
+        loss=args.loss,
+        precision=args.precision,
         frozen_norms=not args.free_norms,
         seed=args.seed,
         checkpoint=args.out / f"{name}.unfinished.safetensors",

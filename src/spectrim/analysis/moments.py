@@ -122,9 +122,11 @@ class RunningGradients:
     def add(self, rows: Tensor, *, samples: int, size: int) -> None:
         """Add gradients (groups, n, out) of so many samples, with respect to a layer's batch of a size."""
         rows = self.storage.move(rows).to(torch.promote_types(rows.dtype, torch.float32))
-        self.error.add(rows * (rows.shape[1] / size) ** 0.5, samples=samples)
-        rows, scale = in_range(rows)
-        total = to_float64(rows.mT @ rows) / (PROBES * size) * scale**2
+        total = self.error.add(rows, samples=samples, weight=rows.shape[1] / size)
+        if total is None:
+            rows, scale = in_range(rows)
+            total = to_float64(gram(rows)) * scale**2
+        total /= PROBES * size
         self.total = self.total.add_(total) if self.count else self.storage.keep(total)
         self.count += 1
 

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from spectrim.core.errors import DataError
 from spectrim.core.execution import Inputs
-from spectrim.linalg import Covariance, mean_variance, square_of
+from spectrim.linalg import Covariance, mean_variance, square_of, to_float64
 
 _ALIKE = 1e-5
 _FEW, _ENOUGH = 16, 128
@@ -96,13 +96,20 @@ class SamplingError:
     samples: int = 0
     squares: float = 0.0
 
-    def add(self, rows: Tensor, *, samples: Samples) -> None:
-        """Add vectors (groups, n, width), those of a sample one after the other, around a point that stays the same."""
+    def add(self, rows: Tensor, *, samples: Samples, weight: float = 1.0) -> Tensor | None:
+        """Add vectors (groups, n, width), those of a sample one after the other, around a point that stays the same.
+
+        Their second moments count `weight` times. Gives X^T X of all vectors, float64 (groups, width, width), if each
+        sample has the same number of them, and more than they are wide, so that it comes by the way.
+        """
         rows, scale = in_range(rows)
         rows, each = _by_sample(rows, samples)
-        products = rows @ rows.mT if rows.shape[2] < rows.shape[3] else rows.mT @ rows
-        self.squares += float(torch.linalg.vector_norm(products, dtype=torch.float64)) ** 2 / each**2 * scale**4
+        is_narrow = rows.shape[2] >= rows.shape[3]
+        products = rows.mT @ rows if is_narrow else rows @ rows.mT
+        square = float(torch.linalg.vector_norm(products, dtype=torch.float64)) ** 2
+        self.squares += square * (weight / each) ** 2 * scale**4
         self.samples += rows.shape[1]
+        return to_float64(products.sum(dim=1)) * scale**2 if is_narrow and isinstance(samples, int) else None
 
     def variation(self, square: float) -> float:
         """Sum over the samples of squared distances between each one's second moment and the mean of all.

@@ -1,7 +1,7 @@
 """Running a user's model without side effects."""
 
 import random
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -35,11 +35,13 @@ class Inputs:
         kwargs: Those with names.
         mask: Name of the argument (batch, length) that says which positions are tokens, or this mask itself where no
             argument is; None for the usual names.
+        channels_last: Whether a call gets images with the channels last in memory, see `ImageLayout`.
     """
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     mask: str | Tensor | None = None
+    channels_last: bool = False
 
     def describe(self) -> str:
         """Types and shapes, for messages."""
@@ -150,7 +152,17 @@ def on_device_of(model: nn.Module, inputs: Inputs) -> Inputs:
     device = device_of(model)
     if device.type != "meta" and any(tensor.is_meta for tensor in inputs.tensors()):
         raise ModelError(f"the inputs ({inputs.describe()}) are on the meta device, without values; give real ones")
-    return inputs.map(lambda tensor: tensor.to(device, copy=True))
+
+    def copied(tensor: Tensor) -> Tensor:
+        order = torch.channels_last if inputs.channels_last and is_image(tensor) else torch.preserve_format
+        return tensor.to(device, copy=True, memory_format=order)
+
+    return inputs.map(copied)
+
+
+def is_image(tensor: Tensor) -> bool:
+    """Whether it has the dimensions of a batch of images, (batch, channels, height, width), of fractions."""
+    return tensor.ndim == 4 and tensor.is_floating_point() and tensor.layout == torch.strided
 
 
 @contextmanager
@@ -162,42 +174,6 @@ def temporary(handles: Iterable[RemovableHandle]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def fill_state(model: nn.Module, state: Mapping[str, Tensor], *, strict: bool = True, assign: bool = False) -> Any:
-    """As `model.load_state_dict`, for a state that is of the model's own version: some networks convert older ones."""
-    versioned = OrderedDict(state)
-    versioned._metadata = getattr(model.state_dict(), "_metadata", None)  # type: ignore[attr-defined]
-    return model.load_state_dict(versioned, strict=strict, assign=assign)
-
-
-def unique_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The state of `model` with each shared tensor once, and for every other name the one that holds its tensor.
-
-    Returns:
-        tensors by name, and aliases from name to the name in the first mapping.
-
-    Raises:
-        ModelError: a state that is not a tensor, as quantised layers have, or one without a shape, as lazy layers have.
-    """
-    state, aliases = distinct_state(model)
-    for name, value in state.items():
-        if not isinstance(value, Tensor):
-            raise ModelError(
-                f"the model's state {name!r} is a {type(value).__name__}, not a tensor, and cannot be saved; "
-                "if the layer is quantised, compress the model first and quantise it afterwards"
-            )
-        if isinstance(value, UninitializedParameter | UninitializedBuffer):
-            raise ModelError(f"the model's state {name!r} has no shape yet; run the model once")
-    return {name: value.detach() for name, value in state.items()}, aliases
-
-
-def distinct_state(model: nn.Module) -> tuple[dict[str, Any], dict[str, str]]:
-    """As `unique_tensors`, with whatever else the state holds."""
-    state = model.state_dict(keep_vars=True)
-    first = {id(value): name for name, value in reversed(state.items())}
-    aliases = {name: first[id(value)] for name, value in state.items() if first[id(value)] != name}
-    return {name: value for name, value in state.items() if name not in aliases}, aliases
 
 
 @contextmanager

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from spectrim.core.errors import DataError, ModelError, SpectrimError
-from spectrim.core.execution import Inputs, distinct_state, evaluating, fill_state, temporary
+from spectrim.core.execution import Inputs, evaluating, temporary
 from spectrim.core.nested import map_tensors, size_of, tensors
+from spectrim.core.state import distinct_state, fill_state
 from spectrim.integrations.shards import Shards
 from spectrim.layers.tokens import TokenMasks
 from spectrim.layers.types import find_layer_type

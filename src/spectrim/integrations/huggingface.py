@@ -31,8 +31,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 import spectrim
 from spectrim.core.errors import FileError, ModelError
-from spectrim.core.execution import unique_tensors
 from spectrim.core.files import parse
+from spectrim.core.state import unique_tensors
 from spectrim.layers.factored import FactoredLayer, low_rank_layers
 from spectrim.layers.replacement import compressed_layers, names_of
 from spectrim.layers.structure import Structure, rebuild, structure_of

@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from spectrim.core.errors import FileError
-from spectrim.core.execution import distinct_state
 from spectrim.core.files import read_text, write_atomically
+from spectrim.core.state import distinct_state
 from spectrim.models.folders import CONFIG, INDEX
 
 _COMPUTED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

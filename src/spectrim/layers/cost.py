@@ -11,9 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode, _FlopCounterMode
 from torch.utils.module_tracker import ModuleTracker
 
 from spectrim.core.dispatch import OperatorMode
-from spectrim.core.execution import as_inputs, call, distinct_state, evaluating, require_shapes
+from spectrim.core.execution import as_inputs, call, evaluating, require_shapes
 from spectrim.core.files import Frozen
 from spectrim.core.nested import stored_tensors, tensors
+from spectrim.core.state import distinct_state
 from spectrim.layers.caches import bytes_per_token
 from spectrim.layers.experts import evenly, rerouted
 from spectrim.layers.operators import UncountedOperators, formulas

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from spectrim.core.arguments import checked
 from spectrim.core.errors import FileError, ModelError
-from spectrim.core.execution import device_of, fill_state, unique_tensors
+from spectrim.core.execution import device_of
 from spectrim.core.files import parse, write_atomically
 from spectrim.core.nested import is_plain
+from spectrim.core.state import fill_state, unique_tensors
 from spectrim.layers.replacement import duplicate
 from spectrim.layers.structure import Structure, rebuild, structure_of
 from spectrim.models.weights import fill_, is_saved, read_state

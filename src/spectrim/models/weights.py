@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from spectrim.core.errors import DependencyError, FileError, ModelError
-from spectrim.core.execution import fill_state
 from spectrim.core.file_kinds import SAVE_STATE, STATES, why_no_weights
+from spectrim.core.state import fill_state
 
 _AROUND = (*STATES, "ema", "model_ema", "checkpoint")
 _NOT_SAVED = "_non_persistent_buffers_set"

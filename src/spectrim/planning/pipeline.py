@@ -16,6 +16,7 @@ from spectrim.analysis.spectra import Analysis, analyze_selected, with_statistic
 from spectrim.core.batches import ReservedBatches, batches_of, collected, without_labels
 from spectrim.core.errors import DataError, PlanError
 from spectrim.core.execution import Inputs, ProgressCallback, as_inputs, require_repeatable
+from spectrim.core.layout import ImageLayout
 from spectrim.core.plans import Budget, Metric, Plan, Rule
 from spectrim.layers.selection import LayerSelection
 from spectrim.layers.unfusing import unfused, unfused_as
@@ -140,7 +141,8 @@ class _Stages:
             return []
         require_repeatable(self.model, self.example)
         limited = batches_of(data, what="the calibration data", max_batches=self.run.max_batches)
-        batches = without_labels(limited, like=self.example)
+        layout = ImageLayout((self.model,))
+        batches = map(layout.of, without_labels(limited, like=self.example))
         first = next(batches, None)
         if first is None:
             raise DataError("the calibration data is empty; give at least one batch")

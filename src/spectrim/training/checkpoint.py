@@ -22,8 +22,9 @@ from torch.utils.data import DataLoader
 from spectrim.benchmark.measurement import Epoch
 from spectrim.core.batches import source_of
 from spectrim.core.errors import FileError
-from spectrim.core.execution import device_of, unique_tensors
+from spectrim.core.execution import device_of
 from spectrim.core.files import Frozen, require_writable_folder, write_atomically
+from spectrim.core.state import unique_tensors
 from spectrim.layers.replacement import duplicate
 from spectrim.training.history import position_of_best
 

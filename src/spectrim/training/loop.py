@@ -17,8 +17,9 @@ from spectrim.benchmark.measurement import Epoch
 from spectrim.core.batches import batches_of, length_of, require_batches, source_of, split_labels
 from spectrim.core.distributed import Accelerator, ddp, if_distributed, share_of, total
 from spectrim.core.errors import DataError, TrainingError
-from spectrim.core.execution import ForwardFunction, ProgressCallback, unique_tensors
+from spectrim.core.execution import ForwardFunction, ProgressCallback
 from spectrim.core.nested import from_numpy
+from spectrim.core.state import unique_tensors
 from spectrim.training.checkpoint import Checkpoint, Progress, RngState, Saved, generators, restore, seeded, states
 from spectrim.training.history import History
 from spectrim.training.losses import LossFunction, Objective, StepResult

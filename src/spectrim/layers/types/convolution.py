@@ -49,21 +49,18 @@ class Convolution(LayerType):
         return Positions(output=out, kernel=out, mixed=mixed, input=into)
 
     def input_rows(self, layer: Any, x: Tensor, *, output: Tensor, positions: SampledPlaces | None) -> Tensor:
-        windows = self._windows(layer, self._batched(x), output)
-        images, channels, *places = windows.shape[: 2 + self.dims]
+        windows = self._windows(layer, self._batched(x), output).movedim(1, 1 + self.dims)
+        images, *places = windows.shape[: 1 + self.dims]
         # picked from a view, so that only the sampled windows are ever copied
         chosen = sample(prod(places), positions)
         index: list[Any] = [indices.to(x.device) for indices in _unravelled(chosen, places)]
-        windows = windows[(slice(None), slice(None), *index)]
-        grouped: Tensor = windows.reshape(images, layer.groups, channels // layer.groups, len(chosen), -1)
-        return grouped.permute(1, 0, 3, 2, 4).reshape(layer.groups, images * len(chosen), -1)
+        rows: Tensor = windows[(slice(None), *index)]
+        return rows.reshape(images * len(chosen), layer.groups, -1).movedim(1, 0)
 
     def output_rows(self, layer: Any, output: Tensor, *, positions: SampledPlaces | None) -> Tensor:
-        columns = self._batched(output).flatten(2)
-        columns = columns[:, :, sample(columns.shape[2], positions).to(columns.device)]
-        images, _, places = columns.shape
-        grouped = columns.reshape(images, layer.groups, -1, places)
-        return grouped.permute(1, 0, 3, 2).reshape(layer.groups, images * places, -1)
+        rows = self._batched(output).flatten(2).mT
+        rows = rows[:, sample(rows.shape[1], positions).to(rows.device)]
+        return rows.reshape(rows.shape[0] * rows.shape[1], layer.groups, -1).movedim(1, 0)
 
     def feature_dim(self, layer: Any) -> int:
         return -1 - self.dims

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from spectrim.core.errors import ModelError
-from spectrim.core.execution import unique_tensors
 from spectrim.core.nested import is_plain
+from spectrim.core.state import unique_tensors
 from spectrim.layers.experts import routers_of, stacks_of
 from spectrim.layers.factored import low_rank_layers
 from spectrim.layers.selection import LOOKUP, LayerSelection
