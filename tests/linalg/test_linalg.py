@@ -223,7 +223,7 @@ def test_steps_in_float32_as_wide_layers_take_them_are_as_good(
     problem = random_problem((7, 5, 3, 3), metric, groups=2)
     solved = form_named(form).decompose(problem)
     exact = {ranks: lost(problem, form, fitted(solved, ranks, sweeps=4)) for ranks, _ in every_rank(solved)}
-    monkeypatch.setattr(linalg.shared, "_WIDE", 0)
+    monkeypatch.setattr(linalg.shared, "WIDE", 0)
     for ranks, tail in every_rank(solved):
         now = lost(problem, form, fitted(solved, ranks, sweeps=4))
         assert now <= min(tail, 1.001 * exact[ranks]) + 1e-9 * problem.total
@@ -238,7 +238,7 @@ def test_from_factors_of_nearly_the_same_problem_the_fit_ends_as_low(
     near = form_named(form).decompose(before).factors(ranks)
     weight, noise = before.weight + 0.02 * numbers(*before.weight.shape, seed=1), numbers(54, 54, seed=2)
     problem = before.of_weight(weight, before.metric + 1e-3 * noise @ noise.T / 54)
-    monkeypatch.setattr(linalg.shared, "_WIDE", 0 if wide else 1024)
+    monkeypatch.setattr(linalg.shared, "WIDE", 0 if wide else 1024)
     anew, begun = form_named(form).decompose(problem), form_named(form).decompose(problem, near=near)
     start, better = (lost(problem, form, begun.factors(ranks, **sweeps)) for sweeps in ({"sweeps": 0}, {}))  # type: ignore[call-arg]
     assert better < start
@@ -295,7 +295,7 @@ def test_singular_covariances_give_finite_factors_that_are_exact_at_full_rank(fo
 def test_steps_in_float32_survive_singular_covariances(
     form: str, covariance: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(linalg.shared, "_WIDE", 0)
+    monkeypatch.setattr(linalg.shared, "WIDE", 0)
     problem = Problem(numbers(1, 5, 4, 3, 3), covariance(36).double(), rounding_tolerance=1e-7)
     solved = form_named(form).decompose(problem)
     for ranks, tail in every_rank(solved):

@@ -156,8 +156,9 @@ class ActivationCache:
     @contextmanager
     def recalling(self, batch: int) -> Iterator[Callable[[], None]]:
         """Run the network on the batch of this number within this; call what it gives where finality ends."""
-        blocks = self._blocks
-        run = _Pass(self._outputs.get(batch, {}), self.free_bytes, blocks.frontiers)
+        blocks, known = self._blocks, self._outputs.get(batch, {})
+        # what is known of this batch may be exchanged for what comes after it
+        run = _Pass(known, self.free_bytes + sum(map(_size, known.values())), blocks.frontiers)
         try:
             with self._following(run, blocks.recallable):
                 yield run.stop

@@ -38,7 +38,7 @@ from spectrim.linalg import Factors, Ranks
 DIFFERENTIATED = 16
 """How many samples gradients are taken of at a time."""
 
-_LEAST, _MOST, _GRADIENTS = 32, 256, 128
+_LEAST, _MOST, _GRADIENTS = 16, 256, 128
 _PLACES, _GRADIENT_PLACES = 512, 4096
 _LOST, _LEAST_LOST, _PRECISION = 0.1, 1e-9, 0.15
 

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from spectrim.linalg.covariance import (
     Covariance,
@@ -31,6 +32,8 @@ Factors = tuple[Tensor, ...]
 """The factors of one layer from its input to its output, each with the groups first."""
 
 _FLOOR, _BLOCK = 1e-7, 1024
+_LEAST_WEIGHT, _POWERS = 1e-3, 16
+"""Share of its largest eigenvalue that is added to the metric of the outputs, and steps to find that."""
 _WIDE = 2**22
 """Entries of a matrix above which a full singular value decomposition takes minutes, and copies are not kept."""
 
@@ -125,7 +128,7 @@ class Problem:
         floor = torch.zeros(len(weight), dtype=torch.float64, device=weight.device)
         other = Problem(weight, covariance, output=self.output, _shared={"floor": floor})
         if self.output is not None:
-            other.__dict__.update(_axes=self._axes, _root=self._root)
+            other.__dict__["_root"] = self._root
         return other
 
     @property
@@ -239,23 +242,26 @@ class Problem:
         """G^-1/2 times the last factor (groups, out, ..), back from the metric of `matrices`."""
         if self.output is None:
             return last
-        vectors, roots = self._axes
-        return (vectors @ ((vectors.mT @ last.flatten(2)) / roots)).reshape(last.shape)
+        return torch.linalg.solve_triangular(self._root, last.flatten(2), upper=True).reshape(last.shape)
 
     @cached_property
     def _root(self) -> Tensor:
-        """G^1/2."""
-        vectors, roots = self._axes
-        return vectors @ (roots * vectors.mT)
-
-    @cached_property
-    def _axes(self) -> tuple[Tensor, Tensor]:
-        """The eigenvectors of G, and the roots of its eigenvalues (groups, out, 1)."""
+        """G^1/2 up to a rotation, which changes no product of factors: upper triangular R with R^T R = G."""
         assert self.output is not None
-        values, vectors = torch.linalg.eigh(to_float64(self.output).to(self.weight.device))
-        top = values[:, -1:].clamp(min=torch.finfo(torch.float64).tiny)
+        G = to_float64(self.output).to(self.weight.device)
+        top = _largest_eigenvalue(G).clamp(min=torch.finfo(torch.float64).tiny)
         # directions without effect on the loss keep a small weight, so that the root has an inverse
-        return vectors, ((values / top).clamp(min=0) + 1e-3).sqrt().unsqueeze(2)
+        metric = lifted(G / top[:, None, None], torch.full_like(top, _LEAST_WEIGHT))
+        return torch.linalg.cholesky(metric).mT
+
+
+def _largest_eigenvalue(G: Tensor) -> Tensor:
+    """Of positive semi-definite matrices (groups, n, n), (groups,), within some per cent: by power iteration."""
+    draw = torch.Generator().manual_seed(0)
+    vectors = torch.randn(*G.shape[:2], 1, generator=draw, dtype=G.dtype).to(G.device)
+    for _ in range(_POWERS):
+        vectors = functional.normalize(G @ vectors, dim=1)
+    return (vectors * (G @ vectors)).sum(dim=(1, 2))
 
 
 def ridged(C: Covariance, *, share: float) -> Covariance:

@@ -19,7 +19,8 @@ from spectrim.linalg.problem import Decomposition, Factors, Problem, Ranks, lift
 
 _SWEEPS = 4
 _SLOW = 1e-2
-_WIDE = 1024
+WIDE = 1024
+"""Inputs of a kernel above which the iterations are fewer, and partly in float32."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,13 +30,11 @@ class SharedProjection(Decomposition):
     Attributes:
         problem: What is approximated; weight (groups, out, in, *kernel).
         basis: float64 (groups, k, P), orthonormal rows, best first; k = min(P, out * Q).
-        is_near: Whether the basis was fitted already, to a problem that is nearly the same.
         first_shared: The first dimension of the weight that belongs to Q, not to P.
     """
 
     problem: Problem
     basis: Tensor
-    is_near: bool = False
     first_shared: ClassVar[int]
     by_matrix = True
 
@@ -70,7 +69,7 @@ class SharedProjection(Decomposition):
         With factors of a problem that is nearly the same, the first of them is the start, up to its rank.
         """
         if near:
-            return cls(problem, near[0].flatten(2), is_near=True)
+            return cls(problem, near[0].flatten(2))
         return cls(problem, torch.stack([nested_start(M, A) for M, A in cls.groups(problem)]))
 
     @classmethod
@@ -84,15 +83,15 @@ class SharedProjection(Decomposition):
         """V and the other factors, each (groups, ..), after at most so many sweeps of alternating least squares.
 
         A sweep improves V and fits the others anew. It ends earlier once a sweep lessens the error by less than a
-        hundredth. By default 4 sweeps, of a wide metric 2, or 1 from a start that was fitted already.
+        hundredth. By default 4 sweeps, and of a wide metric 1.
         """
         starts = zip(self.groups(self.problem), self.basis, strict=True)
         each = [self._alternate(M, A, start[: ranks[0]], ranks[-1], sweeps) for (M, A), start in starts]
         return [torch.stack(parts) for parts in zip(*each, strict=True)]
 
     def _alternate(self, M: Tensor, A: Tensor | None, V: Tensor, rank: int, sweeps: int | None) -> tuple[Tensor, ...]:
-        is_wide = A is not None and len(A) > _WIDE
-        usual = _SWEEPS // (4 if self.is_near else 2) if is_wide else _SWEEPS
+        is_wide = A is not None and len(A) > WIDE
+        usual = 1 if is_wide else _SWEEPS
         sweeps = usual if sweeps is None else sweeps
         others, explained = self.fit(M, A, V, rank)
         whole = energy(M, A) if sweeps > 1 else explained
@@ -135,13 +134,15 @@ def nested_start(M: Tensor, A: Tensor | None) -> Tensor:
 
 
 def projected(V: Tensor, A: Tensor, Q: int) -> tuple[Tensor, Tensor]:
-    """T A, (r Q, P Q), and T A T^T, (r Q, r Q), for T = V kron I_Q."""
-    r, P = V.shape
+    """T A, (r Q, P Q), and T A T^T, (r Q, r Q), for T = V kron I_Q; of a wide metric multiplied in float32."""
+    (r, P), kind = V.shape, V.dtype
+    if len(A) > WIDE:
+        V, A = V.float(), A.float()
     TA = (V @ A.reshape(P, -1)).reshape(r * Q, P * Q)
     # one large product: batched over r Q small ones it is ten times slower
     columns = TA.reshape(r * Q, P, Q).transpose(1, 2).reshape(-1, P)
     TAT = (columns @ V.T).reshape(r * Q, Q, r).transpose(1, 2).reshape(r * Q, r * Q)
-    return TA, (TAT + TAT.T) / 2
+    return TA.to(kind), ((TAT + TAT.T) / 2).to(kind)
 
 
 def _applied(V: Tensor, M: Tensor) -> Tensor:
@@ -193,7 +194,7 @@ def better_projection(M: Tensor, A: Tensor, H: Tensor, V: Tensor, *, steps: int 
     out, P, Q = M.shape
     r, kind = len(V), V.dtype
     rest = (M - _applied(V.T, H.reshape(out, r, Q))).reshape(out, -1)
-    if P * Q > _WIDE:
+    if P * Q > WIDE:
         rest, A, H, V = (matrix.float() for matrix in (rest, A, H, V))
     H = H.reshape(out, r, Q)
     K = torch.einsum("orq,osp->rqsp", H, H).reshape(r, -1)

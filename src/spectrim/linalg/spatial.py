@@ -4,10 +4,19 @@ from collections.abc import Sequence
 from functools import cached_property
 
 import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
 from spectrim.linalg.problem import Factors, Ranks
-from spectrim.linalg.shared import SharedProjection, better_projection, energy, explained_by, least_squares, orthonormal
+from spectrim.linalg.shared import (
+    WIDE,
+    SharedProjection,
+    better_projection,
+    energy,
+    explained_by,
+    least_squares,
+    orthonormal,
+)
 from spectrim.linalg.spectra import FloatArray
 
 
@@ -22,15 +31,32 @@ class SpatialDecomposition(SharedProjection):
         _, out, into, height, width = shape
         return (min(into * height, out * width),)
 
+    @classmethod
+    def rank_grid(cls, shape: Sequence[int]) -> npt.NDArray[np.int64]:
+        """The ranks of `tails`: every one, and of a wide kernel those with less weights than it has, and the full rank.
+
+        The others cost as much again as these, and no budget takes one.
+        """
+        _, out, into, height, width = shape
+        (full,) = cls.full_ranks(shape)
+        smaller = out * into * height * width // (into * height + out * width)
+        last = max(1, min(full, smaller)) if into * height * width > WIDE else full
+        return np.unique([*range(1, last + 1), full]).astype(np.int64)[:, None]
+
     @cached_property
     def tails(self) -> FloatArray:
-        """Energy lost at rank 1..k with the start as it is and the second factor fitted: a bound for `factors`."""
-        width = self.problem.weight.shape[-1]
-        lost = np.zeros(self.basis.shape[1])
+        """Energy lost at the ranks of `rank_grid` with the start as it is and the second factor fitted.
+
+        A bound for `factors`; at the full rank nothing is lost.
+        """
+        shape = self.problem.weight.shape
+        ranks, (full,) = self.rank_grid(shape), self.full_ranks(shape)
+        lost = np.zeros(len(ranks))
+        needed = full if len(ranks) == full else len(ranks) - 1
         for (M, A), V in zip(self.groups(self.problem), self.basis, strict=True):
-            explained = explained_by(M, A, V).square().sum(dim=1)
-            explained_energy = explained.reshape(-1, width).sum(dim=1).cumsum(dim=0)
-            lost += (energy(M, A) - explained_energy).clamp(min=0).cpu().numpy()
+            explained = explained_by(M, A, V[:needed]).square().sum(dim=1)
+            explained_energy = explained.reshape(-1, shape[-1]).sum(dim=1).cumsum(dim=0)
+            lost[:needed] += (energy(M, A) - explained_energy).clamp(min=0).cpu().numpy()
         return lost
 
     def factors(self, ranks: Ranks, *, sweeps: int | None = None) -> Factors:
