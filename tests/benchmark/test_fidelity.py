@@ -133,7 +133,7 @@ def test_nothing_is_kept_aside_of_an_analysis_that_has_statistics() -> None:
     analysis = st.analyze(model, data[0], calibration=st.calibrate(model, data))
     result = st.compress(model, st.Budget(macs=0.4), example_inputs=data[0], data=data, analysis=analysis)
     assert result.fidelity is not None
-    assert (result.fidelity.samples, result.fidelity.held_out) == (256, False)
+    assert (result.fidelity.samples, result.fidelity.held_out) == (128, False)
     bare = st.analyze(model, data[0])
     held_out = st.compress(model, st.Rank(4), example_inputs=data[0], data=data, analysis=bare, metric="plain").fidelity
     assert held_out is None

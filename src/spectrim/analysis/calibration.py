@@ -174,6 +174,7 @@ def add_gradients(
     what: str,
     hint: str = "",
     signs: torch.Generator | None = None,
+    probes: int = PROBES,
 ) -> None:
     """Add to `sums`, by layer name, one batch's share of `Moments.output_grad_covariance`.
 
@@ -199,13 +200,13 @@ def add_gradients(
         own = on_device_of(model, inputs).map(lambda x: x.detach().requires_grad_() if x.is_floating_point() else x)
         values = TokenMasks.of(model, inputs).mapped(call(model, own, what=what, hint=hint), TokenPlaces.take)
         taps = tuple(outputs)  # where activations are computed again for the gradient, hooks run again
-        for probe in range(PROBES):
+        for probe in range(probes):
             total = sum(((_signs(value, signs) * value).sum() for value in values), torch.zeros(()))
             if not total.requires_grad:
                 return
             wrt = [output for _, _, output in taps]
             try:
-                gradients = torch.autograd.grad(total, wrt, retain_graph=probe + 1 < PROBES, allow_unused=True)
+                gradients = torch.autograd.grad(total, wrt, retain_graph=probe + 1 < probes, allow_unused=True)
             except RuntimeError as error:
                 raise ModelError(
                     f"{type(model).__name__} cannot be differentiated: {str(error).splitlines()[0]}; use the "

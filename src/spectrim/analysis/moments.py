@@ -22,7 +22,7 @@ from spectrim.linalg import (
 from spectrim.linalg.covariance import gram
 
 PROBES = 2
-"""Random combinations of the outputs that gradients are taken of."""
+"""Random combinations of the outputs that gradients are taken of; of many samples one for each is enough."""
 
 _WIDE = 2048
 """Inputs of a layer above which few vectors are held as they are, and not as a matrix."""
@@ -118,6 +118,7 @@ class RunningGradients:
     total: Tensor = field(default_factory=lambda: torch.zeros(()).double())
     error: SamplingError = field(default_factory=SamplingError)
     storage: Storage = IN_PLACE
+    probes: int = PROBES
 
     def add(self, rows: Tensor, *, samples: int, size: int) -> None:
         """Add gradients (groups, n, out) of so many samples, with respect to a layer's batch of a size."""
@@ -126,7 +127,7 @@ class RunningGradients:
         if total is None:
             rows, scale = in_range(rows)
             total = to_float64(gram(rows)) * scale**2
-        total /= PROBES * size
+        total /= self.probes * size
         self.total = self.total.add_(total) if self.count else self.storage.keep(total)
         self.count += 1
 
@@ -138,7 +139,7 @@ class RunningGradients:
     @property
     def shrinkage(self) -> float:
         """See `Moments`."""
-        mean = self.total * (PROBES / self.count)
+        mean = self.total * (self.probes / self.count)
         return shrinkage(mean, samples=self.error.samples, variation=self.error.variation(square_of(mean)))
 
 

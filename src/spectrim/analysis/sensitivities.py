@@ -19,7 +19,7 @@ from spectrim.analysis.activation_cache import (
 )
 from spectrim.analysis.calibration import Calibration, add_gradients
 from spectrim.analysis.metrics import measured_in, metric_of
-from spectrim.analysis.moments import RunningGradients
+from spectrim.analysis.moments import PROBES, RunningGradients
 from spectrim.analysis.output_distance import NoDistanceError, outputs_of, outputs_with, squared_distances
 from spectrim.analysis.spectra import Analysis, LayerAnalysis
 from spectrim.core.arguments import checked
@@ -59,7 +59,7 @@ def sensitivity(
 
     Each layer by itself is factored, in the form with a closed solution, at a rank that loses about a tenth of its
     energy, and layers that can be narrowed together are narrowed, in each form in which they can. The network is run on
-    32 to 256 samples, until the mean over them is known to 15 %; of a network that gives something at every place of a
+    16 to 256 samples, until the mean over them is known to 15 %; of a network that gives something at every place of a
     text, on 512 places or more. Makes budgets better where layers differ in how much they matter; no labels are used.
     The experts of a mixture are factored together, one projection at a time, and what the outputs change by is shared
     out by the energy that each of them loses.
@@ -145,11 +145,12 @@ def with_output_grads(
     Raises:
         SpectrimError: the model cannot be differentiated; if not `required`, the statistics are given back as they are.
     """
-    sums: defaultdict[str, RunningGradients] = defaultdict(partial(RunningGradients, storage=storage))
+    probes = 1 if sum(batch.samples for batch in batches) >= _GRADIENTS else PROBES
+    sums: defaultdict[str, RunningGradients] = defaultdict(partial(RunningGradients, storage=storage, probes=probes))
     try:
         with evaluating(model):
             for position, part, signs in _parts_for_gradients(model, batches):
-                add_gradients(model, part, layers, sums, what=f"batch {position}", signs=signs)
+                add_gradients(model, part, layers, sums, what=f"batch {position}", signs=signs, probes=probes)
     except (DataError, ModelError):
         if required:
             raise

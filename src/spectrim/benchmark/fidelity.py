@@ -28,7 +28,7 @@ _LITTLE_AGREEMENT = 0.5
 _ROWS = 256
 _ROUNDING = 1e-12
 _CLEARLY_OFF, _OVER_BUDGET = 1e-3, 5e-3
-SAMPLES, _PLACES = 256, 512
+SAMPLES, _PLACES = 128, 512
 
 
 class Fidelity(Displayed, Frozen):
@@ -65,7 +65,7 @@ class Fidelity(Displayed, Frozen):
 def measured_fidelity(
     model: nn.Module, small: nn.Module, batches: Sequence[Inputs], *, plan: Plan, analysis: Analysis, held_out: bool
 ) -> Fidelity | None:
-    """Compare a compressed network on up to 256 samples, in an order of their own; see `fidelity`.
+    """Compare a compressed network on up to 128 samples, in an order of their own; see `fidelity`.
 
     Warns if weights approximated by themselves, without the data, come nearer to the dense network, or if it is much
     further away than the plan says.

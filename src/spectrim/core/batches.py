@@ -20,7 +20,7 @@ from spectrim.core.nested import describe, from_numpy, size_of
 
 _UNLABELLED = object()
 
-_ASIDE_OF, _LEAST_ASIDE, _MOST_ASIDE = 16, 8, 256
+_ASIDE_OF, _LEAST_ASIDE, _MOST_ASIDE = 16, 8, 128
 
 
 def batches_of(data: Iterable[Any], *, what: str = "the data", max_batches: int | None = None) -> Iterator[Any]:
@@ -69,7 +69,7 @@ class ReservedBatches:
     """Calibration batches to look at the result with.
 
     Attributes:
-        aside: Every sixteenth one, up to 256 samples, which nothing else is done with; none if these would be fewer
+        aside: Every sixteenth one, up to 128 samples, which nothing else is done with; none if these would be fewer
             than 8 samples.
         first: The first ones of the others, of at least 8 samples.
     """

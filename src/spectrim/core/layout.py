@@ -1,5 +1,6 @@
 """How images lie in memory while a network runs on them."""
 
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
@@ -7,7 +8,7 @@ import torch
 from torch import nn
 
 from spectrim.core.errors import ModelError
-from spectrim.core.execution import Inputs, call, device_of, evaluating, is_image
+from spectrim.core.execution import Forward, ForwardFunction, Inputs, call, device_of, evaluating, is_image
 from spectrim.core.nested import alike
 
 _TRIED = 2
@@ -22,10 +23,12 @@ class ImageLayout:
     `x.view(len(x), -1)` fails there. So each network is tried on a few samples of each shape.
 
     Attributes:
-        networks: All of them have to give the same.
+        networks: All of them have to give the same; None counts for none.
+        forward: How they are called, where it is not with just the inputs.
     """
 
-    networks: tuple[nn.Module, ...]
+    networks: Sequence[nn.Module | None]
+    forward: ForwardFunction | None = None
     _known: dict[tuple[torch.Size, ...], bool] = field(default_factory=dict)
 
     def of(self, inputs: Inputs) -> Inputs:
@@ -35,13 +38,14 @@ class ImageLayout:
             return inputs
         if shapes not in self._known:
             few = inputs.split(_TRIED)[0]
-            self._known[shapes] = all(_gives_the_same(network, few) for network in self.networks)
+            self._known[shapes] = all(self._is_same(network, few) for network in self.networks if network is not None)
         return replace(inputs, channels_last=self._known[shapes])
 
-
-def _gives_the_same(network: nn.Module, few: Inputs) -> bool:
-    if device_of(network).type != "cpu":
+    def _is_same(self, network: nn.Module, few: Inputs) -> bool:
+        """Whether a network gives the same for some inputs in both ways."""
+        called = Forward(network, self.forward) if self.forward else network
+        if device_of(network).type != "cpu":
+            return False
+        with evaluating(network), suppress(ModelError):
+            return alike(call(called, few), call(called, replace(few, channels_last=True)))
         return False
-    with evaluating(network), suppress(ModelError):
-        return alike(call(network, few), call(network, replace(few, channels_last=True)))
-    return False

@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from spectrim.core.execution import Inputs, call, evaluating
 from spectrim.core.nested import is_in_transform, operands, tensors
-from spectrim.layers.tracing import CallHook, watching
+from spectrim.layers.tracing import CallHook, calling
 from spectrim.layers.types import layer_type_of
 
 OnResidual = Callable[[str, nn.Module, Tensor], None]
@@ -157,7 +157,7 @@ def following(
             if on_call is not None:
                 on_call(name, layer, x, output)
 
-    with evaluating(model), watching(model, begin), nullcontext() if only_calls else follower:
+    with evaluating(model), calling(model, begin), nullcontext() if only_calls else follower:
         yield follower
 
 

@@ -46,6 +46,13 @@ def watching(model: nn.Module, on_call: CallHook) -> Iterator[None]:
     """
     require_unwrapped(model)
     require_values(model)
+    with calling(model, on_call):
+        yield
+
+
+@contextmanager
+def calling(model: nn.Module, on_call: CallHook) -> Iterator[None]:
+    """As `watching`, of a model that was looked at before."""
 
     def observe(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]:
         def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

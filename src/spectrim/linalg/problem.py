@@ -249,10 +249,11 @@ class Problem:
         """G^1/2 up to a rotation, which changes no product of factors: upper triangular R with R^T R = G."""
         assert self.output is not None
         G = to_float64(self.output).to(self.weight.device)
-        top = _largest_eigenvalue(G).clamp(min=torch.finfo(torch.float64).tiny)
+        trace = G.diagonal(dim1=1, dim2=2).sum(dim=1).clamp(min=torch.finfo(torch.float64).tiny)
+        G = G / trace[:, None, None]
+        top = _largest_eigenvalue(G).clamp(min=torch.finfo(torch.float64).eps)
         # directions without effect on the loss keep a small weight, so that the root has an inverse
-        metric = lifted(G / top[:, None, None], torch.full_like(top, _LEAST_WEIGHT))
-        return torch.linalg.cholesky(metric).mT
+        return torch.linalg.cholesky(lifted(G / top[:, None, None], torch.full_like(top, _LEAST_WEIGHT))).mT
 
 
 def _largest_eigenvalue(G: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from spectrim.benchmark.measurement import accuracy
 from spectrim.core.batches import batches_of, split_labels
 from spectrim.core.errors import DataError, ModelError, TrainingError
 from spectrim.core.execution import Forward, ForwardFunction, Inputs, call, device_of, evaluating
+from spectrim.core.layout import ImageLayout
 from spectrim.core.nested import describe, logits_of, map_tensors, tensor_of, tensors
 from spectrim.training.settings import Settings
 
@@ -52,6 +53,7 @@ class Objective:
     forward: ForwardFunction | None = None
     _axis: int | None = None
     _by_accuracy: bool | None = None
+    _layout: ImageLayout | None = None
 
     @property
     def needs_labels(self) -> bool:
@@ -107,6 +109,9 @@ class Objective:
 
     def _outputs(self, model: nn.Module, inputs: Inputs, position: int) -> tuple[Any, Any]:
         """Of the model, and of the teacher; in low precision while training only."""
+        if self._layout is None:
+            self._layout = ImageLayout((model, self.teacher), self.forward)
+        inputs = self._layout.of(inputs)
         is_low = self.settings.precision == "bf16" and torch.is_grad_enabled()
         with torch.autocast(device_of(model).type, dtype=torch.bfloat16, enabled=is_low):
             outputs = self._run(model, inputs, position)
