@@ -71,9 +71,17 @@ class ActivationCache:
     forgets: bool = True
     _outputs: dict[int, _Outputs] = field(default_factory=dict)
 
-    def of(self, model: nn.Module, *, never: frozenset[str] = frozenset(), forgets: bool = True) -> "ActivationCache":
-        """A cache of as many bytes for another network with the same blocks, some of which are to run each time."""
-        other = ActivationCache(model, self.free_bytes, self.tried_on, self.forgets and forgets)
+    def of(
+        self,
+        model: nn.Module,
+        *,
+        never: frozenset[str] = frozenset(),
+        forgets: bool = True,
+        free_bytes: int | None = None,
+    ) -> "ActivationCache":
+        """A cache, by default of as many bytes, for another network with the same blocks; some are to run each time."""
+        free_bytes = self.free_bytes if free_bytes is None else free_bytes
+        other = ActivationCache(model, free_bytes, self.tried_on, self.forgets and forgets)
         frontiers = self._blocks.frontiers - never if other.forgets else frozenset[str]()
         other.__dict__["_blocks"] = _Blocks(self._blocks.recallable - never, frontiers)
         return other

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -26,6 +26,7 @@ from spectrim.fitting.successors import Successor, find_successors, following
 from spectrim.layers.elementwise import FunctionBetween, functions_between
 from spectrim.layers.replacement import duplicate, factorize, replace
 from spectrim.layers.tokens import TokenMasks, input_rows, output_rows
+from spectrim.layers.tracing import ended_at
 from spectrim.layers.types.base import SampledPlaces
 
 _PLACES = 64
@@ -72,7 +73,8 @@ def reconstruct(
         small_batches: What the compressed one is run on in their place, one for one: of a part of a network, what
             arrives from the compressed part before it.
         cache_bytes: Bytes that may be kept to save time: two fifths for sampled outputs of the dense network, which is
-            run on each time they are full, and three tenths in each network for outputs of blocks that are finished.
+            run on each time they are full, a fifth for outputs of blocks that are finished there, and two fifths for
+            those of the compressed network, which is run on for each layer.
         on_progress: Called with each layer's name before it is fitted, how many are done, and of how many.
     """
     pairs = list(zip(batches, batches if small_batches is None else small_batches, strict=True))
@@ -104,10 +106,10 @@ def _reconstruct(
     places = _places(model, first, plan=plan, chosen=chosen, analysis=analysis)
     as_planned = [layer for layer in plan.factored if layer.name in unfitted]
     factorize(small, plan.model_copy(update={"layers": tuple(as_planned)}), factors=analysis.factors)
-    dense = ActivationCache(model, 3 * cache_bytes // 10, first, forgets)
+    dense = ActivationCache(model, cache_bytes // 5, first, forgets)
     narrowed = ((feeder, place.plan.name) for place in places for feeder in place.feeders)
     never = blocks_after_feeders(model, first, narrowed)
-    compressed = dense.of(small, never=never)
+    compressed = dense.of(small, never=never, free_bytes=2 * cache_bytes // 5)
     data, small_data = ([(batch, TokenMasks.of(model, batch)) for batch in own] for own in zip(*pairs, strict=True))
     readers, events = _readers(model, first, places), dict[int, Counter[str]]()
     end, inputs = 0, dict[str, InputRows]()
@@ -335,6 +337,8 @@ def _collect(
         watched = following(
             cache.model, pending, on_call=on_call, on_residual=on_residual if place.successor.residual else None
         )
-        with suppress(_PassEnded), cache.recalling(position) as reached, watched:
+        is_last = list(pending.values()) == [1] and not place.successor.residual
+        ending = ended_at(cache.model, *pending, on_call=on_call) if is_last else nullcontext()
+        with suppress(_PassEnded), cache.recalling(position) as reached, watched, ending:
             call(cache.model, batch, what=f"batch {position}")
     return {name for name, number in same.items() if number == len(data)}

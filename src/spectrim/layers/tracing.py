@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from spectrim.core.dispatch import OperatorMode
 from spectrim.core.errors import ModelError
 from spectrim.core.execution import Inputs, call, evaluating, require_unwrapped, require_values, temporary
-from spectrim.core.nested import alike, extent, extents, joined, overlap
+from spectrim.core.nested import alike, extent, extents, is_in_transform, joined, overlap
 from spectrim.layers.experts import evenly, rerouted
 from spectrim.layers.factored import attributes_of
 from spectrim.layers.selection import TreatAs
@@ -65,6 +65,31 @@ def calling(model: nn.Module, on_call: CallHook) -> Iterator[None]:
     layers = ((name, model.get_submodule(name)) for name in typed_layers(model))
     with temporary(layer.register_forward_hook(observe(name), with_kwargs=True) for name, layer in layers):
         yield
+
+
+@contextmanager
+def ended_at(model: nn.Module, name: str, *, on_call: CallHook) -> Iterator[None]:
+    """Call `on_call` before the layer `name` computes anything, with an output of which only the shape is right.
+
+    `on_call` has to end the pass. A call that is not with one plain tensor alone runs as usual.
+    """
+    layer = model.get_submodule(name)
+    own, forward = layer.__dict__.get("forward"), layer.forward
+    shaped = layer_type_of(layer).resized(layer, bias=False)
+
+    def ended(*args: Any, **kwargs: Any) -> Any:
+        x = args[0] if len(args) == 1 and not kwargs else None
+        if type(x) is Tensor and x.ndim and x.layout == torch.strided and not (x.is_nested or is_in_transform(x)):
+            on_call(name, layer, x, x.new_zeros(()).expand(shaped(x.to("meta")).shape))
+        return forward(*args, **kwargs)
+
+    layer.__dict__["forward"] = ended
+    try:
+        yield
+    finally:
+        del layer.__dict__["forward"]
+        if own is not None:
+            layer.__dict__["forward"] = own
 
 
 @dataclass(frozen=True)
