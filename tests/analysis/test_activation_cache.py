@@ -294,6 +294,26 @@ def test_what_is_forgotten_takes_no_bytes() -> None:
             handle.remove()
 
 
+def test_what_is_kept_of_a_batch_makes_room_for_what_comes_after_it() -> None:
+    model, batches = Chain(skip=False).eval(), [torch.randn(64, 8), torch.randn(64, 8)]
+    cache = ActivationCache(model, free_bytes=64 * 8 * 4, tried_on=as_inputs(batches[0]))  # for one output of one batch
+    assert {f"blocks.{number}" for number in range(3)} <= cache.blocks
+    with torch.no_grad():
+        for number in (1, 2, 3, 3):
+            for block in model.blocks:
+                block.runs = 0
+            for position, x in enumerate(batches):
+                handle = model.blocks[number].inside[0].register_forward_pre_hook(lambda *_: stop())
+                with cache.recalling(position) as stop:
+                    model(x)
+                handle.remove()
+    assert [block.runs for block in model.blocks[:3]] == [
+        1,
+        1,
+        1,
+    ]  # the second batch alone, for which no bytes are left
+
+
 def test_a_block_that_is_too_large_to_keep_is_forgotten_with_the_others() -> None:
     class Wide(Chain):
         def __init__(self) -> None:

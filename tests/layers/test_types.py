@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 import spectrim as st
 from spectrim.core.execution import as_inputs
-from spectrim.layers.tracing import trace
+from spectrim.layers.tracing import ended_at, trace
 from spectrim.layers.types import LAYER_TYPES, find_layer_type
 
 
@@ -459,3 +459,32 @@ def test_weights_in_eight_bits_stay_as_they_are(options: dict[str, Any]) -> None
     assert [layer.name for layer in small.plan if layer.is_factored] == ["0", "4"]
     assert "2" not in {layer.name for layer in small.plan} or not small.plan["2"].is_factored
     assert small.model(ROWS).isfinite().all()
+
+
+ENDED: dict[str, tuple[nn.Module, Tensor]] = {
+    "linear": (nn.Linear(6, 4), torch.randn(3, 5, 6)),
+    "transformers": (Conv1D(4, 6), torch.randn(3, 5, 6)),
+    "one dimension": (nn.Conv1d(6, 4, 3, stride=2, groups=2), torch.randn(3, 6, 9)),
+    "reflected": (nn.Conv2d(6, 4, 3, padding=1, padding_mode="reflect"), torch.randn(3, 6, 9, 8)),
+    "same": (nn.Conv2d(6, 4, (2, 4), padding="same", dilation=2), torch.randn(3, 6, 9, 8)),
+    "three dimensions": (nn.Conv3d(6, 4, 2), torch.randn(3, 6, 4, 5, 6)),
+    "transposed": (nn.ConvTranspose2d(6, 4, 3, stride=2, output_padding=1), torch.randn(3, 6, 4, 5)),
+    "embedding": (nn.Embedding(7, 4), torch.randint(7, (3, 5))),
+}
+
+
+@pytest.mark.parametrize(("layer", "x"), ENDED.values(), ids=ENDED.keys())
+def test_a_pass_ends_at_a_layer_before_it_computes_anything(layer: nn.Module, x: Tensor) -> None:
+    class EndedError(Exception):
+        pass
+
+    def on_call(name: str, own: nn.Module, received: Tensor, output: Tensor) -> None:
+        assert (name, own, received, output.shape) == ("0", layer, x, expected.shape)
+        assert output.untyped_storage().nbytes() == x.element_size()
+        raise EndedError
+
+    model, expected = nn.Sequential(layer, nn.Identity()), layer(x)
+    with ended_at(model, "0", on_call=on_call), pytest.raises(EndedError):
+        model(x)
+    assert torch.equal(model(x), expected)
+    assert "forward" not in layer.__dict__

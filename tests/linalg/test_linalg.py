@@ -267,6 +267,26 @@ def test_a_coarse_grid_of_ranks_holds_both_ends() -> None:
         assert (np.diff(ranks) > 0).all()
 
 
+def test_a_wide_spatial_form_has_the_ranks_that_are_smaller_than_the_weight_and_the_full_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    problem = random_problem((7, 5, 3, 3), "activation")
+    every = dict(every_rank(form_named("spatial").decompose(problem)))
+    monkeypatch.setattr(linalg.spatial, "WIDE", 0)
+    few = dict(every_rank(form_named("spatial").decompose(problem)))
+    smaller = [(rank,) for rank in range(1, 16) if rank * (5 * 3 + 7 * 3) <= 7 * 5 * 9]
+    assert list(few) == [*smaller, (15,)]
+    for ranks in smaller:
+        assert few[ranks] == pytest.approx(every[ranks], rel=1e-9)
+    assert few[15,] == 0 <= every[15,] <= 1e-9 * problem.total
+    for shape in ((1, 1, 8, 3, 3), (1, 64, 1, 3, 3), (2, 1, 1, 5, 1)):
+        ranks, (full,) = (
+            linalg.SpatialDecomposition.rank_grid(shape)[:, 0],
+            linalg.SpatialDecomposition.full_ranks(shape),
+        )
+        assert (ranks[0] >= 1, ranks[-1]) == (True, full)
+
+
 SINGULAR: dict[str, Any] = {
     "no variance": lambda n: torch.zeros(1, n, n),
     "one direction": lambda n: torch.outer(torch.arange(n), torch.arange(n))[None].double(),

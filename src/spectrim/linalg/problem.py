@@ -242,7 +242,8 @@ class Problem:
         """G^-1/2 times the last factor (groups, out, ..), back from the metric of `matrices`."""
         if self.output is None:
             return last
-        return torch.linalg.solve_triangular(self._root, last.flatten(2), upper=True).reshape(last.shape)
+        solved: Tensor = torch.linalg.solve_triangular(self._root, last.flatten(2), upper=True)
+        return solved.reshape(last.shape)
 
     @cached_property
     def _root(self) -> Tensor:
@@ -253,7 +254,8 @@ class Problem:
         G = G / trace[:, None, None]
         top = _largest_eigenvalue(G).clamp(min=torch.finfo(torch.float64).eps)
         # directions without effect on the loss keep a small weight, so that the root has an inverse
-        return torch.linalg.cholesky(lifted(G / top[:, None, None], torch.full_like(top, _LEAST_WEIGHT))).mT
+        root: Tensor = torch.linalg.cholesky(lifted(G / top[:, None, None], torch.full_like(top, _LEAST_WEIGHT)))
+        return root.mT
 
 
 def _largest_eigenvalue(G: Tensor) -> Tensor:

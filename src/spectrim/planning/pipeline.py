@@ -142,7 +142,7 @@ class _Stages:
         require_repeatable(self.model, self.example)
         limited = batches_of(data, what="the calibration data", max_batches=self.run.max_batches)
         layout = ImageLayout((self.model,))
-        batches = map(layout.of, without_labels(limited, like=self.example))
+        batches: Iterator[Inputs] = map(layout.of, without_labels(limited, like=self.example))
         first = next(batches, None)
         if first is None:
             raise DataError("the calibration data is empty; give at least one batch")
