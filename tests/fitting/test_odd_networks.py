@@ -167,6 +167,34 @@ def test_runs_are_shared_by_what_reads_the_same_values(
     assert same(shared, compressed(model, data))
 
 
+class Branches(nn.Module):
+    """Convolutions that read one tensor, and not the same parts of it."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.into = nn.Conv2d(3, SIZE, 1)
+        self.first = nn.Conv2d(SIZE, SIZE, 3, padding=1)
+        self.second = nn.Conv2d(SIZE, SIZE, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.into(x))
+        return torch.cat([self.first(x).mean((2, 3)), self.second(x).square().mean((2, 3))], dim=1)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "options", [{"kernel_size": 1}, {"kernel_size": 3, "padding": 2, "dilation": 2}, {"kernel_size": 3, "groups": 2}]
+)
+def test_runs_are_shared_by_what_reads_the_same_vectors(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    torch.manual_seed(0)
+    model, data = Branches(**options), numbers(*[(16, 3, 6, 6)] * 3)
+    shared = compressed(model, data)
+    monkeypatch.setattr(reconstruction, "_readers", lambda *_: {})
+    assert same(shared, compressed(model, data))
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script")
 def test_scripted_activations_take_no_hooks_and_need_none() -> None:
     torch.manual_seed(0)

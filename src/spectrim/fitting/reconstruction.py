@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ from spectrim.layers.elementwise import FunctionBetween, functions_between
 from spectrim.layers.replacement import duplicate, factorize, replace
 from spectrim.layers.tokens import TokenMasks, input_rows, output_rows
 from spectrim.layers.tracing import ended_at
+from spectrim.layers.types import layer_type_of
 from spectrim.layers.types.base import SampledPlaces
 
 _PLACES = 64
@@ -211,15 +213,18 @@ def _sampled(data: _Data) -> SampledPlaces:
 
 
 def _readers(model: nn.Module, batch: Inputs, places: Sequence[Place]) -> dict[str, str]:
-    """By layer, the first one that reads the same tensor; of layers that are called once and add to no branch."""
+    """By layer, the first one that reads the same vectors; of layers that are called once and add to no branch."""
     alone = {place.plan.name for place in places if len(place.call_sites) == 1 and not place.successor.residual}
-    first: dict[int, str] = {}
+    first: dict[tuple[Any, ...], str] = {}
     readers: dict[str, list[str]] = {}
     alive = []
 
-    def on_call(name: str, _: nn.Module, x: Tensor, __: Tensor) -> None:
+    def on_call(name: str, layer: nn.Module, x: Tensor, _: Tensor) -> None:
         alive.append(x)  # so that nothing else gets its number
-        readers.setdefault(name, []).append(first.setdefault(id(x), name))
+        kind = layer_type_of(layer)
+        windows = [getattr(layer, option) for option in kind.options]  # which parts of the tensor it multiplies
+        key = (id(x), kind.name, kind.geometry(layer).groups, *windows)
+        readers.setdefault(name, []).append(first.setdefault(key, name))
 
     with following(model, alone, on_call=on_call):
         call(model, batch)
