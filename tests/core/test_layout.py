@@ -1,5 +1,7 @@
 """Images are given with their channels last in memory where a network gives the same then, and nowhere else."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -35,10 +37,37 @@ class Raw(Reshaped):
         return self.head(y.as_strided((len(x), 48), (48, 1)))
 
 
+class Helped(Reshaped):
+    """Has another head while it is trained, as in GoogLeNet."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.features(x)
+        return self.head(y.view(len(x), -1) if self.training else y.flatten(1))
+
+
+class Square(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.square()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return 2 * x * gradient.view(-1).view(x.shape)
+
+
+class Squared(Reshaped):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(Square.apply(x))
+
+
 IMAGES = torch.randn(32, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize(("kind", "expected"), [(Reshaped, True), (Flat, False), (Raw, False)])
+@pytest.mark.parametrize(
+    ("kind", "expected"), [(Reshaped, True), (Flat, False), (Raw, False), (Helped, False), (Squared, False)]
+)
 def test_a_network_is_tried_before(kind: type[nn.Module], expected: bool) -> None:
     model = kind().eval()
     inputs = ImageLayout((model,)).of(as_inputs(IMAGES))
@@ -110,3 +139,14 @@ def test_networks_are_compressed_and_trained_either_way(kind: type[nn.Module]) -
     tuned, other = (st.finetune(network.model, labelled, epochs=2, seed=1) for network in (small, same))
     assert [epoch.loss for epoch in tuned.history] == pytest.approx([epoch.loss for epoch in other.history], rel=1e-3)
     assert all(parameter.is_contiguous() for parameter in tuned.model.parameters())
+
+
+def test_a_try_leaves_no_trace() -> None:
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.Dropout(), Reshaped())
+    before = [tensor.clone() for tensor in model.state_dict().values()]
+    drawn = torch.random.get_rng_state()
+    assert ImageLayout((model,)).of(as_inputs(IMAGES)).channels_last
+    assert all(map(torch.equal, before, model.state_dict().values()))
+    assert torch.equal(drawn, torch.random.get_rng_state())
+    assert all(module.training for module in model.modules())
+    assert all(parameter.grad is None for parameter in model.parameters())

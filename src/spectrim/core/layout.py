@@ -6,10 +6,11 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from spectrim.core.errors import ModelError
 from spectrim.core.execution import Forward, ForwardFunction, Inputs, call, device_of, evaluating, is_image
-from spectrim.core.nested import alike
+from spectrim.core.nested import alike, fractions
 
 _TRIED = 2
 """Samples that a network is tried on."""
@@ -20,7 +21,8 @@ class ImageLayout:
     """Whether networks on a CPU may be given images with their channels last in memory, which convolutions run faster.
 
     The numbers are the same, and so is what a network gives for them, unless its code looks at how they lie in memory:
-    `x.view(len(x), -1)` fails there. So each network is tried on a few samples of each shape.
+    `x.view(len(x), -1)` fails there. So each network is tried on a few samples of each shape: whether it gives the
+    same, and whether gradients come through, also in training mode, where some networks run more of themselves.
 
     Attributes:
         networks: All of them have to give the same; None counts for none.
@@ -43,9 +45,25 @@ class ImageLayout:
 
     def _is_same(self, network: nn.Module, few: Inputs) -> bool:
         """Whether a network gives the same for some inputs in both ways."""
-        called = Forward(network, self.forward) if self.forward else network
         if device_of(network).type != "cpu":
             return False
+        # a pass of one process alone would leave the others waiting
+        network = getattr(network, "module", network) if isinstance(network, DistributedDataParallel) else network
+        called = Forward(network, self.forward) if self.forward else network
+        other = replace(few, channels_last=True)
         with evaluating(network), suppress(ModelError):
-            return alike(call(called, few), call(called, replace(few, channels_last=True)))
+            if alike(call(called, few), call(called, other)):
+                return _has_gradients(called, other) or not _has_gradients(called, few)
         return False
+
+
+def _has_gradients(network: nn.Module, few: Inputs) -> bool:
+    """Whether gradients come through, in evaluation mode and in training mode."""
+    with suppress(Exception), torch.enable_grad():
+        own = few.map(lambda x: x.detach().requires_grad_() if x.is_floating_point() else x)
+        for is_training in (False, True):
+            values = fractions(call(network.train(is_training), own))
+            total = sum((value.sum() for value in values), torch.zeros(()))
+            torch.autograd.grad(total, [x for x in own.tensors() if x.requires_grad], allow_unused=True)
+        return True
+    return False
