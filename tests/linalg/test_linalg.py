@@ -229,6 +229,17 @@ def test_steps_in_float32_as_wide_layers_take_them_are_as_good(
         assert now <= min(tail, 1.001 * exact[ranks]) + 1e-9 * problem.total
 
 
+@pytest.mark.parametrize("scale", [2.0**-170, 2.0**140])
+@pytest.mark.parametrize("form", ITERATED)
+def test_steps_in_float32_hold_any_scale(form: str, scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linalg.shared, "WIDE", 0)
+    problem = random_problem((7, 5, 3, 3), "activation")
+    ranks = every_rank(form_named(form).decompose(problem))[1][0]
+    scaled = Problem(problem.weight, problem.covariance * scale)
+    own, other = (fitted(form_named(form).decompose(each), ranks, sweeps=1) for each in (problem, scaled))
+    assert lost(problem, form, other) == pytest.approx(lost(problem, form, own), rel=1e-5)
+
+
 @pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("form", ITERATED)
 def test_from_factors_of_nearly_the_same_problem_the_fit_ends_as_low(

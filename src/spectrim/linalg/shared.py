@@ -6,6 +6,7 @@ Tucker-2. The metric A (P Q, P Q) is the covariance of the inputs; None is the i
 form. Everything is for one group, in float64.
 """
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -135,14 +136,20 @@ def nested_start(M: Tensor, A: Tensor | None) -> Tensor:
 
 def projected(V: Tensor, A: Tensor, Q: int) -> tuple[Tensor, Tensor]:
     """T A, (r Q, P Q), and T A T^T, (r Q, r Q), for T = V kron I_Q; of a wide metric multiplied in float32."""
-    (r, P), kind = V.shape, V.dtype
+    (r, P), kind, power = V.shape, V.dtype, 1.0
     if len(A) > WIDE:
-        V, A = V.float(), A.float()
+        V, (A, power) = V.float(), _in_float32(A)
     TA = (V @ A.reshape(P, -1)).reshape(r * Q, P * Q)
     # one large product: batched over r Q small ones it is ten times slower
     columns = TA.reshape(r * Q, P, Q).transpose(1, 2).reshape(-1, P)
     TAT = (columns @ V.T).reshape(r * Q, Q, r).transpose(1, 2).reshape(r * Q, r * Q)
-    return TA.to(kind), ((TAT + TAT.T) / 2).to(kind)
+    return TA.to(kind).mul_(power), ((TAT + TAT.T) / 2).to(kind).mul_(power)
+
+
+def _in_float32(A: Tensor) -> tuple[Tensor, float]:
+    """A metric divided by a power of two, so that its range suffices, and this power."""
+    power = 2.0 ** math.frexp(float(A.diagonal().mean()))[1]
+    return (A / power).float(), power
 
 
 def _applied(V: Tensor, M: Tensor) -> Tensor:
@@ -195,7 +202,7 @@ def better_projection(M: Tensor, A: Tensor, H: Tensor, V: Tensor, *, steps: int 
     r, kind = len(V), V.dtype
     rest = (M - _applied(V.T, H.reshape(out, r, Q))).reshape(out, -1)
     if P * Q > WIDE:
-        rest, A, H, V = (matrix.float() for matrix in (rest, A, H, V))
+        (A, _), (rest, H, V) = _in_float32(A), (matrix.float() for matrix in (rest, H, V))
     H = H.reshape(out, r, Q)
     K = torch.einsum("orq,osp->rqsp", H, H).reshape(r, -1)
     residual = torch.einsum("orq,opq->rp", H, (rest @ A).reshape(out, P, Q))
