@@ -70,7 +70,8 @@ IMAGES = torch.randn(32, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 )
 def test_a_network_is_tried_before(kind: type[nn.Module], expected: bool) -> None:
     model = kind().eval()
-    inputs = ImageLayout((model,)).of(as_inputs(IMAGES))
+    assert ImageLayout((model,)).of(as_inputs(IMAGES)).channels_last is (expected or kind is Helped)
+    inputs = ImageLayout((model,), training=True).of(as_inputs(IMAGES))
     assert inputs.channels_last is expected
     assert all(part.channels_last is expected for part in inputs.split(4))
     torch.testing.assert_close(call(model, inputs), model(IMAGES))
@@ -109,6 +110,29 @@ def call_succeeds(model: nn.Module, size: int) -> bool:
     return True
 
 
+def test_a_branch_on_the_size_of_a_batch_counts() -> None:
+    class Branching(Flat):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.features(x)
+            return self.head(y.view(len(x), -1) if len(x) > 2 else y.flatten(1))
+
+    model = Branching().eval()
+    layout = ImageLayout((model,))
+    assert [layout.of(as_inputs(IMAGES[:size])).channels_last for size in (2, 8, 2, 1)] == [True, False, True, True]
+    small = st.compress(model, st.Budget(macs=0.6), example_inputs=IMAGES[:2], data=IMAGES.split(8))
+    assert small.fidelity is not None
+
+
+def test_few_shapes_are_tried() -> None:
+    calls: list[int] = []
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU())
+    model.register_forward_hook(lambda _, args, __: calls.append(len(args[0])))
+    layout = ImageLayout((model,))
+    known = [layout.of(as_inputs(torch.randn(size, 3, 4, 4))).channels_last for size in range(1, 20)]
+    assert known == [True] * 8 + [False] * 11
+    assert max(calls) == 8
+
+
 def test_what_is_no_image_stays_as_it_is() -> None:
     for tensor in (torch.randn(4, 8), torch.randn(4, 3, 8), torch.randint(5, (2, 3, 4, 4))):
         assert not ImageLayout((nn.Identity(),)).of(as_inputs(tensor)).channels_last
@@ -120,7 +144,7 @@ def test_trying_leaves_no_trace() -> None:
     torch.manual_seed(3)
     expected = torch.rand(3)
     torch.manual_seed(3)
-    ImageLayout((model,)).of(as_inputs(IMAGES))
+    ImageLayout((model,), training=True).of(as_inputs(IMAGES))
     assert torch.equal(torch.rand(3), expected)
     assert model.training
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())

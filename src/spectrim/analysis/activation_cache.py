@@ -194,7 +194,8 @@ class ActivationCache:
             return
         self.free_bytes += sum(map(_size, run.known.values()))
         self._outputs[batch] = {}
-        for key, output in run.finished:
+        # those that are known already first, since there were bytes for them
+        for key, output in sorted(run.finished, key=lambda entry: entry[0] not in run.known):
             if not isinstance(output, _Unkept) and (key in run.known or _size(output) <= self.free_bytes):
                 self._outputs[batch][key] = output
                 self.free_bytes -= _size(output)

@@ -145,11 +145,12 @@ def with_output_grads(
     Raises:
         SpectrimError: the model cannot be differentiated; if not `required`, the statistics are given back as they are.
     """
-    probes = 1 if sum(batch.samples for batch in batches) >= _GRADIENTS else PROBES
+    parts = list(_parts_for_gradients(model, batches))
+    probes = 1 if sum(few.samples for _, few, _ in parts) >= _GRADIENTS else PROBES
     sums: defaultdict[str, RunningGradients] = defaultdict(partial(RunningGradients, storage=storage, probes=probes))
     try:
         with evaluating(model):
-            for position, part, signs in _parts_for_gradients(model, batches):
+            for position, part, signs in parts:
                 add_gradients(model, part, layers, sums, what=f"batch {position}", signs=signs, probes=probes)
     except (DataError, ModelError):
         if required:

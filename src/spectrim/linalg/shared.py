@@ -135,15 +135,13 @@ def nested_start(M: Tensor, A: Tensor | None) -> Tensor:
 
 
 def projected(V: Tensor, A: Tensor, Q: int) -> tuple[Tensor, Tensor]:
-    """T A, (r Q, P Q), and T A T^T, (r Q, r Q), for T = V kron I_Q; of a wide metric multiplied in float32."""
-    (r, P), kind, power = V.shape, V.dtype, 1.0
-    if len(A) > WIDE:
-        V, (A, power) = V.float(), _in_float32(A)
+    """T A, (r Q, P Q), and T A T^T, (r Q, r Q), for T = V kron I_Q."""
+    r, P = V.shape
     TA = (V @ A.reshape(P, -1)).reshape(r * Q, P * Q)
     # one large product: batched over r Q small ones it is ten times slower
     columns = TA.reshape(r * Q, P, Q).transpose(1, 2).reshape(-1, P)
     TAT = (columns @ V.T).reshape(r * Q, Q, r).transpose(1, 2).reshape(r * Q, r * Q)
-    return TA.to(kind).mul_(power), ((TAT + TAT.T) / 2).to(kind).mul_(power)
+    return TA, (TAT + TAT.T) / 2
 
 
 def _in_float32(A: Tensor) -> tuple[Tensor, float]:
@@ -173,10 +171,14 @@ def least_squares(M: Tensor, A: Tensor | None, V: Tensor) -> tuple[Tensor, Tenso
 
 
 def explained_by(M: Tensor, A: Tensor | None, V: Tensor) -> Tensor:
-    """Rows (r Q, out) whose squares add up to the energy that the first rows of T explain, for every number at once."""
+    """Rows (r Q, out) whose squares add up to the energy that the first rows of T explain, for every number at once.
+
+    Of a wide metric, products with it are in float32.
+    """
     if A is None:
         return _applied(V, M).permute(1, 2, 0).reshape(-1, len(M))
-    TA, TAT = projected(V, A, M.shape[2])
+    metric, power = _in_float32(A) if len(A) > WIDE else (A, 1.0)
+    TA, TAT = (product.to(V.dtype).mul_(power) for product in projected(V.to(metric.dtype), metric, M.shape[2]))
     TAM = TA @ M.flatten(1).T
     factor, failed = torch.linalg.cholesky_ex(TAT)
     if int(failed):
