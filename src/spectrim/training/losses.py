@@ -109,8 +109,7 @@ class Objective:
 
     def _outputs(self, model: nn.Module, inputs: Inputs, position: int) -> tuple[Any, Any]:
         """Of the model, and of the teacher; in low precision while training only."""
-        if self._layout is None:
-            self._layout = ImageLayout((model, self.teacher), self.forward, training=True)
+        self._layout = self._layout or ImageLayout((model, self.teacher), self.forward, training=True)
         inputs = self._layout.of(inputs)
         is_low = self.settings.precision == "bf16" and torch.is_grad_enabled()
         with torch.autocast(device_of(model).type, dtype=torch.bfloat16, enabled=is_low):
