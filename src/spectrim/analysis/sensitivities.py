@@ -38,7 +38,7 @@ from spectrim.linalg import Factors, Ranks
 DIFFERENTIATED = 16
 """How many samples gradients are taken of at a time."""
 
-_LEAST, _MOST, _GRADIENTS = 16, 256, 128
+_LEAST, _MOST, _GRADIENTS = 32, 256, 128
 _PLACES, _GRADIENT_PLACES = 512, 4096
 _LOST, _LEAST_LOST, _PRECISION = 0.1, 1e-9, 0.15
 
@@ -59,7 +59,7 @@ def sensitivity(
 
     Each layer by itself is factored, in the form with a closed solution, at a rank that loses about a tenth of its
     energy, and layers that can be narrowed together are narrowed, in each form in which they can. The network is run on
-    16 to 256 samples, until the mean over them is known to 15 %; of a network that gives something at every place of a
+    32 to 256 samples, until the mean over them is known to 15 %; of a network that gives something at every place of a
     text, on 512 places or more. Makes budgets better where layers differ in how much they matter; no labels are used.
     The experts of a mixture are factored together, one projection at a time, and what the outputs change by is shared
     out by the energy that each of them loses.
