@@ -141,8 +141,7 @@ class _Stages:
             return []
         require_repeatable(self.model, self.example)
         limited = batches_of(data, what="the calibration data", max_batches=self.run.max_batches)
-        layout = ImageLayout((self.model,))
-        batches: Iterator[Inputs] = map(layout.of, without_labels(limited, like=self.example))
+        batches = without_labels(limited, like=self.example)
         first = next(batches, None)
         if first is None:
             raise DataError("the calibration data is empty; give at least one batch")
@@ -151,6 +150,7 @@ class _Stages:
             isinstance(rule, Budget) or "loss" in self.metrics or self.run.reconstruct is True or self.run.distill
         )
         batches = chain([first], batches)
+        batches = map(ImageLayout((self.model,)).of, batches) if repeated else batches
         batches = self.reserved.taken_from(batches) if aside else batches
         return collected(batches) if repeated or isinstance(data, Sequence) else batches
 
