@@ -240,6 +240,18 @@ def test_steps_in_float32_hold_any_scale(form: str, scale: float, monkeypatch: p
     assert lost(problem, form, other) == pytest.approx(lost(problem, form, own), rel=1e-5)
 
 
+@pytest.mark.parametrize("form", ITERATED)
+def test_wide_factors_are_not_large_where_no_input_was_seen(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, weight = numbers(20, 54, seed=1), numbers(1, 8, 6, 3, 3, seed=2)
+    problem, ranks = Problem(weight, (rows.T @ rows / 20)[None]), (6,) if form == "spatial" else (4, 4)
+    away = []
+    for wide in (1024, 0):
+        monkeypatch.setattr(linalg.shared, "WIDE", wide)
+        factors = fitted(form_named(form).decompose(problem), ranks, sweeps=1)
+        away.append(float((assembled(form, factors) - weight).norm() / weight.norm()))
+    assert away[1] < 1.1 * away[0]
+
+
 @pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("form", ITERATED)
 def test_from_factors_of_nearly_the_same_problem_the_fit_ends_as_low(
