@@ -307,11 +307,8 @@ def test_what_is_kept_of_a_batch_makes_room_for_what_comes_after_it() -> None:
                 with cache.recalling(position) as stop:
                     model(x)
                 handle.remove()
-    assert [block.runs for block in model.blocks[:3]] == [
-        1,
-        1,
-        1,
-    ]  # the second batch alone, for which no bytes are left
+    # the second batch alone, for which no bytes are left
+    assert [block.runs for block in model.blocks[:3]] == [1, 1, 1]
 
 
 def test_a_block_that_is_too_large_to_keep_is_forgotten_with_the_others() -> None:

@@ -110,6 +110,24 @@ def call_succeeds(model: nn.Module, size: int) -> bool:
     return True
 
 
+def test_what_training_mode_changes_is_changed_in_a_copy() -> None:
+    class Following(Reshaped):
+        steps = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.training:
+                self.steps += 1
+                with torch.no_grad():
+                    self.head.weight.mul_(0.5)
+            return super().forward(x)
+
+    model = Following().eval()
+    before = model.head.weight.detach().clone()
+    ImageLayout((model,), training=True).of(as_inputs(IMAGES))
+    assert torch.equal(model.head.weight, before)
+    assert model.steps == 0
+
+
 def test_a_branch_on_the_size_of_a_batch_counts() -> None:
     class Branching(Flat):
         def forward(self, x: Tensor) -> Tensor:

@@ -80,8 +80,8 @@ class ActivationCache:
         free_bytes: int | None = None,
     ) -> "ActivationCache":
         """A cache, by default of as many bytes, for another network with the same blocks; some are to run each time."""
-        free_bytes = self.free_bytes if free_bytes is None else free_bytes
-        other = ActivationCache(model, free_bytes, self.tried_on, self.forgets and forgets)
+        allowed = self.free_bytes if free_bytes is None else free_bytes
+        other = ActivationCache(model, allowed, self.tried_on, self.forgets and forgets)
         frontiers = self._blocks.frontiers - never if other.forgets else frozenset[str]()
         other.__dict__["_blocks"] = _Blocks(self._blocks.recallable - never, frontiers)
         return other

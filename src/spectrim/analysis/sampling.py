@@ -100,7 +100,7 @@ class SamplingError:
         """Add vectors (groups, n, width), those of a sample one after the other, around a point that stays the same.
 
         Their second moments count `weight` times. Gives X^T X of all vectors, float64 (groups, width, width), if each
-        sample has the same number of them, and more than they are wide, so that it comes by the way.
+        sample has the same number of them, and at least as many as they are wide: then it comes by the way.
         """
         rows, scale = in_range(rows)
         rows, each = _by_sample(rows, samples)

@@ -1,5 +1,6 @@
 """How images lie in memory while a network runs on them."""
 
+import copy
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -42,7 +43,9 @@ class ImageLayout:
             return inputs
         if shapes not in self._known and len(self._known) < _SHAPES:
             networks = (network for network in self.networks if network is not None)
-            self._known[shapes] = all(self._is_same(network, inputs) for network in networks)
+            self._known[shapes] = False
+            with suppress(RuntimeError, TypeError):  # of modules that cannot be copied
+                self._known[shapes] = all(self._is_same(network, inputs) for network in networks)
         return replace(inputs, channels_last=self._known.get(shapes, False))
 
     def _is_same(self, network: nn.Module, inputs: Inputs) -> bool:
@@ -51,6 +54,7 @@ class ImageLayout:
             return False
         # a pass of one process alone would leave the others waiting
         network = getattr(network, "module", network) if isinstance(network, DistributedDataParallel) else network
+        network = copy.deepcopy(network) if self.training else network  # which may change itself in training mode
         called = Forward(network, self.forward) if self.forward else network
         other = replace(inputs, channels_last=True)
         with evaluating(network), suppress(ModelError):

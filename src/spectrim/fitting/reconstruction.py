@@ -342,8 +342,8 @@ def _collect(
         watched = following(
             cache.model, pending, on_call=on_call, on_residual=on_residual if place.successor.residual else None
         )
-        is_last = list(pending.values()) == [1] and not place.successor.residual
-        ending = ended_at(cache.model, *pending, on_call=on_call) if is_last else nullcontext()
+        only_inputs = list(pending.values()) == [1] and not place.successor.residual
+        ending = ended_at(cache.model, *pending, on_call=on_call) if only_inputs else nullcontext()
         with suppress(_PassEnded), cache.recalling(position) as reached, watched, ending:
             call(cache.model, batch, what=f"batch {position}")
     return {name for name, number in same.items() if number == len(data)}

@@ -52,7 +52,7 @@ def watching(model: nn.Module, on_call: CallHook) -> Iterator[None]:
 
 @contextmanager
 def calling(model: nn.Module, on_call: CallHook) -> Iterator[None]:
-    """As `watching`, of a model that was looked at before."""
+    """As `watching`, of a model that has been checked."""
 
     def observe(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]:
         def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

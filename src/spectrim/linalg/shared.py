@@ -92,8 +92,7 @@ class SharedProjection(Decomposition):
 
     def _alternate(self, M: Tensor, A: Tensor | None, V: Tensor, rank: int, sweeps: int | None) -> tuple[Tensor, ...]:
         is_wide = A is not None and len(A) > WIDE
-        usual = 1 if is_wide else _SWEEPS
-        sweeps = usual if sweeps is None else sweeps
+        sweeps = (1 if is_wide else _SWEEPS) if sweeps is None else sweeps
         others, explained = self.fit(M, A, V, rank)
         whole = energy(M, A) if sweeps > 1 else explained
         remaining = float("inf")

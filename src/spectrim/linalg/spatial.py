@@ -33,10 +33,7 @@ class SpatialDecomposition(SharedProjection):
 
     @classmethod
     def rank_grid(cls, shape: Sequence[int]) -> npt.NDArray[np.int64]:
-        """The ranks of `tails`: every one, and of a wide kernel those with less weights than it has, and the full rank.
-
-        The others cost as much again as these, and no budget takes one.
-        """
+        """The ranks of `tails`: every one; of a wide kernel those with less weights than it has, and the full one."""
         _, out, into, height, width = shape
         (full,) = cls.full_ranks(shape)
         smaller = out * into * height * width // (into * height + out * width)
