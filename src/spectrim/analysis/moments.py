@@ -19,7 +19,7 @@ from spectrim.linalg import (
     square_of,
     to_float64,
 )
-from spectrim.linalg.covariance import gram
+from spectrim.linalg.products import gram
 
 PROBES = 2
 """Random combinations of the outputs that gradients are taken of; of many samples one for each is enough."""

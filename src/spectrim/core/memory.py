@@ -1,5 +1,6 @@
 """Memory: how much of it is free, and where large tensors are kept."""
 
+import ctypes
 import importlib
 import os
 import sys
@@ -109,6 +110,12 @@ class Storage:
 
 IN_PLACE = Storage()
 """In memory, where the model is."""
+
+
+def return_freed() -> None:
+    """Give freed memory back to the system; the C library of Linux keeps what lies between pieces still in use."""
+    with suppress(OSError, TypeError, AttributeError):  # of other systems
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def peak_gb() -> float:

@@ -16,7 +16,7 @@ from spectrim.layers.factored import shallow_copy
 from spectrim.layers.replacement import set_weight
 from spectrim.layers.types import layer_type_of
 from spectrim.linalg import to_float64
-from spectrim.linalg.covariance import times
+from spectrim.linalg.covariance import variances_of
 
 _STEPS, _ROWS, _LENGTH_OF = 4, 2048, 4
 _FLAT, _TOLERANCE, _CHECKED = 1e-3, 1e-2, 64
@@ -74,7 +74,7 @@ class Feeder:
     def times_ridge(self, change: Tensor) -> Tensor:
         """The ridge times a change of W; that of the bias is free."""
         own = change[None, :, :-1]
-        ridge = times(own, self.fit.metric) - times(own, self.fit.covariance)
+        ridge = own * (variances_of(self.fit.metric) - variances_of(self.fit.covariance)).unsqueeze(-2)
         return functional.pad(ridge[0], (0, 1))
 
     def solved(self, gradient: Tensor) -> Tensor:

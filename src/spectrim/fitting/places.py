@@ -16,7 +16,7 @@ from spectrim.layers.forms import find_form
 from spectrim.layers.forms.base import JointForm, SingleWeightForm
 from spectrim.layers.replacement import factored_at, narrowed_at, product, refitted_at
 from spectrim.layers.types import layer_type_of
-from spectrim.linalg.covariance import matrix_of
+from spectrim.linalg.products import matmul
 
 
 @dataclass(eq=False)
@@ -83,7 +83,7 @@ class Place:
         bias = fit.bias(site, whole, targets[site]).reshape(len(whole), 1, -1)
         revised = []
         for position, (y, x) in enumerate(zip(rows.outputs, rows.inputs.rows, strict=True)):
-            fitted = x.to(y.dtype) @ whole.mT.to(y.dtype) + bias.to(y.dtype)
+            fitted = matmul(x.to(y.dtype), whole.mT.to(y.dtype)) + bias.to(y.dtype)
             before = scale * y + shift + (rows.dense_residuals[position] if rows.dense_residuals else 0)
             offset = shift + (rows.residuals[position] if rows.residuals else 0)
             hidden = torch.minimum(scale * fitted + offset, torch.zeros_like(fitted))
@@ -119,14 +119,14 @@ def fitted(
     G = analysis[plan.name].problems["loss"].output if plan.metric == "loss" else None
     # a layer that stays dense stays as it is built: without a bias, moments are taken around zero
     is_approximated = plan.is_factored and plan.unit in (None, plan.name)  # others are narrowed with the last one
+    before = analysis.factors(plan) if is_approximated else ()
     biased = is_approximated or layer._parameters.get("bias") is not None
     fit = RidgeFit.of(layer, {site: own.inputs for site, own in seen.items()}, biased=biased)
     targets = place.targets(seen)
-    before = analysis.factors(plan) if is_approximated else ()
     factors = before  # where the search for those that are fitted begins; the same neurons are left
     form = find_form(plan.form) if is_approximated else None
     by_matrix = isinstance(form, SingleWeightForm) and form.decomposition.by_matrix
-    metric = matrix_of(fit.metric) if by_matrix else fit.metric
+    metric = fit.metric if isinstance(fit.metric, Tensor) or not by_matrix else fit.metric.matrix
     for turn in reversed(range(1 + place.successor.relu)):
         cross = fit.cross(targets)
         best = fit.weight(cross)

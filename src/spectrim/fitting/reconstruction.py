@@ -18,6 +18,7 @@ from spectrim.analysis.activation_cache import (
 )
 from spectrim.analysis.spectra import Analysis
 from spectrim.core.execution import Inputs, ProgressCallback, call, evaluating
+from spectrim.core.memory import return_freed
 from spectrim.core.plans import LayerPlan, Plan
 from spectrim.fitting.held_out import HeldOut, Pairs, taken_apart
 from spectrim.fitting.neurons import Neurons
@@ -117,6 +118,7 @@ def _reconstruct(
     end, inputs = 0, dict[str, InputRows]()
     for start, place in enumerate(places):
         name = place.plan.name
+        return_freed()
         if on_progress is not None:
             on_progress(name, start, len(places))
         if start == end:

@@ -12,8 +12,9 @@ from spectrim.analysis.moments import Moments, RunningCovariance, pooled
 from spectrim.analysis.sampling import Samples
 from spectrim.layers.types import layer_type_of
 from spectrim.linalg import Covariance, to_float64
-from spectrim.linalg.covariance import add_outer, solver, times
+from spectrim.linalg.covariance import add_outer, times
 from spectrim.linalg.problem import ridged
+from spectrim.linalg.products import matmul
 
 _RIDGE, _RIDGE_OF_TOKENS, _MOST_RIDGE = 1e-2, 1e-1, 1e4
 
@@ -90,7 +91,6 @@ class RidgeFit:
         W = to_float64(layer_type_of(layer).kernels(layer)).flatten(2).to(device)
         together = pooled(list(moments.values()), name=next(iter(inputs)), width=W.shape[2])
         C = together.covariance.to(W.device)
-        C = to_float64(C) if isinstance(C, Tensor) else C
         means = {site: seen.mean.to(W.device) for site, seen in moments.items()}
         if not biased:
             total = sum(seen.count for seen in moments.values())
@@ -100,8 +100,8 @@ class RidgeFit:
         # (1 - s) C + s I but for a factor, where s is what so few samples do not know
         unknown = min(together.shrinkage / max(1 - together.shrinkage, 1e-9), _MOST_RIDGE)
         of_tokens = layer_type_of(layer).feature_dim(layer) == -1 and any(own.are_tokens for own in received.values())
-        metric = ridged(C, share=max(_RIDGE_OF_TOKENS if of_tokens else _RIDGE, unknown))
-        return cls(W, inputs, means, C, metric, solver(metric), biased)
+        metric, solve = ridged(C, share=max(_RIDGE_OF_TOKENS if of_tokens else _RIDGE, unknown))
+        return cls(W, inputs, means, C, metric, solve, biased)
 
     def cross(self, targets: Rows) -> Tensor:
         """cov(y, x), (groups, out, n)."""
@@ -111,7 +111,7 @@ class RidgeFit:
             middle, mean = self.means[site].unsqueeze(1), _mean(targets[site]).unsqueeze(1) * self.biased
             for x, y in zip(batches, targets[site], strict=True):
                 kind = torch.promote_types(y.dtype, torch.float32)  # sums of products overflow in half precision
-                cross += to_float64((y.to(kind) - mean.to(kind)).mT @ (x.to(kind) - middle.to(kind))) / total
+                cross += to_float64(matmul((y.to(kind) - mean.to(kind)).mT, x.to(kind) - middle.to(kind))) / total
         return cross
 
     def weight(self, cross: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from spectrim.linalg.covariance import Covariance, inner, matrix_of
-from spectrim.linalg.problem import Decomposition, Factors, Problem, Ranks, is_wide, lifted, needed_floor
+from spectrim.linalg.problem import Decomposition, Factors, Problem, Ranks, floored, is_wide
 from spectrim.linalg.spectra import FloatArray, Spectrum, over_groups
 from spectrim.linalg.subspace import leading_vectors
 
@@ -183,7 +183,7 @@ def _small_gram(W: Tensor, C: Covariance | None) -> Tensor:
     if C is None:
         return gram
     matrix = matrix_of(C)
-    root = torch.linalg.cholesky(lifted(matrix.clone(), needed_floor(matrix.unsqueeze(0))[0]))
+    ((root,),) = floored(matrix.unsqueeze(0).clone())[1:]
     product: Tensor = root.mT @ gram @ root
     return product
 

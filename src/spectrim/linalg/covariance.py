@@ -6,23 +6,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from spectrim.linalg.products import gram, times_rounded
 from spectrim.linalg.spectra import to_float64
-
-_BLOCKS, _BLOCK = 4, 256
-"""Blocks that the products of wide vectors are divided into, and how wide each is at least."""
-
-
-def gram(rows: Tensor) -> Tensor:
-    """X^T X of rows (.., n, width); of wide ones only the blocks on and above the diagonal are multiplied."""
-    width = rows.shape[-1]
-    if width < _BLOCKS * _BLOCK:
-        return rows.mT @ rows
-    product, step = rows.new_empty(*rows.shape[:-2], width, width), -(-width // _BLOCKS)
-    for start in range(0, width, step):
-        block = rows[..., start : start + step].mT @ rows[..., start:]
-        product[..., start : start + step, start:] = block
-        product[..., start + step :, start : start + step] = block[..., step:].mT
-    return product
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,30 +143,26 @@ def shrunk(C: Covariance, share: float) -> Covariance:
     by = share * ((1 - share) * own + share * typical_variance(own))
     if isinstance(C, LowRankCovariance):
         return LowRankCovariance(C.rows * (1 - share) ** 0.5, (1 - share) * C.ridge + by.to(C.ridge.device))
-    part = to_float64(C)
-    part = part * (1 - share) if C.dtype == part.dtype else part.mul_(1 - share)  # of a copy, in place
+    part = C * (1 - share)
     part.diagonal(dim1=-2, dim2=-1).add_(by)
     return part
 
 
 def times(M: Tensor, C: Covariance) -> Tensor:
-    """M C in float64, of M (groups, k, n)."""
+    """M C in float64, of M (groups, k, n); of a matrix in float32 rounded as it is."""
     if isinstance(C, Tensor):
-        return M @ C.to(M.dtype)
+        return times_rounded(M, C)
     if isinstance(C, DiagonalCovariance):
         return M * C.variances.unsqueeze(-2)
     rows = to_float64(C.rows)
     return (M @ rows.mT) @ rows + C.ridge.unsqueeze(-2) * M
 
 
-def solver(C: Covariance) -> Callable[[Tensor], Tensor]:
+def solver(C: LowRankCovariance | DiagonalCovariance) -> Callable[[Tensor], Tensor]:
     """Gives M C^-1 in float64, of M (groups, k, n); C is positive definite, with a ridge if it is of rows.
 
     That has the inverse of a matrix (m, m) inside (Woodbury 1950).
     """
-    if isinstance(C, Tensor):
-        root = torch.linalg.cholesky(C)
-        return lambda M: torch.cholesky_solve(M.mT, root).mT
     if isinstance(C, DiagonalCovariance):
         return lambda M: M / C.variances.unsqueeze(-2)
     rows, scale = to_float64(C.rows), C.ridge.sqrt().unsqueeze(-2)
@@ -195,7 +176,7 @@ def solver(C: Covariance) -> Callable[[Tensor], Tensor]:
 def add_outer(C: Covariance, v: Tensor) -> Covariance:
     """C + v v^T, v (groups, n)."""
     if isinstance(C, Tensor):
-        return C + v.unsqueeze(2) * v.unsqueeze(1)
+        return C + (v.unsqueeze(2) * v.unsqueeze(1)).to(C.dtype)
     if isinstance(C, DiagonalCovariance):
         return C.matrix + v.unsqueeze(2) * v.unsqueeze(1)
     return replace(C, rows=torch.cat([C.rows, v.unsqueeze(1).to(C.rows)], dim=1))
@@ -203,9 +184,7 @@ def add_outer(C: Covariance, v: Tensor) -> Covariance:
 
 def inner(M: Tensor, C: Covariance) -> Tensor:
     """M C M^T, (groups, k, k)."""
-    if isinstance(C, Tensor):
-        return M @ C @ M.mT
-    if isinstance(C, DiagonalCovariance):
+    if not isinstance(C, LowRankCovariance):
         return times(M, C) @ M.mT
     seen = M @ to_float64(C.rows).mT
     return seen @ seen.mT + (M * C.ridge.unsqueeze(-2)) @ M.mT if bool(C.ridge.any()) else seen @ seen.mT

@@ -1,7 +1,7 @@
 """What is to be approximated, and in which metric."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
@@ -19,6 +19,7 @@ from spectrim.linalg.covariance import (
     LowRankCovariance,
     matrix_of,
     shrunk,
+    solver,
     times,
     typical_variance,
     variances_of,
@@ -113,6 +114,7 @@ class Problem:
         output: G, (groups, out, out), positive semi-definite; None for the identity.
         shrinkage: Share of C, from 0 to 1, that the statistics do not know; see `shrunk`.
         rounding_tolerance: Variance below this share of the largest is taken as rounding of the statistics.
+        is_definite: Whether C has an inverse as it is.
         _shared: What problems that differ in their output metric only have in common.
     """
 
@@ -121,12 +123,12 @@ class Problem:
     output: Tensor | None = None
     shrinkage: float = 0.0
     rounding_tolerance: float = 0.0
+    is_definite: bool = False
     _shared: dict[str, Tensor] = field(repr=False, default_factory=dict)
 
     def of_weight(self, weight: Tensor, covariance: Covariance) -> "Problem":
         """Another weight and covariance, which has an inverse as it is, in the same metric of the outputs."""
-        floor = torch.zeros(len(weight), dtype=torch.float64, device=weight.device)
-        other = Problem(weight, covariance, output=self.output, _shared={"floor": floor})
+        other = Problem(weight, covariance, output=self.output, is_definite=True)
         if self.output is not None:
             other.__dict__["_root"] = self._root
         return other
@@ -180,9 +182,8 @@ class Problem:
 
     @property
     def covariances(self) -> Sequence[Covariance]:
-        """C with its share exchanged by group, a matrix in float64; not of the plain metric."""
-        C = self.shrunk_covariance
-        return list(to_float64(C) if isinstance(C, Tensor) else C)
+        """C with its share exchanged by group; not of the plain metric."""
+        return list(self.shrunk_covariance)
 
     @property
     def metric(self) -> Tensor:
@@ -197,16 +198,20 @@ class Problem:
         """By group the metric with a floor, so that it has an inverse; None for the identity. Large, so never kept."""
         if self.covariance is None:
             return [None] * len(self.weight)
-        if "floor" not in self._shared:
-            self._shared["floor"] = needed_floor(self.metric)
-        metric = self.metric
-        return list(lifted((metric + metric.mT).div_(2), self._shared["floor"].to(metric.device)))
+        if self.is_definite:
+            return list(self.covariance.to(self.device) if isinstance(self.covariance, Tensor) else self.metric)
+        C = self.shrunk_covariance
+        symmetric = to_float64((C + C.mT).div_(2)) if isinstance(C, Tensor) else matrix_of(C)
+        if "floor" in self._shared:
+            return list(lifted(symmetric, self._shared["floor"].to(symmetric.device)))
+        self._shared["floor"], _ = floored(symmetric)
+        return list(symmetric)
 
     @property
     def full_metric(self) -> Tensor:
         """That of a single group as a matrix with an inverse, also where it is the identity."""
         (C,), (metric,) = self.metrics, self.metric
-        return metric if C is None else C
+        return metric if C is None else matrix_of(C)
 
     @cached_property
     def total(self) -> float:
@@ -216,15 +221,14 @@ class Problem:
             return sum(float(torch.linalg.vector_norm(M, dtype=torch.float64).square()) for M in roots)
         if self.covariance is None:
             return float(self.matrices.square().sum())
-        return max(0.0, float(((self.matrices @ self.metric) * self.matrices).sum()))
+        return max(0.0, float((times(self.matrices, self.shrunk_covariance) * self.matrices).sum()))
 
     def seen_error(self, product: Tensor | int) -> float:
         """The energy that a product (groups, out, n), or 0, loses on the very inputs that C was taken from."""
         C, weight = self.covariance, self.weight.flatten(2)
         if isinstance(product, int):
             product = weight.new_zeros(()).expand(weight.shape)
-        if C is not None:
-            C = to_float64(C.to(self.device)) if isinstance(C, Tensor) else C.to(self.device)
+        C = None if C is None else C.to(self.device)
         if self.output is not None:
             weight, product = (self.weighted(to_float64(whole)) for whole in (weight, product))
         energy = 0.0
@@ -267,13 +271,18 @@ def _largest_eigenvalue(G: Tensor) -> Tensor:
     return (vectors * (G @ vectors)).sum(dim=(1, 2))
 
 
-def ridged(C: Covariance, *, share: float) -> Covariance:
-    """C with a share of the typical variance, or more, added to its diagonals, so that it has an inverse."""
+def ridged(C: Covariance, *, share: float) -> tuple[Covariance, Callable[[Tensor], Tensor]]:
+    """C with a share of the typical variance, or more, added to its diagonals; and what gives M times its inverse."""
     by = share * typical_variance(variances_of(C))
     if not isinstance(C, Tensor):
-        return C.lifted(by)
+        raised = C.lifted(by)
+        return raised, solver(raised)
     symmetric = (C + C.mT).div_(2)  # what passes here is then the matrix that is taken
-    return lifted(symmetric, needed_floor(symmetric, least=by.squeeze(-1)))
+    metric = to_float64(symmetric)
+    floor, root = floored(metric, least=by.squeeze(-1))
+    if C.dtype != metric.dtype:
+        metric = lifted(symmetric, floor.to(symmetric))
+    return metric, lambda M: torch.cholesky_solve(M.mT, root).mT
 
 
 def lifted(metric: Tensor, floor: Tensor) -> Tensor:
@@ -282,19 +291,22 @@ def lifted(metric: Tensor, floor: Tensor) -> Tensor:
     return metric
 
 
-def needed_floor(metric: Tensor, *, share: float = _FLOOR, least: Tensor | None = None) -> Tensor:
-    """What to add to the diagonals of (groups, n, n), (groups,): a share of the mean variance, or `least`, or more.
+def floored(metric: Tensor, *, share: float = _FLOOR, least: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Add to the diagonals of (groups, n, n), in place; gives how much, (groups,), and the Cholesky factors.
 
-    An inverse needs more where statistics were summed in float32, whose rounding leaves negative variances.
+    That is `least`, or a share of the mean variance; more where statistics were summed in float32, whose rounding
+    leaves negative variances.
     """
     mean = metric.diagonal(dim1=-2, dim2=-1).mean(dim=-1)
     floor = torch.where(mean > 0, mean * share, torch.ones_like(mean)) if least is None else least
+    added = torch.zeros_like(floor)
     for _ in range(8):
-        failed = torch.linalg.cholesky_ex(lifted(metric.clone(), floor))[1] > 0
-        if not bool(failed.any()):
+        lifted(metric, floor - added)
+        added, (root, failures) = floor, torch.linalg.cholesky_ex(metric)
+        if not bool(failures.any()):
             break
-        floor = torch.where(failed, 10 * floor, floor)
-    return floor
+        floor = torch.where(failures > 0, 10 * floor, floor)
+    return added, root
 
 
 def balanced(factors: Factors) -> Factors:

@@ -16,10 +16,13 @@ from typing import ClassVar, Self, cast
 import torch
 from torch import Tensor
 
-from spectrim.linalg.problem import Decomposition, Factors, Problem, Ranks, lifted, needed_floor
+from spectrim.linalg.covariance import matrix_of
+from spectrim.linalg.problem import Decomposition, Factors, Problem, Ranks, floored
+from spectrim.linalg.products import matmul, times_rounded
+from spectrim.linalg.spectra import to_float64
 
 _SWEEPS = 4
-_SLOW = 1e-2
+_SLOW, _UNSEEN = 1e-2, 1e-7
 WIDE = 1024
 """Inputs of a kernel above which the iterations are fewer, and partly in float32."""
 
@@ -74,11 +77,14 @@ class SharedProjection(Decomposition):
         return cls(problem, torch.stack([nested_start(M, A) for M, A in cls.groups(problem)]))
 
     @classmethod
-    def groups(cls, problem: Problem) -> list[tuple[Tensor, Tensor | None]]:
-        """The weight (out, P, Q) and the metric of each group."""
+    def groups(cls, problem: Problem, *, inverted: bool = False) -> list[tuple[Tensor, Tensor | None]]:
+        """The weight (out, P, Q) and the metric of each group; one with an inverse takes longer."""
         shape = problem.weight.shape
         weights = problem.matrices.reshape(*shape[:2], -1, prod(shape[cls.first_shared :]))
-        return list(zip(weights, problem.metrics, strict=True))
+        if inverted or problem.covariance is None:
+            return list(zip(weights, problem.metrics, strict=True))
+        C = problem.shrunk_covariance
+        return list(zip(weights, C if isinstance(C, Tensor) else matrix_of(C), strict=True))
 
     def fitted(self, ranks: Ranks, *, sweeps: int | None) -> list[Tensor]:
         """V and the other factors, each (groups, ..), after at most so many sweeps of alternating least squares.
@@ -86,7 +92,7 @@ class SharedProjection(Decomposition):
         A sweep improves V and fits the others anew. It ends earlier once a sweep lessens the error by less than a
         hundredth. By default 4 sweeps, and of a wide metric 1.
         """
-        starts = zip(self.groups(self.problem), self.basis, strict=True)
+        starts = zip(self.groups(self.problem, inverted=True), self.basis, strict=True)
         each = [self._alternate(M, A, start[: ranks[0]], ranks[-1], sweeps) for (M, A), start in starts]
         return [torch.stack(parts) for parts in zip(*each, strict=True)]
 
@@ -126,9 +132,10 @@ def nested_start(M: Tensor, A: Tensor | None) -> Tensor:
     if A is None:
         return top_rows(M)
     _, P, Q = M.shape
-    S = A.reshape(P, Q, P, Q).diagonal(dim1=1, dim2=3).sum(dim=-1)
+    S = to_float64(A.reshape(P, Q, P, Q).diagonal(dim1=1, dim2=3).sum(dim=-1))
     values, vectors = torch.linalg.eigh((S + S.T) / 2)
-    roots = values.clamp(min=1e-12 * float(values[-1])).sqrt()
+    least = _UNSEEN * float(values.mean())
+    roots = values.clamp(min=least if least > 0 else 1.0).sqrt()
     root = (vectors * roots) @ vectors.T
     return orthonormal(top_rows(_applied(root, M)) @ ((vectors / roots) @ vectors.T))
 
@@ -136,17 +143,17 @@ def nested_start(M: Tensor, A: Tensor | None) -> Tensor:
 def projected(V: Tensor, A: Tensor, Q: int) -> tuple[Tensor, Tensor]:
     """T A, (r Q, P Q), and T A T^T, (r Q, r Q), for T = V kron I_Q."""
     r, P = V.shape
-    TA = (V @ A.reshape(P, -1)).reshape(r * Q, P * Q)
+    TA = matmul(V, A.reshape(P, -1)).reshape(r * Q, P * Q)
     # one large product: batched over r Q small ones it is ten times slower
     columns = TA.reshape(r * Q, P, Q).transpose(1, 2).reshape(-1, P)
-    TAT = (columns @ V.T).reshape(r * Q, Q, r).transpose(1, 2).reshape(r * Q, r * Q)
+    TAT = matmul(columns, V.T).reshape(r * Q, Q, r).transpose(1, 2).reshape(r * Q, r * Q)
     return TA, (TAT + TAT.T) / 2
 
 
 def _in_float32(A: Tensor) -> tuple[Tensor, float]:
     """A metric divided by a power of two, so that its range suffices, and this power."""
     power = 2.0 ** math.frexp(float(A.diagonal().mean()))[1]
-    return (A / power).float(), power
+    return (A if power == 1 else A / power).float(), power
 
 
 def _applied(V: Tensor, M: Tensor) -> Tensor:
@@ -163,26 +170,24 @@ def least_squares(M: Tensor, A: Tensor | None, V: Tensor) -> tuple[Tensor, Tenso
     H = _applied(V, M).reshape(out, -1)
     if A is None:
         return H, H
-    TA, TAT = projected(V, A, Q)
-    rest = M - _applied(V.T, H.reshape(out, -1, Q))
-    H = H + solver(TAT)(TA @ rest.reshape(out, -1).T).T
+    TA, TAT = projected(V.to(A.dtype), A, Q)
+    rest, TAT = M - _applied(V.T, H.reshape(out, -1, Q)), TAT.to(V.dtype)
+    H = H + solver(TAT)(times_rounded(rest.reshape(out, -1), TA.T).T).T
     return H, H @ TAT
 
 
 def explained_by(M: Tensor, A: Tensor | None, V: Tensor) -> Tensor:
     """Rows (r Q, out) whose squares add up to the energy that the first rows of T explain, for every number at once.
 
-    Of a wide metric, products with it are in float32.
+    Of a wide metric, products with it are in float32; where it has no inverse, the result is a bound.
     """
     if A is None:
         return _applied(V, M).permute(1, 2, 0).reshape(-1, len(M))
     metric, power = _in_float32(A) if len(A) > WIDE else (A, 1.0)
-    TA, TAT = (product.to(V.dtype).mul_(power) for product in projected(V.to(metric.dtype), metric, M.shape[2]))
-    TAM = TA @ M.flatten(1).T
-    factor, failed = torch.linalg.cholesky_ex(TAT)
-    if int(failed):
-        metric = TAT.unsqueeze(0).clone()
-        (factor,) = torch.linalg.cholesky(lifted(metric, needed_floor(metric, share=1e-9)))
+    TA, TAT = projected(V.to(metric.dtype), metric, M.shape[2])
+    TAM = times_rounded(M.flatten(1), TA.T).T.mul_(power)
+    rounding = 10 * torch.finfo(metric.dtype).eps
+    ((factor,),) = floored(TAT.to(V.dtype).mul_(power).unsqueeze(0), share=rounding)[1:]
     return cast(Tensor, torch.linalg.solve_triangular(factor, TAM, upper=False))
 
 
@@ -191,7 +196,7 @@ def energy(M: Tensor, A: Tensor | None) -> Tensor:
     if A is None:
         return M.square().sum()
     rows = M.flatten(1)
-    return ((rows @ A) * rows).sum()
+    return (times_rounded(rows, A) * rows).sum()
 
 
 def better_projection(M: Tensor, A: Tensor, H: Tensor, V: Tensor, *, steps: int = 5) -> Tensor:
@@ -204,16 +209,17 @@ def better_projection(M: Tensor, A: Tensor, H: Tensor, V: Tensor, *, steps: int 
     rest = (M - _applied(V.T, H.reshape(out, r, Q))).reshape(out, -1)
     if P * Q > WIDE:
         (A, _), (rest, H, V) = _in_float32(A), (matrix.float() for matrix in (rest, H, V))
-    H = H.reshape(out, r, Q)
-    K = torch.einsum("orq,osp->rqsp", H, H).reshape(r, -1)
-    residual = torch.einsum("orq,opq->rp", H, (rest @ A).reshape(out, P, Q))
-    solve_rows = solver(torch.einsum("rqsq->rs", K.reshape(r, Q, r, Q)))
+    K = matmul(H.T, H).reshape(r, Q, r, Q).permute(0, 3, 1, 2).reshape(r, -1)
+    weighed, places = matmul(rest, A).reshape(out, P, Q), H.reshape(out, r, Q).transpose(0, 1).reshape(r, -1)
+    residual = matmul(places, weighed.transpose(1, 2).reshape(-1, P))
+    columns = A.reshape(P, -1).T.contiguous()
+    solve_rows = solver(torch.einsum("rqqs->rs", K.reshape(r, Q, Q, r)))
     solve_columns = solver(A.reshape(P, Q, P, Q).diagonal(dim1=1, dim2=3).sum(dim=-1))
     step, direction = torch.zeros_like(V), solve_columns(solve_rows(residual).T).T
     power = float((residual * direction).sum())
     for _ in range(steps):
-        spread = (direction @ A.reshape(P, -1)).reshape(r * Q, P, Q)
-        image = K @ spread.permute(2, 0, 1).reshape(-1, P)
+        spread = matmul(columns, direction.T).reshape(Q, P, Q, r).transpose(0, 1)
+        image = matmul(K, spread.reshape(P, -1).T)
         curvature = float((direction * image).sum())
         if power <= 0 or curvature <= 0:
             break

@@ -1,0 +1,57 @@
+"""Products of large matrices."""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+_BLOCKS, _BLOCK = 8, 256
+"""Blocks that the products of wide vectors are divided into, at most, and how wide each is at least."""
+
+
+def matmul(A: Tensor, B: Tensor) -> Tensor:
+    """A B of matrices (.., n, k) and (.., k, m).
+
+    Large ones of float32 are multiplied on a CPU as a convolution of one place, which PyTorch gives to oneDNN: on AMD
+    it is twice as fast as MKL, to which it gives products of matrices.
+    """
+    (n, k), m = A.shape[-2:], B.shape[-1]
+    if len(A) == len(B) == 1 and A.ndim == B.ndim == 3:
+        return matmul(A[0], B[0]).unsqueeze(0)
+    is_slow = A.device.type == "cpu" and torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+    if not is_slow or not A.dtype == B.dtype == torch.float32 or A.ndim > 2 or min(n, k, m) < 64 or n * k * m < 2**25:
+        return A @ B
+    if n < m:  # the smaller one takes the place of the kernel
+        return matmul(B.mT, A.mT).mT
+    places, kernels = A.reshape(1, n, 1, k).permute(0, 3, 1, 2), B.mT.reshape(m, k, 1, 1)
+    # the dilation changes nothing here, but without it MKL is taken where there is one thread
+    return functional.conv2d(places, kernels, dilation=2).permute(0, 2, 3, 1).reshape(n, m)
+
+
+def times_rounded(M: Tensor, C: Tensor) -> Tensor:
+    """M C in the type of M, of float64 M (.., k, n); where C is in float32, it is rounded as C is.
+
+    M is divided by a power of two first, so that the range of float32 suffices.
+    """
+    if C.dtype != torch.float32 or not C.numel() or not M.numel():
+        return M @ C.to(M.dtype)
+    top = float(torch.stack(torch.aminmax(M)).abs().max()) * float(torch.stack(torch.aminmax(C)).abs().max())
+    power = 2.0 ** math.frexp(top)[1] if 0 < top < math.inf else 1.0
+    return matmul((M / power).to(C.dtype), C).to(M.dtype).mul_(power)
+
+
+def gram(rows: Tensor) -> Tensor:
+    """X^T X of rows (.., n, width); of wide ones only the blocks on and above the diagonal are multiplied."""
+    width = rows.shape[-1]
+    if width < 4 * _BLOCK:
+        return rows.mT @ rows
+    if rows.ndim > 2:
+        return gram(rows[0]).unsqueeze(0) if len(rows) == 1 else torch.stack([gram(own) for own in rows])
+    columns = rows.T.contiguous()
+    whole, step = rows.new_empty(width, width), max(_BLOCK, -(-width // _BLOCKS))
+    for start in range(0, width, step):
+        block = matmul(columns[start : start + step], columns[start:].T)
+        whole[start : start + step, start:] = block
+        whole[start + step :, start : start + step] = block[:, step:].T
+    return whole
