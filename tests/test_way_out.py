@@ -428,6 +428,14 @@ EXAMPLES = {
         then="st.measure(Named(), pasted, latency=False)",
         make="example_inputs = {'image': x, 'labels': y}",
     ),
+    "one by a name that the network does not take": Case(
+        call="st.compress(trained, rank, example_inputs=example_inputs)",
+        error=ModelError,
+        says="unexpected keyword argument 'pixels'",
+        way_out=RUNS,
+        then="st.compress(trained, rank, example_inputs=pasted)",
+        make="example_inputs = {'pixels': x, 'labels': y}",
+    ),
     "50 percent": Case(
         call="st.Budget(macs=50)",
         error=RuleError,

@@ -43,7 +43,7 @@ def folder(run: Run) -> Run:
 
 def test_a_folder_becomes_a_smaller_one(folder: Run) -> None:
     for _ in range(2):  # the second replaces what the first has written
-        ended = folder("compress", *MODEL, "--macs", 0.8, "--out", "small")
+        ended = folder("compress", *MODEL, "--tokenizer", "dense", "--macs", 0.8, "--out", "small")
         assert ended.code == 0, ended.err
     small = transformers.AutoModelForCausalLM.from_pretrained("small")
     measured = json.loads(Path("small/measurement.json").read_text())["compressed"]
@@ -55,6 +55,7 @@ def test_a_folder_becomes_a_smaller_one(folder: Run) -> None:
     assert "model = LlamaForCausalLM.from_pretrained('small')" in ended.out
 
     scoring = next(line for line in ended.out.splitlines() if line.startswith("  spectrim evaluate"))
+    assert "--tokens 12 --tokenizer dense" in scoring
     ended = folder(*scoring.split()[1:], "--json")
     assert ended.code == 0, ended.err
     own, dense, _ = json.loads(ended.out)[0]["rows"]

@@ -122,6 +122,8 @@ def test_a_plan_is_made_edited_applied_and_loaded(run: Run, tmp_path: Path) -> N
     assert "rank 9 set by hand in the plan" in done.out
     network = st.load(tmp_path / "small", models.mlp(64, width=48, hidden=2))
     assert network.fc2.rank == 9
+    again = run("compress", *MLP, "--weights", "small", "--input", 64, "--rank", 1, "--out", "smaller")
+    assert "small was compressed already: 2 of its layers are factored or narrowed; these stay, and" in again.said
     assert network(digits("test")[0]).shape == (360, 10)
 
 

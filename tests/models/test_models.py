@@ -319,6 +319,7 @@ class TestReference:
             ("nets.py:make", "write nets:make"),
             ("lib/nets.py:make", "write lib.nets:make"),
             ("./nets.py:make", "write nets:make"),
+            (__file__, "its weights go to --weights"),
         ],
     )
     def test_what_is_nearly_one(self, reference: str, advice: str) -> None:

@@ -179,8 +179,10 @@ def _decide(
     method: commands.Method | None = None,
 ) -> Decision:
     """The analysis, and the plan that the rule gives, or the one that was edited."""
-    goal = command.goal
-    require_dense(network.model, command.source.folder)
+    goal, source = command.goal, command.source
+    require_dense(network.model, source.folder)
+    if reason := why_not_dense(network.model, source.weights):
+        progress.say(f"{reason}; these stay, and all shares are of this network, not of the dense one")
     return decide(
         network.model,
         goal.rule if edited is None else edited,
@@ -189,7 +191,7 @@ def _decide(
         layers=command.layers.selection,
         options=PlanOptions(metric=goal.metric, forms=goal.forms, rank_multiple=_rank_multiple(goal, progress)),
         run=RunOptions(
-            cache=command.source.cache_bytes,
+            cache=source.cache_bytes,
             reconstruct=method.fitted if method else "auto",
             distill=bool(method and method.distill),
         ),
@@ -303,18 +305,9 @@ def _how_to_score(network: Loaded, source: Source, *, out: Path) -> tuple[str, .
         return ()
     if not type(network.model).__name__.endswith("ForCausalLM"):
         return ()
-    tokens = () if source.input is None else ("--tokens", source.input)
-    arguments = (
-        "--model",
-        f"hf:{out}",
-        "--data",
-        source.data,
-        *tokens,
-        "--metric",
-        "perplexity",
-        "--against",
-        source.model,
-    )
+    options = {"--model": f"hf:{out}", "--data": source.data, "--tokens": source.input, "--tokenizer": source.tokenizer}
+    options |= {"--metric": "perplexity", "--against": source.model}
+    arguments = (part for option, value in options.items() if value is not None for part in (option, value))
     return "Score it:", f"  spectrim evaluate {shlex.join(arguments)}"
 
 

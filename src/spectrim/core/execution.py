@@ -246,6 +246,7 @@ def _conversion(model: nn.Module, inputs: Inputs, what: str) -> str:
         named = f"{{name: {name}[name] for name in {names}}}"
         conversions = [(named, lambda: Inputs((), {key: inputs.kwargs[key] for key in names}))]
         conversions += [(f"({name},)", lambda: Inputs((inputs.kwargs,), {}))]
+        conversions += [(f"{name}[{key!r}]", partial(as_inputs, inputs.kwargs[key])) for key in names]
     elif isinstance(first, Tensor):
         dtype = next((weight.dtype for weight in model.parameters() if weight.is_floating_point()), first.dtype)
         text = f"{name}[0]" if len(inputs.args) > 1 else f"torch.as_tensor({name})"
