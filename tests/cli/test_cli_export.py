@@ -140,7 +140,7 @@ def test_no_foreign_file_is_replaced(here: Path) -> None:
 
 def test_mistakes_are_reported_before_anything_is_loaded(here: Path) -> None:
     before = sorted(here.rglob("*"))
-    assert "does not say the format by its ending; give --to" in usage_error(*SMALL, "--out", "net.bin")
+    assert "by its ending (.onnx .pt2 .xml); give --to" in usage_error(*SMALL, "--out", "net.bin")
     assert "'tflite' is not one of 'onnx', 'program', 'openvino'" in usage_error(
         *SMALL, "--out", "a.onnx", "--to", "tflite"
     )

@@ -414,7 +414,7 @@ INPUT = ("compress", *MLP, "--rank", "4", "--out", "new/small", "--input", "64")
         ((*COMPRESS, "--rank", "4", "--option", "width"), 2, "--option width: write each name once"),
         ((*COMPRESS, "--rank", "4", "--option", "depth=3"), 1, "cannot be called with"),
         ((*COMPRESS, "--rank", "4", "--images", "0"), 2, "--images"),
-        (INPUT[:-2], 2, "give --data, or the shape of one input"),
+        (INPUT[:-2], 2, "an input: --input 3,32,32, or --tokens 128 of a text"),
         ((*INPUT[:-1], "6x4"), 2, "--input '6x4'"),
         ((*INPUT[:-1], "0,64"), 2, "--input '0,64'"),
         ((*INPUT[:-1], "63"), 1, "shapes cannot be multiplied"),

@@ -153,9 +153,7 @@ def answer(model: nn.Module, *x: Any) -> Tensor:
 def columns(model: nn.Module, x: Tensor) -> Tensor:
     """The answer with one row a channel."""
     y = answer(model, x)
-    return (
-        y.flatten(0, -2).mT if isinstance(model[0], nn.Linear | Conv1D | st.LowRankLinear) else y.transpose(0, 1)
-    ).flatten(1)
+    return (y.transpose(0, 1) if hasattr(model[0], "kernel_size") else y.flatten(0, -2).mT).flatten(1)
 
 
 def relative(got: Tensor, expected: Tensor) -> float:

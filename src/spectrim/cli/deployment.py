@@ -51,7 +51,8 @@ class Target:
         for name, ending in _ENDINGS.items():
             if self.out.suffix == ending:
                 return name
-        raise typer.BadParameter(f"--out {self.out} does not say the format by its ending; give --to")
+        known = " ".join(_ENDINGS.values())
+        raise typer.BadParameter(f"--out {self.out} does not say the format by its ending ({known}); give --to")
 
     @property
     def file(self) -> Path:

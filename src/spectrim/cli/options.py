@@ -219,7 +219,7 @@ class Source:
     def shape(self) -> tuple[int, ...]:
         """The shape of one input, where there is no data set."""
         if self.input is None:
-            raise typer.BadParameter("give --data, or the shape of one input, such as --input 3,32,32")
+            raise typer.BadParameter("give --data or the shape of an input: --input 3,32,32, or --tokens 128 of a text")
         return tuple(int(size) for size in numbers(self.input, option="--input", whole=True))
 
 
