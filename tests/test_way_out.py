@@ -1,25 +1,23 @@
 """What people bring along: each wrong input is refused by a message whose way out works when it is pasted."""
 
-import os
-import pathlib
-import pickle
 import re
 import warnings
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import spectrim as st
 
 SAVED = r"(torch\.save\(.+, 'weights\.pt'\))"
 """The line of a message that writes a file which can be read."""
+RUNS = r"can run (.+?)(?:\.$|, normalised)"
+LOADED = "same(st.load('weights.pt', network()))"
 
 
 def network() -> nn.Sequential:
@@ -71,10 +69,10 @@ class Case:
     """
 
     call: str
-    error: type[Exception]
     says: str
-    way_out: str
-    then: str
+    error: type[Exception] = st.errors.FileError
+    way_out: str = RUNS
+    then: str = LOADED
     make: str = ""
 
 
@@ -88,27 +86,9 @@ def names() -> dict[str, Any]:
         assert torch.equal(model.eval()(x), trained(x))
 
     return {
-        **{
-            "st": st,
-            "torch": torch,
-            "np": np,
-            "numpy": np,
-            "nn": nn,
-            "os": os,
-            "pickle": pickle,
-            "pathlib": pathlib,
-            "spectrim": st,
-            "safetensors": safetensors,
-            "Path": Path,
-            "save_file": save_file,
-        },
-        **{
-            "network": network,
-            "Images": Images,
-            "Named": Named,
-            "Whole": Whole,
-            "Compressed": st.Compressed,
-        },
+        **globals(),
+        **{module: import_module(module) for module in ("numpy", "os", "pathlib", "pickle", "spectrim")},
+        **{"Compressed": st.Compressed, "safetensors": safetensors, "save_file": safetensors.torch.save_file},
         **{"trained": trained, "model": trained, "state": trained.state_dict(), "same": same},
         **{"x": x, "y": torch.arange(8) % 4, "images": images, "pixels": (images * 255).byte(), "rank": st.Rank(2)},
     }
@@ -116,80 +96,63 @@ def names() -> dict[str, Any]:
 
 FileError, ArgumentError, ModelError = st.errors.FileError, st.errors.ArgumentError, st.errors.ModelError
 DataError, RuleError = st.errors.DataError, st.errors.RuleError
-LOADED = "same(st.load('weights.pt', network()))"
 PICKLED = r"without running code that it may hold"
 
 FILES = {
     "a whole model in the old format": Case(
         make="torch.save(trained, 'old.pt', _use_new_zipfile_serialization=False)",
         call="st.load('old.pt', network())",
-        error=FileError,
         says=PICKLED,
         way_out=SAVED,
-        then=LOADED,
     ),
     "a pickle": Case(
         make="Path('weights.pkl').write_bytes(pickle.dumps(dict(state)))",
         call="st.load('weights.pkl', network())",
-        error=FileError,
         says=PICKLED,
         way_out=SAVED,
-        then=LOADED,
     ),
     "a state of NumPy arrays": Case(
         make="torch.save({name: value.numpy() for name, value in state.items()}, 'arrays.pt')",
         call="st.load('arrays.pt', network())",
-        error=FileError,
         says=r"holds a dict .*, not one state",
         way_out=SAVED,
-        then=LOADED,
     ),
     "NumPy's archive": Case(
-        make="np.savez('weights.npz', **{name: value.numpy() for name, value in state.items()})",
+        make="numpy.savez('weights.npz', **{name: value.numpy() for name, value in state.items()})",
         call="st.load('weights.npz', network())",
-        error=FileError,
         says="NumPy",
         way_out=SAVED,
-        then=LOADED,
     ),
     "TorchScript": Case(
         make="torch.jit.trace(trained, x).save('script.pt')",
         call="st.load('script.pt', network())",
-        error=FileError,
         says="TorchScript",
         way_out=SAVED,
-        then=LOADED,
     ),
     "a program of torch.export": Case(
         make="torch.export.save(torch.export.export(trained, (x,)), 'program.pt2')",
         call="st.load('program.pt2', network())",
-        error=FileError,
         says=r"torch\.export",
         way_out=SAVED,
-        then=LOADED,
     ),
     "an ONNX graph": Case(
         make="st.export_onnx(trained, 'net.onnx', x)",
         call="st.load('net.onnx', network())",
-        error=FileError,
         says="ONNX",
         way_out=SAVED,
-        then=LOADED,
     ),
     "a Keras file": Case(
-        make="linear, kernel = nn.Linear(12, 16), np.ones((12, 16), np.float32)\n"
+        make="linear, kernel = nn.Linear(12, 16), numpy.ones((12, 16), numpy.float32)\n"
         r"Path('net.h5').write_bytes(b'\x89HDF\r\n\x1a\n' + bytes(100))",
         call="st.load('net.h5', network())",
-        error=FileError,
         says="Keras",
         way_out=r"(linear\.weight\.data = \S+) ",
         then="linear.bias.data.zero_(); assert torch.allclose(linear(x), torch.from_numpy(x.numpy() @ kernel))",
     ),
     "a Keras file under another name": Case(
-        make="linear, kernel = nn.Linear(12, 16), np.ones((12, 16), np.float32)\n"
+        make="linear, kernel = nn.Linear(12, 16), numpy.ones((12, 16), numpy.float32)\n"
         r"Path('net.bin').write_bytes(b'\x89HDF\r\n\x1a\n' + bytes(100))",
         call="st.load('net.bin', network())",
-        error=FileError,
         says="Keras",
         way_out=r"(linear\.weight\.data = \S+) ",
         then="linear.bias.data.zero_(); assert torch.allclose(linear(x), torch.from_numpy(x.numpy() @ kernel))",
@@ -197,25 +160,20 @@ FILES = {
     "two networks in one file": Case(
         make="torch.save({'generator': state, 'discriminator': {'weight': torch.ones(3)}}, 'gan.pt')",
         call="st.load('gan.pt', network())",
-        error=FileError,
         says="'generator', 'discriminator'",
         way_out=SAVED,
-        then=LOADED,
     ),
     "parts of a large file": Case(
         make="Path('hf').mkdir(); parts = list(state.items()); save_file(dict(parts[:2]), 'hf/model-00001-of-00002."
         "safetensors'); save_file(dict(parts[2:]), 'hf/model-00002-of-00002.safetensors'); "
         "Path('hf/model.safetensors.index.json').write_text('{}')",
         call="st.load('hf/model.safetensors.index.json', network())",
-        error=FileError,
         says="several files",
         way_out=SAVED,
-        then=LOADED,
     ),
     "a folder with another file": Case(
         make="Path('runs').mkdir(); torch.save(state, 'runs/best.pt')",
         call="st.load('runs', network())",
-        error=FileError,
         says="a folder",
         way_out=r"name a file in it: ('\S+')",
         then="same(st.load(pasted, network()))",
@@ -225,7 +183,6 @@ FILES = {
         "vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)\n"
         "transformers.BertModel(config).save_pretrained('hf')",
         call="st.load('hf', network())",
-        error=FileError,
         says="a folder of Hugging Face",
         way_out=r"(transformers\.\w+\.from_pretrained\('hf'\))",
         then="assert isinstance(pasted, transformers.BertModel)",
@@ -243,7 +200,6 @@ FILES = {
     "a name that is not there": Case(
         make="torch.save(state, 'best.pt')",
         call="st.load('bets.pt', network())",
-        error=FileError,
         says="missing",
         way_out=r"did you mean ('\S+')\?",
         then="same(st.load(pasted, network()))",
@@ -251,7 +207,6 @@ FILES = {
     "a path from the home folder": Case(
         make="torch.save(state, 'mine.pt')",
         call="st.load('~/mine.pt', network())",
-        error=FileError,
         says="missing",
         way_out=r"(os\.path\.expanduser\('\S+'\))",
         then="same(st.load(pasted, network()))",
@@ -259,21 +214,17 @@ FILES = {
     "an address": Case(
         make="torch.save(state, 'there.pt'); address = Path('there.pt').resolve().as_uri()",
         call="st.load(address, network())",
-        error=FileError,
         says="an address",
         way_out=r"(torch\.hub\.download_url_to_file\(.+?\))",
-        then=LOADED,
     ),
     "saved under the name of a pickle": Case(
         call="st.save(trained, 'small.pt')",
-        error=FileError,
         says="safetensors",
         way_out=r"(st\.save\(model, '\S+'\))",
         then="assert not Path('small.pt').exists(); same(st.load('small.safetensors', network()))",
     ),
     "saved under the number of a version": Case(
         call="st.save(trained, 'small.v2')",
-        error=FileError,
         says="safetensors",
         way_out=r"(st\.save\(model, '\S+'\))",
         then="same(st.load('small.v2.safetensors', network()))",
@@ -326,7 +277,6 @@ MODELS = {
         error=ArgumentError,
         says="ONNX",
         way_out=SAVED,
-        then=LOADED,
         make="Path('net.onnx').write_bytes(bytes(9))",
     ),
     "the name of a network": Case(
@@ -378,13 +328,11 @@ MODELS = {
     ),
 }
 
-RUNS = r"can run (.+?)(?:\.$|, normalised)"
 EXAMPLES = {
     "pixels": Case(
         call="st.compress(Images(), rank, example_inputs=pixels)",
         error=ModelError,
         says=r"uint8 \[4, 3, 8, 8\]",
-        way_out=RUNS,
         then="st.compress(Images(), rank, example_inputs=pasted)",
         make="example_inputs = pixels",
     ),
@@ -392,7 +340,6 @@ EXAMPLES = {
         call="st.compress(Images(), rank, example_inputs=example_inputs)",
         error=ModelError,
         says=r"uint8 \[4, 8, 8, 3\]",
-        way_out=RUNS,
         then="st.compress(Images(), rank, example_inputs=pasted)",
         make="example_inputs = pixels.movedim(1, -1).numpy()",
     ),
@@ -400,7 +347,6 @@ EXAMPLES = {
         call="st.compress(trained, rank, example_inputs=example_inputs)",
         error=ModelError,
         says=r"float64 \[8, 12\]",
-        way_out=RUNS,
         then="st.compress(trained, rank, example_inputs=pasted)",
         make="example_inputs = x.double().numpy()",
     ),
@@ -408,7 +354,6 @@ EXAMPLES = {
         call="st.compress(Images(), rank, example_inputs=images[0])",
         error=ModelError,
         says=r"float32 \[3, 8, 8\]",
-        way_out=RUNS,
         then="st.compress(Images(), rank, example_inputs=pasted)",
         make="example_inputs = images[0]",
     ),
@@ -416,7 +361,6 @@ EXAMPLES = {
         call="st.compress(trained, rank, example_inputs=(x, y))",
         error=ModelError,
         says=r"float32 \[8, 12\], int64 \[8\]",
-        way_out=RUNS,
         then="st.compress(trained, rank, example_inputs=pasted)",
         make="example_inputs = (x, y)",
     ),
@@ -424,7 +368,6 @@ EXAMPLES = {
         call="st.measure(Named(), example_inputs, latency=False)",
         error=ModelError,
         says="labels=int64",
-        way_out=RUNS,
         then="st.measure(Named(), pasted, latency=False)",
         make="example_inputs = {'image': x, 'labels': y}",
     ),
@@ -432,7 +375,6 @@ EXAMPLES = {
         call="st.compress(trained, rank, example_inputs=example_inputs)",
         error=ModelError,
         says="unexpected keyword argument 'pixels'",
-        way_out=RUNS,
         then="st.compress(trained, rank, example_inputs=pasted)",
         make="example_inputs = {'pixels': x, 'labels': y}",
     ),
@@ -492,7 +434,7 @@ DATA = {
         says="one ndarray",
         way_out=r"(numpy\.array_split\(.+\))",
         then="st.calibrate(trained, pasted)",
-        make="data = np.zeros((128, 12), np.float32)",
+        make="data = numpy.zeros((128, 12), numpy.float32)",
     ),
     "inputs and labels as two tensors": Case(
         call="st.accuracy(trained, data)",
@@ -530,7 +472,6 @@ DATA = {
         call="st.calibrate(Images(), [inputs])",
         error=DataError,
         says=r"uint8 \[4, 3, 8, 8\](?!.*labels=True)",
-        way_out=RUNS,
         then="st.calibrate(Images(), [pasted])",
         make="inputs = pixels.numpy()",
     ),
@@ -538,7 +479,6 @@ DATA = {
         call="st.compress(trained, rank, example_inputs=x, data=[inputs])",
         error=DataError,
         says=r"float64 \[8, 12\](?!.*labels=True)",
-        way_out=RUNS,
         then="st.compress(trained, rank, example_inputs=x, data=[pasted])",
         make="inputs = x.double()",
     ),
@@ -553,7 +493,6 @@ DATA = {
         call="st.finetune(Images(), [(inputs, y[:4])], epochs=1)",
         error=ModelError,
         says="uint8",
-        way_out=RUNS,
         then="st.finetune(Images(), [(pasted, y[:4])], epochs=1)",
         make="inputs = pixels",
     ),
@@ -569,7 +508,6 @@ DATA = {
         call="st.accuracy(Whole(), [(inputs, y)])",
         error=ModelError,
         says="image=float32",
-        way_out=RUNS,
         then="st.accuracy(Whole(), [(pasted, y)]); st.finetune(Whole(), [(pasted, y)], epochs=1)",
         make="inputs = {'image': x}",
     ),
