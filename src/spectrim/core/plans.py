@@ -161,7 +161,7 @@ def _is_share(value: object) -> bool:
 
 def _require_share(value: float, message: str) -> None:
     if not _is_share(value):
-        raise RuleError(f"{message}, above 0 and at most 1")
+        raise RuleError(f"{message}, above 0 and at most 1, such as 0.9")
 
 
 Rule = Rank | Ratio | Energy | Budget

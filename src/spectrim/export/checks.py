@@ -107,7 +107,8 @@ class Reference:
             if difference > self.tolerance:
                 raise EngineError(
                     f"{runtime} gives other outputs than torch on a batch of {size}: they differ by {difference:.2g} "
-                    f"of the largest entry, and tolerance={self.tolerance:g}; nothing was written"
+                    f"of the largest entry, and tolerance={self.tolerance:g}; nothing was written. Networks in half "
+                    "precision round more: export in float32, or give a larger tolerance"
                 )
             largest = max(largest, difference)
         return Check(runtime=runtime, batches=tuple(size for size, _ in cases), difference=largest)
