@@ -84,8 +84,8 @@ class Loaded:
         if not data.classes:
             return f"{data.name} has no class indices as labels"
         fits = len(shape) == 2 and (shape[1] == data.classes or (data.is_open and shape[1] > data.classes))
-        text = f"{data.name} has {data.classes} classes (labels 0 to {data.classes - 1}), and for one {data.noun[:-1]} the network {gives}"
-        return None if fits else text
+        has = f"{data.name} has {data.classes} classes (labels 0 to {data.classes - 1})"
+        return None if fits else f"{has}, and for one {data.noun[:-1]} the network {gives}"
 
     def measured(
         self, network: nn.Module, name: str, *, progress: Stages, tested: bool, dense: nn.Module | None = None

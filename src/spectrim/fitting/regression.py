@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from spectrim.analysis.moments import Moments, RunningCovariance, pooled
 from spectrim.analysis.sampling import Samples
 from spectrim.layers.types import layer_type_of
-from spectrim.linalg import Covariance, to_float64
+from spectrim.linalg import Covariance, LowRankCovariance, to_float64
 from spectrim.linalg.covariance import add_outer, times
 from spectrim.linalg.problem import ridged
-from spectrim.linalg.products import matmul
+from spectrim.linalg.products import matmul, times_rounded
 
 _RIDGE, _RIDGE_OF_TOKENS, _MOST_RIDGE = 1e-2, 1e-1, 1e4
 
@@ -109,7 +109,10 @@ class RidgeFit:
         cross = torch.zeros_like(self.dense)
         for site, batches in self.inputs.items():
             middle, mean = self.means[site].unsqueeze(1), _mean(targets[site]).unsqueeze(1) * self.biased
-            for x, y in zip(batches, targets[site], strict=True):
+            pairs = [batches, targets[site]]
+            if total < self.dense.shape[2]:  # each product is as large as all of them
+                pairs = [[torch.cat(part, dim=1)] for part in pairs]
+            for x, y in zip(*pairs, strict=True):
                 kind = torch.promote_types(y.dtype, torch.float32)  # sums of products overflow in half precision
                 cross += to_float64(matmul((y.to(kind) - mean.to(kind)).mT, x.to(kind) - middle.to(kind))) / total
         return cross
@@ -125,7 +128,10 @@ class RidgeFit:
         """
         away = whole - other
         part = times(whole + other, self.covariance) - 2 * cross
-        return float((part * away).sum() if G is None else ((part @ away.mT) * G.to(part)).sum())
+        if G is None:
+            return float((part * away).sum())
+        kind = self.covariance.rows.dtype if isinstance(self.covariance, LowRankCovariance) else away.dtype
+        return float((times_rounded(part, away.mT.to(kind)) * G.to(part)).sum())
 
     def bias(self, site: str, whole: Tensor, targets: Sequence[Tensor]) -> Tensor:
         """(out,): what makes the mean output exact for the weight `whole`, (groups, out, n); zero without a bias."""

@@ -19,7 +19,8 @@ from spectrim.layers.forms.linear import tied_output
 from spectrim.layers.heads import AroundHeads, HeadOutput, HeadValues
 from spectrim.layers.types import layer_type_of
 from spectrim.layers.unfusing import fused
-from spectrim.linalg import Factors, Ranks, balanced, to_float64
+from spectrim.linalg import Factors, Ranks, balanced, is_wide, to_float64
+from spectrim.linalg.products import times_rounded
 
 NARROWED_FROM = "narrowed_from"
 """The attribute of a narrowed layer that holds the shape of the weight that it had."""
@@ -160,10 +161,10 @@ def narrowed_at(
     for feeder in feeders:
         layer = model.get_submodule(feeder)
         own = own_bias(feeder, layer, feeding)
-        kernels = to_float64(layer_type_of(layer).kernels(layer)).to(feeding.device)
+        kernels = layer_type_of(layer).kernels(layer).detach().to(feeding.device)
         shifted = None if own is None else feeding[0] @ to_float64(own).to(feeding.device)
         ranks = _head_ranks(feeding, rank) if by_head else ()
-        narrowed[feeder] = _resized(layer, feeding @ kernels, shifted, name=feeder, head_ranks=ranks)
+        narrowed[feeder] = _resized(layer, times_rounded(feeding, kernels), shifted, name=feeder, head_ranks=ranks)
     ranks = _head_ranks(reading, rank) if by_head else ()
     value = bias(name, last, weight @ reading)
     return narrowed | {name: _resized(last, weight, value, name=name, head_ranks=ranks)}
@@ -234,12 +235,15 @@ def compressed_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def product(layer: nn.Module, *, form: str, factors: Factors) -> Tensor:
-    """The matrices (groups, out, n), float64, that factors for `layer` stand for."""
+    """The matrices (groups, out, n), float64, that factors for `layer` stand for; of wide ones rounded as they are."""
     if find_form(form).is_joint:
         _, reading, weight = factors
         return weight @ reading
     blank = form_named(form).build(layer, layer_type=layer_type_of(layer), ranks=_ranks(factors), bias=False)
-    return blank.kernels(blank.stored(factors)).flatten(2)
+    if is_wide(geometry_of(layer).shape):
+        wide = torch.promote_types(layer.get_parameter("weight").dtype, torch.float32)
+        factors = tuple(part.to(wide) for part in factors)
+    return to_float64(blank.kernels(blank.stored(factors)).flatten(2))
 
 
 def _ranks(factors: Factors) -> Ranks:

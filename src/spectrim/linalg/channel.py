@@ -11,7 +11,8 @@ from torch import Tensor
 
 from spectrim.linalg.covariance import Covariance, inner, matrix_of
 from spectrim.linalg.problem import Decomposition, Factors, Problem, Ranks, floored, is_wide
-from spectrim.linalg.spectra import FloatArray, Spectrum, over_groups
+from spectrim.linalg.products import times_rounded
+from spectrim.linalg.spectra import FloatArray, Spectrum, over_groups, to_float64
 from spectrim.linalg.subspace import leading_vectors
 
 
@@ -95,7 +96,7 @@ class ChannelDecomposition(Decomposition):
         """(down, up), (groups, rank, in, *kernel) and (groups, out, rank), with up @ down = U_r U_r^T W."""
         truncated = self._truncated_at(ranks[0])
         up = self.basis[:, :, : ranks[0]].double() if truncated is None else truncated[0]
-        down = up.mT @ self.problem.matrices
+        down = times_rounded(up.mT, self.problem.matrices)
         groups, _, *sizes = self.problem.weight.shape
         return down.reshape(groups, ranks[0], *sizes), self.problem.unweighted(up)
 
@@ -111,9 +112,9 @@ class ChannelDecomposition(Decomposition):
         """
         problem = self.problem
         if problem.covariance is None:
-            bases, values = _left_vectors(problem.matrices, wide=problem.is_wide)
+            bases, values = _left_vectors(to_float64(problem.matrices), wide=problem.is_wide)
             return bases.to(self._basis_type), over_groups(values)
-        each = zip(problem.matrices, problem.covariances, strict=True)
+        each = zip(to_float64(problem.matrices), problem.covariances, strict=True)
         solved = [
             _metric_basis(weight, C, tolerance=problem.rounding_tolerance, wide=problem.is_wide) for weight, C in each
         ]
@@ -164,9 +165,9 @@ def _truncate(problem: Problem, rank: int) -> tuple[Tensor, float] | None:
 def _values_alone(problem: Problem) -> Spectrum:
     """The spectrum without the basis."""
     if problem.covariance is None:
-        grams = [_small_gram(W, None) for W in problem.matrices]
+        grams = [_small_gram(W, None) for W in to_float64(problem.matrices)]
     else:
-        grams = [_small_gram(W, C) for W, C in zip(problem.matrices, problem.covariances, strict=True)]
+        grams = [_small_gram(W, C) for W, C in zip(to_float64(problem.matrices), problem.covariances, strict=True)]
     squares = torch.stack([torch.linalg.eigvalsh((gram + gram.mT) / 2).flip(0).clamp(min=0) for gram in grams])
     if problem.covariance is not None:
         unseen = squares <= problem.rounding_tolerance * squares[:, :1]  # rounding, spread evenly as in the basis

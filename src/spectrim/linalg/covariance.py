@@ -154,8 +154,7 @@ def times(M: Tensor, C: Covariance) -> Tensor:
         return times_rounded(M, C)
     if isinstance(C, DiagonalCovariance):
         return M * C.variances.unsqueeze(-2)
-    rows = to_float64(C.rows)
-    return (M @ rows.mT) @ rows + C.ridge.unsqueeze(-2) * M
+    return times_rounded(times_rounded(M, C.rows.mT), C.rows).add_(C.ridge.unsqueeze(-2) * M)
 
 
 def solver(C: LowRankCovariance | DiagonalCovariance) -> Callable[[Tensor], Tensor]:
@@ -186,8 +185,9 @@ def inner(M: Tensor, C: Covariance) -> Tensor:
     """M C M^T, (groups, k, k)."""
     if not isinstance(C, LowRankCovariance):
         return times(M, C) @ M.mT
-    seen = M @ to_float64(C.rows).mT
-    return seen @ seen.mT + (M * C.ridge.unsqueeze(-2)) @ M.mT if bool(C.ridge.any()) else seen @ seen.mT
+    seen = times_rounded(M, C.rows.mT)
+    unseen = times_rounded(M * C.ridge.unsqueeze(-2), M.mT.to(C.rows.dtype)) if bool(C.ridge.any()) else 0
+    return seen @ seen.mT + unseen
 
 
 def add_covariances(parts: list[tuple[Covariance, float]]) -> Covariance:

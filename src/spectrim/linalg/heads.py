@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from spectrim.linalg.problem import Decomposition, Factors, Problem, Ranks
-from spectrim.linalg.spectra import FloatArray
+from spectrim.linalg.spectra import FloatArray, to_float64
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class HeadDecomposition(Decomposition):
     @classmethod
     def of_heads(cls, problem: Problem, layout: HeadLayout) -> Self:
         """Solve for every rank."""
-        (W,), C = problem.matrices, problem.full_metric
+        (W,), C = to_float64(problem.matrices), problem.full_metric
         heads, size = layout.heads, layout.size
         parts = W.reshape(-1, heads, size).transpose(0, 1)
         own = C.reshape(heads, size, heads, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)

@@ -24,6 +24,7 @@ from spectrim.linalg.covariance import (
     typical_variance,
     variances_of,
 )
+from spectrim.linalg.products import matmul, times_rounded
 from spectrim.linalg.spectra import FloatArray, to_float64
 
 Ranks = tuple[int, ...]
@@ -145,7 +146,10 @@ class Problem:
 
     @property
     def matrices(self) -> Tensor:
-        """G^1/2 W in float64, (groups, out, n): with it the metric of the outputs is the identity."""
+        """G^1/2 W, (groups, out, n): with it the metric of the outputs is the identity.
+
+        In float64, and of a wide weight in its own type, at least float32.
+        """
         return self._make_matrices() if self.is_wide else self._matrices
 
     @cached_property
@@ -153,8 +157,13 @@ class Problem:
         return self._make_matrices()
 
     def _make_matrices(self) -> Tensor:
-        flat = to_float64(self.weight).flatten(2)
+        flat = self._in_type(self.weight.flatten(2))
         return flat if self.output is None else self.weighted(flat)
+
+    def _in_type(self, matrices: Tensor) -> Tensor:
+        """In float64, or in the type of a wide weight, at least float32."""
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        return matrices.to(wide) if self.is_wide else to_float64(matrices)
 
     @property
     def shrunk_covariance(self) -> Covariance:
@@ -171,10 +180,10 @@ class Problem:
             return list(own if self.output is None else self.matrices)
         C, W = self.shrunk_covariance, self.matrices
         if isinstance(C, DiagonalCovariance):
-            return list(W * C.variances.sqrt().unsqueeze(1))
+            return list(W * C.variances.sqrt().unsqueeze(1).to(W.dtype))
         if not isinstance(C, LowRankCovariance):
             return None
-        seen = W @ to_float64(C.rows).mT
+        seen = matmul(W, C.rows.to(W).mT)
         if not bool(C.ridge.any()):
             return list(seen)
         kind = C.rows.dtype
@@ -230,7 +239,7 @@ class Problem:
             product = weight.new_zeros(()).expand(weight.shape)
         C = None if C is None else C.to(self.device)
         if self.output is not None:
-            weight, product = (self.weighted(to_float64(whole)) for whole in (weight, product))
+            weight, product = self.weighted(self._in_type(to_float64(weight) - product)), torch.zeros_like(weight)
         energy = 0.0
         # by blocks of outputs, since the difference of the whole matrices may be the largest array of all
         for dense, low in zip(weight.split(_BLOCK, dim=1), product.split(_BLOCK, dim=1), strict=True):
@@ -239,8 +248,8 @@ class Problem:
         return energy
 
     def weighted(self, rows: Tensor) -> Tensor:
-        """G^1/2 times (groups, out, ..), float64."""
-        return (self._root @ rows.flatten(2)).reshape(rows.shape)
+        """G^1/2 times (groups, out, ..), in their type, float32 or float64."""
+        return times_rounded(self._root, rows.flatten(2)).to(rows.dtype).reshape(rows.shape)
 
     def unweighted(self, last: Tensor) -> Tensor:
         """G^-1/2 times the last factor (groups, out, ..), back from the metric of `matrices`."""

@@ -9,6 +9,8 @@ from torch.nn import functional
 _BLOCKS, _BLOCK = 8, 256
 """Blocks that the products of wide vectors are divided into, at most, and how wide each is at least."""
 
+_HAS_BOTH = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+
 
 def matmul(A: Tensor, B: Tensor) -> Tensor:
     """A B of matrices (.., n, k) and (.., k, m).
@@ -19,8 +21,8 @@ def matmul(A: Tensor, B: Tensor) -> Tensor:
     (n, k), m = A.shape[-2:], B.shape[-1]
     if len(A) == len(B) == 1 and A.ndim == B.ndim == 3:
         return matmul(A[0], B[0]).unsqueeze(0)
-    is_slow = A.device.type == "cpu" and torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
-    if not is_slow or not A.dtype == B.dtype == torch.float32 or A.ndim > 2 or min(n, k, m) < 64 or n * k * m < 2**25:
+    are_slow = _HAS_BOTH and A.device.type == "cpu" and A.dtype == B.dtype == torch.float32
+    if A.ndim > 2 or not are_slow or min(n, k, m) < 64 or n * k * m < 2**25:
         return A @ B
     if n < m:  # the smaller one takes the place of the kernel
         return matmul(B.mT, A.mT).mT
@@ -36,9 +38,11 @@ def times_rounded(M: Tensor, C: Tensor) -> Tensor:
     """
     if C.dtype != torch.float32 or not C.numel() or not M.numel():
         return M @ C.to(M.dtype)
-    top = float(torch.stack(torch.aminmax(M)).abs().max()) * float(torch.stack(torch.aminmax(C)).abs().max())
-    power = 2.0 ** math.frexp(top)[1] if 0 < top < math.inf else 1.0
-    return matmul((M / power).to(C.dtype), C).to(M.dtype).mul_(power)
+    top, other = (float(torch.stack(torch.aminmax(part)).abs().max()) for part in (M, C))
+    power = 2.0 ** math.frexp(top * other)[1] if 0 < top * other < math.inf else 1.0
+    is_safe = 1e-20 < top < 1e20
+    rounded = M.to(C.dtype, copy=True).div_(power) if is_safe else (M / power).to(C.dtype)
+    return matmul(rounded, C).to(M.dtype).mul_(power)
 
 
 def gram(rows: Tensor) -> Tensor:

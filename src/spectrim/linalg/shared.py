@@ -80,7 +80,7 @@ class SharedProjection(Decomposition):
     def groups(cls, problem: Problem, *, inverted: bool = False) -> list[tuple[Tensor, Tensor | None]]:
         """The weight (out, P, Q) and the metric of each group; one with an inverse takes longer."""
         shape = problem.weight.shape
-        weights = problem.matrices.reshape(*shape[:2], -1, prod(shape[cls.first_shared :]))
+        weights = to_float64(problem.matrices).reshape(*shape[:2], -1, prod(shape[cls.first_shared :]))
         if inverted or problem.covariance is None:
             return list(zip(weights, problem.metrics, strict=True))
         C = problem.shrunk_covariance

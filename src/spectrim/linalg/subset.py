@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from spectrim.linalg.problem import Decomposition, Factors, Problem, Ranks
-from spectrim.linalg.spectra import FloatArray
+from spectrim.linalg.spectra import FloatArray, to_float64
 
 _ROUNDS, _CANDIDATES = 32, 4
 
@@ -47,7 +47,7 @@ class SubsetDecomposition(Decomposition):
     @classmethod
     def of(cls, problem: Problem, *, near: Factors = ()) -> Self:
         """Select, as in the plain metric by the columns' norms; or take the inputs that the factors `near` read."""
-        (W,), C = problem.matrices, problem.full_metric
+        (W,), C = to_float64(problem.matrices), problem.full_metric
         step, n = _step(W.shape[1]), W.shape[1]
         if near:
             is_read = near[1][0].any(dim=0).to(torch.int8)
@@ -88,7 +88,7 @@ class SubsetDecomposition(Decomposition):
 
     def factors(self, ranks: Ranks) -> Factors:
         """Which inputs are read, as rows that are 1 there, (1, rank, in), twice, and their weight, (1, out, rank)."""
-        (W,), C = self.problem.matrices, self.problem.full_metric
+        (W,), C = to_float64(self.problem.matrices), self.problem.full_metric
         inputs = self.order[: ranks[0]].sort().values.to(C.device)
         selection = torch.zeros(len(inputs), C.shape[0], dtype=C.dtype, device=C.device)
         selection[torch.arange(len(inputs)), inputs] = 1.0
