@@ -283,7 +283,10 @@ def test_classes_that_do_not_fit_are_refused(run: Run, tmp_path: Path) -> None:
     command = ("finetune", *DIGITS, "--option", "outputs=7", "--weights", "seven.safetensors")
     result = run(*command, "--out", "tuned")
     assert result.code == 1
-    assert "the labels cannot be learnt: digits has 10 classes (labels 0 to 9), and for one image the network gives" in result.err
+    assert (
+        "the labels cannot be learnt: digits has 10 classes (labels 0 to 9), and for one image the network gives"
+        in result.err
+    )
 
 
 def test_the_measurement_is_json(run: Run, tmp_path: Path) -> None:

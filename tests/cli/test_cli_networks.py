@@ -308,7 +308,10 @@ def test_there_is_an_accuracy_only_for_outputs_that_fit_the_classes(run: Run) ->
     seven = (*MLP, "--option", "outputs=7", "--data", "digits", "--rank", 4)
     result = run("compress", *seven, "--out", "small")
     assert result.code == 0, result.err
-    assert "not measured: digits has 10 classes (labels 0 to 9), and for one image the network gives outputs [1, 7]" in result.out
+    assert (
+        "not measured: digits has 10 classes (labels 0 to 9), and for one image the network gives outputs [1, 7]"
+        in result.out
+    )
     assert run("compress", *seven, "--test", "--out", "small").code == 2
     pair = run("compress", "--model", "networks_of_mine:pair", "--data", "digits", "--rank", 2, "--out", "pair")
     assert pair.code == 0, pair.err

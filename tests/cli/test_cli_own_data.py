@@ -185,7 +185,10 @@ def test_other_numbers_of_classes_and_outputs_are_said_before_any_work(run: Run)
     images, labels = digits("train")
     np.savez("eleven.npz", x=images[:, 0].numpy(), y=labels.numpy() + 1)
     result = run("analyze", *TRAINED, "--data", "eleven.npz", "--images", 16, *SCALE)
-    assert "note: there will be no accuracy, since eleven.npz has 11 classes (labels 0 to 10), and for one image" in result.err
+    assert (
+        "note: there will be no accuracy, since eleven.npz has 11 classes (labels 0 to 10), and for one image"
+        in result.err
+    )
     assert result.err.index("note:") < result.err.index("calibrate")
 
 

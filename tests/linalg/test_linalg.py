@@ -1,6 +1,7 @@
 """Spectra, bases and factors of every form, tested on prescribed facts."""
 
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -215,25 +216,27 @@ def test_the_plain_metric_gives_what_the_identity_as_metric_gives(form: str, sha
             assert without == pytest.approx(tail, abs=1e-9 * plain.total)
 
 
+def in_float32(problem: Problem) -> Problem:
+    """With its statistics in float32, as those of wide layers are."""
+    return replace(problem, covariance=None if problem.covariance is None else problem.covariance.float())
+
+
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("form", ITERATED)
-def test_steps_in_float32_as_wide_layers_take_them_are_as_good(
-    form: str, metric: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_steps_in_float32_as_wide_layers_take_them_are_as_good(form: str, metric: str) -> None:
     problem = random_problem((7, 5, 3, 3), metric, groups=2)
     solved = form_named(form).decompose(problem)
     exact = {ranks: lost(problem, form, fitted(solved, ranks, sweeps=4)) for ranks, _ in every_rank(solved)}
-    monkeypatch.setattr(linalg.shared, "WIDE", 0)
+    solved = form_named(form).decompose(in_float32(problem))
     for ranks, tail in every_rank(solved):
         now = lost(problem, form, fitted(solved, ranks, sweeps=4))
-        assert now <= min(tail, 1.001 * exact[ranks]) + 1e-9 * problem.total
+        assert now <= min(1.001 * tail, 1.001 * exact[ranks]) + 1e-9 * problem.total
 
 
-@pytest.mark.parametrize("scale", [2.0**-170, 2.0**140])
+@pytest.mark.parametrize("scale", [2.0**-100, 2.0**100])
 @pytest.mark.parametrize("form", ITERATED)
-def test_steps_in_float32_hold_any_scale(form: str, scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linalg.shared, "WIDE", 0)
-    problem = random_problem((7, 5, 3, 3), "activation")
+def test_steps_in_float32_hold_any_scale(form: str, scale: float) -> None:
+    problem = in_float32(random_problem((7, 5, 3, 3), "activation"))
     ranks = every_rank(form_named(form).decompose(problem))[1][0]
     scaled = Problem(problem.weight, problem.covariance * scale)
     own, other = (fitted(form_named(form).decompose(each), ranks, sweeps=1) for each in (problem, scaled))
@@ -241,13 +244,12 @@ def test_steps_in_float32_hold_any_scale(form: str, scale: float, monkeypatch: p
 
 
 @pytest.mark.parametrize("form", ITERATED)
-def test_wide_factors_are_not_large_where_no_input_was_seen(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wide_factors_are_not_large_where_no_input_was_seen(form: str) -> None:
     rows, weight = numbers(20, 54, seed=1), numbers(1, 8, 6, 3, 3, seed=2)
     problem, ranks = Problem(weight, (rows.T @ rows / 20)[None]), (6,) if form == "spatial" else (4, 4)
     away = []
-    for wide in (1024, 0):
-        monkeypatch.setattr(linalg.shared, "WIDE", wide)
-        factors = fitted(form_named(form).decompose(problem), ranks, sweeps=1)
+    for each in (problem, in_float32(problem)):
+        factors = fitted(form_named(form).decompose(each), ranks, sweeps=1)
         away.append(float((assembled(form, factors) - weight).norm() / weight.norm()))
     assert away[1] < 1.1 * away[0]
 
@@ -335,11 +337,8 @@ def test_singular_covariances_give_finite_factors_that_are_exact_at_full_rank(fo
 
 @pytest.mark.parametrize("covariance", SINGULAR.values(), ids=SINGULAR.keys())
 @pytest.mark.parametrize("form", ITERATED)
-def test_steps_in_float32_survive_singular_covariances(
-    form: str, covariance: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(linalg.shared, "WIDE", 0)
-    problem = Problem(numbers(1, 5, 4, 3, 3), covariance(36).double(), rounding_tolerance=1e-7)
+def test_steps_in_float32_survive_singular_covariances(form: str, covariance: Any) -> None:
+    problem = Problem(numbers(1, 5, 4, 3, 3), covariance(36).float(), rounding_tolerance=1e-7)
     solved = form_named(form).decompose(problem)
     for ranks, tail in every_rank(solved):
         now = lost(problem, form, fitted(solved, ranks, sweeps=4))

@@ -6,7 +6,6 @@ Tucker-2. The metric A (P Q, P Q) is the covariance of the inputs; None is the i
 form. Everything is for one group, in float64.
 """
 
-import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from spectrim.linalg.spectra import to_float64
 _SWEEPS = 4
 _SLOW, _UNSEEN = 1e-2, 1e-7
 WIDE = 1024
-"""Inputs of a kernel above which the iterations are fewer, and partly in float32."""
+"""Inputs of a kernel above which the iterations are fewer."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,12 +149,6 @@ def projected(V: Tensor, A: Tensor, Q: int) -> tuple[Tensor, Tensor]:
     return TA, (TAT + TAT.T) / 2
 
 
-def _in_float32(A: Tensor) -> tuple[Tensor, float]:
-    """A metric divided by a power of two, so that its range suffices, and this power."""
-    power = 2.0 ** math.frexp(float(A.diagonal().mean()))[1]
-    return (A if power == 1 else A / power).float(), power
-
-
 def _applied(V: Tensor, M: Tensor) -> Tensor:
     """V M_q for every place q, (out, r, Q): one large product, where a batched one is ten times slower."""
     return torch.einsum("rp,opq->orq", V, M)
@@ -176,19 +169,17 @@ def least_squares(M: Tensor, A: Tensor | None, V: Tensor) -> tuple[Tensor, Tenso
     return H, H @ TAT
 
 
-def explained_by(M: Tensor, A: Tensor | None, V: Tensor) -> Tensor:
+def explained_by(M: Tensor, A: Tensor | None, V: Tensor, *, rounding: float) -> Tensor:
     """Rows (r Q, out) whose squares add up to the energy that the first rows of T explain, for every number at once.
 
-    Of a wide metric, products with it are in float32; where it has no inverse, the result is a bound.
+    Directions in which the inputs vary by less than `rounding` of what is usual explain next to nothing.
     """
     if A is None:
         return _applied(V, M).permute(1, 2, 0).reshape(-1, len(M))
-    metric, power = _in_float32(A) if len(A) > WIDE else (A, 1.0)
-    TA, TAT = projected(V.to(metric.dtype), metric, M.shape[2])
-    TAM = times_rounded(M.flatten(1), TA.T).T.mul_(power)
-    rounding = 10 * torch.finfo(metric.dtype).eps
-    ((factor,),) = floored(TAT.to(V.dtype).mul_(power).unsqueeze(0), share=rounding)[1:]
-    return cast(Tensor, torch.linalg.solve_triangular(factor, TAM, upper=False))
+    TA, TAT = projected(V.to(A.dtype), A, M.shape[2])
+    share = max(rounding, 10 * torch.finfo(A.dtype).eps)
+    ((factor,),) = floored(TAT.to(V.dtype).unsqueeze(0), share=share)[1:]
+    return cast(Tensor, torch.linalg.solve_triangular(factor, times_rounded(M.flatten(1), TA.T).T, upper=False))
 
 
 def energy(M: Tensor, A: Tensor | None) -> Tensor:
@@ -202,13 +193,12 @@ def energy(M: Tensor, A: Tensor | None) -> Tensor:
 def better_projection(M: Tensor, A: Tensor, H: Tensor, V: Tensor, *, steps: int = 5) -> Tensor:
     """A V with a smaller error for a given H: conjugate gradients on the normal equations, from the V at hand.
 
-    Of wide layers in float32, twice as fast: a direction need not be exact, since the H that follows is.
+    In the type of the metric: a direction need not be exact, since the H that follows is.
     """
     out, P, Q = M.shape
     r, kind = len(V), V.dtype
     rest = (M - _applied(V.T, H.reshape(out, r, Q))).reshape(out, -1)
-    if P * Q > WIDE:
-        (A, _), (rest, H, V) = _in_float32(A), (matrix.float() for matrix in (rest, H, V))
+    rest, H, V = (matrix.to(A.dtype) for matrix in (rest, H, V))
     K = matmul(H.T, H).reshape(r, Q, r, Q).permute(0, 3, 1, 2).reshape(r, -1)
     weighed, places = matmul(rest, A).reshape(out, P, Q), H.reshape(out, r, Q).transpose(0, 1).reshape(r, -1)
     residual = matmul(places, weighed.transpose(1, 2).reshape(-1, P))

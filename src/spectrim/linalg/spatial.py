@@ -51,7 +51,7 @@ class SpatialDecomposition(SharedProjection):
         lost = np.zeros(len(ranks))
         needed = full if len(ranks) == full else len(ranks) - 1
         for (M, A), V in zip(self.groups(self.problem), self.basis, strict=True):
-            explained = explained_by(M, A, V[:needed]).square().sum(dim=1)
+            explained = explained_by(M, A, V[:needed], rounding=self.problem.rounding_tolerance).square().sum(dim=1)
             explained_energy = explained.reshape(-1, shape[-1]).sum(dim=1).cumsum(dim=0)
             lost[:needed] += (energy(M, A) - explained_energy).clamp(min=0).cpu().numpy()
         return lost

@@ -48,7 +48,7 @@ class Tucker2Decomposition(SharedProjection):
         lost = np.zeros((len(into), len(out)))
         for (M, A), V in zip(self.groups(self.problem), self.basis, strict=True):
             places = M.shape[2]
-            explained = explained_by(M, A, V)
+            explained = explained_by(M, A, V, rounding=self.problem.rounding_tolerance)
             total, gram, done = energy(M, A), torch.zeros(len(M), len(M), dtype=M.dtype, device=M.device), 0
             for row, rank in enumerate(into):
                 new = explained[done * places : int(rank) * places]
