@@ -24,7 +24,7 @@ from spectrim.linalg.covariance import (
     typical_variance,
     variances_of,
 )
-from spectrim.linalg.products import matmul, times_rounded
+from spectrim.linalg.products import matmul
 from spectrim.linalg.spectra import FloatArray, to_float64
 
 Ranks = tuple[int, ...]
@@ -249,7 +249,7 @@ class Problem:
 
     def weighted(self, rows: Tensor) -> Tensor:
         """G^1/2 times (groups, out, ..), in their type, float32 or float64."""
-        return times_rounded(self._root, rows.flatten(2)).to(rows.dtype).reshape(rows.shape)
+        return matmul(self._root.to(rows.dtype), rows.flatten(2)).reshape(rows.shape)
 
     def unweighted(self, last: Tensor) -> Tensor:
         """G^-1/2 times the last factor (groups, out, ..), back from the metric of `matrices`."""
