@@ -318,13 +318,7 @@ def _kl(outputs: Tensor, goal: Tensor) -> Tensor:
 
 
 def _settings(
-    *,
-    epochs: int,
-    minutes: float | None,
-    lr: float | None,
-    batch: int,
-    seed: int,
-    loss: str | None,
+    *, epochs: int, minutes: float | None, lr: float | None, batch: int, seed: int, loss: str | None
 ) -> Settings:
     """Those of the run; everything is checked. Raises `TrainingError` for what is not allowed."""
     if loss not in ("kl", "mse", None):
