@@ -50,10 +50,11 @@ class Feeder:
         """As the layer is."""
         bias = layer._parameters.get("bias")
         fit = RidgeFit.of(layer, {name: received}, biased=bias is not None)
-        middle = (fit.dense[0] @ fit.means[name].mT).squeeze(1)
+        dense = to_float64(fit.dense[0])
+        middle = (dense @ fit.means[name].mT).squeeze(1)
         if bias is not None:
             middle = middle + to_float64(bias).to(middle.device)
-        W = torch.cat([fit.dense[0], middle.unsqueeze(1)], dim=1)
+        W = torch.cat([dense, middle.unsqueeze(1)], dim=1)
         return cls(name, received.rows, fit, bias is not None, W, W)
 
     def inputs(self, batch: int, places: slice) -> Tensor:

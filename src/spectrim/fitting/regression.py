@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from spectrim.analysis.moments import Moments, RunningCovariance, pooled
 from spectrim.analysis.sampling import Samples
 from spectrim.layers.types import layer_type_of
-from spectrim.linalg import Covariance, LowRankCovariance, to_float64
+from spectrim.linalg import Covariance, to_float64
 from spectrim.linalg.covariance import add_outer, times
-from spectrim.linalg.problem import ridged
+from spectrim.linalg.problem import ridged, working_type
 from spectrim.linalg.products import matmul, times_rounded
 
 _RIDGE, _RIDGE_OF_TOKENS, _MOST_RIDGE = 1e-2, 1e-1, 1e4
+_BLOCK = 1024
+"""Outputs at a time, as arrays in float64 of all outputs of wide layers may be too large."""
 
 Rows = dict[str, list[Tensor]]
 """By call site and batch: (groups, n, ..)."""
@@ -65,7 +67,7 @@ class RidgeFit:
     """Ridge regression from what a weight's call sites receive to what they should give, drawn towards the weight.
 
     Attributes:
-        dense: The weight W, (groups, out, n), float64.
+        dense: The weight W, (groups, out, n), float64, of a wide one its own type.
         inputs: The rows that the call sites receive.
         means: Their means by call site, (groups, n).
         covariance: Around each call site's own mean, since each has a bias of its own, (groups, n, n).
@@ -88,7 +90,8 @@ class RidgeFit:
         inputs = {site: own.rows for site, own in received.items()}
         moments = {site: own.moments for site, own in received.items()}
         device = next(rows.device for own in inputs.values() for rows in own)
-        W = to_float64(layer_type_of(layer).kernels(layer)).flatten(2).to(device)
+        kernels = layer_type_of(layer).kernels(layer).detach()
+        W = kernels.to(device, working_type(kernels.shape, kernels.dtype)).flatten(2)
         together = pooled(list(moments.values()), name=next(iter(inputs)), width=W.shape[2])
         C = together.covariance.to(W.device)
         means = {site: seen.mean.to(W.device) for site, seen in moments.items()}
@@ -114,30 +117,36 @@ class RidgeFit:
                 pairs = [[torch.cat(part, dim=1)] for part in pairs]
             for x, y in zip(*pairs, strict=True):
                 kind = torch.promote_types(y.dtype, torch.float32)  # sums of products overflow in half precision
-                cross += to_float64(matmul((y.to(kind) - mean.to(kind)).mT, x.to(kind) - middle.to(kind))) / total
+                cross += matmul((y.to(kind) - mean.to(kind)).mT, x.to(kind) - middle.to(kind)).to(cross.dtype) / total
         return cross
 
     def weight(self, cross: Tensor) -> Tensor:
         """(cov(y, x) + r W)(cov(x) + r I)^-1, written as a correction of W."""
-        return self.dense + self.solve(cross - times(self.dense, self.covariance))
+        blocks = zip(self.dense.split(_BLOCK, dim=1), cross.split(_BLOCK, dim=1), strict=True)
+        new = [
+            W + self.solve(to_float64(part) - times(to_float64(W), self.covariance)).to(W.dtype) for W, part in blocks
+        ]
+        return torch.cat(new, dim=1)
 
     def excess(self, whole: Tensor, other: Tensor, *, cross: Tensor, G: Tensor | None) -> float:
         """By how much the mean of (y - Q x)^T G (y - Q x) is larger for Q = `whole` than for Q = `other`.
 
         Both with the bias that makes the mean exact. C is symmetric, so that one product with it is enough.
         """
-        away = whole - other
-        part = times(whole + other, self.covariance) - 2 * cross
-        if G is None:
-            return float((part * away).sum())
-        kind = self.covariance.rows.dtype if isinstance(self.covariance, LowRankCovariance) else away.dtype
-        return float((times_rounded(part, away.mT.to(kind)) * G.to(part)).sum())
+        away, excess = whole - other, 0.0
+        for start in range(0, whole.shape[1], _BLOCK):
+            block = slice(start, start + _BLOCK)
+            part = times(to_float64(whole[:, block]) + other[:, block], self.covariance) - 2 * cross[:, block]
+            own = away if G is None else G.to(part)
+            excess += float(((part if G is None else times_rounded(part, away.mT)) * own[:, block]).sum())
+        return excess
 
     def bias(self, site: str, whole: Tensor, targets: Sequence[Tensor]) -> Tensor:
         """(out,): what makes the mean output exact for the weight `whole`, (groups, out, n); zero without a bias."""
         if not self.biased:
             return torch.zeros_like(whole[..., 0]).flatten()
-        return (_mean(targets) - (whole.to(self.dense.device) @ self.means[site].unsqueeze(-1)).squeeze(-1)).flatten()
+        mean = self.means[site].unsqueeze(-1).to(whole.dtype)
+        return (_mean(targets) - (whole.to(self.dense.device) @ mean).squeeze(-1)).flatten()
 
 
 def _number(samples: Samples) -> int:

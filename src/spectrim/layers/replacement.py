@@ -19,7 +19,8 @@ from spectrim.layers.forms.linear import tied_output
 from spectrim.layers.heads import AroundHeads, HeadOutput, HeadValues
 from spectrim.layers.types import layer_type_of
 from spectrim.layers.unfusing import fused
-from spectrim.linalg import Factors, Ranks, balanced, is_wide, to_float64
+from spectrim.linalg import Factors, Ranks, balanced, to_float64
+from spectrim.linalg.problem import working_type
 from spectrim.linalg.products import times_rounded
 
 NARROWED_FROM = "narrowed_from"
@@ -235,15 +236,13 @@ def compressed_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def product(layer: nn.Module, *, form: str, factors: Factors) -> Tensor:
-    """The matrices (groups, out, n), float64, that factors for `layer` stand for; of wide ones rounded as they are."""
+    """The matrices (groups, out, n) that factors for `layer` stand for, float64, of wide ones in their own type."""
     if find_form(form).is_joint:
         _, reading, weight = factors
         return weight @ reading
     blank = form_named(form).build(layer, layer_type=layer_type_of(layer), ranks=_ranks(factors), bias=False)
-    if is_wide(geometry_of(layer).shape):
-        wide = torch.promote_types(layer.get_parameter("weight").dtype, torch.float32)
-        factors = tuple(part.to(wide) for part in factors)
-    return to_float64(blank.kernels(blank.stored(factors)).flatten(2))
+    kind = working_type(geometry_of(layer).shape, layer.get_parameter("weight").dtype)
+    return blank.kernels(blank.stored(tuple(part.to(kind) for part in factors))).flatten(2)
 
 
 def _ranks(factors: Factors) -> Ranks:

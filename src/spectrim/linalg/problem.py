@@ -45,6 +45,11 @@ def is_wide(shape: Sequence[int]) -> bool:
     return prod(shape[1:]) > _WIDE
 
 
+def working_type(shape: Sequence[int], dtype: torch.dtype) -> torch.dtype:
+    """Float64, but of a wide weight its own type, at least float32."""
+    return torch.promote_types(dtype, torch.float32) if is_wide(shape) else torch.float64
+
+
 class Decomposition(ABC):
     """What factors of any rank are made from, and what each rank loses.
 
@@ -161,9 +166,7 @@ class Problem:
         return flat if self.output is None else self.weighted(flat)
 
     def _in_type(self, matrices: Tensor) -> Tensor:
-        """In float64, or in the type of a wide weight, at least float32."""
-        wide = torch.promote_types(self.weight.dtype, torch.float32)
-        return matrices.to(wide) if self.is_wide else to_float64(matrices)
+        return matrices.detach().to(self.device, working_type(self.weight.shape, self.weight.dtype))
 
     @property
     def shrunk_covariance(self) -> Covariance:
