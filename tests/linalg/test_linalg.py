@@ -12,6 +12,7 @@ from torch import Tensor
 from spectrim import linalg
 from spectrim.layers.forms import form_named
 from spectrim.linalg import ChannelDecomposition, Decomposition, Factors, Problem, Spectrum, balanced
+from spectrim.linalg.shared import better_projection, least_squares
 
 
 def plain_decomposition(weight: Tensor) -> ChannelDecomposition:
@@ -241,6 +242,15 @@ def test_steps_in_float32_hold_any_scale(form: str, scale: float) -> None:
     scaled = Problem(problem.weight, problem.covariance * scale)
     own, other = (fitted(form_named(form).decompose(each), ranks, sweeps=1) for each in (problem, scaled))
     assert lost(problem, form, other) == pytest.approx(lost(problem, form, own), rel=1e-5)
+
+
+@pytest.mark.parametrize("scale", [2.0**-131, 2.0**-100, 2.0**100])
+def test_a_better_projection_is_the_same_for_any_multiple_of_the_metric(scale: float) -> None:
+    M, rows = numbers(7, 5, 9, seed=1), numbers(90, 45, seed=2)
+    A, V = (rows.T @ rows / 90).float(), torch.eye(5, dtype=torch.float64)[:3]
+    H = least_squares(M, A.double(), V)[0]
+    best = better_projection(M, A, H, V)
+    torch.testing.assert_close(better_projection(M, A * scale, H, V), best, rtol=0, atol=1e-2 * float(best.abs().max()))
 
 
 @pytest.mark.parametrize("form", ITERATED)

@@ -9,7 +9,7 @@ import spectrim as st
 from spectrim.analysis import moments
 from spectrim.linalg import ChannelDecomposition, LowRankCovariance, Problem, problem
 from spectrim.linalg.covariance import add_outer, inner, mean_variance, solver, times
-from spectrim.linalg.products import gram
+from spectrim.linalg.products import gram, times_rounded
 from spectrim.linalg.subspace import leading_vectors
 
 SHAPES = {"wide": (1, 100, 160), "tall": (1, 160, 100), "square": (1, 120, 120), "kernel": (2, 90, 20, 3, 3)}
@@ -151,3 +151,11 @@ def test_a_network_comes_out_as_without_the_shortcuts(
         assert second.predicted_error == pytest.approx(first.predicted_error, rel=1e-4, abs=1e-7)
     with torch.no_grad():
         torch.testing.assert_close(short.model(x), usual.model(x), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("size", [1e-42, 1e-38, 1e-20, 1.0, 1e20, 1e35])
+@pytest.mark.parametrize("other", [1e-60, 1e-10, 1.0, 1e30])
+def test_products_rounded_to_float32_keep_to_its_range(size: float, other: float) -> None:
+    M, C = other * numbers(1, 5, 40), (size * numbers(1, 40, 30)).float()
+    exact = M @ C.double()
+    torch.testing.assert_close(times_rounded(M, C) / exact.norm(), exact / exact.norm(), rtol=0, atol=1e-6)

@@ -9,6 +9,9 @@ from torch.nn import functional
 _BLOCKS, _BLOCK = 8, 256
 """Blocks that the products of wide vectors are divided into, at most, and how wide each is at least."""
 
+_MOST = 100
+"""The power of two that a matrix in float32 is scaled by, at most."""
+
 _HAS_BOTH = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
 
 
@@ -39,7 +42,8 @@ def times_rounded(M: Tensor, C: Tensor) -> Tensor:
     if C.dtype != torch.float32 or not C.numel() or not M.numel():
         return M @ C.to(M.dtype)
     top, other = (float(torch.stack(torch.aminmax(part)).abs().max()) for part in (M, C))
-    power = 2.0 ** math.frexp(top * other)[1] if 0 < top * other < math.inf else 1.0
+    # by no more than lets M keep its digits, and its range, beside entries of C that are hardly numbers
+    power = 2.0 ** (max(-900, min(math.frexp(top)[1], 900)) + max(-_MOST, min(math.frexp(other)[1], _MOST)))
     is_safe = 1e-20 < top < 1e20
     rounded = M.to(C.dtype, copy=True).div_(power) if is_safe else (M / power).to(C.dtype)
     return matmul(rounded, C).to(M.dtype).mul_(power)

@@ -197,6 +197,8 @@ def better_projection(M: Tensor, A: Tensor, H: Tensor, V: Tensor, *, steps: int 
     """
     out, P, Q = M.shape
     r, kind = len(V), V.dtype
+    # V is the same for any multiple of A, of which some leave the range of float32 in the products below
+    A = torch.ldexp(A, -torch.frexp(A.diagonal().mean()).exponent)
     rest = (M - _applied(V.T, H.reshape(out, r, Q))).reshape(out, -1)
     rest, H, V = (matrix.to(A.dtype) for matrix in (rest, H, V))
     K = matmul(H.T, H).reshape(r, Q, r, Q).permute(0, 3, 1, 2).reshape(r, -1)
