@@ -46,3 +46,11 @@ def test_what_is_not_finite_stays_so() -> None:
     M = numbers(7, 40)
     M[0, 0] = float("nan")
     assert times_rounded(M, numbers(40, 40).float())[0].isnan().all()
+
+
+def test_autocast_around_everything_rounds_nothing() -> None:
+    A, B = numbers(300, 400), numbers(400, 300)
+    expected = [matmul(A.float(), B.float()), gram(A.float()), times_rounded(A, B.float())]
+    with torch.autocast("cpu", torch.bfloat16):
+        now = [matmul(A.float(), B.float()), gram(A.float()), times_rounded(A, B.float())]
+    assert all(torch.equal(*pair) for pair in zip(now, expected, strict=True))

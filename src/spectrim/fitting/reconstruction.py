@@ -33,6 +33,8 @@ from spectrim.layers.types import layer_type_of
 from spectrim.layers.types.base import SampledPlaces
 
 _PLACES = 64
+_LARGE = 2**20
+"""Parameters of layers whose fits take so much memory that what is free is given back first."""
 
 
 class _PassEnded(BaseException):
@@ -118,7 +120,8 @@ def _reconstruct(
     end, inputs = 0, dict[str, InputRows]()
     for start, place in enumerate(places):
         name = place.plan.name
-        return_freed()
+        if not start or place.plan.dense.params >= _LARGE:
+            return_freed()
         if on_progress is not None:
             on_progress(name, start, len(places))
         if start == end:

@@ -233,7 +233,8 @@ class Problem:
             return sum(float(torch.linalg.vector_norm(M, dtype=torch.float64).square()) for M in roots)
         if self.covariance is None:
             return float(self.matrices.square().sum())
-        return max(0.0, float((times(self.matrices, self.shrunk_covariance) * self.matrices).sum()))
+        W = to_float64(self.matrices)
+        return max(0.0, float((times(W, self.shrunk_covariance) * W).sum()))
 
     def seen_error(self, product: Tensor | int) -> float:
         """The energy that a product (groups, out, n), or 0, loses on the very inputs that C was taken from."""

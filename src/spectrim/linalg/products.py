@@ -21,6 +21,9 @@ def matmul(A: Tensor, B: Tensor) -> Tensor:
     Large ones of float32 are multiplied on a CPU as a convolution of one place, which PyTorch gives to oneDNN: on AMD
     it is twice as fast as MKL, to which it gives products of matrices.
     """
+    if torch.is_autocast_enabled(A.device.type):
+        with torch.autocast(A.device.type, enabled=False):
+            return matmul(A, B)
     (n, k), m = A.shape[-2:], B.shape[-1]
     if len(A) == len(B) == 1 and A.ndim == B.ndim == 3:
         return matmul(A[0], B[0]).unsqueeze(0)
@@ -53,7 +56,7 @@ def gram(rows: Tensor) -> Tensor:
     """X^T X of rows (.., n, width); of wide ones only the blocks on and above the diagonal are multiplied."""
     width = rows.shape[-1]
     if width < 4 * _BLOCK:
-        return rows.mT @ rows
+        return matmul(rows.mT, rows)
     if rows.ndim > 2:
         return gram(rows[0]).unsqueeze(0) if len(rows) == 1 else torch.stack([gram(own) for own in rows])
     columns = rows.T.contiguous()
