@@ -120,7 +120,7 @@ def _reconstruct(
     end, inputs = 0, dict[str, InputRows]()
     for start, place in enumerate(places):
         name = place.plan.name
-        if not start or place.plan.dense.params >= _LARGE:
+        if place.plan.dense.params >= _LARGE:
             return_freed()
         if on_progress is not None:
             on_progress(name, start, len(places))

@@ -17,7 +17,6 @@ from spectrim.core.batches import ReservedBatches, batches_of, collected, withou
 from spectrim.core.errors import DataError, PlanError
 from spectrim.core.execution import Inputs, ProgressCallback, as_inputs, require_repeatable
 from spectrim.core.layout import ImageLayout
-from spectrim.core.memory import return_freed
 from spectrim.core.plans import Budget, Metric, Plan, Rule
 from spectrim.layers.selection import LayerSelection
 from spectrim.layers.unfusing import unfused, unfused_as
@@ -215,7 +214,6 @@ class _Stages:
             samples.add(batch)
 
     def _begin(self, stage: str) -> None:
-        return_freed()
         if self.on_progress is not None:
             self.on_progress(stage, 0, 1)
 
