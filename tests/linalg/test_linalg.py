@@ -12,6 +12,7 @@ from torch import Tensor
 from spectrim import linalg
 from spectrim.layers.forms import form_named
 from spectrim.linalg import ChannelDecomposition, Decomposition, Factors, Problem, Spectrum, balanced
+from spectrim.linalg.problem import floored
 from spectrim.linalg.shared import better_projection, least_squares
 
 
@@ -472,3 +473,9 @@ def test_the_values_alone_are_those_of_the_decomposition(shape: tuple[int, int],
     np.testing.assert_allclose(alone.spectrum.values, whole.spectrum.values, rtol=1e-6)
     again = ChannelDecomposition.of_values(problem, alone.spectrum)
     assert [again.tail_at((rank,)) for rank in (1, 3)] == pytest.approx([whole.tail_at((rank,)) for rank in (1, 3)])
+
+
+@pytest.mark.parametrize("metric", [-1e30 * torch.eye(3), torch.full((3, 3), float("nan"))], ids=["negative", "nan"])
+def test_a_metric_that_no_floor_helps_has_no_half_finished_factor(metric: Tensor) -> None:
+    with pytest.raises(torch.linalg.LinAlgError):
+        floored(metric.double()[None])

@@ -2,7 +2,10 @@
 
 import pytest
 import torch
+from torch import nn
 
+from spectrim.layers.replacement import product
+from spectrim.linalg import problem
 from spectrim.linalg.products import gram, matmul, times_rounded
 
 SHAPES = [(300, 400, 500), (64, 3000, 300), (700, 65, 1400), (1, 5, 3), (300, 0, 400)]
@@ -54,3 +57,11 @@ def test_autocast_around_everything_rounds_nothing() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         now = [matmul(A.float(), B.float()), gram(A.float()), times_rounded(A, B.float())]
     assert all(torch.equal(*pair) for pair in zip(now, expected, strict=True))
+
+
+def test_autocast_around_everything_leaves_the_product_of_wide_factors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(problem, "_WIDE", 0)
+    factors = (numbers(1, 5, 40), numbers(1, 30, 5))
+    expected = product(nn.Linear(40, 30), form="linear", factors=factors)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(product(nn.Linear(40, 30), form="linear", factors=factors), expected)

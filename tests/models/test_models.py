@@ -732,3 +732,8 @@ def test_factors_without_their_structure_are_known(tmp_path: Path) -> None:
     torch.save(small.state_dict(), tmp_path / "small.pt")
     with pytest.raises(FileError, match="factors of a compressed network without its structure"):
         st.load(tmp_path / "small.pt", nn.Sequential(nn.Linear(32, 32)))
+
+
+def test_a_reference_too_long_for_a_file_is_refused_as_others_are() -> None:
+    with pytest.raises(ModelError, match="does not name a network"):
+        resolve("x" * 5000)

@@ -16,6 +16,7 @@ from spectrim.layers.forms import find_form
 from spectrim.layers.forms.base import JointForm, SingleWeightForm
 from spectrim.layers.replacement import factored_at, narrowed_at, product, refitted_at
 from spectrim.layers.types import layer_type_of
+from spectrim.linalg.covariance import dense_of
 from spectrim.linalg.products import matmul
 
 
@@ -126,7 +127,7 @@ def fitted(
     factors = before  # where the search for those that are fitted begins; the same neurons are left
     form = find_form(plan.form) if is_approximated else None
     by_matrix = isinstance(form, SingleWeightForm) and form.decomposition.by_matrix
-    metric = fit.metric if isinstance(fit.metric, Tensor) or not by_matrix else fit.metric.matrix
+    metric = dense_of(fit.metric) if by_matrix else fit.metric
     for turn in reversed(range(1 + place.successor.relu)):
         cross = fit.cross(targets)
         best = fit.weight(cross)

@@ -146,7 +146,7 @@ class RidgeFit:
         if not self.biased:
             return torch.zeros_like(whole[..., 0]).flatten()
         mean = self.means[site].unsqueeze(-1).to(whole.dtype)
-        return (_mean(targets) - (whole.to(self.dense.device) @ mean).squeeze(-1)).flatten()
+        return (_mean(targets) - matmul(whole.to(self.dense.device), mean).squeeze(-1)).flatten()
 
 
 def _number(samples: Samples) -> int:

@@ -242,7 +242,8 @@ def product(layer: nn.Module, *, form: str, factors: Factors) -> Tensor:
         return weight @ reading
     blank = form_named(form).build(layer, layer_type=layer_type_of(layer), ranks=_ranks(factors), bias=False)
     kind = working_type(geometry_of(layer).shape, layer.get_parameter("weight").dtype)
-    return blank.kernels(blank.stored(tuple(part.to(kind) for part in factors))).flatten(2)
+    with torch.autocast(factors[0].device.type, enabled=False):
+        return blank.kernels(blank.stored(tuple(part.to(kind) for part in factors))).flatten(2)
 
 
 def _ranks(factors: Factors) -> Ranks:

@@ -1,7 +1,7 @@
 """Tensors in, tensors out: spectra, and the best factors of every form in the plain and in a data metric.
 
 Algebra is done in float64 whatever the weights' type, on the weights' device where it has float64. Products with
-statistics in float32, and of wide weights, are in float32.
+statistics in float32, the steps on a shared projection in their metric, and products of wide weights are in float32.
 """
 
 from spectrim.linalg.channel import ChannelDecomposition

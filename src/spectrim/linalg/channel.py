@@ -114,7 +114,7 @@ class ChannelDecomposition(Decomposition):
         if problem.covariance is None:
             bases, values = _left_vectors(to_float64(problem.matrices), wide=problem.is_wide)
             return bases.to(self._basis_type), over_groups(values)
-        each = zip(to_float64(problem.matrices), problem.covariances, strict=True)
+        each = zip(to_float64(problem.matrices), problem.shrunk_covariance, strict=True)
         solved = [
             _metric_basis(weight, C, tolerance=problem.rounding_tolerance, wide=problem.is_wide) for weight, C in each
         ]
@@ -167,7 +167,9 @@ def _values_alone(problem: Problem) -> Spectrum:
     if problem.covariance is None:
         grams = [_small_gram(W, None) for W in to_float64(problem.matrices)]
     else:
-        grams = [_small_gram(W, C) for W, C in zip(to_float64(problem.matrices), problem.covariances, strict=True)]
+        grams = [
+            _small_gram(W, C) for W, C in zip(to_float64(problem.matrices), problem.shrunk_covariance, strict=True)
+        ]
     squares = torch.stack([torch.linalg.eigvalsh((gram + gram.mT) / 2).flip(0).clamp(min=0) for gram in grams])
     if problem.covariance is not None:
         unseen = squares <= problem.rounding_tolerance * squares[:, :1]  # rounding, spread evenly as in the basis

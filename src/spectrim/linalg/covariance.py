@@ -92,7 +92,12 @@ Covariance = Tensor | LowRankCovariance | DiagonalCovariance
 
 def matrix_of(C: Covariance) -> Tensor:
     """As a matrix in float64."""
-    return to_float64(C) if isinstance(C, Tensor) else C.matrix
+    return to_float64(dense_of(C))
+
+
+def dense_of(C: Covariance) -> Tensor:
+    """As a matrix; in float32 where it is held as one in float32."""
+    return C if isinstance(C, Tensor) else C.matrix
 
 
 def variances_of(C: Covariance) -> Tensor:

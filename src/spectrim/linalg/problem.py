@@ -17,6 +17,7 @@ from spectrim.linalg.covariance import (
     Covariance,
     DiagonalCovariance,
     LowRankCovariance,
+    dense_of,
     matrix_of,
     shrunk,
     solver,
@@ -193,11 +194,6 @@ class Problem:
         return list(torch.cat([seen.to(kind), W.to(kind) * C.ridge.sqrt().to(kind).unsqueeze(-2)], dim=2))
 
     @property
-    def covariances(self) -> Sequence[Covariance]:
-        """C with its share exchanged by group; not of the plain metric."""
-        return list(self.shrunk_covariance)
-
-    @property
     def metric(self) -> Tensor:
         """C with its share exchanged, as matrices in float64, (groups, n, n), on `device`."""
         if self.covariance is not None:
@@ -211,9 +207,9 @@ class Problem:
         if self.covariance is None:
             return [None] * len(self.weight)
         if self.is_definite:
-            return list(self.covariance.to(self.device) if isinstance(self.covariance, Tensor) else self.metric)
-        C = self.shrunk_covariance
-        symmetric = to_float64((C + C.mT).div_(2)) if isinstance(C, Tensor) else matrix_of(C)
+            return list(dense_of(self.shrunk_covariance))
+        C = dense_of(self.shrunk_covariance)
+        symmetric = to_float64((C + C.mT).div_(2))
         if "floor" in self._shared:
             return list(lifted(symmetric, self._shared["floor"].to(symmetric.device)))
         self._shared["floor"], _ = floored(symmetric)
@@ -222,8 +218,8 @@ class Problem:
     @property
     def full_metric(self) -> Tensor:
         """That of a single group as a matrix with an inverse, also where it is the identity."""
-        (C,), (metric,) = self.metrics, self.metric
-        return metric if C is None else matrix_of(C)
+        (C,) = self.metrics
+        return self.metric[0] if C is None else to_float64(C)
 
     @cached_property
     def total(self) -> float:
@@ -317,9 +313,9 @@ def floored(metric: Tensor, *, share: float = _FLOOR, least: Tensor | None = Non
         lifted(metric, floor - added)
         added, (root, failures) = floor, torch.linalg.cholesky_ex(metric)
         if not bool(failures.any()):
-            break
+            return added, root
         floor = torch.where(failures > 0, 10 * floor, floor)
-    return added, root
+    return added, torch.linalg.cholesky(metric)  # which says why there is none
 
 
 def balanced(factors: Factors) -> Factors:

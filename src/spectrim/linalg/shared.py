@@ -15,7 +15,7 @@ from typing import ClassVar, Self, cast
 import torch
 from torch import Tensor
 
-from spectrim.linalg.covariance import matrix_of
+from spectrim.linalg.covariance import dense_of
 from spectrim.linalg.problem import Decomposition, Factors, Problem, Ranks, floored
 from spectrim.linalg.products import matmul, times_rounded
 from spectrim.linalg.spectra import to_float64
@@ -82,8 +82,7 @@ class SharedProjection(Decomposition):
         weights = to_float64(problem.matrices).reshape(*shape[:2], -1, prod(shape[cls.first_shared :]))
         if inverted or problem.covariance is None:
             return list(zip(weights, problem.metrics, strict=True))
-        C = problem.shrunk_covariance
-        return list(zip(weights, C if isinstance(C, Tensor) else matrix_of(C), strict=True))
+        return list(zip(weights, dense_of(problem.shrunk_covariance), strict=True))
 
     def fitted(self, ranks: Ranks, *, sweeps: int | None) -> list[Tensor]:
         """V and the other factors, each (groups, ..), after at most so many sweeps of alternating least squares.

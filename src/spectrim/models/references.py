@@ -236,8 +236,9 @@ def _malformed(reference: str) -> str:
     module, _, name = reference.partition(":")
     dotted = module.removesuffix(".py").replace("\\", "/").replace("/", ".").strip(".")
     example = f"; write {dotted}:{name}" if module != dotted and dotted and name else ""
-    if reference and Path(reference).exists():
-        example = "; its weights go to --weights (or --against-weights), or write hf: before a folder of Hugging Face"
+    with contextlib.suppress(OSError):  # of what is longer than names of files are
+        if reference and Path(reference).exists():
+            example = "; its weights go to --weights (--against-weights), or write hf: before a folder of Hugging Face"
     return f"{reference!r} does not name a network{example}. Supported are {_KINDS}"
 
 
