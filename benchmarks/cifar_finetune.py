@@ -45,8 +45,13 @@ def main() -> None:
     parser.add_argument("--precision", choices=("float32", "bf16"), default="float32", help="of the training")
     parser.add_argument("--temperature", type=float, default=4.0)
     parser.add_argument("--free-norms", action="store_true", help="BatchNorm statistics follow the batches")
-    parser.add_argument("--teacher", choices=("resnet20", "resnet32"), help="the dense network by default")
-    parser.add_argument("--teacher-weights", type=Path)
+    parser.add_argument(
+        "--teacher",
+        choices=("resnet20", "resnet32"),
+        nargs="+",
+        help="the dense network by default; of several the mean",
+    )
+    parser.add_argument("--teacher-weights", type=Path, nargs="+", help="a file for each teacher")
     parser.add_argument("--device", default="cpu", help="where it is trained, such as cuda")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--held-out", action="store_true", help="choose on held-out training images instead")
@@ -70,7 +75,7 @@ def main() -> None:
     )
     chosen = "-held-out" if args.held_out else ""
     norms = "-free" if args.free_norms else ""
-    taught = f"{args.teacher or 'dense'}-w{args.label_weight:g}-{args.loss or f't{args.temperature:g}'}"
+    taught = f"{'+'.join(args.teacher or ['dense'])}-w{args.label_weight:g}-{args.loss or f't{args.temperature:g}'}"
     norms += "-bf16" if args.precision == "bf16" else ""
     setting = (
         f"{args.epochs}x{args.batch}-{args.optimizer}{args.lr:g}-decay{args.weight_decay:g}-{taught}{norms}{chosen}"
@@ -100,11 +105,20 @@ def main() -> None:
     sys.exit(1 if bar and after < bar else 0)
 
 
+class Mean(torch.nn.ModuleList):
+    """The mean of what several networks give."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits (batch, classes)."""
+        return torch.stack([network(x) for network in self]).mean(0)
+
+
 def teacher(args: argparse.Namespace, dense: torch.nn.Module) -> torch.nn.Module:
     """The network whose outputs are learnt."""
     if args.teacher is None:
         return dense
-    return resolve(f"spectrim:{args.teacher}", weights=args.teacher_weights).eval()
+    files = zip(args.teacher, args.teacher_weights, strict=True)
+    return Mean(resolve(f"spectrim:{name}", weights=path) for name, path in files).eval()
 
 
 def start(args: argparse.Namespace, dense: torch.nn.Module) -> torch.nn.Module:

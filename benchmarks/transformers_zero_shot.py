@@ -168,15 +168,18 @@ def main() -> None:
     parser.add_argument("--seeds", default=(0, 1, 2), type=lambda text: tuple(map(int, text.split(","))))
     parser.add_argument("--samples", type=int)
     parser.add_argument("--batch", type=int, help="samples at a time")
-    parser.add_argument("--scored", type=int, help="examples to score, at most")
+    parser.add_argument("--scored", help="examples to score, at most, or all")
     parser.add_argument("--device", default="cpu", help="where the networks are run, such as cuda")
     parser.add_argument("--test", action="store_true", help="score test data instead of held-out data")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     study = find_study(arguments.recipe)
     assert isinstance(study, TextStudy)
-    chosen = {name: getattr(arguments, name) for name in ("model", "shares", "samples", "batch", "scored")}
-    study = study.model_copy(update={name: value for name, value in chosen.items() if value is not None})
+    chosen = {name: getattr(arguments, name) for name in ("model", "shares", "samples", "batch")}
+    update: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}
+    if arguments.scored:
+        update["scored"] = None if arguments.scored == "all" else int(arguments.scored)
+    study = study.model_copy(update=update)
     by_network: dict[tuple[str, float], list[tuple[float, float, float]]] = {}
     for method, share, *numbers in rows(arguments, study):
         by_network.setdefault((method, share), []).append((numbers[0], numbers[1], numbers[2]))

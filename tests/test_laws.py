@@ -263,13 +263,29 @@ SINGLE = [
 def test_reconstruction_never_raises_the_calibration_error_of_a_layer(
     build: Any, shape: tuple[int, ...], form: str, share: float
 ) -> None:
-    """Behind a layer that has lost most of its input, against the planned factors with the best bias for them."""
+    planned, fitted = errors_behind_a_lossy_layer(build(), shape, form, share)
+    assert fitted <= planned * (1 + 1e-9) + 1e-20
+
+
+@pytest.mark.parametrize("form", ["spatial", "tucker2"])
+@pytest.mark.parametrize("samples", [12, 80])
+def test_reconstruction_hardly_raises_that_of_a_wide_kernel(form: str, samples: int) -> None:
+    """Whose statistics are in float32, so that it is held against factors in the metric of the fit."""
+    torch.manual_seed(0)
+    planned, fitted = errors_behind_a_lossy_layer(nn.Conv2d(240, 12, 3, padding=1), (samples, 240, 6, 6), form, 0.4)
+    assert fitted <= 1.001 * planned
+
+
+def errors_behind_a_lossy_layer(
+    layer: nn.Module, shape: tuple[int, ...], form: str, share: float
+) -> tuple[float, float]:
+    """Of a layer behind one that has lost most of its input: with the planned factors and the best bias, and fitted."""
     torch.manual_seed(0)
     channels = shape[1]
     before: nn.Module = nn.Linear(channels, channels) if len(shape) == 2 else nn.Conv2d(channels, channels, 1)
     if len(shape) == 3:
         before = nn.Conv1d(channels, channels, 1)
-    model, x = nn.Sequential(before, nn.ReLU(), build(), nn.Identity()).double(), inputs(*shape)
+    model, x = nn.Sequential(before, nn.ReLU(), layer, nn.Identity()).double(), inputs(*shape)
     analysis = st.analyze(model, x, calibration=st.calibrate(model, x.split(7)))
     harsh = st.plan(analysis, st.Ratio(0.2), metric="activation", forms=(form,), allow_growth=True)
     asked = st.plan(analysis, st.Ratio(share), metric="activation", forms=(form,), allow_growth=True)
@@ -284,5 +300,5 @@ def test_reconstruction_never_raises_the_calibration_error_of_a_layer(
     lost = [expected - answer(network[2], received) for network in (planned, fitted)]
     means = [difference.mean(dim=axes, keepdim=True) for difference in lost]
     assert float(means[1].abs().max()) <= 1e-9 * float(expected.abs().max())
-    errors = [float((difference - mean).square().mean()) for difference, mean in zip(lost, means, strict=True)]
-    assert errors[1] <= errors[0] * (1 + 1e-9) + 1e-20
+    before_fit, after = (float((own - mean).square().mean()) for own, mean in zip(lost, means, strict=True))
+    return before_fit, after

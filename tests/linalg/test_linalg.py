@@ -308,7 +308,7 @@ def test_a_wide_spatial_form_has_the_ranks_that_are_smaller_than_the_weight_and_
 ) -> None:
     problem = random_problem((7, 5, 3, 3), "activation")
     every = dict(every_rank(form_named("spatial").decompose(problem)))
-    monkeypatch.setattr(linalg.spatial, "WIDE", 0)
+    monkeypatch.setattr(linalg.shared, "WIDE", 0)
     few = dict(every_rank(form_named("spatial").decompose(problem)))
     smaller = [(rank,) for rank in range(1, 16) if rank * (5 * 3 + 7 * 3) <= 7 * 5 * 9]
     assert list(few) == [*smaller, (15,)]

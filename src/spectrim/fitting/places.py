@@ -3,19 +3,21 @@
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from spectrim.analysis.spectra import Analysis
+from spectrim.analysis.spectra import Analysis, LayerAnalysis
 from spectrim.core.plans import LayerPlan
 from spectrim.fitting.neurons import Neurons
 from spectrim.fitting.regression import InputRows, RidgeFit, Rows
 from spectrim.fitting.successors import Successor
 from spectrim.layers.forms import find_form
-from spectrim.layers.forms.base import JointForm, SingleWeightForm
+from spectrim.layers.forms.base import JointForm
 from spectrim.layers.replacement import factored_at, narrowed_at, product, refitted_at
 from spectrim.layers.types import layer_type_of
+from spectrim.linalg import Covariance, Factors
 from spectrim.linalg.covariance import dense_of
 from spectrim.linalg.products import matmul
 
@@ -105,36 +107,46 @@ def has_neurons(plan: LayerPlan) -> bool:
     return isinstance(form, JointForm) and not form.by_head
 
 
+def _approximated(
+    weight: Tensor, *, plan: LayerPlan, known: LayerAnalysis, metric: Covariance, near: Factors
+) -> Factors:
+    """Factors of a weight (groups, out, in, *kernel) in the planned form, in this metric of the inputs."""
+    problem = known.problems[plan.metric or "plain"].of_weight(weight, metric)
+    return find_form(plan.form).decompose_unit(problem, known.unit, near=near).factors(plan.ranks)
+
+
 def fitted(
     small: nn.Module, place: Place, seen: Mapping[str, Seen], *, analysis: Analysis, neurons: Neurons | None = None
 ) -> list[dict[str, nn.Module]]:
-    """The replacement for a place, fitted to its rows in its metric, or as planned if that is no worse.
+    """The replacement for a place, fitted to its rows in its metric, or the weight's own factors if these are no worse.
 
     With neurons also one in which the layers before them are fitted as well.
     """
-    layer, plan = small.get_submodule(place.plan.name), place.plan
+    layer, plan, known = small.get_submodule(place.plan.name), place.plan, analysis[place.plan.name]
     # where the analysis decomposes, which may be on another device than the network
-    device = analysis[plan.name].problems["plain"].device
+    device = known.problems["plain"].device
     seen = {site: rows.to(device) for site, rows in seen.items()}
     shape = layer_type_of(layer).geometry(layer).shape
-    G = analysis[plan.name].problems["loss"].output if plan.metric == "loss" else None
+    G = known.problems["loss"].output if plan.metric == "loss" else None
     # a layer that stays dense stays as it is built: without a bias, moments are taken around zero
     is_approximated = plan.is_factored and plan.unit in (None, plan.name)  # others are narrowed with the last one
-    before = analysis.factors(plan) if is_approximated else ()
     biased = is_approximated or layer._parameters.get("bias") is not None
     fit = RidgeFit.of(layer, {site: own.inputs for site, own in seen.items()}, biased=biased)
     targets = place.targets(seen)
+    planned = known.decomposition(plan.form, plan.metric or "plain") if is_approximated else None
+    start = planned.start if planned else ()
+    metric = dense_of(fit.metric) if start else fit.metric
+    approximated = partial(_approximated, plan=plan, known=known, metric=metric)
+    if start and isinstance(metric, Tensor) and metric.dtype == torch.float32:
+        before = approximated(fit.dense.reshape(shape), near=start)  # in less time and memory than the planned ones
+    else:
+        before = planned.factors(plan.ranks) if planned else ()
     factors = before  # where the search for those that are fitted begins; the same neurons are left
-    form = find_form(plan.form) if is_approximated else None
-    by_matrix = isinstance(form, SingleWeightForm) and form.decomposition.by_matrix
-    metric = dense_of(fit.metric) if by_matrix else fit.metric
     for turn in reversed(range(1 + place.successor.relu)):
         cross = fit.cross(targets)
         best = fit.weight(cross)
-        if form is not None:
-            problem = analysis[plan.name].problems[plan.metric or "plain"].of_weight(best.reshape(shape), metric)
-            unit = analysis[plan.name].unit
-            factors = form.decompose_unit(problem, unit, near=factors).factors(plan.ranks)
+        if planned:
+            factors = approximated(best.reshape(shape), near=factors)
             best = product(layer, form=plan.form, factors=factors)
         if turn:
             targets = place.revised(seen, targets, whole=best, fit=fit)

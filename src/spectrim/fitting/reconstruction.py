@@ -60,7 +60,7 @@ def reconstruct(
     Layers that stay dense take W* as it is. Where the graph shows that a layer's output is only added to a residual
     branch, y also makes up for what that branch lacks; where only a ReLU follows, y does not count where the ReLU hides
     it. Where, on these data, the planned factors come nearer to y than the fitted ones, which are drawn towards W, they
-    are kept.
+    are kept; of kernels with more than 2048 inputs, factors of W in the metric of the fit stand for the planned ones.
 
     Time: a run of the compressed network up to each layer, less the blocks whose outputs are kept, and one of the dense
     network; layers that read one tensor share a run. Memory: one layer's sampled inputs and second moments, the

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
-from typing import ClassVar, Self
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -58,11 +58,9 @@ class Decomposition(ABC):
 
     Attributes:
         problem: What is approximated.
-        by_matrix: Whether it takes the covariance as a matrix, several times, whatever else it is given as.
     """
 
     problem: "Problem"
-    by_matrix: ClassVar[bool] = False
 
     @staticmethod
     @abstractmethod
@@ -87,6 +85,14 @@ class Decomposition(ABC):
     @abstractmethod
     def factors(self, ranks: Ranks) -> Factors:
         """The factors of these ranks."""
+
+    @property
+    def start(self) -> Factors:
+        """Where a search for those of a similar problem may begin, which takes the covariance as a matrix, many times.
+
+        Nothing where there is no search.
+        """
+        return ()
 
     @classmethod
     def basis_bytes(cls, shape: Sequence[int], *, itemsize: int, rank: int | None = None) -> int:

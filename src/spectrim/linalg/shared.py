@@ -21,7 +21,7 @@ from spectrim.linalg.products import matmul, times_rounded
 from spectrim.linalg.spectra import to_float64
 
 _SWEEPS = 4
-_SLOW, _UNSEEN = 1e-2, 1e-7
+_SLOW = 1e-2
 WIDE = 1024
 """Inputs of a kernel above which the iterations are fewer."""
 
@@ -39,7 +39,6 @@ class SharedProjection(Decomposition):
     problem: Problem
     basis: Tensor
     first_shared: ClassVar[int]
-    by_matrix = True
 
     @classmethod
     def basis_bytes(cls, shape: Sequence[int], *, itemsize: int, rank: int | None = None) -> int:
@@ -56,6 +55,11 @@ class SharedProjection(Decomposition):
         if vectors is None:
             return 8 * (2 * groups * out * n + 3 * out * rows + 5 * P * P)
         return 8 * (3 * groups * n * n + 2 * rows * n + 3 * rows * rows + 3 * out * max(rows, n) + 5 * P * P)
+
+    @property
+    def start(self) -> Factors:
+        """The basis, of which a fit takes the first rows."""
+        return (self.basis,)
 
     @abstractmethod
     def fit(self, M: Tensor, A: Tensor | None, V: Tensor, rank: int) -> tuple[tuple[Tensor, ...], Tensor]:
@@ -125,17 +129,14 @@ def top_rows(M: Tensor) -> Tensor:
 def nested_start(M: Tensor, A: Tensor | None) -> Tensor:
     """Rows whose first r are a good V for every r, orthonormal, (min(P, out Q), P).
 
-    The eigenvectors of S^1/2 (sum_q M_q^T M_q) S^1/2, with S the metric summed over the places, brought back by S^-1/2.
+    The eigenvectors of L^T (sum_q M_q^T M_q) L brought back by L^-1, with L L^T the metric summed over the places.
     """
     if A is None:
         return top_rows(M)
     _, P, Q = M.shape
     S = to_float64(A.reshape(P, Q, P, Q).diagonal(dim1=1, dim2=3).sum(dim=-1))
-    values, vectors = torch.linalg.eigh((S + S.T) / 2)
-    least = _UNSEEN * float(values.mean())
-    roots = values.clamp(min=least if least > 0 else 1.0).sqrt()
-    root = (vectors * roots) @ vectors.T
-    return orthonormal(top_rows(_applied(root, M)) @ ((vectors / roots) @ vectors.T))
+    ((L,),) = floored(((S + S.T) / 2).unsqueeze(0))[1:]
+    return orthonormal(torch.linalg.solve_triangular(L, top_rows(_applied(L.T, M)), upper=False, left=False))
 
 
 def projected(V: Tensor, A: Tensor, Q: int) -> tuple[Tensor, Tensor]:

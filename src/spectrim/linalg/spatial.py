@@ -7,20 +7,12 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from spectrim.linalg import shared
 from spectrim.linalg.problem import Factors, Ranks
-from spectrim.linalg.shared import (
-    WIDE,
-    SharedProjection,
-    better_projection,
-    energy,
-    explained_by,
-    least_squares,
-    orthonormal,
-)
 from spectrim.linalg.spectra import FloatArray
 
 
-class SpatialDecomposition(SharedProjection):
+class SpatialDecomposition(shared.SharedProjection):
     """V is a column of the kernel, (rank, in * height), and H a row, (out, rank, width)."""
 
     first_shared = 4
@@ -37,7 +29,7 @@ class SpatialDecomposition(SharedProjection):
         _, out, into, height, width = shape
         (full,) = cls.full_ranks(shape)
         smaller = out * into * height * width // (into * height + out * width)
-        last = max(1, min(full, smaller)) if into * height * width > WIDE else full
+        last = max(1, min(full, smaller)) if into * height * width > shared.WIDE else full
         return np.unique([*range(1, last + 1), full]).astype(np.int64)[:, None]
 
     @cached_property
@@ -51,9 +43,11 @@ class SpatialDecomposition(SharedProjection):
         lost = np.zeros(len(ranks))
         needed = full if len(ranks) == full else len(ranks) - 1
         for (M, A), V in zip(self.groups(self.problem), self.basis, strict=True):
-            explained = explained_by(M, A, V[:needed], rounding=self.problem.rounding_tolerance).square().sum(dim=1)
+            explained = (
+                shared.explained_by(M, A, V[:needed], rounding=self.problem.rounding_tolerance).square().sum(dim=1)
+            )
             explained_energy = explained.reshape(-1, shape[-1]).sum(dim=1).cumsum(dim=0)
-            lost[:needed] += (energy(M, A) - explained_energy).clamp(min=0).cpu().numpy()
+            lost[:needed] += (shared.energy(M, A) - explained_energy).clamp(min=0).cpu().numpy()
         return lost
 
     def factors(self, ranks: Ranks, *, sweeps: int | None = None) -> Factors:
@@ -68,10 +62,10 @@ class SpatialDecomposition(SharedProjection):
 
     def fit(self, M: Tensor, A: Tensor | None, V: Tensor, rank: int) -> tuple[tuple[Tensor, ...], Tensor]:
         """H by least squares."""
-        H, weighed = least_squares(M, A, V)
+        H, weighed = shared.least_squares(M, A, V)
         return (H,), (weighed * H).sum()
 
     def improve(self, M: Tensor, A: Tensor | None, V: Tensor, others: tuple[Tensor, ...]) -> Tensor:
         """Some steps of conjugate gradients."""
         assert A is not None
-        return orthonormal(better_projection(M, A, others[0], V))
+        return shared.orthonormal(shared.better_projection(M, A, others[0], V))

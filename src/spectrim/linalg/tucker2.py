@@ -10,22 +10,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from spectrim.linalg import shared
 from spectrim.linalg.problem import Factors, Ranks
-from spectrim.linalg.shared import (
-    SharedProjection,
-    better_projection,
-    energy,
-    explained_by,
-    least_squares,
-    orthonormal,
-    top_rows,
-)
 from spectrim.linalg.spectra import FloatArray
 
 _GRID = 64
 
 
-class Tucker2Decomposition(SharedProjection):
+class Tucker2Decomposition(shared.SharedProjection):
     """V takes the input channels, (rank_in, in); a core and a last factor follow."""
 
     first_shared = 3
@@ -48,8 +40,8 @@ class Tucker2Decomposition(SharedProjection):
         lost = np.zeros((len(into), len(out)))
         for (M, A), V in zip(self.groups(self.problem), self.basis, strict=True):
             places = M.shape[2]
-            explained = explained_by(M, A, V, rounding=self.problem.rounding_tolerance)
-            total, gram, done = energy(M, A), torch.zeros(len(M), len(M), dtype=M.dtype, device=M.device), 0
+            explained = shared.explained_by(M, A, V, rounding=self.problem.rounding_tolerance)
+            total, gram, done = shared.energy(M, A), torch.zeros(len(M), len(M), dtype=M.dtype, device=M.device), 0
             for row, rank in enumerate(into):
                 new = explained[done * places : int(rank) * places]
                 gram, done = gram + new.T @ new, int(rank)
@@ -73,7 +65,7 @@ class Tucker2Decomposition(SharedProjection):
 
         Least squares, then the channel form's closed solution in the metric that V leaves.
         """
-        H, weighed = least_squares(M, A, V)
+        H, weighed = shared.least_squares(M, A, V)
         gram = weighed @ H.T
         if rank == len(H):
             return (H, torch.eye(rank, dtype=H.dtype, device=H.device)), gram.trace()
@@ -89,10 +81,10 @@ class Tucker2Decomposition(SharedProjection):
         """
         core, last = others
         if A is not None:
-            return orthonormal(better_projection(M, A, last @ core, V))
-        best = top_rows((last.T @ M.flatten(1)).reshape(-1, *M.shape[1:]))
+            return shared.orthonormal(shared.better_projection(M, A, last @ core, V))
+        best = shared.top_rows((last.T @ M.flatten(1)).reshape(-1, *M.shape[1:]))
         # few outputs span few directions, and what fills them up does not matter
-        return best[: len(V)] if len(best) >= len(V) else orthonormal(torch.cat([best, V]))[: len(V)]
+        return best[: len(V)] if len(best) >= len(V) else shared.orthonormal(torch.cat([best, V]))[: len(V)]
 
 
 def _spread(full: int) -> npt.NDArray[np.int64]:
