@@ -161,7 +161,7 @@ def test_the_order_of_the_registry_means_nothing(monkeypatch: pytest.MonkeyPatch
 def test_a_new_form_goes_all_the_way(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(48, 40), nn.ReLU(), nn.Linear(40, 48)).double(), inputs(64, 48)
-    assert form_names(model[0]) == ("linear", "three")
+    assert {"linear", "three"} < set(form_names(model[0]))
     full = st.compress(model, st.Ratio(1.0), example_inputs=x, data=[x], forms=("three",), allow_growth=True)
     assert {layer.form for layer in full.plan} == {"three"}
     with torch.no_grad():

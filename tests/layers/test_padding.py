@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 import spectrim as st
 from spectrim.layers.factored import low_rank_layers
+from spectrim.layers.forms import find_form
 from spectrim.layers.padding import padded
 
 LAYERS: tuple[tuple[nn.Module, tuple[int, ...]], ...] = (
@@ -38,7 +39,7 @@ LAYERS: tuple[tuple[nn.Module, tuple[int, ...]], ...] = (
     (nn.ConvTranspose2d(6, 8, 3, stride=2, padding=1, output_padding=1), (2, 6, 5, 4)),
     (nn.ConvTranspose2d(6, 8, 4, stride=2, groups=2), (2, 6, 5, 4)),
 )
-KINDS = [(layer, form, shape) for layer, shape in LAYERS for form in form_names(layer)]
+KINDS = [(layer, form, shape) for layer, shape in LAYERS for form in form_names(layer) if find_form(form).saves_time]
 
 
 def answer(model: nn.Module, x: Tensor) -> Tensor:

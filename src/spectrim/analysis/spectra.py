@@ -125,6 +125,7 @@ class LayerAnalysis:
 
     def decomposition(self, form: str, metric: Metric) -> Decomposition:
         """The bases behind every rank of a form; worked out when first asked for."""
+        form = find_form(form).solved_as or form
         if (form, metric) not in self._decompositions:
             self._decompositions[form, metric] = find_form(form).decompose_unit(self.problems[metric], self.unit)
         return self._decompositions[form, metric]

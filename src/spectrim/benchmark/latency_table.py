@@ -20,7 +20,7 @@ from spectrim.benchmark.timing_cache import TimingCache
 from spectrim.core.arguments import checked
 from spectrim.core.errors import PlanError
 from spectrim.core.execution import Inputs, ProgressCallback, as_inputs, device_of, require_repeatable
-from spectrim.layers.forms import form_named, selected_forms
+from spectrim.layers.forms import allowed_forms, form_named, selected_forms
 from spectrim.layers.unfusing import fused, unfused_as
 from spectrim.runtimes.rank_grid import Grid, multiple_of, probe
 from spectrim.runtimes.sessions import Runtime, Session, fingerprint, require_runtime, timed_together
@@ -76,7 +76,7 @@ def latency_table(
         FileError: `folder` cannot be written.
     """
     chosen = require_runtime(runtime, threads=threads)
-    allowed, step = selected_forms(forms), multiple_of(rank_multiple)
+    allowed, step = selected_forms(forms, limit="latency"), multiple_of(rank_multiple)
     example = as_inputs(example_inputs)
     model = unfused_as(model, analysis.names)
     analysis.require_model(model)
@@ -161,9 +161,9 @@ def _aligned(bench: LayerBench, network: Session, times: _Times) -> tuple[float,
 
 
 def _axes(layer: LayerAnalysis, allowed: Sequence[str], step: int, below: Sequence[int], runtime: Runtime) -> FormAxes:
-    """By form of a layer, the ranks to time; a layer of one form only is not asked for it."""
+    """By form of a layer, the ranks to time."""
     axes = {}
-    for form in layer.forms if len(layer.forms) == 1 else [form for form in layer.forms if form in allowed]:
+    for form in sorted(allowed_forms(layer.forms, allowed), key=layer.forms.index):
         points = _FEW.get(runtime.name, _POINTS)[form_named(form).rank_count - 1]
         lower = below if form_named(form).rank_count == 1 else below[-1:]  # of two ranks there are many pairs
         axes[form] = axes_of(layer, form, multiple=step, points=points, below=lower)

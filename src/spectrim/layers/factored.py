@@ -134,7 +134,7 @@ class FactoredLayer(nn.Module, ABC):
     def factors(self, weights: Sequence[Tensor]) -> Factors:
         """The weights of the chain as factors, each (groups, its outputs, its inputs, *its kernel)."""
         parts = zip(self.chain, weights, strict=True)
-        return tuple(layer_type_of(part).to_kernels(weight, geometry_of(part)) for part, weight in parts)
+        return tuple(layer_type_of(part).kernels(part, weight) for part, weight in parts)
 
     @staticmethod
     @abstractmethod

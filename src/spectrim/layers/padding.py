@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from spectrim.core.errors import ModelError, RuleError
 from spectrim.layers.factored import FactoredLayer, attributes_of, geometry_of, low_rank_layers
-from spectrim.layers.forms import form_named
+from spectrim.layers.forms import find_form, form_named
 from spectrim.layers.replacement import duplicate
 from spectrim.layers.types import layer_type_of
 
@@ -37,7 +37,8 @@ def padded(model: nn.Module, multiple: int) -> nn.Module:
     wide = duplicate(model, hint="without a copy it cannot be padded")
     weights: dict[tuple[int, ...], tuple[Tensor, nn.Parameter]] = {}
     for layer in low_rank_layers(wide).values():
-        _widen(layer, multiple, weights)
+        if find_form(layer.form).saves_time:
+            _widen(layer, multiple, weights)
     return wide
 
 

@@ -139,8 +139,9 @@ def factored_at(
         new, own = build(module, layer_type=layer_type_of(module), ranks=ranks, bias=value is not None), shared
         if layer_type_of(module).is_lookup != layer_type_of(first).is_lookup:
             new, own = tied_output(new, module), shared[::-1]
-        for part, weight in zip(new.chain, own, strict=True):
+        for part, weight, like in zip(new.chain, own, blank.chain, strict=True):
             part.weight = weight
+            part._buffers.update(like._buffers)
         if value is not None:
             new.chain[-1].bias = _bias_like(module, value)
         return new
@@ -243,7 +244,7 @@ def product(layer: nn.Module, *, form: str, factors: Factors) -> Tensor:
     blank = form_named(form).build(layer, layer_type=layer_type_of(layer), ranks=_ranks(factors), bias=False)
     kind = working_type(geometry_of(layer).shape, layer.get_parameter("weight").dtype)
     with torch.autocast(factors[0].device.type, enabled=False):
-        return blank.kernels(blank.stored(tuple(part.to(kind) for part in factors))).flatten(2)
+        return blank.composed(tuple(part.to(kind) for part in factors)).flatten(2)
 
 
 def _ranks(factors: Factors) -> Ranks:

@@ -18,6 +18,7 @@ from spectrim.linalg.covariance import (
     square_of,
 )
 from spectrim.linalg.heads import HeadDecomposition, HeadLayout, head_ranks
+from spectrim.linalg.interpolation import interpolated
 from spectrim.linalg.problem import Decomposition, Factors, Problem, Ranks, balanced, is_wide
 from spectrim.linalg.spatial import SpatialDecomposition
 from spectrim.linalg.spectra import FloatArray, Spectrum, spectrum, to_float64
@@ -46,6 +47,7 @@ __all__ = [
     "add_outer",
     "balanced",
     "head_ranks",
+    "interpolated",
     "is_wide",
     "matrix_of",
     "mean_variance",

@@ -15,7 +15,7 @@ from spectrim.benchmark.latencies import LatencyTable
 from spectrim.core.arguments import checked
 from spectrim.core.errors import PlanError, RuleError
 from spectrim.core.plans import Budget, LatencyNote, LayerPlan, Limit, Metric, Plan
-from spectrim.layers.forms import RankCosts, joint_form_named, selected_forms
+from spectrim.layers.forms import RankCosts, find_form, joint_form_named, selected_forms
 from spectrim.linalg import FloatArray, Ranks
 from spectrim.planning.curve import Curve, Point
 from spectrim.planning.decisions import PlanOptions, dense, factored, listed, narrowed, possible_forms, why_impossible
@@ -111,7 +111,7 @@ class Candidates:
                 "a budget of latency needs latencies=st.latency_table(model, example_inputs, analysis=..), and no "
                 "other budget does; st.compress makes it by itself"
             )
-        metric, forms = metric_of(analysis, options.metric, best=True), selected_forms(options.forms)
+        metric, forms = metric_of(analysis, options.metric, best=True), selected_forms(options.forms, limit=cost)
         if latencies is None:
             return cls(analysis, cost, metric, forms, options.step)
         step = latencies.rank_multiple if options.rank_multiple is None else options.step
@@ -291,7 +291,8 @@ class Candidates:
         # each tensor of a file has an entry in its header
         biased = layer.weight.biases < len(layer.call_sites) and self.metric != "plain" and not layer.is_lookup
         tensors = len(rank_costs.ranks[0]) + biased
-        entries = tensors * (len(layer.name) + 120) if self.cost == "bytes" else 0
+        index = find_form(rank_costs.form).index_bytes(layer.unit)
+        entries = (tensors + bool(index)) * (len(layer.name) + 120) + index if self.cost == "bytes" else 0
         return rank_costs.params * self._unit(layer) + entries * (1 + len(layer.tied_names))
 
     def _unit(self, layer: LayerAnalysis) -> int:

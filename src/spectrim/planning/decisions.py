@@ -8,7 +8,7 @@ from spectrim.analysis.spectra import LayerAnalysis
 from spectrim.benchmark.latencies import LatencyTable
 from spectrim.core.errors import RuleError
 from spectrim.core.plans import DENSE, Budget, LayerPlan, Limit, Metric, Plan, Rule
-from spectrim.layers.forms import joint_form_named
+from spectrim.layers.forms import allowed_forms, joint_form_named
 from spectrim.layers.selection import LOOKUP
 from spectrim.linalg import Ranks
 from spectrim.runtimes.rank_grid import Grid, multiple_of
@@ -66,9 +66,7 @@ def possible_forms(
     """
     if why_impossible(layer, metric, limit=limit):
         return []
-    # a layer of one form only is not asked for it
-    only = layer.forms if len(layer.forms) == 1 else ()
-    return [form for form in dict.fromkeys((*forms, *only)) if form in layer.forms]
+    return allowed_forms(layer.forms, forms)
 
 
 def why_impossible(layer: LayerAnalysis, metric: Metric, *, limit: Limit | None = None) -> str | None:

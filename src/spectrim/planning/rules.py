@@ -108,7 +108,12 @@ def require_possible(analysis: Analysis, rule: Rule, options: PlanOptions, *, me
     elif rule.limits != "latency":
         step = multiple_of(options.rank_multiple) or 1
         candidates = Candidates(
-            analysis, rule.limits, metric, selected_forms(options.forms), step, lookups=takes_lookups(rule)
+            analysis,
+            rule.limits,
+            metric,
+            selected_forms(options.forms, limit=rule.limits),
+            step,
+            lookups=takes_lookups(rule),
         )
         candidates.require(rule, share=rule.share)
 

@@ -6,6 +6,7 @@ from spectrim.core.errors import PlanError
 from spectrim.layers.forms.base import Form, JointForm, RankCosts, SingleWeightForm
 from spectrim.layers.forms.channel import ChannelForm, LowRankConv, LowRankConv1d, LowRankConv2d, LowRankConvTranspose2d
 from spectrim.layers.forms.head_vo import HeadValueOutputForm
+from spectrim.layers.forms.interpolative import InterpolativeForm, InterpolativeLayer
 from spectrim.layers.forms.linear import LinearForm, LowRankEmbedding, LowRankEmbeddingBag, LowRankLinear
 from spectrim.layers.forms.spatial import SpatialConv2d, SpatialForm
 from spectrim.layers.forms.tucker2 import Tucker2Conv2d, Tucker2Form
@@ -16,6 +17,7 @@ __all__ = [
     "FORMS",
     "JOINT_FORMS",
     "Form",
+    "InterpolativeLayer",
     "JointForm",
     "LowRankConv",
     "LowRankConv1d",
@@ -28,6 +30,7 @@ __all__ = [
     "SingleWeightForm",
     "SpatialConv2d",
     "Tucker2Conv2d",
+    "allowed_forms",
     "find_form",
     "form_named",
     "forms_of",
@@ -36,7 +39,7 @@ __all__ = [
     "selected_forms",
 ]
 
-FORMS: tuple[SingleWeightForm, ...] = (LinearForm(), ChannelForm(), SpatialForm(), Tucker2Form())
+FORMS: tuple[SingleWeightForm, ...] = (LinearForm(), ChannelForm(), SpatialForm(), Tucker2Form(), InterpolativeForm())
 JOINT_FORMS: tuple[JointForm, ...] = (WidthForm(), HeadValueOutputForm())
 
 
@@ -79,14 +82,26 @@ def joint_form_named(name: str) -> JointForm:
     return form
 
 
-def selected_forms(names: Sequence[str] | str | None, *, closed_form: bool = False) -> tuple[str, ...]:
-    """Names of the forms that may be used: those given, or all of them, or all that have a closed solution.
+def allowed_forms(own: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Of a layer's own forms those named, in their order; a layer that has but one that saves time is not asked."""
+    named = [form for form in dict.fromkeys(names) if form in own]
+    usual = [form for form in own if find_form(form).saves_time]
+    return named or (usual if len(usual) == 1 else [])
+
+
+def selected_forms(
+    names: Sequence[str] | str | None, *, closed_form: bool = False, limit: str | None = None
+) -> tuple[str, ...]:
+    """Names of the forms that may be used: those given, or all that are for a limit, or have a closed solution.
+
+    `limit` is what a budget limits; by default forms are for any.
 
     Raises:
         PlanError: an unknown name, or none at all.
     """
     if names is None:
-        return tuple(form.name for form in (*FORMS, *JOINT_FORMS) if form.closed_form or not closed_form)
+        suited = (form for form in (*FORMS, *JOINT_FORMS) if form.saves_time or limit in (None, "params", "bytes"))
+        return tuple(form.name for form in suited if form.closed_form or not closed_form)
     selected = (names,) if isinstance(names, str) else tuple(names)
     known = [form.name for form in (*FORMS, *JOINT_FORMS)]
     if not selected or any(name not in known for name in selected):

@@ -50,12 +50,16 @@ class Form(ABC):
         closed_form: Whether one decomposition solves it for every rank. Rules for single layers use such forms, and the
             spectrum is theirs.
         is_joint: Whether it is one of a weight together with the layers that feed it.
+        saves_time: Whether it is for budgets of time; if not, only those of params and bytes take it unasked.
+        solved_as: The form whose decomposition serves; its own by default.
     """
 
     name: ClassVar[str]
     rank_count: ClassVar[int] = 1
     closed_form: ClassVar[bool] = False
     is_joint: ClassVar[bool] = False
+    saves_time: ClassVar[bool] = True
+    solved_as: ClassVar[str | None] = None
 
     @abstractmethod
     def fits(self, unit: Unit) -> bool:
@@ -85,6 +89,10 @@ class Form(ABC):
         Where factors are found by iteration, those of a problem that is nearly the same are a better start, up to their
         own rank, and save finding one: `near`.
         """
+
+    def index_bytes(self, unit: Unit) -> int:
+        """Bytes of the file that are no parameters."""
+        return 0
 
     def basis_bytes(self, unit: Unit, *, rank: int | None = None) -> int:
         """Bytes of a decomposition, or of what it keeps for one rank; 0 where that is not known."""

@@ -8,6 +8,7 @@ from spectrim.layers.types.conv2d import Conv2d
 from spectrim.layers.types.conv3d import Conv3d
 from spectrim.layers.types.conv_transpose2d import ConvTranspose2d
 from spectrim.layers.types.embedding import Embedding, EmbeddingBag
+from spectrim.layers.types.interpolation import InterpolationType
 from spectrim.layers.types.linear import Linear
 from spectrim.layers.types.transposed_linear import TransposedLinear
 
@@ -22,6 +23,7 @@ LAYER_TYPES: tuple[LayerType, ...] = (
     ConvTranspose2d(),
     Embedding(),
     EmbeddingBag(),
+    InterpolationType(),
 )
 
 

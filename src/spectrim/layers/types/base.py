@@ -70,6 +70,7 @@ class Geometry:
         into: Inputs of a group.
         kernel: Sizes of the kernel, none for a linear layer.
         transposed: Whether the kernel is applied at every place of the input, as in a transposed convolution.
+        identity: Rows that are those of the identity, which are neither stored nor multiplied.
     """
 
     groups: int
@@ -77,6 +78,7 @@ class Geometry:
     into: int
     kernel: tuple[int, ...] = ()
     transposed: bool = False
+    identity: int = 0
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -105,7 +107,7 @@ class Geometry:
 
     def dense_cost(self, positions: Positions) -> Cost:
         """Cost of the layer as it is, without its bias."""
-        params = prod(self.shape)
+        params = prod(self.shape) - self.identity * self.into
         return Cost(params=params, macs=params * positions.kernel)
 
 
@@ -173,9 +175,9 @@ class LayerType(ABC):
         """The inverse of `to_kernels`."""
         return kernels.flatten(0, 1)
 
-    def kernels(self, layer: nn.Module) -> Tensor:
-        """The layer's own weight, see `to_kernels`."""
-        return self.to_kernels(cast(Tensor, layer.weight), self.geometry(layer))
+    def kernels(self, layer: nn.Module, weight: Tensor | None = None) -> Tensor:
+        """The layer's own weight, or another in its place, see `to_kernels`."""
+        return self.to_kernels(cast(Tensor, layer.weight) if weight is None else weight, self.geometry(layer))
 
     def skip_reason(self, layer: nn.Module) -> str | None:
         """Why a layer of this type has no factored form, or None."""
