@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from spectrim.export import Exported, export_onnx, export_openvino, export_program
     from spectrim.integrations.checkpoints import CompressedCheckpoint, compress_checkpoint
     from spectrim.layers.forms import (
+        InterpolativeLayer,
         LowRankConv1d,
         LowRankConv2d,
         LowRankConvTranspose2d,
@@ -87,7 +88,7 @@ _NAMES = {
     "export": "Exported export_onnx export_openvino export_program",
     "reporting.cards": "write_model_card",
     "integrations.checkpoints": "CompressedCheckpoint compress_checkpoint",
-    "layers.forms": "LowRankConv1d LowRankConv2d LowRankConvTranspose2d LowRankEmbedding "
+    "layers.forms": "InterpolativeLayer LowRankConv1d LowRankConv2d LowRankConvTranspose2d LowRankEmbedding "
     "LowRankEmbeddingBag LowRankLinear SpatialConv2d Tucker2Conv2d",
     "layers.replacement": "merge",
     "layers.saving": "load save",
@@ -111,7 +112,8 @@ _MODULES = {name: f"{__name__}.{module}" for module, names in _NAMES.items() for
 __all__ = [
     "Accuracy", "Analysis", "Budget", "Calibration", "Changes", "Comparison", "Compressed", "CompressedCheckpoint",
     "Cost", "Curve", "Distillation",
-    "Energy", "Epoch", "Exported", "Fidelity", "Finetuned", "Grid", "History", "Interval", "LatencyNote",
+    "Energy", "Epoch", "Exported", "Fidelity", "Finetuned", "Grid", "History", "InterpolativeLayer", "Interval",
+    "LatencyNote",
     "LatencyTable", "LayerAnalysis", "LayerPlan", "LayerSpectrum", "LowRankConv1d", "LowRankConv2d",
     "LowRankConvTranspose2d", "LowRankEmbedding", "LowRankEmbeddingBag", "LowRankLinear", "Measurement",
     "MemoryEstimate", "Plan", "Published", "PublishedPoint", "Quantized", "QuantizedRow", "QuantizedTable", "Rank",

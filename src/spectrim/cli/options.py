@@ -303,9 +303,9 @@ class Goal:
     form: Annotated[
         list[str] | None,
         _rule(
-            metavar="channel|spatial|tucker2|width|head_vo",
-            help="A form that layers may take besides linear. Can be repeated. By default any for --macs, --params and "
-            "--bytes, those of convolutions for --latency, and channel for the others.",
+            metavar="channel|spatial|tucker2|interpolative|width|head_vo",
+            help="A form that layers may take besides linear. Can be repeated. By default any for --params and "
+            "--bytes, any but interpolative for --macs, those of convolutions for --latency, channel for the others.",
         ),
     ] = None
     rank_multiple: Annotated[
