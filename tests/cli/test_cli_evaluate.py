@@ -120,6 +120,13 @@ def test_a_mistake_is_one_message(refused: Run, arguments: tuple[str, ...], mess
     refused("evaluate", *DIGITS, *arguments, message=message)
 
 
+def test_the_other_network_is_looked_at_before_any_is_scored(mine: Run) -> None:
+    assert "score mine:network" in mine("evaluate", *DIGITS).err
+    ended = mine("evaluate", *DIGITS, "--against", "mine:missing")
+    assert ended.code
+    assert "score mine:network" not in ended.err
+
+
 def test_options_are_those_of_the_first_network(mine: Run) -> None:
     result = mine("evaluate", *DIGITS, "--option", "seed=1", "--against", "mine:network", "--json")
     assert result.code == 0, result.err

@@ -45,11 +45,13 @@ def evaluate_network(command: Evaluate) -> None:
     with stages() as progress, outputs(out.parent, files) if out else nullcontext() as folder:
         metric = _metric(scoring, progress)
         model = _model(source, command, progress)
+        other = _other(command)
+        compared = None if other is None else _model(other, command, progress)  # which may fail, before all is scored
         batches = _batches(command, model, progress)
         score = _score(source, model, batches, metric, progress=progress)
         record = Evaluated(command=str(command.invocation), score=score)
-        if (other := _other(command)) is not None:
-            dense = _score(other, _model(other, command, progress), batches, metric, progress=progress)
+        if other is not None and compared is not None:
+            dense = _score(other, compared, batches, metric, progress=progress)
             record = record.model_copy(update={"against": dense, "difference": score.against(dense)})
         if out is not None and folder is not None:
             record.save(folder / out.name)
