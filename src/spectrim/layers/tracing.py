@@ -103,6 +103,7 @@ class Trace:
         special: Layers in whose place another one changes the network's outputs, as where it asks for their class.
         keyworded: Layers that are called with keyword arguments that not every layer takes.
         read_elsewhere: Layers whose weight is used outside of their own calls.
+        nested: Layers that are called with nested tensors.
     """
 
     positions: Mapping[str, Positions]
@@ -111,6 +112,7 @@ class Trace:
     special: frozenset[str] = field(default_factory=frozenset)
     keyworded: frozenset[str] = field(default_factory=frozenset)
     read_elsewhere: frozenset[str] = field(default_factory=frozenset)
+    nested: frozenset[str] = field(default_factory=frozenset)
 
 
 def trace(model: nn.Module, inputs: Inputs, *, treat_as: TreatAs | None = None) -> Trace:
@@ -126,7 +128,7 @@ def trace(model: nn.Module, inputs: Inputs, *, treat_as: TreatAs | None = None) 
     positions: dict[str, Positions] = {}
     calls: dict[str, int] = {}
     differing: set[str] = set()
-    keyworded: set[str] = set()
+    keyworded, nested = set[str](), set[str]()
     treated = tuple(treat_as or ())
 
     def count(name: str, layer: nn.Module, x: Tensor, output: Tensor) -> None:
@@ -136,21 +138,22 @@ def trace(model: nn.Module, inputs: Inputs, *, treat_as: TreatAs | None = None) 
         if isinstance(layer, treated) and not _same(_plain(layer, kind)(x), output):
             differing.add(name)
 
-    def note_keywords(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-        return lambda _, __, kwargs: keyworded.update({name} if kwargs.keys() - _KEYWORDS else ())
+    def note_inputs(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            keyworded.update({name} if kwargs.keys() - _KEYWORDS else ())
+            nested.update({name} if any(getattr(x, "is_nested", False) for x in (*args, *kwargs.values())) else ())
+
+        return note
 
     layers = {name: model.get_submodule(name) for name in typed_layers(model)}
-    keywords = (
-        layer.register_forward_pre_hook(note_keywords(name), with_kwargs=True) for name, layer in layers.items()
-    )
+    keywords = (layer.register_forward_pre_hook(note_inputs(name), with_kwargs=True) for name, layer in layers.items())
     reads = _WeightReads(layers)
     with rerouted(model, evenly):
         with evaluating(model), watching(model, count), temporary(keywords), temporary(reads.hooks()), reads:
             outputs = call(model, inputs)
         special = _special(model, inputs, outputs, calls, treated=treated)
-    return Trace(
-        positions, calls, frozenset(differing), special, frozenset(keyworded), read_elsewhere=frozenset(reads.names)
-    )
+    noted = map(frozenset, (keyworded, reads.names, nested))
+    return Trace(positions, calls, frozenset(differing), special, *noted)
 
 
 class _WeightReads(OperatorMode):

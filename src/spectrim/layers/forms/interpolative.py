@@ -73,7 +73,8 @@ class InterpolativeForm(TwoFactorForm):
     solved_as = "linear"
 
     def fits(self, unit: Unit) -> bool:
-        return super().fits(unit) and isinstance(unit, SingleWeight) and not unit.weight.is_lookup
+        # torch puts no features of nested tensors in order
+        return super().fits(unit) and not any(weight.is_lookup or weight.is_nested for weight in unit.weights)
 
     def fits_shape(self, geometry: Geometry) -> bool:
         return geometry.is_pointwise and geometry.groups == 1

@@ -25,6 +25,7 @@ class Weight:
         itemsize: Bytes of one of them.
         outputs: Call sites that multiply by the transpose: the output layers that share the weight of an embedding.
         stack: Of an expert of a mixture the name that the same projection of all experts has together.
+        is_nested: Whether it multiplies nested tensors.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Weight:
     itemsize: int
     outputs: tuple[str, ...] = ()
     stack: str | None = None
+    is_nested: bool = False
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -125,7 +125,8 @@ def find_single_weights(model: nn.Module, trace: Trace, selection: LayerSelectio
         counted |= biases
         weight = _weight(model.get_submodule(call_sites[0]), tied, call_sites, trace.positions, biases=len(biases))
         tied_outputs = tuple(name for name in call_sites if model.get_submodule(name) in outputs)
-        weight = replace(weight, stack=stacks.get(weight.name), outputs=tied_outputs)
+        is_nested = not trace.nested.isdisjoint(call_sites)
+        weight = replace(weight, stack=stacks.get(weight.name), outputs=tied_outputs, is_nested=is_nested)
         units.append(SingleWeight((weight,), reason))
     return tuple(sorted(units, key=lambda unit: order.get(unit.name, len(order))))
 
