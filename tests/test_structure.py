@@ -30,7 +30,7 @@ OPTIONAL = {
 }
 PUBLIC = """
 Accuracy Analysis Budget Calibration Changes Comparison Compressed CompressedCheckpoint Cost Curve Distillation Energy
-Epoch Exported Fidelity Finetuned Grid History Interval LatencyNote LatencyTable LayerAnalysis LayerPlan LayerSpectrum
+Epoch Exported Fidelity Finetuned Grid History InterpolativeLayer Interval LatencyNote LatencyTable LayerAnalysis LayerPlan LayerSpectrum
 LowRankConv1d LowRankConv2d LowRankConvTranspose2d LowRankEmbedding LowRankEmbeddingBag LowRankLinear Measurement
 MemoryEstimate Plan Published PublishedPoint Quantized QuantizedRow QuantizedTable Rank Ratio Results Run Score
 SpatialConv2d Spectrum Tucker2Conv2d Variant accuracy analyze calibrate compare_quantized compress compress_checkpoint

@@ -152,8 +152,7 @@ def trace(model: nn.Module, inputs: Inputs, *, treat_as: TreatAs | None = None) 
         with evaluating(model), watching(model, count), temporary(keywords), temporary(reads.hooks()), reads:
             outputs = call(model, inputs)
         special = _special(model, inputs, outputs, calls, treated=treated)
-    noted = map(frozenset, (keyworded, reads.names, nested))
-    return Trace(positions, calls, frozenset(differing), special, *noted)
+    return Trace(positions, calls, *map(frozenset, (differing, special, keyworded, reads.names, nested)))
 
 
 class _WeightReads(OperatorMode):
