@@ -30,8 +30,8 @@ OPTIONAL = {
 }
 PUBLIC = """
 Accuracy Analysis Budget Calibration Changes Comparison Compressed CompressedCheckpoint Cost Curve Distillation Energy
-Epoch Exported Fidelity Finetuned Grid History InterpolativeLayer Interval LatencyNote LatencyTable LayerAnalysis LayerPlan LayerSpectrum
-LowRankConv1d LowRankConv2d LowRankConvTranspose2d LowRankEmbedding LowRankEmbeddingBag LowRankLinear Measurement
+Epoch Exported Fidelity Finetuned Grid History InterpolativeLayer Interval LatencyNote LatencyTable LayerAnalysis LayerPlan
+LayerSpectrum LowRankConv1d LowRankConv2d LowRankConvTranspose2d LowRankEmbedding LowRankEmbeddingBag LowRankLinear Measurement
 MemoryEstimate Plan Published PublishedPoint Quantized QuantizedRow QuantizedTable Rank Ratio Results Run Score
 SpatialConv2d Spectrum Tucker2Conv2d Variant accuracy analyze calibrate compare_quantized compress compress_checkpoint
 distill errors estimate_memory evaluate export_onnx export_openvino export_program finetune latency_table load measure
