@@ -30,13 +30,14 @@ OPTIONAL = {
 }
 PUBLIC = """
 Accuracy Analysis Budget Calibration Changes Comparison Compressed CompressedCheckpoint Cost Curve Distillation Energy
-Epoch Exported Fidelity Finetuned Grid History InterpolativeLayer Interval LatencyNote LatencyTable LayerAnalysis LayerPlan
-LayerSpectrum LowRankConv1d LowRankConv2d LowRankConvTranspose2d LowRankEmbedding LowRankEmbeddingBag LowRankLinear Measurement
-MemoryEstimate Plan Published PublishedPoint Quantized QuantizedRow QuantizedTable Rank Ratio Results Run Score
-SpatialConv2d Spectrum Tucker2Conv2d Variant accuracy analyze calibrate compare_quantized compress compress_checkpoint
-distill errors estimate_memory evaluate export_onnx export_openvino export_program finetune latency_table load measure
-merge onnx_accuracy pareto plan plot_accuracy plot_classes plot_curves plot_history plot_ranks plot_spectra probe
-quantize report runtime_gain save save_figure sensitivity table text training write_model_card
+Epoch Exported Fidelity Finetuned Grid History InterpolativeLayer Interval LatencyNote LatencyTable LayerAnalysis
+LayerPlan LayerSpectrum LowRankConv1d LowRankConv2d LowRankConvTranspose2d LowRankEmbedding LowRankEmbeddingBag
+LowRankLinear Measurement MemoryEstimate Plan Published PublishedPoint Quantized QuantizedRow QuantizedTable Rank
+Ratio Results Run Score SpatialConv2d Spectrum Tucker2Conv2d Variant accuracy analyze calibrate compare_quantized
+compress compress_checkpoint distill errors estimate_memory evaluate export_onnx export_openvino export_program
+finetune latency_table load measure merge onnx_accuracy pareto plan plot_accuracy plot_classes plot_curves
+plot_history plot_ranks plot_spectra probe quantize report runtime_gain save save_figure sensitivity table text
+training write_model_card
 """
 SOURCE = structure.modules(structure.SOURCE)
 
