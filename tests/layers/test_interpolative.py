@@ -1,5 +1,6 @@
 """Which budgets take the interpolative form, and what a network in it is afterwards."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -76,3 +77,21 @@ def test_a_network_in_it_is_compressed_no_further() -> None:
     assert known.outside("macs") == known.outside("params") == 0
     with pytest.raises(st.errors.RuleError):
         st.compress(small, st.Budget(params=0.5), example_inputs=x)
+
+
+def test_under_autocast_it_gives_the_type_that_dense_layers_give() -> None:
+    x = inputs(4, 24).float()
+    small = st.compress(network(), st.Rank(5), example_inputs=x, forms=("interpolative",)).model
+    with torch.autocast("cpu", torch.bfloat16):
+        assert small[0](x).dtype == network()[0](x).dtype == torch.bfloat16
+
+
+def test_convolutions_in_it_go_through_the_older_exporter_of_torch(tmp_path: Path) -> None:
+    model, x = nn.Sequential(nn.Conv1d(12, 10, 1)), inputs(2, 12, 5).float()
+    small = st.compress(model, st.Rank(4), example_inputs=x, forms=("interpolative",)).model
+    path = tmp_path / "small.onnx"
+    with warnings.catch_warnings(action="ignore"):
+        torch.onnx.export(small, (x,), path, dynamo=False)
+    session = pytest.importorskip("onnxruntime").InferenceSession(path)
+    (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(y), small(x))

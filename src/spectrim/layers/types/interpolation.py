@@ -36,12 +36,12 @@ class Interpolation(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply, and put the outputs in order."""
-        dim = -1 - self.dims
+        dim, last = x.dim() - 1 - self.dims, x.dim() - 1  # below zero, torch's older exporter writes them wrongly
         y = x
         if not self.is_square:
-            y = torch.cat([x, functional.linear(x.movedim(dim, -1), self.weight).movedim(-1, dim)], dim)
+            y = torch.cat([x, functional.linear(x.movedim(dim, last), self.weight).movedim(last, dim)], dim)
         y, bias = y.index_select(dim, self.order), self.bias
-        return y if bias is None else y + bias.reshape([-1] + [1] * self.dims)
+        return y if bias is None else y + bias.to(y.dtype).reshape([-1] + [1] * self.dims)
 
     def extra_repr(self) -> str:
         """The sizes."""
