@@ -244,11 +244,14 @@ def test_damaged_files_of_a_stopped_run_are_named(
     assert not (out / "config.json").exists()
 
 
-def test_bfloat16_stays_bfloat16(tmp_path: Path) -> None:
-    dense = folder_of(llama(tie_word_embeddings=True).to(torch.bfloat16), tmp_path / "dense")
+def test_bfloat16_stays_bfloat16_and_places_of_outputs_whole_numbers(tmp_path: Path) -> None:
+    dense = folder_of(llama(tie_word_embeddings=True, intermediate_size=600).to(torch.bfloat16), tmp_path / "dense")
     result = st.compress_checkpoint(tmp_path / "dense", BODY, data=tokens(), out=tmp_path / "small")
     small = loaded(type(dense), tmp_path / "small", dtype="auto")
     assert {weight.dtype for weight in small.parameters()} == {torch.bfloat16}
+    assert {layer.form for layer in result.plan.factored} == {"interpolative"}
+    # numbers that bfloat16 does not hold
+    assert len(small.model.layers[0].mlp.up_proj.up.order.unique()) == 600
     assert small.lm_head.weight is small.model.embed_tokens.weight
     assert result.measurement.params == sum(weight.numel() for weight in small.parameters())
     assert result.hidden_error < 0.6

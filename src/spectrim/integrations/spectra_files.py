@@ -15,6 +15,7 @@ from spectrim.core.names import Metric
 from spectrim.integrations.shards import open_shard
 from spectrim.integrations.work_folders import BEGIN_ANEW
 from spectrim.layers.cost import NetworkCost
+from spectrim.layers.forms import find_form
 from spectrim.layers.types import LAYER_TYPES, Geometry, Positions
 from spectrim.layers.units import SingleWeight
 from spectrim.layers.units.base import Weight
@@ -39,7 +40,7 @@ def write_spectra(path: Path, analysis: Analysis, *, metric: Metric) -> None:
             {
                 "weight": weight | {"layer_type": layer_type},
                 "skip_reason": layer.skip_reason,
-                "forms": layer.forms[:1],
+                "forms": [form for form in layer.forms if (find_form(form).solved_as or form) == layer.forms[0]],
                 "totals": totals,
             }
         )

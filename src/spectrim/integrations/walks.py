@@ -184,7 +184,8 @@ class Walk:
             origin = name if layer is None else f"{layer}.weight"
             key = shards.keys[origin]
             key = key if layer is None else key.removesuffix("weight") + name.removeprefix(f"{layer}.")
-            rounded = tensor.detach().to(shards.dtype(origin))
+            rounded = tensor.detach()
+            rounded = rounded.to(shards.dtype(origin)) if rounded.is_floating_point() else rounded
             if not bool(torch.isfinite(rounded).all()) and bool(torch.isfinite(tensor).all()):
                 raise ModelError(f"the factors of {origin} overflow {rounded.dtype}; save the model as bfloat16 first")
             tensor.detach().copy_(rounded)
