@@ -95,3 +95,11 @@ def test_convolutions_in_it_go_through_the_older_exporter_of_torch(tmp_path: Pat
     session = pytest.importorskip("onnxruntime").InferenceSession(path)
     (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     torch.testing.assert_close(torch.from_numpy(y), small(x))
+
+
+def test_openvino_gives_the_same_for_convolutions_behind_each_other(tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Conv1d(8, 32, 1), nn.ReLU(), nn.Conv1d(32, 16, 1)), torch.randn(2, 8, 6)
+    small = st.compress(model, st.Rank(5), example_inputs=x, forms=("interpolative",)).model
+    assert st.export_openvino(small, tmp_path / "small.xml", x).check is not None

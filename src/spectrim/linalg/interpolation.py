@@ -14,14 +14,19 @@ def interpolated(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     factors are (Goreinov et al., How to find a good submatrix, 2010).
 
     Returns:
-        `rows` (r,), in order; these rows of the product, (r, n); and of its other rows, in order, the coefficients
-        (out - r, r).
+        `order` (out,), its own inverse, whose first r are these rows: row i of the product is at place order[i] of
+        [first, rest first]; `first` (r, n); and `rest`, the coefficients (out - r, r).
     """
     Q, R = torch.linalg.qr(up)
+    rank, order = Q.shape[1], torch.arange(len(Q), device=Q.device)
     rows = _dominant_rows(Q)
-    others = torch.ones(len(Q), dtype=torch.bool, device=Q.device).index_fill_(0, rows, False)
-    rest: Tensor = torch.linalg.solve(Q[rows].T, Q[others].T).T
-    return rows, Q[rows] @ (R @ down), rest
+    # rows behind the first r change places with others before: OpenVINO moves an order into the next convolution's
+    # weights as if it were its own inverse
+    behind, others = rows[rows >= rank], order[:rank][~torch.isin(order[:rank], rows)]
+    order[others], order[behind] = behind, others
+    first, last = Q[order[:rank]], Q[order[rank:]]
+    rest: Tensor = torch.linalg.solve(first.T, last.T).T
+    return order, first @ (R @ down), rest
 
 
 def _dominant_rows(Q: Tensor) -> Tensor:

@@ -54,12 +54,9 @@ class InterpolativeLayer(TwoFactors):
     def stored(self, factors: Factors) -> list[Tensor]:
         """The weights of the chain for a product of any factors; the order of the outputs is set to theirs."""
         down, up = (to_float64(part).flatten(2)[0] for part in factors)
-        rows, first, rest = interpolated(down, up)
-        chosen = torch.zeros(len(up), dtype=torch.int64, device=up.device).index_fill_(0, rows, 1)
+        order, first, rest = interpolated(down, up)
         own = cast(Interpolation, self.up)
-        own.order = torch.where(chosen > 0, chosen.cumsum(0) - 1, (1 - chosen).cumsum(0) - 1 + len(rows)).to(
-            own.order.device
-        )
+        own.order = order.to(own.order.device)
         kind, size = layer_type_of(self.down), geometry_of(self.down)
         return [kind.to_weight(first.reshape(size.shape), size), rest]
 

@@ -16,7 +16,7 @@ class Interpolation(nn.Module):
     Attributes:
         weight: W, (out - into, into).
         bias: (out,), or None.
-        order: int64 (out,): where each output lies in [x, W x].
+        order: int64 (out,): where each output lies in [x, W x]; its own inverse.
         dims: Dimensions of a map, as convolutions have them behind the features; 0 where these come last.
         is_square: Whether there are no outputs besides the inputs.
 
