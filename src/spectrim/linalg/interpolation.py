@@ -38,11 +38,10 @@ def _dominant_rows(Q: Tensor) -> Tensor:
     rows = order[: Q.shape[1]]
     T = torch.linalg.solve(Q[rows].T, Q.T).T
     # every exchange multiplies the volume by what is found here, so that they come to an end
-    while rows and (largest := float(T.abs().max())) > _MOST:
+    while rows and float(T.abs().max()) > _MOST:
         row, column = divmod(int(T.abs().argmax()), len(rows))
         change = T[row].clone()
         change[column] -= 1
         T = T - torch.outer(T[:, column] / T[row, column], change)
         rows[column] = row
-        assert largest > 1
     return torch.tensor(sorted(rows), device=Q.device)
