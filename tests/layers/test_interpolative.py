@@ -65,8 +65,9 @@ def test_its_layers_are_part_of_a_model_like_any_other(tmp_path: Path) -> None:
     tuned = st.finetune(again, [(x, torch.randn(8, 20))], loss="mse", epochs=1, lr=1e-2).model
     assert not torch.equal(tuned[0].up.weight, again[0].up.weight)
     assert torch.equal(tuned[0].up.order, again[0].up.order)
-    exported = st.export_program(again, tmp_path / "small.pt2", x)
+    exported = st.export_program(again, tmp_path / "small.pt2", x, pad=16)
     assert exported.check is not None
+    assert exported.padded is None  # no rank is
 
 
 def test_a_network_in_it_is_compressed_no_further() -> None:

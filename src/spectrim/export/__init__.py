@@ -26,6 +26,7 @@ from spectrim.export.files import (
     write_together,
 )
 from spectrim.layers.factored import low_rank_layers
+from spectrim.layers.forms import find_form
 from spectrim.layers.padding import padded
 from spectrim.runtimes.conversion import OPSET, optional, quiet, require_onnx, to_onnx, to_openvino, to_program
 from spectrim.runtimes.rank_grid import probe
@@ -210,12 +211,13 @@ def _padded(reference: Reference, pad: Pad, *, runtime: str, threads: int) -> tu
     model = reference.model
     if isinstance(pad, str) and pad != "auto":
         raise RuleError(f"pad={pad!r}: give a number, 'auto' or None")
-    if pad is None:
+    layers = low_rank_layers(model).values()
+    ranks = [rank for layer in layers if find_form(layer.form).saves_time for rank in layer.ranks]
+    if pad is None or (layers and not ranks):
         return model, partial(Exported)
     if pad != "auto":
         return padded(model, pad), partial(Exported, padded=pad)
     chosen = require_runtime(runtime, threads=threads)
-    ranks = [rank for layer in low_rank_layers(model).values() for rank in layer.ranks]
     multiple = probe(runtime=runtime, threads=threads, batch=reference.batch).multiple if ranks else 1
     if all(rank % multiple == 0 for rank in ranks):
         return model, partial(Exported)
