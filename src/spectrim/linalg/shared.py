@@ -21,7 +21,7 @@ from spectrim.linalg.products import matmul, times_rounded
 from spectrim.linalg.spectra import to_float64
 
 _SWEEPS = 4
-_SLOW = 1e-2
+_SLOW, _NEAR = 1e-2, 8
 WIDE = 1024
 """Inputs of a kernel above which the iterations are fewer."""
 
@@ -198,7 +198,8 @@ def better_projection(M: Tensor, A: Tensor, H: Tensor, V: Tensor, *, steps: int 
     out, P, Q = M.shape
     r, kind = len(V), V.dtype
     # V is the same for any multiple of A, of which some leave the range of float32 in the products below
-    A = torch.ldexp(A, -torch.frexp(A.diagonal().mean()).exponent)
+    exponent = torch.frexp(A.diagonal().mean()).exponent
+    A = A if abs(int(exponent)) <= _NEAR else torch.ldexp(A, -exponent)
     rest = (M - _applied(V.T, H.reshape(out, r, Q))).reshape(out, -1)
     rest, H, V = (matrix.to(A.dtype) for matrix in (rest, H, V))
     K = matmul(H.T, H).reshape(r, Q, r, Q).permute(0, 3, 1, 2).reshape(r, -1)
