@@ -366,3 +366,23 @@ def test_a_model_on_a_gpu(runtime: str) -> None:
 def test_runtimes_for_the_cpu_refuse_a_model_on_a_gpu(runtime: str) -> None:
     with pytest.raises(errors.EngineError, match="for the CPU, and the model is on cuda"):
         require_runtime(runtime).prepare(small_net().cuda(), inputs(2, 3, 9, 9))
+
+
+class Drifting(nn.Module):
+    """Gives something else in every pass, and something else again once it is exported."""
+
+    passes = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        Drifting.passes += 1  # of copies too
+        return x * Drifting.passes
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_outputs_that_are_not_those_of_torch_are_said(runtime: str) -> None:
+    pytest.importorskip(runtime)
+    with (
+        pytest.warns(UserWarning, match=f"{runtime} gives other outputs than torch"),
+        sessions.require_runtime(runtime).prepare(Drifting(), torch.ones(2, 3), checked=True),
+    ):
+        pass

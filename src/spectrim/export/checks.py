@@ -18,7 +18,7 @@ from spectrim.core.files import Frozen
 from spectrim.core.nested import tensors
 from spectrim.export.files import Port
 from spectrim.runtimes.conversion import batch_size, graph_inputs, has_batch, quiet
-from spectrim.runtimes.engines import array_of, load_engine
+from spectrim.runtimes.engines import array_of, load_engine, relative_difference
 from spectrim.runtimes.faults import raised_as
 
 _failing = partial(raised_as, EngineError, advice="; check=False writes it nevertheless")
@@ -103,7 +103,7 @@ class Reference:
                 expected = list(tensors(call(self.model, case, what="random inputs", hint=" Use check=False?")))
             with _failing(f"{runtime} cannot run the exported network"), quiet():
                 outputs = run(case)
-            difference = _difference(expected, outputs)
+            difference = relative_difference(expected, outputs)
             if difference > self.tolerance:
                 raise EngineError(
                     f"{runtime} gives other outputs than torch on a batch of {size}: they differ by {difference:.2g} "
@@ -154,21 +154,3 @@ def _is_mask(example: Tensor) -> bool:
         return True
     low, high = example.aminmax()
     return bool(low < high and ((example == low) | (example == high)).all() and example.numel() > 2)
-
-
-def _difference(expected: Sequence[Tensor], outputs: Sequence[Tensor]) -> float:
-    """Largest difference of an entry, as a share of its tensor's largest finite one; infinite for other shapes."""
-    if [tensor.shape for tensor in expected] != [tensor.shape for tensor in outputs]:
-        return math.inf
-    return max(map(_relative_difference, expected, outputs), default=0.0)
-
-
-def _relative_difference(expected: Tensor, output: Tensor) -> float:
-    if not expected.numel():
-        return 0.0
-    wide = torch.complex128 if expected.is_complex() else torch.float64
-    expected, output = expected.detach().cpu().to(wide), output.to(wide)
-    same = (expected == output) | (expected.isnan() & output.isnan())
-    distance = torch.where(same, 0.0, (expected - output).abs()).nan_to_num(math.inf, math.inf).max()
-    scale = expected.abs().nan_to_num(0.0, 0.0).max()
-    return float(distance / scale) if scale > 0 else math.inf if distance > 0 else 0.0

@@ -1,9 +1,11 @@
 """ONNX Runtime and OpenVINO on the CPU, with a fixed number of threads and a stated precision."""
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -80,3 +82,21 @@ def openvino_model(model: "onnx.ModelProto | Path", *, runtime: str, threads: in
     if actual != precision:
         raise EngineError(f"OpenVINO computes in {actual} on this processor, not in {precision}")
     return compiled
+
+
+def relative_difference(expected: Sequence[Tensor], outputs: Sequence[Tensor]) -> float:
+    """Largest difference of an entry, as a share of its tensor's largest finite one; infinite for other shapes."""
+    if [tensor.shape for tensor in expected] != [tensor.shape for tensor in outputs]:
+        return math.inf
+    return max(map(_difference, expected, outputs), default=0.0)
+
+
+def _difference(expected: Tensor, output: Tensor) -> float:
+    if not expected.numel():
+        return 0.0
+    wide = torch.complex128 if expected.is_complex() else torch.float64
+    expected, output = expected.detach().cpu().to(wide), output.to(wide)
+    same = (expected == output) | (expected.isnan() & output.isnan())
+    distance = torch.where(same, 0.0, (expected - output).abs()).nan_to_num(math.inf, math.inf).max()
+    scale = expected.abs().nan_to_num(0.0, 0.0).max()
+    return float(distance / scale) if scale > 0 else math.inf if distance > 0 else 0.0

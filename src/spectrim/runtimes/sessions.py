@@ -9,6 +9,7 @@ import os
 import platform
 import shutil
 import types
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass
@@ -26,7 +27,14 @@ from spectrim.core.execution import Inputs, as_inputs, call, device_of, evaluati
 from spectrim.core.names import RUNTIMES as RUNTIMES, RuntimeName as RuntimeName
 from spectrim.core.nested import tensors
 from spectrim.runtimes.conversion import graph_inputs, optional, to_onnx
-from spectrim.runtimes.engines import Arrays, array_of, input_names, onnxruntime_session, openvino_model
+from spectrim.runtimes.engines import (
+    Arrays,
+    array_of,
+    input_names,
+    onnxruntime_session,
+    openvino_model,
+    relative_difference,
+)
 from spectrim.runtimes.faults import raised_as, unknown
 from spectrim.runtimes.timing import Timing, interleaved, pass_timer
 
@@ -35,6 +43,8 @@ if TYPE_CHECKING:
 
 ONNX_RUNTIMES: tuple[RuntimeName, ...] = ("onnxruntime", "openvino", "openvino-bf16")
 """Those that read ONNX."""
+_FAR = 0.2
+"""A share of the largest entry that rounding does not reach, nor that of bfloat16 in most networks."""
 _PACKAGES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {name: ("onnx", name.removesuffix("-bf16")) for name in ONNX_RUNTIMES}
 )
@@ -123,6 +133,7 @@ class Runtime:
                 if any(tensor.dtype == torch.bfloat16 for tensor in flat):
                     raise EngineError("an input is bfloat16, which cannot be given to this runtime; give float32")
                 run, outputs = self._engine(proto, [array_of(tensor) for tensor in flat])
+                self._compare(outputs(), list(tensors(call(model, inputs))))
             else:
                 run, outputs = _torch(model, on_device_of(model, inputs), runtime=self.name)
             return Session(run, outputs, resources.pop_all(), device, self.threads)
@@ -138,6 +149,18 @@ class Runtime:
         if not all(map(torch.equal, outputs(), outputs())):
             raise EngineError("two passes of the ONNX model over the same inputs differ; it draws random numbers")
         return Session(run, outputs, ExitStack(), torch.device("cpu"), self.threads)
+
+    def _compare(self, outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+        """Warn of floats that are far from those of torch; other numbers, such as indices, may be so for nothing."""
+        pairs = zip(expected, outputs, strict=False)
+        floats = ((own, other) for own, other in pairs if own.is_floating_point() and own.shape == other.shape)
+        difference = max((relative_difference([own], [other]) for own, other in floats), default=0.0)
+        if difference > _FAR:
+            warnings.warn(
+                f"{self} gives other outputs than torch: they differ by {difference:.2g} of the largest entry, so that "
+                "what is timed is another network; use another runtime",
+                stacklevel=5,
+            )
 
     def _engine(self, proto: "onnx.ModelProto", arrays: Arrays | Sequence[NDArray[Any]]) -> "_Runs":
         named, bind = _by_name(proto, arrays), _onnxruntime if self.name == "onnxruntime" else _openvino
