@@ -27,6 +27,7 @@ def test_budgets_of_numbers_take_it_and_others_do_not(limit: str) -> None:
     assert "interpolative" in forms_under(st.Budget(**{limit: 0.6}))
     assert "interpolative" not in forms_under(st.Budget(**{limit: 0.6}), forms=("linear",))
     assert "interpolative" not in forms_under(st.Budget(macs=0.6))
+    assert "interpolative" not in forms_under(st.Budget(params=0.6, of="body"))
     assert "interpolative" not in forms_under(st.Ratio(0.3))
     assert forms_under(st.Budget(macs=0.6), forms=("interpolative",)) <= {"interpolative", "dense"}
     assert forms_under(st.Rank(5), forms=("interpolative",)) == {"interpolative"}

@@ -76,7 +76,7 @@ def latency_table(
         FileError: `folder` cannot be written.
     """
     chosen = require_runtime(runtime, threads=threads)
-    allowed, step = selected_forms(forms, limit="latency"), multiple_of(rank_multiple)
+    allowed, step = selected_forms(forms, for_size=False), multiple_of(rank_multiple)
     example = as_inputs(example_inputs)
     model = unfused_as(model, analysis.names)
     analysis.require_model(model)

@@ -304,8 +304,8 @@ class Goal:
         list[str] | None,
         _rule(
             metavar="channel|spatial|tucker2|interpolative|width|head_vo",
-            help="A form that layers may take besides linear. Can be repeated. By default any for --params and "
-            "--bytes, any but interpolative for --macs, those of convolutions for --latency, channel for the others.",
+            help="A form that layers may take besides linear. Can be repeated. By default any, interpolative only for "
+            "--params and --bytes without --of, those of convolutions for --latency, channel for rules.",
         ),
     ] = None
     rank_multiple: Annotated[

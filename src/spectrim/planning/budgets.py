@@ -18,7 +18,16 @@ from spectrim.core.plans import Budget, LatencyNote, LayerPlan, Limit, Metric, P
 from spectrim.layers.forms import RankCosts, find_form, joint_form_named, selected_forms
 from spectrim.linalg import FloatArray, Ranks
 from spectrim.planning.curve import Curve, Point
-from spectrim.planning.decisions import PlanOptions, dense, factored, listed, narrowed, possible_forms, why_impossible
+from spectrim.planning.decisions import (
+    SIZES,
+    PlanOptions,
+    dense,
+    factored,
+    listed,
+    narrowed,
+    possible_forms,
+    why_impossible,
+)
 from spectrim.planning.groups import Group, grouped
 from spectrim.planning.knapsack import Allocation, KnapsackItem
 from spectrim.planning.reach import out_of_reach
@@ -111,7 +120,10 @@ class Candidates:
                 "a budget of latency needs latencies=st.latency_table(model, example_inputs, analysis=..), and no "
                 "other budget does; st.compress makes it by itself"
             )
-        metric, forms = metric_of(analysis, options.metric, best=True), selected_forms(options.forms, limit=cost)
+        metric, forms = (
+            metric_of(analysis, options.metric, best=True),
+            selected_forms(options.forms, for_size=cost in SIZES),
+        )
         if latencies is None:
             return cls(analysis, cost, metric, forms, options.step)
         step = latencies.rank_multiple if options.rank_multiple is None else options.step

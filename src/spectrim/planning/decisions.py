@@ -40,11 +40,11 @@ class PlanOptions:
         return multiple_of(self.rank_multiple) or 1
 
 
-def takes_lookups(rule_or_plan: Rule | Plan) -> bool:
-    """Whether embeddings may be factored: where they count, and not only the body does."""
+def limits_whole_size(rule_or_plan: Rule | Plan) -> bool:
+    """Whether the whole network's size counts: then embeddings may be factored, and forms taken that save no time."""
     if isinstance(rule_or_plan, Plan):
-        return takes_lookups(rule_or_plan.rule)
-    return isinstance(rule_or_plan, Budget) and rule_or_plan.limits in _SIZES and rule_or_plan.of is None
+        return limits_whole_size(rule_or_plan.rule)
+    return isinstance(rule_or_plan, Budget) and rule_or_plan.limits in SIZES and rule_or_plan.of is None
 
 
 def takes_layers_together(rule_or_plan: Rule | Plan) -> bool:
@@ -54,7 +54,7 @@ def takes_layers_together(rule_or_plan: Rule | Plan) -> bool:
     return isinstance(rule_or_plan, Budget) and rule_or_plan.limits != "latency"
 
 
-_SIZES = ("params", "bytes")
+SIZES = ("params", "bytes")
 
 
 def possible_forms(
@@ -73,7 +73,7 @@ def why_impossible(layer: LayerAnalysis, metric: Metric, *, limit: Limit | None 
     """Why a layer must stay dense whatever the rank, or None."""
     if not layer.forms or layer.skip_reason:
         return layer.skip_reason or "it has no factored form"
-    if layer.is_lookup and limit not in _SIZES:
+    if layer.is_lookup and limit not in SIZES:
         return LOOKUP
     if metric in layer.problems:
         return None

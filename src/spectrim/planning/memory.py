@@ -21,7 +21,7 @@ from spectrim.layers.narrowing import selected_units
 from spectrim.layers.selection import LayerSelection, Patterns, TreatAs
 from spectrim.layers.unfusing import unfused
 from spectrim.layers.units import Unit
-from spectrim.planning.decisions import takes_layers_together, takes_lookups
+from spectrim.planning.decisions import limits_whole_size, takes_layers_together
 from spectrim.planning.footprints import Stages, Work
 from spectrim.planning.resources import DataSize, RunOptions
 
@@ -140,7 +140,7 @@ def estimate_memory(
         if size is None:
             raise DataError("how many samples the data have cannot be known without reading them; give samples=")
     treated = {} if treat_as is None else treat_as
-    lookups, together = takes_lookups(rule_or_plan), takes_layers_together(rule_or_plan)
+    lookups, together = limits_whole_size(rule_or_plan), takes_layers_together(rule_or_plan)
     selection = LayerSelection(include, exclude, keep_last, treated, lookups=lookups, together=together)
     model = unfused(model, selection.unfuses)
     units = selected_units(model, example, selection)

@@ -20,7 +20,7 @@ from spectrim.core.layout import ImageLayout
 from spectrim.core.plans import Budget, Metric, Plan, Rule
 from spectrim.layers.selection import LayerSelection
 from spectrim.layers.unfusing import unfused, unfused_as
-from spectrim.planning.decisions import PlanOptions, takes_layers_together, takes_lookups
+from spectrim.planning.decisions import PlanOptions, limits_whole_size, takes_layers_together
 from spectrim.planning.footprints import Work
 from spectrim.planning.latency_budget import plan_latency
 from spectrim.planning.memory import estimated
@@ -80,7 +80,7 @@ def decide(
         layers.require_model(model)
         return stages.decided(layers, stages.batches(data, aside=layers.calibration is None))
     together = takes_layers_together(rule_or_plan)
-    analysis = stages.analysed(replace(layers, lookups=takes_lookups(rule_or_plan), together=together))
+    analysis = stages.analysed(replace(layers, lookups=limits_whole_size(rule_or_plan), together=together))
     if not isinstance(rule_or_plan, Plan):
         metric = options.metric or ("plain" if data is None else "activation")
         require_possible(analysis, rule_or_plan, options, metric=metric)

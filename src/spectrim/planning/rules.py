@@ -18,10 +18,10 @@ from spectrim.planning.decisions import (
     PlanOptions,
     dense,
     factored,
+    limits_whole_size,
     listed,
     narrowed,
     possible_forms,
-    takes_lookups,
     why_impossible,
 )
 from spectrim.runtimes.rank_grid import Grid, multiple_of
@@ -52,8 +52,9 @@ def plan(
         forms: Which of `channel`, `spatial`, `tucker2` convolutions may take, which of `linear`, `interpolative` linear
             layers and convolutions of one place, and whether layers may be narrowed together: `width` (the neurons of
             an MLP) and `head_vo` (the values of an attention). By default a `Budget` in a data metric may use all of
-            them (of MACs none that saves numbers only: `interpolative`), one of latency those of single layers, and the
-            other rules use the linear and the channel form; of several, those take the first that a layer has.
+            them (of MACs, or of the body, none that saves numbers only: `interpolative`), one of latency those of
+            single layers, and the other rules use the linear and the channel form; of several, those take the first
+            that a layer has.
         rank_multiple: Use only ranks that are multiples of this number, or of the step that `st.probe` found, and full
             ones. By default 1, and under a budget of latency that of the table.
         allow_growth: Factor layers even when they grow (for tests and studies).
@@ -112,16 +113,18 @@ def require_possible(analysis: Analysis, rule: Rule, options: PlanOptions, *, me
             analysis,
             rule.limits,
             metric,
-            selected_forms(options.forms, limit=rule.limits),
+            selected_forms(options.forms, for_size=limits_whole_size(rule)),
             step,
-            lookups=takes_lookups(rule),
+            lookups=limits_whole_size(rule),
         )
         candidates.require(rule, share=rule.share)
 
 
 def candidates_of(analysis: Analysis, rule: Budget, options: PlanOptions) -> Candidates:
     """Every candidate of every layer under a budget; raises as `plan` does."""
-    candidates = replace(Candidates.of(analysis, rule.limits, options), lookups=takes_lookups(rule))
+    whole = limits_whole_size(rule)
+    forms = selected_forms(options.forms, for_size=whole)
+    candidates = replace(Candidates.of(analysis, rule.limits, options), lookups=whole, forms=forms)
     if rule.limits == "latency" and (timed := candidates.rule(rule.share)) != rule:
         raise RuleError(f"the latency table is for {timed}, and the rule is {rule}; make a table for that")
     return candidates

@@ -90,17 +90,17 @@ def allowed_forms(own: Sequence[str], names: Sequence[str]) -> list[str]:
 
 
 def selected_forms(
-    names: Sequence[str] | str | None, *, closed_form: bool = False, limit: str | None = None
+    names: Sequence[str] | str | None, *, closed_form: bool = False, for_size: bool = True
 ) -> tuple[str, ...]:
-    """Names of the forms that may be used: those given, or all that are for a limit, or have a closed solution.
+    """Names of the forms that may be used: those given, or all of them, or all that have a closed solution.
 
-    `limit` is what a budget limits; by default forms are for any.
+    Without `for_size` all that save time.
 
     Raises:
         PlanError: an unknown name, or none at all.
     """
     if names is None:
-        suited = (form for form in (*FORMS, *JOINT_FORMS) if form.saves_time or limit in (None, "params", "bytes"))
+        suited = (form for form in (*FORMS, *JOINT_FORMS) if form.saves_time or for_size)
         return tuple(form.name for form in suited if form.closed_form or not closed_form)
     selected = (names,) if isinstance(names, str) else tuple(names)
     known = [form.name for form in (*FORMS, *JOINT_FORMS)]
