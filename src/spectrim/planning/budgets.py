@@ -98,11 +98,11 @@ class Candidates:
     forms: tuple[str, ...]
     multiple: int
     latencies: LatencyTable | None = None
-    lookups: bool = True
+    lookups: bool = False
 
     @classmethod
-    def of(cls, analysis: Analysis, cost: Limit, options: PlanOptions) -> "Candidates":
-        """The candidates, once it is known that table and multiple go together.
+    def of(cls, analysis: Analysis, cost: Limit, options: PlanOptions, *, body: bool = False) -> "Candidates":
+        """The candidates for the network or its body, once it is known that table and multiple go together.
 
         Raises:
             RuleError: a latency without a table, a table without a latency, ranks that the table does not hold, or MACs
@@ -120,12 +120,10 @@ class Candidates:
                 "a budget of latency needs latencies=st.latency_table(model, example_inputs, analysis=..), and no "
                 "other budget does; st.compress makes it by itself"
             )
-        metric, forms = (
-            metric_of(analysis, options.metric, best=True),
-            selected_forms(options.forms, for_size=cost in SIZES),
-        )
+        metric, whole = metric_of(analysis, options.metric, best=True), cost in SIZES and not body
+        forms = selected_forms(options.forms, for_size=whole)
         if latencies is None:
-            return cls(analysis, cost, metric, forms, options.step)
+            return cls(analysis, cost, metric, forms, options.step, lookups=whole)
         step = latencies.rank_multiple if options.rank_multiple is None else options.step
         if step % latencies.rank_multiple:
             raise RuleError(

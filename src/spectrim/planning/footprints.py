@@ -86,8 +86,8 @@ class Work:
         joint = joint_forms_of(unit) if self.uses_data and self.is_budget else ()
         own: list[Form] = [] if unit.skip_reason else [*forms_of(unit), *joint]
         allowed = selected_forms(self.forms, closed_form=not self.is_budget)
-        solved = {form.solved_as or form.name: form for form in reversed(own) if form.name in allowed}
-        return list(reversed(solved.values()))[: None if self.is_budget else 1] or own[:1]
+        solved = [form for form in own if form.name in allowed and form.solved_as not in allowed]
+        return solved[: None if self.is_budget else 1] or own[:1]
 
 
 @dataclass(frozen=True)

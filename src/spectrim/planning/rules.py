@@ -1,7 +1,6 @@
 """A rule and an analysis give a plan: pure numbers, no network."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import numpy as np
 
@@ -108,23 +107,15 @@ def require_possible(analysis: Analysis, rule: Rule, options: PlanOptions, *, me
     if not isinstance(rule, Budget):
         require_reachable(rule, _full_ranks(analysis, selected_forms(options.forms, closed_form=True), "plain"))
     elif rule.limits != "latency":
-        step = multiple_of(options.rank_multiple) or 1
-        candidates = Candidates(
-            analysis,
-            rule.limits,
-            metric,
-            selected_forms(options.forms, for_size=limits_whole_size(rule)),
-            step,
-            lookups=limits_whole_size(rule),
-        )
+        step, whole = multiple_of(options.rank_multiple) or 1, limits_whole_size(rule)
+        forms = selected_forms(options.forms, for_size=whole)
+        candidates = Candidates(analysis, rule.limits, metric, forms, step, lookups=whole)
         candidates.require(rule, share=rule.share)
 
 
 def candidates_of(analysis: Analysis, rule: Budget, options: PlanOptions) -> Candidates:
     """Every candidate of every layer under a budget; raises as `plan` does."""
-    whole = limits_whole_size(rule)
-    forms = selected_forms(options.forms, for_size=whole)
-    candidates = replace(Candidates.of(analysis, rule.limits, options), lookups=whole, forms=forms)
+    candidates = Candidates.of(analysis, rule.limits, options, body=rule.of is not None)
     if rule.limits == "latency" and (timed := candidates.rule(rule.share)) != rule:
         raise RuleError(f"the latency table is for {timed}, and the rule is {rule}; make a table for that")
     return candidates

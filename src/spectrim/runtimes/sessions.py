@@ -111,7 +111,8 @@ class Runtime:
 
         While it is open, the model is in evaluation mode and gradients are off; closing puts back everything. torch
         runs the model itself, every other runtime a copy of it. The batch size is that of `example_inputs`. A model
-        that is known to be repeatable is `checked`, which saves two passes.
+        that is known to be repeatable is `checked`, which saves two passes. Warns where a runtime that reads ONNX gives
+        other outputs than torch.
 
         Raises:
             EngineError: a model on a GPU in a runtime for CPUs; a failure of the runtime.

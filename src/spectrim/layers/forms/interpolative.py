@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from spectrim.layers.factored import FactoredLayer, geometry_of
 from spectrim.layers.forms.base import RankCosts
-from spectrim.layers.forms.channel import TwoFactorForm, TwoFactors
+from spectrim.layers.forms.channel import TwoFactorForm
+from spectrim.layers.forms.linear import LinearFactors
 from spectrim.layers.types import Geometry, LayerType, layer_type_of
 from spectrim.layers.types.interpolation import Interpolation
 from spectrim.layers.units import SingleWeight, Unit
@@ -22,7 +23,7 @@ from spectrim.linalg import Factors, Ranks, interpolated, to_float64
 
 
 @final
-class InterpolativeLayer(TwoFactors):
+class InterpolativeLayer(LinearFactors):
     """A linear layer, or a convolution of one place, that computes some outputs directly and the others from these.
 
     Attributes:
@@ -36,20 +37,10 @@ class InterpolativeLayer(TwoFactors):
         ModelError: the two layers do not fit together, or `down` has a bias.
     """
 
-    def __init__(self, down: nn.Module, up: nn.Module, *, dense: nn.Module | None = None) -> None:
-        super().__init__((down, up), dense)
-        self.down = down
-        self.up = up
-
     @property
     def form(self) -> str:
         """`interpolative`."""
         return "interpolative"
-
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # the name that dense layers give it
-        """Apply both factors."""
-        y: Tensor = self.up(self.down(input))
-        return y
 
     def stored(self, factors: Factors) -> list[Tensor]:
         """The weights of the chain for a product of any factors; the order of the outputs is set to theirs."""
