@@ -124,7 +124,7 @@ def compress(
             everything; by default `attention_mask` and the like, and `src_key_padding_mask` and the like, as in torch.
         metric: `plain`, `activation` or `loss`; with `data`, by default loss under a `Budget` and activation otherwise.
         forms: Which of `channel`, `spatial`, `tucker2` convolutions may take, of `linear`, `interpolative` linear
-            layers, and of `width`, `head_vo` several layers together; see `st.plan`.
+            layers, and of `width`, `head_vo`, `head_qk` several layers together; see `st.plan`.
         rank_multiple: Use only ranks that are multiples of this number, and full ones. `auto`, the default under a
             budget of latency, probes the step of this hardware in the budget's runtime or torch (see `st.probe`).
         include: Patterns of layer names to factor, as in a shell.

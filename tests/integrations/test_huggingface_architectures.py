@@ -153,7 +153,7 @@ TIED = {
     f"tied {name}": replace(
         NETWORKS[name],
         options={**NETWORKS[name].options, **options, "vocab_size": 8 * WORDS, "tie_word_embeddings": True},
-        params=0.6,
+        params=0.45 if name == "T5" else 0.6,  # whose queries and keys may shrink as well
     )
     for name, options in {"GPT-2": {}, "Llama": {}, "BERT": {"max_position_embeddings": 32}, "T5": {}}.items()
 }
@@ -261,7 +261,7 @@ def test_the_planned_cost_is_the_measured_one(results: Any, name: str) -> None:
 @pytest.mark.parametrize("name", TIED)
 def test_an_output_layer_stays_tied_to_the_embedding(results: Any, name: str) -> None:
     small, _ = results[name]
-    assert small.measurement.params_ratio <= 0.6
+    assert small.measurement.params_ratio <= (TIED[name].params or 0)
     output, embedding = small.model.get_output_embeddings(), small.model.get_input_embeddings()
     assert output.up.weight is embedding.down.weight
     assert output.down.weight is embedding.up.weight

@@ -29,6 +29,7 @@ from spectrim.core.execution import Inputs, ProgressCallback, evaluating
 from spectrim.core.memory import IN_PLACE, Storage
 from spectrim.core.plans import Metric
 from spectrim.core.progress import progress_callback
+from spectrim.layers.forms import find_form
 from spectrim.layers.replacement import BiasOf, factored_at, mean_corrections, narrowed_at, product
 from spectrim.layers.tokens import TokenMasks
 from spectrim.layers.unfusing import unfused_as
@@ -128,7 +129,7 @@ def _possible(layer: LayerAnalysis, measured: Mapping[str, float] | None) -> Lay
     """A layer that is not narrowed together with others if that has failed."""
     if measured is None or set(layer.joint_forms) <= set(measured) or not isinstance(layer.unit, SingleWeight):
         return layer
-    return with_changes(layer, unit=with_changes(layer.unit, feeders=(), heads=None))
+    return with_changes(layer, unit=with_changes(layer.unit, feeders=(), heads=None, scores=None))
 
 
 def with_output_grads(
@@ -295,7 +296,9 @@ class _SingleLayerRuns:
         while place and min(total, problem.total) > 0:
             ranks = tuple(int(rank) for rank in errors.ranks[losing[place - 1]])
             factors = layer.decomposition(form, metric).factors(ranks)
-            lost = problem.seen_error(product(dense, form=form, factors=factors)) / problem.total
+            lost = float(errors.lost[losing[place - 1]])
+            if not find_form(form).narrows_outputs:
+                lost = problem.seen_error(product(dense, form=form, factors=factors)) / problem.total
             if lost > _LEAST_LOST:
                 return _Candidate(layer, form, ranks, factors, lost, problem.total)
             place //= 2

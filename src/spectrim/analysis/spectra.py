@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from spectrim.analysis.calibration import Calibration
 from spectrim.analysis.experts import with_experts_of
-from spectrim.analysis.moments import pooled
-from spectrim.analysis.tied_embeddings import tied_problems
+from spectrim.analysis.problems import partner_moments, problems_of
 from spectrim.core.arguments import checked
 from spectrim.core.display import Displayed
 from spectrim.core.errors import ModelError, PlanError
@@ -26,7 +25,16 @@ from spectrim.layers.selection import LayerSelection, Patterns, TreatAs
 from spectrim.layers.types import layer_type_of
 from spectrim.layers.unfusing import unfused
 from spectrim.layers.units import SingleWeight, Unit
-from spectrim.linalg import Decomposition, Factors, FloatArray, Problem, Ranks, Spectrum, matrix_of, shrunk, spectrum
+from spectrim.linalg import (
+    Decomposition,
+    Factors,
+    FloatArray,
+    Problem,
+    Ranks,
+    Spectrum,
+    spectrum,
+    to_float64,
+)
 
 _T = TypeVar("_T")
 
@@ -82,6 +90,7 @@ class LayerAnalysis:
     forms: tuple[str, ...]
     problems: Mapping[Metric, Problem] = field(repr=False)
     _matrices: Tensor | None = field(repr=False, default=None)
+    _bias: Tensor | None = field(repr=False, default=None)
     _decompositions: dict[tuple[str, Metric], Decomposition] = field(repr=False, default_factory=dict)
     _rank_errors: dict[tuple[str, Metric], RankErrors] = field(repr=False, default_factory=dict)
 
@@ -105,6 +114,10 @@ class LayerAnalysis:
     def joint_forms(self) -> tuple[str, ...]:
         """Names of the forms that it can take together with the layers that feed it."""
         return tuple(form.name for form in joint_forms_of(self.unit)) if self.forms else ()
+
+    def _of(self, problems: Mapping[Metric, Problem]) -> "LayerAnalysis":
+        """The same with other problems."""
+        return LayerAnalysis(self.unit, self.forms, problems, _bias=self._bias)
 
     @property
     def form(self) -> str | None:
@@ -334,20 +347,20 @@ def analyze_units(
 ) -> Analysis:
     """As `analyze_selected`, of units that were found before, in a model that costs `whole`."""
     statistics = with_experts_of(calibration, units)
-    layers = tuple(_layer(model, unit, statistics, device) for unit in units)
+    layers = _with_partners([_layer(model, unit, statistics, device) for unit in units], statistics)
     return Analysis(layers, _metrics(layers, calibration), whole, calibration)
 
 
 def with_statistics(bare: Analysis, calibration: Calibration) -> Analysis:
     """An analysis without statistics with those of a calibration; the weights are not copied again."""
     statistics = with_experts_of(calibration, [layer.unit for layer in bare])
-    layers = tuple(
-        LayerAnalysis(layer.unit, layer.forms, _problems(layer.unit, layer.problems["plain"].weight, statistics))
-        if layer.problems
-        else layer
+    layers = [
+        layer._of(problems_of(layer.unit, layer.problems["plain"].weight, statistics)) if layer.problems else layer
         for layer in bare
+    ]
+    return replace(
+        bare, layers=_with_partners(layers, statistics), metrics=_metrics(layers, calibration), calibration=calibration
     )
-    return replace(bare, layers=layers, metrics=_metrics(layers, calibration), calibration=calibration)
 
 
 def _metrics(layers: Sequence[LayerAnalysis], calibration: Calibration | None) -> tuple[Metric, ...]:
@@ -371,26 +384,17 @@ def _layer(model: nn.Module, unit: Unit, calibration: Calibration | None, device
     kernels = kernels.clone() if device is None else kernels.to(device, copy=True)
     if unit.skip_reason is not None:
         return LayerAnalysis(unit, forms, {}, kernels.flatten(2))
-    return LayerAnalysis(unit, forms, _problems(unit, kernels, calibration))
+    bias = layer._parameters.get("bias")
+    own = None if bias is None else to_float64(bias.detach()).clone()
+    return LayerAnalysis(unit, forms, problems_of(unit, kernels, calibration), _bias=own)
 
 
-def _problems(unit: Unit, kernels: Tensor, calibration: Calibration | None) -> dict[Metric, Problem]:
-    """What there is to approximate in every metric."""
-    assert isinstance(unit, SingleWeight)
-    problems: dict[Metric, Problem] = {"plain": Problem(kernels)}
-    if calibration and all(site in calibration.moments for site in unit.call_sites):
-        moments = [calibration.moments[site] for site in unit.call_sites]
-        if unit.weight.outputs:
-            return problems | tied_problems(kernels, moments, outputs=len(unit.weight.outputs))
-        inputs = pooled(moments, name=unit.name, width=unit.geometry.width)
-        problems["activation"] = Problem(
-            kernels, inputs.covariance, shrinkage=inputs.shrinkage, rounding_tolerance=inputs.rounding_tolerance
-        )
-        outputs = [
-            matrix_of(shrunk(seen.output_grad_covariance, seen.output_grad_shrinkage))
-            for seen in moments
-            if seen.output_grad_covariance is not None
-        ]
-        if len(outputs) == len(moments):
-            problems["loss"] = replace(problems["activation"], output=torch.stack(outputs).sum(dim=0))
-    return problems
+def _with_partners(layers: Sequence[LayerAnalysis], calibration: Calibration | None) -> tuple[LayerAnalysis, ...]:
+    """Those of the keys of an attention with the moments of its queries."""
+    by_name, known = {layer.name: layer for layer in layers}, calibration.moments if calibration else {}
+    for key, layer in by_name.items():
+        unit = layer.unit
+        if isinstance(unit, SingleWeight) and unit.scores and (name := unit.feeders[0].name) in known:
+            partner = partner_moments(by_name[name].problems, known[name].mean, by_name[name]._bias)
+            by_name[key] = layer._of({metric: replace(own, partner=partner) for metric, own in layer.problems.items()})
+    return tuple(by_name.values())

@@ -303,7 +303,7 @@ class Goal:
     form: Annotated[
         list[str] | None,
         _rule(
-            metavar="channel|spatial|tucker2|interpolative|width|head_vo",
+            metavar="channel|spatial|tucker2|interpolative|width|head_vo|head_qk",
             help="A form that layers may take besides linear. Can be repeated. By default any, interpolative only for "
             "--params and --bytes without --of, those of convolutions for --latency, channel for rules.",
         ),

@@ -13,7 +13,7 @@ from spectrim.core.execution import Inputs, call, temporary
 from spectrim.layers.units import SingleWeight
 from spectrim.linalg import HeadLayout
 
-_NEAREST, _LEVELS, _ROUNDS, _COMPARED, _CLOSE = 4, 2, 16, 16, 1e-3
+NEAREST, _LEVELS, ROUNDS, _COMPARED, CLOSE = 4, 2, 16, 16, 1e-3
 _OF_HEADS = re.compile("head")
 """Attributes of an attention that may say how large a head is, or how many there are."""
 
@@ -29,10 +29,12 @@ class Feeding:
     Attributes:
         feeders: Names of the layers whose outputs it reads, and nothing else does.
         heads: How the heads of an attention lie in them; None for numbers that are independent of each other.
+        is_multiplied: Whether it is not fed, but gives keys that the queries of its feeder are multiplied with.
     """
 
     feeders: tuple[str, ...]
     heads: HeadLayout | None = None
+    is_multiplied: bool = False
 
 
 def find_heads(
@@ -53,8 +55,8 @@ def find_heads(
         for name, own in possible.items()
     }
     confirmed: dict[str, Feeding] = {}
-    for _ in range(_ROUNDS):
-        now = _undisturbed(pending, order)
+    for _ in range(ROUNDS):
+        now = undisturbed(pending, order)
         if not now:
             break
         confirmed |= _Multiplied(model, inputs, received, now).passed()
@@ -62,15 +64,18 @@ def find_heads(
     return {name: confirmed[name] for name in possible if name in confirmed}
 
 
-def _undisturbed(
-    candidates: Mapping[str, Sequence[ValuesCandidate]], order: Sequence[str]
+def undisturbed(
+    candidates: Mapping[str, Sequence[ValuesCandidate]], order: Sequence[str], *, between: int = 0
 ) -> dict[str, ValuesCandidate]:
-    """The next candidate of each layer, of those that do not disturb each other, since no layer is between both."""
-    undisturbed, end = dict[str, ValuesCandidate](), -1
+    """The next candidate of each layer, of those that do not disturb each other, since no layer is between both.
+
+    So many places after the last layer of one the next may begin.
+    """
+    chosen, end = dict[str, ValuesCandidate](), -between
     for name in order:
-        if name in candidates and candidates[name] and order.index(candidates[name][0][0]) >= end:
-            undisturbed[name], end = candidates[name][0], order.index(name)
-    return undisturbed
+        if name in candidates and candidates[name] and order.index(candidates[name][0][0]) >= end + between:
+            chosen[name], end = candidates[name][0], order.index(name)
+    return chosen
 
 
 def _equal(first: Tensor | None, second: Tensor | None) -> bool:
@@ -95,24 +100,24 @@ def _candidates(
     """Layers that may give the values, the nearest first, with the layouts that sizes allow, large heads first."""
     place, width = order.index(name), single[name].geometry.into
     candidates = []
-    for values in reversed(order[max(0, place - _NEAREST) : place]):
-        if values not in single or not _is_near(name, values):
+    for values in reversed(order[max(0, place - NEAREST) : place]):
+        if values not in single or not is_near(name, values):
             continue
         outputs = single[values].geometry.outputs
-        for size in sorted(_sizes(model, name, width) | _sizes(model, values, width), reverse=True):
+        for size in sorted(head_sizes(model, name, width) | head_sizes(model, values, width), reverse=True):
             if size > 1 and width % size == 0 and outputs % size == 0 and (width // size) % (outputs // size) == 0:
                 candidates.append((values, HeadLayout(width // size, outputs // size, size)))
     return candidates
 
 
-def _is_near(name: str, other: str) -> bool:
+def is_near(name: str, other: str) -> bool:
     """Whether a module that holds both is at most two levels above each."""
     first, second = name.split("."), other.split(".")
     common = next((n for n, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), 0)
     return max(len(first), len(second)) - common <= _LEVELS
 
 
-def _sizes(model: nn.Module, name: str, width: int) -> set[int]:
+def head_sizes(model: nn.Module, name: str, width: int) -> set[int]:
     """Numbers that the modules around a layer have, as sizes of heads, and as how many heads there are."""
     parts = name.split(".")
     around = [model.get_submodule(".".join(parts[: len(parts) - up])) for up in (1, 2) if up < len(parts)]
@@ -155,8 +160,8 @@ class _Multiplied:
         if name in self.candidates:
             layout = self.candidates[name][1]
             by = self._matrices(name).repeat_interleave(layout.heads // layout.groups, dim=0)
-            expected, scale = _times(before, by), float(before.abs().max())
-            tolerance = scale * max(_CLOSE, 4 * torch.finfo(before.dtype).eps)
+            expected, scale = times(before, by), float(before.abs().max())
+            tolerance = scale * max(CLOSE, 4 * torch.finfo(before.dtype).eps)
             moved, off = (float((expected - other).abs().max()) for other in (before, args[0]))
             if moved > 10 * tolerance and off <= tolerance and self._mixes(name, tolerance):
                 self.agreeing.add(name)
@@ -172,7 +177,7 @@ class _Multiplied:
 
     def _multiply(self, name: str, _: nn.Module, __: Any, output: Tensor) -> Tensor:
         self.values[name] = output
-        return _times(output, self._matrices(name))
+        return times(output, self._matrices(name))
 
     def _matrices(self, name: str) -> Tensor:
         """(groups, size, size), others for each layer, since one may read what is meant for another."""
@@ -180,7 +185,7 @@ class _Multiplied:
         return torch.eye(layout.size) + 0.3 * torch.randn(layout.groups, layout.size, layout.size, generator=draw)
 
 
-def _times(numbers: Tensor, by: Tensor) -> Tensor:
+def times(numbers: Tensor, by: Tensor) -> Tensor:
     """Numbers (.., heads * size), each head times its matrix."""
     heads, size, _ = by.shape
     each = numbers.unflatten(-1, (heads, size)).unsqueeze(-2)

@@ -44,8 +44,8 @@ class AroundHeads(nn.Module):
         return f"size={self.size}, ranks={self.ranks}"
 
 
-class HeadValues(AroundHeads):
-    """Gives the values of heads: the numbers of each, and zeros up to the size that the attention expects.
+class FilledHeads(AroundHeads):
+    """Gives the numbers of heads, and after those of each zeros up to the size that the attention expects.
 
     Shapes:
         input (..., in), output (..., heads * size); `linear` gives (..., sum of ranks).
@@ -63,6 +63,14 @@ class HeadValues(AroundHeads):
         for head in range(len(zeros)):
             filled.extend([parts[head], parts[len(zeros) + head]])
         return torch.cat(filled, dim=-1)
+
+
+class HeadValues(FilledHeads):
+    """Gives the values of heads; `HeadOutput` reads what the attention makes of them."""
+
+
+class HeadScores(FilledHeads):
+    """Gives the queries or the keys of heads, whose products are the scores."""
 
 
 class HeadOutput(AroundHeads):

@@ -1,6 +1,7 @@
 """Layers with a space between them that can be narrowed, found by what the network does with it."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace as with_changes
 from functools import partial
 from typing import Any
@@ -11,11 +12,14 @@ from torch import Tensor, nn
 from spectrim.core.errors import ModelError
 from spectrim.core.execution import Inputs, call, evaluating, temporary
 from spectrim.core.nested import alike
+from spectrim.layers.forms.base import JointForm
+from spectrim.layers.forms.head_qk import HeadQueryKeyForm
 from spectrim.layers.forms.head_vo import HeadValueOutputForm
 from spectrim.layers.forms.width import WidthForm
 from spectrim.layers.head_layouts import Feeding, find_heads, received_by
 from spectrim.layers.heads import AroundHeads
 from spectrim.layers.replacement import narrowed_at, own_bias, refitted_at, replace
+from spectrim.layers.scores import find_scores
 from spectrim.layers.selection import LayerSelection
 from spectrim.layers.tracing import Trace, trace
 from spectrim.layers.types import layer_type_of
@@ -35,28 +39,28 @@ def selected_units(model: nn.Module, inputs: Inputs, selection: LayerSelection) 
 def with_feeders(model: nn.Module, inputs: Inputs, trace: Trace, units: Sequence[Unit]) -> tuple[Unit, ...]:
     """The units, with the layers that feed them where what lies between can be narrowed.
 
-    What lies between is tried, see `find_neurons` and `find_heads`. Then all such places are narrowed to about half of
-    their width, and the network, with all layers in it, must give what it gives with the other columns zero.
+    What lies between is tried, see `find_neurons`, `find_heads` and `find_scores`. Then all such places are narrowed to
+    about half of their width, and the network, with all layers in it, must give what it gives with the others zero.
     """
     in_heads = {f"{name}.linear" for name, module in model.named_modules() if isinstance(module, AroundHeads)}
     likely = (unit for unit in units if isinstance(unit, SingleWeight) and unit.name not in in_heads)
     single = {unit.name: unit for unit in likely if _can_be_narrowed(unit, trace)}
     inputs = inputs.parts(places=_PLACES)[0]
-    try:
-        with evaluating(model), torch.no_grad():
-            tried = find_neurons(model, inputs, single, list(trace.calls))
-            feedings = _checked(model, inputs, tried, single)
-            others = {name: unit for name, unit in single.items() if name not in _members(feedings)}
-            feedings |= _checked(model, inputs, find_heads(model, inputs, others, list(trace.calls)), single)
-    except ModelError:
-        return tuple(units)
+    feedings = dict[str, Feeding]()
+    for find in (find_neurons, find_heads, partial(find_scores, watched=single)):
+        free = {name: unit for name, unit in single.items() if name not in _members(feedings)}
+        with suppress(ModelError), evaluating(model), torch.no_grad():
+            feedings |= _checked(model, inputs, find(model, inputs, free, list(trace.calls)), single)
     return tuple(_with(unit, feedings.get(unit.name), single) for unit in units)
 
 
 def _with(unit: Unit, feeding: Feeding | None, single: Mapping[str, SingleWeight]) -> Unit:
     if feeding is None or not isinstance(unit, SingleWeight):
         return unit
-    return with_changes(unit, feeders=tuple(single[name].weight for name in feeding.feeders), heads=feeding.heads)
+    feeders = tuple(single[name].weight for name in feeding.feeders)
+    if feeding.is_multiplied:
+        return with_changes(unit, feeders=feeders, scores=feeding.heads)
+    return with_changes(unit, feeders=feeders, heads=feeding.heads)
 
 
 def _members(feedings: Mapping[str, Feeding]) -> set[str]:
@@ -180,12 +184,17 @@ def _narrows(model: nn.Module, inputs: Inputs, places: Mapping[str, Feeding], wa
     for number, (name, feeding) in enumerate(places.items()):
         layer = model.get_submodule(name)
         kernels = to_float64(layer_type_of(layer).kernels(layer))
-        into, reading, rank = _half(feeding.heads or HeadLayout(1, 1, kernels.shape[2]), seed=number)
-        reading = reading.to(kernels.device)
-        factors = (into.to(kernels.device), reading, kernels @ reading.mT)
-        form = WidthForm if feeding.heads is None else HeadValueOutputForm
+        layout = feeding.heads or HeadLayout(1, 1, kernels.shape[2])
+        *each, rank = _half(layout, seed=number)
+        of_groups, of_heads = (part.to(kernels) for part in each)
+        form: JointForm
+        if feeding.is_multiplied:
+            form, factors = HeadQueryKeyForm(), (of_heads, of_groups.mT, of_groups @ kernels)
+        else:
+            form = WidthForm() if feeding.heads is None else HeadValueOutputForm()
+            factors = (of_groups, of_heads, kernels @ of_heads.mT)
         narrowed |= narrowed_at(model, name, feeding.feeders, form=form.name, rank=rank, factors=factors, bias=own_bias)
-        zeroed |= refitted_at(model, [name], weight=factors[2] @ reading, bias=own_bias)
+        zeroed |= refitted_at(model, [name], weight=form.product(factors), bias=own_bias)
     watched = [name for name in watched if name not in places]
     try:
         return alike(_outputs(model, inputs, zeroed, watched), _outputs(model, inputs, narrowed, watched))

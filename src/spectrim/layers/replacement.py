@@ -16,7 +16,7 @@ from spectrim.layers.caches import match_caches
 from spectrim.layers.factored import FactoredLayer, geometry_of, low_rank_layers, shallow_copy
 from spectrim.layers.forms import find_form, form_named, joint_form_named
 from spectrim.layers.forms.linear import tied_output
-from spectrim.layers.heads import AroundHeads, HeadOutput, HeadValues
+from spectrim.layers.heads import AroundHeads, HeadOutput, HeadScores, HeadValues
 from spectrim.layers.types import layer_type_of
 from spectrim.layers.unfusing import fused
 from spectrim.linalg import Factors, Ranks, balanced, to_float64
@@ -157,19 +157,23 @@ def narrowed_at(
     Raises:
         ModelError: weights that overflow the layers' number type.
     """
-    by_head, last = joint_form_named(form).by_head, model.get_submodule(name)
-    feeding, reading, weight = _beside(last, factors)
+    joint, last = joint_form_named(form), model.get_submodule(name)
+    feeding, other, weight = _beside(last, factors)
+    scores = joint.narrows_outputs
     narrowed = {}
     for feeder in feeders:
         layer = model.get_submodule(feeder)
         own = own_bias(feeder, layer, feeding)
         kernels = layer_type_of(layer).kernels(layer).detach().to(feeding.device)
         shifted = None if own is None else feeding[0] @ to_float64(own).to(feeding.device)
-        ranks = _head_ranks(feeding, rank) if by_head else ()
-        narrowed[feeder] = _resized(layer, times_rounded(feeding, kernels), shifted, name=feeder, head_ranks=ranks)
-    ranks = _head_ranks(reading, rank) if by_head else ()
-    value = bias(name, last, weight @ reading)
-    return narrowed | {name: _resized(last, weight, value, name=name, head_ranks=ranks)}
+        ranks = _head_ranks(feeding, rank) if joint.by_head else ()
+        moved = times_rounded(feeding, kernels)
+        narrowed[feeder] = _resized(layer, moved, shifted, name=feeder, head_ranks=ranks, scores=scores)
+    ranks = _head_ranks(other.mT if scores else other, rank) if joint.by_head else ()
+    value = bias(name, last, joint.product(factors)) if not scores else own_bias(name, last, weight)
+    if scores and value is not None:
+        value = torch.linalg.pinv(other[0]) @ to_float64(value).to(other.device)
+    return narrowed | {name: _resized(last, weight, value, name=name, head_ranks=ranks, scores=scores)}
 
 
 def _beside(layer: nn.Module, factors: Factors) -> Factors:
@@ -185,11 +189,11 @@ def _head_ranks(blocks: Tensor, mean: int) -> tuple[int, ...]:
 
 
 def _resized(
-    layer: nn.Module, weight: Tensor, bias: Tensor | None, *, name: str, head_ranks: tuple[int, ...]
+    layer: nn.Module, weight: Tensor, bias: Tensor | None, *, name: str, head_ranks: tuple[int, ...], scores: bool
 ) -> nn.Module:
     """A layer like this one with a weight (1, out, in) and a bias (out,)."""
     _, out, into = weight.shape
-    new = narrowed_like(layer, out=out, into=into, bias=bias is not None, head_ranks=head_ranks)
+    new = narrowed_like(layer, out=out, into=into, bias=bias is not None, head_ranks=head_ranks, scores=scores)
     inner, reference = new.linear if isinstance(new, AroundHeads) else new, layer.get_parameter("weight")
     set_weight(inner, weight, bias, like=reference, name=name)
     return new
@@ -209,10 +213,13 @@ def set_weight(layer: nn.Module, weight: Tensor, bias: Tensor | None, *, like: T
         layer.bias = parameter_like(like, bias)
 
 
-def narrowed_like(layer: nn.Module, *, out: int, into: int, bias: bool, head_ranks: tuple[int, ...] = ()) -> nn.Module:
+def narrowed_like(
+    layer: nn.Module, *, out: int, into: int, bias: bool, head_ranks: tuple[int, ...] = (), scores: bool = False
+) -> nn.Module:
     """A layer like this one with other sizes on the meta device, which says what shape the weight had.
 
-    With `head_ranks` it gives or reads the heads of an attention, each of which then holds so many numbers.
+    With `head_ranks` it gives or reads the heads of an attention, each of which then holds so many numbers; with
+    `scores` it gives their queries or keys.
     """
     kind, reference = layer_type_of(layer), layer.get_parameter("weight")
     sizes, new = kind.geometry(layer), kind.resized(layer, out=out, into=into, bias=bias)
@@ -220,7 +227,9 @@ def narrowed_like(layer: nn.Module, *, out: int, into: int, bias: bool, head_ran
     if not head_ranks:
         setattr(new, NARROWED_FROM, shape)
     elif into == sizes.into and out == sum(head_ranks):
-        new = HeadValues(new, size=sizes.outputs // len(head_ranks), ranks=head_ranks, narrowed_from=shape)
+        new = (HeadScores if scores else HeadValues)(
+            new, size=sizes.outputs // len(head_ranks), ranks=head_ranks, narrowed_from=shape
+        )
     else:
         new = HeadOutput(new, size=sizes.into // len(head_ranks), ranks=head_ranks, narrowed_from=shape)
     return new.train(layer.training).requires_grad_(reference.requires_grad)
@@ -239,8 +248,7 @@ def compressed_layers(model: nn.Module) -> dict[str, nn.Module]:
 def product(layer: nn.Module, *, form: str, factors: Factors) -> Tensor:
     """The matrices (groups, out, n) that factors for `layer` stand for, float64, of wide ones in their own type."""
     if find_form(form).is_joint:
-        _, reading, weight = factors
-        return weight @ reading
+        return joint_form_named(form).product(factors)
     blank = form_named(form).build(layer, layer_type=layer_type_of(layer), ranks=_ranks(factors), bias=False)
     kind = working_type(geometry_of(layer).shape, layer.get_parameter("weight").dtype)
     with torch.autocast(factors[0].device.type, enabled=False):

@@ -10,7 +10,7 @@ from spectrim.core.files import Frozen
 from spectrim.layers.factored import FactoredLayer, low_rank_layers
 from spectrim.layers.forms import form_named
 from spectrim.layers.forms.linear import tied_output
-from spectrim.layers.heads import AroundHeads
+from spectrim.layers.heads import AroundHeads, HeadScores
 from spectrim.layers.replacement import NARROWED_FROM, names_of, narrowed_layers, narrowed_like, replace
 from spectrim.layers.types import find_layer_type, layer_type_of
 from spectrim.layers.unfusing import unfuse_
@@ -58,6 +58,7 @@ class Narrowed(Frozen):
         bias: Whether it adds one.
         heads: Of how many heads of an attention it gives or reads what they hold; 0 for other layers.
         head_ranks: How many numbers each of them holds; none where all hold as many.
+        scores: Whether it gives the queries or the keys of these heads.
     """
 
     shape: tuple[int, ...]
@@ -66,6 +67,7 @@ class Narrowed(Frozen):
     bias: bool
     heads: int = Field(default=0, ge=0)
     head_ranks: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    scores: bool = False
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -177,14 +179,15 @@ def _options_of(dense: nn.Module) -> dict[str, str]:
 
 
 def _narrowed(layer: nn.Module) -> Narrowed:
-    ranks = layer.ranks if isinstance(layer, AroundHeads) else []
+    ranks, scores = layer.ranks if isinstance(layer, AroundHeads) else [], isinstance(layer, HeadScores)
     shape: tuple[int, ...] = getattr(layer, NARROWED_FROM)
     layer = layer.linear if isinstance(layer, AroundHeads) else layer
     kind = layer_type_of(layer.empty_dense() if isinstance(layer, FactoredLayer) else layer)
     sizes = layer.geometry if isinstance(layer, FactoredLayer) else kind.geometry(layer)
     own = tuple(ranks) if len(set(ranks)) > 1 else ()
     bias = layer.bias is not None
-    return Narrowed(shape=shape, into=sizes.into, out=sizes.out, bias=bias, heads=len(ranks), head_ranks=own)
+    narrowed = Narrowed(shape=shape, into=sizes.into, out=sizes.out, bias=bias, scores=scores)
+    return narrowed.model_copy(update={"heads": len(ranks), "head_ranks": own})
 
 
 def _unset(dense: nn.Module, layer: Narrowed) -> nn.Module:
@@ -193,7 +196,7 @@ def _unset(dense: nn.Module, layer: Narrowed) -> nn.Module:
     if layer.heads and not ranks:
         held = layer.out if layer.into == layer_type_of(dense).geometry(dense).into else layer.into
         ranks = (held // layer.heads,) * layer.heads
-    new = narrowed_like(dense, out=layer.out, into=layer.into, bias=layer.bias, head_ranks=ranks)
+    new = narrowed_like(dense, out=layer.out, into=layer.into, bias=layer.bias, head_ranks=ranks, scores=layer.scores)
     return new if weight.is_meta else new.to_empty(device=weight.device)
 
 

@@ -19,7 +19,8 @@ from spectrim.linalg.covariance import (
 )
 from spectrim.linalg.heads import HeadDecomposition, HeadLayout, head_ranks
 from spectrim.linalg.interpolation import interpolated
-from spectrim.linalg.problem import Decomposition, Factors, Problem, Ranks, balanced, is_wide
+from spectrim.linalg.problem import Decomposition, Factors, PartnerMoments, Problem, Ranks, balanced, is_wide
+from spectrim.linalg.scores import ScoreDecomposition
 from spectrim.linalg.spatial import SpatialDecomposition
 from spectrim.linalg.spectra import FloatArray, Spectrum, spectrum, to_float64
 from spectrim.linalg.subset import SubsetDecomposition
@@ -36,8 +37,10 @@ __all__ = [
     "HeadDecomposition",
     "HeadLayout",
     "LowRankCovariance",
+    "PartnerMoments",
     "Problem",
     "Ranks",
+    "ScoreDecomposition",
     "SpatialDecomposition",
     "Spectrum",
     "SubsetDecomposition",

@@ -88,7 +88,7 @@ class HeadDecomposition(Decomposition):
         root, inverse = (vectors * roots) @ vectors.mT, (vectors / roots) @ vectors.mT
         energies, best = (part.flip(-1) for part in torch.linalg.eigh(root @ effect @ root))
         best = best.mT
-        directions, order = best @ inverse, _by_energy(energies)
+        directions, order = best @ inverse, by_energy(energies)
         columns = layout.columns(order)
         each = torch.block_diag(*directions.repeat_interleave(heads // layout.groups, dim=0))[columns]
         back = torch.block_diag(*(root @ best.mT).repeat_interleave(heads // layout.groups, dim=0))
@@ -124,7 +124,7 @@ class HeadDecomposition(Decomposition):
         return feeding, reads, self.problem.unweighted(weight)
 
 
-def _by_energy(energies: Tensor) -> Tensor:
+def by_energy(energies: Tensor) -> Tensor:
     """The order of (groups, size) directions, falling in each group: the first ones, then all others by energy."""
     first = torch.full_like(energies[:, :1], torch.inf)
     # rounding may not let one overtake those before it in its group

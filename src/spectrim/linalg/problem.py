@@ -117,6 +117,19 @@ class Decomposition(ABC):
 
 
 @dataclass(frozen=True, eq=False)
+class PartnerMoments:
+    """Of what the outputs of a weight are multiplied with: the queries, where it gives keys.
+
+    Attributes:
+        second: Their second moment, float64 (n, n).
+        gradients: That of the gradients with respect to them, or None.
+    """
+
+    second: Tensor
+    gradients: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class Problem:
     """Find factors whose product Q makes the mean of (W x - Q x)^T G (W x - Q x) small.
 
@@ -128,6 +141,7 @@ class Problem:
         shrinkage: Share of C, from 0 to 1, that the statistics do not know; see `shrunk`.
         rounding_tolerance: Variance below this share of the largest is taken as rounding of the statistics.
         is_definite: Whether C has an inverse as it is.
+        partner: Of what the outputs are multiplied with, if that is known.
         _shared: What problems that differ in their output metric only have in common.
     """
 
@@ -137,11 +151,12 @@ class Problem:
     shrinkage: float = 0.0
     rounding_tolerance: float = 0.0
     is_definite: bool = False
+    partner: PartnerMoments | None = None
     _shared: dict[str, Tensor] = field(repr=False, default_factory=dict)
 
     def of_weight(self, weight: Tensor, covariance: Covariance) -> "Problem":
         """Another weight and covariance, which has an inverse as it is, in the same metric of the outputs."""
-        other = Problem(weight, covariance, output=self.output, is_definite=True)
+        other = Problem(weight, covariance, output=self.output, is_definite=True, partner=self.partner)
         if self.output is not None:
             other.__dict__["_root"] = self._root
         return other

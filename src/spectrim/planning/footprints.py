@@ -217,7 +217,7 @@ class Layer:
     def _neurons(self, vectors: int) -> int:
         """While the layers before an elementwise function are fitted: what they receive, slopes, and what it gives."""
         unit = self.unit
-        if not isinstance(unit, SingleWeight) or unit.heads is not None or not self.work.forms_of(unit):
+        if not isinstance(unit, SingleWeight) or unit.heads or unit.scores or not self.work.forms_of(unit):
             return 0
         geometries = [feeder.geometry for feeder in unit.feeders if feeder.geometry is not None]
         return self.itemsize * vectors * sum(2 * own.into + 3 * own.outputs for own in geometries)

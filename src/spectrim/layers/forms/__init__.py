@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from spectrim.core.errors import PlanError
 from spectrim.layers.forms.base import Form, JointForm, RankCosts, SingleWeightForm
 from spectrim.layers.forms.channel import ChannelForm, LowRankConv, LowRankConv1d, LowRankConv2d, LowRankConvTranspose2d
+from spectrim.layers.forms.head_qk import HeadQueryKeyForm
 from spectrim.layers.forms.head_vo import HeadValueOutputForm
 from spectrim.layers.forms.interpolative import InterpolativeForm, InterpolativeLayer
 from spectrim.layers.forms.linear import LinearForm, LowRankEmbedding, LowRankEmbeddingBag, LowRankLinear
@@ -40,7 +41,7 @@ __all__ = [
 ]
 
 FORMS: tuple[SingleWeightForm, ...] = (LinearForm(), ChannelForm(), SpatialForm(), Tucker2Form(), InterpolativeForm())
-JOINT_FORMS: tuple[JointForm, ...] = (WidthForm(), HeadValueOutputForm())
+JOINT_FORMS: tuple[JointForm, ...] = (WidthForm(), HeadValueOutputForm(), HeadQueryKeyForm())
 
 
 def forms_of(unit: Unit) -> tuple[SingleWeightForm, ...]:

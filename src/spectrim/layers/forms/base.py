@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from spectrim.core.errors import ModelError
 from spectrim.core.plans import Cost
@@ -52,6 +52,7 @@ class Form(ABC):
         is_joint: Whether it is one of a weight together with the layers that feed it.
         saves_time: Whether it is for budgets of time; if not, only those of params and bytes take it unasked.
         solved_as: The form whose decomposition serves; its own by default.
+        narrows_outputs: Whether it is the weight's outputs that are narrowed; its energies are not theirs then.
     """
 
     name: ClassVar[str]
@@ -60,6 +61,7 @@ class Form(ABC):
     is_joint: ClassVar[bool] = False
     saves_time: ClassVar[bool] = True
     solved_as: ClassVar[str | None] = None
+    narrows_outputs: ClassVar[bool] = False
 
     @abstractmethod
     def fits(self, unit: Unit) -> bool:
@@ -182,7 +184,7 @@ class SingleWeightForm(Form):
 
 
 class JointForm(Form):
-    """A form of a weight together with the layers that feed it: what lies between them is narrowed, and none is added.
+    """A form of a weight together with others: what lies between them is narrowed, and no layer is added.
 
     The factors are (F, R, W'): F (1, m, k) says what becomes of the k numbers that a feeding layer gives, R (1, l, n)
     of the n numbers that the weight reads, and W' (1, out, l) is the weight of these: it stands for W' R.
@@ -203,6 +205,11 @@ class JointForm(Form):
         (weight,), (_, read) = unit.weights, self.sizes(unit, ranks)
         params = read * _geometry(unit).out
         return RankCosts(self.name, ranks, params + biases * _geometry(unit).outputs, params * weight.positions.kernel)
+
+    def product(self, factors: Factors) -> Tensor:
+        """The weight (1, out, n) that factors stand for."""
+        _, reading, weight = factors
+        return weight @ reading
 
     def feeder_costs(self, unit: Unit, feeder: Weight, ranks: npt.NDArray[np.int64]) -> RankCosts:
         """Those of a layer that feeds it."""

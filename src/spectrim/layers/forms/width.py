@@ -14,7 +14,7 @@ class WidthForm(JointForm):
     name = "width"
 
     def fits(self, unit: Unit) -> bool:
-        return isinstance(unit, SingleWeight) and bool(unit.feeders) and unit.heads is None
+        return isinstance(unit, SingleWeight) and bool(unit.feeders) and not (unit.heads or unit.scores)
 
     def full_ranks(self, unit: Unit) -> Ranks:
         return SubsetDecomposition.full_ranks(_shape(unit))

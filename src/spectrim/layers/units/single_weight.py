@@ -44,11 +44,14 @@ class SingleWeight(Unit):
             does: the first ones of an MLP that it is the last one of; or the layer that gives the values of an
             attention, whose heads it reads. What lies between them and it can be narrowed.
         heads: How the heads lie, in an attention.
+        scores: The same where it gives the keys that an attention multiplies the queries of its feeder with, or the
+            queries, where these come after the keys.
     """
 
     kind = "weight"
     feeders: tuple[Weight, ...] = ()
     heads: HeadLayout | None = None
+    scores: HeadLayout | None = None
 
     @property
     def weight(self) -> Weight:

@@ -1,0 +1,46 @@
+"""What the factors of a weight approximate, in every metric that there are statistics for."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from spectrim.analysis.calibration import Calibration
+from spectrim.analysis.moments import pooled
+from spectrim.analysis.tied_embeddings import tied_problems
+from spectrim.core.plans import Metric
+from spectrim.layers.units import SingleWeight, Unit
+from spectrim.linalg import PartnerMoments, Problem, matrix_of, shrunk, to_float64
+
+
+def problems_of(unit: Unit, kernels: Tensor, calibration: Calibration | None) -> dict[Metric, Problem]:
+    """What there is to approximate in every metric."""
+    assert isinstance(unit, SingleWeight)
+    problems: dict[Metric, Problem] = {"plain": Problem(kernels)}
+    if calibration and all(site in calibration.moments for site in unit.call_sites):
+        moments = [calibration.moments[site] for site in unit.call_sites]
+        if unit.weight.outputs:
+            return problems | tied_problems(kernels, moments, outputs=len(unit.weight.outputs))
+        inputs = pooled(moments, name=unit.name, width=unit.geometry.width)
+        problems["activation"] = Problem(
+            kernels, inputs.covariance, shrinkage=inputs.shrinkage, rounding_tolerance=inputs.rounding_tolerance
+        )
+        outputs = [
+            matrix_of(shrunk(seen.output_grad_covariance, seen.output_grad_shrinkage))
+            for seen in moments
+            if seen.output_grad_covariance is not None
+        ]
+        if len(outputs) == len(moments):
+            problems["loss"] = replace(problems["activation"], output=torch.stack(outputs).sum(dim=0))
+    return problems
+
+
+def partner_moments(problems: Mapping[Metric, Problem], mean: Tensor, bias: Tensor | None) -> PartnerMoments:
+    """Of what a layer with a bias (out,) gives, from the mean (1, in) of its inputs."""
+    problem = problems.get("loss", problems["activation"])
+    (weight,) = to_float64(problem.weight.flatten(2)).to(problem.device)
+    centre = weight @ mean[0].to(weight.device)
+    centre = centre if bias is None else centre + bias.to(weight.device)
+    second = weight @ problem.full_metric @ weight.T + centre.outer(centre)
+    return PartnerMoments(second, None if problem.output is None else problem.output[0])

@@ -1,0 +1,151 @@
+"""Layers that give the queries and the keys of an attention, found by what the network does with both."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spectrim.core.execution import Inputs, call, temporary
+from spectrim.layers.head_layouts import (
+    CLOSE,
+    NEAREST,
+    ROUNDS,
+    Feeding,
+    ValuesCandidate,
+    head_sizes,
+    is_near,
+    received_by,
+    times,
+    undisturbed,
+)
+from spectrim.layers.units import SingleWeight
+from spectrim.linalg import HeadLayout
+
+
+def find_scores(
+    model: nn.Module,
+    inputs: Inputs,
+    single: Mapping[str, SingleWeight],
+    order: Sequence[str],
+    *,
+    watched: Iterable[str],
+) -> dict[str, Feeding]:
+    """By layer, the one before it with whose outputs its own are multiplied, head by head, and for nothing else.
+
+    Each head's keys are multiplied by a matrix, after the same was added to all, and its queries by the inverse. No
+    watched layer may receive anything else then, as one does with rotary positions, with norms in between, or without
+    a softmax; with the keys alone multiplied one has to.
+    """
+    pending = {name: own for name in single if (own := _candidates(model, name, single, order))}
+    received, _ = received_by(model, inputs, watched) if pending else ({}, None)
+    confirmed: dict[str, Feeding] = {}
+    for _ in range(ROUNDS):
+        now = undisturbed(pending, order, between=2)
+        if not now:
+            break
+        confirmed |= _Multiplied(model, inputs, received, now, order).passed()
+        members = {member for name, feeding in confirmed.items() for member in (name, *feeding.feeders)}
+        pending = {
+            name: [candidate for candidate in own[name in now :] if candidate[0] not in members]
+            for name, own in pending.items()
+            if name not in members
+        }
+    return confirmed
+
+
+def _candidates(
+    model: nn.Module, name: str, single: Mapping[str, SingleWeight], order: Sequence[str]
+) -> list[ValuesCandidate]:
+    """Layers that may give the queries, the nearest first, with the layouts that sizes allow, large heads first."""
+    place, outputs = order.index(name), single[name].geometry.outputs
+    candidates = []
+    for other in reversed(order[max(0, place - NEAREST) : place]):
+        if other not in single or not is_near(name, other):
+            continue
+        queries = single[other].geometry.outputs
+        for size in sorted(head_sizes(model, name, outputs) | head_sizes(model, other, queries), reverse=True):
+            if size > 1 and queries % size == 0 and outputs % size == 0 and (queries // size) % (outputs // size) == 0:
+                candidates.append((other, HeadLayout(queries // size, outputs // size, size)))
+    return candidates
+
+
+@dataclass(eq=False)
+class _Multiplied:
+    """Runs a network with queries and keys multiplied, while all layers receive what they always do.
+
+    Both are made as large as those of a trained network first, or else their scores may not matter.
+    """
+
+    model: nn.Module
+    inputs: Inputs
+    received: Mapping[str, Tensor]
+    candidates: Mapping[str, ValuesCandidate]
+    order: Sequence[str]
+    now: dict[str, Tensor] = field(default_factory=dict)
+
+    def passed(self) -> dict[str, Feeding]:
+        """Those of which no layer tells that both are multiplied, and one tells that the keys are."""
+        before = self._pass(multiplied=())
+        alone, both = (_changed(before, self._pass(multiplied=own)) for own in (("keys",), ("keys", "queries")))
+        passed = {}
+        for name, after in self._layers_after().items():
+            if not alone.isdisjoint(after) and both.isdisjoint(after):
+                queries, layout = self.candidates[name]
+                passed[name] = Feeding((queries,), layout, is_multiplied=True)
+        return passed
+
+    def _layers_after(self) -> dict[str, list[str]]:
+        """By candidate the layers from it to the next one."""
+        begins = [*(self.order.index(queries) for queries, _ in self.candidates.values()), len(self.order)]
+        places = zip(self.candidates, begins[1:], strict=True)
+        return {name: list(self.order[self.order.index(name) + 1 : end]) for name, end in places}
+
+    def _pass(self, *, multiplied: Sequence[str]) -> dict[str, Tensor]:
+        """What layers would receive."""
+        self.now, hooks = {}, []
+        for number, (name, (queries, layout)) in enumerate(self.candidates.items()):
+            by, inverse = _matrices(layout, seed=number)
+            by_head = inverse.mT.repeat_interleave(layout.heads // layout.groups, dim=0)
+            of_keys = partial(_with, by if "keys" in multiplied else None, shifts="queries" in multiplied)
+            of_queries = partial(_with, by_head if "queries" in multiplied else None)
+            hooks.append(self.model.get_submodule(name).register_forward_hook(of_keys))
+            hooks.append(self.model.get_submodule(queries).register_forward_hook(of_queries))
+        for name in self.received:
+            hooks.append(self.model.get_submodule(name).register_forward_pre_hook(partial(self._look, name)))
+        with temporary(hooks):
+            call(self.model, self.inputs)
+        return self.now
+
+    def _look(self, name: str, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        self.now[name] = args[0].clone()
+        return (self.received[name], *args[1:]) if args[0].shape == self.received[name].shape else None
+
+
+def _changed(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> set[str]:
+    """Layers that would receive something else."""
+    changed = before.keys() ^ after.keys()
+    for name in before.keys() & after.keys():
+        tolerance = float(before[name].abs().max()) * max(CLOSE, 4 * torch.finfo(before[name].dtype).eps)
+        same = before[name].shape == after[name].shape
+        if not same or not float((before[name] - after[name]).abs().max()) <= tolerance:
+            changed.add(name)
+    return changed
+
+
+def _with(by: Tensor | None, _: nn.Module, __: Any, output: Tensor, *, shifts: bool = False) -> Tensor:
+    """Outputs with a mean square of 2, times matrices if there are any, and first the same added to all."""
+    output = output * (2 / output.square().mean().clamp(min=torch.finfo(output.dtype).tiny)).sqrt()
+    output = output + output.flatten(0, -2)[0] if shifts else output
+    return output if by is None else times(output, by)
+
+
+def _matrices(layout: HeadLayout, *, seed: int) -> tuple[Tensor, Tensor]:
+    """Matrices (groups, size, size) and their inverses: they turn, and lengthen by up to 2, as a norm would undo."""
+    draw = torch.Generator().manual_seed(seed)
+    shape = (2, layout.groups, layout.size, layout.size)
+    first, last = torch.linalg.qr(torch.randn(*shape, generator=draw))[0]
+    lengths = 2 ** (2 * torch.rand(layout.groups, layout.size, 1, generator=draw) - 1)
+    return first @ (lengths * last), last.mT @ (first.mT / lengths)
