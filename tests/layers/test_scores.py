@@ -164,8 +164,8 @@ def test_they_cost_what_was_planned() -> None:
         module = small.model.get_submodule(layer.name)
         assert sum(parameter.numel() for parameter in module.parameters()) == layer.kept.params
     rest = sum(parameter.numel() for parameter in model.parameters()) - sum(layer.dense.params for layer in small.plan)
-    kept = sum(layer.kept.params for layer in small.plan)
-    assert rest + kept == sum(parameter.numel() for parameter in small.model.parameters())
+    planned = sum(layer.kept.params for layer in small.plan)
+    assert rest + planned == sum(parameter.numel() for parameter in small.model.parameters())
 
 
 def test_with_and_without_a_cache_of_activations_they_are_the_same() -> None:

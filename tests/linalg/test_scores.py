@@ -95,8 +95,8 @@ def test_directions_that_the_softmax_never_looks_at_go_first() -> None:
         output=gradients.unsqueeze(0),
         partner=PartnerMoments(gradients, gradients),
     )
-    _, back, kept = ScoreDecomposition.of_heads(problem, layout).factors((2,))
-    off = ((back @ kept)[0] - weight[0].double()).norm(dim=1) / weight[0].norm(dim=1)
+    _, back, keys = ScoreDecomposition.of_heads(problem, layout).factors((2,))
+    off = ((back @ keys)[0] - weight[0].double()).norm(dim=1) / weight[0].norm(dim=1)
     assert float(off[:2].max()) < 1e-2
 
 
