@@ -36,8 +36,7 @@ if TYPE_CHECKING:
     from spectrim.layers.replacement import merge
     from spectrim.layers.saving import load, save
     from spectrim.linalg import Spectrum
-    from spectrim.planning.budgets import pareto
-    from spectrim.planning.curve import Curve
+    from spectrim.planning.curve import Curve, pareto
     from spectrim.planning.memory import MemoryEstimate, estimate_memory
     from spectrim.planning.rules import plan
     from spectrim.quantization import (
@@ -93,8 +92,7 @@ _NAMES = {
     "layers.replacement": "merge",
     "layers.saving": "load save",
     "linalg": "Spectrum",
-    "planning.budgets": "pareto",
-    "planning.curve": "Curve",
+    "planning.curve": "Curve pareto",
     "planning.memory": "MemoryEstimate estimate_memory",
     "planning.rules": "plan",
     "quantization": "Quantized QuantizedRow QuantizedTable compare_quantized onnx_accuracy quantize",

@@ -64,7 +64,8 @@ class LayerTimes(Frozen):
     Attributes:
         name: The layer's name in the model.
         dense_ms: Milliseconds of a pass as it is.
-        forms: Its forms; one without ranks that shrink the layer is not among them.
+        forms: Its forms; one without ranks that shrink the layer is not among them. The times of one in which it is
+            narrowed together with layers that feed it are those of all of these.
     """
 
     name: str
@@ -110,9 +111,11 @@ class LatencyTable(Frozen):
         Raises:
             PlanError: the plan has a layer, a form or a rank that was not timed.
         """
-        return self.network_ms + math.fsum(self._change(layer.name, layer.form, layer.ranks) for layer in plan.factored)
+        chosen = (layer for layer in plan.factored if layer.unit in (None, layer.name))
+        changes = (self._change(layer.name, layer.form, layer.ranks, plan.feeders(layer.name)) for layer in chosen)
+        return self.network_ms + math.fsum(changes)
 
-    def _change(self, name: str, form: str, ranks: Sequence[int]) -> float:
+    def _change(self, name: str, form: str, ranks: Sequence[int], feeders: Sequence[str]) -> float:
         layer = self.of(name)
         times = layer.of(form) if layer else None
         if layer is None or times is None:
@@ -125,4 +128,5 @@ class LatencyTable(Frozen):
             )
         grids = (covered(axis, step=self.rank_multiple, below=self.rank_multiple) for axis in times.axes)
         whole = [grid[np.searchsorted(grid, rank)] for rank, grid in zip(ranks, grids, strict=True)]
-        return float(times.at(np.array([whole]))[0]) - layer.dense_ms
+        dense = [known.dense_ms for each in feeders if (known := self.of(each))]
+        return float(times.at(np.array([whole]))[0]) - math.fsum([layer.dense_ms, *dense])

@@ -13,7 +13,16 @@ from torch import nn
 
 from spectrim.analysis.spectra import Analysis, LayerAnalysis
 from spectrim.benchmark.latencies import FormTimes, LatencyTable, LayerTimes
-from spectrim.benchmark.layer_calls import FormAxes, LayerCalls, LayerSignature, Variant, axes_of, layer_calls
+from spectrim.benchmark.layer_calls import (
+    FormAxes,
+    LayerCalls,
+    LayerSignature,
+    Variant,
+    axes_of,
+    joint_axis,
+    layer_calls,
+    narrowed_variants,
+)
 from spectrim.benchmark.layer_timing import LayerBench, rest_of
 from spectrim.benchmark.measurement import resized
 from spectrim.benchmark.timing_cache import TimingCache
@@ -46,7 +55,7 @@ def latency_table(
     on_progress: ProgressCallback | None = None,
     folder: Path | str | None = None,
 ) -> LatencyTable:
-    """Time every layer that can be factored by itself, as it is and in factors, on this machine.
+    """Time every layer that can be factored by itself, as it is, in factors, and narrowed, on this machine.
 
     Layers of the same shape are timed once, at some ranks of the hardware's grid, in interleaved rounds; what was timed
     is kept on disk, so that the next table with the same layers takes no time. The times of layers only predict: see
@@ -92,9 +101,16 @@ def latency_table(
         if step is None:
             step = _probed(model, inputs, chosen)
             below = tuple(rank for rank in (step // 4, step // 2) if rank)
-        timed = [_TimedLayer(each, _axes(each.layer, allowed, step, below, chosen)) for each in calls]
+        units = _units(calls, allowed, step, below)
+        axes = (_axes(each.layer, allowed, step, below, chosen) for each in calls)
+        timed = [_TimedLayer(each, own, _narrowed(each, units)) for each, own in zip(calls, axes, strict=True)]
         times = _measured(bench, cache, timed, on_progress)
         network_ms, times = _aligned(bench, network, times)
+        single = {layer.calls.layer.name: layer.times(times) for layer in timed}
+        narrowed = {layer.calls.layer.name: layer.narrowed_ms(times) for layer in timed}
+        for unit in units:
+            last = single[unit.last]
+            single[unit.last] = last.model_copy(update={"forms": (*last.forms, unit.times(narrowed))})
     return LatencyTable(
         runtime=runtime,
         threads=threads,
@@ -102,26 +118,56 @@ def latency_table(
         fingerprint=machine,
         rank_multiple=step,
         network_ms=network_ms,
-        layers=tuple(layer.times(times) for layer in timed),
+        layers=tuple(single.values()),
     )
 
 
-_Key = tuple[LayerSignature, FormAxes]
+_Key = tuple[LayerSignature, tuple[Variant, ...]]
 _Times = Mapping[_Key, tuple[float, ...]]
-"""Milliseconds for every signature: as it is, then at each combination of the axes, form by form."""
+"""Milliseconds for every signature: as it is, then in each variant."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Unit:
+    """Layers that are narrowed together in a form: at each rank of an axis, what becomes of each by name."""
+
+    last: str
+    form: str
+    axis: tuple[int, ...]
+    variants: tuple[Mapping[str, Variant], ...]
+
+    def times(self, narrowed: Mapping[str, Mapping[Variant, float]]) -> FormTimes:
+        """Those of all of them together, from each layer's own."""
+        ms = (math.fsum(narrowed[name][variant] for name, variant in own.items()) for own in self.variants)
+        return FormTimes(form=self.form, axes=(self.axis,), ms=tuple(ms))
 
 
 @dataclass(frozen=True, eq=False)
 class _TimedLayer:
-    """A layer's calls, and the ranks to time."""
+    """A layer's calls, the ranks to time, and what becomes of it together with others."""
 
     calls: LayerCalls
     axes: FormAxes
+    narrowed: tuple[Variant, ...]
+
+    @property
+    def variants(self) -> tuple[tuple[Variant, ...], ...]:
+        """What is timed: in its own forms, and together with others."""
+        own = [Variant(form, ranks) for form, its_axes in self.axes for ranks in product(*its_axes)]
+        return (tuple(own), self.narrowed) if self.narrowed else (tuple(own),)
+
+    def narrowed_ms(self, times: _Times) -> dict[Variant, float]:
+        """Milliseconds of all its calls together with others."""
+        return dict(zip(self.narrowed, self._sums(times, self.narrowed)[1:], strict=True)) if self.narrowed else {}
+
+    def _sums(self, times: _Times, variants: tuple[Variant, ...]) -> list[float]:
+        """Milliseconds of all its calls, as it is and in each variant."""
+        called = [(times[signature, variants], number) for signature, number in self.calls.signatures.items()]
+        return [math.fsum(number * each[place] for each, number in called) for place in range(len(variants) + 1)]
 
     def times(self, times: _Times) -> LayerTimes:
         """Those of all its calls together."""
-        called = [(times[signature, self.axes], number) for signature, number in self.calls.signatures.items()]
-        dense, *ms = (math.fsum(number * each[place] for each, number in called) for place in range(len(called[0][0])))
+        dense, *ms = self._sums(times, self.variants[0])
         rest = iter(ms)
         forms = (
             FormTimes(form=form, axes=axes, ms=tuple(islice(rest, math.prod(map(len, axes)))))
@@ -136,14 +182,13 @@ def _measured(
     """The times of every signature, from the cache where they are known."""
     first: dict[_Key, str] = {}
     for layer in timed:
-        for signature in layer.calls.signatures:
-            first.setdefault((signature, layer.axes), layer.calls.layer.name)
+        for key in product(layer.calls.signatures, layer.variants):
+            first.setdefault(key, layer.calls.layer.name)
     times = {}
-    for done, ((signature, axes), name) in enumerate(first.items()):
+    for done, ((signature, variants), name) in enumerate(first.items()):
         if on_progress:
             on_progress(name, done, len(first))
-        variants = [Variant(form, ranks) for form, its_axes in axes for ranks in product(*its_axes)]
-        times[signature, axes] = cache.times(signature, variants, partial(bench.measure, signature, variants))
+        times[signature, variants] = cache.times(signature, variants, partial(bench.measure, signature, variants))
     return times
 
 
@@ -158,6 +203,23 @@ def _aligned(bench: LayerBench, network: Session, times: _Times) -> tuple[float,
     network_ms, *dense = medians_ms(*timed_together(chain([network], sessions), rounds=_ROUNDS))
     now = dict(zip(signatures, dense, strict=True))
     return network_ms, {key: tuple(time * now[key[0]] / ms[0] for time in ms) for key, ms in times.items()}
+
+
+def _units(calls: Sequence[LayerCalls], allowed: Sequence[str], step: int, below: Sequence[int]) -> list[_Unit]:
+    """The layers that can be narrowed together, in each form and at the ranks to time."""
+    units, called = [], {each.layer.name for each in calls}
+    for last in (each.layer for each in calls):
+        for form in last.joint_forms if called.issuperset(feeder.name for feeder in last.feeders) else ():
+            axis = joint_axis(last, form, multiple=step, points=_POINTS[0], below=below) if form in allowed else []
+            if axis:
+                variants = tuple(narrowed_variants(last, form, rank) for rank in axis)
+                units.append(_Unit(last.name, form, tuple(axis), variants))
+    return units
+
+
+def _narrowed(calls: LayerCalls, units: Sequence[_Unit]) -> tuple[Variant, ...]:
+    each = (own for unit in units for own in unit.variants)
+    return tuple(own[calls.layer.name] for own in each if calls.layer.name in own)
 
 
 def _axes(layer: LayerAnalysis, allowed: Sequence[str], step: int, below: Sequence[int], runtime: Runtime) -> FormAxes:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from spectrim.analysis.spectra import Analysis, LayerAnalysis
 from spectrim.core.execution import Inputs, call, evaluating
 from spectrim.core.files import Frozen
+from spectrim.layers.forms import joint_form_named
 from spectrim.layers.tracing import watching
 from spectrim.linalg import Ranks
 
@@ -84,10 +85,11 @@ def layer_calls(
 
 
 class Variant(NamedTuple):
-    """A form at some ranks."""
+    """A form at some ranks; of a layer that is narrowed together with others, its inputs, outputs and heads (or 0)."""
 
     form: str
     ranks: Ranks
+    sizes: tuple[int, ...] = ()
 
 
 Axes = tuple[tuple[int, ...], ...]
@@ -121,8 +123,26 @@ _SMALL = 4
 """Multiples that the full rank of a small layer holds."""
 
 
+def joint_axis(last: LayerAnalysis, form: str, *, multiple: int, points: int, below: Sequence[int] = ()) -> list[int]:
+    """The ranks to time of layers that are narrowed together: up to `points` of the grid below the full rank."""
+    (full,) = last.full_ranks(form)
+    more = [rank for rank in below if rank < full] if full <= _SMALL * multiple else []
+    return sorted({*more, *_spread(range(multiple, full, multiple), points=points, multiple=multiple)})
+
+
+def narrowed_variants(last: LayerAnalysis, form: str, rank: int) -> dict[str, Variant]:
+    """By name of the layers that are narrowed together, what becomes of each."""
+    joint, geometry = joint_form_named(form), last.geometry
+    assert geometry is not None
+    (fed,), (own,) = (numbers.tolist() for numbers in joint.sizes(last.unit, np.array([[rank]], dtype=np.int64)))
+    heads, own_heads = (fed // rank, own // rank) if joint.by_head else (0, 0)
+    sizes = (geometry.into, own, own_heads) if joint.narrows_outputs else (own, geometry.outputs, own_heads)
+    feeders = {feeder.name: (feeder.geometry.into, fed, heads) for feeder in last.feeders if feeder.geometry}
+    return {name: Variant(form, (rank,), each) for name, each in (feeders | {last.name: sizes}).items()}
+
+
 def _spread(grid: Sequence[int], *, points: int, multiple: int) -> tuple[int, ...]:
     """Some of the grid, its ends among them; a rank that is no multiple costs what it costs, and is not mixed in."""
     whole = [rank for rank in grid if rank % multiple == 0]
-    places = np.unique(np.linspace(0, len(whole) - 1, min(points, len(whole))).round().astype(int))
+    places = np.linspace(0, len(whole) - 1, min(points, len(whole))).round().astype(int)
     return tuple(sorted({*(whole[place] for place in places), *(rank for rank in grid if rank % multiple)}))

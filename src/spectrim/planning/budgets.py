@@ -1,6 +1,6 @@
-"""Forms and ranks of all layers under one budget, and the whole trade-off."""
+"""Forms and ranks of all layers under one budget."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
@@ -12,12 +12,10 @@ import numpy.typing as npt
 from spectrim.analysis.metrics import metric_of
 from spectrim.analysis.spectra import Analysis, LayerAnalysis
 from spectrim.benchmark.latencies import LatencyTable
-from spectrim.core.arguments import checked
 from spectrim.core.errors import PlanError, RuleError
 from spectrim.core.plans import Budget, LatencyNote, LayerPlan, Limit, Metric, Plan
 from spectrim.layers.forms import RankCosts, find_form, joint_form_named, selected_forms
 from spectrim.linalg import FloatArray, Ranks
-from spectrim.planning.curve import Curve, Point
 from spectrim.planning.decisions import (
     SIZES,
     PlanOptions,
@@ -31,51 +29,6 @@ from spectrim.planning.decisions import (
 from spectrim.planning.groups import Group, grouped
 from spectrim.planning.knapsack import Allocation, KnapsackItem
 from spectrim.planning.reach import out_of_reach
-from spectrim.runtimes.rank_grid import Grid
-
-
-@checked
-def pareto(
-    analysis: Analysis,
-    *,
-    cost: Limit = "macs",
-    points: int = 20,
-    metric: Metric | None = None,
-    forms: Sequence[str] | None = None,
-    rank_multiple: int | Grid | None = None,
-    latencies: LatencyTable | None = None,
-) -> Curve:
-    """The whole trade-off between cost and error from one decomposition of every layer.
-
-    Args:
-        analysis: From `st.analyze`.
-        cost: `macs`, `params` or `bytes`, or `latency` as predicted from `latencies`.
-        points: How many budgets, evenly spaced from the smallest that can be reached to just below the dense network.
-        metric: As for `st.plan`.
-        forms: As for `st.plan`.
-        rank_multiple: As for `st.plan`.
-        latencies: As for `st.plan`; only for the latency.
-
-    Raises:
-        RuleError: fewer than 2 points, a rank_multiple that is not at least 1, or a latency without a table.
-        PlanError: an unknown cost, metric or form, or a table of another network.
-    """
-    if cost not in ("macs", "params", "bytes", "latency"):
-        raise PlanError(f"cost={cost!r}: there are macs, params and bytes, and latency")
-    if points < 2:
-        raise RuleError(f"points={points}: a curve needs at least 2")
-    options = PlanOptions(metric=metric, forms=forms, rank_multiple=rank_multiple, latencies=latencies)
-    candidates = Candidates.of(analysis, cost, options)
-    solved = Allocation.of(candidates.items, limit=candidates.whole - candidates.outside)
-    least = Fraction(candidates.least, candidates.whole)
-    shares = (least + (1 - least) * Fraction(step, points) for step in range(points))
-    curve = []
-    for share in shares:
-        solution = solved.solve(int(share * candidates.whole) - candidates.outside)
-        rule = candidates.rule(float(min(max(share, Fraction(1, 10**9)), 1 - Fraction(1, 10**9))))
-        ratio = candidates.cost_of(solution) / candidates.whole
-        curve.append(Point(ratio, candidates.lost(solution), candidates.plan(rule, solution)))
-    return Curve(cost, tuple(curve))
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,7 +122,17 @@ class Candidates:
     def least(self) -> int:
         """The smallest cost that a budget can ask for."""
         dense = {layer.name: self.dense(layer) for layer in self.analysis}
-        return self.outside + sum(min(cost, self.cheapest.get(name, cost)) for name, cost in dense.items())
+        least = {name: min(cost, self.cheapest.get(name, cost)) for name, cost in dense.items()}
+        return self.outside + sum(least.values()) - sum(self._saved_together(least))
+
+    def _saved_together(self, least: Mapping[str, int]) -> Iterator[int]:
+        """How much less time layers take narrowed together than the `least` of each by itself."""
+        for layer in self.analysis if self.latencies else ():
+            for form in self._joint_forms(layer):
+                members = [*(self.analysis[feeder.name] for feeder in layer.feeders), layer]
+                dense = sum(least[own.name] for own in members)
+                _, costs = self._timed(layer.name, layer.rank_costs(form, self.metric), dense=dense)
+                yield dense - int(costs.min(initial=dense))
 
     @property
     def body(self) -> int:
@@ -221,7 +184,7 @@ class Candidates:
 
     def _joint_forms(self, layer: LayerAnalysis) -> list[str]:
         members = {layer.name, *(feeder.name for feeder in layer.feeders)}
-        if self.latencies is not None or self.metric == "plain" or not members <= self._informed:
+        if self.metric == "plain" or not members <= self._informed:
             return []
         return [form for form in layer.joint_forms if form in self.forms]
 
@@ -231,13 +194,30 @@ class Candidates:
         errors = last.rank_errors(form, self.metric)
         full = last.full_ranks(form)[0]
         fits = np.flatnonzero((errors.ranks[:, 0] % self.multiple == 0) & (errors.ranks[:, 0] < full))
-        costs = self._factored(last, errors)
-        for feeder in feeders:
-            costs = costs + self._factored(
-                feeder, joint_form_named(form).feeder_costs(last.unit, feeder.weight, errors.ranks)
-            )
+        if self.latencies is not None:
+            fits, costs = self._timed(last.name, errors, dense=sum(map(self.dense, members)))
+        else:
+            costs = self._factored(last, errors)
+            for feeder in feeders:
+                costs = costs + self._factored(
+                    feeder, joint_form_named(form).feeder_costs(last.unit, feeder.weight, errors.ranks)
+                )
+            costs = costs[fits]
         ranks = [(form, (int(rank),)) for rank in errors.ranks[fits, 0]]
-        return costs[fits], (errors.lost * self._sensitivity(last, form))[fits], ranks
+        return costs, (errors.lost * self._sensitivity(last, form))[fits], ranks
+
+    def _timed(
+        self, name: str, rank_costs: RankCosts, *, dense: int
+    ) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.int64]]:
+        """Positions of the ranks at which a form is faster than what is `dense`, and their times."""
+        assert self.latencies is not None
+        layer, below = self.latencies.of(name), self.multiple if self.multiple == self.latencies.rank_multiple else 0
+        times = layer.of(rank_costs.form) if layer else None
+        if times is None:
+            return np.zeros(0, dtype=np.intp), np.zeros(0, dtype=np.int64)
+        fits = np.flatnonzero(times.covers(rank_costs.ranks, step=self.multiple, below=below))
+        costs = np.array([_nanoseconds(ms) for ms in times.at(rank_costs.ranks[fits])], dtype=np.int64)
+        return fits[costs < dense], costs[costs < dense]
 
     @cached_property
     def _usual(self) -> float:
@@ -278,15 +258,8 @@ class Candidates:
             even = (rank_costs.ranks % self.multiple == 0) | (rank_costs.ranks == full)
             fits = np.flatnonzero(even.all(axis=1) & small)
             return fits, self._factored(layer, rank_costs)[fits]
-        layers = self.latencies.of(layer.name)
-        times = layers.of(rank_costs.form) if layers else None
-        if times is None:
-            return np.zeros(0, dtype=np.intp), np.zeros(0)
-        below = self.multiple if self.multiple == self.latencies.rank_multiple else 0
-        fits = np.flatnonzero(times.covers(rank_costs.ranks, step=self.multiple, below=below) & small)
-        costs = np.array([_nanoseconds(ms) for ms in times.at(rank_costs.ranks[fits])], dtype=np.int64)
-        faster = costs < self.dense(layer)
-        return fits[faster], costs[faster]
+        fits, costs = self._timed(layer.name, rank_costs, dense=self.dense(layer))
+        return fits[small[fits]], costs[small[fits]]
 
     def dense(self, layer: LayerAnalysis) -> int:
         """What a layer costs as it is."""

@@ -51,7 +51,7 @@ def takes_layers_together(rule_or_plan: Rule | Plan) -> bool:
     """Whether layers may be narrowed together."""
     if isinstance(rule_or_plan, Plan):
         return any(layer.unit for layer in rule_or_plan)
-    return isinstance(rule_or_plan, Budget) and rule_or_plan.limits != "latency"
+    return isinstance(rule_or_plan, Budget)
 
 
 SIZES = ("params", "bytes")

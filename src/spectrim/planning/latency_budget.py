@@ -113,6 +113,8 @@ class _Verification:
 
     def _factors(self, layer: LayerPlan) -> Factors:
         """Random numbers: they take as long as the best factors, which would first have to be fitted."""
+        if layer.unit:
+            return self.analysis.factors(layer)
         unit, generator = self.analysis[layer.name].unit, torch.Generator().manual_seed(0)
         return form_named(layer.form).random_factors(unit, layer.ranks, generator=generator)
 
@@ -143,7 +145,7 @@ def refined(candidates: Candidates, rule: Budget, *, verify: Verify) -> Plan:
     """
     # rounded up, so that the table itself can meet it
     target, least = rule.share, candidates.least / candidates.whole + 1e-9
-    if not candidates.cheapest:
+    if candidates.least >= candidates.whole:
         raise RuleError(out_of_reach(candidates, rule, least))
     solution = solve(candidates, rule, share=max(target, least))
     tried = [_verified(candidates, solution, rule, verify)]
@@ -186,7 +188,8 @@ def _with_measured(best: _Candidate, target: float, *, solved: int) -> Plan:
 def refused(plan: Plan, *, reason: str) -> Plan:
     """The same plan with every layer dense, and why."""
     assert plan.latency is not None
-    undone = {"form": DENSE, **dict.fromkeys(("rank", "rank_in", "metric", "predicted_error")), "reason": reason}
+    nothing = dict.fromkeys(("rank", "rank_in", "metric", "predicted_error", "unit"))
+    undone = {"form": DENSE, **nothing, "reason": reason}
     layers = tuple(
         layer.model_copy(update=undone | {"kept": layer.dense}) if layer.is_factored else layer for layer in plan
     )
