@@ -106,10 +106,11 @@ def compress(
     change with an error in each layer (`st.sensitivity`), and every layer, the dense ones too, is then fitted anew to
     what it receives in the compressed network (`reconstruct`). No labels are used.
 
-    Under a budget of latency every layer is timed by itself in every form (`st.latency_table`), forms and ranks are
-    chosen by these times, and the network they give is timed against the dense one, in turn, in the runtime named; if
-    that is more than 5 % off the prediction, or misses the target, they are chosen once more (`plan.latency`). Where
-    nothing is surely faster, or the file would grow, the model comes back as it was, and `Compressed.refused` says why.
+    Under a budget of latency every layer is timed by itself in every form, narrowed too (`st.latency_table`). Forms and
+    ranks are chosen by these times, and the network they give is timed against the dense one, in turn, in the runtime
+    named; if that is more than 5 % off the prediction, or misses the target, they are chosen once more
+    (`plan.latency`). Where nothing is surely faster, or the file would grow, the model comes back as it was, and
+    `Compressed.refused` says why.
 
     Args:
         model: A trained module; left bit-identical unless `inplace`.

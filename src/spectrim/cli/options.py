@@ -305,7 +305,7 @@ class Goal:
         _rule(
             metavar="channel|spatial|tucker2|interpolative|width|head_vo|head_qk",
             help="A form that layers may take besides linear. Can be repeated. By default any, interpolative only for "
-            "--params and --bytes without --of, those of convolutions for --latency, channel for rules.",
+            "--params and --bytes without --of, channel for rules.",
         ),
     ] = None
     rank_multiple: Annotated[

@@ -51,9 +51,9 @@ def plan(
         forms: Which of `channel`, `spatial`, `tucker2` convolutions may take, which of `linear`, `interpolative` linear
             layers and convolutions of one place, and whether layers may be narrowed together: `width` (the neurons of
             an MLP), `head_vo`, `head_qk` (values, queries and keys of an attention). By default a `Budget` in a data
-            metric may use all of them (of MACs, or of the body, none that saves numbers only: `interpolative`), one of
-            latency those of single layers, and the other rules use the linear and the channel form; of several, those
-            take the first that a layer has.
+            metric may use all of them (of MACs, latency, or of the body, none that saves numbers only:
+            `interpolative`), and the other rules use the linear and the channel form; of several, those take the first
+            that a layer has.
         rank_multiple: Use only ranks that are multiples of this number, or of the step that `st.probe` found, and full
             ones. By default 1, and under a budget of latency that of the table.
         allow_growth: Factor layers even when they grow (for tests and studies).
