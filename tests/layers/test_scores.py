@@ -109,6 +109,88 @@ def test_what_is_no_plain_product_or_is_read_elsewhere_is_left_alone(layer: nn.M
     assert pairs(network(layer, Attention())) == {"1.k": "1.q"}
 
 
+class Gated(Attention):
+    """The keys are read once more, late, and by their length alone."""
+
+    def __init__(self) -> None:
+        super().__init__(bias=False)
+        self.up, self.down = nn.Linear(12, 24), nn.Linear(24, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = self.k(x).norm(dim=-1, keepdim=True).sigmoid()
+        x = super().forward(x)
+        return gate * (x + self.down(self.up(x).relu()))
+
+
+class Returning(nn.Module):
+    """Something of the first keys is an output."""
+
+    def __init__(self, of_keys: Step) -> None:
+        super().__init__()
+        self.first, self.second, self.of_keys = Attention(bias=False), Attention(bias=False), of_keys
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.second(self.first(x)), self.of_keys(self.first.k(x).unflatten(-1, (4, 6)))
+
+
+@pytest.mark.parametrize("of_keys", [nn.Identity(), lambda k: k.norm(dim=-1), lambda k: k.amax(dim=-1)])
+def test_keys_that_are_read_late_are_left_alone(of_keys: Step) -> None:
+    assert pairs(network(Gated(), Attention(bias=False))) == {"1.k": "1.q"}
+    torch.manual_seed(0)
+    assert "first.k" not in pairs(Returning(of_keys).eval())
+
+
+def test_without_a_softmax_they_are_left_alone_whatever_the_first_sample_is() -> None:
+    x = DATA[0].clone()
+    x[0, 0] = 0
+    assert pairs(network(Attention(softmax=False, bias=False)), x) == {}
+
+
+class Normalised(Attention):
+    """So that its values cannot be narrowed."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (layer(x).unflatten(-1, (-1, 6)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        heads = nn.functional.scaled_dot_product_attention(q, k, nn.functional.normalize(v, dim=-1))
+        return x + self.o(heads.transpose(1, 2).flatten(-2))
+
+
+@pytest.mark.parametrize("options", [{}, {"include": ["*.q", "*.k"]}, {"exclude": ["*.v"]}, {"exclude": ["*.o"]}])
+def test_they_are_found_whatever_becomes_of_the_values(options: dict[str, Any]) -> None:
+    analysis = st.analyze(network(Normalised(), Normalised(), Attention()), DATA[0], **options)
+    assert [layer.name for layer in analysis if layer.unit.scores] == ["0.k", "1.k", "2.k"]
+
+
+class Routed(nn.Module):
+    """An expert without tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.expert = Attention(), nn.Linear(12, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.attention(x)
+        mine = x[..., 0] > 1e9
+        return x.masked_scatter(mine.unsqueeze(-1), self.expert(x[mine]))
+
+
+def test_a_layer_without_vectors_is_no_obstacle() -> None:
+    assert pairs(network(Routed())) == {"0.attention.k": "0.attention.q"}
+
+
+@pytest.mark.parametrize("part", ["q", "k"])
+@pytest.mark.parametrize("bias", [0.0, 1.0])
+def test_a_head_that_was_pruned_is_no_obstacle(part: str, bias: float) -> None:
+    model = redundant()
+    with torch.no_grad():
+        getattr(model[0], part).weight[:6] = 0
+        getattr(model[0], part).bias[:6] = bias
+    small = st.compress(model, BUDGET, example_inputs=DATA[0], data=DATA)
+    assert {layer.form for layer in small.plan if layer.unit} == {"head_qk"}
+    assert small.fidelity is not None
+    assert small.fidelity.relative_error < 1e-2
+
+
 def test_in_torchs_attention_they_are_found_unless_it_adds_a_key() -> None:
     layer = nn.TransformerEncoderLayer(12, 3, 24, batch_first=True).eval()
     assert pairs(layer) == {"self_attn.k_proj": "self_attn.q_proj"}

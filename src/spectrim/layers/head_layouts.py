@@ -13,7 +13,7 @@ from spectrim.core.execution import Inputs, call, temporary
 from spectrim.layers.units import SingleWeight
 from spectrim.linalg import HeadLayout
 
-NEAREST, _LEVELS, ROUNDS, _COMPARED, CLOSE = 4, 2, 16, 16, 1e-3
+NEAREST, _LEVELS, ROUNDS, _COMPARED, _CLOSE = 4, 2, 16, 16, 1e-3
 _OF_HEADS = re.compile("head")
 """Attributes of an attention that may say how large a head is, or how many there are."""
 
@@ -161,7 +161,7 @@ class _Multiplied:
             layout = self.candidates[name][1]
             by = self._matrices(name).repeat_interleave(layout.heads // layout.groups, dim=0)
             expected, scale = times(before, by), float(before.abs().max())
-            tolerance = scale * max(CLOSE, 4 * torch.finfo(before.dtype).eps)
+            tolerance = scale * max(_CLOSE, 4 * torch.finfo(before.dtype).eps)
             moved, off = (float((expected - other).abs().max()) for other in (before, args[0]))
             if moved > 10 * tolerance and off <= tolerance and self._mixes(name, tolerance):
                 self.agreeing.add(name)

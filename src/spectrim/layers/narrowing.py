@@ -47,7 +47,7 @@ def with_feeders(model: nn.Module, inputs: Inputs, trace: Trace, units: Sequence
     single = {unit.name: unit for unit in likely if _can_be_narrowed(unit, trace)}
     inputs = inputs.parts(places=_PLACES)[0]
     feedings = dict[str, Feeding]()
-    for find in (find_neurons, find_heads, partial(find_scores, watched=single)):
+    for find in (find_neurons, find_heads, partial(find_scores, watched=trace.calls)):
         free = {name: unit for name, unit in single.items() if name not in _members(feedings)}
         with suppress(ModelError), evaluating(model), torch.no_grad():
             feedings |= _checked(model, inputs, find(model, inputs, free, list(trace.calls)), single)

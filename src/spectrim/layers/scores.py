@@ -1,16 +1,17 @@
 """Layers that give the queries and the keys of an attention, found by what the network does with both."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from spectrim.core.execution import Inputs, call, temporary
+from spectrim.core.nested import tensors
 from spectrim.layers.head_layouts import (
-    CLOSE,
     NEAREST,
     ROUNDS,
     Feeding,
@@ -23,6 +24,9 @@ from spectrim.layers.head_layouts import (
 )
 from spectrim.layers.units import SingleWeight
 from spectrim.linalg import HeadLayout
+
+_CLOSE = 1e-4
+_OUTPUTS = [f"output {number}" for number in range(64)]
 
 
 def find_scores(
@@ -37,11 +41,14 @@ def find_scores(
 
     Each head's keys are multiplied by a matrix, after the same was added to all, and its queries by the inverse. No
     watched layer may receive anything else then, as one does with rotary positions, with norms in between, or without
-    a softmax; with the keys alone multiplied one has to.
+    a softmax; with the keys alone multiplied one has to. The queries come before the keys.
     """
-    pending = {name: own for name in single if (own := _candidates(model, name, single, order))}
-    received, _ = received_by(model, inputs, watched) if pending else ({}, None)
+    possible = {name: own for name in single if (own := _candidates(model, name, single, order))}
     confirmed: dict[str, Feeding] = {}
+    if not possible:
+        return confirmed
+    pending = _independent(model, inputs, possible)
+    received, _ = received_by(model, inputs, watched)
     for _ in range(ROUNDS):
         now = undisturbed(pending, order, between=2)
         if not now:
@@ -72,6 +79,34 @@ def _candidates(
     return candidates
 
 
+def _independent(
+    model: nn.Module, inputs: Inputs, candidates: Mapping[str, Sequence[ValuesCandidate]]
+) -> dict[str, list[ValuesCandidate]]:
+    """The candidates whose second layer does not depend on the outputs of the first, by automatic differentiation."""
+    marks, read = dict[str, Tensor](), dict[str, Tensor]()
+
+    def mark(name: str, _: nn.Module, __: Any, output: Tensor) -> Tensor:
+        marks[name] = output.new_zeros(()).requires_grad_()
+        return output + marks[name]
+
+    def note(name: str, _: nn.Module, args: tuple[Any, ...]) -> None:
+        read[name] = args[0]
+
+    def depends(name: str, other: str) -> bool:
+        x = read.get(name)
+        if x is None or other not in marks or not x.requires_grad:
+            return False
+        grads = torch.autograd.grad(x, marks[other], torch.ones_like(x), retain_graph=True, allow_unused=True)
+        return grads[0] is not None
+
+    first = {candidate[0] for own in candidates.values() for candidate in own}
+    marking = (model.get_submodule(name).register_forward_hook(partial(mark, name)) for name in first)
+    noting = (model.get_submodule(name).register_forward_pre_hook(partial(note, name)) for name in candidates)
+    with torch.enable_grad(), temporary(chain(marking, noting)):
+        call(model, inputs)
+        return {name: [each for each in own if not depends(name, each[0])] for name, own in candidates.items()}
+
+
 @dataclass(eq=False)
 class _Multiplied:
     """Runs a network with queries and keys multiplied, while all layers receive what they always do.
@@ -90,21 +125,26 @@ class _Multiplied:
         """Those of which no layer tells that both are multiplied, and one tells that the keys are."""
         before = self._pass(multiplied=())
         alone, both = (_changed(before, self._pass(multiplied=own)) for own in (("keys",), ("keys", "queries")))
+        if len(self.candidates) > 1 and not both.isdisjoint(_OUTPUTS):  # by one of them, or several
+            each = (replace(self, candidates={name: own}).passed() for name, own in self.candidates.items())
+            return {name: feeding for passed in each for name, feeding in passed.items()}
         passed = {}
-        for name, after in self._layers_after().items():
+        for name, after in self._after().items():
             if not alone.isdisjoint(after) and both.isdisjoint(after):
                 queries, layout = self.candidates[name]
                 passed[name] = Feeding((queries,), layout, is_multiplied=True)
         return passed
 
-    def _layers_after(self) -> dict[str, list[str]]:
-        """By candidate the layers from it to the next one."""
+    def _after(self) -> dict[str, list[str]]:
+        """By candidate the layers from it to the first one of the next, or to the outputs."""
         begins = [*(self.order.index(queries) for queries, _ in self.candidates.values()), len(self.order)]
         places = zip(self.candidates, begins[1:], strict=True)
-        return {name: list(self.order[self.order.index(name) + 1 : end]) for name, end in places}
+        after = {name: list(self.order[self.order.index(name) + 1 : end + 1]) for name, end in places}
+        after[next(reversed(after))] += _OUTPUTS
+        return after
 
     def _pass(self, *, multiplied: Sequence[str]) -> dict[str, Tensor]:
-        """What layers would receive."""
+        """What layers would receive, and the outputs."""
         self.now, hooks = {}, []
         for number, (name, (queries, layout)) in enumerate(self.candidates.items()):
             by, inverse = _matrices(layout, seed=number)
@@ -116,8 +156,8 @@ class _Multiplied:
         for name in self.received:
             hooks.append(self.model.get_submodule(name).register_forward_pre_hook(partial(self._look, name)))
         with temporary(hooks):
-            call(self.model, self.inputs)
-        return self.now
+            outputs = call(self.model, self.inputs)
+        return self.now | dict(zip(_OUTPUTS, tensors(outputs, floats=True), strict=False))
 
     def _look(self, name: str, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         self.now[name] = args[0].clone()
@@ -128,17 +168,20 @@ def _changed(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> set[s
     """Layers that would receive something else."""
     changed = before.keys() ^ after.keys()
     for name in before.keys() & after.keys():
-        tolerance = float(before[name].abs().max()) * max(CLOSE, 4 * torch.finfo(before[name].dtype).eps)
-        same = before[name].shape == after[name].shape
-        if not same or not float((before[name] - after[name]).abs().max()) <= tolerance:
+        first, second = before[name], after[name]
+        if first.shape != second.shape:
             changed.add(name)
+        elif first.numel() and first.is_floating_point():
+            tolerance = float(first.abs().max()) * max(_CLOSE, 4 * torch.finfo(first.dtype).eps)
+            changed |= set() if float((first - second).abs().max()) <= tolerance else {name}
     return changed
 
 
 def _with(by: Tensor | None, _: nn.Module, __: Any, output: Tensor, *, shifts: bool = False) -> Tensor:
     """Outputs with a mean square of 2, times matrices if there are any, and first the same added to all."""
     output = output * (2 / output.square().mean().clamp(min=torch.finfo(output.dtype).tiny)).sqrt()
-    output = output + output.flatten(0, -2)[0] if shifts else output
+    if shifts:
+        output = output + torch.randn(output.shape[-1], generator=torch.Generator().manual_seed(0)).to(output)
     return output if by is None else times(output, by)
 
 

@@ -108,8 +108,12 @@ def _shares(blocks: Tensor) -> Tensor:
 
 
 def _roots(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """Symmetric roots (groups, size, size), and their inverses; directions that vary little are taken to vary more."""
+    """Symmetric roots (groups, size, size), and their inverses; directions that vary little are taken to vary more.
+
+    So are heads that hardly vary beside the others, as those do that were pruned.
+    """
     values, vectors = torch.linalg.eigh((blocks + blocks.mT) / 2)
-    typical = values.mean(dim=1, keepdim=True).clamp(min=torch.finfo(values.dtype).tiny)
+    least = _FLOOR * values.mean() if bool(values.mean() > 0) else torch.ones_like(values.mean())
+    typical = values.mean(dim=1, keepdim=True).clamp(min=least)
     roots = (values.clamp(min=0) + _FLOOR * typical).sqrt().unsqueeze(1)
     return (vectors * roots) @ vectors.mT, (vectors / roots) @ vectors.mT

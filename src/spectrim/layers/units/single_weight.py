@@ -44,8 +44,7 @@ class SingleWeight(Unit):
             does: the first ones of an MLP that it is the last one of; or the layer that gives the values of an
             attention, whose heads it reads. What lies between them and it can be narrowed.
         heads: How the heads lie, in an attention.
-        scores: The same where it gives the keys that an attention multiplies the queries of its feeder with, or the
-            queries, where these come after the keys.
+        scores: The same where it gives the keys that an attention multiplies the queries of its feeder with.
     """
 
     kind = "weight"
