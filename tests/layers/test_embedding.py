@@ -318,3 +318,26 @@ def test_the_metric_of_tied_layers_joins_both() -> None:
     assert both < sum(lost(f, identity))
     assert both < sum(lost(ones, C))
     assert both < sum(lost(ones, identity))
+
+
+class Counted(nn.Embedding):
+    """As Whisper's: called with tokens, of which only the number counts."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        return self.weight[: input.shape[1]]
+
+
+class Placed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.positions, self.head = nn.Embedding(90, 12), Counted(8, 12), nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.tokens(x) + self.positions(x))
+
+
+def test_an_embedding_with_a_forward_of_its_own_has_no_statistics() -> None:
+    model, tokens = Placed().eval(), torch.randint(20, 90, (4, 6))
+    assert set(st.calibrate(model, [tokens]).moments) == {"tokens", "head"}
+    small = st.compress(model, st.Budget(params=0.8), example_inputs=tokens, data=[tokens])
+    assert small.plan["positions"].form == "dense"

@@ -117,8 +117,11 @@ def calibrate(
     gradient_sums: defaultdict[str, RunningGradients] = defaultdict(partial(RunningGradients, storage=storage))
 
     def add_rows(name: str, layer: nn.Module, x: Tensor, output: Tensor) -> None:
-        is_lookup = layer_type_of(layer).is_lookup
+        kind = layer_type_of(layer)
+        is_lookup = kind.is_lookup
         is_chosen = (layers is None or name in layers) and is_lookup != x.is_floating_point()
+        # as of positions, which may look up something else than what it is called with
+        is_chosen = is_chosen and not (is_lookup and kind.overrides(layer))
         if is_chosen and not is_in_transform(x):
             rows, samples = input_rows(
                 layer, x.detach(), output=output, positions=places, masks=masks, samples=inputs.samples
