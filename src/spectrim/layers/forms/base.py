@@ -198,7 +198,7 @@ class JointForm(Form):
 
     @abstractmethod
     def sizes(self, unit: Unit, ranks: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """What each feeding layer gives, and what the weight reads, at ranks (n, 1)."""
+        """What each feeding layer gives, and what the weight reads (or gives), at ranks (n, 1)."""
 
     def costs(self, unit: Unit, ranks: npt.NDArray[np.int64], *, biases: int = 0) -> RankCosts:
         """Those of the weight alone."""
