@@ -544,9 +544,7 @@ class TestTable:
         monkeypatch.setattr(LayerBench, "measure", counted)
 
         def table(**options: Any) -> LatencyTable:
-            return latency_table(
-                model, x, analysis=known, rank_multiple=16, forms="linear", **{"folder": tmp_path, **options}
-            )
+            return latency_table(model, x, analysis=known, rank_multiple=16, **{"folder": tmp_path, **options})
 
         def proportions(latencies: LatencyTable) -> list[float]:
             """Each time over the dense layer's, as on disk; the times themselves are scaled to the present."""

@@ -208,7 +208,7 @@ def _aligned(bench: LayerBench, network: Session, times: _Times) -> tuple[float,
 def _units(calls: Sequence[LayerCalls], allowed: Sequence[str], step: int, below: Sequence[int]) -> list[_Unit]:
     """The layers that can be narrowed together, in each form and at the ranks to time."""
     units, called = [], {each.layer.name for each in calls}
-    for last in (each.layer for each in calls):
+    for last in (each.layer for each in calls if len(each.layer.problems) > 1):  # only data say how to narrow
         for form in last.joint_forms if called.issuperset(feeder.name for feeder in last.feeders) else ():
             axis = joint_axis(last, form, multiple=step, points=_POINTS[0], below=below) if form in allowed else []
             if axis:
