@@ -62,9 +62,9 @@ def network(*layers: nn.Module) -> nn.Module:
     return nn.Sequential(*layers, nn.LayerNorm(12)).eval()
 
 
-def redundant(groups: int = 4) -> nn.Module:
+def redundant(groups: int = 4, kind: type[Attention] = Attention) -> nn.Module:
     """Half of the numbers in each head of queries and keys say nothing."""
-    model = network(Attention(groups=groups), Attention(groups=groups))
+    model = network(kind(groups=groups), kind(groups=groups))
     with torch.no_grad():
         for layer in model[:2]:
             for part, heads in ((layer.q, 4), (layer.k, groups)):
@@ -196,6 +196,46 @@ def test_in_torchs_attention_they_are_found_unless_it_adds_a_key() -> None:
     assert pairs(layer) == {"self_attn.k_proj": "self_attn.q_proj"}
     layer.self_attn = nn.MultiheadAttention(12, 3, batch_first=True, add_bias_kv=True)
     assert pairs(layer.eval()) == {}
+
+
+class KeysFirst(Attention):
+    """The same, called in another order."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        k, v, q = (layer(x).unflatten(-1, (-1, 6)).transpose(1, 2) for layer in (self.k, self.v, self.q))
+        return x + self.o(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2))
+
+
+def test_where_the_keys_come_before_the_queries_the_result_is_the_same() -> None:
+    results = {}
+    for kind, names in ((Attention, {"0.k": "0.q", "1.k": "1.q"}), (KeysFirst, {"0.q": "0.k", "1.q": "1.k"})):
+        model = network(kind(), kind())
+        assert pairs(model) == names
+        for metric in ("activation", "loss"):
+            analysis = st.analyze(model, DATA[0], calibration=st.calibrate(model, DATA, gradients=True))
+            small = network(kind(), kind())
+            for last, first in names.items():
+                factors = analysis[last].decomposition("head_qk", metric).factors((3,))
+                replace(
+                    small, narrowed_at(small, last, [first], form="head_qk", rank=3, factors=factors, bias=own_bias)
+                )
+            results[kind, metric] = small(DATA[0]).detach()
+    for metric in ("activation", "loss"):
+        difference = results[Attention, metric] - network(Attention(), Attention())(DATA[0]).detach()
+        assert float(difference.abs().max()) > 1e-3
+        torch.testing.assert_close(results[KeysFirst, metric], results[Attention, metric], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("metric", ["activation", "loss"])
+def test_where_the_keys_come_first_full_size_changes_nothing(metric: str) -> None:
+    model, x = network(KeysFirst(), KeysFirst()), DATA[0]
+    expected = model(x)
+    assert narrow_fully(model, x, metric) == 2
+    torch.testing.assert_close(model(x), expected, rtol=0, atol=1e-5)
+    small = st.compress(redundant(kind=KeysFirst), BUDGET, example_inputs=x, data=DATA)
+    assert {layer.form for layer in small.plan if layer.unit} == {"head_qk"}
+    assert small.fidelity is not None
+    assert small.fidelity.relative_error < 1e-3
 
 
 def narrow_fully(model: nn.Module, x: Any, metric: Any = "activation") -> int:

@@ -36,11 +36,18 @@ def problems_of(unit: Unit, kernels: Tensor, calibration: Calibration | None) ->
     return problems
 
 
-def partner_moments(problems: Mapping[Metric, Problem], mean: Tensor, bias: Tensor | None) -> PartnerMoments:
-    """Of what a layer with a bias (out,) gives, from the mean (1, in) of its inputs."""
+def mean_output(problem: Problem, mean: Tensor, bias: Tensor | None) -> Tensor:
+    """That of a layer with a bias (out,), from the mean (1, in) of its inputs."""
+    (weight,) = to_float64(problem.weight.flatten(2)).to(problem.device)
+    centre: Tensor = weight @ mean[0].to(weight.device)
+    return centre if bias is None else centre + to_float64(bias).to(weight.device)
+
+
+def partner_moments(problems: Mapping[Metric, Problem], query_mean: Tensor, *, gives_queries: bool) -> PartnerMoments:
+    """Those of a layer of keys for the one that gives the queries, or the other way round."""
     problem = problems.get("loss", problems["activation"])
     (weight,) = to_float64(problem.weight.flatten(2)).to(problem.device)
-    centre = weight @ mean[0].to(weight.device)
-    centre = centre if bias is None else centre + bias.to(weight.device)
-    second = weight @ problem.full_metric @ weight.T + centre.outer(centre)
-    return PartnerMoments(second, None if problem.output is None else problem.output[0])
+    second, gradients = weight @ problem.full_metric @ weight.T, None if problem.output is None else problem.output[0]
+    if gives_queries:
+        return PartnerMoments(second, gradients, own_mean=query_mean)
+    return PartnerMoments(second + query_mean.outer(query_mean), gradients)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from spectrim.analysis.calibration import Calibration
 from spectrim.analysis.experts import with_experts_of
-from spectrim.analysis.problems import partner_moments, problems_of
+from spectrim.analysis.problems import mean_output, partner_moments, problems_of
 from spectrim.core.arguments import checked
 from spectrim.core.display import Displayed
 from spectrim.core.errors import ModelError, PlanError
@@ -33,7 +33,6 @@ from spectrim.linalg import (
     Ranks,
     Spectrum,
     spectrum,
-    to_float64,
 )
 
 _T = TypeVar("_T")
@@ -358,9 +357,8 @@ def with_statistics(bare: Analysis, calibration: Calibration) -> Analysis:
         layer._of(problems_of(layer.unit, layer.problems["plain"].weight, statistics)) if layer.problems else layer
         for layer in bare
     ]
-    return replace(
-        bare, layers=_with_partners(layers, statistics), metrics=_metrics(layers, calibration), calibration=calibration
-    )
+    known, metrics = _with_partners(layers, statistics), _metrics(layers, calibration)
+    return replace(bare, layers=known, metrics=metrics, calibration=calibration)
 
 
 def _metrics(layers: Sequence[LayerAnalysis], calibration: Calibration | None) -> tuple[Metric, ...]:
@@ -385,7 +383,7 @@ def _layer(model: nn.Module, unit: Unit, calibration: Calibration | None, device
     if unit.skip_reason is not None:
         return LayerAnalysis(unit, forms, {}, kernels.flatten(2))
     bias = layer._parameters.get("bias")
-    own = None if bias is None else to_float64(bias.detach()).clone()
+    own = None if bias is None else bias.detach().clone()
     return LayerAnalysis(unit, forms, problems_of(unit, kernels, calibration), _bias=own)
 
 
@@ -395,6 +393,8 @@ def _with_partners(layers: Sequence[LayerAnalysis], calibration: Calibration | N
     for key, layer in by_name.items():
         unit = layer.unit
         if isinstance(unit, SingleWeight) and unit.scores and (name := unit.feeders[0].name) in known:
-            partner = partner_moments(by_name[name].problems, known[name].mean, by_name[name]._bias)
+            queries, other = by_name[key if unit.gives_queries else name], by_name[name].problems
+            mean = mean_output(queries.problems["activation"], known[queries.name].mean, queries._bias)
+            partner = partner_moments(other, mean, gives_queries=unit.gives_queries)
             by_name[key] = layer._of({metric: replace(own, partner=partner) for metric, own in layer.problems.items()})
     return tuple(by_name.values())

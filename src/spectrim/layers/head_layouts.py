@@ -30,11 +30,13 @@ class Feeding:
         feeders: Names of the layers whose outputs it reads, and nothing else does.
         heads: How the heads of an attention lie in them; None for numbers that are independent of each other.
         is_multiplied: Whether it is not fed, but gives keys that the queries of its feeder are multiplied with.
+        keys_first: Whether its feeder gives the keys then, and it the queries.
     """
 
     feeders: tuple[str, ...]
     heads: HeadLayout | None = None
     is_multiplied: bool = False
+    keys_first: bool = False
 
 
 def find_heads(

@@ -24,7 +24,7 @@ from spectrim.layers.selection import LayerSelection
 from spectrim.layers.tracing import Trace, trace
 from spectrim.layers.types import layer_type_of
 from spectrim.layers.units import SingleWeight, Unit, find_units
-from spectrim.linalg import HeadLayout, to_float64
+from spectrim.linalg import Factors, HeadLayout, to_float64
 
 _PLACES, _MOST_FEEDERS = 64, 2
 
@@ -59,7 +59,7 @@ def _with(unit: Unit, feeding: Feeding | None, single: Mapping[str, SingleWeight
         return unit
     feeders = tuple(single[name].weight for name in feeding.feeders)
     if feeding.is_multiplied:
-        return with_changes(unit, feeders=feeders, scores=feeding.heads)
+        return with_changes(unit, feeders=feeders, scores=feeding.heads, gives_queries=feeding.keys_first)
     return with_changes(unit, feeders=feeders, heads=feeding.heads)
 
 
@@ -188,18 +188,26 @@ def _narrows(model: nn.Module, inputs: Inputs, places: Mapping[str, Feeding], wa
         *each, rank = _half(layout, seed=number)
         of_groups, of_heads = (part.to(kernels) for part in each)
         form: JointForm
+        factors: Factors
         if feeding.is_multiplied:
-            form, factors = HeadQueryKeyForm(), (of_heads, of_groups.mT, of_groups @ kernels)
+            form, factors = HeadQueryKeyForm(), (of_heads, of_groups.mT, of_groups @ kernels, of_groups)
         else:
             form = WidthForm() if feeding.heads is None else HeadValueOutputForm()
             factors = (of_groups, of_heads, kernels @ of_heads.mT)
         narrowed |= narrowed_at(model, name, feeding.feeders, form=form.name, rank=rank, factors=factors, bias=own_bias)
-        zeroed |= refitted_at(model, [name], weight=form.product(factors), bias=own_bias)
+        kept_bias = partial(_projected_bias, of_groups[0]) if feeding.is_multiplied else own_bias
+        zeroed |= refitted_at(model, [name], weight=form.product(factors), bias=kept_bias)
     watched = [name for name in watched if name not in places]
     try:
         return alike(_outputs(model, inputs, zeroed, watched), _outputs(model, inputs, narrowed, watched))
     except ModelError:  # its code looks at the sizes
         return False
+
+
+def _projected_bias(rows: Tensor, name: str, module: nn.Module, whole: Tensor) -> Tensor | None:
+    """The bias that the layer has, of which the numbers stay that some orthonormal rows choose."""
+    own = own_bias(name, module, whole)
+    return None if own is None else rows.mT @ (rows @ to_float64(own).to(rows))
 
 
 def _half(layout: HeadLayout, *, seed: int) -> tuple[Tensor, Tensor, int]:

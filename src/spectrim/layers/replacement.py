@@ -158,7 +158,7 @@ def narrowed_at(
         ModelError: weights that overflow the layers' number type.
     """
     joint, last = joint_form_named(form), model.get_submodule(name)
-    feeding, other, weight = _beside(last, factors)
+    feeding, other, weight, *of_bias = _beside(last, factors)
     scores = joint.narrows_outputs
     narrowed = {}
     for feeder in feeders:
@@ -170,9 +170,10 @@ def narrowed_at(
         moved = times_rounded(feeding, kernels)
         narrowed[feeder] = _resized(layer, moved, shifted, name=feeder, head_ranks=ranks, scores=scores)
     ranks = _head_ranks(other.mT if scores else other, rank) if joint.by_head else ()
-    value = bias(name, last, joint.product(factors)) if not scores else own_bias(name, last, weight)
+    # scores lose a key that all have in common, so that no bias is needed where there was none
+    value = bias(name, last, joint.product(factors)) if not scores or own_bias(name, last, weight) is not None else None
     if scores and value is not None:
-        value = torch.linalg.pinv(other[0]) @ to_float64(value).to(other.device)
+        value = of_bias[0][0] @ to_float64(value).to(weight.device)
     return narrowed | {name: _resized(last, weight, value, name=name, head_ranks=ranks, scores=scores)}
 
 

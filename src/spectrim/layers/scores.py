@@ -41,7 +41,8 @@ def find_scores(
 
     Each head's keys are multiplied by a matrix, after the same was added to all, and its queries by the inverse. No
     watched layer may receive anything else then, as one does with rotary positions, with norms in between, or without
-    a softmax; with the keys alone multiplied one has to. The queries come before the keys.
+    a softmax; with the keys alone multiplied one has to. Where the keys come before the queries, it is the feeder that
+    gives them.
     """
     possible = {name: own for name in single if (own := _candidates(model, name, single, order))}
     confirmed: dict[str, Feeding] = {}
@@ -123,16 +124,22 @@ class _Multiplied:
 
     def passed(self) -> dict[str, Feeding]:
         """Those of which no layer tells that both are multiplied, and one tells that the keys are."""
-        before = self._pass(multiplied=())
-        alone, both = (_changed(before, self._pass(multiplied=own)) for own in (("keys",), ("keys", "queries")))
+        before = self._pass()
+        alone, *orders = (
+            _changed(before, self._pass(multiplied=number, shifted=shifted))
+            for number, shifted in ((1, None), (2, "last"), (2, "first"))
+        )
+        both = orders[0] & orders[1]
         if len(self.candidates) > 1 and not both.isdisjoint(_OUTPUTS):  # by one of them, or several
             each = (replace(self, candidates={name: own}).passed() for name, own in self.candidates.items())
             return {name: feeding for passed in each for name, feeding in passed.items()}
         passed = {}
         for name, after in self._after().items():
-            if not alone.isdisjoint(after) and both.isdisjoint(after):
-                queries, layout = self.candidates[name]
-                passed[name] = Feeding((queries,), layout, is_multiplied=True)
+            first, layout = self.candidates[name]
+            unchanged = [changed.isdisjoint(after) for changed in orders]
+            keys_first = not unchanged[0] and layout.heads == layout.groups
+            if not alone.isdisjoint(after) and unchanged[keys_first]:
+                passed[name] = Feeding((first,), layout, is_multiplied=True, keys_first=keys_first)
         return passed
 
     def _after(self) -> dict[str, list[str]]:
@@ -143,16 +150,16 @@ class _Multiplied:
         after[next(reversed(after))] += _OUTPUTS
         return after
 
-    def _pass(self, *, multiplied: Sequence[str]) -> dict[str, Tensor]:
-        """What layers would receive, and the outputs."""
+    def _pass(self, *, multiplied: int = 0, shifted: str | None = None) -> dict[str, Tensor]:
+        """What layers would receive, and the outputs, with the last or both of each candidate's layers multiplied."""
         self.now, hooks = {}, []
-        for number, (name, (queries, layout)) in enumerate(self.candidates.items()):
+        for number, (name, (first, layout)) in enumerate(self.candidates.items()):
             by, inverse = _matrices(layout, seed=number)
             by_head = inverse.mT.repeat_interleave(layout.heads // layout.groups, dim=0)
-            of_keys = partial(_with, by if "keys" in multiplied else None, shifts="queries" in multiplied)
-            of_queries = partial(_with, by_head if "queries" in multiplied else None)
-            hooks.append(self.model.get_submodule(name).register_forward_hook(of_keys))
-            hooks.append(self.model.get_submodule(queries).register_forward_hook(of_queries))
+            of_last = partial(_with, by if multiplied else None, shifts=shifted == "last")
+            of_first = partial(_with, by_head if multiplied > 1 else None, shifts=shifted == "first")
+            hooks.append(self.model.get_submodule(name).register_forward_hook(of_last))
+            hooks.append(self.model.get_submodule(first).register_forward_hook(of_first))
         for name in self.received:
             hooks.append(self.model.get_submodule(name).register_forward_pre_hook(partial(self._look, name)))
         with temporary(hooks):

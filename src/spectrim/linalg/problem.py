@@ -118,15 +118,17 @@ class Decomposition(ABC):
 
 @dataclass(frozen=True, eq=False)
 class PartnerMoments:
-    """Of what the outputs of a weight are multiplied with: the queries, where it gives keys.
+    """Of what the outputs of a weight are multiplied with: the queries, where it gives keys, or the keys.
 
     Attributes:
-        second: Their second moment, float64 (n, n).
+        second: Second moment of queries, covariance of keys, float64 (n, n).
         gradients: That of the gradients with respect to them, or None.
+        own_mean: Mean of the weight's own outputs (out,) where these are queries.
     """
 
     second: Tensor
     gradients: Tensor | None = None
+    own_mean: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)

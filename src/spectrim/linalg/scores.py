@@ -26,7 +26,8 @@ class ScoreDecomposition(Decomposition):
     taken by their energy, after the first one of each, so that a rank is the mean over the heads.
 
     Attributes:
-        problem: What is approximated: the weight of the keys, (1, groups * size, in).
+        problem: What is approximated: the weight of the keys, (1, groups * size, in); with one group for each head it
+            may be that of the queries, and all is the other way round.
         layout: How the heads lie: `heads` of queries, `groups` of keys.
         queries: What the queries of a group are multiplied by, (groups, size, size), rows best first.
         keys: The same of the keys; the product of both transposes is the identity.
@@ -56,7 +57,8 @@ class ScoreDecomposition(Decomposition):
         """Solve for every rank."""
         (W,), C = to_float64(problem.weight.flatten(2)).to(problem.device), problem.full_metric
         partner = problem.partner or PartnerMoments(torch.eye(layout.heads * layout.size, dtype=W.dtype))
-        queries, keys = _blocks(partner.second, layout), _blocks(W @ C @ W.T, layout)
+        own = W @ C @ W.T if partner.own_mean is None else W @ C @ W.T + partner.own_mean.outer(partner.own_mean)
+        queries, keys = _blocks(partner.second, layout), _blocks(own, layout)
         if problem.output is not None and partner.gradients is not None:
             queries = _shares(queries) + _shares(_blocks(problem.output[0], layout))
             keys = _shares(keys) + _shares(_blocks(partner.gradients, layout))
@@ -82,7 +84,7 @@ class ScoreDecomposition(Decomposition):
         return float(self.tails[ranks[0] - 1])
 
     def factors(self, ranks: Ranks) -> Factors:
-        """What becomes of the queries, of what is left of the keys the keys again, and the weight that gives these."""
+        """F, U, W' and R: see `HeadQueryKeyForm`."""
         (rank,), layout = ranks, self.layout
         groups = self.order[: rank * layout.groups] // layout.size
         numbers = [int((groups == group).sum()) for group in range(layout.groups)]
@@ -90,9 +92,8 @@ class ScoreDecomposition(Decomposition):
         keys = torch.block_diag(*(rows[:number] for rows, number in zip(self.keys, numbers, strict=True)))
         by_head = [rows for rows in queries for _ in range(layout.heads // layout.groups)]
         weight = keys @ to_float64(self.problem.weight.flatten(2)).to(keys.device)[0]
-        factors = torch.block_diag(*by_head), torch.block_diag(*queries).mT, weight
-        feeding, back, weight = (part.unsqueeze(0) for part in factors)
-        return feeding, back, weight
+        factors = torch.block_diag(*by_head), torch.block_diag(*queries).mT, weight, keys
+        return tuple(part.unsqueeze(0) for part in factors)
 
 
 def _blocks(matrix: Tensor, layout: HeadLayout) -> Tensor:

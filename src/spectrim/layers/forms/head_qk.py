@@ -13,8 +13,9 @@ from spectrim.linalg import Decomposition, Factors, HeadLayout, Problem, ScoreDe
 class HeadQueryKeyForm(HeadForm):
     """The products of queries and keys of heads at lower ranks.
 
-    The factors are (F, U, W'): F (1, m, k) says what becomes of the queries, W' (1, l, in) is the weight of the keys
-    that are left, and U (1, out, l) makes whole keys of these: the weight of the keys is taken to be U W'.
+    The factors are (F, U, W', R): F (1, m, k) says what becomes of the queries and R (1, l, out) of the keys, W' = R W
+    is the weight of the keys that are left, and U (1, out, l) makes whole keys of these: the weight of the keys is
+    taken to be U W'. Where the keys come before the queries it is the other way round.
     """
 
     name = "head_qk"
@@ -24,14 +25,14 @@ class HeadQueryKeyForm(HeadForm):
         return unit.scores if isinstance(unit, SingleWeight) else None
 
     def costs(self, unit: Unit, ranks: npt.NDArray[np.int64], *, biases: int = 0) -> RankCosts:
-        """Those of the weight alone, with the bias that it has: a key that all have in common changes nothing."""
+        """Those of the weight alone, with the bias that it has."""
         (weight,), (_, out) = unit.weights, self.sizes(unit, ranks)
         assert weight.geometry is not None
         params = out * weight.geometry.into
         return RankCosts(self.name, ranks, params + weight.biases * out, params * weight.positions.kernel)
 
     def product(self, factors: Factors) -> Tensor:
-        _, back, weight = factors
+        _, back, weight, _ = factors
         return back @ weight
 
     def decompose_unit(self, problem: Problem, unit: Unit, *, near: Factors = ()) -> Decomposition:

@@ -45,12 +45,14 @@ class SingleWeight(Unit):
             attention, whose heads it reads. What lies between them and it can be narrowed.
         heads: How the heads lie, in an attention.
         scores: The same where it gives the keys that an attention multiplies the queries of its feeder with.
+        gives_queries: Whether it is the feeder that gives the keys, and it the queries.
     """
 
     kind = "weight"
     feeders: tuple[Weight, ...] = ()
     heads: HeadLayout | None = None
     scores: HeadLayout | None = None
+    gives_queries: bool = False
 
     @property
     def weight(self) -> Weight:
