@@ -117,11 +117,8 @@ def calibrate(
     gradient_sums: defaultdict[str, RunningGradients] = defaultdict(partial(RunningGradients, storage=storage))
 
     def add_rows(name: str, layer: nn.Module, x: Tensor, output: Tensor) -> None:
-        kind = layer_type_of(layer)
-        is_lookup = kind.is_lookup
-        is_chosen = (layers is None or name in layers) and is_lookup != x.is_floating_point()
-        # as of positions, which may look up something else than what it is called with
-        is_chosen = is_chosen and not (is_lookup and kind.overrides(layer))
+        is_lookup = layer_type_of(layer).is_lookup
+        is_chosen = (layers is None or name in layers) and _reads(layer, x)
         if is_chosen and not is_in_transform(x):
             rows, samples = input_rows(
                 layer, x.detach(), output=output, positions=places, masks=masks, samples=inputs.samples
@@ -158,6 +155,12 @@ def calibrate(
     reduced |= _reduced_frequencies(frequencies, names, accelerator)
     moments = {name: statistics.finish(name) for name, statistics in reduced.items() if statistics.count}
     return Calibration(moments, seen).with_output_grads(_reduced_gradients(gradient_sums, names, accelerator))
+
+
+def _reads(layer: nn.Module, x: Tensor) -> bool:
+    """Whether it multiplies or looks up what it is called with; positions may look up something else."""
+    kind = layer_type_of(layer)
+    return kind.is_lookup != x.is_floating_point() and not (kind.is_lookup and kind.overrides(layer))
 
 
 def _places_of(positions: int | Literal["auto"] | None) -> SampledPlaces:
