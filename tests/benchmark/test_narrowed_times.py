@@ -131,6 +131,41 @@ def test_what_is_out_of_reach_says_what_layers_together_can_reach() -> None:
         st.plan(known, budget, latencies=together)
 
 
+def test_where_only_layers_together_are_faster_the_message_says_what_they_reach() -> None:
+    known = analysis()
+    times = table(known, alone=1.5, units=["0.down"])
+    message = r"Budget\(latency=0.8438\), with all 2 layers .* 80.0% of the time"
+    with pytest.raises(st.errors.RuleError, match=message):
+        solved(known, times, 0.5)
+    plan = solved(known, times, 0.8438)
+    assert plan.latency is not None
+    assert plan.latency.predicted <= 0.8438
+
+
+def test_a_coarser_grid_than_that_of_the_table_has_no_other_ranks() -> None:
+    known, budget = analysis(), st.Budget(latency=0.7, runtime="torch", threads=1)
+    for multiple in (16, 32):
+        options = PlanOptions(latencies=table(known), rank_multiple=multiple)
+        ranks = [rank for group in candidates_of(known, budget, options).groups for _, (rank,) in group.joint]
+        assert ranks
+        assert all(rank % multiple == 0 for rank in ranks)
+
+
+def test_a_mild_target_missed_by_chance_does_not_end_in_the_fastest_network() -> None:
+    known = analysis()
+    budget = st.Budget(latency=0.97, runtime="torch", threads=1)
+    candidates = candidates_of(known, budget, PlanOptions(latencies=table(known)))
+    measured = iter([1.005, 0.96])
+
+    def verify(_: st.Plan) -> Interval:
+        value = next(measured)
+        return Interval(value=value, low=value - 0.01, high=value + 0.01)
+
+    plan = refined(candidates, budget, verify=verify)
+    assert plan.latency is not None
+    assert plan.latency.predicted > 0.85
+
+
 def test_where_it_is_not_surely_faster_nothing_stays_narrowed() -> None:
     known = analysis()
     budget = st.Budget(latency=0.75, runtime="torch", threads=1)

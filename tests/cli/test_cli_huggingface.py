@@ -13,6 +13,7 @@ from torch import nn
 
 import spectrim as st
 from spectrim.cli.pretrained import require_dense
+from spectrim.planning import latency_budget
 
 transformers = pytest.importorskip("transformers", reason="the extra 'hf' is not installed")
 
@@ -39,6 +40,27 @@ def folder(run: Run) -> Run:
     Path("text.txt").write_text(" ".join(str(number * number % 23) for number in range(700)))
     Path("short.txt").write_text("1 2 3 " * 60)
     return run
+
+
+def test_a_network_that_is_no_faster_is_written_as_it_was_again_and_again(
+    folder: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decided = latency_budget._with_measured
+
+    def refused(best: Any, target: float, *, solved: int) -> st.Plan:
+        plan = decided(best, target, solved=solved)
+        return plan if plan.latency.refused else latency_budget.refused(plan, reason="it is not surely faster")
+
+    monkeypatch.setattr(latency_budget, "_with_measured", refused)
+    for _ in range(2):
+        ended = folder("compress", *MODEL, "--latency", 0.99, "--rank-multiple", 4, "--out", "same")
+        if "cannot be reached" in ended.err:
+            return  # so small a network may have nothing that is faster here
+        assert ended.code == 0, ended.err
+        assert "README.md" not in ended.out
+        assert "import spectrim" not in ended.out
+    dense, same = (transformers.AutoModelForCausalLM.from_pretrained(name) for name in ("dense", "same"))
+    assert all(torch.equal(tensor, same.state_dict()[name]) for name, tensor in dense.state_dict().items())
 
 
 def test_a_folder_becomes_a_smaller_one(folder: Run) -> None:

@@ -123,8 +123,8 @@ class LatencyTable(Frozen):
         if any(rank > axis[-1] for rank, axis in zip(ranks, times.axes, strict=True)):
             largest = " and ".join(str(axis[-1]) for axis in times.axes)
             raise PlanError(
-                f"the latency table holds the {form} form of {name} up to rank {largest}, above which it is not "
-                f"smaller than the layer; the plan wants {' and '.join(map(str, ranks))}"
+                f"the latency table holds the {form} form of {name} up to rank {largest}, and no times above; the plan "
+                f"wants {' and '.join(map(str, ranks))}"
             )
         grids = (covered(axis, step=self.rank_multiple, below=self.rank_multiple) for axis in times.axes)
         whole = [grid[np.searchsorted(grid, rank)] for rank, grid in zip(ranks, grids, strict=True)]

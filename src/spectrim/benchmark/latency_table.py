@@ -69,7 +69,7 @@ def latency_table(
             timed at fewer ranks.
         threads: How many a pass may use.
         batch: Repeat or cut the example to so many samples.
-        forms: Which of `channel`, `spatial`, `tucker2` to time; all by default.
+        forms: Which forms to time, as for `st.plan`; by default all that save time.
         rank_multiple: Time only multiples of this number, and full ranks; by default (`auto`) the step of this hardware
             and runtime, as `st.probe` finds it (1 on a GPU). Then layers of at most four steps are also timed at half
             and a quarter of it, below which they may have no other rank.

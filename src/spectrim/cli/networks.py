@@ -26,6 +26,7 @@ from spectrim.cli.stages import Stages, file_lines, show, stages
 from spectrim.compression import Compressed, carry_out
 from spectrim.core.files import sha256_of
 from spectrim.core.plans import Budget, Plan
+from spectrim.layers.replacement import compressed_layers
 from spectrim.layers.saving import save
 from spectrim.layers.unfusing import unfused
 from spectrim.planning.decisions import PlanOptions
@@ -128,7 +129,9 @@ def compress_network(command: commands.Compress) -> None:
         )
         report(results, folder / REPORT)
     findings = str(small.fidelity) if small.fidelity else None, _accuracy(record, network, untested=untested)
-    hints = *file_lines(out, files), *_how_to_load(source, network, out=out), *_how_to_score(network, source, out=out)
+    is_dense = not compressed_layers(small.model)
+    loading = _how_to_load(source, network, out=out, is_dense=is_dense)
+    hints = *file_lines(out, files), *loading, *_how_to_score(network, source, out=out)
     show(table(small.plan), _times(small.plan), table(compressed), *findings, *hints, output=command.output)
 
 
@@ -311,12 +314,13 @@ def _how_to_score(network: Loaded, source: Source, *, out: Path) -> tuple[str, .
     return "Score it:", f"  spectrim evaluate {shlex.join(arguments)}"
 
 
-def _how_to_load(source: Source, network: Loaded, *, out: Path) -> tuple[str, ...]:
+def _how_to_load(source: Source, network: Loaded, *, out: Path, is_dense: bool = False) -> tuple[str, ...]:
     """How Python loads the network."""
     if source.folder is not None:
         name = type(network.model).__name__
         loading = f"  model = {name}.from_pretrained({str(out)!r})"
-        return "In Python:", "  import spectrim", f"  from transformers import {name}", loading
+        needed = () if is_dense else ("  import spectrim",)
+        return "In Python:", *needed, f"  from transformers import {name}", loading
     options = f", options={source.options!r}" if source.options else ""
     takes = network.example.describe()
     if len(network.example.args) == 1 and isinstance(network.example.args[0], Tensor):

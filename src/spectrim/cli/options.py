@@ -349,11 +349,11 @@ class Goal:
                 f"{' and '.join(map(flag, timing))} say how --latency or --rank-multiple auto is timed; {flags} is not"
             )
         value = getattr(self, names[0])
+        if self.of == "body" and names[0] not in ("macs", "params"):
+            raise typer.BadParameter(f"--of body goes with --macs or --params; {flags} is not a share of the body")
         if self.latency is not None:
             threads, batch = self.latency_threads, self.latency_batch
             return plans.Budget(latency=value, runtime=self.runtime, threads=threads, batch=batch)
-        if self.of == "body" and names[0] not in ("macs", "params"):
-            raise typer.BadParameter(f"--of body goes with --macs or --params; {flags} is not a share of the body")
         part = {"of": "body"} if self.of == "body" else {}
         rule: Rule = getattr(plans, _LAYER_RULES.get(names[0], "Budget"))(**{names[0]: value}, **part)
         return rule

@@ -46,8 +46,14 @@ def folder_files(source: Path, out: Path) -> OutputFiles:
         for path in other_files(source)
     }
     own = (CONFIG, *_TOKENIZER) if gguf_file(source) else (CONFIG,)
-    beside = dict.fromkeys(own, (lambda path: is_factored(path.parent), ""))
+    beside = dict.fromkeys(own, (lambda path: is_factored(path.parent) or _is_copy(path, source), ""))
     return copied | beside | {CARD: (is_own_card, "the model card")}
+
+
+def _is_copy(path: Path, folder: Path) -> bool:
+    """Whether the same file lies in a folder: a network that was no faster is written as it was."""
+    own = folder / path.name
+    return own.is_file() and filecmp.cmp(own, path, shallow=False)
 
 
 def write_folder(model: Any, folder: Path, *, source: Path, fidelity: Fidelity | None) -> None:

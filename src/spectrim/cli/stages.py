@@ -121,8 +121,9 @@ def show(*parts: Listing | str | None, output: Output | None = None) -> None:
 
 
 def file_lines(folder: Path, files: OutputFiles) -> list[str]:
-    """Where each file is, and what is in it."""
-    return [f"  {folder / name}" + (f"  ({content})" if content else "") for name, (_, content) in files.items()]
+    """Where each file is that was written, and what is in it."""
+    there = [(folder / name, content) for name, (_, content) in files.items() if (folder / name).exists()]
+    return [f"  {path}" + (f"  ({content})" if content else "") for path, content in there]
 
 
 def _records(table: Listing) -> list[dict[str, object]]:

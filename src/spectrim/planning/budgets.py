@@ -123,21 +123,29 @@ class Candidates:
         """The smallest cost that a budget can ask for."""
         dense = {layer.name: self.dense(layer) for layer in self.analysis}
         least = {name: min(cost, self.cheapest.get(name, cost)) for name, cost in dense.items()}
-        return self.outside + sum(least.values()) - sum(self._saved_together(least))
+        return self.outside + sum(least.values()) - sum(saved for _, saved in self._saved_together(least))
 
-    def _saved_together(self, least: Mapping[str, int]) -> Iterator[int]:
-        """How much less time layers take narrowed together than the `least` of each by itself."""
+    @property
+    def open_to(self) -> set[str]:
+        """Names of the layers that can shrink, by themselves or together with others."""
+        dense = {layer.name: self.dense(layer) for layer in self.analysis}
+        together = (own for own, saved in self._saved_together(dense) if saved)
+        return {*self.cheapest, *(layer.name for members in together for layer in members)}
+
+    def _saved_together(self, least: Mapping[str, int]) -> Iterator[tuple[list[LayerAnalysis], int]]:
+        """Layers that can be narrowed together, and how much less time they take than the `least` of each by itself."""
         for layer in self.analysis if self.latencies else ():
             for form in self._joint_forms(layer):
                 members = [*(self.analysis[feeder.name] for feeder in layer.feeders), layer]
                 dense = sum(least[own.name] for own in members)
                 _, costs = self._timed(layer.name, layer.rank_costs(form, self.metric), dense=dense)
-                yield dense - int(costs.min(initial=dense))
+                yield members, dense - int(costs.min(initial=dense))
 
     @property
     def body(self) -> int:
         """What the dense layers cost that can shrink."""
-        return sum(self.dense(layer) for layer in self.analysis if layer.name in self.cheapest)
+        open_to = self.open_to
+        return sum(self.dense(layer) for layer in self.analysis if layer.name in open_to)
 
     def require(self, rule: Budget, *, share: float) -> int:
         """What a network costs that keeps a share of the dense one, or of its body, in whole numbers.
@@ -215,7 +223,11 @@ class Candidates:
         times = layer.of(rank_costs.form) if layer else None
         if times is None:
             return np.zeros(0, dtype=np.intp), np.zeros(0, dtype=np.int64)
-        fits = np.flatnonzero(times.covers(rank_costs.ranks, step=self.multiple, below=below))
+        covered = times.covers(rank_costs.ranks, step=self.multiple, below=below)
+        if not below:  # the largest ranks of a table may be off a coarser grid
+            full = np.array(find_form(rank_costs.form).full_ranks(self.analysis[name].unit))
+            covered &= ((rank_costs.ranks % self.multiple == 0) | (rank_costs.ranks == full)).all(axis=1)
+        fits = np.flatnonzero(covered)
         costs = np.array([_nanoseconds(ms) for ms in times.at(rank_costs.ranks[fits])], dtype=np.int64)
         return fits[costs < dense], costs[costs < dense]
 

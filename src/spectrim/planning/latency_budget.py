@@ -167,9 +167,13 @@ def _verified(candidates: Candidates, solution: Sequence[int], rule: Budget, ver
 
 
 def _rescaled(first: _Candidate, target: float) -> float:
-    """The share to ask the table for, so that the target is really met; 0 where nothing was saved."""
-    gain = (1 - first.measured.value) / (1 - first.predicted)
-    return 1 - (1 - target) / gain if gain > 0 else 0.0
+    """The share to ask the table for, so that the target is really met; by twice of what was missed less, at most.
+
+    Close to the dense time what was saved may be less than nothing, which says nothing of other plans.
+    """
+    gain, missed = (1 - first.measured.value) / (1 - first.predicted), first.measured.value - target
+    share = 1 - (1 - target) / gain if gain > 0 else 0.0
+    return max(share, first.predicted - 2 * missed) if missed > 0 else share
 
 
 def _with_measured(best: _Candidate, target: float, *, solved: int) -> Plan:

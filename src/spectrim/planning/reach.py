@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 def out_of_reach(candidates: "Candidates", rule: Budget, least: float, *, how: str = "predicted") -> str:
     """What to say of a budget when `least` is the smallest share there is."""
-    open_to = len(candidates.cheapest)
+    open_to = len(candidates.open_to)
     timed = candidates.cost == "latency"
     if timed and (not open_to or least >= 1):
         measured = f"with all its layers at their fastest ranks the model takes {least:.3g} of the dense time"
@@ -45,4 +45,4 @@ def _first_reason(candidates: "Candidates") -> str:
         return ""
     reason, layers = max(groups.items(), key=lambda group: sum(map(candidates.dense, group[1])))
     number, largest = sum(map(len, groups.values())), max(layers, key=candidates.dense)
-    return f"; {number} layers stay dense, {len(layers)} of them like {largest.name}: {reason}"
+    return f"; {number} layers stay dense, {len(layers)} of them like {largest.name or largest.kind}: {reason}"
