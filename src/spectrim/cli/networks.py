@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 import typer
-from torch import Tensor
+from torch import Tensor, nn
 
 from spectrim.analysis.calibration import calibrate
 from spectrim.analysis.spectra import Analysis, analyze_selected
@@ -129,8 +129,7 @@ def compress_network(command: commands.Compress) -> None:
         )
         report(results, folder / REPORT)
     findings = str(small.fidelity) if small.fidelity else None, _accuracy(record, network, untested=untested)
-    is_dense = not compressed_layers(small.model)
-    loading = _how_to_load(source, network, out=out, is_dense=is_dense)
+    loading = _how_to_load(source, network, out=out, small=small.model)
     hints = *file_lines(out, files), *loading, *_how_to_score(network, source, out=out)
     show(table(small.plan), _times(small.plan), table(compressed), *findings, *hints, output=command.output)
 
@@ -314,11 +313,12 @@ def _how_to_score(network: Loaded, source: Source, *, out: Path) -> tuple[str, .
     return "Score it:", f"  spectrim evaluate {shlex.join(arguments)}"
 
 
-def _how_to_load(source: Source, network: Loaded, *, out: Path, is_dense: bool = False) -> tuple[str, ...]:
+def _how_to_load(source: Source, network: Loaded, *, out: Path, small: nn.Module | None = None) -> tuple[str, ...]:
     """How Python loads the network."""
     if source.folder is not None:
         name = type(network.model).__name__
         loading = f"  model = {name}.from_pretrained({str(out)!r})"
+        is_dense = small is not None and not compressed_layers(small)
         needed = () if is_dense else ("  import spectrim",)
         return "In Python:", *needed, f"  from transformers import {name}", loading
     options = f", options={source.options!r}" if source.options else ""
