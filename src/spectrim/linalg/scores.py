@@ -56,7 +56,7 @@ class ScoreDecomposition(Decomposition):
     def of_heads(cls, problem: Problem, layout: HeadLayout) -> Self:
         """Solve for every rank."""
         (W,), C = to_float64(problem.weight.flatten(2)).to(problem.device), problem.full_metric
-        partner = problem.partner or PartnerMoments(torch.eye(layout.heads * layout.size, dtype=W.dtype))
+        partner = problem.partner or PartnerMoments(torch.eye(layout.heads * layout.size).to(W))
         own = W @ C @ W.T if partner.own_mean is None else W @ C @ W.T + partner.own_mean.outer(partner.own_mean)
         queries, keys = _blocks(partner.second, layout), _blocks(own, layout)
         if problem.output is not None and partner.gradients is not None:
