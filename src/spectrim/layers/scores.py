@@ -93,19 +93,21 @@ def _independent(
     def note(name: str, _: nn.Module, args: tuple[Any, ...]) -> None:
         read[name] = args[0]
 
-    def depends(name: str, other: str) -> bool:
-        x = read.get(name)
-        if x is None or other not in marks or not x.requires_grad:
-            return False
-        grads = torch.autograd.grad(x, marks[other], torch.ones_like(x), retain_graph=True, allow_unused=True)
-        return grads[0] is not None
+    def independent(name: str, own: Sequence[ValuesCandidate]) -> list[ValuesCandidate]:
+        x, others = read.get(name), list(dict.fromkeys(other for other, _ in own if other in marks))
+        if x is None or not x.requires_grad or not others:
+            return list(own)
+        leaves = [marks[other] for other in others]
+        grads = torch.autograd.grad(x, leaves, torch.ones_like(x), retain_graph=True, allow_unused=True)
+        upstream = {other for other, grad in zip(others, grads, strict=True) if grad is not None}
+        return [candidate for candidate in own if candidate[0] not in upstream]
 
     first = {candidate[0] for own in candidates.values() for candidate in own}
     marking = (model.get_submodule(name).register_forward_hook(partial(mark, name)) for name in first)
     noting = (model.get_submodule(name).register_forward_pre_hook(partial(note, name)) for name in candidates)
     with torch.enable_grad(), temporary(chain(marking, noting)):
         call(model, inputs)
-        return {name: [each for each in own if not depends(name, each[0])] for name, own in candidates.items()}
+        return {name: independent(name, own) for name, own in candidates.items()}
 
 
 @dataclass(eq=False)
