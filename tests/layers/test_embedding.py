@@ -341,3 +341,19 @@ def test_an_embedding_with_a_forward_of_its_own_has_no_statistics() -> None:
     assert set(st.calibrate(model, [tokens]).moments) == {"tokens", "head"}
     small = st.compress(model, st.Budget(params=0.8), example_inputs=tokens, data=[tokens])
     assert small.plan["positions"].form == "dense"
+
+
+class Scaled(nn.Embedding):
+    """Gives what an `nn.Embedding` gives, by a forward of its own."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        return 1.0 * super().forward(input)
+
+
+def test_an_embedding_that_is_treated_as_one_has_statistics() -> None:
+    model, tokens = nn.Sequential(Scaled(300, 16), nn.Linear(16, 4)).eval(), torch.randint(0, 300, (16, 6))
+    assert set(st.calibrate(model, [tokens]).moments) == {"0", "1"}
+    small = st.compress(
+        model, st.Budget(params=0.6), example_inputs=tokens, data=[tokens], treat_as={Scaled: nn.Embedding}
+    )
+    assert small.plan["0"].is_factored

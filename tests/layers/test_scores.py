@@ -176,6 +176,11 @@ class Routed(nn.Module):
 
 def test_a_layer_without_vectors_is_no_obstacle() -> None:
     assert pairs(network(Routed())) == {"0.attention.k": "0.attention.q"}
+    analysis = st.analyze(network(Routed()), DATA[0])
+    assert {layer.name: layer.joint_forms for layer in analysis if layer.joint_forms} == {
+        "0.attention.k": ("head_qk",),
+        "0.attention.o": ("head_vo",),
+    }
 
 
 @pytest.mark.parametrize("part", ["q", "k"])

@@ -158,9 +158,14 @@ def calibrate(
 
 
 def _reads(layer: nn.Module, x: Tensor) -> bool:
-    """Whether it multiplies or looks up what it is called with; positions may look up something else."""
+    """Whether it multiplies or looks up what it is called with.
+
+    A forward of its own may do something else: Whisper's positions are called with tokens, which are not all in range.
+    """
     kind = layer_type_of(layer)
-    return kind.is_lookup != x.is_floating_point() and not (kind.is_lookup and kind.overrides(layer))
+    if not (kind.is_lookup and kind.overrides(layer) and x.numel()):
+        return kind.is_lookup != x.is_floating_point()
+    return not x.is_floating_point() and 0 <= int(x.min()) <= int(x.max()) < len(layer.get_parameter("weight"))
 
 
 def _places_of(positions: int | Literal["auto"] | None) -> SampledPlaces:

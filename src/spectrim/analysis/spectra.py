@@ -25,15 +25,7 @@ from spectrim.layers.selection import LayerSelection, Patterns, TreatAs
 from spectrim.layers.types import layer_type_of
 from spectrim.layers.unfusing import unfused
 from spectrim.layers.units import SingleWeight, Unit
-from spectrim.linalg import (
-    Decomposition,
-    Factors,
-    FloatArray,
-    Problem,
-    Ranks,
-    Spectrum,
-    spectrum,
-)
+from spectrim.linalg import Decomposition, Factors, FloatArray, Problem, Ranks, Spectrum, spectrum
 
 _T = TypeVar("_T")
 

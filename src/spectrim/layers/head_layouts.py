@@ -13,7 +13,7 @@ from spectrim.core.execution import Inputs, call, temporary
 from spectrim.layers.units import SingleWeight
 from spectrim.linalg import HeadLayout
 
-NEAREST, _LEVELS, ROUNDS, _COMPARED, _CLOSE = 4, 2, 16, 16, 1e-3
+_NEAREST, _LEVELS, ROUNDS, _COMPARED, _CLOSE = 4, 2, 16, 16, 1e-3
 _OF_HEADS = re.compile("head")
 """Attributes of an attention that may say how large a head is, or how many there are."""
 
@@ -47,7 +47,9 @@ def find_heads(
     Each head's values are multiplied by a matrix of their own. What the layer reads must become what it was, multiplied
     head by head by these matrices: so it does where heads mix values of different places, and not different numbers.
     """
-    possible = {name: candidates for name in single if (candidates := _candidates(model, name, single, order))}
+    possible = {
+        name: candidates for name in single if (candidates := candidates_before(model, name, single, order, reads=True))
+    }
     if not possible:
         return {}
     received, _ = received_by(model, inputs, single)
@@ -96,30 +98,35 @@ def received_by(model: nn.Module, inputs: Inputs, names: Iterable[str]) -> tuple
         return received, call(model, inputs)
 
 
-def _candidates(
-    model: nn.Module, name: str, single: Mapping[str, SingleWeight], order: Sequence[str]
+def candidates_before(
+    model: nn.Module, name: str, single: Mapping[str, SingleWeight], order: Sequence[str], *, reads: bool
 ) -> list[ValuesCandidate]:
-    """Layers that may give the values, the nearest first, with the layouts that sizes allow, large heads first."""
-    place, width = order.index(name), single[name].geometry.into
+    """Layers that may give the values of the heads that this one `reads`, or the queries of those whose keys it gives.
+
+    The nearest are first, with the layouts that sizes allow, large heads first.
+    """
+    place, geometry = order.index(name), single[name].geometry
     candidates = []
-    for values in reversed(order[max(0, place - NEAREST) : place]):
-        if values not in single or not is_near(name, values):
+    for other in reversed(order[max(0, place - _NEAREST) : place]):
+        if other not in single or not _is_near(name, other):
             continue
-        outputs = single[values].geometry.outputs
-        for size in sorted(head_sizes(model, name, width) | head_sizes(model, values, width), reverse=True):
-            if size > 1 and width % size == 0 and outputs % size == 0 and (width // size) % (outputs // size) == 0:
-                candidates.append((values, HeadLayout(width // size, outputs // size, size)))
+        theirs = single[other].geometry.outputs
+        of_heads, of_groups = (geometry.into, theirs) if reads else (theirs, geometry.outputs)
+        for size in sorted(_sizes(model, name, of_heads) | _sizes(model, other, of_heads), reverse=True):
+            fits = size > 1 and of_heads % size == 0 and of_groups % size == 0
+            if fits and (of_heads // size) % (of_groups // size) == 0:
+                candidates.append((other, HeadLayout(of_heads // size, of_groups // size, size)))
     return candidates
 
 
-def is_near(name: str, other: str) -> bool:
+def _is_near(name: str, other: str) -> bool:
     """Whether a module that holds both is at most two levels above each."""
     first, second = name.split("."), other.split(".")
     common = next((n for n, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), 0)
     return max(len(first), len(second)) - common <= _LEVELS
 
 
-def head_sizes(model: nn.Module, name: str, width: int) -> set[int]:
+def _sizes(model: nn.Module, name: str, width: int) -> set[int]:
     """Numbers that the modules around a layer have, as sizes of heads, and as how many heads there are."""
     parts = name.split(".")
     around = [model.get_submodule(".".join(parts[: len(parts) - up])) for up in (1, 2) if up < len(parts)]
@@ -159,7 +166,7 @@ class _Multiplied:
         before = self.received[name]
         if args[0].shape != before.shape:
             return None
-        if name in self.candidates:
+        if name in self.candidates and before.numel():
             layout = self.candidates[name][1]
             by = self._matrices(name).repeat_interleave(layout.heads // layout.groups, dim=0)
             expected, scale = times(before, by), float(before.abs().max())

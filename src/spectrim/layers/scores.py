@@ -12,12 +12,10 @@ from torch import Tensor, nn
 from spectrim.core.execution import Inputs, call, temporary
 from spectrim.core.nested import tensors
 from spectrim.layers.head_layouts import (
-    NEAREST,
     ROUNDS,
     Feeding,
     ValuesCandidate,
-    head_sizes,
-    is_near,
+    candidates_before,
     received_by,
     times,
     undisturbed,
@@ -44,7 +42,7 @@ def find_scores(
     a softmax; with the keys alone multiplied one has to. Where the keys come before the queries, it is the feeder that
     gives them.
     """
-    possible = {name: own for name in single if (own := _candidates(model, name, single, order))}
+    possible = {name: own for name in single if (own := candidates_before(model, name, single, order, reads=False))}
     confirmed: dict[str, Feeding] = {}
     if not possible:
         return confirmed
@@ -62,22 +60,6 @@ def find_scores(
             if name not in members
         }
     return confirmed
-
-
-def _candidates(
-    model: nn.Module, name: str, single: Mapping[str, SingleWeight], order: Sequence[str]
-) -> list[ValuesCandidate]:
-    """Layers that may give the queries, the nearest first, with the layouts that sizes allow, large heads first."""
-    place, outputs = order.index(name), single[name].geometry.outputs
-    candidates = []
-    for other in reversed(order[max(0, place - NEAREST) : place]):
-        if other not in single or not is_near(name, other):
-            continue
-        queries = single[other].geometry.outputs
-        for size in sorted(head_sizes(model, name, outputs) | head_sizes(model, other, queries), reverse=True):
-            if size > 1 and queries % size == 0 and outputs % size == 0 and (queries // size) % (outputs // size) == 0:
-                candidates.append((other, HeadLayout(queries // size, outputs // size, size)))
-    return candidates
 
 
 def _independent(

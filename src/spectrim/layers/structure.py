@@ -186,8 +186,8 @@ def _narrowed(layer: nn.Module) -> Narrowed:
     sizes = layer.geometry if isinstance(layer, FactoredLayer) else kind.geometry(layer)
     own = tuple(ranks) if len(set(ranks)) > 1 else ()
     bias = layer.bias is not None
-    narrowed = Narrowed(shape=shape, into=sizes.into, out=sizes.out, bias=bias, scores=scores)
-    return narrowed.model_copy(update={"heads": len(ranks), "head_ranks": own})
+    heads, into, out = len(ranks), sizes.into, sizes.out
+    return Narrowed(shape=shape, into=into, out=out, bias=bias, heads=heads, head_ranks=own, scores=scores)
 
 
 def _unset(dense: nn.Module, layer: Narrowed) -> nn.Module:

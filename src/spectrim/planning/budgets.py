@@ -200,16 +200,15 @@ class Candidates:
         """Costs and losses of layers that are narrowed together, and form and ranks."""
         *feeders, last = members
         errors = last.rank_errors(form, self.metric)
-        full = last.full_ranks(form)[0]
-        fits = np.flatnonzero((errors.ranks[:, 0] % self.multiple == 0) & (errors.ranks[:, 0] < full))
         if self.latencies is not None:
             fits, costs = self._timed(last.name, errors, dense=sum(map(self.dense, members)))
         else:
-            costs = self._factored(last, errors)
+            full, costs = last.full_ranks(form)[0], self._factored(last, errors)
             for feeder in feeders:
                 costs = costs + self._factored(
                     feeder, joint_form_named(form).feeder_costs(last.unit, feeder.weight, errors.ranks)
                 )
+            fits = np.flatnonzero((errors.ranks[:, 0] % self.multiple == 0) & (errors.ranks[:, 0] < full))
             costs = costs[fits]
         ranks = [(form, (int(rank),)) for rank in errors.ranks[fits, 0]]
         return costs, (errors.lost * self._sensitivity(last, form))[fits], ranks
