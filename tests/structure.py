@@ -274,7 +274,7 @@ def figures() -> tuple[Figure, ...]:
         Figure("longest chain of imports between them", len(chain), 10, (" -> ".join(chain),)),
         *(Figure(name, len(places), bar, tuple(places)) for name, places, bar in counted),
         Figure("longest function body", lengths[0][0], 45, tuple(f"{lines} {at}" for lines, at in lengths[:12])),
-        Figure("lines of Python", sum(lines for lines, _ in files), 36_724, tuple(f"{n} {at}" for n, at in files[:12])),
+        Figure("lines of Python", sum(lines for lines, _ in files), 36_736, tuple(f"{n} {at}" for n, at in files[:12])),
     )
 
 

@@ -65,7 +65,10 @@ def find_scores(
 def _independent(
     model: nn.Module, inputs: Inputs, candidates: Mapping[str, Sequence[ValuesCandidate]]
 ) -> dict[str, list[ValuesCandidate]]:
-    """The candidates whose second layer does not depend on the outputs of the first, by automatic differentiation."""
+    """The candidates whose second layer does not depend on the outputs of the first, by the graph of the gradients.
+
+    Of which no gradient is worked out, so that nothing need be kept for it.
+    """
     marks, read = dict[str, Tensor](), dict[str, Tensor]()
 
     def mark(name: str, _: nn.Module, __: Any, output: Tensor) -> Tensor:
@@ -76,20 +79,29 @@ def _independent(
         read[name] = args[0]
 
     def independent(name: str, own: Sequence[ValuesCandidate]) -> list[ValuesCandidate]:
-        x, others = read.get(name), list(dict.fromkeys(other for other, _ in own if other in marks))
-        if x is None or not x.requires_grad or not others:
-            return list(own)
-        leaves = [marks[other] for other in others]
-        grads = torch.autograd.grad(x, leaves, torch.ones_like(x), retain_graph=True, allow_unused=True)
-        upstream = {other for other, grad in zip(others, grads, strict=True) if grad is not None}
-        return [candidate for candidate in own if candidate[0] not in upstream]
+        upstream = _leaves(read[name]) if name in read else set()
+        return [candidate for candidate in own if marks.get(candidate[0]) not in upstream]
 
     first = {candidate[0] for own in candidates.values() for candidate in own}
     marking = (model.get_submodule(name).register_forward_hook(partial(mark, name)) for name in first)
     noting = (model.get_submodule(name).register_forward_pre_hook(partial(note, name)) for name in candidates)
-    with torch.enable_grad(), temporary(chain(marking, noting)):
+    nothing: Any = lambda _: None  # noqa: E731
+    keeps_nothing = torch.autograd.graph.saved_tensors_hooks(nothing, nothing)
+    with torch.enable_grad(), keeps_nothing, temporary(chain(marking, noting)):
         call(model, inputs)
         return {name: independent(name, own) for name, own in candidates.items()}
+
+
+def _leaves(x: Tensor) -> set[Tensor | None]:
+    """The tensors with gradients that one is made of."""
+    leaves, seen, pending = set[Tensor | None](), set[Any](), [x.grad_fn]
+    while pending:
+        node = pending.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            leaves.add(getattr(node, "variable", None))
+            pending += [before for before, _ in node.next_functions]
+    return leaves - {None}
 
 
 @dataclass(eq=False)
