@@ -18,9 +18,9 @@ from spectrim.core.nested import map_tensors, tensors
 from spectrim.layers.factored import is_low_rank
 from spectrim.layers.types import find_layer_type
 
-DEFAULT_BYTES, _MOST_BYTES, _OF_FREE = 2**29, 2**31, 8
+DEFAULT_BYTES, _MOST_BYTES, _OF_FREE = 2**29, 2**30, 8
 """Bytes of activations kept to save time, if nothing else is said: 512 MiB, and where an eighth of the memory that is
-free is more, that, up to 2 GiB."""
+free is more, that, up to 1 GiB."""
 
 _TRIED, _TRIED_PLACES = 2, 8
 """Samples on which the blocks are tried, and numbers of a sequence."""

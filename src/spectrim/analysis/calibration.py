@@ -16,7 +16,7 @@ from spectrim.core.arguments import checked
 from spectrim.core.batches import batches_of, inputs_of, length_of
 from spectrim.core.distributed import Accelerator, all_reduce, if_distributed, shard
 from spectrim.core.errors import DataError, ModelError
-from spectrim.core.execution import Inputs, call, evaluating, on_device_of, temporary
+from spectrim.core.execution import Inputs, call, evaluating, frozen, on_device_of, temporary
 from spectrim.core.memory import Storage
 from spectrim.core.nested import is_in_transform, joined
 from spectrim.core.progress import progress_callback
@@ -56,6 +56,11 @@ class Calibration:
         for name in moments.keys() & gradients.keys():
             total, share = gradients[name].total, gradients[name].shrinkage
             moments[name] = replace(moments[name], output_grad_covariance=total, output_grad_shrinkage=share)
+        return replace(self, moments=moments)
+
+    def without_output_grads(self) -> "Calibration":
+        """Without the gradients' moments, once what is approximated has them."""
+        moments = {name: replace(seen, output_grad_covariance=None) for name, seen in self.moments.items()}
         return replace(self, moments=moments)
 
 
@@ -194,39 +199,43 @@ def add_gradients(
     Raises:
         ModelError: a batch the model cannot run, or a model that cannot be differentiated.
     """
-    outputs: list[tuple[str, nn.Module, Tensor]] = []
+    starts, forwards = list[Tensor](), True
 
     def tap(name: str, layer: nn.Module, _: Any, output: Any) -> Tensor | None:
-        if isinstance(output, Tensor) and layer_type_of(layer).is_lookup and not output.requires_grad:
-            output.requires_grad_()  # no gradient reaches the indices
-        if not isinstance(output, Tensor) or not output.requires_grad or not output.numel() or is_in_transform(output):
+        if not isinstance(output, Tensor) or not torch.is_grad_enabled() or is_in_transform(output):
             return None
-        outputs.append((name, layer, output))
-        return output.clone()  # what follows may work in place
+        if not output.is_floating_point() or not output.numel() or output.is_inference():
+            return None
+        value: Tensor = output
+        if not value.requires_grad:  # no layer before it: what is differentiated begins here
+            starts.append(value.requires_grad_())
+            value = value.clone()  # what follows may work in place
+        if forwards:  # where activations are computed again for the gradient, hooks run again
+            value.register_hook(partial(add, name, layer, value.size(0)))
+        return value
+
+    def add(name: str, layer: nn.Module, size: int, gradient: Tensor) -> None:
+        rows = layer_type_of(layer).output_rows(layer, joined(gradient), positions=None)
+        sums[name].add(rows, samples=inputs.samples, size=size)
 
     chosen = ((name, model.get_submodule(name)) for name in typed_layers(model) if layers is None or name in layers)
     signs = signs or torch.Generator().manual_seed(0)
-    with temporary(layer.register_forward_hook(partial(tap, name)) for name, layer in chosen), torch.enable_grad():
-        # gradients flow from the inputs, so that layers with frozen weights are reached as well
-        own = on_device_of(model, inputs).map(lambda x: x.detach().requires_grad_() if x.is_floating_point() else x)
+    handles = (layer.register_forward_hook(partial(tap, name)) for name, layer in chosen)
+    with temporary(handles), frozen(model), torch.enable_grad():
+        own = on_device_of(model, inputs)
         values = TokenMasks.of(model, inputs).mapped(call(model, own, what=what, hint=hint), TokenPlaces.take)
-        taps = tuple(outputs)  # where activations are computed again for the gradient, hooks run again
+        forwards = False
         for probe in range(probes):
             total = sum(((_signs(value, signs) * value).sum() for value in values), torch.zeros(()))
             if not total.requires_grad:
                 return
-            wrt = [output for _, _, output in taps]
             try:
-                gradients = torch.autograd.grad(total, wrt, retain_graph=probe + 1 < probes, allow_unused=True)
+                torch.autograd.grad(total, starts, retain_graph=probe + 1 < probes, allow_unused=True)
             except RuntimeError as error:
                 raise ModelError(
                     f"{type(model).__name__} cannot be differentiated: {str(error).splitlines()[0]}; use the "
                     "activation metric, which needs no gradients"
                 ) from error
-            for (name, layer, output), gradient in zip(taps, gradients, strict=True):
-                if gradient is not None:
-                    rows = layer_type_of(layer).output_rows(layer, joined(gradient), positions=None)
-                    sums[name].add(rows, samples=inputs.samples, size=output.size(0))
 
 
 def _reduced(

@@ -10,6 +10,7 @@ from spectrim.analysis.sampling import Samples, SamplingError, in_range, shrinka
 from spectrim.core.errors import DataError
 from spectrim.core.memory import IN_PLACE, Storage
 from spectrim.linalg import (
+    MOST_DOUBLE_INPUTS,
     Covariance,
     DiagonalCovariance,
     LowRankCovariance,
@@ -23,9 +24,6 @@ from spectrim.linalg.products import gram
 
 PROBES = 2
 """Random combinations of the outputs that gradients are taken of; of many samples one for each is enough."""
-
-_WIDE = 2048
-"""Inputs of a layer above which few vectors are held as they are, and not as a matrix."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +70,7 @@ class Moments:
 
 def covariance_bytes(width: int, *, vectors: int, itemsize: int) -> int:
     """What `Moments.compact` takes of a group, from vectors of `itemsize` bytes a number: these, or the matrix."""
-    return itemsize * width * min(vectors, width) if width > _WIDE else 8 * width**2
+    return itemsize * width * min(vectors, width) if width > MOST_DOUBLE_INPUTS else 8 * width**2
 
 
 @dataclass(frozen=True, eq=False)
@@ -200,7 +198,7 @@ class RunningCovariance:
         if number:
             self.centre = self.centre if self.centre.numel() else rows.mean(dim=1)
             self.error.add(rows - self.centre.to(rows).unsqueeze(1), samples=samples)
-        if number and (width <= _WIDE or self.scatter.numel()):
+        if number and (width <= MOST_DOUBLE_INPUTS or self.scatter.numel()):
             self._merge(rows)
         elif number:
             self.batches.append(rows.clone())
@@ -221,12 +219,12 @@ class RunningCovariance:
         mean = rows.mean(dim=1)
         centred = rows - mean.unsqueeze(1)
         groups, _, width = rows.shape
-        size = groups * width**2 * (4 if width > _WIDE else 12)
+        size = groups * width**2 * (4 if width > MOST_DOUBLE_INPUTS else 12)
         self.storage.require(size, device=rows.device, what=f"the statistics of {groups * width:,} inputs")
         scatter, mean = gram(centred), to_float64(mean)
         if self.count == number:
             # half the memory of a wide layer, whose products are in float32 in any case
-            scatter = scatter if rows.shape[2] > _WIDE else to_float64(scatter)
+            scatter = scatter if rows.shape[2] > MOST_DOUBLE_INPUTS else to_float64(scatter)
             self.mean, self.scatter = mean, self.storage.keep(scatter)
             return
         shift = mean - self.mean

@@ -72,7 +72,7 @@ def sensitivity(
         labels: Batches have labels, as for `st.calibrate`.
         metric: In which metric the layers are factored, by default the one that a budget takes: the best there is.
         cache: Bytes of blocks' outputs that may be kept, so that not every pass has to begin at the first layer.
-            By default what the statistics take, or 512 MiB to 2 GiB by the memory that is free.
+            By default what the statistics take, or 512 MiB to 1 GiB by the memory that is free.
         on_progress: Called with each layer's name, or that of a stack of experts, how many are done, and of how many.
         progress: Show the same on standard error, as `st.compress` does.
 
@@ -245,6 +245,8 @@ class _SingleLayerRuns:
                 continue  # on these data other layers read what it narrows
             for name, slope in slopes.items():
                 measured[name][form] = slope
+        for layer in layers:
+            layer.release()
         return measured
 
     def _measure(self, layers: Sequence[LayerAnalysis], form: str) -> dict[str, float]:

@@ -146,7 +146,13 @@ class LayerAnalysis:
             total = self.problems[metric].total
             lost = np.clip(tails / total, 0.0, 1.0) if total > 0 else np.zeros(len(tails))
             self._rank_errors[form, metric] = RankErrors(**vars(costs), lost=lost)
+            self.release()
         return self._rank_errors[form, metric]
+
+    def release(self) -> None:
+        """Give back memory; see `Problem`."""
+        for problem in self.problems.values():
+            problem.release()
 
     def error(self, form: str, ranks: Ranks, metric: Metric) -> float:
         """The relative error at `ranks`; between the ranks of a coarse grid that of the next smaller pair."""
@@ -160,9 +166,7 @@ class LayerAnalysis:
     def break_even(self, form: str, metric: Metric) -> int:
         """The largest rank at which the factors are smaller than the layer, and no slower; 0 when none are.
 
-        Factors of an embedding are always slower, and need only be smaller.
-
-        In the tucker2 form both ranks are taken to be the same.
+        Factors of an embedding are always slower, and need only be smaller. Both ranks of tucker2 are taken as equal.
         """
         if form in self.joint_forms:
             return max(self.full_ranks(form)) - 1
@@ -233,7 +237,10 @@ class Analysis(Displayed):
     def factors(self, planned: LayerPlan) -> Factors:
         """The factors of a planned layer, from its input to its output, before they are fitted to anything else."""
         assert planned.metric is not None
-        return self[planned.name].decomposition(planned.form, planned.metric).factors(planned.ranks)
+        layer = self[planned.name]
+        factors = layer.decomposition(planned.form, planned.metric).factors(planned.ranks)
+        layer.release()
+        return factors
 
     def sensitivity_of(self, name: str, form: str) -> float | None:
         """That of a layer in a form, or where it was not measured in this one, in its first; None if it was in none."""

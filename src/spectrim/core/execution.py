@@ -207,6 +207,19 @@ def evaluating(model: nn.Module) -> Iterator[None]:
                     buffer.copy_(value)
 
 
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter is differentiated, so that less is kept of a forward pass; put back afterwards."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_()
+
+
 def _can_be_written(buffer: Tensor) -> bool:
     plain = not isinstance(buffer, UninitializedBuffer) and buffer.layout == torch.strided
     return plain and not (buffer.is_meta or buffer.is_inference())

@@ -20,6 +20,9 @@ from spectrim.core.files import require_writable_folder
 MAPPED_BYTES = 2**24
 """Size from which a tensor is worth a file: 16 MiB."""
 
+_MUCH = 2**28
+"""Bytes of freed memory that are worth the time: 256 MiB."""
+
 _CGROUPS, _OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
@@ -112,10 +115,22 @@ IN_PLACE = Storage()
 """In memory, where the model is."""
 
 
+class _HeapSizes(ctypes.Structure):
+    """What `mallinfo2` of the C library of Linux returns."""
+
+    _fields_ = [(name, ctypes.c_size_t) for name in ("arena", *"abcdef", "used", "free", "top")]
+
+
 def return_freed() -> None:
-    """Give freed memory back to the system; the C library of Linux keeps what lies between pieces still in use."""
-    with suppress(OSError, TypeError, AttributeError):  # of other systems
-        ctypes.CDLL(None).malloc_trim(0)
+    """Give freed memory back to the system, if it is much.
+
+    The C library of Linux keeps what lies between pieces still in use, for tensors that may be too large for it.
+    """
+    with suppress(OSError, TypeError, AttributeError):  # of other systems, and of versions before 2021
+        library = ctypes.CDLL(None)
+        library.mallinfo2.restype = _HeapSizes
+        if library.mallinfo2().free >= _MUCH:
+            library.malloc_trim(0)
 
 
 def peak_gb() -> float:

@@ -32,9 +32,8 @@ from spectrim.layers.tracing import ended_at
 from spectrim.layers.types import layer_type_of
 from spectrim.layers.types.base import SampledPlaces
 
-_PLACES = 64
-_LARGE = 2**20
-"""Parameters of layers whose fits take so much memory that what is free is given back first."""
+_FEW, _PLACES = 2, 64
+"""Samples on which the network's structure is looked at, and numbers of a sequence."""
 
 
 class _PassEnded(BaseException):
@@ -107,7 +106,8 @@ def _reconstruct(
     chosen = [layer for layer in plan if not layer.frozen and layer.name not in unfitted]
     feeding = _FeederInputs.of(model, pairs, plan=plan, chosen=chosen)
     pairs = feeding.held_out.pairs
-    first = pairs[0][0]
+    return_freed()
+    first = pairs[0][0].split(_FEW)[0]
     places = _places(model, first, plan=plan, chosen=chosen, analysis=analysis)
     as_planned = [layer for layer in plan.factored if layer.name in unfitted]
     factorize(small, plan.model_copy(update={"layers": tuple(as_planned)}), factors=analysis.factors)
@@ -120,8 +120,6 @@ def _reconstruct(
     end, inputs = 0, dict[str, InputRows]()
     for start, place in enumerate(places):
         name = place.plan.name
-        if place.plan.dense.params >= _LARGE:
-            return_freed()
         if on_progress is not None:
             on_progress(name, start, len(places))
         if start == end:
@@ -134,6 +132,7 @@ def _reconstruct(
             inputs = dict.fromkeys(
                 _collect(compressed, place, own, small_data, others=others), own[place.call_sites[0]].inputs
             )
+        return_freed()
         neurons = feeding.neurons(small, place, own[place.call_sites[0]].inputs)
         if all(site.is_paired for site in own.values()):
             new = fitted(small, place, own, analysis=analysis, neurons=neurons)
@@ -283,6 +282,7 @@ def _record(
         with suppress(_PassEnded), cache.recalling(position) as reached, watched:
             call(cache.model, batch, what=f"batch {position}")
         seen = {site: seen[site] for site in segment.call_sites}
+        return_freed()
     return seen, segment.end
 
 

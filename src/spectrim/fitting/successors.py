@@ -1,14 +1,16 @@
 """What a network does with a layer's output: found by running it, not by knowing its class."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from inspect import signature
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from spectrim.core.execution import Inputs, call, evaluating
 from spectrim.core.nested import is_in_transform, operands, tensors
@@ -46,37 +48,37 @@ class _Node:
     """A tensor on the way from a layer's output, and the steps that use it.
 
     Attributes:
-        tensor: Kept, so that nothing else gets its id.
         kind: Of the step that gave it: `add`, `relu` or `other`.
-        other: What was added.
-        affine: Scale and shift of a BatchNorm.
+        affine: Scale and shift of a BatchNorm; of a layer's output ones and zeros.
+        dims: How many dimensions it has.
         uses: What came of it.
     """
 
-    tensor: Tensor
     kind: str = "other"
-    other: Tensor | None = None
     affine: tuple[Tensor, Tensor] | None = None
+    dims: int = 0
     uses: list["_Node"] = field(default_factory=list)
 
 
 class _Follower(TorchFunctionMode):
-    """Follows layers' outputs through every function that the model calls."""
+    """Follows layers' outputs through every function that the model calls, and keeps none of them."""
 
     def __init__(self, on_residual: OnResidual | None) -> None:
         super().__init__()
         self.on_residual = on_residual
         self.layers: dict[str, nn.Module] = {}
         self.starts: dict[str, list[_Node]] = {}
-        self.nodes: dict[int, dict[str, _Node]] = {}
+        self.nodes: MutableMapping[Tensor, dict[str, _Node]] = WeakTensorKeyDictionary()
         self.added: set[str] = set()
 
     def begin(self, name: str, layer: nn.Module, output: Tensor) -> None:
         """Follow a layer's output from here."""
-        node = _Node(output)
+        out = output.shape[layer_type_of(layer).feature_dim(layer)]
+        ones = torch.ones(out, dtype=output.dtype, device=output.device)
+        node = _Node(affine=(ones, torch.zeros_like(ones)), dims=output.ndim)
         self.layers[name] = layer
         self.starts.setdefault(name, []).append(node)
-        self.nodes.setdefault(id(output), {})[name] = node
+        self.nodes.setdefault(output, {})[name] = node
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -86,20 +88,20 @@ class _Follower(TorchFunctionMode):
             return func(*args, **kwargs)
         sources = list(operands(args, kwargs))
         # before the call: one that works in place gives back the tensor that it was given
-        used = {id(operand): self.nodes[id(operand)] for operand in sources if id(operand) in self.nodes}
+        used = {id(operand): self.nodes[operand] for operand in sources if operand in self.nodes}
         result = func(*args, **kwargs)
         if not used or not any(True for _ in tensors(result)):
             return result
         output = result if isinstance(result, Tensor) else None
         if output is not None and id(output) in used:
-            del self.nodes[id(output)]
+            del self.nodes[output]
         affine = _affine(args, kwargs) if func is functional.batch_norm else None
         for key, followed in used.items():
             kind, other = _kind(func, key, sources, output)
             for name, node in followed.items():
-                node.uses.append(_Node(node.tensor if output is None else output, kind, other, affine))
+                node.uses.append(_Node(kind, affine))
                 if output is not None:
-                    self.nodes.setdefault(id(output), {})[name] = node.uses[-1]
+                    self.nodes.setdefault(output, {})[name] = node.uses[-1]
                 if other is not None and self.on_residual is not None and name not in self.added:
                     self.added.add(name)
                     self.on_residual(name, self.layers[name], other)
@@ -170,16 +172,14 @@ def find_successors(model: nn.Module, inputs: Inputs, call_sites: Collection[str
 
 
 def _successor(layer: nn.Module, start: _Node) -> Successor:
-    dimension = layer_type_of(layer).feature_dim(layer)
-    out = start.tensor.shape[dimension]
-    scale, shift = start.tensor.new_ones(out), start.tensor.new_zeros(out)
-    residual, step = False, start
+    assert start.affine is not None
+    (scale, shift), residual, step = start.affine, False, start
     while len(step.uses) == 1:
         (step,) = step.uses
         if step.kind == "relu":
             return Successor(scale, shift, residual, relu=True)
         # BatchNorm scales the second dimension: of a linear layer's outputs over time, the steps, not the features
-        if step.affine is not None and not residual and start.tensor.ndim + dimension == 1:
+        if step.affine is not None and not residual and start.dims + layer_type_of(layer).feature_dim(layer) == 1:
             scale, shift = scale * step.affine[0], shift * step.affine[0] + step.affine[1]
         elif step.kind == "add" and not residual:
             residual = True

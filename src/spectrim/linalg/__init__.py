@@ -6,6 +6,7 @@ statistics in float32, the steps on a shared projection in their metric, and pro
 
 from spectrim.linalg.channel import ChannelDecomposition
 from spectrim.linalg.covariance import (
+    MOST_DOUBLE_INPUTS,
     Covariance,
     DiagonalCovariance,
     LowRankCovariance,
@@ -28,6 +29,7 @@ from spectrim.linalg.subspace import Truncated, truncate, truncate_exactly
 from spectrim.linalg.tucker2 import Tucker2Decomposition
 
 __all__ = [
+    "MOST_DOUBLE_INPUTS",
     "ChannelDecomposition",
     "Covariance",
     "Decomposition",

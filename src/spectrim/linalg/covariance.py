@@ -9,6 +9,9 @@ from torch import Tensor
 from spectrim.linalg.products import gram, times_rounded
 from spectrim.linalg.spectra import to_float64
 
+MOST_DOUBLE_INPUTS = 2048
+"""Inputs of a layer up to which statistics are in float64; of more they are in float32, and of few vectors these."""
+
 
 @dataclass(frozen=True, eq=False)
 class LowRankCovariance:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
-from typing import Self
+from typing import Self, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -177,15 +177,8 @@ class Problem:
     def matrices(self) -> Tensor:
         """G^1/2 W, (groups, out, n): with it the metric of the outputs is the identity.
 
-        In float64, and of a wide weight in its own type, at least float32.
+        In float64, and of a wide weight in its own type, at least float32. As large as the weight, so never kept.
         """
-        return self._make_matrices() if self.is_wide else self._matrices
-
-    @cached_property
-    def _matrices(self) -> Tensor:
-        return self._make_matrices()
-
-    def _make_matrices(self) -> Tensor:
         flat = self._in_type(self.weight.flatten(2))
         return flat if self.output is None else self.weighted(flat)
 
@@ -281,6 +274,10 @@ class Problem:
         solved: Tensor = torch.linalg.solve_triangular(self._root, last.flatten(2), upper=True)
         return solved.reshape(last.shape)
 
+    def release(self) -> None:
+        """Give back memory, at the price that a root is worked out again when it is next needed."""
+        self.__dict__.pop("_root", None)
+
     @cached_property
     def _root(self) -> Tensor:
         """G^1/2 up to a rotation, which changes no product of factors: upper triangular R with R^T R = G."""
@@ -314,7 +311,12 @@ def ridged(C: Covariance, *, share: float) -> tuple[Covariance, Callable[[Tensor
     floor, root = floored(metric, least=by.squeeze(-1))
     if C.dtype != metric.dtype:
         metric = lifted(symmetric, floor.to(symmetric))
-    return metric, lambda M: torch.cholesky_solve(M.mT, root).mT
+
+    def solve(M: Tensor) -> Tensor:
+        half = torch.linalg.solve_triangular(root, M.mT, upper=False)  # cholesky_solve would copy the root
+        return cast(Tensor, torch.linalg.solve_triangular(root.mT, half, upper=True).mT)
+
+    return metric, solve
 
 
 def lifted(metric: Tensor, floor: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from typing import ClassVar, Self, cast
 import torch
 from torch import Tensor
 
-from spectrim.linalg.covariance import dense_of
+from spectrim.linalg.covariance import MOST_DOUBLE_INPUTS, dense_of
 from spectrim.linalg.problem import Decomposition, Factors, Problem, Ranks, floored
 from spectrim.linalg.products import matmul, times_rounded
 from spectrim.linalg.spectra import to_float64
@@ -54,7 +54,11 @@ class SharedProjection(Decomposition):
         rows = min(P, out * Q) * Q
         if vectors is None:
             return 8 * (2 * groups * out * n + 3 * out * rows + 5 * P * P)
-        return 8 * (3 * groups * n * n + 2 * rows * n + 3 * rows * rows + 3 * out * max(rows, n) + 5 * P * P)
+        if vectors >= n > MOST_DOUBLE_INPUTS:
+            products = 4 * (2 * groups * n * n + 2 * rows * n + rows * rows) + 16 * rows * rows
+        else:
+            products = 8 * (3 * groups * n * n + 2 * rows * n + 3 * rows * rows)
+        return products + 8 * (3 * out * max(rows, n) + 5 * P * P)
 
     @property
     def start(self) -> Factors:

@@ -160,15 +160,13 @@ class Layer:
 
     @cached_property
     def bases(self) -> int:
-        """Decompositions that are kept once layers have been decided on, and their matrices in float64."""
+        """Decompositions that are kept once layers have been decided on."""
         forms = self.work.forms_of(self.unit)
         each = [form.basis_bytes(self.unit, rank=self.work.rank) for form in forms]
         if not each:
             return 0
-        metrics, copies = sum(each), 8 * self.entries * (not self._is_wide)
-        if self.work.has_gradients:  # the roots of the metric of the outputs, and what layers are weighed in
-            metrics, copies = metrics + 2 * 8 * self.size[0] * self.size[1] ** 2, 2 * copies
-        return metrics + copies + (each[0] if self.work.is_budget and self.work.has_gradients else 0)
+        # with gradients layers are weighed in another metric
+        return sum(each) + (each[0] if self.work.is_budget and self.work.has_gradients else 0)
 
     @property
     def factors(self) -> int:
@@ -194,8 +192,10 @@ class Layer:
         forms = self.work.forms_of(self.unit)
         solving = [form.working_bytes(self.unit, vectors=vectors, rank=rank) for form in forms]
         # the matrices, with or without the metric of the outputs, and the product of factors
-        building = 8 * self.entries * (2 if self.work.has_gradients else 1)
-        return max([*solving, building]) if forms else 0
+        building, roots = 8 * self.entries, 0
+        if self.work.has_gradients:
+            building, roots = 2 * building, 2 * 8 * self.size[0] * self.size[1] ** 2
+        return max([*solving, building]) + building + roots if forms else 0
 
     @property
     def weighing(self) -> int:
@@ -309,11 +309,12 @@ class Stages:
 
     @property
     def backward(self) -> int:
-        """One pass over a part of a batch with gradients: outputs of layers are copied, and have gradients."""
+        """One pass over a part of a batch with gradients: what all functions give is kept, for training with copies."""
         work, whole = self.work, self.work.run.distill or not self.example.splits
         if not (work.has_gradients or work.run.distill):
             return 0
-        return self._of_samples(2 * self.allocations.total, work.batch if whole else min(work.batch, DIFFERENTIATED))
+        size = self.allocations.total + (self.allocations.total if work.run.distill else self.allocations.alive)
+        return self._of_samples(size, work.batch if whole else min(work.batch, DIFFERENTIATED))
 
     @property
     def cache(self) -> int:

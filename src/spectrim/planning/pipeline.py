@@ -180,6 +180,7 @@ class _Stages:
             )
         self._begin("analyse")
         analysis = with_statistics(bare, statistics)
+        analysis = replace(analysis, calibration=statistics.without_output_grads())
         if not budgeted:
             return analysis, batches
         report = progress_of("weigh", self.on_progress)

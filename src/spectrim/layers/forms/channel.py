@@ -13,7 +13,17 @@ from spectrim.linalg import ChannelDecomposition, Factors, Ranks
 
 
 class TwoFactors(FactoredLayer):
-    """Two layers whose second one multiplies each vector by a matrix."""
+    """Two layers, of which the second one multiplies each vector by a matrix."""
+
+    def __init__(self, down: nn.Module, up: nn.Module, *, dense: nn.Module | None = None) -> None:
+        super().__init__((down, up), dense)
+        self.down = down
+        self.up = up
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # the name that dense layers give it
+        """Apply both factors."""
+        y: Tensor = self.up(self.down(input))
+        return y
 
     @staticmethod
     def _assembled(*chain: nn.Module) -> nn.Module:
@@ -43,21 +53,14 @@ class LowRankConv(TwoFactors):
     """
 
     def __init__(self, down: nn.Module, up: nn.Module, *, dense: nn.Module | None = None) -> None:
-        super().__init__((down, up), dense)
+        super().__init__(down, up, dense=dense)
         if set(cast(Any, up).kernel_size) != {1} or set(cast(Any, up).stride) != {1}:
             raise ModelError(f"up ({up}) must have a kernel and a stride of 1")
-        self.down = down
-        self.up = up
 
     @property
     def form(self) -> str:
         """`channel`, or `linear` where an ordinary convolution's kernel is 1 wide."""
         return "linear" if self.geometry.is_pointwise else "channel"
-
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # the name that dense layers give it
-        """Apply both factors."""
-        y: Tensor = self.up(self.down(input))
-        return y
 
 
 @final

@@ -14,20 +14,10 @@ from spectrim.linalg import Ranks
 class LinearFactors(TwoFactors):
     """Two layers that multiply each vector by a matrix, or look it up and multiply it."""
 
-    def __init__(self, down: nn.Module, up: nn.Module, *, dense: nn.Module | None = None) -> None:
-        super().__init__((down, up), dense)
-        self.down = down
-        self.up = up
-
     @property
     def form(self) -> str:
         """`linear`."""
         return "linear"
-
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # the name that dense layers give it
-        """Apply both factors."""
-        y: Tensor = self.up(self.down(input))
-        return y
 
 
 @final

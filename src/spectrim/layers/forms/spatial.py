@@ -9,12 +9,13 @@ from torch import Tensor, nn
 from spectrim.core.errors import ModelError
 from spectrim.layers.factored import FactoredLayer
 from spectrim.layers.forms.base import SingleWeightForm
+from spectrim.layers.forms.channel import TwoFactors
 from spectrim.layers.types import Geometry, LayerType, Positions
 from spectrim.linalg import Factors, Ranks, SpatialDecomposition
 
 
 @final
-class SpatialConv2d(FactoredLayer):
+class SpatialConv2d(TwoFactors):
     """An `nn.Conv2d` in the spatial form: a column of the kernel, then a row (Jaderberg 2014).
 
     Attributes:
@@ -26,11 +27,9 @@ class SpatialConv2d(FactoredLayer):
     """
 
     def __init__(self, down: nn.Conv2d, up: nn.Conv2d, *, dense: nn.Module | None = None) -> None:
-        super().__init__((down, up), dense)
+        super().__init__(down, up, dense=dense)
         if down.kernel_size[1] != 1 or up.kernel_size[0] != 1 or down.stride[1] != 1 or up.stride[0] != 1:
             raise ModelError(f"down ({down}) must be a column, and up ({up}) a row, each with its own stride only")
-        self.down = down
-        self.up = up
 
     @staticmethod
     def _assembled(*chain: nn.Module) -> nn.Module:
@@ -54,11 +53,6 @@ class SpatialConv2d(FactoredLayer):
     def form(self) -> str:
         """`spatial`."""
         return "spatial"
-
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # the name that dense layers give it
-        """Apply both factors."""
-        y: Tensor = self.up(self.down(input))
-        return y
 
     @staticmethod
     def composed(factors: Factors) -> Tensor:
