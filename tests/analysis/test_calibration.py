@@ -1,5 +1,7 @@
 """Streamed statistics against those of all inputs at once."""
 
+import weakref
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -124,3 +126,58 @@ def test_statistics_that_do_not_fit_into_memory_are_refused(monkeypatch: pytest.
 def test_too_few_positions_are_refused(positions: int) -> None:
     with pytest.raises(errors.DataError, match=f"positions={positions}: give at least 1 place, None for all"):
         st.calibrate(nn.Linear(2, 2), [torch.zeros(1, 2)], positions=positions)
+
+
+class Fails(nn.Module):
+    """A layer after which nothing can be computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.first.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        raise ValueError(f"no more than {self.first(x).shape}")
+
+
+@pytest.mark.parametrize("build", [Fails, Double])
+def test_gradients_leave_weights_as_trained_or_frozen_as_they_were(build: Any) -> None:
+    model = build().double().eval()
+    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    with pytest.raises(errors.DataError, match="no more than") if build is Fails else nullcontext():
+        st.calibrate(model, [inputs(8, 6)], gradients=True)
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == before
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_gradients_are_those_of_all_weights_frozen_or_not() -> None:
+    torch.manual_seed(0)
+    model, data = small_mlp().eval(), [inputs(60, 12)]
+    trained = st.calibrate(model, data, gradients=True).moments
+    frozen = st.calibrate(model.requires_grad_(False), data, gradients=True).moments
+    assert len(trained) > 1
+    for name, moments in trained.items():
+        assert moments.output_grad_covariance is not None
+        assert torch.equal(moments.output_grad_covariance, frozen[name].output_grad_covariance)
+
+
+def test_gradients_need_less_than_two_copies_of_all_outputs() -> None:
+    class Chain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(8))
+            self.outputs: list[weakref.ref[Tensor]] = []
+            self.alive = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers:
+                y = layer(x)
+                self.outputs.append(weakref.ref(y))
+                x = y * 2  # needs none of its inputs for the gradient
+            self.alive = sum(output() is not None for output in self.outputs)
+            return x
+
+    model = Chain().double().eval()
+    moments = st.calibrate(model, [inputs(8, 6)], gradients=True).moments
+    assert all(seen.output_grad_covariance is not None for seen in moments.values())
+    assert model.alive <= 2  # where differentiating begins, and the last one

@@ -1,5 +1,7 @@
 """What follows a layer's output is read off one pass, and claimed only where nothing else uses it."""
 
+import weakref
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -134,3 +136,19 @@ def test_batch_norm_that_looks_at_the_batch_is_not_an_affine_map() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, track_running_stats=False), nn.ReLU()).eval()
     successor: Successor = find_successors(model, as_inputs(torch.randn(2, 3, 4, 4)), {"0"})["0"]
     assert (successor.residual, successor.relu) == (False, False)
+
+
+def test_nothing_that_is_followed_is_kept() -> None:
+    """Of a large network all that every function gives in a pass would be as much as training it takes."""
+    model = resnet20().eval()
+    outputs: list[weakref.ref[Tensor]] = []
+    for block in (module for module in model.modules() if isinstance(module, nn.Conv2d)):
+        block.register_forward_hook(lambda *args: outputs.append(weakref.ref(args[2])))
+    alive: list[int] = []
+    last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
+    last.register_forward_pre_hook(lambda *_: alive.append(sum(output() is not None for output in outputs)))
+    names = {name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
+    with following(model, names, on_call=lambda *_: None, on_residual=lambda *_: None):
+        model(torch.randn(2, 3, 32, 32))
+    assert len(outputs) == 19
+    assert alive == [0]

@@ -19,7 +19,7 @@ FEW, MANY = 70, 300
 @pytest.fixture
 def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(problem, "_WIDE", 0)
-    monkeypatch.setattr(moments, "_WIDE", 0)
+    monkeypatch.setattr(moments, "MOST_DOUBLE_INPUTS", 0)
 
 
 def numbers(*shape: int, seed: int = 0) -> Tensor:
@@ -120,7 +120,7 @@ def test_a_wide_covariance_in_float32_loses_no_more(monkeypatch: pytest.MonkeyPa
     exact = torch.cov(x.float().double().T, correction=0)
     W, lost = layer.weight.detach().double(), []
     for wide in (2**30, 0):
-        monkeypatch.setattr(moments, "_WIDE", wide)
+        monkeypatch.setattr(moments, "MOST_DOUBLE_INPUTS", wide)
         seen = st.calibrate(layer, x.float().split(20)).moments[""]
         assert seen.compact.dtype is (torch.float32 if wide == 0 else torch.float64)
         solved = ChannelDecomposition(
@@ -142,7 +142,7 @@ def test_a_network_comes_out_as_without_the_shortcuts(
     networks = []
     for wide in (2**30, 0):
         monkeypatch.setattr(problem, "_WIDE", wide)
-        monkeypatch.setattr(moments, "_WIDE", wide)
+        monkeypatch.setattr(moments, "MOST_DOUBLE_INPUTS", wide)
         small = st.compress(model, rule, example_inputs=x, data=x.split(16), allow_growth=isinstance(rule, st.Ratio))
         networks.append(small)
     usual, short = networks

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from pydantic import TypeAdapter
+from sklearn.datasets import load_digits
 
 from spectrim.core.errors import DataError, did_you_mean
 from spectrim.data.cache import checksum
@@ -80,8 +81,6 @@ def _digits() -> Splits:
 
     The numbers of a legacy RandomState never change, so the split is the same everywhere and for good.
     """
-    from sklearn.datasets import load_digits  # takes 80 MB and a second, which other data sets need not pay
-
     bunch = load_digits()
     order = np.random.RandomState(0).permutation(len(bunch.target))
     by_class = order[np.argsort(bunch.target[order], kind="stable")]

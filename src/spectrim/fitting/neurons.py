@@ -1,7 +1,6 @@
 """The neurons that stay in a narrowed MLP, fitted: Gauss-Newton steps on what the layer after them gives."""
 
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import torch
@@ -136,29 +135,38 @@ class Neurons:
         targets: Sequence[Tensor],
         G: Tensor | None,
     ) -> dict[str, nn.Module] | None:
-        """Copies of narrowed layers by name, the one after f last, fitted to targets (1, n, out).
-
-        None where a step goes too far.
-        """
+        """Copies of narrowed layers, as `fit` leaves them; None where that fails."""
         copies = {name: shallow_copy(module) for name, module in layers.items()}
+        try:
+            self.fit(copies, samples, targets=targets, G=G)
+        except (DataError, ModelError, torch.linalg.LinAlgError):  # type: ignore[attr-defined]  # a step too far
+            return None
+        return copies
+
+    def fit(
+        self,
+        layers: Mapping[str, nn.Module],
+        samples: Sequence[Samples],
+        *,
+        targets: Sequence[Tensor],
+        G: Tensor | None,
+    ) -> None:
+        """Fit narrowed layers by name, the one after f last, which belong to no network yet, to targets (1, n, out)."""
         metric = None if G is None else G[0] + _FLAT * G[0].diagonal().mean() * torch.eye(G.shape[1]).to(G)
-        with suppress(DataError, ModelError, torch.linalg.LinAlgError):  # type: ignore[attr-defined]
-            fit = NeuronFit.of(copies, self, targets=targets, metric=metric)
-            fit.run()
-            for own in fit.feeders:
-                layer = copies[own.name]
-                set_weight(layer, own.kernels, own.bias, like=layer.get_parameter("weight"), name=own.name)
-            name, layer = list(copies.items())[-1]
-            rows = [self.between(self.outputs(copies, batch))[None] for batch in range(len(targets))]
-            received = {name: InputRows(name, rows, list(samples))}
-            again = RidgeFit.of(layer, received, biased=layer._parameters.get("bias") is not None)
-            cross = again.cross({name: list(targets)})
-            best = again.weight(cross)
-            best = best if again.excess(best, again.dense, cross=cross, G=G) <= 0 else again.dense
-            bias = again.bias(name, best, targets) if again.biased else None
-            set_weight(layer, best, bias, like=layer.get_parameter("weight"), name=name)
-            return copies
-        return None
+        fit = NeuronFit.of(layers, self, targets=targets, metric=metric)
+        fit.run()
+        for own in fit.feeders:
+            layer = layers[own.name]
+            set_weight(layer, own.kernels, own.bias, like=layer.get_parameter("weight"), name=own.name)
+        name, layer = list(layers.items())[-1]
+        rows = [self.between(self.outputs(layers, batch))[None] for batch in range(len(targets))]
+        received = {name: InputRows(name, rows, list(samples))}
+        again = RidgeFit.of(layer, received, biased=layer._parameters.get("bias") is not None)
+        cross = again.cross({name: list(targets)})
+        best = again.weight(cross)
+        best = best if again.excess(best, again.dense, cross=cross, G=G) <= 0 else again.dense
+        bias = again.bias(name, best, targets) if again.biased else None
+        set_weight(layer, best, bias, like=layer.get_parameter("weight"), name=name)
 
 
 @dataclass(frozen=True, eq=False)

@@ -50,7 +50,7 @@ class Seen:
     @property
     def is_paired(self) -> bool:
         """Whether the rows of both networks belong together, one to one."""
-        rows = [inputs.shape[1] for inputs in self.inputs.rows]
+        rows = self.inputs.sizes
         outputs, *branches = (
             [own.shape for own in part] for part in (self.outputs, self.residuals, self.dense_residuals)
         )

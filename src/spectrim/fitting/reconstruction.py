@@ -326,8 +326,9 @@ def _collect(
         nonlocal shared
         reached()
         if name in seen:
-            rows, samples = input_rows(layer, x, output=output, positions=sampled, masks=masks, samples=batch.samples)
-            seen[name].inputs.add(rows.clone() if rows.data_ptr() == x.data_ptr() else rows, samples)
+            shape = output.new_zeros(()).expand(output.shape)
+            of = partial(input_rows, layer, output=shape, positions=sampled, masks=masks, samples=batch.samples)
+            seen[name].inputs.add(x, of)
             shared = x.clone() if others else shared
         elif x.shape == shared.shape and torch.equal(x, shared):
             same[name] += 1

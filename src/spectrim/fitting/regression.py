@@ -1,9 +1,9 @@
 """Ridge regression from what a layer receives in a compressed network to what it should give."""
 
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +20,26 @@ _RIDGE, _RIDGE_OF_TOKENS, _MOST_RIDGE = 1e-2, 1e-1, 1e4
 _BLOCK = 1024
 """Outputs at a time, as arrays in float64 of all outputs of wide layers may be too large."""
 
-Rows = dict[str, list[Tensor]]
+Rows = Mapping[str, Sequence[Tensor]]
 """By call site and batch: (groups, n, ..)."""
+
+
+class Taken(Sequence[Tensor]):
+    """Rows by batch; those that take much more memory than what they are taken from are taken when they are needed."""
+
+    def __init__(self) -> None:
+        self._parts: list[Tensor | Callable[[], Tensor]] = []
+
+    def append(self, part: Tensor | Callable[[], Tensor]) -> None:
+        """Add rows, or what gives them."""
+        self._parts.append(part)
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    def __getitem__(self, batch: int) -> Tensor:  # type: ignore[override]  # no part of them is asked for
+        part = self._parts[batch]
+        return part if isinstance(part, Tensor) else part()
 
 
 @dataclass(eq=False)
@@ -32,26 +50,39 @@ class InputRows:
         name: The call site's.
         rows: The vectors.
         samples: How many samples each entry of `rows` is of, or how many vectors each of them has.
+        sizes: How many vectors each entry has.
     """
 
     name: str = ""
-    rows: list[Tensor] = field(default_factory=list)
+    rows: "Taken | list[Tensor]" = field(default_factory=Taken)
     samples: list[Samples] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
 
-    def add(self, rows: Tensor, samples: Samples) -> None:
-        """Add those of a call."""
-        self.rows.append(rows)
+    def __post_init__(self) -> None:
+        self.sizes = self.sizes or [rows.shape[1] for rows in self.rows]
+
+    def add(self, x: Tensor, take: Callable[[Tensor], tuple[Tensor, Samples]]) -> None:
+        """Add those that `take` gives of a call's input, with their samples."""
+        rows, samples = take(x)
+        part: Any = rows
+        if rows.nbytes > 2 * x.nbytes:
+            part = partial(_first, take, x.clone())
+        elif rows.data_ptr() == x.data_ptr():
+            part = rows.clone()
+        self.rows.append(part)
         self.samples.append(samples)
+        self.sizes.append(rows.shape[1])
 
     def to(self, device: torch.device) -> "InputRows":
         """On another device; itself where it is there."""
-        moved = [rows.to(device) for rows in self.rows]
-        return self if all(map(operator.is_, moved, self.rows)) else InputRows(self.name, moved, self.samples)
+        if not self.rows or self.rows[0].device == device:
+            return self
+        return InputRows(self.name, [rows.to(device) for rows in self.rows], self.samples, self.sizes)
 
     @property
     def are_tokens(self) -> bool:
         """Whether they are several to a sample, without a kernel that sees them together, as words of a text are."""
-        return sum(rows.shape[1] for rows in self.rows) > sum(map(_number, self.samples))
+        return sum(self.sizes) > sum(map(_number, self.samples))
 
     @cached_property
     def moments(self) -> Moments:
@@ -89,7 +120,7 @@ class RidgeFit:
         """From what each call site receives; without `biased` the layer gets no bias."""
         inputs = {site: own.rows for site, own in received.items()}
         moments = {site: own.moments for site, own in received.items()}
-        device = next(rows.device for own in inputs.values() for rows in own)
+        device = next(own.mean.device for own in moments.values())
         kernels = layer_type_of(layer).kernels(layer).detach()
         W = kernels.to(device, working_type(kernels.shape, kernels.dtype)).flatten(2)
         together = pooled(list(moments.values()), name=next(iter(inputs)), width=W.shape[2])
@@ -108,13 +139,13 @@ class RidgeFit:
 
     def cross(self, targets: Rows) -> Tensor:
         """cov(y, x), (groups, out, n)."""
-        total = sum(rows.shape[1] for batches in self.inputs.values() for rows in batches)
+        total = sum(rows.shape[1] for batches in targets.values() for rows in batches)
         cross = torch.zeros_like(self.dense)
         for site, batches in self.inputs.items():
             middle, mean = self.means[site].unsqueeze(1), _mean(targets[site]).unsqueeze(1) * self.biased
             pairs = [batches, targets[site]]
             if total < self.dense.shape[2]:  # each product is as large as all of them
-                pairs = [[torch.cat(part, dim=1)] for part in pairs]
+                pairs = [[torch.cat(list(part), dim=1)] for part in pairs]
             for x, y in zip(*pairs, strict=True):
                 kind = torch.promote_types(y.dtype, torch.float32)  # sums of products overflow in half precision
                 cross += matmul((y.to(kind) - mean.to(kind)).mT, x.to(kind) - middle.to(kind)).to(cross.dtype) / total
@@ -147,6 +178,10 @@ class RidgeFit:
             return torch.zeros_like(whole[..., 0]).flatten()
         mean = self.means[site].unsqueeze(-1).to(whole.dtype)
         return (_mean(targets) - matmul(whole.to(self.dense.device), mean).squeeze(-1)).flatten()
+
+
+def _first(take: Callable[[Tensor], tuple[Tensor, Samples]], x: Tensor) -> Tensor:
+    return take(x)[0]
 
 
 def _number(samples: Samples) -> int:

@@ -225,7 +225,9 @@ class Problem:
         if self.is_definite:
             return list(dense_of(self.shrunk_covariance))
         C = dense_of(self.shrunk_covariance)
-        symmetric = to_float64((C + C.mT).div_(2))
+        C = (C + C.mT).div_(2)
+        symmetric = to_float64(C)
+        del C  # with what follows it would be the most that is alive at once
         if "floor" in self._shared:
             return list(lifted(symmetric, self._shared["floor"].to(symmetric.device)))
         self._shared["floor"], _ = floored(symmetric)

@@ -181,8 +181,8 @@ def explained_by(M: Tensor, A: Tensor | None, V: Tensor, *, rounding: float) -> 
     if A is None:
         return _applied(V, M).permute(1, 2, 0).reshape(-1, len(M))
     TA, TAT = projected(V.to(A.dtype), A, M.shape[2])
-    share = max(rounding, 10 * torch.finfo(A.dtype).eps)
-    ((factor,),) = floored(TAT.to(V.dtype).unsqueeze(0), share=share)[1:]
+    share, TAT = max(rounding, 10 * torch.finfo(A.dtype).eps), TAT.to(V.dtype)
+    ((factor,),) = floored(TAT.unsqueeze(0), share=share)[1:]
     return cast(Tensor, torch.linalg.solve_triangular(factor, times_rounded(M.flatten(1), TA.T).T, upper=False))
 
 
@@ -203,15 +203,15 @@ def better_projection(M: Tensor, A: Tensor, H: Tensor, V: Tensor, *, steps: int 
     r, kind = len(V), V.dtype
     # V is the same for any multiple of A, of which some leave the range of float32 in the products below
     exponent = torch.frexp(A.diagonal().mean()).exponent
-    A = A if abs(int(exponent)) <= _NEAR else torch.ldexp(A, -exponent)
-    rest = (M - _applied(V.T, H.reshape(out, r, Q))).reshape(out, -1)
-    rest, H, V = (matrix.to(A.dtype) for matrix in (rest, H, V))
+    exponent = torch.where(exponent.abs() > _NEAR, -exponent, 0)
+    rest = torch.ldexp(times_rounded((M - _applied(V.T, H.reshape(out, r, Q))).reshape(out, -1), A), exponent)
+    weighed, H, V = (matrix.to(A.dtype) for matrix in (rest.reshape(out, P, Q), H, V))
     K = matmul(H.T, H).reshape(r, Q, r, Q).permute(0, 3, 1, 2).reshape(r, -1)
-    weighed, places = matmul(rest, A).reshape(out, P, Q), H.reshape(out, r, Q).transpose(0, 1).reshape(r, -1)
+    places = H.reshape(out, r, Q).transpose(0, 1).reshape(r, -1)
     residual = matmul(places, weighed.transpose(1, 2).reshape(-1, P))
-    columns = A.reshape(P, -1).T.contiguous()
+    columns = A.reshape(P, -1).T.clone(memory_format=torch.contiguous_format).ldexp_(exponent)
     solve_rows = solver(torch.einsum("rqqs->rs", K.reshape(r, Q, Q, r)))
-    solve_columns = solver(A.reshape(P, Q, P, Q).diagonal(dim1=1, dim2=3).sum(dim=-1))
+    solve_columns = solver(columns.reshape(Q, P, Q, P).diagonal(dim1=0, dim2=2).sum(dim=-1))
     step, direction = torch.zeros_like(V), solve_columns(solve_rows(residual).T).T
     power = float((residual * direction).sum())
     for _ in range(steps):

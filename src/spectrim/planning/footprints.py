@@ -195,7 +195,7 @@ class Layer:
         building, roots = 8 * self.entries, 0
         if self.work.has_gradients:
             building, roots = 2 * building, 2 * 8 * self.size[0] * self.size[1] ** 2
-        return max([*solving, building]) + building + roots if forms else 0
+        return max([*solving, building]) + roots if forms else 0
 
     @property
     def weighing(self) -> int:
