@@ -572,6 +572,15 @@ def test_a_forward_pass_in_inference_mode(reconstruct: bool) -> None:
     assert not any(parameter.is_inference() for parameter in compressed.model.parameters())
 
 
+@pytest.mark.parametrize("rule", [st.Rank(2), st.Budget(macs=0.7)], ids=str)
+def test_a_network_that_was_made_in_inference_mode(rule: st.Rank | st.Budget) -> None:
+    with torch.inference_mode():
+        model = small_mlp()
+    compressed = st.compress(model, rule, example_inputs=X, data=DATA)
+    assert compressed.model(X).isfinite().all()
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
 def test_an_error_inside_the_model_is_one_line_that_names_the_inputs() -> None:
     class Failing(nn.Module):
         def forward(self, x: Tensor, *, scale: Tensor) -> Tensor:

@@ -370,7 +370,7 @@ def _layer(model: nn.Module, unit: Unit, calibration: Calibration | None, device
     layer, forms = model.get_submodule(unit.name), tuple(form.name for form in forms_of(unit))
     for name, parameter in layer.named_parameters(recurse=False):
         # of layers that stay dense too, since their spectra are shown; others are none of our business
-        if unit.weight.geometry is not None and not torch.isfinite(parameter).all():
+        if unit.weight.geometry is not None and not torch.isfinite(parameter.detach()).all():
             raise ModelError(
                 f"{unit.name}.{name} holds NaN or infinite values, which have no singular values; repair the checkpoint"
             )

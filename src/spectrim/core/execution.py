@@ -211,7 +211,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """No parameter is differentiated, so that less is kept of a forward pass; put back afterwards."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    # what is made in inference mode cannot be put back
+    trained = [own for own in model.parameters() if own.requires_grad and not own.is_inference()]
     try:
         for parameter in trained:
             parameter.requires_grad_(False)

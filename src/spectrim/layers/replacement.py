@@ -369,6 +369,6 @@ def _require_rounded(stored: Tensor, exact: Tensor, *, name: str, dtype: torch.d
 
 def parameter_like(reference: Tensor, value: Tensor) -> nn.Parameter:
     """`value` as a parameter with the type, device and gradient flag of `reference`."""
-    return nn.Parameter(
-        value.to(reference.dtype).to(reference.device).contiguous(), requires_grad=reference.requires_grad
-    )
+    own = value.to(reference.dtype).to(reference.device).contiguous()
+    # what is made in inference mode takes no gradients
+    return nn.Parameter(own.clone() if own.is_inference() else own, requires_grad=reference.requires_grad)
