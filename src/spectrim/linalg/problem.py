@@ -257,7 +257,8 @@ class Problem:
             product = weight.new_zeros(()).expand(weight.shape)
         C = None if C is None else C.to(self.device)
         if self.output is not None:
-            weight, product = self.weighted(self._in_type(to_float64(weight) - product)), torch.zeros_like(weight)
+            weight = self.weighted(self._in_type(weight) - self._in_type(product))
+            product = weight.new_zeros(()).expand(weight.shape)
         energy = 0.0
         # by blocks of outputs, since the difference of the whole matrices may be the largest array of all
         for dense, low in zip(weight.split(_BLOCK, dim=1), product.split(_BLOCK, dim=1), strict=True):
