@@ -17,7 +17,7 @@ from spectrim import recipes
 from spectrim.cli.machine import SMALL_BATCH, find_device, set_threads
 from spectrim.cli.options import CPU, Machine, Output
 from spectrim.cli.signatures import Group, unfolded
-from spectrim.cli.stages import interruptible, show
+from spectrim.cli.stages import interruptible, say, show
 from spectrim.core.errors import DataError
 from spectrim.reporting import Results, runtimes_table, table
 from spectrim.reporting.listings import Column, listing
@@ -128,7 +128,7 @@ def verify_recipe(
 ) -> None:
     """Measure again what a finished run says of itself; exit code 1 if something differs, is missing or altered."""
     with _bars() as update, ExitStack() as closing:
-        set_threads(machine, SMALL_BATCH, closing=closing, say=_say)
+        set_threads(machine, SMALL_BATCH, closing=closing, say=say)
         checks = recipes.verify_run(folder, data_folder=data_folder, on_progress=update)
     columns: dict[Column, Callable[[recipes.Check], str]] = {
         Column("What", number=False): lambda check: check.what,
@@ -164,10 +164,6 @@ for _name in recipes.NAMES:
         _add_command(_name)
 
 
-def _say(text: str) -> None:
-    Console(stderr=True, highlight=False).print(text, markup=False, soft_wrap=True)
-
-
 @contextmanager
 def _bars() -> Iterator[Callable[[recipes.Progress], None]]:
     """A listener that shows where a study stands."""
@@ -196,7 +192,7 @@ def run(study: recipes.Recipe, *, out: Path, data_folder: Path | None, machine: 
     state = f"what is finished lies in {out}, and the same command goes on from there"
     results: recipes.TextResults | Results
     with interruptible(lambda: state), _bars() as update, ExitStack() as closing:
-        choose = partial(set_threads, machine, closing=closing, say=_say)
+        choose = partial(set_threads, machine, closing=closing, say=say)
         options: dict[str, Any] = {"data_folder": data_folder, "on_progress": update, "on_network": choose}
         if isinstance(study, recipes.TextStudy):
             results = recipes.run_text_study(study, out, **options)
