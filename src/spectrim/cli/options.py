@@ -21,16 +21,10 @@ if TYPE_CHECKING:
 _Name = TypeVar("_Name", bound=str)
 
 NETWORK, DATA = "The network", "The data"
+_HOW_SMALL = "How small (exactly one of the first seven)"
 _network, _data, _layers, _rule, _machine, _output = (
     partial(typer.Option, rich_help_panel=panel)
-    for panel in (
-        NETWORK,
-        DATA,
-        "Which layers",
-        "How small (exactly one of the first seven)",
-        "The machine",
-        "What is printed",
-    )
+    for panel in (NETWORK, DATA, "Which layers", _HOW_SMALL, "The machine", "What is printed")
 )
 
 
