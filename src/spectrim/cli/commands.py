@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from spectrim.cli.options import CPU, DATA, NETWORK, Goal, Layers, Machine, Output, Source, Test, require_path
+from spectrim.cli.options import CPU, DATA, Goal, Layers, Machine, Output, Source, Test, require_path, weights_option
 from spectrim.cli.signatures import Group, Invocation
 from spectrim.core.names import SCHEMES, LossName, Scheme
 
@@ -126,13 +126,7 @@ class Tuning:
     """The teacher, what is held out, and what is trained."""
 
     teacher_weights: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            callback=require_path,
-            rich_help_panel=NETWORK,
-            help="The dense network's weights: its outputs are learnt instead of the labels.",
-        ),
+        Path | None, weights_option(help="The dense network's weights: its outputs are learnt instead of the labels.")
     ] = None
     held_out: Annotated[
         int | None,
@@ -226,13 +220,7 @@ class Quantization:
     """The scheme, and how the table is measured."""
 
     dense_weights: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            callback=require_path,
-            rich_help_panel=NETWORK,
-            help="The weights before compression: shows whether quantisation alone would do.",
-        ),
+        Path | None, weights_option(help="The weights before compression: shows whether quantisation alone would do.")
     ] = None
     scheme: Annotated[
         Scheme,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from spectrim import data
 from spectrim.cli.options import Source, numbers
 from spectrim.cli.samples import LoaderData, Preparation, StoredData, listed
+from spectrim.cli.signatures import flag
 from spectrim.cli.stages import Stages
 from spectrim.core.batches import require_batches
 from spectrim.core.errors import DataError
@@ -48,14 +49,13 @@ def data_reference(source: Source) -> DataReference | None:
     if text is None:
         for option in ("mean", "std", "data_folder", "resize", "tokenizer", "expect"):
             if getattr(source, option) is not None:
-                raise typer.BadParameter(f"--{option.replace('_', '-')} goes with --data")
+                raise typer.BadParameter(f"{flag(option)} goes with --data")
         return None
     reference = _parsed(text)
     allowed = {"name": ("data_folder",), "folder": ("input", "resize"), "text": ("input", "tokenizer")}
     for option in ("data_folder", "input", "resize", "tokenizer"):
         if getattr(source, option) is not None and option not in allowed.get(reference.kind, ()):
-            flag = f"--{option.replace('_', '-')}"
-            raise typer.BadParameter(f"{flag} does not go with --data {text}{_why_not(option, reference)}")
+            raise typer.BadParameter(f"{flag(option)} does not go with --data {text}{_why_not(option, reference)}")
     named = [option for option in _PREPARATION if getattr(source, option)]
     if reference.kind in ("loaders", "text") and named:
         raise typer.BadParameter(f"--{named[0]} does not go with --data {text}, whose inputs are taken as they are")

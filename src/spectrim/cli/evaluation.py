@@ -40,13 +40,15 @@ class Evaluated(Record):
 def evaluate_network(command: Evaluate) -> None:
     """The table of the scores, and a file of every number."""
     source, scoring, out = command.source, command.scoring, command.out
-    _ = source.options, preparation(source, None), find_device(command.machine)
+    _ = source.options, preparation(source, None)
+    device = find_device(command.machine)
     files: OutputFiles = {out.name: (Evaluated.load, "every number")} if out else {}
     with stages() as progress, outputs(out.parent, files) if out else nullcontext() as folder:
         metric = _metric(scoring, progress)
-        model = _model(source, command, progress)
+        model = load_model(source, progress, device=device)
         other = _other(command)
-        compared = None if other is None else _model(other, command, progress)  # which may fail, before all is scored
+        # which may fail, before all is scored
+        compared = None if other is None else load_model(other, progress, device=device)
         batches = _batches(command, model, progress)
         score = _score(source, model, batches, metric, progress=progress)
         record = Evaluated(command=str(command.invocation), score=score)
@@ -75,11 +77,6 @@ def _metric(scoring: Scoring, progress: Stages) -> _Metric:
         raise typer.BadParameter(f"--metric {scoring.metric}: give {', '.join(_METRICS)}, or pkg.module:function")
     progress.say(f"--metric {scoring.metric} runs the code of that module")
     return load_function(scoring.metric, what="scores")
-
-
-def _model(source: Source, command: Evaluate, progress: Stages) -> nn.Module:
-    progress.begin(f"load {source.model}")
-    return load_model(source, progress).to(find_device(command.machine))
 
 
 def _batches(command: Evaluate, model: nn.Module, progress: Stages) -> Iterable[Any]:

@@ -63,10 +63,10 @@ def finetune_network(command: Finetune) -> None:
     unfinished, files = out / _UNFINISHED, _files(out)
     with stages(state=lambda: _state(unfinished)) as progress, outputs(out, files) as folder:
         task = _load(command, progress=progress)
-        first = task.held_out_accuracy(task.network.model), task.held_out_loss(task.network.model, settings)
+        first = task.held_out_figure(task.network.model, settings)
         checkpoint = _checkpoint(task, unfinished, options=command.invocation.values)
         result = _finetune(task, tuning, settings=settings, progress=progress, checkpoint=checkpoint)
-        last = task.held_out_accuracy(result.model), task.held_out_loss(result.model, settings)
+        last = task.held_out_figure(result.model, settings)
         tested = command.test and task.network.why_untested() is None
         measured = partial(task.network.measured, progress=progress, tested=tested)
         before = measured(task.network.model, "network before")
@@ -81,8 +81,8 @@ def finetune_network(command: Finetune) -> None:
             before=before,
             after=after,
             teacher=teacher,
-            held_out=(first[0], last[0]) if first[0] and last[0] else None,
-            held_out_loss=(first[1], last[1]) if first[1] is not None and last[1] is not None else None,
+            held_out=(first, last) if isinstance(first, Accuracy) and isinstance(last, Accuracy) else None,
+            held_out_loss=(first, last) if isinstance(first, float) and isinstance(last, float) else None,
             model_sha256=sha256_of(folder / MODEL),
         )
         record.save(folder / MEASURED)
@@ -101,14 +101,10 @@ class _Task:
     train: Callable[[int], Iterable[Any]]
     held_out: Iterable[Any]
 
-    def held_out_accuracy(self, model: nn.Module) -> Accuracy | None:
-        """On what is held out; None where labels are no class indices."""
-        return accuracy(model, self.held_out) if self.network.why_unscored is None else None
-
-    def held_out_loss(self, model: nn.Module, settings: Settings) -> float | None:
-        """The same of the loss, where there is no accuracy."""
+    def held_out_figure(self, model: nn.Module, settings: Settings) -> Accuracy | float | None:
+        """On what is held out the accuracy, or the loss where labels are no class indices."""
         if self.network.why_unscored is None:
-            return None
+            return accuracy(model, self.held_out)
         return Objective(settings, teacher=self.teacher).held_out(model, self.held_out)[1]
 
 

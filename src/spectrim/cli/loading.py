@@ -106,8 +106,7 @@ def load_source(source: Source, progress: Stages, machine: Machine) -> Loaded:
     device, reference = find_device(machine), data_reference(source)
     shape = source.shape if reference is None else ()
     _ = source.options, source.expected, preparation(source, None)
-    progress.begin(f"load {source.model}")
-    model = load_model(source, progress).to(device)  # first, since weights of another kind are refused at once
+    model = load_model(source, progress, device=device)  # first, since weights of another kind are refused at once
     data = None if reference is None else load_batches(reference, source, progress, model)
     is_text = source.folder is not None and len(shape) == 1
     if is_text:
@@ -127,15 +126,16 @@ def load_source(source: Source, progress: Stages, machine: Machine) -> Loaded:
     return network
 
 
-def load_model(source: Source, progress: Stages) -> nn.Module:
-    """The network, after what there is to say of where it comes from."""
+def load_model(source: Source, progress: Stages, *, device: torch.device) -> nn.Module:
+    """The network on its device, after what there is to say of where it comes from."""
+    progress.begin(f"load {source.model}")
     kind, colon, _ = source.model.partition(":")
     named = source.folder is None and colon
     if named and kind not in ("spectrim", "torchvision", "timm"):
         progress.say(f"--model {source.model} runs the code of that module")
     elif named and source.weights is None:
         progress.say("without --weights this network is untrained")
-    return load_network(source, source.weights)
+    return load_network(source, source.weights).to(device)
 
 
 def load_batches(reference: DataReference, source: Source, progress: Stages, model: nn.Module) -> Data:

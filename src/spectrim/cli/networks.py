@@ -19,13 +19,14 @@ from spectrim.cli.commands import MEASURED, MODEL, PLAN, REPORT, SPECTRA
 from spectrim.cli.loading import Loaded, load_source
 from spectrim.cli.options import Goal, Layers, Source
 from spectrim.cli.outputs import OutputFiles, Record, has_checksum, is_page, outputs
-from spectrim.cli.pretrained import folder_files, require_dense, why_not_dense, write_folder
+from spectrim.cli.pretrained import folder_files, require_dense, why_not_dense
 from spectrim.cli.samples import StoredData
 from spectrim.cli.signatures import Invocation
 from spectrim.cli.stages import Stages, file_lines, show, stages
 from spectrim.compression import Compressed, carry_out
 from spectrim.core.files import sha256_of
 from spectrim.core.plans import Budget, Plan
+from spectrim.export.folders import save_folder
 from spectrim.layers.replacement import compressed_layers
 from spectrim.layers.saving import save
 from spectrim.layers.unfusing import unfused
@@ -34,6 +35,7 @@ from spectrim.planning.memory import estimate_memory
 from spectrim.planning.pipeline import Decision, decide
 from spectrim.planning.resources import RunOptions
 from spectrim.reporting import Results, report, table, words
+from spectrim.reporting.cards import write_model_card
 from spectrim.reporting.listings import Column, Listing
 from spectrim.runtimes.rank_grid import Grid, probe
 from spectrim.runtimes.sessions import require_runtime
@@ -59,13 +61,8 @@ def analyze_network(command: commands.Analyze) -> None:
         analysis = _analysis(network, command.layers, progress=progress)
         listing = table(analysis)
         if folder is not None:
-            title = f"Singular values of {source.model}"
-            results = Results.of_network(
-                title,
-                dense=Measurement(**analysis.whole.model_dump()),
-                analysis=analysis,
-                command=str(command.invocation),
-            )
+            title, dense = f"Singular values of {source.model}", Measurement(**analysis.whole.model_dump())
+            results = Results.of_network(title, dense=dense, analysis=analysis, command=str(command.invocation))
             report(results, folder / SPECTRA)
     show(listing, *(file_lines(out, files) if out else ()), output=command.output)
 
@@ -157,7 +154,8 @@ def _write(
 ) -> Measured:
     """Write the network, its plan and what was measured of it."""
     if source := command.source.folder:
-        write_folder(small.model, folder, source=source, fidelity=small.fidelity)
+        save_folder(small.model, folder, source=source)
+        write_model_card(small.model, folder, fidelity=small.fidelity)
     else:
         save(small.model, folder / MODEL)
     small.plan.save(folder / PLAN)

@@ -21,16 +21,10 @@ if TYPE_CHECKING:
 _Name = TypeVar("_Name", bound=str)
 
 NETWORK, DATA = "The network", "The data"
+_HOW_SMALL = "How small (exactly one of the first seven)"
 _network, _data, _layers, _rule, _machine, _output = (
     partial(typer.Option, rich_help_panel=panel)
-    for panel in (
-        NETWORK,
-        DATA,
-        "Which layers",
-        "How small (exactly one of the first seven)",
-        "The machine",
-        "What is printed",
-    )
+    for panel in (NETWORK, DATA, "Which layers", _HOW_SMALL, "The machine", "What is printed")
 )
 
 
@@ -55,6 +49,12 @@ def _require_runtime(name: str | None) -> str | None:
     if name is not None:
         known_names([name], RUNTIMES, option="--runtime")
     return name
+
+
+weights_option = partial(_network, metavar="FILE", callback=require_path)
+_budget = partial(_rule, metavar="SHARE", callback=require_share)
+_number = partial(_rule, metavar="N", min=1)
+_patterns = partial(_layers, metavar="PATTERN")
 
 
 Test = Annotated[
@@ -227,12 +227,8 @@ class Source:
 class Layers:
     """Which layers may be factored."""
 
-    include: Annotated[
-        list[str] | None, _layers(metavar="PATTERN", help="Layers to factor, as in 'layer3.*'. Can be repeated.")
-    ] = None
-    exclude: Annotated[
-        list[str] | None, _layers(metavar="PATTERN", help="Layers to leave as they are. Can be repeated.")
-    ] = None
+    include: Annotated[list[str] | None, _patterns(help="Layers to factor, as in 'layer3.*'. Can be repeated.")] = None
+    exclude: Annotated[list[str] | None, _patterns(help="Layers to leave as they are. Can be repeated.")] = None
     keep_last: Annotated[bool, _layers("--keep-last", help="Leave the last layer that is called as it is.")] = False
 
     @property
@@ -269,18 +265,10 @@ _RULES = ("macs", "params", "bytes", "latency", *_LAYER_RULES)
 class Goal:
     """How small: a rule, and in what metric and forms it is followed."""
 
-    macs: Annotated[
-        float | None, _rule(metavar="SHARE", callback=require_share, help="Keep this share of the network's MACs: 0.5.")
-    ] = None
-    params: Annotated[
-        float | None, _rule(metavar="SHARE", callback=require_share, help="Keep this share of its parameters.")
-    ] = None
-    bytes: Annotated[
-        float | None, _rule(metavar="SHARE", callback=require_share, help="Keep this share of its file size.")
-    ] = None
-    latency: Annotated[
-        float | None, _rule(metavar="SHARE", callback=require_share, help="Keep this share of its time, see --runtime.")
-    ] = None
+    macs: Annotated[float | None, _budget(help="Keep this share of the network's MACs: 0.5.")] = None
+    params: Annotated[float | None, _budget(help="Keep this share of its parameters.")] = None
+    bytes: Annotated[float | None, _budget(help="Keep this share of its file size.")] = None
+    latency: Annotated[float | None, _budget(help="Keep this share of its time, see --runtime.")] = None
     of: Annotated[
         Literal["network", "body"],
         _rule(
@@ -324,12 +312,8 @@ class Goal:
             help=f"What --latency, or --rank-multiple auto, is timed in: {', '.join(RUNTIMES)}; by default torch.",
         ),
     ] = None
-    latency_threads: Annotated[
-        int | None, _rule(metavar="N", min=1, help="Threads of a pass that is timed; 1 by default.")
-    ] = None
-    latency_batch: Annotated[
-        int | None, _rule(metavar="N", min=1, help="Inputs of a pass that is timed; 1 by default.")
-    ] = None
+    latency_threads: Annotated[int | None, _number(help="Threads of a pass that is timed; 1 by default.")] = None
+    latency_batch: Annotated[int | None, _number(help="Inputs of a pass that is timed; 1 by default.")] = None
 
     @property
     def rule(self) -> "Rule":

@@ -6,14 +6,12 @@ from typing import Any
 
 from torch import nn
 
-from spectrim.benchmark.fidelity import Fidelity
 from spectrim.cli.outputs import OutputFiles
 from spectrim.core.errors import FileError, ModelError
 from spectrim.core.files import gguf_file
-from spectrim.export.folders import save_folder
 from spectrim.layers.replacement import compressed_layers, narrowed_layers
 from spectrim.models.folders import CONFIG, is_factored, other_files
-from spectrim.reporting.cards import CARD, is_own_card, write_model_card
+from spectrim.reporting.cards import CARD, is_own_card
 
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 
@@ -34,7 +32,7 @@ def require_dense(model: nn.Module, folder: Path | None) -> None:
 
 
 def folder_files(source: Path, out: Path) -> OutputFiles:
-    """What `write_folder` writes besides the weights, and which of it may be replaced.
+    """What is written beside the weights, and which of it may be replaced.
 
     Raises:
         FileError: `out` is the folder that the network comes from.
@@ -54,9 +52,3 @@ def _is_copy(path: Path, folder: Path) -> bool:
     """Whether the same file lies in a folder: a network that was no faster is written as it was."""
     own = folder / path.name
     return own.is_file() and filecmp.cmp(own, path, shallow=False)
-
-
-def write_folder(model: Any, folder: Path, *, source: Path, fidelity: Fidelity | None) -> None:
-    """Save a model as transformers does, with all that lay beside it in `source`, and a card."""
-    save_folder(model, folder, source=source)
-    write_model_card(model, folder, fidelity=fidelity)

@@ -81,15 +81,11 @@ def unfolded(
             groups[name] = kind, group.parameters(kind)
         parameters += groups[name][1] if name in groups else [parameter]
     defaults = {parameter.name: parameter.default for parameter in parameters}
+    unrecorded = (options for kind, options in groups.values() if not getattr(kind, "is_recorded", True))
+    excluded = {option.name for options in unrecorded for option in options}
 
     @functools.wraps(command)
     def run(**values: Any) -> None:
-        excluded = {
-            option.name
-            for kind, options in groups.values()
-            if not getattr(kind, "is_recorded", True)
-            for option in options
-        }
         written = {name: value for name, value in values.items() if name not in excluded}
         invocation = Invocation(command.__name__.lower(), written, defaults)
         grouped = {

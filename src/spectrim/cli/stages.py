@@ -93,9 +93,13 @@ def interruptible(state: Callable[[], str]) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        text = f"interrupted; {state()}"
-        Console(stderr=True, highlight=False).print(text, markup=False, soft_wrap=True)
+        say(f"interrupted; {state()}")
         raise typer.Exit(130) from None
+
+
+def say(text: str) -> None:
+    """Print a line on standard error."""
+    Console(stderr=True, highlight=False).print(text, markup=False, soft_wrap=True)
 
 
 def show(*parts: Listing | str | None, output: Output | None = None) -> None:

@@ -17,10 +17,10 @@ from spectrim import recipes
 from spectrim.cli.machine import SMALL_BATCH, find_device, set_threads
 from spectrim.cli.options import CPU, Machine, Output
 from spectrim.cli.signatures import Group, unfolded
-from spectrim.cli.stages import interruptible, show
+from spectrim.cli.stages import interruptible, say, show
 from spectrim.core.errors import DataError
 from spectrim.reporting import Results, runtimes_table, table
-from spectrim.reporting.listings import Column, listing
+from spectrim.reporting.listings import Column, Listing, listing
 
 recipe = typer.Typer(no_args_is_help=True, help="Reproducible studies, one command each.")
 
@@ -128,7 +128,7 @@ def verify_recipe(
 ) -> None:
     """Measure again what a finished run says of itself; exit code 1 if something differs, is missing or altered."""
     with _bars() as update, ExitStack() as closing:
-        set_threads(machine, SMALL_BATCH, closing=closing, say=_say)
+        set_threads(machine, SMALL_BATCH, closing=closing, say=say)
         checks = recipes.verify_run(folder, data_folder=data_folder, on_progress=update)
     columns: dict[Column, Callable[[recipes.Check], str]] = {
         Column("What", number=False): lambda check: check.what,
@@ -164,10 +164,6 @@ for _name in recipes.NAMES:
         _add_command(_name)
 
 
-def _say(text: str) -> None:
-    Console(stderr=True, highlight=False).print(text, markup=False, soft_wrap=True)
-
-
 @contextmanager
 def _bars() -> Iterator[Callable[[recipes.Progress], None]]:
     """A listener that shows where a study stands."""
@@ -194,39 +190,33 @@ def run(study: recipes.Recipe, *, out: Path, data_folder: Path | None, machine: 
     find_device(machine)  # which is checked before anything is loaded
     show(study.title, output=output)
     state = f"what is finished lies in {out}, and the same command goes on from there"
-    results: recipes.TextResults | Results
     with interruptible(lambda: state), _bars() as update, ExitStack() as closing:
-        choose = partial(set_threads, machine, closing=closing, say=_say)
+        choose = partial(set_threads, machine, closing=closing, say=say)
         options: dict[str, Any] = {"data_folder": data_folder, "on_progress": update, "on_network": choose}
         if isinstance(study, recipes.TextStudy):
-            results = recipes.run_text_study(study, out, **options)
+            findings = _of_texts(recipes.run_text_study(study, out, **options), out)
         elif isinstance(study, recipes.Study):
-            results = recipes.run_study(study, out, **options)
-    if isinstance(results, recipes.TextResults):
-        _show_models(results, out, output=output)
-    else:
-        _show_images(results, out, output=output)
-    show(f"  spectrim recipe verify {out}  (measure all of it again)", output=output)
+            findings = _of_images(recipes.run_study(study, out, **options), out)
+    show(*findings, f"  spectrim recipe verify {out}  (measure all of it again)", output=output)
 
 
-def _show_models(results: recipes.TextResults, out: Path, *, output: Output) -> None:
+def _of_texts(results: recipes.TextResults, out: Path) -> list[Listing | str | None]:
     """The scores, and where the models are."""
     folders = [out / model.folder for model in results.models if model.folder is not None]
     files = [f"  {path}  (a folder of Hugging Face)" for path in folders]
     files += [f"  {out / name}  ({content})" for name, content in _TEXT_FILES]
     loading = "  import spectrim", "  from transformers import AutoModel  # or the class that config.json names"
     python = "In Python:", *loading, f"  model = AutoModel.from_pretrained({str(folders[0])!r})"
-    show(results.table(), *files, *python, output=output)
+    return [results.table(), *files, *python]
 
 
-def _show_images(results: Results, out: Path, *, output: Output) -> None:
+def _of_images(results: Results, out: Path) -> list[Listing | str | None]:
     """The networks, and where everything is."""
     times = runtimes_table(results) if results.dense.in_runtimes else None
     saved = f"Saved is {results.chosen}: {results.chosen_because}."
-    show(table(results), times, results.summary, saved, output=output)
-    for name, content in _IMAGE_FILES:
-        if name != "plan.json" or results.variant(results.chosen or "dense").plan is not None:
-            show(f"  {out / name}  ({content})", output=output)
+    has_plan = results.variant(results.chosen or "dense").plan is not None
+    files = [f"  {out / name}  ({content})" for name, content in _IMAGE_FILES if name != "plan.json" or has_plan]
+    return [table(results), times, results.summary, saved, *files]
 
 
 _TEXT_FILES = (

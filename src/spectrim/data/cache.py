@@ -77,14 +77,12 @@ def workspace(folder: Path) -> Iterator[Path]:
             with contextlib.suppress(OSError):
                 if time.time() - old.stat().st_mtime > _STALE_SECONDS:
                     shutil.rmtree(old, ignore_errors=True)
-        path = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=folder))
+        temporary = tempfile.TemporaryDirectory(prefix=_TEMPORARY, dir=folder, ignore_cleanup_errors=True)
     except OSError as error:
         advice = "name another folder with SPECTRIM_DATA, cache= or --cache"
         raise FileError(f"cannot write to the data cache {folder}: {error.strerror or error}; {advice}") from error
-    try:
-        yield path
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
+    with temporary as path:
+        yield Path(path)
 
 
 def store(folder: Path, splits: Splits, *, source: str) -> Manifest:

@@ -245,7 +245,10 @@ class BlockChain:
         block.__dict__.pop("forward", None)
         state = self.shards.read(self.state_names(name))
         values = {key.removeprefix(f"{name}."): _widened(tensor, copy=True) for key, tensor in state.items()}
-        _fill(block, values, name)
+        missing = fill_state(block, values, strict=False, assign=True).missing_keys
+        unset = [key for key, tensor in (*block.named_parameters(), *block.named_buffers()) if tensor.is_meta]
+        if missing or unset:
+            raise ModelError(f"the values of {name}.{[*unset, *missing][0]} are not in the folder; {_WHOLE}")
         return block
 
     @property
@@ -323,13 +326,6 @@ def _block_names(model: Any) -> tuple[str, ...]:
         raise ModelError(f"{type(model).__name__} has no list of blocks (nn.ModuleList) that are alike; {_WHOLE}")
     largest = max(lists, key=lambda name: sum(p.numel() for each in lists[name] for p in each.parameters()))
     return tuple(f"{largest}.{position}" for position in range(len(lists[largest])))
-
-
-def _fill(block: nn.Module, values: Mapping[str, Tensor], name: str) -> None:
-    missing = fill_state(block, values, strict=False, assign=True).missing_keys
-    unset = [key for key, tensor in (*block.named_parameters(), *block.named_buffers()) if tensor.is_meta]
-    if missing or unset:
-        raise ModelError(f"the values of {name}.{[*unset, *missing][0]} are not in the folder; {_WHOLE}")
 
 
 def _widened(value: Any, *, copy: bool = False) -> Any:

@@ -33,6 +33,7 @@ import spectrim
 from spectrim.core.errors import FileError, ModelError
 from spectrim.core.files import parse
 from spectrim.core.state import unique_tensors
+from spectrim.integrations.shards import renaming
 from spectrim.layers.factored import FactoredLayer, low_rank_layers
 from spectrim.layers.replacement import compressed_layers, names_of
 from spectrim.layers.structure import Structure, rebuild, structure_of
@@ -40,8 +41,7 @@ from spectrim.layers.structure import Structure, rebuild, structure_of
 _METHOD, _GGUF = "spectrim", "gguf"
 _MAJOR = int(transformers.__version__.partition(".")[0])
 if _MAJOR >= 5:
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming, rename_source_key, revert_weight_conversion
+    from transformers.core_model_loading import revert_weight_conversion
 _ALIGNMENT = 64
 """Bytes; torch's allocator for the CPU."""
 _WAY_OUT = "keep it with st.save(model, path), or make it dense: st.merge(model).save_pretrained(folder)"
@@ -367,23 +367,15 @@ def _places(model: PreTrainedModel, names: Sequence[str]) -> dict[str, str]:
 
     As with dense weights, a head that `model` does not have is left out.
     """
-    body, rename, places = f"{model.base_model_prefix}.", _renaming(model), {}
+    body, rename, places = f"{model.base_model_prefix}.", renaming(model), {}
     for name in names:
-        new = rename(name)
+        new = rename(f"{name}.weight").removesuffix(".weight")
         possible = [new, new.removeprefix(body), body + new, name]
         place = next((place for place in possible if _has_module(model, place)), None)
         parents = {place.partition(".")[0] for place in possible}
         if place or name.startswith(body) or any(_has_module(model.base_model, parent) for parent in parents):
             places[name] = place or new
     return places
-
-
-def _renaming(model: PreTrainedModel) -> Callable[[str], str]:
-    """What turns names in files into those of this version of transformers."""
-    if _MAJOR < 5:
-        return str
-    renamings = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)]
-    return lambda name: rename_source_key(f"{name}.weight", renamings, [])[0].removesuffix(".weight")
 
 
 def _has_module(model: nn.Module, name: str) -> bool:

@@ -45,7 +45,7 @@ class Shards:
         """
         files = _files_by_key(folder)
         state, aliases = distinct_state(model)
-        rename, body = _renaming(model), f"{model.base_model_prefix}."
+        rename, body = renaming(model), f"{model.base_model_prefix}."
         keys: dict[str, str] = {}
         for key in files:
             name = rename(key)
@@ -150,7 +150,7 @@ def _files_by_key(folder: Path) -> dict[str, str]:
     return files
 
 
-def _renaming(model: Any) -> Callable[[str], str]:
+def renaming(model: Any) -> Callable[[str], str]:
     """What turns keys in files into names of this version of transformers."""
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping

@@ -1,9 +1,11 @@
 """Both passes over the blocks of a model: what each block is, what it becomes, and what it gives to the next one."""
 
 import hashlib
+import itertools
 import json
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -153,7 +155,9 @@ class Walk:
             factorize(small, own, factors=analysis.factors, means=analysis.means)
         keys, size = self._write(block, small)
         del dense, analysis, calibration
-        self._passed(small, inputs, "compressed", block)
+        with evaluating(small), self._outputs_written(small, "compressed", block):
+            for batch in inputs:
+                call(small, batch)
         record = BlockRecord(
             keys=keys, size=size, low_rank=structure_of(small).low_rank, hidden_error=self._error(block + 1)
         )
@@ -165,15 +169,17 @@ class Walk:
 
     def _calibrated(self, model: BlockModel, call_sites: set[str], block: int, stage: Stage) -> Calibration:
         """The statistics of a dense block; keeps what it gives."""
-        outputs = _Outputs(self.work, stage, block + 1)
-        with temporary([model.register_forward_hook(outputs)]):
+        with self._outputs_written(model, stage, block):
             return calibrate(model, self._inputs(stage, block), layers=call_sites)
 
-    def _passed(self, model: nn.Module, inputs: Sequence[Inputs], stage: Stage, block: int) -> None:
-        outputs = _Outputs(self.work, stage, block + 1)
-        with evaluating(model), temporary([model.register_forward_hook(outputs)]):
-            for batch in inputs:
-                call(model, batch)
+    def _outputs_written(self, model: nn.Module, stage: Stage, block: int) -> AbstractContextManager[None]:
+        """Within it, what a block gives goes into files, batch after batch."""
+        batches = itertools.count()
+
+        def write(_: object, __: object, output: Tensor) -> None:
+            self.work.write_hidden(stage, block + 1, next(batches), output)
+
+        return temporary([model.register_forward_hook(write)])
 
     def _write(self, block: int, small: nn.Module) -> tuple[tuple[str, ...], int]:
         """A block's weights in the number types of the dense ones, to which its own are rounded."""
@@ -203,18 +209,3 @@ class Walk:
             masks = TokenMasks.of(nn.Identity(), calls[-1].of(dense))
             squares.append(relative_squares(dense, small, masks))
         return math.sqrt(float(torch.cat(squares).mean()))
-
-
-@dataclass(eq=False)
-class _Outputs:
-    """A hook that keeps what a block gives, batch after batch."""
-
-    work: WorkFolder
-    stage: Stage
-    block: int
-    batch: int = 0
-
-    def __call__(self, _: object, __: object, output: Tensor) -> None:
-        """Keep one."""
-        self.work.write_hidden(self.stage, self.block, self.batch, output)
-        self.batch += 1

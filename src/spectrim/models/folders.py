@@ -65,7 +65,11 @@ def model_class_of(folder: Path) -> Any:
     """
     gguf = gguf_file(folder)
     config = {"architectures": ["AutoModelForCausalLM"]} if gguf else read_config(folder)
-    _require_plain_weights(folder, config)
+    if (method := _quant_method(config)) not in (None, OWN_METHOD):
+        raise ModelError(
+            f"the weights in {folder} are quantised: the quant_method in its {CONFIG} is {method!r}; give the folder "
+            "of the model as it was before, and quantise the compressed one"
+        )
     try:
         transformers = importlib.import_module("transformers")
     except ImportError as error:
@@ -134,15 +138,6 @@ def other_files(folder: Path) -> list[Path]:
 def _quant_method(config: Mapping[str, Any]) -> str | None:
     described = config.get("quantization_config")
     return None if described is None else str(dict(described).get("quant_method"))
-
-
-def _require_plain_weights(folder: Path, config: Mapping[str, Any]) -> None:
-    method = _quant_method(config)
-    if method not in (None, OWN_METHOD):
-        raise ModelError(
-            f"the weights in {folder} are quantised: the quant_method in its {CONFIG} is {method!r}; give the folder "
-            "of the model as it was before, and quantise the compressed one"
-        )
 
 
 def _why_unknown(folder: Path, config: Mapping[str, Any], name: str, *, version: str) -> str:

@@ -55,19 +55,22 @@ def resolve(reference: str, *, weights: str | Path | None = None, options: _Opti
     # before the network, which may take long to make or may run code
     state = read_state(weights) if weights is not None else None
     model = _LOADERS.get(source, _from_module)(reference, name, options or {})
+    if not isinstance(model, nn.Module):
+        kind = type(model).__name__
+        raise ModelError(f"{reference} returned a {kind}, not a torch.nn.Module; return the network itself")
     if state is not None and weights is not None:
         fill_(model, state, origin=Path(weights))
     return model
 
 
-def _from_spectrim(reference: str, name: str, options: _Options) -> nn.Module:
+def _from_spectrim(reference: str, name: str, options: _Options) -> object:
     if name not in NETWORKS:
         near = did_you_mean(name, NETWORKS)
         raise ModelError(f"spectrim has no network {name!r}; {near}it has {', '.join(NETWORKS)}")
-    return _network(reference, _call(reference, NETWORKS[name], options))
+    return _call(reference, NETWORKS[name], options)
 
 
-def _from_torchvision(reference: str, name: str, options: _Options) -> nn.Module:
+def _from_torchvision(reference: str, name: str, options: _Options) -> object:
     models = _optional("torchvision.models", install='"spectrim[vision]"')
     names = models.list_models()
     if name not in names:
@@ -77,10 +80,10 @@ def _from_torchvision(reference: str, name: str, options: _Options) -> nn.Module
     # the backbones of detection and segmentation networks would be downloaded even for weights=None
     parameters = inspect.signature(models.get_model_builder(name)).parameters
     none = {parameter: None for parameter in parameters if parameter.startswith("weights")}
-    return _network(reference, _call(reference, functools.partial(models.get_model, name, **none), options))
+    return _call(reference, functools.partial(models.get_model, name, **none), options)
 
 
-def _from_timm(reference: str, name: str, options: _Options) -> nn.Module:
+def _from_timm(reference: str, name: str, options: _Options) -> object:
     timm = _optional("timm", install="timm")
     if ":" in name or "/" in name:
         raise ModelError(f"{reference}: timm would read a hub or a folder for it; name one of timm.list_models()")
@@ -88,7 +91,7 @@ def _from_timm(reference: str, name: str, options: _Options) -> nn.Module:
         near = did_you_mean(name, timm.list_models())
         raise ModelError(f"timm has no network {name!r}; {near}timm.list_models() names all")
     _refuse_weights(reference, options)
-    return _network(reference, _call(reference, functools.partial(timm.create_model, name, pretrained=False), options))
+    return _call(reference, functools.partial(timm.create_model, name, pretrained=False), options)
 
 
 def _from_folder(reference: str, name: str, options: _Options) -> nn.Module:
@@ -97,11 +100,11 @@ def _from_folder(reference: str, name: str, options: _Options) -> nn.Module:
     return load_pretrained(name)
 
 
-def _from_module(reference: str, name: str, options: _Options) -> nn.Module:
+def _from_module(reference: str, name: str, options: _Options) -> object:
     module = reference.partition(":")[0]
     if module.endswith(".py") or not all(part.isidentifier() for part in module.split(".")):
         raise ModelError(_malformed(reference))
-    return _network(reference, call_factory(reference, options, what="a network"))
+    return call_factory(reference, options, what="a network")
 
 
 def call_factory(reference: str, options: _Options, *, what: str) -> object:
@@ -129,7 +132,7 @@ def _function(reference: str, what: str) -> Callable[..., Any]:
     return function
 
 
-_LOADERS: Mapping[str, Callable[[str, str, _Options], nn.Module]] = {
+_LOADERS: Mapping[str, Callable[[str, str, _Options], object]] = {
     "spectrim": _from_spectrim,
     "torchvision": _from_torchvision,
     "timm": _from_timm,
@@ -154,13 +157,6 @@ def _call(reference: str, factory: Callable[..., object], options: _Options, *, 
         raise
     except (Exception, SystemExit) as error:
         raise ModelError(f"{reference} failed to make {what}: {_text(error)}") from error
-
-
-def _network(reference: str, model: object) -> nn.Module:
-    if not isinstance(model, nn.Module):
-        kind = type(model).__name__
-        raise ModelError(f"{reference} returned a {kind}, not a torch.nn.Module; return the network itself")
-    return model
 
 
 def _attribute(reference: str, module: ModuleType, path: str) -> object:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from operator import attrgetter, methodcaller
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -74,10 +75,10 @@ def _of_analysis(analysis: Analysis) -> Listing:
         Column("Shape", 6): lambda layer: words.shape(layer.shape),
         Column("Metric", number=False, optional=True): lambda layer: (mixed and _metric(layer)) or words.NOTHING,
         Column("Full\nrank", 1): lambda layer: str(layer.full_rank or words.NOTHING),
-        Column("Effective\nrank", 4): _of_spectrum(attrgetter("effective_rank")),
-        Column("Stable\nrank", 9): _of_spectrum(attrgetter("stable_rank"), form=".1f"),
+        Column("Effective\nrank", 4): partial(_of_spectrum, rank=attrgetter("effective_rank")),
+        Column("Stable\nrank", 9): partial(_of_spectrum, rank=attrgetter("stable_rank"), form=".1f"),
         **{
-            Column(f"Rank for\n{energy} %", level): _of_spectrum(methodcaller("rank_for", energy / 100))
+            Column(f"Rank for\n{energy} %", level): partial(_of_spectrum, rank=methodcaller("rank_for", energy / 100))
             for energy, level in levels.items()
         },
         Column("Params", 3): lambda layer: words.count(layer.dense.params),
@@ -95,12 +96,9 @@ def _metric(layer: LayerAnalysis) -> Metric | None:
     return "activation" if "activation" in layer.spectra else "plain" if "plain" in layer.spectra else None
 
 
-def _of_spectrum(rank: Callable[[Spectrum], float], *, form: str = ".0f") -> Callable[[LayerAnalysis], str]:
-    def cell(layer: LayerAnalysis) -> str:
-        value = rank(layer.spectra[metric]) if (metric := _metric(layer)) else None
-        return words.NOTHING if value is None else words.Cell(format(value, form), value)
-
-    return cell
+def _of_spectrum(layer: LayerAnalysis, rank: Callable[[Spectrum], float], *, form: str = ".0f") -> str:
+    value = rank(layer.spectra[metric]) if (metric := _metric(layer)) else None
+    return words.NOTHING if value is None else words.Cell(format(value, form), value)
 
 
 def _tied_names(layer: LayerAnalysis | LayerPlan) -> str:
@@ -184,14 +182,8 @@ def _of_measurement(measurement: Measurement) -> Listing:
     for name, (value, ratio) in words.costs(measurement).items():
         before = dense[name][0]
         change = words.Cell(f"{before} → {value}", **{"": value.values[""]}, before=before.values[""])
-        rows.append(
-            (
-                name,
-                value if before == value else change,
-                words.share(ratio),
-                "" if ratio is None else words.smaller(ratio),
-            )
-        )
+        saving = "" if ratio is None else words.smaller(ratio)
+        rows.append((name, value if before == value else change, words.share(ratio), saving))
     if measurement.uncounted:
         rows.append(("Not in the MACs", ", ".join(measurement.uncounted), "", ""))
     if measurement.latency_ms is not None:
@@ -254,13 +246,8 @@ def _of_results(results: Results) -> Listing:
     }
     by_seeds = any(network.spread is not None for network in networks)
     note = "Accuracy: mean ± standard deviation over the seeds." if by_seeds else "Accuracy: with its 95 % interval."
-    return listing(
-        results.title,
-        networks,
-        columns,
-        strong=lambda network: network.name == results.chosen,
-        note=note if any(network.runs for network in networks) else "",
-    )
+    note = note if any(network.runs for network in networks) else ""
+    return listing(results.title, networks, columns, strong=lambda network: network.name == results.chosen, note=note)
 
 
 def _accuracy_lines(network: Variant) -> str:

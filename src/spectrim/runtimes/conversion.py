@@ -6,9 +6,9 @@ import io
 import logging
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
-from functools import cache
+from functools import cache, partial
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -277,15 +277,12 @@ def _first_fixed(model: nn.Module, inputs: Inputs, shapes: _Shapes) -> str | Non
         sizes: list[Any] = [size for tensor in tensors((args, kwargs)) for size in tensor.shape[:1]]
         opened.extend((size, _conditions(size)) for size in sizes if isinstance(size, torch.SymInt))
 
-    def end(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(_: nn.Module, __: Any, ___: Any) -> None:
-            if any(_conditions(size) > number for size, number in opened):
-                modules.append(name)
-
-        return hook
+    def end(name: str, *_: object) -> None:
+        if any(_conditions(size) > number for size, number in opened):
+            modules.append(name)
 
     handles = [model.register_forward_pre_hook(begin, prepend=True, with_kwargs=True)]
-    handles += [module.register_forward_hook(end(name)) for name, module in model.named_modules()]
+    handles += [module.register_forward_hook(partial(end, name)) for name, module in model.named_modules()]
     with temporary(handles), suppress(Exception):
         _export(model, inputs, shapes)
     return next(iter(modules), None)

@@ -1,7 +1,7 @@
 """Distillation without labels: a compressed network learns what the dense one computes on the same inputs."""
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -196,6 +196,10 @@ class _Signals:
     hidden: Tensor | None = None
     masks: TokenMasks = field(default_factory=lambda: TokenMasks(()))
 
+    def record(self, _: nn.Module, args: Any, output: Any) -> None:
+        """The hook on the module with the last hidden state, or on the one that reads it."""
+        self.hidden = output[_STATE] if _has_state(output) else args[0]
+
 
 @dataclass
 class _Comparison:
@@ -216,7 +220,7 @@ class _Comparison:
         place = _hidden_place(student, teacher, example)
         handles = [teacher.register_forward_pre_hook(self._read_mask, with_kwargs=True)]
         for network, signals in ((student, self.student), (teacher, self.teacher)) if place and hidden else ():
-            handles.append(network.get_submodule(place or "").register_forward_hook(_recorder(signals)))
+            handles.append(network.get_submodule(place or "").register_forward_hook(signals.record))
         with temporary(handles):
             yield
 
@@ -265,13 +269,6 @@ class _Teacher(nn.Module):
         if self.free > 0:
             self.known[key] = (outputs, self.signals.hidden, self.signals.masks)
         return outputs
-
-
-def _recorder(signals: _Signals) -> Callable[[nn.Module, Any, Any], None]:
-    def record(_: nn.Module, args: Any, output: Any) -> None:
-        signals.hidden = output[_STATE] if _has_state(output) else args[0]
-
-    return record
 
 
 def _hidden_place(student: nn.Module, teacher: nn.Module, example: Inputs) -> str | None:

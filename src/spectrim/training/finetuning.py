@@ -139,13 +139,9 @@ def finetune(
     trained = _trained(student, train)
     frozen = _frozen_norms(student, trained, train=train, frozen=frozen_norms)
     if isinstance(checkpoint, str | Path):
-        others = {
-            **settings.model_dump(),
-            "loss": named or _name_of(function),
-            "trained": sorted(trained),
-            "frozen norms": len(frozen),
-        }
-        checkpoint = Checkpoint(Path(checkpoint), run=identity(model, teacher, others), unfit="refuse")
+        others = {"loss": named or _name_of(function), "trained": sorted(trained), "frozen norms": len(frozen)}
+        run_of = identity(model, teacher, {**settings.model_dump(), **others})
+        checkpoint = Checkpoint(Path(checkpoint), run=run_of, unfit="refuse")
     run = TrainingRun(
         student,
         _with_labels(data, labels),

@@ -105,7 +105,18 @@ class Objective:
         return isinstance(outputs, Tensor) and outputs.ndim == 2 and known is not None and known.ndim == 1
 
     def _run(self, model: nn.Module, inputs: Inputs, position: int) -> Any:
-        return _run(model if self.forward is None else Forward(model, self.forward), inputs, position)
+        """The outputs, as they are."""
+        try:
+            network = model if self.forward is None else Forward(model, self.forward)
+            return call(network, inputs, what=f"batch {position}")
+        except ModelError as error:
+            if "Expected more than 1 value per channel" in str(error.__cause__):
+                raise TrainingError(
+                    f"batch {position} ({inputs.describe()}) is too small for BatchNorm, which takes a mean and a "
+                    "variance of it; leave the last, smaller batch out (DataLoader(.., drop_last=True)), or freeze "
+                    "the norms' statistics (frozen_norms=True)"
+                ) from error
+            raise
 
     def _outputs(self, model: nn.Module, inputs: Inputs, position: int) -> tuple[Any, Any]:
         """Of the model, and of the teacher; in low precision while training only."""
@@ -219,20 +230,6 @@ def divergence(logits: Tensor, goal: Tensor, *, axis: int, temperature: float = 
     loss = functional.kl_div(own, other, reduction="batchmean", log_target=True)
     places = logits.numel() // max(1, len(logits) * logits.shape[axis])
     return loss * temperature**2 / max(1, places)
-
-
-def _run(model: nn.Module, inputs: Inputs, position: int) -> Any:
-    """The outputs, as they are."""
-    try:
-        return call(model, inputs, what=f"batch {position}")
-    except ModelError as error:
-        if "Expected more than 1 value per channel" in str(error.__cause__):
-            raise TrainingError(
-                f"batch {position} ({inputs.describe()}) is too small for BatchNorm, which takes a mean and a variance "
-                "of it; leave the last, smaller batch out (DataLoader(.., drop_last=True)), or freeze the norms' "
-                "statistics (frozen_norms=True)"
-            ) from error
-        raise
 
 
 def _called(function: LossFunction, outputs: Any, labels: Any, position: int) -> Tensor:

@@ -206,22 +206,13 @@ class Truncation:
 
         Its parameters are the same objects as before `truncated_`.
         """
-        for name, weight in self._end().items():
-            self._make_plain(name, weight)
-        return self.model
-
-    def _end(self) -> Mapping[str, nn.Parameter]:
-        """The full weights, for the last time."""
         weights, self._ended = self.weights(), True
-        for layer in self._layers.values():
-            layer.eval()
-        return weights
-
-    def _make_plain(self, name: str, weight: nn.Parameter) -> None:
-        low_rank = self._layers[name](weight).detach()
-        self._unregister(self.units[name])
-        with torch.no_grad():
-            weight.copy_(low_rank)
+        for name, weight in weights.items():
+            low_rank = self._layers[name].eval()(weight).detach()
+            self._unregister(self.units[name])
+            with torch.no_grad():
+                weight.copy_(low_rank)
+        return self.model
 
     def _unregister(self, unit: SingleWeight) -> None:
         for site in unit.call_sites:
