@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from spectrim.analysis.sampling import Samples, SamplingError, in_range, shrinkage
+from spectrim.analysis.sampling import Samples, SamplingError, shrinkage
 from spectrim.core.errors import DataError
 from spectrim.core.memory import IN_PLACE, Storage
 from spectrim.linalg import (
@@ -20,7 +20,7 @@ from spectrim.linalg import (
     square_of,
     to_float64,
 )
-from spectrim.linalg.products import gram
+from spectrim.linalg.products import gram, in_range
 
 PROBES = 2
 """Random combinations of the outputs that gradients are taken of; of many samples one for each is enough."""

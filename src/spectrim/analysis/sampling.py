@@ -1,6 +1,5 @@
 """How far statistics of few samples can be trusted, and what to put in the place of what they do not know."""
 
-import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,12 +11,10 @@ from torch.nn import functional
 from spectrim.core.errors import DataError
 from spectrim.core.execution import Inputs
 from spectrim.linalg import Covariance, mean_variance, square_of, to_float64
+from spectrim.linalg.products import in_range
 
 _ALIKE = 1e-5
 _FEW, _ENOUGH = 16, 128
-_SAFE, _MOST = 24, 126
-"""Powers of two whose fourth power float32 holds, and which it holds themselves."""
-
 
 Samples = int | Sequence[int]
 """How many samples vectors are of, or how many vectors each of the samples has."""
@@ -133,13 +130,6 @@ def _by_sample(rows: Tensor, samples: Samples) -> tuple[Tensor, int]:
     whole = rows.new_zeros(groups, *places.shape, width)
     whole[:, places] = rows / sizes.repeat_interleave(sizes).sqrt().to(rows).unsqueeze(1)
     return whole, 1
-
-
-def in_range(rows: Tensor) -> tuple[Tensor, float]:
-    """Vectors divided by a power of two, where their squares would leave the range of their type, and this power."""
-    low, high = (float(value) for value in rows.aminmax()) if rows.numel() else (0.0, 0.0)
-    exponent = max(-_MOST, min(math.frexp(max(-low, high))[1], _MOST))
-    return (rows, 1.0) if abs(exponent) < _SAFE else (torch.ldexp(rows, torch.tensor(-exponent)), 2.0**exponent)
 
 
 def shrinkage(moment: Covariance, *, samples: int, variation: float) -> float:

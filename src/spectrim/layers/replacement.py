@@ -128,11 +128,12 @@ def factored_at(
     if not all(torch.isfinite(weight).all() for weight in shared):
         raise ModelError(f"the factors of {names[0]} overflow {reference.dtype}; convert the model to float32 first")
     # of the factors as stored, so that in half precision the mean correction covers their rounding as well
-    whole = blank.kernels([to_float64(weight) for weight in shared]).flatten(2)
-    largest = whole.square().sum(dim=(0, 2)).topk(min(_PROBED, whole.shape[1])).indices
+    kind = working_type(geometry_of(first).shape, reference.dtype)
+    whole = blank.kernels([to_float64(weight).to(kind) for weight in shared]).flatten(2)
+    largest = torch.linalg.vector_norm(whole, dim=(0, 2)).topk(min(_PROBED, whole.shape[1])).indices
     few = [to_float64(part) for part in (*factors[:-1], factors[-1][:, largest])]
     exact = blank.composed(tuple(few)).flatten(2)
-    _require_rounded(whole[:, largest], exact, name=names[0], dtype=reference.dtype)
+    _require_rounded(to_float64(whole[:, largest]), exact, name=names[0], dtype=reference.dtype)
 
     def factored(name: str, module: nn.Module) -> nn.Module:
         value = bias(name, module, whole)

@@ -9,7 +9,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from spectrim.linalg.covariance import Covariance, inner, matrix_of
+from spectrim.linalg.covariance import Covariance, LowRankCovariance, inner, matrix_of
 from spectrim.linalg.problem import Decomposition, Factors, Problem, Ranks, floored, is_wide
 from spectrim.linalg.products import times_rounded
 from spectrim.linalg.spectra import FloatArray, Spectrum, over_groups, to_float64
@@ -114,7 +114,10 @@ class ChannelDecomposition(Decomposition):
         if problem.covariance is None:
             bases, values = _left_vectors(to_float64(problem.matrices), wide=problem.is_wide)
             return bases.to(self._basis_type), over_groups(values)
-        each = zip(to_float64(problem.matrices), problem.shrunk_covariance, strict=True)
+        C, matrices = problem.shrunk_covariance, problem.matrices
+        if not isinstance(C, LowRankCovariance) or C.rows.dtype != matrices.dtype:
+            matrices = to_float64(matrices)
+        each = zip(matrices, C, strict=True)
         solved = [
             _metric_basis(weight, C, tolerance=problem.rounding_tolerance, wide=problem.is_wide) for weight, C in each
         ]
@@ -210,7 +213,7 @@ def _left_vectors(W: Tensor, *, wide: bool) -> tuple[Tensor, Tensor]:
 
 def _metric_basis(W: Tensor, C: Covariance, *, tolerance: float, wide: bool) -> tuple[Tensor, Tensor]:
     out_features, in_features = W.shape
-    Q, R = torch.linalg.qr(W) if out_features > in_features else (None, W)
+    Q, R = torch.linalg.qr(to_float64(W)) if out_features > in_features else (None, W)
     RCR = inner(R, C)
     variances, vectors = torch.linalg.eigh((RCR + RCR.T) / 2)
     variances, vectors = variances.flip(0).clamp(min=0), vectors.flip(1)
@@ -218,7 +221,7 @@ def _metric_basis(W: Tensor, C: Covariance, *, tolerance: float, wide: bool) -> 
     if seen < len(variances):
         # the unseen directions turn to the principal axes of what the weight has left in them
         rest = vectors[:, seen:]
-        axes, _ = _left_vectors(rest.T @ R, wide=wide)
+        axes, _ = _left_vectors(rest.T @ to_float64(R), wide=wide)
         vectors = torch.cat([vectors[:, :seen], rest @ axes], dim=1)
         # Rotating the unseen directions among themselves leaves their total variance: it is rounding, spread evenly.
         variances[seen:] = variances[seen:].mean()

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from spectrim.linalg.products import gram, times_rounded
+from spectrim.linalg.products import gram, in_range, times_rounded
 from spectrim.linalg.spectra import to_float64
 
 MOST_DOUBLE_INPUTS = 2048
@@ -190,12 +190,15 @@ def add_outer(C: Covariance, v: Tensor) -> Covariance:
 
 
 def inner(M: Tensor, C: Covariance) -> Tensor:
-    """M C M^T, (groups, k, k)."""
+    """M C M^T, float64 (groups, k, k)."""
     if not isinstance(C, LowRankCovariance):
         return times(M, C) @ M.mT
-    seen = times_rounded(M, C.rows.mT)
-    unseen = times_rounded(M * C.ridge.unsqueeze(-2), M.mT.to(C.rows.dtype)) if bool(C.ridge.any()) else 0
-    return seen @ seen.mT + unseen
+    seen = to_float64(times_rounded(M, C.rows.mT))
+    product = seen @ seen.mT
+    if bool(C.ridge.any()):
+        rows, power = in_range(M * C.ridge.sqrt().unsqueeze(-2).to(M.dtype))
+        product += to_float64(gram(rows.to(C.rows.dtype).mT)) * power**2
+    return product
 
 
 def add_covariances(parts: list[tuple[Covariance, float]]) -> Covariance:

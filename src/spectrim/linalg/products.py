@@ -12,6 +12,9 @@ _BLOCKS, _BLOCK = 8, 256
 _MOST = 100
 """The power of two that a matrix in float32 is scaled by, at most."""
 
+_SAFE, _LARGEST = 24, 126
+"""Powers of two whose fourth power float32 holds, and which it holds themselves."""
+
 _HAS_BOTH = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
 
 
@@ -66,3 +69,10 @@ def gram(rows: Tensor) -> Tensor:
         whole[start : start + step, start:] = block
         whole[start + step :, start : start + step] = block[:, step:].T
     return whole
+
+
+def in_range(rows: Tensor) -> tuple[Tensor, float]:
+    """Vectors divided by a power of two, where their squares would leave the range of their type, and this power."""
+    low, high = (float(value) for value in rows.aminmax()) if rows.numel() else (0.0, 0.0)
+    exponent = max(-_LARGEST, min(math.frexp(max(-low, high))[1], _LARGEST))
+    return (rows, 1.0) if abs(exponent) < _SAFE else (torch.ldexp(rows, torch.tensor(-exponent)), 2.0**exponent)
