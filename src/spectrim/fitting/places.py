@@ -153,14 +153,13 @@ def fitted(
     unfitted = product(layer, form=plan.form, factors=before) if before else fit.dense
     if not fit.excess(best, unfitted, cross=cross, G=G) <= 0:  # also where it is not a number
         best, factors = unfitted, before
-    del unfitted, cross  # as large as the weight, which may be the largest of all
 
     def bias(name: str, _: nn.Module, whole: Tensor) -> Tensor | None:
         return fit.bias(name, whole, targets[name]) if biased else None
 
     if not is_approximated:
         return [refitted_at(small, plan.names, weight=best.reshape(shape), bias=bias)]
-    del best
+    del best, unfitted, cross  # each as large as the weight, which may be the largest of all
     if plan.unit:
         (rank,) = plan.ranks
         new = narrowed_at(small, plan.name, place.feeders, form=plan.form, rank=rank, factors=factors, bias=bias)
