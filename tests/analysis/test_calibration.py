@@ -161,6 +161,33 @@ def test_gradients_are_those_of_all_weights_frozen_or_not() -> None:
         assert torch.equal(moments.output_grad_covariance, frozen[name].output_grad_covariance)
 
 
+@pytest.mark.parametrize("mark", ["output", "scale"])
+def test_gradients_of_what_is_made_to_require_them_elsewhere(mark: str) -> None:
+    """As transformers does with the outputs of embeddings, for checkpointed training of adapters."""
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 4)
+            self.scale = torch.ones(6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.second(self.first(x * self.scale))
+            return y
+
+    torch.manual_seed(0)
+    model, data = Scaled().double().eval(), [inputs(60, 6)]
+    expected = st.calibrate(model, data, gradients=True).moments
+    if mark == "output":
+        model.requires_grad_(False)
+        model.first.register_forward_hook(lambda _, __, output: output.requires_grad_())
+    else:
+        model.scale.requires_grad_()
+    for name, moments in st.calibrate(model, data, gradients=True).moments.items():
+        assert moments.output_grad_covariance is not None
+        torch.testing.assert_close(moments.output_grad_covariance, expected[name].output_grad_covariance)
+
+
 def test_gradients_need_less_than_two_copies_of_all_outputs() -> None:
     class Chain(nn.Module):
         def __init__(self) -> None:

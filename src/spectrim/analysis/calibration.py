@@ -22,7 +22,7 @@ from spectrim.core.nested import is_in_transform, joined
 from spectrim.core.progress import progress_callback
 from spectrim.layers.experts import rerouted
 from spectrim.layers.tokens import TokenMasks, TokenPlaces, input_rows
-from spectrim.layers.tracing import typed_layers, watching
+from spectrim.layers.tracing import leaves_of, typed_layers, watching
 from spectrim.layers.types import layer_type_of
 from spectrim.layers.types.base import SampledPlaces
 from spectrim.layers.unfusing import unfused
@@ -199,7 +199,7 @@ def add_gradients(
     Raises:
         ModelError: a batch the model cannot run, or a model that cannot be differentiated.
     """
-    starts, forwards = list[Tensor](), True
+    forwards = True
 
     def tap(name: str, layer: nn.Module, _: Any, output: Any) -> Tensor | None:
         if not isinstance(output, Tensor) or not torch.is_grad_enabled() or is_in_transform(output):
@@ -207,9 +207,8 @@ def add_gradients(
         if not output.is_floating_point() or not output.numel() or output.is_inference():
             return None
         value: Tensor = output
-        if not value.requires_grad:  # no layer before it: what is differentiated begins here
-            starts.append(value.requires_grad_())
-            value = value.clone()  # what follows may work in place
+        if value.is_leaf:  # no layer before it: what is differentiated begins here
+            value = value.requires_grad_().clone()  # what follows may work in place
         if forwards:  # where activations are computed again for the gradient, hooks run again
             value.register_hook(partial(add, name, layer, value.size(0)))
         return value
@@ -230,7 +229,7 @@ def add_gradients(
             if not total.requires_grad:
                 return
             try:
-                torch.autograd.grad(total, starts, retain_graph=probe + 1 < probes, allow_unused=True)
+                torch.autograd.grad(total, list(leaves_of(total)), retain_graph=probe + 1 < probes, allow_unused=True)
             except RuntimeError as error:
                 raise ModelError(
                     f"{type(model).__name__} cannot be differentiated: {str(error).splitlines()[0]}; use the "

@@ -20,6 +20,7 @@ from spectrim.layers.head_layouts import (
     times,
     undisturbed,
 )
+from spectrim.layers.tracing import leaves_of
 from spectrim.layers.units import SingleWeight
 from spectrim.linalg import HeadLayout
 
@@ -79,7 +80,7 @@ def _independent(
         read[name] = args[0]
 
     def independent(name: str, own: Sequence[ValuesCandidate]) -> list[ValuesCandidate]:
-        upstream = _leaves(read[name]) if name in read else set()
+        upstream = leaves_of(read[name]) if name in read else set()
         return [candidate for candidate in own if marks.get(candidate[0]) not in upstream]
 
     first = {candidate[0] for own in candidates.values() for candidate in own}
@@ -90,18 +91,6 @@ def _independent(
     with torch.enable_grad(), keeps_nothing, temporary(chain(marking, noting)):
         call(model, inputs)
         return {name: independent(name, own) for name, own in candidates.items()}
-
-
-def _leaves(x: Tensor) -> set[Tensor | None]:
-    """The tensors with gradients that one is made of."""
-    leaves, seen, pending = set[Tensor | None](), set[Any](), [x.grad_fn]
-    while pending:
-        node = pending.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            leaves.add(getattr(node, "variable", None))
-            pending += [before for before, _ in node.next_functions]
-    return leaves - {None}
 
 
 @dataclass(eq=False)

@@ -252,3 +252,15 @@ def _same(expected: Tensor, output: Tensor) -> bool:
     scale = float(expected.abs().max()) if expected.numel() else 0.0
     tolerance = max(1e-5, 2 * torch.finfo(output.dtype).eps)
     return bool(torch.isclose(expected, output, rtol=0, atol=tolerance * scale, equal_nan=True).all())
+
+
+def leaves_of(x: Tensor) -> set[Tensor]:
+    """The tensors with gradients that one is made of."""
+    leaves, seen, pending = set[Any](), set[Any](), [x.grad_fn]
+    while pending:
+        node = pending.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            leaves.add(getattr(node, "variable", None))
+            pending += [before for before, _ in node.next_functions]
+    return leaves - {None}
