@@ -203,3 +203,21 @@ def test_scripted_activations_take_no_hooks_and_need_none() -> None:
     small = st.compress(model, st.Budget(macs=0.6), example_inputs=x[:2], data=list(x.split(32)))
     assert any(layer.is_factored for layer in small.plan)
     assert small.model(x).isfinite().all()
+
+
+def test_a_network_for_batches_of_one_size_only() -> None:
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.middle, self.down = nn.Linear(SIZE, 32), nn.Linear(32, 32), nn.Linear(32, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = torch.relu(self.up(x)).view(8, 32)
+            return self.down(torch.relu(self.middle(y)))
+
+    torch.manual_seed(0)
+    data = list(torch.randn(64, SIZE).split(8))
+    small = st.compress(Fixed().eval(), st.Budget(macs=0.6), example_inputs=data[0], data=data)
+    assert small.model(data[0]).shape == (8, 4)
+    assert small.measurement.macs_ratio is not None
+    assert small.measurement.macs_ratio <= 0.6

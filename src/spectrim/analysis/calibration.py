@@ -199,7 +199,7 @@ def add_gradients(
     Raises:
         ModelError: a batch the model cannot run, or a model that cannot be differentiated.
     """
-    forwards = True
+    is_forward = True
 
     def tap(name: str, layer: nn.Module, _: Any, output: Any) -> Tensor | None:
         if not isinstance(output, Tensor) or not torch.is_grad_enabled() or is_in_transform(output):
@@ -209,7 +209,7 @@ def add_gradients(
         value: Tensor = output
         if value.is_leaf:  # no layer before it: what is differentiated begins here
             value = value.requires_grad_().clone()  # what follows may work in place
-        if forwards:  # where activations are computed again for the gradient, hooks run again
+        if is_forward:  # where activations are computed again for the gradient, hooks run again
             value.register_hook(partial(add, name, layer, value.size(0)))
         return value
 
@@ -223,7 +223,7 @@ def add_gradients(
     with temporary(handles), frozen(model), torch.enable_grad():
         own = on_device_of(model, inputs)
         values = TokenMasks.of(model, inputs).mapped(call(model, own, what=what, hint=hint), TokenPlaces.take)
-        forwards = False
+        is_forward = False
         for probe in range(probes):
             total = sum(((_signs(value, signs) * value).sum() for value in values), torch.zeros(()))
             if not total.requires_grad:

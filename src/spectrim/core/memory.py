@@ -116,9 +116,10 @@ IN_PLACE = Storage()
 
 
 class _HeapSizes(ctypes.Structure):
-    """What `mallinfo2` of the C library of Linux returns."""
+    """What `mallinfo2` of the C library of Linux returns, under its names; `fordblks` are the bytes that are free."""
 
-    _fields_ = [(name, ctypes.c_size_t) for name in ("arena", *"abcdef", "used", "free", "top")]
+    _names = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
+    _fields_ = [(name, ctypes.c_size_t) for name in _names]
 
 
 def return_freed() -> None:
@@ -129,7 +130,7 @@ def return_freed() -> None:
     with suppress(OSError, TypeError, AttributeError):  # of other systems, and of versions before 2021
         library = ctypes.CDLL(None)
         library.mallinfo2.restype = _HeapSizes
-        if library.mallinfo2().free >= _MUCH:
+        if library.mallinfo2().fordblks >= _MUCH:
             library.malloc_trim(0)
 
 

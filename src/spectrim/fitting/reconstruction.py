@@ -1,7 +1,7 @@
 """Sequential reconstruction: every layer is fitted anew to what it receives in the compressed network."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from spectrim.analysis.activation_cache import (
     DEFAULT_BYTES,
@@ -32,8 +33,7 @@ from spectrim.layers.tracing import ended_at
 from spectrim.layers.types import layer_type_of
 from spectrim.layers.types.base import SampledPlaces
 
-_FEW, _PLACES = 2, 64
-"""Samples on which the network's structure is looked at, and numbers of a sequence."""
+_PLACES = 64
 
 
 class _PassEnded(BaseException):
@@ -107,7 +107,7 @@ def _reconstruct(
     feeding = _FeederInputs.of(model, pairs, plan=plan, chosen=chosen)
     pairs = feeding.held_out.pairs
     return_freed()
-    first = pairs[0][0].split(_FEW)[0]
+    first = pairs[0][0]
     places = _places(model, first, plan=plan, chosen=chosen, analysis=analysis)
     as_planned = [layer for layer in plan.factored if layer.name in unfitted]
     factorize(small, plan.model_copy(update={"layers": tuple(as_planned)}), factors=analysis.factors)
@@ -219,16 +219,14 @@ def _sampled(data: _Data) -> SampledPlaces:
 def _readers(model: nn.Module, batch: Inputs, places: Sequence[Place]) -> dict[str, str]:
     """By layer, the first one that reads the same vectors; of layers that are called once and add to no branch."""
     alone = {place.plan.name for place in places if len(place.call_sites) == 1 and not place.successor.residual}
-    first: dict[tuple[Any, ...], str] = {}
+    first: MutableMapping[Tensor, dict[tuple[Any, ...], str]] = WeakTensorKeyDictionary()
     readers: dict[str, list[str]] = {}
-    alive = []
 
     def on_call(name: str, layer: nn.Module, x: Tensor, _: Tensor) -> None:
-        alive.append(x)  # so that nothing else gets its number
         kind = layer_type_of(layer)
         windows = [getattr(layer, option) for option in kind.options]  # which parts of the tensor it multiplies
-        key = (id(x), kind.name, kind.geometry(layer).groups, *windows)
-        readers.setdefault(name, []).append(first.setdefault(key, name))
+        key = (kind.name, kind.geometry(layer).groups, *windows)
+        readers.setdefault(name, []).append(first.setdefault(x, {}).setdefault(key, name))
 
     with following(model, alone, on_call=on_call):
         call(model, batch)
@@ -327,8 +325,8 @@ def _collect(
         reached()
         if name in seen:
             shape = output.new_zeros(()).expand(output.shape)
-            of = partial(input_rows, layer, output=shape, positions=sampled, masks=masks, samples=batch.samples)
-            seen[name].inputs.add(x, of)
+            rows_of = partial(input_rows, layer, output=shape, positions=sampled, masks=masks, samples=batch.samples)
+            seen[name].inputs.add(x, rows_of)
             shared = x.clone() if others else shared
         elif x.shape == shared.shape and torch.equal(x, shared):
             same[name] += 1

@@ -24,8 +24,8 @@ Rows = Mapping[str, Sequence[Tensor]]
 """By call site and batch: (groups, n, ..)."""
 
 
-class Taken(Sequence[Tensor]):
-    """Rows by batch; those that take much more memory than what they are taken from are taken when they are needed."""
+class LazyRows(Sequence[Tensor]):
+    """Rows by batch; those that take much more memory than the input that they come from are worked out when needed."""
 
     def __init__(self) -> None:
         self._parts: list[Tensor | Callable[[], Tensor]] = []
@@ -54,19 +54,19 @@ class InputRows:
     """
 
     name: str = ""
-    rows: "Taken | list[Tensor]" = field(default_factory=Taken)
+    rows: LazyRows | list[Tensor] = field(default_factory=LazyRows)
     samples: list[Samples] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.sizes = self.sizes or [rows.shape[1] for rows in self.rows]
 
-    def add(self, x: Tensor, take: Callable[[Tensor], tuple[Tensor, Samples]]) -> None:
-        """Add those that `take` gives of a call's input, with their samples."""
-        rows, samples = take(x)
+    def add(self, x: Tensor, rows_of: Callable[[Tensor], tuple[Tensor, Samples]]) -> None:
+        """Add the rows of a call's input, which `rows_of` gives with their samples."""
+        rows, samples = rows_of(x)
         part: Any = rows
         if rows.nbytes > 2 * x.nbytes:
-            part = partial(_first, take, x.clone())
+            part = partial(_without_samples, rows_of, x.clone())
         elif rows.data_ptr() == x.data_ptr():
             part = rows.clone()
         self.rows.append(part)
@@ -180,8 +180,8 @@ class RidgeFit:
         return (_mean(targets) - matmul(whole.to(self.dense.device), mean).squeeze(-1)).flatten()
 
 
-def _first(take: Callable[[Tensor], tuple[Tensor, Samples]], x: Tensor) -> Tensor:
-    return take(x)[0]
+def _without_samples(rows_of: Callable[[Tensor], tuple[Tensor, Samples]], x: Tensor) -> Tensor:
+    return rows_of(x)[0]
 
 
 def _number(samples: Samples) -> int:
