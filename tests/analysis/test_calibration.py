@@ -208,3 +208,94 @@ def test_gradients_need_less_than_two_copies_of_all_outputs() -> None:
     moments = st.calibrate(model, [inputs(8, 6)], gradients=True).moments
     assert all(seen.output_grad_covariance is not None for seen in moments.values())
     assert model.alive <= 2  # where differentiating begins, and the last one
+
+
+def of_gradients(model: nn.Module, data: list[Tensor]) -> dict[str, Tensor | None]:
+    moments = st.calibrate(model.double().eval(), data, gradients=True).moments
+    return {name: seen.output_grad_covariance for name, seen in moments.items()}
+
+
+class Changed(nn.Module):
+    """What its layers give is changed in place, if so asked; of sequences a linear layer gives a view."""
+
+    def __init__(self, *, inplace: bool) -> None:
+        super().__init__()
+        self.layers, self.inplace = nn.ModuleList(nn.Linear(6, 6) for _ in range(3)), inplace
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = nn.functional.silu(layer(x), inplace=self.inplace)
+        return x
+
+
+def test_gradients_of_outputs_that_are_changed_in_place() -> None:
+    torch.manual_seed(0)
+    model, data = Changed(inplace=False), [inputs(24, 6).reshape(8, 3, 6)]
+    expected = of_gradients(model, data)
+    model.inplace = True
+    for name, moment in of_gradients(model, data).items():
+        assert torch.equal(moment, expected[name])  # type: ignore[arg-type]
+
+
+class Differentiates(nn.Module):
+    """Takes a gradient in its forward pass, with respect to the input or to a weight, which is not one that counts."""
+
+    def __init__(self, wrt: str) -> None:
+        super().__init__()
+        self.first, self.second, self.wrt = nn.Linear(6, 6), nn.Linear(6, 4), wrt
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.wrt:
+            x = x.requires_grad_() if self.wrt == "input" else x
+            y = self.second(torch.tanh(self.first(x))).square().sum()
+            inner = x if self.wrt == "input" else self.second.weight
+            (gradient,) = torch.autograd.grad(y, inner, retain_graph=True) if torch.is_grad_enabled() else (inner,)
+            assert gradient.shape == inner.shape
+        return self.second(torch.tanh(self.first(x)))
+
+
+@pytest.mark.parametrize("wrt", ["input", "weight"])
+def test_gradients_that_a_network_takes_itself_do_not_count(wrt: str) -> None:
+    torch.manual_seed(0)
+    model, data = Differentiates(""), list(inputs(24, 6).split(8))
+    expected = of_gradients(model, data)
+    counts = {name: seen.count for name, seen in st.calibrate(model, data, gradients=True).moments.items()}
+    model.wrt = wrt
+    for name, moment in of_gradients(model, data).items():
+        torch.testing.assert_close(moment, expected[name])
+    # every layer is called twice now, and no batch counts twice
+    assert {name: seen.count for name, seen in st.calibrate(model, data, gradients=True).moments.items()} == {
+        name: 2 * count for name, count in counts.items()
+    }
+
+
+def test_gradients_of_batches_that_were_computed_from_others() -> None:
+    torch.manual_seed(0)
+    model, encoder = Changed(inplace=False), nn.Linear(6, 6).double()
+    data = list(encoder(inputs(24, 6)).chunk(3))
+    for name, moment in of_gradients(model, data).items():
+        assert torch.equal(moment, of_gradients(model, [x.detach() for x in data])[name])  # type: ignore[arg-type]
+    torch.stack(data).sum().backward()  # whose graph is still there
+
+
+class Scaling(torch.autograd.Function):
+    """Has an attribute with the name that a leaf of the graph has."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.variable = "no tensor"
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return 2 * gradients[0]
+
+
+def test_gradients_through_functions_of_ones_own() -> None:
+    class Scaled(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = super().forward(Scaling.apply(self[0](x)))
+            return y
+
+    moments = of_gradients(Scaled(nn.Linear(6, 6)), [inputs(24, 6)])
+    assert moments["0"] is not None

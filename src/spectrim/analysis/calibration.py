@@ -1,7 +1,8 @@
 """Calibration: streamed means and covariances of the inputs of a trained network's layers; no activation is kept."""
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from spectrim.analysis.moments import PROBES, Moments, RunningCovariance, RunningFrequencies, RunningGradients
 from spectrim.analysis.sampling import SamplingError
@@ -131,7 +133,7 @@ def calibrate(
             empty = _no_frequencies(layer) if is_lookup else RunningCovariance(storage=storage)
             sums.setdefault(name, empty).add(rows, samples=samples)
 
-    seen = 0
+    seen, freezes = 0, None
     number, visible = length_of(batches), progress and not (accelerator and accelerator.process_index)
     with evaluating(model), watching(model, add_rows), progress_callback(progress=visible) as report:
         data = batches_of(batches, what="the calibration data", max_batches=max_batches)
@@ -141,13 +143,14 @@ def calibrate(
             if not is_own:
                 continue
             inputs, hint = inputs_of(batch, model, position=position, labels=labels, mask=mask)
-            masks = TokenMasks.of(model, inputs)
+            masks, what = TokenMasks.of(model, inputs), f"batch {position}"
             try:
                 with rerouted(model, masks.routed):
                     if gradients:
-                        add_gradients(model, inputs, layers, gradient_sums, what=f"batch {position}", hint=hint)
+                        run = partial(add_gradients, model, inputs, layers, gradient_sums, what=what, hint=hint)
+                        freezes = _run_frozen(model, run, freezes=freezes, sums=(sums, gradient_sums))
                     else:
-                        call(model, inputs, what=f"batch {position}", hint=hint)
+                        call(model, inputs, what=what, hint=hint)
             except ModelError as error:
                 raise DataError(str(error)) from error
             masks.warn_if_unused()
@@ -160,6 +163,23 @@ def calibrate(
     reduced |= _reduced_frequencies(frequencies, names, accelerator)
     moments = {name: statistics.finish(name) for name, statistics in reduced.items() if statistics.count}
     return Calibration(moments, seen).with_output_grads(_reduced_gradients(gradient_sums, names, accelerator))
+
+
+def _run_frozen(
+    model: nn.Module, run: Callable[[], None], *, freezes: bool | None, sums: Sequence[dict[str, Any]]
+) -> bool:
+    """Run a batch with frozen weights if that can be done, which the first batch tells; whether it can."""
+    try:
+        with frozen(model) if freezes is not False else nullcontext():
+            run()
+    except ModelError:
+        if freezes is not None:
+            raise
+        for own in sums:  # of the pass that has failed
+            own.clear()
+        run()
+        return False
+    return freezes is not False
 
 
 def _reads(layer: nn.Module, x: Tensor) -> bool:
@@ -195,39 +215,20 @@ def add_gradients(
     """Add to `sums`, by layer name, one batch's share of `Moments.output_grad_covariance`.
 
     The mean over random signs of such a gradient's second moment is that of all outputs together (Hutchinson 1990).
+    Frozen weights save memory, but forward passes that differentiate with respect to them cannot run.
 
     Raises:
         ModelError: a batch the model cannot run, or a model that cannot be differentiated.
     """
-    is_forward = True
-
-    def tap(name: str, layer: nn.Module, _: Any, output: Any) -> Tensor | None:
-        if not isinstance(output, Tensor) or not torch.is_grad_enabled() or is_in_transform(output):
-            return None
-        if not output.is_floating_point() or not output.numel() or output.is_inference():
-            return None
-        value: Tensor = output
-        if value.is_leaf:  # no layer before it: what is differentiated begins here
-            value = value.requires_grad_().clone()  # what follows may work in place
-        if is_forward:  # where activations are computed again for the gradient, hooks run again
-            value.register_hook(partial(add, name, layer, value.size(0)))
-        return value
-
-    def add(name: str, layer: nn.Module, size: int, gradient: Tensor) -> None:
-        rows = layer_type_of(layer).output_rows(layer, joined(gradient), positions=None)
-        sums[name].add(rows, samples=inputs.samples, size=size)
-
-    chosen = ((name, model.get_submodule(name)) for name in typed_layers(model) if layers is None or name in layers)
-    signs = signs or torch.Generator().manual_seed(0)
-    handles = (layer.register_forward_hook(partial(tap, name)) for name, layer in chosen)
-    with temporary(handles), frozen(model), torch.enable_grad():
-        own = on_device_of(model, inputs)
-        values = TokenMasks.of(model, inputs).mapped(call(model, own, what=what, hint=hint), TokenPlaces.take)
-        is_forward = False
+    signs, masks = signs or torch.Generator().manual_seed(0), TokenMasks.of(model, inputs)
+    own, hooks = on_device_of(model, inputs).map(Tensor.detach), _GradientHooks(sums, inputs.samples)
+    with hooks.on(model, layers), torch.enable_grad():
+        values = masks.mapped(call(model, own, what=what, hint=hint), TokenPlaces.take)
         for probe in range(probes):
             total = sum(((_signs(value, signs) * value).sum() for value in values), torch.zeros(()))
             if not total.requires_grad:
                 return
+            hooks.is_backward = True
             try:
                 torch.autograd.grad(total, list(leaves_of(total)), retain_graph=probe + 1 < probes, allow_unused=True)
             except RuntimeError as error:
@@ -235,6 +236,51 @@ def add_gradients(
                     f"{type(model).__name__} cannot be differentiated: {str(error).splitlines()[0]}; use the "
                     "activation metric, which needs no gradients"
                 ) from error
+
+
+@dataclass(eq=False)
+class _GradientHooks:
+    """Adds gradients with respect to layers' outputs to `sums` as they come, so that no output is kept for it.
+
+    Attributes:
+        sums: By layer name.
+        samples: Of the batch.
+        is_backward: Whether the pass is over. Before that a model may take gradients itself, which do not count, and
+            after it layers may run again, where their outputs are not kept.
+        handles: Of the hooks on outputs.
+    """
+
+    sums: defaultdict[str, RunningGradients]
+    samples: int
+    is_backward: bool = False
+    handles: list[RemovableHandle] = field(default_factory=list)
+
+    @contextmanager
+    def on(self, model: nn.Module, layers: Collection[str] | None) -> Iterator[None]:
+        """Within this, the outputs of these layers have hooks; by default those of all."""
+        chosen = ((name, model.get_submodule(name)) for name in typed_layers(model) if layers is None or name in layers)
+        with temporary(layer.register_forward_hook(partial(self._tap, name)) for name, layer in chosen):
+            try:
+                yield
+            finally:
+                for handle in self.handles:
+                    handle.remove()
+
+    def _tap(self, name: str, layer: nn.Module, _: Any, output: Any) -> Tensor | None:
+        is_number = isinstance(output, Tensor) and output.is_floating_point() and not output.is_inference()
+        if not is_number or not output.numel() or not torch.is_grad_enabled() or is_in_transform(output):
+            return None
+        if output.is_leaf:  # no layer before it: what is differentiated begins here
+            output.requires_grad_()
+        value: Tensor = output.clone()  # what follows may work in place, where a hook on a view would be lost
+        if not self.is_backward:
+            self.handles.append(value.register_hook(partial(self._add, name, layer, value.size(0))))
+        return value
+
+    def _add(self, name: str, layer: nn.Module, size: int, gradient: Tensor) -> None:
+        if self.is_backward:
+            rows = layer_type_of(layer).output_rows(layer, joined(gradient), positions=None)
+            self.sums[name].add(rows, samples=self.samples, size=size)
 
 
 def _reduced(

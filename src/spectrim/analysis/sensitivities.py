@@ -3,6 +3,7 @@
 import warnings
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace as with_changes
 from functools import partial
 from typing import Any
@@ -25,7 +26,7 @@ from spectrim.analysis.spectra import Analysis, LayerAnalysis
 from spectrim.core.arguments import checked
 from spectrim.core.batches import batches_of, inputs_of
 from spectrim.core.errors import DataError, ModelError, PlanError
-from spectrim.core.execution import Inputs, ProgressCallback, evaluating
+from spectrim.core.execution import Inputs, ProgressCallback, evaluating, frozen
 from spectrim.core.memory import IN_PLACE, Storage
 from spectrim.core.plans import Metric
 from spectrim.core.progress import progress_callback
@@ -146,18 +147,19 @@ def with_output_grads(
     Raises:
         SpectrimError: the model cannot be differentiated; if not `required`, the statistics are given back as they are.
     """
-    parts = list(_parts_for_gradients(model, batches))
-    probes = 1 if sum(few.samples for _, few, _ in parts) >= _GRADIENTS else PROBES
-    sums: defaultdict[str, RunningGradients] = defaultdict(partial(RunningGradients, storage=storage, probes=probes))
-    try:
-        with evaluating(model):
-            for position, part, signs in parts:
-                add_gradients(model, part, layers, sums, what=f"batch {position}", signs=signs, probes=probes)
-    except (DataError, ModelError):
-        if required:
-            raise
-        return statistics
-    return statistics.with_output_grads({name: part for name, part in sums.items() if part.tells})
+    for freezes in (True, False):
+        parts = list(_parts_for_gradients(model, batches))
+        probes = 1 if sum(few.samples for _, few, _ in parts) >= _GRADIENTS else PROBES
+        sums = defaultdict[str, RunningGradients](partial(RunningGradients, storage=storage, probes=probes))
+        try:
+            with evaluating(model), frozen(model) if freezes else nullcontext():
+                for position, part, signs in parts:
+                    add_gradients(model, part, layers, sums, what=f"batch {position}", signs=signs, probes=probes)
+            return statistics.with_output_grads({name: part for name, part in sums.items() if part.tells})
+        except (DataError, ModelError):
+            if required and not freezes:
+                raise
+    return statistics
 
 
 def _parts_for_gradients(model: nn.Module, batches: Sequence[Inputs]) -> Iterator[tuple[int, Inputs, torch.Generator]]:

@@ -98,8 +98,8 @@ class Inputs:
         """Whether it can be told which dimension of each tensor has the samples."""
         shapes, samples = [tensor.shape for tensor in self.tensors()], self.samples
         known = all(len(shape) > 1 and shape[0] == samples != shape[1] for shape in shapes)
-        are_dense = all(tensor.layout == torch.strided for tensor in self.tensors())
-        return known and are_dense and not self.is_ragged and not isinstance(self.mask, Tensor)
+        known &= all(tensor.layout == torch.strided for tensor in self.tensors())
+        return known and not self.is_ragged and not isinstance(self.mask, Tensor)
 
     def split(self, size: int) -> "list[Inputs]":
         """In parts of so many samples; in one part if it does not split."""

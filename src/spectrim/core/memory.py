@@ -123,10 +123,7 @@ class _HeapSizes(ctypes.Structure):
 
 
 def return_freed() -> None:
-    """Give freed memory back to the system, if it is much.
-
-    The C library of Linux keeps what lies between pieces still in use, for tensors that may be too large for it.
-    """
+    """Give freed memory back to the system, if it is much; the C library of Linux keeps what lies between others."""
     with suppress(OSError, TypeError, AttributeError):  # of other systems, and of versions before 2021
         library = ctypes.CDLL(None)
         library.mallinfo2.restype = _HeapSizes

@@ -1,9 +1,9 @@
 """Ridge regression from what a layer receives in a compressed network to what it should give."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
-from typing import Any
+from functools import cached_property
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,22 +24,15 @@ Rows = Mapping[str, Sequence[Tensor]]
 """By call site and batch: (groups, n, ..)."""
 
 
-class LazyRows(Sequence[Tensor]):
+class LazyRows(list[Any]):
     """Rows by batch; those that take much more memory than the input that they come from are worked out when needed."""
 
-    def __init__(self) -> None:
-        self._parts: list[Tensor | Callable[[], Tensor]] = []
+    def __getitem__(self, batch: Any) -> Any:
+        part = super().__getitem__(batch)
+        return part() if callable(part) else part
 
-    def append(self, part: Tensor | Callable[[], Tensor]) -> None:
-        """Add rows, or what gives them."""
-        self._parts.append(part)
-
-    def __len__(self) -> int:
-        return len(self._parts)
-
-    def __getitem__(self, batch: int) -> Tensor:  # type: ignore[override]  # no part of them is asked for
-        part = self._parts[batch]
-        return part if isinstance(part, Tensor) else part()
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self[batch] for batch in range(len(self)))
 
 
 @dataclass(eq=False)
@@ -54,7 +47,7 @@ class InputRows:
     """
 
     name: str = ""
-    rows: LazyRows | list[Tensor] = field(default_factory=LazyRows)
+    rows: list[Tensor] = field(default_factory=LazyRows)
     samples: list[Samples] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
 
@@ -64,12 +57,11 @@ class InputRows:
     def add(self, x: Tensor, rows_of: Callable[[Tensor], tuple[Tensor, Samples]]) -> None:
         """Add the rows of a call's input, which `rows_of` gives with their samples."""
         rows, samples = rows_of(x)
-        part: Any = rows
         if rows.nbytes > 2 * x.nbytes:
-            part = partial(_without_samples, rows_of, x.clone())
-        elif rows.data_ptr() == x.data_ptr():
-            part = rows.clone()
-        self.rows.append(part)
+            own = x.clone()
+            self.rows.append(cast(Tensor, lambda: rows_of(own)[0]))
+        else:
+            self.rows.append(rows.clone() if rows.data_ptr() == x.data_ptr() else rows)
         self.samples.append(samples)
         self.sizes.append(rows.shape[1])
 
@@ -178,10 +170,6 @@ class RidgeFit:
             return torch.zeros_like(whole[..., 0]).flatten()
         mean = self.means[site].unsqueeze(-1).to(whole.dtype)
         return (_mean(targets) - matmul(whole.to(self.dense.device), mean).squeeze(-1)).flatten()
-
-
-def _without_samples(rows_of: Callable[[Tensor], tuple[Tensor, Samples]], x: Tensor) -> Tensor:
-    return rows_of(x)[0]
 
 
 def _number(samples: Samples) -> int:

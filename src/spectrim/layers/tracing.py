@@ -256,11 +256,12 @@ def _same(expected: Tensor, output: Tensor) -> bool:
 
 def leaves_of(x: Tensor) -> set[Tensor]:
     """The tensors with gradients that one is made of."""
-    leaves, seen, pending = set[Any](), set[Any](), [x.grad_fn]
+    leaves, seen, pending = set[Tensor](), set[Any](), list[Any]([x.grad_fn])
     while pending:
         node = pending.pop()
         if node is not None and node not in seen:
             seen.add(node)
-            leaves.add(getattr(node, "variable", None))
+            if node.name() == "torch::autograd::AccumulateGrad":
+                leaves.add(node.variable)
             pending += [before for before, _ in node.next_functions]
-    return leaves - {None}
+    return leaves

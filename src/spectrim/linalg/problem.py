@@ -225,13 +225,11 @@ class Problem:
         if self.is_definite:
             return list(dense_of(self.shrunk_covariance))
         C = dense_of(self.shrunk_covariance)
-        C = (C + C.mT).div_(2)
-        symmetric = to_float64(C)
-        del C  # with what follows it would be the most that is alive at once
+        C = to_float64((C + C.mT).div_(2))  # in its place, since all of them would be the most that is alive at once
         if "floor" in self._shared:
-            return list(lifted(symmetric, self._shared["floor"].to(symmetric.device)))
-        self._shared["floor"], _ = floored(symmetric)
-        return list(symmetric)
+            return list(lifted(C, self._shared["floor"].to(C.device)))
+        self._shared["floor"], _ = floored(C)
+        return list(C)
 
     @property
     def full_metric(self) -> Tensor:

@@ -192,9 +192,8 @@ class Layer:
         forms = self.work.forms_of(self.unit)
         solving = [form.working_bytes(self.unit, vectors=vectors, rank=rank) for form in forms]
         # the matrices, with or without the metric of the outputs, and the product of factors
-        building, roots = 8 * self.entries, 0
-        if self.work.has_gradients:
-            building, roots = 2 * building, 2 * 8 * self.size[0] * self.size[1] ** 2
+        building = 8 * self.entries * (1 + self.work.has_gradients)
+        roots = 2 * 8 * self.size[0] * self.size[1] ** 2 * self.work.has_gradients
         return max([*solving, building]) + roots if forms else 0
 
     @property

@@ -17,8 +17,7 @@ class TwoFactors(FactoredLayer):
 
     def __init__(self, down: nn.Module, up: nn.Module, *, dense: nn.Module | None = None) -> None:
         super().__init__((down, up), dense)
-        self.down = down
-        self.up = up
+        self.down, self.up = down, up
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # the name that dense layers give it
         """Apply both factors."""
