@@ -1,10 +1,14 @@
 """Outputs that the cache keeps replace running the blocks again, and change nothing else."""
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 import spectrim as st
 from spectrim.analysis.activation_cache import ActivationCache
@@ -351,3 +355,163 @@ def test_what_lies_beside_the_blocks_is_recalled_but_layers_are_not() -> None:
                 assert torch.equal(model(x), expected)
             handle.remove()
     assert pool.runs == 1
+
+
+class Shift(nn.Module):
+    """A module of someone's own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 1
+
+
+def chain(*, inplace: bool = True) -> nn.Sequential:
+    torch.manual_seed(0)
+    first = (nn.Conv2d(2, 6, 3), nn.BatchNorm2d(6), nn.ReLU(inplace=inplace), nn.MaxPool2d(2))
+    second = (nn.Conv2d(6, 8, 3), nn.ReLU(inplace=inplace), nn.Flatten())
+    return nn.Sequential(*first, *second, nn.Linear(8 * 16, 24), nn.ReLU())
+
+
+class Chained(nn.Module):
+    """A chain of layers with a head after it."""
+
+    def __init__(self, *, skips: bool = False) -> None:
+        super().__init__()
+        self.features, self.head = chain(), nn.Linear(24, 3)
+        self.skips = skips
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.features(x)
+        return self.head(y + x.flatten(1)[:, :24] if self.skips else y)
+
+
+class Calls(TorchFunctionMode):
+    """Which layers' functions are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (functional.conv2d, functional.linear):
+            self.names.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def stopped_at(model: nn.Module, layer: nn.Module, cache: ActivationCache, x: Tensor) -> tuple[Tensor, list[str]]:
+    """The output of a pass that is final up to a layer, and what was called."""
+    with cache.recalling(0) as stop, torch.no_grad(), Calls() as calls:
+        handle = layer.register_forward_pre_hook(lambda *_: stop())
+        try:
+            return model(x), calls.names
+        finally:
+            handle.remove()
+
+
+@pytest.mark.parametrize("skips", [False, True])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_pass_through_a_chain_of_layers_begins_at_the_layer_at_hand(skips: bool, inplace: bool) -> None:
+    x = torch.randn(4, 2, 14, 14)
+    model = Chained(skips=skips).eval()
+    model.features = chain(inplace=inplace).eval()
+    cache = ActivationCache(model, free_bytes=10**7, tried_on=as_inputs(x))
+    expected = model(x).detach()
+    for layer, first, later in (
+        (model.features[4], ["conv2d", "conv2d", "linear", "linear"], ["conv2d", "linear", "linear"]),
+        (model.features[7], ["conv2d", "linear", "linear"], ["linear", "linear"]),
+        (model.head, ["linear", "linear"], ["linear"]),
+    ):
+        for calls in (first, later):
+            output, called = stopped_at(model, layer, cache, x)
+            assert called == calls
+            assert torch.equal(output, expected)
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_a_network_that_is_a_chain_itself_begins_at_the_layer_at_hand() -> None:
+    x, model = torch.randn(4, 2, 14, 14), chain().eval()
+    cache = ActivationCache(model, free_bytes=10**7, tried_on=as_inputs(x))
+    for calls in (["conv2d", "conv2d", "linear"], ["linear"]):
+        output, called = stopped_at(model, model[7], cache, x)
+        assert called == calls
+        assert torch.equal(output, model(x))
+
+
+def test_what_arrives_in_a_chain_is_kept_while_the_bytes_suffice() -> None:
+    x, model = torch.randn(4, 2, 14, 14), chain().eval()
+    cache = ActivationCache(model, free_bytes=2048, tried_on=as_inputs(x))  # what arrives at 4 is larger
+    assert stopped_at(model, model[4], cache, x)[1] == ["conv2d", "conv2d", "linear"]
+    assert stopped_at(model, model[4], cache, x)[1] == ["conv2d", "conv2d", "linear"]
+    assert stopped_at(model, model[7], cache, x)[1] == ["conv2d", "conv2d", "linear"]
+    assert stopped_at(model, model[7], cache, x)[1] == ["linear"]
+
+
+@pytest.mark.parametrize("how", ["hook", "pre-hook", "own module", "own forward", "subclass"])
+def test_a_chain_that_may_do_more_than_compute_is_run_from_its_beginning(how: str) -> None:
+    x, model = torch.randn(4, 2, 14, 14), chain().eval()
+    if how == "hook":
+        model[2].register_forward_hook(lambda *_: None)
+    elif how == "pre-hook":
+        model[2].register_forward_pre_hook(lambda *_: None)
+    elif how == "own module":
+        model[2] = Shift()
+    elif how == "own forward":
+        model[2].forward = torch.tanh
+    else:
+        model = type("Own", (nn.Sequential,), {})(*model).eval()
+    cache = ActivationCache(model, free_bytes=10**7, tried_on=as_inputs(x))
+    for _ in range(2):
+        output, called = stopped_at(model, model[7], cache, x)
+        assert called == ["conv2d", "conv2d", "linear"]
+        assert torch.equal(output, model(x))
+
+
+def test_a_chain_that_is_called_twice_keeps_the_calls_apart() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.twice = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.twice(self.twice(x) + 1)
+
+    x, model = torch.randn(4, 6), Twice().eval()
+    cache = ActivationCache(model, free_bytes=10**7, tried_on=as_inputs(x))
+    for end in (1, 2, 3, 2, 1, 3):
+        seen: list[Tensor] = []
+
+        def stop_at(*_: object, seen: list[Tensor] = seen, end: int = end) -> None:
+            seen.append(x)
+            if len(seen) == end:
+                stop()
+
+        handle = model.twice[2].register_forward_pre_hook(stop_at)
+        with cache.recalling(0) as stop, torch.no_grad():
+            output = model(x)
+        handle.remove()
+        assert torch.equal(output, model(x))
+
+
+@pytest.mark.parametrize("make", [chain, Chained])
+def test_chains_are_compressed_as_without_a_cache(make: Callable[[], nn.Module]) -> None:
+    x = torch.randn(48, 2, 14, 14, generator=torch.Generator().manual_seed(1))
+    outputs = []
+    for cache in (0, 3 * 10**4, None):
+        small = st.compress(make().eval(), st.Budget(macs=0.6), example_inputs=x[:1], data=x.split(16), cache=cache)
+        outputs.append(small.model(x).detach())
+    assert torch.allclose(outputs[0], outputs[1], atol=1e-5)
+    assert torch.allclose(outputs[0], outputs[2], atol=1e-5)
+
+
+def test_narrowed_neurons_in_a_chain_are_as_without_a_cache() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(12, 48), nn.GELU(), nn.Linear(48, 12), nn.Linear(12, 40), nn.ReLU(), nn.Linear(40, 5)
+    )
+    x, outputs = torch.randn(256, 12, generator=torch.Generator().manual_seed(1)), []
+    for cache in (0, None):
+        budget = st.Budget(macs=0.5)
+        small = st.compress(model, budget, example_inputs=x[:1], data=x.split(64), forms=["width"], cache=cache)
+        assert any(layer.form == "width" for layer in small.plan)
+        outputs.append(small.model(x).detach())
+    assert torch.allclose(*outputs, atol=1e-5)

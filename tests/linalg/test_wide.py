@@ -159,3 +159,19 @@ def test_products_rounded_to_float32_keep_to_its_range(size: float, other: float
     M, C = other * numbers(1, 5, 40), (size * numbers(1, 40, 30)).float()
     exact = M @ C.double()
     torch.testing.assert_close(times_rounded(M, C) / exact.norm(), exact / exact.norm(), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("ridge", [0.0, 0.1])
+@pytest.mark.parametrize("in_outputs", [False, True])
+def test_the_energy_lost_on_few_vectors_is_that_of_their_covariance(ridge: float, in_outputs: bool) -> None:
+    draw = torch.Generator().manual_seed(0)
+    weight, low = torch.randn(2, 1, 6, 20, generator=draw, dtype=torch.float64)
+    rows, root = (
+        torch.randn(1, 4, 20, generator=draw, dtype=torch.float64),
+        torch.randn(1, 6, 6, generator=draw).double(),
+    )
+    C = LowRankCovariance(rows, torch.full((1, 1), ridge, dtype=torch.float64))
+    output = root @ root.mT if in_outputs else None
+    few, whole = (Problem(weight, covariance, output=output) for covariance in (C, C.matrix))
+    for product in (low, 0):
+        assert few.seen_error(product) == pytest.approx(whole.seen_error(product), rel=1e-9)

@@ -19,6 +19,7 @@ from spectrim.core.batches import batches_of, inputs_of, length_of
 from spectrim.core.distributed import Accelerator, all_reduce, if_distributed, shard
 from spectrim.core.errors import DataError, ModelError
 from spectrim.core.execution import Inputs, call, evaluating, frozen, on_device_of, temporary
+from spectrim.core.heap import return_freed, reusing_freed
 from spectrim.core.memory import Storage
 from spectrim.core.nested import is_in_transform, joined
 from spectrim.core.progress import progress_callback
@@ -154,6 +155,7 @@ def calibrate(
             except ModelError as error:
                 raise DataError(str(error)) from error
             masks.warn_if_unused()
+    return_freed()
     if not seen:
         raise DataError("the calibration data is empty; give at least one batch")
     names = list(typed_layers(model))
@@ -230,7 +232,9 @@ def add_gradients(
                 return
             hooks.is_backward = True
             try:
-                torch.autograd.grad(total, list(leaves_of(total)), retain_graph=probe + 1 < probes, allow_unused=True)
+                leaves, more = list(leaves_of(total)), probe + 1 < probes
+                with reusing_freed():
+                    torch.autograd.grad(total, leaves, retain_graph=more, allow_unused=True)
             except RuntimeError as error:
                 raise ModelError(
                     f"{type(model).__name__} cannot be differentiated: {str(error).splitlines()[0]}; use the "

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from spectrim.analysis.activation_cache import (
     ActivationCache,
-    ForgottenOutputError,
     blocks_after_feeders,
     default_bytes,
 )
@@ -22,11 +21,13 @@ from spectrim.analysis.calibration import Calibration, add_gradients
 from spectrim.analysis.metrics import measured_in, metric_of
 from spectrim.analysis.moments import PROBES, RunningGradients
 from spectrim.analysis.output_distance import NoDistanceError, outputs_of, outputs_with, squared_distances
+from spectrim.analysis.recalled_pass import ForgottenOutputError
 from spectrim.analysis.spectra import Analysis, LayerAnalysis
 from spectrim.core.arguments import checked
 from spectrim.core.batches import batches_of, inputs_of
 from spectrim.core.errors import DataError, ModelError, PlanError
 from spectrim.core.execution import Inputs, ProgressCallback, evaluating, frozen
+from spectrim.core.heap import return_freed
 from spectrim.core.memory import IN_PLACE, Storage
 from spectrim.core.plans import Metric
 from spectrim.core.progress import progress_callback
@@ -155,6 +156,7 @@ def with_output_grads(
             with evaluating(model), frozen(model) if freezes else nullcontext():
                 for position, part, signs in parts:
                     add_gradients(model, part, layers, sums, what=f"batch {position}", signs=signs, probes=probes)
+            return_freed()
             return statistics.with_output_grads({name: part for name, part in sums.items() if part.tells})
         except (DataError, ModelError):
             if required and not freezes:

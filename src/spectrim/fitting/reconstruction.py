@@ -14,12 +14,12 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from spectrim.analysis.activation_cache import (
     DEFAULT_BYTES,
     ActivationCache,
-    ForgottenOutputError,
     blocks_after_feeders,
 )
+from spectrim.analysis.recalled_pass import ForgottenOutputError
 from spectrim.analysis.spectra import Analysis
 from spectrim.core.execution import Inputs, ProgressCallback, call, evaluating
-from spectrim.core.memory import return_freed
+from spectrim.core.heap import return_freed
 from spectrim.core.plans import LayerPlan, Plan
 from spectrim.fitting.held_out import HeldOut, Pairs, taken_apart
 from spectrim.fitting.neurons import Neurons

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from spectrim.linalg.covariance import Covariance, LowRankCovariance, inner, matrix_of
 from spectrim.linalg.problem import Decomposition, Factors, Problem, Ranks, floored, is_wide
-from spectrim.linalg.products import times_rounded
 from spectrim.linalg.spectra import FloatArray, Spectrum, over_groups, to_float64
 from spectrim.linalg.subspace import leading_vectors
 
@@ -96,7 +95,7 @@ class ChannelDecomposition(Decomposition):
         """(down, up), (groups, rank, in, *kernel) and (groups, out, rank), with up @ down = U_r U_r^T W."""
         truncated = self._truncated_at(ranks[0])
         up = self.basis[:, :, : ranks[0]].double() if truncated is None else truncated[0]
-        down = times_rounded(up.mT, self.problem.matrices)
+        down = self.problem.times_matrices(up.mT)
         groups, _, *sizes = self.problem.weight.shape
         return down.reshape(groups, ranks[0], *sizes), self.problem.unweighted(up)
 
