@@ -295,7 +295,10 @@ class _SingleLayerRuns:
         """
         metric = measured_in(layer, self.metric)
         assert metric is not None
-        problem, errors = layer.problems[metric], layer.rank_errors(form, metric)
+        problem = layer.problems[metric]
+        if problem.is_wide:
+            return_freed()  # what passes have left takes the place of what is as large as the weight
+        errors = layer.rank_errors(form, metric)
         dense, total = self.cache.model.get_submodule(layer.name), problem.seen_error(0)
         losing = np.flatnonzero(errors.lost > _LEAST_LOST)
         place = len(losing) and 1 + int(np.abs(errors.lost[losing] - _LOST).argmin())

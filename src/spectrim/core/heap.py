@@ -9,7 +9,7 @@ _MUCH = 2**28
 """Bytes of freed memory that are worth the time: 256 MiB."""
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
-_REUSING = (_MMAP_MAX, 0), (_TRIM_THRESHOLD, 2**29)
+_REUSING = (_MMAP_MAX, 0), (_TRIM_THRESHOLD, 2**28)
 _USUAL = (_MMAP_MAX, 2**16), (_MMAP_THRESHOLD, 2**25), (_TRIM_THRESHOLD, 2**26)
 """Options by their numbers; the usual ones are those that the library comes to by itself with tensors of 32 MiB."""
 
