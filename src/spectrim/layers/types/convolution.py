@@ -5,6 +5,7 @@ from math import prod
 from typing import Any, ClassVar, cast
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -53,7 +54,7 @@ class Convolution(LayerType):
         images, *places = windows.shape[: 1 + self.dims]
         # picked from a view, so that only the sampled windows are ever copied
         chosen = sample(prod(places), positions)
-        index: list[Any] = [indices.to(x.device) for indices in _unravelled(chosen, places)]
+        index: list[Any] = [indices.to(x.device) for indices in torch.unravel_index(chosen, places)]
         rows: Tensor = windows[(slice(None), *index)]
         return rows.reshape(images * len(chosen), layer.groups, -1).movedim(1, 0)
 
@@ -128,15 +129,6 @@ def _along(name: str, option: Any, axis: int | None) -> Any:
     if axis is None or isinstance(option, str):
         return option
     return tuple(value if place == axis else _NEUTRAL[name] for place, value in enumerate(option))
-
-
-def _unravelled(places: Tensor, sizes: Sequence[int]) -> list[Tensor]:
-    """Flat positions as one index for each dimension."""
-    index: list[Tensor] = []
-    for size in reversed(sizes):
-        index.insert(0, places % size)
-        places = places // size
-    return index
 
 
 def _pads(layer: Any) -> tuple[list[int], list[int]]:
