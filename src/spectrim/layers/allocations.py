@@ -61,13 +61,11 @@ class _AllocationCounter(OperatorMode):
             key, storage = _key(tensor), storage_of(tensor)
             if storage is not None and key not in self._known:
                 self._known.add(key)
-                self._count(storage.nbytes())
-                weakref.finalize(storage, self._forget, key, storage.nbytes())
+                size = storage.nbytes()
+                self.alive, self.total = self.alive + size, self.total + size
+                self.most = max(self.most, self.alive)
+                weakref.finalize(storage, self._forget, key, size)
         return result
-
-    def _count(self, size: int) -> None:
-        self.alive, self.total = self.alive + size, self.total + size
-        self.most = max(self.most, self.alive)
 
     def _forget(self, key: int | None, size: int) -> None:
         self._known.discard(key)

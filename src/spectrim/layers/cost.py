@@ -51,8 +51,10 @@ def count(model: nn.Module, example_inputs: Any) -> NetworkCost:
     counter.mod_tracker = _WholeNetwork()
     with evaluating(model), rerouted(model, evenly), _Multiplications(counter), uncounted:
         outputs = call(model, as_inputs(example_inputs))
+    # torch's quantised layers pack their weights into their state
+    packed = [value for value in distinct_state(model)[0].values() if not isinstance(value, Tensor)]
     return NetworkCost(
-        params=_params(model),
+        params=sum(tensor.numel() for tensor in (*model.parameters(), *tensors(packed))),
         bytes=file_size(model),
         macs=int(counter.get_total_flops()) // 2,
         uncounted=tuple(uncounted.names) or None,
@@ -100,9 +102,3 @@ def file_size(model: nn.Module) -> int:
             }
     text = len(json.dumps(header, separators=(",", ":")))
     return 8 + math.ceil(text / 8) * 8 + end
-
-
-def _params(model: nn.Module) -> int:
-    """Numbers in parameters, and in weights that torch's quantised layers pack into their state."""
-    packed = (value for value in distinct_state(model)[0].values() if not isinstance(value, Tensor))
-    return sum(tensor.numel() for tensor in [*model.parameters(), *tensors(list(packed))])

@@ -108,17 +108,14 @@ class UnfusedExperts(nn.Module):
         else:
             index, reached = self._reroute(index, len(out)), range(len(out))
         places = {expert: torch.where(index == expert) for expert in reached if 0 <= expert < len(out)}
-        inner = {expert: self._gated(into[expert](hidden_states[token])) for expert, (token, _) in places.items()}
+        gate = self._outline._apply_gate if self._outline.has_gate else self._outline.act_fn
+        inner = {expert: gate(into[expert](hidden_states[token])) for expert, (token, _) in places.items()}
         kind = torch.result_type(hidden_states, top_k_weights)
         outputs = torch.zeros(*index.shape, hidden_states.shape[-1], dtype=kind, device=hidden_states.device)
         for expert, (token, place) in places.items():
             y = out[expert](inner.pop(expert)) * top_k_weights[token, place, None]
             outputs[token, place] = y.to(kind)
         return outputs.sum(dim=1).to(hidden_states.dtype)
-
-    def _gated(self, x: Tensor) -> Tensor:
-        gate = self._outline._apply_gate if self._outline.has_gate else self._outline.act_fn
-        return cast(Tensor, gate(x))
 
 
 @contextmanager

@@ -245,7 +245,7 @@ def _unfit(module: nn.Module, selection: LayerSelection) -> str | None:
         why = f": {' and '.join(stacks)} hold one matrix for each expert, head or part{_EXPERTS}" if stacks else ""
         return f"{name} layers are not factored{why}"
     overridden = layer_type.overrides(module)
-    if overridden and (overridden[0] == "__call__" or not selection.is_treated(module)):
+    if overridden and (overridden[0] == "__call__" or not isinstance(module, tuple(selection.treat_as))):
         base = f"nn.{layer_type.name}" if hasattr(nn, layer_type.name) else layer_type.name
         plain_call = overridden[0] != "__call__"
         advice = f"; if it gives what {base} gives, pass treat_as={{{name}: {base}}}" if plain_call else ""
