@@ -168,12 +168,8 @@ class Candidates:
     @cached_property
     def groups(self) -> list[Group]:
         """What is chosen together: a layer, or several that can be narrowed together."""
-        by_name = {layer.name: layer for layer in self.analysis}
-        together = {
-            layer.name: tuple(by_name[feeder.name] for feeder in layer.feeders)
-            for layer in self.analysis
-            if self._joint_forms(layer)
-        }
+        joint = [layer for layer in self.analysis if self._joint_forms(layer)]
+        together = {layer.name: [self.analysis[feeder.name] for feeder in layer.feeders] for layer in joint}
         groups = [Group.of_each(members, self._alone) for members in grouped(self.analysis, together)]
         for place, group in enumerate(groups):
             for form in self._joint_forms(group.layers[-1]):
@@ -318,7 +314,7 @@ class Candidates:
             why = f"{together[0]} at {share:.0%} of the {self.cost} of all {len(group.layers)} layers loses least"
             return narrowed(group.layers, *together, metric=self.metric, reason=f"{why} for what it saves")
         planned = []
-        for layer, choice in zip(group.layers, group.separately(option), strict=True):
+        for layer, choice in zip(group.layers, group.options[option].tolist(), strict=True):
             item, named = self._alone[layer.name]
             if choice:
                 form, ranks = named[choice - 1]

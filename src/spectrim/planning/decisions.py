@@ -108,11 +108,8 @@ def narrowed(
     planned = []
     for layer in feeders:
         alone = dense(layer, reason=f"narrowed together with {last.name}", metric=metric)
-        own = {
-            "predicted_error": 0.0,
-            "kept": joint_form_named(form).feeder_cost(last.unit, layer.weight, ranks),
-            "frozen": False,
-        }
+        cost = joint_form_named(form).feeder_cost(last.unit, layer.weight, ranks)
+        own = {"predicted_error": 0.0, "kept": cost, "frozen": False}
         planned.append(alone.model_copy(update=shared | own))
     return [*planned, entry]
 

@@ -194,7 +194,5 @@ def refused(plan: Plan, *, reason: str) -> Plan:
     assert plan.latency is not None
     nothing = dict.fromkeys(("rank", "rank_in", "metric", "predicted_error", "unit"))
     undone = {"form": DENSE, **nothing, "reason": reason}
-    layers = tuple(
-        layer.model_copy(update=undone | {"kept": layer.dense}) if layer.is_factored else layer for layer in plan
-    )
+    layers = tuple(own.model_copy(update=undone | {"kept": own.dense}) if own.is_factored else own for own in plan)
     return plan.model_copy(update={"layers": layers, "latency": plan.latency.model_copy(update={"refused": reason})})
