@@ -51,7 +51,6 @@ class _AllocationCounter(OperatorMode):
     def __torch_dispatch__(
         self, operator: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Run the operator, and look at what it gives."""
         if any(isinstance(leaf, Tensor) and leaf.layout == torch.jagged for leaf in tree_leaves((args, kwargs))):
             return NotImplemented  # it comes again with the values inside
         result = operator(*args, **(kwargs or {}))

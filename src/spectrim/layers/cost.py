@@ -95,10 +95,7 @@ def file_size(model: nn.Module) -> int:
     for name, value in distinct_state(model)[0].items():
         for tensor in stored_tensors(value):
             start, end = end, end + tensor.numel() * tensor.element_size()
-            header[f"{name}.{len(header)}" if name in header else name] = {
-                "dtype": "F32",
-                "shape": list(tensor.shape),
-                "data_offsets": [start, end],
-            }
+            entry = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [start, end]}
+            header[f"{name}.{len(header)}" if name in header else name] = entry
     text = len(json.dumps(header, separators=(",", ":")))
     return 8 + math.ceil(text / 8) * 8 + end

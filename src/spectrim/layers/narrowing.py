@@ -129,20 +129,12 @@ class _PerturbedPass:
         feeders = list(dict.fromkeys(feeder for own in self.possible.values() for feeder in own))
         watched = dict.fromkeys((*self.possible, *feeders))
         received, _ = received_by(self.model, self.inputs, watched)
-        hooks = [
-            self._layer(name).register_forward_pre_hook(partial(self._restore, name, before))
-            for name, before in received.items()
-        ]
-        hooks += [
-            self._layer(name).register_forward_hook(partial(self._change, name, number))
-            for number, name in enumerate(feeders)
-        ]
+        at = self.model.get_submodule
+        hooks = [at(name).register_forward_pre_hook(partial(self._restore, name, x)) for name, x in received.items()]
+        hooks += [at(name).register_forward_hook(partial(self._change, name, i)) for i, name in enumerate(feeders)]
         with temporary(hooks):
             call(self.model, self.inputs)
         return {name: own for name in self.possible if name in self.changed and (own := self._of(name))}
-
-    def _layer(self, name: str) -> nn.Module:
-        return self.model.get_submodule(name)
 
     def _restore(self, name: str, before: Tensor, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if before.shape != args[0].shape:

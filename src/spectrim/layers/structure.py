@@ -172,10 +172,7 @@ def _require_ordinary_factors(name: str, layer: FactoredLayer) -> None:
 def _options_of(dense: nn.Module) -> dict[str, str]:
     values = {name: getattr(dense, name) for name in layer_type_of(dense).options}
     # numbers of other types are equal ones
-    return {
-        name: str(tuple(map(int, value)) if isinstance(value, list | tuple) else value)
-        for name, value in values.items()
-    }
+    return {name: str(tuple(map(int, own)) if isinstance(own, list | tuple) else own) for name, own in values.items()}
 
 
 def _narrowed(layer: nn.Module) -> Narrowed:

@@ -170,7 +170,6 @@ class _WeightReads(OperatorMode):
     def __torch_dispatch__(
         self, operator: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Run the operator, and look at what it is given."""
         for operand in [] if _ASKS_FOR_SIZES.match(operator.name()) else extents((args, kwargs)):
             owners = {name for name, weight in self._extents.items() if overlap(weight, operand)}
             if owners.isdisjoint(self._under_way):

@@ -62,12 +62,8 @@ def fused(model: nn.Module) -> nn.Module:
 
 def places_of(model: nn.Module, names: Iterable[str]) -> list[str]:
     """The names of what has to be exchanged where these layers have changed: them, or what they are a part of here."""
-    wholes = {
-        f"{name}.{part}": name
-        for name, module in model.named_modules()
-        for kind in _KINDS
-        for part in kind.parts(module)
-    }
+    parts = ((name, part) for name, module in model.named_modules() for kind in _KINDS for part in kind.parts(module))
+    wholes = {f"{name}.{part}": name for name, part in parts}
     return list(dict.fromkeys(wholes.get(name, name) for name in names))
 
 

@@ -95,17 +95,10 @@ class Convolution(LayerType):
         return graph.node("Conv", names, **options)
 
     def _convolution(
-        self,
-        cls: Callable[..., nn.Module],
-        layer: Any,
-        into: int | None,
-        out: int | None,
-        *,
-        bias: bool,
-        **options: Any,
+        self, cls: Callable[..., nn.Module], layer: Any, into: int | None, out: int | None, **options: Any
     ) -> nn.Module:
         sizes = into or layer.in_channels, out or layer.out_channels
-        return cls(*sizes, groups=layer.groups, bias=bias, device="meta", dtype=layer.weight.dtype, **options)
+        return cls(*sizes, groups=layer.groups, device="meta", dtype=layer.weight.dtype, **options)
 
     def _windows(self, layer: Any, x: Tensor, output: Tensor) -> Tensor:
         """What the kernel sees at each place, as a view: (images, channels, *places, *kernel)."""
