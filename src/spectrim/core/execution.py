@@ -7,6 +7,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -105,11 +106,7 @@ class Inputs:
         """In parts of so many samples; in one part if it does not split."""
         if self.samples <= size or not self.splits:
             return [self]
-        return [self.map(partial(_rows, start=start, size=size)) for start in range(0, self.samples, size)]
-
-
-def _rows(tensor: Tensor, *, start: int, size: int) -> Tensor:
-    return tensor[start : start + size]
+        return [self.map(itemgetter(slice(start, start + size))) for start in range(0, self.samples, size)]
 
 
 def as_inputs(value: Any) -> Inputs:

@@ -186,7 +186,6 @@ def _row(
 
 
 def _timed(rows: Sequence[QuantizedRow], graphs: Sequence[Graph], *, threads: int, rounds: int) -> list[QuantizedRow]:
-    """The rows with their times."""
     sessions = (
         require_runtime(row.runtime, threads=threads).from_onnx(graph.proto, graph.source.example)
         for row, graph in zip(rows, graphs, strict=True)
