@@ -299,9 +299,8 @@ class Candidates:
 
     def plan(self, rule: Budget, solution: Sequence[int]) -> Plan:
         """These options as a plan, with reasons."""
-        planned: dict[str, LayerPlan] = {}
-        for group, option in zip(self.groups, solution, strict=True):
-            planned |= {layer.name: layer for layer in self._planned(group, option)}
+        chosen = zip(self.groups, solution, strict=True)
+        planned = {layer.name: layer for group, option in chosen for layer in self._planned(group, option)}
         layers = [planned[layer.name] for layer in self.analysis]
         multiple = self.multiple if self.multiple > 1 else None
         note = self._note(self.cost_of(solution))

@@ -156,8 +156,7 @@ class Layer:
     @cached_property
     def bases(self) -> int:
         """Decompositions that are kept once layers have been decided on."""
-        forms = self.work.forms_of(self.unit)
-        each = [form.basis_bytes(self.unit, rank=self.work.rank) for form in forms]
+        each = [form.basis_bytes(self.unit, rank=self.work.rank) for form in self.work.forms_of(self.unit)]
         if not each:
             return 0
         # with gradients layers are weighed in another metric
@@ -266,8 +265,7 @@ class Stages:
     @cached_property
     def copies(self) -> int:
         """That, and the network it is compared with."""
-        is_compared = any(layer.compared for layer in self.decomposed)
-        return self.copy * (2 if is_compared else 1)
+        return self.copy * (2 if any(layer.compared for layer in self.decomposed) else 1)
 
     @cached_property
     def statistics(self) -> int:
@@ -284,8 +282,8 @@ class Stages:
     def batches(self) -> int:
         """Calibration inputs that are kept, if they are run several times."""
         work, data = self.work, self.work.data
-        several = work.uses_data and (work.is_budget or work.is_fitted or work.has_gradients or work.run.distill)
-        if data is None or data.resident or not several:
+        repeated = work.uses_data and (work.is_budget or work.is_fitted or work.has_gradients or work.run.distill)
+        if data is None or data.resident or not repeated:
             return 0
         return self._of_samples(size_of(self.example.tensors()), data.samples)
 

@@ -46,11 +46,6 @@ class _Candidate:
         assert self.plan.latency is not None
         return self.plan.latency.predicted
 
-    @property
-    def is_off(self) -> bool:
-        """Whether the prediction was too far from what was measured."""
-        return abs(self.measured.value - self.predicted) > _FAR * self.predicted
-
     def meets(self, target: float) -> bool:
         """Whether the target is met, as well as can be measured."""
         return self.measured.value <= target * (1 + _CLOSE)
@@ -148,9 +143,10 @@ def refined(candidates: Candidates, rule: Budget, *, verify: Verify) -> Plan:
     if candidates.least >= candidates.whole:
         raise RuleError(out_of_reach(candidates, rule, least))
     solution = solve(candidates, rule, share=max(target, least))
-    tried = [_verified(candidates, solution, rule, verify)]
-    if tried[0].is_off or not tried[0].meets(target):
-        corrected = solve(candidates, rule, share=max(least, _rescaled(tried[0], target)))
+    first = _verified(candidates, solution, rule, verify)
+    tried, is_off = [first], abs(first.measured.value - first.predicted) > _FAR * first.predicted
+    if is_off or not first.meets(target):
+        corrected = solve(candidates, rule, share=max(least, _rescaled(first, target)))
         if corrected != solution:
             tried.append(_verified(candidates, corrected, rule, verify))
     meeting = [candidate for candidate in tried if candidate.meets(target)]

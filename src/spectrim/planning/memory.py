@@ -141,8 +141,7 @@ def estimate_memory(
     selection = LayerSelection(include, exclude, keep_last, treated, lookups=lookups, together=together)
     model = unfused(model, selection.unfuses)
     units = selected_units(model, example, selection)
-    work = Work(rule_or_plan, metric, forms, size, run)
-    return estimated(model, example, units, work)
+    return estimated(model, example, units, Work(rule_or_plan, metric, forms, size, run))
 
 
 def estimated(model: nn.Module, example: Inputs, units: Sequence[Unit], work: Work) -> MemoryEstimate:

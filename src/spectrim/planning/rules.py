@@ -106,8 +106,7 @@ def require_possible(analysis: Analysis, rule: Rule, options: PlanOptions, *, me
     elif rule.limits != "latency":
         step, whole = multiple_of(options.rank_multiple) or 1, limits_whole_size(rule)
         forms = selected_forms(options.forms, for_size=whole)
-        candidates = Candidates(analysis, rule.limits, metric, forms, step, lookups=whole)
-        candidates.require(rule, share=rule.share)
+        Candidates(analysis, rule.limits, metric, forms, step, lookups=whole).require(rule, share=rule.share)
 
 
 def candidates_of(analysis: Analysis, rule: Budget, options: PlanOptions) -> Candidates:
