@@ -43,8 +43,8 @@ class UnfusedMultiheadAttention(nn.Module):
         biases_kv = {"bias_k": fused.bias_k, "bias_v": fused.bias_v}
         self.__dict__.update({name: value for name, value in attributes_of(fused).items() if name not in biases_kv})
         biases = [None] * 3 if fused.in_proj_bias is None else fused.in_proj_bias.detach().chunk(3)
-        whole, apart = fused.in_proj_weight, (fused.q_proj_weight, fused.k_proj_weight, fused.v_proj_weight)
-        weights = apart if whole is None else [_like(weight, whole) for weight in whole.detach().chunk(3)]
+        whole, separate = fused.in_proj_weight, (fused.q_proj_weight, fused.k_proj_weight, fused.v_proj_weight)
+        weights = separate if whole is None else [_like(weight, whole) for weight in whole.detach().chunk(3)]
         for name, weight, bias in zip(PROJECTIONS, weights, biases, strict=False):
             self.add_module(name, _linear(weight, bias, like=fused.in_proj_bias))
         self.out_proj = _linear(fused.out_proj.weight, fused.out_proj.bias)

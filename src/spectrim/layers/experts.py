@@ -65,8 +65,7 @@ class UnfusedExperts(nn.Module):
         if down.is_meta:
             return True
         generator = torch.Generator().manual_seed(0)
-        size = down.shape[-1 if fused.is_transposed else 1]
-        x = torch.randn(_TRIED, size, generator=generator).to(down)
+        x = torch.randn(_TRIED, down.shape[-1 if fused.is_transposed else 1], generator=generator).to(down)
         weights, index = torch.rand(_TRIED, len(down), generator=generator).topk(min(2, len(down)))
         inputs = (x, index.to(down.device), weights.to(down))
         try:

@@ -127,8 +127,7 @@ class _PerturbedPass:
     def feeders(self) -> dict[str, tuple[str, ...]]:
         """By layer, those that feed it, if what lies between is elementwise; others may read them as well."""
         feeders = list(dict.fromkeys(feeder for own in self.possible.values() for feeder in own))
-        watched = dict.fromkeys((*self.possible, *feeders))
-        received, _ = received_by(self.model, self.inputs, watched)
+        received, _ = received_by(self.model, self.inputs, dict.fromkeys((*self.possible, *feeders)))
         at = self.model.get_submodule
         hooks = [at(name).register_forward_pre_hook(partial(self._restore, name, x)) for name, x in received.items()]
         hooks += [at(name).register_forward_hook(partial(self._change, name, i)) for i, name in enumerate(feeders)]

@@ -217,8 +217,7 @@ def _module_at(
 
 def _dense_at(model: nn.Module, name: str, layer: LowRank, origin: str) -> nn.Module:
     module = _module_at(model, name, layer.shape, origin, kind=layer.layer_type)
-    layer_type = layer_type_of(module)
-    if own := set(layer_type.overrides(module)) - set(layer.overrides):
+    if own := set(layer_type_of(module).overrides(module)) - set(layer.overrides):
         raise FileError(
             f"{origin} is for another network: {name!r} of {type(model).__name__} has a {min(own)} of its own "
             f"({type(module).__name__}), which the layer that was saved did not have"
