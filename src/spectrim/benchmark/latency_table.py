@@ -95,7 +95,6 @@ def latency_table(
     if not calls:
         raise PlanError("the model calls no layer of the analysis that can be factored; is it an analysis of it?")
     bench, machine = LayerBench(layers, chosen, rest_of(model)), fingerprint(runtime, threads=threads)
-    cache = TimingCache(folder, machine, len(bench.rest))
     with chosen.prepare(fused(model), inputs, checked=True) as network:
         below: tuple[int, ...] = ()
         if step is None:
@@ -105,7 +104,7 @@ def latency_table(
         units = _units(calls, allowed, step, below)
         axes = (_axes(each.layer, allowed, step, below, chosen) for each in calls)
         timed = [_TimedLayer(each, own, _narrowed(each, units)) for each, own in zip(calls, axes, strict=True)]
-        times = _measured(bench, cache, timed, on_progress)
+        times = _measured(bench, TimingCache(folder, machine, len(bench.rest)), timed, on_progress)
         network_ms, times = _aligned(bench, network, times)
         single = {layer.calls.layer.name: layer.times(times) for layer in timed}
         narrowed = {layer.calls.layer.name: layer.narrowed_ms(times) for layer in timed}

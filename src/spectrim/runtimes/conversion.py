@@ -212,8 +212,7 @@ def _bound(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
 def _ordered(model: nn.Module, inputs: Inputs) -> Inputs:
     """The same inputs, keyword arguments in the order of the model's `forward`."""
     order = list(_bound(model, inputs))
-    last = len(order)
-    names = sorted(inputs.kwargs, key=lambda name: order.index(name) if name in order else last)
+    names = sorted(inputs.kwargs, key=lambda name: order.index(name) if name in order else len(order))
     return Inputs(inputs.args, {name: inputs.kwargs[name] for name in names})
 
 
