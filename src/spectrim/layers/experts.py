@@ -140,13 +140,9 @@ def evenly(index: Tensor, experts: int) -> Tensor:
 
 def stacks_of(model: nn.Module) -> dict[str, str]:
     """By the name of an expert's layer, the name of the stack that has this projection of all experts."""
-    return {
-        f"{name}.{stack}.{number}": f"{name}.{stack}"
-        for name, module in model.named_modules()
-        if isinstance(module, UnfusedExperts)
-        for stack, layers in module.stacks.items()
-        for number in range(len(layers))
-    }
+    experts = ((name, module) for name, module in model.named_modules() if isinstance(module, UnfusedExperts))
+    stacks = ((f"{name}.{own}", layers) for name, module in experts for own, layers in module.stacks.items())
+    return {f"{stack}.{number}": stack for stack, layers in stacks for number in range(len(layers))}
 
 
 def routers_of(model: nn.Module) -> set[nn.Module]:

@@ -175,8 +175,7 @@ def _narrows(model: nn.Module, inputs: Inputs, places: Mapping[str, Feeding], wa
     for number, (name, feeding) in enumerate(places.items()):
         layer = model.get_submodule(name)
         kernels = to_float64(layer_type_of(layer).kernels(layer))
-        layout = feeding.heads or HeadLayout(1, 1, kernels.shape[2])
-        *each, rank = _half(layout, seed=number)
+        *each, rank = _half(feeding.heads or HeadLayout(1, 1, kernels.shape[2]), seed=number)
         of_groups, of_heads = (part.to(kernels) for part in each)
         form: JointForm
         factors: Factors

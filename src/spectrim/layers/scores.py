@@ -176,7 +176,6 @@ def _with(by: Tensor | None, _: nn.Module, __: Any, output: Tensor, *, shifts: b
 def _matrices(layout: HeadLayout, *, seed: int) -> tuple[Tensor, Tensor]:
     """Matrices (groups, size, size) and their inverses: they turn, and lengthen by up to 2, as a norm would undo."""
     draw = torch.Generator().manual_seed(seed)
-    shape = (2, layout.groups, layout.size, layout.size)
-    first, last = torch.linalg.qr(torch.randn(*shape, generator=draw))[0]
+    first, last = torch.linalg.qr(torch.randn(2, layout.groups, layout.size, layout.size, generator=draw))[0]
     lengths = 2 ** (2 * torch.rand(layout.groups, layout.size, 1, generator=draw) - 1)
     return first @ (lengths * last), last.mT @ (first.mT / lengths)

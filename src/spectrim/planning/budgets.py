@@ -290,8 +290,7 @@ class Candidates:
 
     def cost_of(self, solution: Sequence[int]) -> int:
         """What the whole model costs with these options."""
-        chosen = zip(self.items, solution, strict=True)
-        return self.outside + sum(int(item.costs[option]) for item, option in chosen)
+        return self.outside + sum(int(item.costs[option]) for item, option in zip(self.items, solution, strict=True))
 
     def lost(self, solution: Sequence[int]) -> float:
         """What all layers lose together with these options."""

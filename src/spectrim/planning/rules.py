@@ -84,11 +84,8 @@ def plan_with(analysis: Analysis, rule: Rule, options: PlanOptions) -> Plan:
 
 def _full_ranks(analysis: Analysis, forms: Sequence[str], metric: Metric) -> dict[str, tuple[Sequence[int], int]]:
     """The weight's shape, and the largest rank in the form that a per-layer rule would use, by the layer's name."""
-    return {
-        layer.name: (layer.shape, max(layer.full_ranks(possible[0])))
-        for layer in analysis
-        if (possible := possible_forms(layer, forms, metric))
-    }
+    possible = ((layer, possible_forms(layer, forms, metric)) for layer in analysis)
+    return {layer.name: (layer.shape, max(layer.full_ranks(own[0]))) for layer, own in possible if own}
 
 
 def require_possible(analysis: Analysis, rule: Rule, options: PlanOptions, *, metric: Metric) -> None:
