@@ -129,8 +129,7 @@ def fidelity(
     if not _ROUNDING * total < energy < float("inf"):
         return None
     compared = []
-    for position in range(len(networks)):
-        lost, same = sums.lost[position], sums.same[position]
+    for lost, same in zip(sums.lost, sums.same, strict=True):
         if lost is None:
             return None
         agreement = None if same is None else same / sums.scored

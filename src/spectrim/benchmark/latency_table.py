@@ -28,7 +28,7 @@ from spectrim.benchmark.measurement import resized
 from spectrim.benchmark.timing_cache import TimingCache
 from spectrim.core.arguments import checked
 from spectrim.core.errors import PlanError
-from spectrim.core.execution import Inputs, ProgressCallback, as_inputs, device_of, require_repeatable
+from spectrim.core.execution import ProgressCallback, as_inputs, device_of, require_repeatable
 from spectrim.layers.forms import allowed_forms, form_named, selected_forms
 from spectrim.layers.unfusing import fused, unfused_as
 from spectrim.runtimes.rank_grid import Grid, multiple_of, probe
@@ -95,16 +95,16 @@ def latency_table(
     if not calls:
         raise PlanError("the model calls no layer of the analysis that can be factored; is it an analysis of it?")
     bench, machine = LayerBench(layers, chosen, rest_of(model)), fingerprint(runtime, threads=threads)
-    cache = TimingCache(folder, machine, len(bench.rest))
     with chosen.prepare(fused(model), inputs, checked=True) as network:
         below: tuple[int, ...] = ()
         if step is None:
-            step = _probed(model, inputs, chosen)
+            on_cpu = device_of(model).type == "cpu"  # the probe knows no GPU
+            step = probe(runtime=runtime, threads=threads, batch=max(1, inputs.samples)).multiple if on_cpu else 1
             below = tuple(rank for rank in (step // 4, step // 2) if rank)
         units = _units(calls, allowed, step, below)
         axes = (_axes(each.layer, allowed, step, below, chosen) for each in calls)
         timed = [_TimedLayer(each, own, _narrowed(each, units)) for each, own in zip(calls, axes, strict=True)]
-        times = _measured(bench, cache, timed, on_progress)
+        times = _measured(bench, TimingCache(folder, machine, len(bench.rest)), timed, on_progress)
         network_ms, times = _aligned(bench, network, times)
         single = {layer.calls.layer.name: layer.times(times) for layer in timed}
         narrowed = {layer.calls.layer.name: layer.narrowed_ms(times) for layer in timed}
@@ -230,10 +230,3 @@ def _axes(layer: LayerAnalysis, allowed: Sequence[str], step: int, below: Sequen
         lower = below if form_named(form).rank_count == 1 else below[-1:]  # of two ranks there are many pairs
         axes[form] = axes_of(layer, form, multiple=step, points=points, below=lower)
     return tuple((form, its_axes) for form, its_axes in axes.items() if its_axes)
-
-
-def _probed(model: nn.Module, inputs: Inputs, runtime: Runtime) -> int:
-    """The step of this hardware; the probe knows no GPU."""
-    if device_of(model).type != "cpu":
-        return 1
-    return probe(runtime=runtime.name, threads=runtime.threads, batch=max(1, inputs.samples)).multiple

@@ -23,8 +23,7 @@ def layer_graph(layer: nn.Module, shape: Sequence[int]) -> "onnx.ModelProto":
     """
     package: Any = optional("onnx", extra="onnx")
     chain = layer.chain if isinstance(layer, FactoredLayer) else (layer,)
-    graph = _Graph(package)
-    name = "input"
+    graph, name = _Graph(package), "input"
     for part in chain:
         name = layer_type_of(part).add_to_graph(graph, part, name, dimensions=len(shape))
     number = package.helper.np_dtype_to_tensor_dtype(array_of(chain[0].get_parameter("weight")).dtype)

@@ -116,11 +116,9 @@ class Measurement(Displayed, NetworkCost):
 
     def against(self, dense: NetworkCost) -> "Measurement":
         """This measurement with its ratios to a dense one filled in."""
-        ratios = {
-            f"{name}_ratio": own / whole if (whole := getattr(dense, name)) and own is not None else None
-            for name in ("params", "bytes", "macs", "cache_bytes")
-            for own in (getattr(self, name),)
-        }
+        names = ("params", "bytes", "macs", "cache_bytes")
+        pairs = ((name, getattr(self, name), getattr(dense, name)) for name in names)
+        ratios = {f"{name}_ratio": own / whole if whole and own is not None else None for name, own, whole in pairs}
         return self.model_copy(update=ratios)
 
 

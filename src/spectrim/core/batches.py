@@ -124,8 +124,7 @@ def without_labels(data: Iterable[Any], *, like: Inputs, what: str = "the calibr
 
     Raises `DataError` as `batches_of`, and for a batch of another structure than the example.
     """
-    batches = batches_of(data, what=what)
-    return (_by_example(batch, like, position)[0] for position, batch in enumerate(batches))
+    return (_by_example(batch, like, position)[0] for position, batch in enumerate(batches_of(data, what=what)))
 
 
 @dataclass(frozen=True, eq=False)

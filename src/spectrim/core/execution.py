@@ -7,6 +7,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -106,11 +107,7 @@ class Inputs:
         """In parts of so many samples; in one part if it does not split."""
         if self.samples <= size or not self.splits:
             return [self]
-        return [self.map(partial(_rows, start=start, size=size)) for start in range(0, self.samples, size)]
-
-
-def _rows(tensor: Tensor, *, start: int, size: int) -> Tensor:
-    return tensor[start : start + size]
+        return [self.map(itemgetter(slice(start, start + size))) for start in range(0, self.samples, size)]
 
 
 def as_inputs(value: Any) -> Inputs:
@@ -190,7 +187,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     gpus = sorted({tensor.device.index or 0 for tensor in model.parameters() if tensor.device.type == "cuda"})
     python, arrays = random.getstate(), np.random.get_state()
     owned = [(module, dict(module._buffers)) for module in flags if module._buffers]
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers() if _can_be_written(buffer)]
+    dense = (own for own in model.buffers() if not isinstance(own, UninitializedBuffer) and own.layout == torch.strided)
+    buffers = [(own, own.detach().clone()) for own in dense if not (own.is_meta or own.is_inference())]
     with torch.no_grad(), torch.random.fork_rng(devices=gpus):
         try:
             torch.backends.mha.set_fastpath_enabled(False)
@@ -221,11 +219,6 @@ def frozen(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter in trained:
             parameter.requires_grad_()
-
-
-def _can_be_written(buffer: Tensor) -> bool:
-    plain = not isinstance(buffer, UninitializedBuffer) and buffer.layout == torch.strided
-    return plain and not (buffer.is_meta or buffer.is_inference())
 
 
 def call(model: nn.Module, inputs: Inputs, *, what: str = "example_inputs", hint: str = "") -> Any:
@@ -339,9 +332,7 @@ def _copies(value: Any) -> list[Tensor]:
 
 
 _WRAPPERS = {
-    "DistributedDataParallel": ("module", "wrap"),
-    "DataParallel": ("module", "wrap"),
-    "FullyShardedDataParallel": ("module", "wrap"),
+    **dict.fromkeys(("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel"), ("module", "wrap")),
     "OptimizedModule": ("_orig_mod", "compile"),
 }
 """By class: where the model is that it wraps, and what makes such a one."""

@@ -68,7 +68,6 @@ class ImageLayout:
 
 
 def _has_gradients(network: nn.Module, few: Inputs) -> bool:
-    """Whether gradients come through."""
     with suppress(Exception), torch.enable_grad():
         own = few.map(lambda x: x.detach().requires_grad_() if x.is_floating_point() else x)
         total = sum((value.sum() for value in fractions(call(network, own))), torch.zeros(()))

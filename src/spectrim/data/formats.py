@@ -136,10 +136,8 @@ def _decode_cifar_binary(files: Sequence[Raw]) -> Splits:
         return torch.from_numpy(np.frombuffer(raw.data, dtype=np.uint8).reshape(-1, _CIFAR_RECORD).copy())
 
     *train, test = map(batch, files)
-    return {
-        split: (records[:, 1:].reshape(-1, 3, 32, 32).contiguous(), records[:, 0].long())
-        for split, records in (("train", torch.cat(train)), ("test", test))
-    }
+    splits = {"train": torch.cat(train), "test": test}
+    return {name: (own[:, 1:].reshape(-1, 3, 32, 32).contiguous(), own[:, 0].long()) for name, own in splits.items()}
 
 
 def _decode_cifar_png(files: Sequence[Raw]) -> Splits:

@@ -51,7 +51,6 @@ class _AllocationCounter(OperatorMode):
     def __torch_dispatch__(
         self, operator: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Run the operator, and look at what it gives."""
         if any(isinstance(leaf, Tensor) and leaf.layout == torch.jagged for leaf in tree_leaves((args, kwargs))):
             return NotImplemented  # it comes again with the values inside
         result = operator(*args, **(kwargs or {}))
@@ -61,13 +60,11 @@ class _AllocationCounter(OperatorMode):
             key, storage = _key(tensor), storage_of(tensor)
             if storage is not None and key not in self._known:
                 self._known.add(key)
-                self._count(storage.nbytes())
-                weakref.finalize(storage, self._forget, key, storage.nbytes())
+                size = storage.nbytes()
+                self.alive, self.total = self.alive + size, self.total + size
+                self.most = max(self.most, self.alive)
+                weakref.finalize(storage, self._forget, key, size)
         return result
-
-    def _count(self, size: int) -> None:
-        self.alive, self.total = self.alive + size, self.total + size
-        self.most = max(self.most, self.alive)
 
     def _forget(self, key: int | None, size: int) -> None:
         self._known.discard(key)

@@ -43,7 +43,9 @@ class UnfusedMultiheadAttention(nn.Module):
         biases_kv = {"bias_k": fused.bias_k, "bias_v": fused.bias_v}
         self.__dict__.update({name: value for name, value in attributes_of(fused).items() if name not in biases_kv})
         biases = [None] * 3 if fused.in_proj_bias is None else fused.in_proj_bias.detach().chunk(3)
-        for name, weight, bias in zip(PROJECTIONS, _projection_weights(fused), biases, strict=False):
+        whole, separate = fused.in_proj_weight, (fused.q_proj_weight, fused.k_proj_weight, fused.v_proj_weight)
+        weights = separate if whole is None else [_like(weight, whole) for weight in whole.detach().chunk(3)]
+        for name, weight, bias in zip(PROJECTIONS, weights, biases, strict=False):
             self.add_module(name, _linear(weight, bias, like=fused.in_proj_bias))
         self.out_proj = _linear(fused.out_proj.weight, fused.out_proj.bias)
         for name, parameter in biases_kv.items():
@@ -194,16 +196,8 @@ def _is_ordinary(module: nn.MultiheadAttention) -> bool:
     hooks = any(value for part in module.modules() for name, value in vars(part).items() if name.endswith("_hooks"))
     is_known = set(module._parameters) <= _PARAMETERS and set(module._modules) == {"out_proj"} and not module._buffers
     out_proj: Any = module.out_proj
-    return is_known and not hooks and "forward" not in vars(module) and type(out_proj) is _OUT_PROJ
-
-
-_OUT_PROJ = nn.modules.linear.NonDynamicallyQuantizableLinear
-
-
-def _projection_weights(fused: Any) -> tuple[Tensor, ...]:
-    if fused.in_proj_weight is not None:
-        return tuple(_like(weight, fused.in_proj_weight) for weight in fused.in_proj_weight.detach().chunk(3))
-    return fused.q_proj_weight, fused.k_proj_weight, fused.v_proj_weight
+    is_own = type(out_proj) is nn.modules.linear.NonDynamicallyQuantizableLinear and "forward" not in vars(module)
+    return is_known and not hooks and is_own
 
 
 def _like(value: Tensor, reference: Tensor) -> nn.Parameter:

@@ -124,7 +124,10 @@ class _View:
         """An object of the cache's class that has the same attributes; any other value as it is."""
         if not _is_cache(value):
             return value
-        seen = object.__new__(_seen_class(value.__class__, is_pair=hasattr(value, _PAIRED)))
+        kind, own = value.__class__, _SeenPair if hasattr(value, _PAIRED) else _Seen
+        if kind not in _SEEN:
+            _SEEN[kind] = type("NarrowCache", (own, kind), {"__slots__": ("view",)})
+        seen: Any = object.__new__(_SEEN[kind])
         seen.__dict__ = vars(value)
         seen.view = self
         return seen
@@ -181,12 +184,6 @@ def _is_watched(attention: nn.Module) -> bool:
         return True
     parts = (part for part in attention.modules() if part is not attention)
     return any(part._forward_hooks or part._forward_pre_hooks for part in parts)
-
-
-def _seen_class(kind: type, *, is_pair: bool) -> Any:
-    if kind not in _SEEN:
-        _SEEN[kind] = type("NarrowCache", (_SeenPair if is_pair else _Seen, kind), {"__slots__": ("view",)})
-    return _SEEN[kind]
 
 
 class _Seen:

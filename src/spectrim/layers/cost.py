@@ -51,8 +51,10 @@ def count(model: nn.Module, example_inputs: Any) -> NetworkCost:
     counter.mod_tracker = _WholeNetwork()
     with evaluating(model), rerouted(model, evenly), _Multiplications(counter), uncounted:
         outputs = call(model, as_inputs(example_inputs))
+    # torch's quantised layers pack their weights into their state
+    packed = [value for value in distinct_state(model)[0].values() if not isinstance(value, Tensor)]
     return NetworkCost(
-        params=_params(model),
+        params=sum(tensor.numel() for tensor in (*model.parameters(), *tensors(packed))),
         bytes=file_size(model),
         macs=int(counter.get_total_flops()) // 2,
         uncounted=tuple(uncounted.names) or None,
@@ -93,16 +95,7 @@ def file_size(model: nn.Module) -> int:
     for name, value in distinct_state(model)[0].items():
         for tensor in stored_tensors(value):
             start, end = end, end + tensor.numel() * tensor.element_size()
-            header[f"{name}.{len(header)}" if name in header else name] = {
-                "dtype": "F32",
-                "shape": list(tensor.shape),
-                "data_offsets": [start, end],
-            }
+            entry = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [start, end]}
+            header[f"{name}.{len(header)}" if name in header else name] = entry
     text = len(json.dumps(header, separators=(",", ":")))
     return 8 + math.ceil(text / 8) * 8 + end
-
-
-def _params(model: nn.Module) -> int:
-    """Numbers in parameters, and in weights that torch's quantised layers pack into their state."""
-    packed = (value for value in distinct_state(model)[0].values() if not isinstance(value, Tensor))
-    return sum(tensor.numel() for tensor in [*model.parameters(), *tensors(list(packed))])

@@ -65,8 +65,7 @@ class UnfusedExperts(nn.Module):
         if down.is_meta:
             return True
         generator = torch.Generator().manual_seed(0)
-        size = down.shape[-1 if fused.is_transposed else 1]
-        x = torch.randn(_TRIED, size, generator=generator).to(down)
+        x = torch.randn(_TRIED, down.shape[-1 if fused.is_transposed else 1], generator=generator).to(down)
         weights, index = torch.rand(_TRIED, len(down), generator=generator).topk(min(2, len(down)))
         inputs = (x, index.to(down.device), weights.to(down))
         try:
@@ -108,17 +107,14 @@ class UnfusedExperts(nn.Module):
         else:
             index, reached = self._reroute(index, len(out)), range(len(out))
         places = {expert: torch.where(index == expert) for expert in reached if 0 <= expert < len(out)}
-        inner = {expert: self._gated(into[expert](hidden_states[token])) for expert, (token, _) in places.items()}
+        gate = self._outline._apply_gate if self._outline.has_gate else self._outline.act_fn
+        inner = {expert: gate(into[expert](hidden_states[token])) for expert, (token, _) in places.items()}
         kind = torch.result_type(hidden_states, top_k_weights)
         outputs = torch.zeros(*index.shape, hidden_states.shape[-1], dtype=kind, device=hidden_states.device)
         for expert, (token, place) in places.items():
             y = out[expert](inner.pop(expert)) * top_k_weights[token, place, None]
             outputs[token, place] = y.to(kind)
         return outputs.sum(dim=1).to(hidden_states.dtype)
-
-    def _gated(self, x: Tensor) -> Tensor:
-        gate = self._outline._apply_gate if self._outline.has_gate else self._outline.act_fn
-        return cast(Tensor, gate(x))
 
 
 @contextmanager
@@ -144,13 +140,9 @@ def evenly(index: Tensor, experts: int) -> Tensor:
 
 def stacks_of(model: nn.Module) -> dict[str, str]:
     """By the name of an expert's layer, the name of the stack that has this projection of all experts."""
-    return {
-        f"{name}.{stack}.{number}": f"{name}.{stack}"
-        for name, module in model.named_modules()
-        if isinstance(module, UnfusedExperts)
-        for stack, layers in module.stacks.items()
-        for number in range(len(layers))
-    }
+    experts = ((name, module) for name, module in model.named_modules() if isinstance(module, UnfusedExperts))
+    stacks = ((f"{name}.{own}", layers) for name, module in experts for own, layers in module.stacks.items())
+    return {f"{stack}.{number}": stack for stack, layers in stacks for number in range(len(layers))}
 
 
 def routers_of(model: nn.Module) -> set[nn.Module]:

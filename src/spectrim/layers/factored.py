@@ -143,11 +143,9 @@ class FactoredLayer(nn.Module, ABC):
 
     def stored(self, factors: Factors) -> list[Tensor]:
         """Factors as the weights of the chain, in order."""
-        sizes = [geometry_of(part) for part in self.chain]
-        return [
-            layer_type_of(part).to_weight(factor.reshape(size.shape), size)
-            for part, factor, size in zip(self.chain, factors, sizes, strict=True)
-        ]
+        parts = ((layer_type_of(part), geometry_of(part)) for part in self.chain)
+        pairs = zip(parts, factors, strict=True)
+        return [kind.to_weight(factor.reshape(size.shape), size) for (kind, size), factor in pairs]
 
     def empty_dense(self) -> nn.Module:
         """An unset dense layer with the same class, sizes and options, without storage."""

@@ -152,12 +152,9 @@ class _Multiplied:
 
     def passed(self) -> dict[str, Feeding]:
         """Those whose layers would read heads that are multiplied as the values were."""
-        hooks = []
-        for name, (values, _) in self.candidates.items():
-            hook = partial(self._multiply, name)
-            hooks.append(self.model.get_submodule(values).register_forward_hook(hook))
-        for name in self.received:
-            hooks.append(self.model.get_submodule(name).register_forward_pre_hook(partial(self._look, name)))
+        at, candidates = self.model.get_submodule, self.candidates.items()
+        hooks = [at(values).register_forward_hook(partial(self._multiply, name)) for name, (values, _) in candidates]
+        hooks += [at(name).register_forward_pre_hook(partial(self._look, name)) for name in self.received]
         with temporary(hooks):
             call(self.model, self.inputs)
         return {name: Feeding((self.candidates[name][0],), self.candidates[name][1]) for name in self.agreeing}

@@ -127,22 +127,13 @@ class _PerturbedPass:
     def feeders(self) -> dict[str, tuple[str, ...]]:
         """By layer, those that feed it, if what lies between is elementwise; others may read them as well."""
         feeders = list(dict.fromkeys(feeder for own in self.possible.values() for feeder in own))
-        watched = dict.fromkeys((*self.possible, *feeders))
-        received, _ = received_by(self.model, self.inputs, watched)
-        hooks = [
-            self._layer(name).register_forward_pre_hook(partial(self._restore, name, before))
-            for name, before in received.items()
-        ]
-        hooks += [
-            self._layer(name).register_forward_hook(partial(self._change, name, number))
-            for number, name in enumerate(feeders)
-        ]
+        received, _ = received_by(self.model, self.inputs, dict.fromkeys((*self.possible, *feeders)))
+        at = self.model.get_submodule
+        hooks = [at(name).register_forward_pre_hook(partial(self._restore, name, x)) for name, x in received.items()]
+        hooks += [at(name).register_forward_hook(partial(self._change, name, i)) for i, name in enumerate(feeders)]
         with temporary(hooks):
             call(self.model, self.inputs)
         return {name: own for name in self.possible if name in self.changed and (own := self._of(name))}
-
-    def _layer(self, name: str) -> nn.Module:
-        return self.model.get_submodule(name)
 
     def _restore(self, name: str, before: Tensor, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if before.shape != args[0].shape:
@@ -184,8 +175,7 @@ def _narrows(model: nn.Module, inputs: Inputs, places: Mapping[str, Feeding], wa
     for number, (name, feeding) in enumerate(places.items()):
         layer = model.get_submodule(name)
         kernels = to_float64(layer_type_of(layer).kernels(layer))
-        layout = feeding.heads or HeadLayout(1, 1, kernels.shape[2])
-        *each, rank = _half(layout, seed=number)
+        *each, rank = _half(feeding.heads or HeadLayout(1, 1, kernels.shape[2]), seed=number)
         of_groups, of_heads = (part.to(kernels) for part in each)
         form: JointForm
         factors: Factors

@@ -33,8 +33,8 @@ def formulas() -> Mapping[Any, Callable[..., int]]:
         aten.mkldnn_rnn_layer: _recurrent_layer,
         aten._cudnn_rnn: _recurrent_layers,
         aten._trilinear: _trilinear,
-        aten.mv: _matrix_vector,
-        aten.addmv: lambda _, matrix, vector, **__: _matrix_vector(matrix, vector),
+        aten.mv: lambda matrix, _, **__: 2 * math.prod(matrix),
+        aten.addmv: lambda _, matrix, vector, **__: 2 * math.prod(matrix),
         aten.dot: lambda first, _, **__: 2 * math.prod(first),
         aten.vdot: lambda first, _, **__: 2 * math.prod(first),
         aten.addbmm: lambda _, first, second, **__: 2 * math.prod(first) * second[-1],
@@ -79,10 +79,6 @@ def _expanded(shape: Sizes, places: Iterable[int]) -> list[int]:
 def _grouped(rows: Sizes, matrices: Sizes, *_: Any, **__: Any) -> int:
     """Each row times one of the matrices, or each group of rows times its own."""
     return 2 * math.prod(rows) * matrices[-1]
-
-
-def _matrix_vector(matrix: Sizes, _: Sizes, **__: Any) -> int:
-    return 2 * math.prod(matrix)
 
 
 def _deformable(_: Sizes, weight: Sizes, *__: Any, out_shape: Sizes, **___: Any) -> int:

@@ -101,9 +101,8 @@ def factorize(
             replacements |= factored_at(model, layer.names, form=layer.form, factors=factors(layer), bias=biases)
         elif layer.unit == layer.name:
             feeders = plan.feeders(layer.name)
-            new = factors(layer)
             replacements |= narrowed_at(
-                model, layer.name, feeders, form=layer.form, rank=layer.ranks[0], factors=new, bias=biases
+                model, layer.name, feeders, form=layer.form, rank=layer.ranks[0], factors=factors(layer), bias=biases
             )
     replace(model, replacements)
     return model

@@ -110,10 +110,8 @@ class _Multiplied:
     def passed(self) -> dict[str, Feeding]:
         """Those of which no layer tells that both are multiplied, and one tells that the keys are."""
         before = self._pass()
-        alone, *orders = (
-            _changed(before, self._pass(multiplied=number, shifted=shifted))
-            for number, shifted in ((1, None), (2, "last"), (2, "first"))
-        )
+        passes = ((1, None), (2, "last"), (2, "first"))
+        alone, *orders = (_changed(before, self._pass(multiplied=number, shifted=at)) for number, at in passes)
         both = orders[0] & orders[1]
         if len(self.candidates) > 1 and not both.isdisjoint(_OUTPUTS):  # by one of them, or several
             each = (replace(self, candidates={name: own}).passed() for name, own in self.candidates.items())
@@ -137,16 +135,14 @@ class _Multiplied:
 
     def _pass(self, *, multiplied: int = 0, shifted: str | None = None) -> dict[str, Tensor]:
         """What layers would receive, and the outputs, with the last or both of each candidate's layers multiplied."""
-        self.now, hooks = {}, []
+        at, self.now, hooks = self.model.get_submodule, {}, []
         for number, (name, (first, layout)) in enumerate(self.candidates.items()):
             by, inverse = _matrices(layout, seed=number)
             by_head = inverse.mT.repeat_interleave(layout.heads // layout.groups, dim=0)
             of_last = partial(_with, by if multiplied else None, shifts=shifted == "last")
             of_first = partial(_with, by_head if multiplied > 1 else None, shifts=shifted == "first")
-            hooks.append(self.model.get_submodule(name).register_forward_hook(of_last))
-            hooks.append(self.model.get_submodule(first).register_forward_hook(of_first))
-        for name in self.received:
-            hooks.append(self.model.get_submodule(name).register_forward_pre_hook(partial(self._look, name)))
+            hooks += [at(name).register_forward_hook(of_last), at(first).register_forward_hook(of_first)]
+        hooks += [at(name).register_forward_pre_hook(partial(self._look, name)) for name in self.received]
         with temporary(hooks):
             outputs = call(self.model, self.inputs)
         return self.now | dict(zip(_OUTPUTS, tensors(outputs, floats=True), strict=False))
@@ -180,7 +176,6 @@ def _with(by: Tensor | None, _: nn.Module, __: Any, output: Tensor, *, shifts: b
 def _matrices(layout: HeadLayout, *, seed: int) -> tuple[Tensor, Tensor]:
     """Matrices (groups, size, size) and their inverses: they turn, and lengthen by up to 2, as a norm would undo."""
     draw = torch.Generator().manual_seed(seed)
-    shape = (2, layout.groups, layout.size, layout.size)
-    first, last = torch.linalg.qr(torch.randn(*shape, generator=draw))[0]
+    first, last = torch.linalg.qr(torch.randn(2, layout.groups, layout.size, layout.size, generator=draw))[0]
     lengths = 2 ** (2 * torch.rand(layout.groups, layout.size, 1, generator=draw) - 1)
     return first @ (lengths * last), last.mT @ (first.mT / lengths)

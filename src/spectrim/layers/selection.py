@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from functools import partial
 
 from torch import nn
 
@@ -62,12 +61,7 @@ class LayerSelection:
 
     def unfuses(self, part: str, whole: str) -> bool:
         """Whether it takes a layer that a module can be taken apart for, and does not leave that out by its name."""
-        includes, excludes = (partial(_matches, patterns=patterns) for patterns in (self.include, self.exclude))
-        return includes(part) and not excludes(whole)
-
-    def is_treated(self, layer: nn.Module) -> bool:
-        """Whether `treat_as` speaks of the layer."""
-        return any(isinstance(layer, own) for own in self.treat_as)
+        return _matches(part, self.include) and not _matches(whole, self.exclude)
 
     def matching(self, names: Sequence[str]) -> set[str]:
         """Those of the names that are included and not excluded.

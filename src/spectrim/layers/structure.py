@@ -172,10 +172,7 @@ def _require_ordinary_factors(name: str, layer: FactoredLayer) -> None:
 def _options_of(dense: nn.Module) -> dict[str, str]:
     values = {name: getattr(dense, name) for name in layer_type_of(dense).options}
     # numbers of other types are equal ones
-    return {
-        name: str(tuple(map(int, value)) if isinstance(value, list | tuple) else value)
-        for name, value in values.items()
-    }
+    return {name: str(tuple(map(int, own)) if isinstance(own, list | tuple) else own) for name, own in values.items()}
 
 
 def _narrowed(layer: nn.Module) -> Narrowed:
@@ -220,8 +217,7 @@ def _module_at(
 
 def _dense_at(model: nn.Module, name: str, layer: LowRank, origin: str) -> nn.Module:
     module = _module_at(model, name, layer.shape, origin, kind=layer.layer_type)
-    layer_type = layer_type_of(module)
-    if own := set(layer_type.overrides(module)) - set(layer.overrides):
+    if own := set(layer_type_of(module).overrides(module)) - set(layer.overrides):
         raise FileError(
             f"{origin} is for another network: {name!r} of {type(model).__name__} has a {min(own)} of its own "
             f"({type(module).__name__}), which the layer that was saved did not have"

@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,16 +55,13 @@ def watching(model: nn.Module, on_call: CallHook) -> Iterator[None]:
 def calling(model: nn.Module, on_call: CallHook) -> Iterator[None]:
     """As `watching`, of a model that has been checked."""
 
-    def observe(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]:
-        def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            x = args[0] if args else kwargs.get("input", kwargs.get("x"))
-            if isinstance(x, Tensor) and isinstance(output, Tensor) and x.ndim and output.ndim:
-                on_call(name, layer, joined(x), joined(output))
-
-        return hook
+    def observe(name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        x = args[0] if args else kwargs.get("input", kwargs.get("x"))
+        if isinstance(x, Tensor) and isinstance(output, Tensor) and x.ndim and output.ndim:
+            on_call(name, layer, joined(x), joined(output))
 
     layers = ((name, model.get_submodule(name)) for name in typed_layers(model))
-    with temporary(layer.register_forward_hook(observe(name), with_kwargs=True) for name, layer in layers):
+    with temporary(layer.register_forward_hook(partial(observe, name), with_kwargs=True) for name, layer in layers):
         yield
 
 
@@ -138,15 +136,12 @@ def trace(model: nn.Module, inputs: Inputs, *, treat_as: TreatAs | None = None) 
         if isinstance(layer, treated) and not _same(_plain(layer, kind)(x), output):
             differing.add(name)
 
-    def note_inputs(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-        def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            keyworded.update({name} if kwargs.keys() - _KEYWORDS else ())
-            nested.update({name} if any(getattr(x, "is_nested", False) for x in (*args, *kwargs.values())) else ())
-
-        return note
+    def note(name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        keyworded.update({name} if kwargs.keys() - _KEYWORDS else ())
+        nested.update({name} if any(getattr(x, "is_nested", False) for x in (*args, *kwargs.values())) else ())
 
     layers = {name: model.get_submodule(name) for name in typed_layers(model)}
-    keywords = (layer.register_forward_pre_hook(note_inputs(name), with_kwargs=True) for name, layer in layers.items())
+    keywords = (each.register_forward_pre_hook(partial(note, name), with_kwargs=True) for name, each in layers.items())
     reads = _WeightReads(layers)
     with rerouted(model, evenly):
         with evaluating(model), watching(model, count), temporary(keywords), temporary(reads.hooks()), reads:
@@ -175,7 +170,6 @@ class _WeightReads(OperatorMode):
     def __torch_dispatch__(
         self, operator: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Run the operator, and look at what it is given."""
         for operand in [] if _ASKS_FOR_SIZES.match(operator.name()) else extents((args, kwargs)):
             owners = {name for name, weight in self._extents.items() if overlap(weight, operand)}
             if owners.isdisjoint(self._under_way):

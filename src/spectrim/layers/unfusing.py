@@ -62,12 +62,8 @@ def fused(model: nn.Module) -> nn.Module:
 
 def places_of(model: nn.Module, names: Iterable[str]) -> list[str]:
     """The names of what has to be exchanged where these layers have changed: them, or what they are a part of here."""
-    wholes = {
-        f"{name}.{part}": name
-        for name, module in model.named_modules()
-        for kind in _KINDS
-        for part in kind.parts(module)
-    }
+    parts = ((name, part) for name, module in model.named_modules() for kind in _KINDS for part in kind.parts(module))
+    wholes = {f"{name}.{part}": name for name, part in parts}
     return list(dict.fromkeys(wholes.get(name, name) for name in names))
 
 
@@ -79,16 +75,12 @@ def _with_same_tensors(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
 
 
-def _kind_of(module: nn.Module) -> type[_Unfused] | None:
-    return next((kind for kind in _KINDS if kind.parts(module)), None)
-
-
 def _replaceable(model: nn.Module, selects: Selects) -> dict[nn.Module, type[_Unfused]]:
     uses = Counter(id(weight) for module in model.modules() for weight in module._parameters.values())
     return {
         module: kind
         for name, module in model.named_modules()
-        if module is not model and (kind := _kind_of(module))
+        if module is not model and (kind := next((own for own in _KINDS if own.parts(module)), None))
         if any(selects(f"{name}.{part}", name) for part in kind.parts(module))
         if all(uses[id(weight)] == 1 for weight in module.parameters()) and kind.replaces(module)
     }

@@ -29,21 +29,14 @@ def load_pretrained(folder: str | Path) -> nn.Module:
     """
     folder = Path(folder).expanduser()
     gguf, model_class = gguf_file(folder), model_class_of(folder)
-    options: dict[str, Any] = {"use_safetensors": True}
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    options |= {"use_safetensors": True} if gguf is None else {"gguf_file": gguf.name}
     if gguf is not None:
-        options = {"gguf_file": gguf.name}
         configuration = getattr(importlib.import_module("transformers"), "GgufConfig", None)
         if configuration is not None:  # version 5 may leave weights packed
             options["quantization_config"] = configuration(dequantize=True)
     try:
-        model, report = model_class.from_pretrained(
-            str(folder),
-            output_loading_info=True,
-            local_files_only=True,
-            trust_remote_code=False,
-            dtype="auto",
-            **options,
-        )
+        model, report = model_class.from_pretrained(str(folder), output_loading_info=True, dtype="auto", **options)
     except (FileError, ModelError):
         raise
     except Exception as error:  # whatever a damaged or foreign folder leads to

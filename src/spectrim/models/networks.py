@@ -192,8 +192,7 @@ def cifar_inputs(images: Tensor) -> Tensor:
     """
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
         raise DataError(f"images are {images.dtype} {list(images.shape)}; give uint8 pixels of shape (batch, 3, H, W)")
-    mean = torch.tensor(CIFAR_MEAN, device=images.device).view(3, 1, 1)
-    std = torch.tensor(CIFAR_STD, device=images.device).view(3, 1, 1)
+    mean, std = (torch.tensor(own, device=images.device).view(3, 1, 1) for own in (CIFAR_MEAN, CIFAR_STD))
     return (images / 255 - mean) / std
 
 

@@ -247,13 +247,10 @@ def _overflows(stored: Tensor, dtype: torch.dtype) -> bool:
 
 def _require_none(faults: Mapping[str, list[str]], *, origin: Path) -> None:
     """FileError that lists at most three names of each fault, if there is one."""
-    if not any(faults.values()):
+    some = [(kind, names) for kind, names in faults.items() if names]
+    if not some:
         return
-    texts = [
-        f"{len(names)} {fault}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
-        for fault, names in faults.items()
-        if names
-    ]
+    texts = [f"{len(names)} {kind}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}" for kind, names in some]
     advice = "Names and shapes must be those of the network's state_dict(); do its options, such as outputs, fit?"
     if is_saved(origin):
         advice = "spectrim.save wrote it: make the network without weights, then spectrim.load(file, network)"

@@ -168,12 +168,8 @@ class Candidates:
     @cached_property
     def groups(self) -> list[Group]:
         """What is chosen together: a layer, or several that can be narrowed together."""
-        by_name = {layer.name: layer for layer in self.analysis}
-        together = {
-            layer.name: tuple(by_name[feeder.name] for feeder in layer.feeders)
-            for layer in self.analysis
-            if self._joint_forms(layer)
-        }
+        joint = [layer for layer in self.analysis if self._joint_forms(layer)]
+        together = {layer.name: [self.analysis[feeder.name] for feeder in layer.feeders] for layer in joint}
         groups = [Group.of_each(members, self._alone) for members in grouped(self.analysis, together)]
         for place, group in enumerate(groups):
             for form in self._joint_forms(group.layers[-1]):
@@ -294,8 +290,7 @@ class Candidates:
 
     def cost_of(self, solution: Sequence[int]) -> int:
         """What the whole model costs with these options."""
-        chosen = zip(self.items, solution, strict=True)
-        return self.outside + sum(int(item.costs[option]) for item, option in chosen)
+        return self.outside + sum(int(item.costs[option]) for item, option in zip(self.items, solution, strict=True))
 
     def lost(self, solution: Sequence[int]) -> float:
         """What all layers lose together with these options."""
@@ -303,9 +298,8 @@ class Candidates:
 
     def plan(self, rule: Budget, solution: Sequence[int]) -> Plan:
         """These options as a plan, with reasons."""
-        planned: dict[str, LayerPlan] = {}
-        for group, option in zip(self.groups, solution, strict=True):
-            planned |= {layer.name: layer for layer in self._planned(group, option)}
+        chosen = zip(self.groups, solution, strict=True)
+        planned = {layer.name: layer for group, option in chosen for layer in self._planned(group, option)}
         layers = [planned[layer.name] for layer in self.analysis]
         multiple = self.multiple if self.multiple > 1 else None
         note = self._note(self.cost_of(solution))
@@ -318,7 +312,7 @@ class Candidates:
             why = f"{together[0]} at {share:.0%} of the {self.cost} of all {len(group.layers)} layers loses least"
             return narrowed(group.layers, *together, metric=self.metric, reason=f"{why} for what it saves")
         planned = []
-        for layer, choice in zip(group.layers, group.separately(option), strict=True):
+        for layer, choice in zip(group.layers, group.options[option].tolist(), strict=True):
             item, named = self._alone[layer.name]
             if choice:
                 form, ranks = named[choice - 1]

@@ -64,9 +64,7 @@ def possible_forms(
 
     `limit` is what a budget limits; rules for single layers have none.
     """
-    if why_impossible(layer, metric, limit=limit):
-        return []
-    return allowed_forms(layer.forms, forms)
+    return [] if why_impossible(layer, metric, limit=limit) else allowed_forms(layer.forms, forms)
 
 
 def why_impossible(layer: LayerAnalysis, metric: Metric, *, limit: Limit | None = None) -> str | None:
@@ -108,12 +106,8 @@ def narrowed(
     planned = []
     for layer in feeders:
         alone = dense(layer, reason=f"narrowed together with {last.name}", metric=metric)
-        own = {
-            "predicted_error": 0.0,
-            "kept": joint_form_named(form).feeder_cost(last.unit, layer.weight, ranks),
-            "frozen": False,
-        }
-        planned.append(alone.model_copy(update=shared | own))
+        cost = joint_form_named(form).feeder_cost(last.unit, layer.weight, ranks)
+        planned.append(alone.model_copy(update=shared | {"predicted_error": 0.0, "kept": cost, "frozen": False}))
     return [*planned, entry]
 
 

@@ -65,11 +65,6 @@ class Work:
         return self.uses_data and (self._metric == "loss" or (self.is_budget and self._metric is None))
 
     @property
-    def keeps_batches(self) -> bool:
-        """Whether calibration inputs are run several times."""
-        return self.uses_data and (self.is_budget or self.is_fitted or self.has_gradients or self.run.distill)
-
-    @property
     def rank(self) -> int | None:
         """The rank of every layer, if it is known."""
         return self.rule_or_plan.rank if isinstance(self.rule_or_plan, Rank) else None
@@ -140,7 +135,7 @@ class Layer:
     def covariance(self) -> int:
         """Statistics of its inputs, at one call site."""
         groups, _, n = self.size
-        if self._is_lookup:  # how often each row is looked up
+        if self.unit.weights[0].is_lookup:  # how often each row is looked up
             return 8 * n
         return groups * (covariance_bytes(n, vectors=self.vectors, itemsize=self.itemsize) + 8 * n)
 
@@ -161,8 +156,7 @@ class Layer:
     @cached_property
     def bases(self) -> int:
         """Decompositions that are kept once layers have been decided on."""
-        forms = self.work.forms_of(self.unit)
-        each = [form.basis_bytes(self.unit, rank=self.work.rank) for form in forms]
+        each = [form.basis_bytes(self.unit, rank=self.work.rank) for form in self.work.forms_of(self.unit)]
         if not each:
             return 0
         # with gradients layers are weighed in another metric
@@ -180,7 +174,8 @@ class Layer:
     @property
     def compared(self) -> int:
         """What the network that is not fitted to data adds."""
-        if not self.work.uses_data or self._is_wide:
+        geometry = self.unit.weights[0].geometry
+        if not self.work.uses_data or (geometry is not None and is_wide(geometry.shape)):
             return 0
         forms = self.work.forms_of(self.unit)
         return max((form.basis_bytes(self.unit, rank=self.work.rank) for form in forms), default=0) + 8 * self.entries
@@ -204,7 +199,7 @@ class Layer:
     @property
     def fitting(self) -> int:
         """While it is fitted: its vectors in, outputs of both networks, covariance, metric and root, and weights."""
-        if self._is_lookup:
+        if self.unit.weights[0].is_lookup:
             return self.working
         groups, out, n = self.size
         vectors = self._vectors_of(self.work.samples, SampledPlaces.held(self.work.samples))
@@ -220,15 +215,6 @@ class Layer:
             return 0
         geometries = [feeder.geometry for feeder in unit.feeders if feeder.geometry is not None]
         return self.itemsize * vectors * sum(2 * own.into + 3 * own.outputs for own in geometries)
-
-    @property
-    def _is_lookup(self) -> bool:
-        return self.unit.weights[0].is_lookup
-
-    @property
-    def _is_wide(self) -> bool:
-        geometry = self.unit.weights[0].geometry
-        return geometry is not None and is_wide(geometry.shape)
 
 
 @dataclass(frozen=True)
@@ -279,8 +265,7 @@ class Stages:
     @cached_property
     def copies(self) -> int:
         """That, and the network it is compared with."""
-        is_compared = any(layer.compared for layer in self.decomposed)
-        return self.copy * (2 if is_compared else 1)
+        return self.copy * (2 if any(layer.compared for layer in self.decomposed) else 1)
 
     @cached_property
     def statistics(self) -> int:
@@ -295,9 +280,10 @@ class Stages:
 
     @property
     def batches(self) -> int:
-        """Calibration inputs that are kept."""
-        data = self.work.data
-        if data is None or data.resident or not self.work.keeps_batches:
+        """Calibration inputs that are kept, if they are run several times."""
+        work, data = self.work, self.work.data
+        repeated = work.uses_data and (work.is_budget or work.is_fitted or work.has_gradients or work.run.distill)
+        if data is None or data.resident or not repeated:
             return 0
         return self._of_samples(size_of(self.example.tensors()), data.samples)
 

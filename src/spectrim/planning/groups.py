@@ -42,9 +42,8 @@ class Group:
             first, second = _thinned(whole), _thinned(item)
             costs = (whole.costs[first][:, None] + item.costs[second]).ravel()
             losses = (whole.losses[first][:, None] + item.losses[second]).ravel()
-            pairs = np.concatenate(
-                [np.repeat(options[first], len(second), axis=0), np.tile(second, len(first))[:, None]], axis=1
-            )
+            before, own = np.repeat(options[first], len(second), axis=0), np.tile(second, len(first))[:, None]
+            pairs = np.concatenate([before, own], axis=1)
             best = _thinned(KnapsackItem(costs, losses))
             dense = int(np.flatnonzero((pairs == 0).all(axis=1))[0])
             best = np.concatenate([[dense], best[best != dense]])
@@ -59,10 +58,6 @@ class Group:
     def together(self, option: int) -> FormRanks | None:
         """Form and ranks of an option that takes all layers at once."""
         return self.joint[option - len(self.options)] if option >= len(self.options) else None
-
-    def separately(self, option: int) -> list[int]:
-        """The option of each layer by itself."""
-        return [int(number) for number in self.options[option]]
 
 
 def grouped(

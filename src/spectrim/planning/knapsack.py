@@ -58,8 +58,7 @@ class Allocation:
         """Solve for every budget from the cheapest choice to `limit`."""
         cheapest = sum(int(item.costs.min()) for item in items)
         slack = max(0, min(limit, sum(int(item.costs.max()) for item in items)) - cheapest)
-        cells = max(_CELLS, 400 * len(items))
-        unit = max(1, -(-slack // cells))
+        unit = max(1, -(-slack // max(_CELLS, 400 * len(items))))
         size = slack // unit + 1
         best = np.zeros(size)
         chosen, spent = (np.zeros((len(items), size), dtype=np.int32) for _ in range(2))

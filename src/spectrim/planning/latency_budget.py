@@ -46,11 +46,6 @@ class _Candidate:
         assert self.plan.latency is not None
         return self.plan.latency.predicted
 
-    @property
-    def is_off(self) -> bool:
-        """Whether the prediction was too far from what was measured."""
-        return abs(self.measured.value - self.predicted) > _FAR * self.predicted
-
     def meets(self, target: float) -> bool:
         """Whether the target is met, as well as can be measured."""
         return self.measured.value <= target * (1 + _CLOSE)
@@ -148,9 +143,10 @@ def refined(candidates: Candidates, rule: Budget, *, verify: Verify) -> Plan:
     if candidates.least >= candidates.whole:
         raise RuleError(out_of_reach(candidates, rule, least))
     solution = solve(candidates, rule, share=max(target, least))
-    tried = [_verified(candidates, solution, rule, verify)]
-    if tried[0].is_off or not tried[0].meets(target):
-        corrected = solve(candidates, rule, share=max(least, _rescaled(tried[0], target)))
+    first = _verified(candidates, solution, rule, verify)
+    tried, is_off = [first], abs(first.measured.value - first.predicted) > _FAR * first.predicted
+    if is_off or not first.meets(target):
+        corrected = solve(candidates, rule, share=max(least, _rescaled(first, target)))
         if corrected != solution:
             tried.append(_verified(candidates, corrected, rule, verify))
     meeting = [candidate for candidate in tried if candidate.meets(target)]
@@ -194,7 +190,5 @@ def refused(plan: Plan, *, reason: str) -> Plan:
     assert plan.latency is not None
     nothing = dict.fromkeys(("rank", "rank_in", "metric", "predicted_error", "unit"))
     undone = {"form": DENSE, **nothing, "reason": reason}
-    layers = tuple(
-        layer.model_copy(update=undone | {"kept": layer.dense}) if layer.is_factored else layer for layer in plan
-    )
+    layers = tuple(own.model_copy(update=undone | {"kept": own.dense}) if own.is_factored else own for own in plan)
     return plan.model_copy(update={"layers": layers, "latency": plan.latency.model_copy(update={"refused": reason})})

@@ -69,16 +69,13 @@ class MemoryEstimate(Displayed, Frozen):
         largest = max(self.PARTS, key=lambda name: int(getattr(self, name)))
         layer = f", most for the layer {self.widest!r}" if largest in ("statistics", "decompositions") else ""
         exclude = f"leave that layer dense (exclude=[{self.widest!r}]), " if self.widest else ""
-        needed, free, part = map(_megabytes, (self.tensors, self.available, getattr(self, largest)))
+        sizes = self.tensors, self.available, getattr(self, largest)
+        needed, free, part = (f"{size / 1e6:,.0f} MB" for size in sizes)
         raise ResourceError(
             f"this needs about {needed} of memory, and {free} are free; the {largest} take {part}{layer}. "
             f"To need less: {exclude}give fewer calibration samples (max_batches=) or a smaller cache=, "
             "keep statistics on a disk (offload=), or use Rank instead of a Budget"
         )
-
-
-def _megabytes(number: int) -> str:
-    return f"{number / 1e6:,.0f} MB"
 
 
 @checked
@@ -144,8 +141,7 @@ def estimate_memory(
     selection = LayerSelection(include, exclude, keep_last, treated, lookups=lookups, together=together)
     model = unfused(model, selection.unfuses)
     units = selected_units(model, example, selection)
-    work = Work(rule_or_plan, metric, forms, size, run)
-    return estimated(model, example, units, work)
+    return estimated(model, example, units, Work(rule_or_plan, metric, forms, size, run))
 
 
 def estimated(model: nn.Module, example: Inputs, units: Sequence[Unit], work: Work) -> MemoryEstimate:

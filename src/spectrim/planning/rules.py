@@ -78,20 +78,14 @@ def plan_with(analysis: Analysis, rule: Rule, options: PlanOptions) -> Plan:
     require_reachable(rule, _full_ranks(analysis, forms, metric))
     if options.latencies is not None:
         raise RuleError(f"latencies= belongs to a budget of latency, and the rule is {rule}")
-    layers = tuple(
-        _decide(layer, rule, metric=metric, forms=forms, multiple=multiple, allow_growth=options.allow_growth)
-        for layer in analysis
-    )
+    layers = tuple(_decide(layer, rule, metric=metric, forms=forms, options=options) for layer in analysis)
     return Plan(rule=rule, metric=metric, layers=layers, rank_multiple=multiple if multiple > 1 else None)
 
 
 def _full_ranks(analysis: Analysis, forms: Sequence[str], metric: Metric) -> dict[str, tuple[Sequence[int], int]]:
     """The weight's shape, and the largest rank in the form that a per-layer rule would use, by the layer's name."""
-    return {
-        layer.name: (layer.shape, max(layer.full_ranks(possible[0])))
-        for layer in analysis
-        if (possible := possible_forms(layer, forms, metric))
-    }
+    possible = ((layer, possible_forms(layer, forms, metric)) for layer in analysis)
+    return {layer.name: (layer.shape, max(layer.full_ranks(own[0]))) for layer, own in possible if own}
 
 
 def require_possible(analysis: Analysis, rule: Rule, options: PlanOptions, *, metric: Metric) -> None:
@@ -109,8 +103,7 @@ def require_possible(analysis: Analysis, rule: Rule, options: PlanOptions, *, me
     elif rule.limits != "latency":
         step, whole = multiple_of(options.rank_multiple) or 1, limits_whole_size(rule)
         forms = selected_forms(options.forms, for_size=whole)
-        candidates = Candidates(analysis, rule.limits, metric, forms, step, lookups=whole)
-        candidates.require(rule, share=rule.share)
+        Candidates(analysis, rule.limits, metric, forms, step, lookups=whole).require(rule, share=rule.share)
 
 
 def candidates_of(analysis: Analysis, rule: Budget, options: PlanOptions) -> Candidates:
@@ -187,7 +180,6 @@ def _again(decided: LayerPlan, layer: LayerAnalysis, *, metric: Metric) -> Layer
 
 
 def _together(plan: Plan, decided: LayerPlan, members: Sequence[LayerAnalysis]) -> list[LayerPlan]:
-    """Layers that are narrowed together."""
     *feeders, last = members
     names, rank, metric = [layer.name for layer in feeders], decided.ranks, decided.metric
     there = {name: plan[name] for name in plan.feeders(last.name)}
@@ -233,15 +225,9 @@ def require_reachable(rule: Rule, sizes: Mapping[str, tuple[Sequence[int], int]]
 
 
 def _decide(
-    layer: LayerAnalysis,
-    rule: Rank | Ratio | Energy,
-    *,
-    metric: Metric,
-    forms: Sequence[str],
-    multiple: int,
-    allow_growth: bool,
+    layer: LayerAnalysis, rule: Rank | Ratio | Energy, *, metric: Metric, forms: Sequence[str], options: PlanOptions
 ) -> LayerPlan:
-    possible = possible_forms(layer, forms, metric)
+    possible, multiple = possible_forms(layer, forms, metric), options.step
     if not possible:
         reason = why_impossible(layer, metric) or f"it has no form among {', '.join(forms)}"
         return dense(layer, reason=reason, metric=metric)
@@ -251,7 +237,7 @@ def _decide(
         full = layer.full_ranks(form)
         ranks = tuple(min(most, -(-rank // multiple) * multiple) for rank, most in zip(ranks, full, strict=True))
         because += f", rounded up to a multiple of {multiple}"
-    if not layer.shrinks(layer.cost(form, ranks, metric)) and not allow_growth:
+    if not layer.shrinks(layer.cost(form, ranks, metric)) and not options.allow_growth:
         break_even = layer.break_even(form, metric)
         limit = f"only up to rank {break_even} (break-even)" if break_even else "at no rank"
         reason = f"rank {listed(ranks)} ({because}) would not be smaller; it shrinks {limit}"
@@ -271,8 +257,5 @@ def _ranks(layer: LayerAnalysis, form: str, rule: Rank | Ratio | Energy, *, metr
             errors = layer.rank_errors(form, metric)
             enough = np.flatnonzero(errors.lost <= (1 - energy) * (1 + 1e-12))
             best = int(enough[np.argmin(errors.params[enough])]) if len(enough) else len(errors.lost) - 1
-            held = 1 - errors.lost[best]
-            return (
-                tuple(int(rank) for rank in errors.ranks[best]),
-                f"holds {held:.4g} of the energy, at least {energy:.4g} asked",
-            )
+            because = f"holds {1 - errors.lost[best]:.4g} of the energy, at least {energy:.4g} asked"
+            return tuple(int(rank) for rank in errors.ranks[best]), because

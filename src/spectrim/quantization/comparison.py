@@ -149,9 +149,7 @@ def compare_quantized(
         "low rank": Source.of(small, example_inputs, data=batches),
     }
     graphs = [(name, source.converted(scheme)) for name, source in sources.items() for scheme in (None, *chosen)]
-    rows = [
-        _row(network, graph, test, folder=Path(folder), runtime=runtime, threads=threads) for network, graph in graphs
-    ]
+    rows = [_row(name, graph, test, folder=Path(folder), runtime=runtime, threads=threads) for name, graph in graphs]
     if latency:
         rows = _timed(rows, [graph for _, graph in graphs], threads=threads, rounds=rounds)
     for row, (_, graph) in zip(rows, graphs, strict=True):
@@ -186,7 +184,6 @@ def _row(
 
 
 def _timed(rows: Sequence[QuantizedRow], graphs: Sequence[Graph], *, threads: int, rounds: int) -> list[QuantizedRow]:
-    """The rows with their times."""
     sessions = (
         require_runtime(row.runtime, threads=threads).from_onnx(graph.proto, graph.source.example)
         for row, graph in zip(rows, graphs, strict=True)

@@ -95,11 +95,9 @@ def store_int8(proto: "onnx.ModelProto") -> "onnx.ModelProto":
     def store(name: str, values: NDArray[Any], axis: int) -> _Parts:
         scale = scales(values, axis=axis)
         steps = numpy_helper.from_array(rounded(values, scale), f"{name}/int8")
-        nodes = [
-            helper.make_node("Cast", [f"{name}/int8"], [f"{name}/steps"], to=TensorProto.FLOAT),
-            helper.make_node("Mul", [f"{name}/steps", f"{name}/scale"], [name]),
-        ]
-        return [steps, numpy_helper.from_array(scale, f"{name}/scale")], nodes
+        cast = helper.make_node("Cast", [f"{name}/int8"], [f"{name}/steps"], to=TensorProto.FLOAT)
+        scaled = helper.make_node("Mul", [f"{name}/steps", f"{name}/scale"], [name])
+        return [steps, numpy_helper.from_array(scale, f"{name}/scale")], [cast, scaled]
 
     return _stored(proto, store)
 

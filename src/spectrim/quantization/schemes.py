@@ -218,7 +218,6 @@ def quantized_file(
 
 
 def _by_onnxruntime(source: Source, scheme: Scheme, *, reduced: bool) -> "onnx.ModelProto":
-    """The graph by ONNX Runtime's own quantiser."""
     import onnx
     from onnxruntime.quantization import QuantType, quant_pre_process, quantize_dynamic, quantize_static
 
@@ -228,10 +227,8 @@ def _by_onnxruntime(source: Source, scheme: Scheme, *, reduced: bool) -> "onnx.M
     # without what lies between the layers in networks of norms, whose sums have a wide range
     norms = _NORMS & {node.op_type for node in source.proto.graph.node}
     batches = iter(source.batches)
-    what, advice = (
-        f"ONNX Runtime cannot quantise this network ({scheme})",
-        "; do the data fit it? scheme='int8-weights' works for most networks",
-    )
+    what = f"ONNX Runtime cannot quantise this network ({scheme})"
+    advice = "; do the data fit it? scheme='int8-weights' works for most networks"
     with tempfile.TemporaryDirectory(prefix="spectrim-") as folder, raised_as(DataError, what, advice=advice), quiet():
         original, folded, quantised = (Path(folder, name) for name in ("float.onnx", "folded.onnx", "int8.onnx"))
         onnx.save(source.proto, original)

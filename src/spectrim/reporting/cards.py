@@ -94,7 +94,10 @@ model = {name}.from_pretrained("..")  # this folder, or the name of this reposit
 
 | Layers | Weight | Form | Rank |
 |---|---|---|---|"""
-    for pattern, alike in _alike(layers).items():
+    # layers whose names differ in numbers only, by their name with a star for them
+    groups = words.group_by(layers, lambda name: re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name))
+    for pattern, names in groups.items():
+        alike = [layers[name] for name in names]
         shapes = ", ".join(dict.fromkeys(words.shape(_shape(layer)) for layer in alike))
         forms = ", ".join(dict.fromkeys(_form(layer) for layer in alike))
         least, most = (bound(_rank(layer) for layer in alike) for bound in (min, max))
@@ -127,14 +130,6 @@ def _rank(layer: nn.Module) -> int:
     (weight,) = _weights(layer)
     least = min(zip(weight.shape, _shape(layer), strict=True), key=lambda pair: pair[0] / pair[1])[0]
     return least // (layer.heads if isinstance(layer, AroundHeads) else 1)
-
-
-def _alike(layers: Mapping[str, nn.Module]) -> dict[str, list[nn.Module]]:
-    """Layers whose names differ in numbers only, by their name with a star for them."""
-    groups: dict[str, list[nn.Module]] = {}
-    for name, layer in layers.items():
-        groups.setdefault(re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name), []).append(layer)
-    return groups
 
 
 def _shape(layer: nn.Module) -> tuple[int, ...]:

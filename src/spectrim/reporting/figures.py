@@ -200,9 +200,8 @@ def _spectrum_traces(layer: LayerSpectrum, plans: Sequence[Plan], *, position: i
     # all ranks, or about 200 of them, evenly in their logarithm
     at = np.unique(np.rint(np.geomspace(1, len(spectrum), _POINTS)).astype(int))
     at = at if len(spectrum) > _POINTS else np.arange(1, len(spectrum) + 1)
-    marked = [
-        rank for rank in words.planned_ranks(plans, layer=layer.layer, metric=layer.metric) if rank <= len(spectrum)
-    ]
+    planned = words.planned_ranks(plans, layer=layer.layer, metric=layer.metric)
+    marked = [rank for rank in planned if rank <= len(spectrum)]
     # Rounding noise of a weight that lacks full rank would stretch the axis down to 1e-17.
     values = np.where(spectrum.values > 1e-9 * largest, spectrum.values / largest, np.nan)
     explained = 100 * words.explained(layer)

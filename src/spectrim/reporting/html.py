@@ -109,10 +109,8 @@ def _spectra_figures(results: Results) -> list[dict[str, Any]]:
     spectra = (spectrum for spectrum in results.spectra if spectrum.values)
     layers = words.group_by(spectra, lambda spectrum: spectrum.layer)
     plans = relevant_plans(results)
-    return [
-        _figure(name, plot_spectra(results, layers=[name]), words.spectrum_finding(layer, plans))
-        for name, layer in layers.items()
-    ]
+    findings = {name: words.spectrum_finding(layer, plans) for name, layer in layers.items()}
+    return [_figure(name, plot_spectra(results, layers=[name]), finding) for name, finding in findings.items()]
 
 
 def _figure(label: str, figure: go.Figure, finding: str) -> dict[str, Any]:

@@ -90,9 +90,8 @@ def build(
     for number, axis in zip(("", "2"), y, strict=False):
         for side, options in (("x", x), ("y", axis)):
             values = [value for trace in traces if trace.get("yaxis", "y") == f"y{number}" for value in trace[side]]
-            everything[f"{side}axis{number}"] |= (
-                _log_ticks(values) | options if options.get("type") == "log" else options
-            )
+            ticks = _log_ticks(values) if options.get("type") == "log" else {}
+            everything[f"{side}axis{number}"] |= ticks | options
     figure.layout = everything
     return figure.add_traces(traces)
 

@@ -130,9 +130,7 @@ def _of_plan(plan: Plan) -> Listing:
 
 def _with_stacks(plan: Plan) -> list[LayerPlan]:
     """The layers, with one in the place of all experts of a stack, of which there may be hundreds."""
-    groups: dict[str, list[LayerPlan]] = {}
-    for layer in plan:
-        groups.setdefault(layer.stack or layer.name, []).append(layer)
+    groups = words.group_by(plan, lambda layer: layer.stack or layer.name)
     return [layers[0] if len(layers) == 1 else _of_stack(name, layers) for name, layers in groups.items()]
 
 
@@ -300,9 +298,8 @@ def runtimes_table(results: Results) -> Listing | None:
     """
     networks = (results.dense, *results.variants)
     rows: list[_TimedRow] = []
-    for measurements, group in words.group_by(
-        networks, lambda network: (network.measurement, *network.in_runtimes)
-    ).items():
+    groups = words.group_by(networks, lambda network: (network.measurement, *network.in_runtimes))
+    for measurements, group in groups.items():
         names = [network.name for network in group]
         timed = [measurement for measurement in measurements if measurement.latency_ms is not None]
         rows += [_TimedRow(words.common_name(names), measurement, results.chosen in names) for measurement in timed]

@@ -295,10 +295,8 @@ def families(variants: Sequence[Variant]) -> dict[str, str]:
     if len(members) == 1:
         return titles
     names = {title: {_base_name(variant) for variant in group} for title, group in members.items()}
-    return {
-        name: next(iter(names[title])) if len(names[title]) == 1 else title or "others"
-        for name, title in titles.items()
-    }
+    single = {title: next(iter(own)) if len(own) == 1 else title or "others" for title, own in names.items()}
+    return {name: single[title] for name, title in titles.items()}
 
 
 def _base_name(variant: Variant) -> str:

@@ -196,11 +196,8 @@ def _example(model: nn.Module, example_inputs: Any, *, dynamic_batch: bool) -> t
         batch = 2
         inputs = inputs.map(lambda tensor: torch.cat([tensor, tensor]) if has_batch(tensor, 1) else tensor)
         hint = f" The example was doubled, so that the batch size can stay open; {_FIXED_BATCH}."
-    dimension = Dim(_BATCH, min=1)
-    bound = _bound(model, inputs)
-    shapes = map_tensors(
-        bound, lambda tensor: {0: dimension} if has_batch(tensor, batch) else None, other=lambda _: None
-    )
+    size, bound = Dim(_BATCH, min=1), _bound(model, inputs)
+    shapes = map_tensors(bound, lambda tensor: {0: size} if has_batch(tensor, batch) else None, other=lambda _: None)
     return inputs, shapes, hint
 
 
@@ -215,8 +212,7 @@ def _bound(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
 def _ordered(model: nn.Module, inputs: Inputs) -> Inputs:
     """The same inputs, keyword arguments in the order of the model's `forward`."""
     order = list(_bound(model, inputs))
-    last = len(order)
-    names = sorted(inputs.kwargs, key=lambda name: order.index(name) if name in order else last)
+    names = sorted(inputs.kwargs, key=lambda name: order.index(name) if name in order else len(order))
     return Inputs(inputs.args, {name: inputs.kwargs[name] for name in names})
 
 

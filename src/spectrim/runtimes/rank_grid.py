@@ -79,10 +79,8 @@ def probe(*, runtime: str = "torch", threads: int = 1, batch: int = 1) -> Grid:
 def _climbs(step: int) -> tuple[tuple[tuple[int, int], ...], ...]:
     """Ranks and the next multiple of `step`: from just above a multiple, and from half way between two."""
     starts = (32, 64) if step == 32 else tuple(range(32, 32 + 3 * step, step))
-    return (
-        tuple((start + 1, start + step) for start in starts),
-        tuple((start + step // 2, start + step) for start in starts),
-    )
+    above = tuple((start + 1, start + step) for start in starts)
+    return above, tuple((start + step // 2, start + step) for start in starts)
 
 
 _ENDS = (32, 64, 96)

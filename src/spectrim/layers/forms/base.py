@@ -137,13 +137,13 @@ class SingleWeightForm(Form):
         """The replacement on the meta device; `ranks` are those of all groups together."""
 
     def full_ranks(self, unit: Unit) -> Ranks:
-        return self.decomposition.full_ranks(_geometry(unit).shape)
+        return self.decomposition.full_ranks(unit_geometry(unit).shape)
 
     def rank_grid(self, unit: Unit) -> npt.NDArray[np.int64]:
-        return self.decomposition.rank_grid(_geometry(unit).shape)
+        return self.decomposition.rank_grid(unit_geometry(unit).shape)
 
     def costs(self, unit: Unit, ranks: npt.NDArray[np.int64], *, biases: int = 0) -> RankCosts:
-        geometry, (weight,) = _geometry(unit), unit.weights
+        geometry, (weight,) = unit_geometry(unit), unit.weights
         params = [geometry.groups * prod(shape) for shape in self.factor_shapes(geometry, list(ranks.T))]
         positions = self.factor_positions(weight.positions)
         macs = sum(number * places for number, places in zip(params, positions, strict=True))
@@ -152,10 +152,10 @@ class SingleWeightForm(Form):
 
     def basis_bytes(self, unit: Unit, *, rank: int | None = None) -> int:
         (weight,) = unit.weights
-        return self.decomposition.basis_bytes(_geometry(unit).shape, itemsize=weight.itemsize, rank=rank)
+        return self.decomposition.basis_bytes(unit_geometry(unit).shape, itemsize=weight.itemsize, rank=rank)
 
     def working_bytes(self, unit: Unit, *, vectors: int | None, rank: int | None = None) -> int:
-        return self.decomposition.working_bytes(_geometry(unit).shape, vectors=vectors, rank=rank)
+        return self.decomposition.working_bytes(unit_geometry(unit).shape, vectors=vectors, rank=rank)
 
     def decompose_unit(self, problem: Problem, unit: Unit, *, near: Factors = ()) -> Decomposition:
         return self.decompose(problem, near=near)
@@ -176,7 +176,7 @@ class SingleWeightForm(Form):
 
     def random_factors(self, unit: Unit, ranks: Ranks, *, generator: torch.Generator) -> Factors:
         """Factors to time with, float64, scaled so that no signal grows or dies out."""
-        geometry = _geometry(unit)
+        geometry = unit_geometry(unit)
         return tuple(
             torch.randn(geometry.groups, *shape, generator=generator, dtype=torch.float64) / sqrt(prod(shape[1:]))
             for shape in self.factor_shapes(geometry, ranks)
@@ -202,9 +202,9 @@ class JointForm(Form):
 
     def costs(self, unit: Unit, ranks: npt.NDArray[np.int64], *, biases: int = 0) -> RankCosts:
         """Those of the weight alone."""
-        (weight,), (_, read) = unit.weights, self.sizes(unit, ranks)
-        params = read * _geometry(unit).out
-        return RankCosts(self.name, ranks, params + biases * _geometry(unit).outputs, params * weight.positions.kernel)
+        geometry, (weight,), (_, read) = unit_geometry(unit), unit.weights, self.sizes(unit, ranks)
+        params = read * geometry.out
+        return RankCosts(self.name, ranks, params + biases * geometry.outputs, params * weight.positions.kernel)
 
     def product(self, factors: Factors) -> Tensor:
         """The weight (1, out, n) that factors stand for."""
@@ -225,10 +225,11 @@ class JointForm(Form):
 
     def working_bytes(self, unit: Unit, *, vectors: int | None, rank: int | None = None) -> int:
         """The metric, what becomes of it, and as much again twice; the same of its product with the weight."""
-        _, out, n = _geometry(unit).shape
+        _, out, n = unit_geometry(unit).shape
         return 8 * (4 * n * n + 4 * out * n)
 
 
-def _geometry(unit: Unit) -> Geometry:
+def unit_geometry(unit: Unit) -> Geometry:
+    """The sizes of the weight that a form approximates."""
     assert isinstance(unit, SingleWeight)
     return unit.geometry

@@ -27,9 +27,8 @@ class TwoFactors(FactoredLayer):
     @staticmethod
     def _assembled(*chain: nn.Module) -> nn.Module:
         down, up = chain
-        return layer_type_of(down).resized(
-            down, out=geometry_of(up).outputs, bias=up._parameters.get("bias") is not None
-        )
+        has_bias = up._parameters.get("bias") is not None
+        return layer_type_of(down).resized(down, out=geometry_of(up).outputs, bias=has_bias)
 
     @staticmethod
     def composed(factors: Factors) -> Tensor:

@@ -4,7 +4,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from spectrim.layers.forms.base import RankCosts
+from spectrim.layers.forms.base import RankCosts, unit_geometry
 from spectrim.layers.forms.head_vo import HeadForm
 from spectrim.layers.units import SingleWeight, Unit
 from spectrim.linalg import Decomposition, Factors, HeadLayout, Problem, ScoreDecomposition
@@ -27,8 +27,7 @@ class HeadQueryKeyForm(HeadForm):
     def costs(self, unit: Unit, ranks: npt.NDArray[np.int64], *, biases: int = 0) -> RankCosts:
         """Those of the weight alone, with the bias that it has."""
         (weight,), (_, out) = unit.weights, self.sizes(unit, ranks)
-        assert weight.geometry is not None
-        params = out * weight.geometry.into
+        params = out * unit_geometry(unit).into
         return RankCosts(self.name, ranks, params + weight.biases * out, params * weight.positions.kernel)
 
     def product(self, factors: Factors) -> Tensor:

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.layers.factored import FactoredLayer, geometry_of
-from spectrim.layers.forms.base import RankCosts
+from spectrim.layers.forms.base import RankCosts, unit_geometry
 from spectrim.layers.forms.channel import TwoFactorForm
 from spectrim.layers.forms.linear import LinearFactors
 from spectrim.layers.types import Geometry, LayerType, layer_type_of
 from spectrim.layers.types.interpolation import Interpolation
-from spectrim.layers.units import SingleWeight, Unit
+from spectrim.layers.units import Unit
 from spectrim.linalg import Factors, Ranks, interpolated, to_float64
 
 
@@ -73,8 +73,7 @@ class InterpolativeForm(TwoFactorForm):
         return replace(costs, params=costs.params - squares, macs=costs.macs - squares * weight.positions.output)
 
     def index_bytes(self, unit: Unit) -> int:
-        assert isinstance(unit, SingleWeight)
-        return torch.int64.itemsize * unit.geometry.out
+        return torch.int64.itemsize * unit_geometry(unit).out
 
     def chain(self, layer: nn.Module, layer_type: LayerType, ranks: Ranks, *, bias: bool) -> FactoredLayer:
         geometry, dtype = layer_type.geometry(layer), layer.get_parameter("weight").dtype

@@ -68,12 +68,7 @@ class LowRankEmbedding(LinearFactors):
 class LowRankEmbeddingBag(LinearFactors):
     """The same for an `nn.EmbeddingBag` that sums or averages: `down` does so before `up` multiplies."""
 
-    def forward(
-        self,
-        input: Tensor,  # noqa: A002
-        offsets: Tensor | None = None,
-        per_sample_weights: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:  # noqa: A002
         """As `nn.EmbeddingBag`."""
         y: Tensor = self.up(self.down(input, offsets, per_sample_weights))
         return y

@@ -30,9 +30,7 @@ class Tucker2Conv2d(FactoredLayer):
         super().__init__((down, core, up), dense)
         if {*down.kernel_size, *up.kernel_size, *down.stride, *up.stride} != {1}:
             raise ModelError(f"down ({down}) and up ({up}) must have a kernel and a stride of 1")
-        self.down = down
-        self.core = core
-        self.up = up
+        self.down, self.core, self.up = down, core, up
 
     @staticmethod
     def _assembled(*chain: nn.Module) -> nn.Module:

@@ -3,7 +3,7 @@
 import numpy as np
 import numpy.typing as npt
 
-from spectrim.layers.forms.base import JointForm
+from spectrim.layers.forms.base import JointForm, unit_geometry
 from spectrim.layers.units import SingleWeight, Unit
 from spectrim.linalg import Decomposition, Factors, Problem, Ranks, SubsetDecomposition
 
@@ -17,18 +17,13 @@ class WidthForm(JointForm):
         return isinstance(unit, SingleWeight) and bool(unit.feeders) and not (unit.heads or unit.scores)
 
     def full_ranks(self, unit: Unit) -> Ranks:
-        return SubsetDecomposition.full_ranks(_shape(unit))
+        return SubsetDecomposition.full_ranks(unit_geometry(unit).shape)
 
     def rank_grid(self, unit: Unit) -> npt.NDArray[np.int64]:
-        return SubsetDecomposition.rank_grid(_shape(unit))
+        return SubsetDecomposition.rank_grid(unit_geometry(unit).shape)
 
     def sizes(self, unit: Unit, ranks: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         return ranks[:, 0], ranks[:, 0]
 
     def decompose_unit(self, problem: Problem, unit: Unit, *, near: Factors = ()) -> Decomposition:
         return SubsetDecomposition.of(problem, near=near)
-
-
-def _shape(unit: Unit) -> tuple[int, ...]:
-    assert isinstance(unit, SingleWeight)
-    return unit.geometry.shape

@@ -5,6 +5,7 @@ from math import prod
 from typing import Any, ClassVar, cast
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -53,7 +54,7 @@ class Convolution(LayerType):
         images, *places = windows.shape[: 1 + self.dims]
         # picked from a view, so that only the sampled windows are ever copied
         chosen = sample(prod(places), positions)
-        index: list[Any] = [indices.to(x.device) for indices in _unravelled(chosen, places)]
+        index: list[Any] = [indices.to(x.device) for indices in torch.unravel_index(chosen, places)]
         rows: Tensor = windows[(slice(None), *index)]
         return rows.reshape(images * len(chosen), layer.groups, -1).movedim(1, 0)
 
@@ -94,17 +95,10 @@ class Convolution(LayerType):
         return graph.node("Conv", names, **options)
 
     def _convolution(
-        self,
-        cls: Callable[..., nn.Module],
-        layer: Any,
-        into: int | None,
-        out: int | None,
-        *,
-        bias: bool,
-        **options: Any,
+        self, cls: Callable[..., nn.Module], layer: Any, into: int | None, out: int | None, **options: Any
     ) -> nn.Module:
         sizes = into or layer.in_channels, out or layer.out_channels
-        return cls(*sizes, groups=layer.groups, bias=bias, device="meta", dtype=layer.weight.dtype, **options)
+        return cls(*sizes, groups=layer.groups, device="meta", dtype=layer.weight.dtype, **options)
 
     def _windows(self, layer: Any, x: Tensor, output: Tensor) -> Tensor:
         """What the kernel sees at each place, as a view: (images, channels, *places, *kernel)."""
@@ -128,15 +122,6 @@ def _along(name: str, option: Any, axis: int | None) -> Any:
     if axis is None or isinstance(option, str):
         return option
     return tuple(value if place == axis else _NEUTRAL[name] for place, value in enumerate(option))
-
-
-def _unravelled(places: Tensor, sizes: Sequence[int]) -> list[Tensor]:
-    """Flat positions as one index for each dimension."""
-    index: list[Tensor] = []
-    for size in reversed(sizes):
-        index.insert(0, places % size)
-        places = places // size
-    return index
 
 
 def _pads(layer: Any) -> tuple[list[int], list[int]]:

@@ -39,8 +39,7 @@ class Embedding(TransposedLinear):
         return self.base(into or entries, out or size, **options, device="meta", dtype=layer.weight.dtype)
 
     def pointwise(self, layer: Any, *, into: int | None = None, out: int | None = None, bias: bool) -> nn.Module:
-        entries, size = layer.weight.shape
-        return nn.Linear(into or entries, out or size, bias=bias, device="meta", dtype=layer.weight.dtype)
+        return super().resized(layer, into=into, out=out, bias=bias)
 
     def add_to_graph(self, graph: OnnxGraph, layer: nn.Module, name: str, *, dimensions: int) -> str:
         return graph.node("Gather", [graph.constant(layer.weight), name])

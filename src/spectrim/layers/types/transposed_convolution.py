@@ -43,9 +43,8 @@ class TransposedConvolution(Convolution):
 
     def _stretched(self, layer: Any, x: Tensor, size: Sequence[int]) -> Tensor:
         """The input of the ordinary convolution: zeros between and around the entries of `x`."""
-        wide = x.new_zeros(
-            *x.shape[:2], *((n - 1) * step + 1 for n, step in zip(x.shape[2:], layer.stride, strict=True))
-        )
+        sizes = ((n - 1) * step + 1 for n, step in zip(x.shape[2:], layer.stride, strict=True))
+        wide = x.new_zeros(*x.shape[:2], *sizes)
         places = (slice(None, None, step) for step in layer.stride)
         wide[(slice(None), slice(None), *places)] = x
         pads: list[int] = []

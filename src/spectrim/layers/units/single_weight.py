@@ -2,6 +2,7 @@
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -140,13 +141,8 @@ def _weight(
 ) -> Weight:
     layer_type, own = find_layer_type(layer), list(layer.parameters(recurse=False))
     # a subclass or a parametrised layer cannot be exchanged, but its weight has a spectrum all the same
-    weight = getattr(layer, "weight", None) if layer_type else None
-    whole = (
-        isinstance(weight, Tensor)
-        and layer_type is not None
-        and weight.ndim == layer_type.weight_dims
-        and _is_ordinary(weight)
-    )
+    weight: Any = getattr(layer, "weight", None) if layer_type else None
+    whole = isinstance(weight, Tensor) and layer_type is not None and weight.ndim == layer_type.weight_dims
     shape = weight.shape if isinstance(weight, Tensor) else next((value.shape for value in own if value.ndim >= 2), ())
     return Weight(
         name=call_sites[0],
@@ -155,7 +151,7 @@ def _weight(
         kind=type(layer).__name__,
         shape=tuple(shape),
         layer_type=layer_type,
-        geometry=layer_type.geometry(layer) if layer_type and whole else None,
+        geometry=layer_type.geometry(layer) if layer_type and whole and _is_ordinary(weight) else None,
         positions=sum((positions.get(site, Positions()) for site in call_sites), Positions()),
         biases=biases,
         params=sum(parameter.numel() for parameter in own),
@@ -245,7 +241,7 @@ def _unfit(module: nn.Module, selection: LayerSelection) -> str | None:
         why = f": {' and '.join(stacks)} hold one matrix for each expert, head or part{_EXPERTS}" if stacks else ""
         return f"{name} layers are not factored{why}"
     overridden = layer_type.overrides(module)
-    if overridden and (overridden[0] == "__call__" or not selection.is_treated(module)):
+    if overridden and (overridden[0] == "__call__" or not isinstance(module, tuple(selection.treat_as))):
         base = f"nn.{layer_type.name}" if hasattr(nn, layer_type.name) else layer_type.name
         plain_call = overridden[0] != "__call__"
         advice = f"; if it gives what {base} gives, pass treat_as={{{name}: {base}}}" if plain_call else ""
