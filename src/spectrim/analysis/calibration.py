@@ -19,7 +19,7 @@ from spectrim.core.batches import batches_of, inputs_of, length_of
 from spectrim.core.distributed import Accelerator, all_reduce, if_distributed, shard
 from spectrim.core.errors import DataError, ModelError
 from spectrim.core.execution import Inputs, call, evaluating, frozen, on_device_of, temporary
-from spectrim.core.heap import return_freed, reusing_freed
+from spectrim.core.heap import reusing_freed
 from spectrim.core.memory import Storage
 from spectrim.core.nested import is_in_transform, joined
 from spectrim.core.progress import progress_callback
@@ -155,7 +155,6 @@ def calibrate(
             except ModelError as error:
                 raise DataError(str(error)) from error
             masks.warn_if_unused()
-    return_freed()
     if not seen:
         raise DataError("the calibration data is empty; give at least one batch")
     names = list(typed_layers(model))

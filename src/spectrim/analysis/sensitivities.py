@@ -156,7 +156,6 @@ def with_output_grads(
             with evaluating(model), frozen(model) if freezes else nullcontext():
                 for position, part, signs in parts:
                     add_gradients(model, part, layers, sums, what=f"batch {position}", signs=signs, probes=probes)
-            return_freed()
             return statistics.with_output_grads({name: part for name, part in sums.items() if part.tells})
         except (DataError, ModelError):
             if required and not freezes:
