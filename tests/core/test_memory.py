@@ -160,3 +160,16 @@ def test_a_container_leaves_less_than_the_machine(
     assert free_bytes(torch.device("cpu")) == 900 - 500 + 170
     monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: Free(100))
     assert free_bytes(torch.device("cpu")) == 100
+
+
+@pytest.mark.parametrize("library", [OSError("no such library"), None])
+def test_freed_memory_is_returned_or_nothing_happens(library: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(_: object) -> object:
+        if isinstance(library, OSError):
+            raise library
+        return library  # without the function, as on other systems
+
+    monkeypatch.setattr(memory.ctypes, "CDLL", load)
+    memory.return_freed()
+    monkeypatch.undo()
+    memory.return_freed()

@@ -19,7 +19,6 @@ from spectrim.core.batches import batches_of, inputs_of, length_of
 from spectrim.core.distributed import Accelerator, all_reduce, if_distributed, shard
 from spectrim.core.errors import DataError, ModelError
 from spectrim.core.execution import Inputs, call, evaluating, frozen, on_device_of, temporary
-from spectrim.core.heap import reusing_freed
 from spectrim.core.memory import Storage
 from spectrim.core.nested import is_in_transform, joined
 from spectrim.core.progress import progress_callback
@@ -231,9 +230,7 @@ def add_gradients(
                 return
             hooks.is_backward = True
             try:
-                leaves, more = list(leaves_of(total)), probe + 1 < probes
-                with reusing_freed():
-                    torch.autograd.grad(total, leaves, retain_graph=more, allow_unused=True)
+                torch.autograd.grad(total, list(leaves_of(total)), retain_graph=probe + 1 < probes, allow_unused=True)
             except RuntimeError as error:
                 raise ModelError(
                     f"{type(model).__name__} cannot be differentiated: {str(error).splitlines()[0]}; use the "

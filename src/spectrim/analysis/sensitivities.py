@@ -27,7 +27,6 @@ from spectrim.core.arguments import checked
 from spectrim.core.batches import batches_of, inputs_of
 from spectrim.core.errors import DataError, ModelError, PlanError
 from spectrim.core.execution import Inputs, ProgressCallback, evaluating, frozen
-from spectrim.core.heap import return_freed
 from spectrim.core.memory import IN_PLACE, Storage
 from spectrim.core.plans import Metric
 from spectrim.core.progress import progress_callback
@@ -294,10 +293,7 @@ class _SingleLayerRuns:
         """
         metric = measured_in(layer, self.metric)
         assert metric is not None
-        problem = layer.problems[metric]
-        if problem.is_wide:
-            return_freed()  # what passes have left takes the place of what is as large as the weight
-        errors = layer.rank_errors(form, metric)
+        problem, errors = layer.problems[metric], layer.rank_errors(form, metric)
         dense, total = self.cache.model.get_submodule(layer.name), problem.seen_error(0)
         losing = np.flatnonzero(errors.lost > _LEAST_LOST)
         place = len(losing) and 1 + int(np.abs(errors.lost[losing] - _LOST).argmin())

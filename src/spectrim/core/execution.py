@@ -18,7 +18,6 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils.hooks import RemovableHandle
 
 from spectrim.core.errors import FileError, ModelError, ResourceError
-from spectrim.core.heap import reusing_freed
 from spectrim.core.nested import alike, describe, from_numpy, has_ragged, map_tensors, rows, tensors
 
 LABELS = ("labels", "label")
@@ -235,8 +234,7 @@ def call(model: nn.Module, inputs: Inputs, *, what: str = "example_inputs", hint
     """
     try:
         own = on_device_of(model, inputs)
-        with reusing_freed():
-            return model(*own.args, **own.kwargs)
+        return model(*own.args, **own.kwargs)
     except (FileError, ResourceError):  # of a hook that writes or counts, such as statistics on a full disk
         raise
     except Exception as error:

@@ -1,5 +1,6 @@
 """Memory: how much of it is free, and where large tensors are kept."""
 
+import ctypes
 import importlib
 import os
 import sys
@@ -18,6 +19,9 @@ from spectrim.core.files import require_writable_folder
 
 MAPPED_BYTES = 2**24
 """Size from which a tensor is worth a file: 16 MiB."""
+
+_MUCH = 2**28
+"""Bytes of freed memory that are worth the time: 256 MiB."""
 
 _CGROUPS, _OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
@@ -109,6 +113,22 @@ class Storage:
 
 IN_PLACE = Storage()
 """In memory, where the model is."""
+
+
+class _HeapSizes(ctypes.Structure):
+    """What `mallinfo2` of the C library of Linux returns, under its names; `fordblks` are the bytes that are free."""
+
+    _names = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
+    _fields_ = [(name, ctypes.c_size_t) for name in _names]
+
+
+def return_freed() -> None:
+    """Give freed memory back to the system, if it is much; the C library of Linux keeps what lies between others."""
+    with suppress(OSError, TypeError, AttributeError):  # of other systems, and of versions before 2021
+        library = ctypes.CDLL(None)
+        library.mallinfo2.restype = _HeapSizes
+        if library.mallinfo2().fordblks >= _MUCH:
+            library.malloc_trim(0)
 
 
 def peak_gb() -> float:

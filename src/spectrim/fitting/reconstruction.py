@@ -19,7 +19,7 @@ from spectrim.analysis.activation_cache import (
 from spectrim.analysis.recalled_pass import ForgottenOutputError
 from spectrim.analysis.spectra import Analysis
 from spectrim.core.execution import Inputs, ProgressCallback, call, evaluating
-from spectrim.core.heap import return_freed
+from spectrim.core.memory import return_freed
 from spectrim.core.plans import LayerPlan, Plan
 from spectrim.fitting.held_out import HeldOut, Pairs, taken_apart
 from spectrim.fitting.neurons import Neurons

@@ -16,7 +16,6 @@ from spectrim.analysis.spectra import Analysis, analyze_selected, with_statistic
 from spectrim.core.batches import ReservedBatches, batches_of, collected, without_labels
 from spectrim.core.errors import DataError, PlanError
 from spectrim.core.execution import Inputs, ProgressCallback, as_inputs, require_repeatable
-from spectrim.core.heap import return_freed
 from spectrim.core.layout import ImageLayout
 from spectrim.core.plans import Budget, Metric, Plan, Rule
 from spectrim.layers.selection import LayerSelection
@@ -179,7 +178,6 @@ class _Stages:
             statistics = with_output_grads(
                 model, statistics, _in_memory(batches), layers=layers, required="loss" in metrics, storage=storage
             )
-        return_freed()
         self._begin("analyse")
         analysis = with_statistics(bare, statistics)
         analysis = replace(analysis, calibration=statistics.without_output_grads())
