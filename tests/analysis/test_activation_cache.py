@@ -2,6 +2,8 @@
 
 import copy
 from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -514,4 +516,84 @@ def test_narrowed_neurons_in_a_chain_are_as_without_a_cache() -> None:
         small = st.compress(model, budget, example_inputs=x[:1], data=x.split(64), forms=["width"], cache=cache)
         assert any(layer.form == "width" for layer in small.plan)
         outputs.append(small.model(x).detach())
+    assert torch.allclose(*outputs, atol=1e-5)
+
+
+def convolution(into: int, out: int) -> nn.Conv2d:
+    return nn.Conv2d(into, out, 3, padding=1)
+
+
+class SharedActivation(nn.Module):
+    """One module at several places of a chain, and a child of the network."""
+
+    def __init__(self, activation: nn.Module, *widths: int) -> None:
+        super().__init__()
+        self.activation = activation
+        parts = [part for pair in pairwise((3, *widths)) for part in (convolution(*pair), activation)]
+        self.net = nn.Sequential(*parts, nn.Conv2d(widths[-1], 8, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class InOtherBlocks(nn.Module):
+    """A chain that is called by a block as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q = nn.Sequential(convolution(3, 16), nn.ReLU(), convolution(16, 3))
+        self.block = Counting(self.q, nn.ReLU())
+        self.g, self.h = convolution(3, 16), convolution(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.h(self.g(self.q(self.q(self.block(x)))))
+
+
+class OrderOfData(nn.Module):
+    """The order of its parts depends on the data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.chain = nn.Sequential(convolution(3, 16), nn.ReLU(), convolution(16, 3))
+        self.layer, self.head = convolution(3, 3), convolution(3, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.abs().max() < 10:
+            return self.head(self.layer(self.chain(x)))
+        return self.head(self.chain(self.layer(x / 10)))
+
+
+class NamedAlike(nn.Module):
+    """A block whose name is what a place in a chain might be called."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name, self.f = name, nn.Sequential(convolution(3, 3), nn.ReLU(), convolution(3, 3))
+        self.add_module(name, nn.Sequential(convolution(3, 3), nn.BatchNorm2d(3), nn.ReLU()))
+        self.head = convolution(3, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.f(self.get_submodule(self.name)(x)))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        partial(SharedActivation, nn.ReLU(), 16, 32, 16),
+        partial(SharedActivation, nn.ReLU(), 16, 16, 16),
+        partial(SharedActivation, nn.Softmax(1), 16, 16, 16),
+        InOtherBlocks,
+        OrderOfData,
+        partial(NamedAlike, "f:x"),
+        partial(NamedAlike, "f:1"),
+    ],
+)
+def test_compressed_as_without_a_cache_whatever_calls_the_parts(make: Callable[[], nn.Module]) -> None:
+    draw = torch.Generator().manual_seed(1)
+    data = [torch.randn(8, 3, 8, 8, generator=draw) * (1 + number % 2 * 10) for number in range(6)]
+    outputs = []
+    for cache in (0, None):
+        torch.manual_seed(0)
+        small = st.compress(make().eval(), st.Budget(macs=0.6), example_inputs=data[0][:1], data=data, cache=cache)
+        outputs.append(small.model(data[0]).detach())
     assert torch.allclose(*outputs, atol=1e-5)

@@ -1,6 +1,7 @@
 """Repeated passes over the same beginning of a network, without computing it each time."""
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -109,11 +110,22 @@ class ActivationCache:
         with evaluating(self.model), suppress(ModelError):
             # a block is tried after a pass on other inputs, so that what it left to others is not what it leaves now
             turns = [self._recorded(inputs, names) for inputs in self._pair(self.tried_on)]
-            recallable = frozenset(name for name in names if self._is_recallable(name, turns))
+            miscounted = self._miscounted({*names, *chains}, turns)
+            recallable = frozenset(
+                name for name in names if name not in miscounted and self._is_recallable(name, turns)
+            )
             turns = [self._recorded(turn.inputs, recallable) for turn in turns]
             frontiers = (name for name in recallable if self.forgets and self._is_frontier(name, turns))
             return _Blocks(recallable, frozenset(frontiers), chains & {*recallable, ""})
         return _Blocks(chains=chains & {""})
+
+    def _miscounted(self, names: Collection[str], turns: Sequence[RecordedPass]) -> set[str]:
+        """Modules in a block or chain with other calls, whose numbers change with what that leaves out."""
+        modules = {name: self.model.get_submodule(name) for name in names}
+        within = {part for module in modules.values() for part in module.modules() if part is not module}
+        counts = Counter(module for _, module in self.model.named_modules(remove_duplicate=False))
+        often = {name for turn in turns for name, number in turn.calls.items() if number > 1}
+        return {name for name, own in modules.items() if own in within and (name in often or counts[own] > 1)}
 
     def _pair(self, inputs: Inputs) -> tuple[Inputs, Inputs]:
         """A few of the samples, and of the numbers of a sequence, if the network takes them, and others like them."""
@@ -198,8 +210,6 @@ class ActivationCache:
                     module.__dict__["forward"] = own
 
     def _keep(self, batch: int, run: Pass) -> None:
-        if not run.finished:
-            return
         self.free_bytes += sum(map(size_of, run.known.values()))
         self._outputs[batch] = {}
         # those that are known already first, since there were bytes for them

@@ -13,7 +13,7 @@ from spectrim.core.execution import Inputs
 from spectrim.core.nested import map_tensors, tensors
 
 Key = tuple[str, int]
-"""A module's name, and the number of the call within one pass."""
+"""A module's name, or of what arrives in a chain `NAME..PLACE`, and the number of the call within one pass."""
 
 Outputs = dict[Key, Any]
 """Tensors, or tuples of tensors and None."""
@@ -110,15 +110,15 @@ class Pass:
         """The forward pass of an `nn.Sequential`, from the child on of which is known what arrives there."""
         call = self.calls[name] - 1
         start = self._start(name, call)
-        first, x = (int(start[0].removeprefix(f"{name}:")), copied(self.known[start])) if start else (0, input)
+        first, x = (int(start[0].removeprefix(f"{name}..")), copied(self.known[start])) if start else (0, input)
         for place, child in enumerate(children[first:], first):
-            self.arrived = (name, (f"{name}:{place}", call), x) if self.final else None
+            self.arrived = (name, (f"{name}..{place}", call), x) if self.final else None
             x = child(x)
         self.arrived = None
         return x
 
     def _start(self, name: str, call: int) -> Key | None:
-        return next((key for key in self.known if key[1] == call and key[0].startswith(f"{name}:")), None)
+        return next((key for key in self.known if key[1] == call and key[0].startswith(f"{name}..")), None)
 
     def _before(self, name: str, finished: Sequence[tuple[Key, Any]]) -> list[tuple[Key, Any]]:
         """What was finished before; once it takes no bytes, there are enough for what comes now, which is then kept."""
