@@ -68,7 +68,7 @@ def test_a_second_pass_gives_the_same_without_running_the_kept_blocks() -> None:
     cache = tried(model, x, free_bytes=10**7)
     outputs = []
     for _ in range(3):
-        with cache.recalling(0) as stop, torch.no_grad():
+        with cache.recalling(0, at_hand=()) as stop, torch.no_grad():
             outputs.append(model(x))
             stop()
     assert model.first.runs == model.last.runs == 1
@@ -82,7 +82,7 @@ def test_what_comes_after_the_stop_runs_anew() -> None:
     model, x = net(), torch.randn(4, 2, 8, 8)
     cache = tried(model, x, free_bytes=10**7)
     for _ in range(2):
-        with cache.recalling(0) as stop, torch.no_grad():
+        with cache.recalling(0, at_hand=()) as stop, torch.no_grad():
             handle = model.again.inside[0].register_forward_hook(lambda *_, end=stop: end())
             model(x)
         handle.remove()
@@ -96,7 +96,7 @@ def test_each_batch_has_its_own_outputs_and_the_bytes_suffice() -> None:
     cache = tried(model, batches[0][:1], free_bytes=size)
     for _ in range(2):
         for number, x in enumerate(batches):
-            with cache.recalling(number) as stop, torch.no_grad():
+            with cache.recalling(number, at_hand=()) as stop, torch.no_grad():
                 output = model(x)
                 stop()
             torch.testing.assert_close(output, net()(x), rtol=0, atol=0)
@@ -113,7 +113,7 @@ def test_an_own_forward_of_a_module_is_put_back() -> None:
     cache = ActivationCache(model, free_bytes=10**7, tried_on=as_inputs(x))
     outputs = []
     for _ in range(2):
-        with cache.recalling(0) as stop, torch.no_grad():
+        with cache.recalling(0, at_hand=()) as stop, torch.no_grad():
             outputs.append(model(x))
             stop()
     assert torch.equal(*outputs)
@@ -254,7 +254,7 @@ def test_a_chain_keeps_one_output_where_nothing_reads_those_before(skip: bool) -
     for block in model.blocks:
         block.runs = 0
     for number in range(1, 4):
-        with cache.recalling(0) as stop, torch.no_grad():
+        with cache.recalling(0, at_hand=()) as stop, torch.no_grad():
             handle = model.blocks[number].inside[0].register_forward_pre_hook(lambda *_, end=stop: end())
             assert torch.equal(model(x), expected)
         handle.remove()
@@ -282,7 +282,7 @@ def test_blocks_that_give_tuples_are_recalled() -> None:
     with torch.no_grad():
         expected = model(x)
         for _ in range(2):
-            with cache.recalling(0) as stop:
+            with cache.recalling(0, at_hand=()) as stop:
                 assert torch.equal(model(x), expected)
                 stop()
     assert model.first.runs == 2
@@ -294,7 +294,7 @@ def test_what_is_forgotten_takes_no_bytes() -> None:
     with torch.no_grad():
         expected = model(x)
         for _ in range(2):
-            with cache.recalling(0) as stop:
+            with cache.recalling(0, at_hand=()) as stop:
                 handle = model.blocks[3].inside[0].register_forward_pre_hook(lambda *_, end=stop: end())
                 assert torch.equal(model(x), expected)
             handle.remove()
@@ -310,7 +310,7 @@ def test_what_is_kept_of_a_batch_makes_room_for_what_comes_after_it() -> None:
                 block.runs = 0
             for position, x in enumerate(batches):
                 handle = model.blocks[number].inside[0].register_forward_pre_hook(lambda *_: stop())
-                with cache.recalling(position) as stop:
+                with cache.recalling(position, at_hand=()) as stop:
                     model(x)
                 handle.remove()
     # the second batch alone, for which no bytes are left
@@ -330,7 +330,7 @@ def test_a_block_that_is_too_large_to_keep_is_forgotten_with_the_others() -> Non
         expected = model(x)
         assert "blocks.1" in cache.blocks
         for number in (1, 3, 3):
-            with cache.recalling(0) as stop:
+            with cache.recalling(0, at_hand=()) as stop:
                 handle = model.blocks[number].inside[0].register_forward_pre_hook(lambda *_, end=stop: end())
                 assert torch.equal(model(x), expected)
             handle.remove()
@@ -353,7 +353,7 @@ def test_what_lies_beside_the_blocks_is_recalled_but_layers_are_not() -> None:
         expected, pool.runs = model(x), 0
         for _ in range(3):
             handle = inside[3].register_forward_pre_hook(lambda *_: stop())
-            with cache.recalling(0) as stop:
+            with cache.recalling(0, at_hand=()) as stop:
                 assert torch.equal(model(x), expected)
             handle.remove()
     assert pool.runs == 1
@@ -401,7 +401,7 @@ class Calls(TorchFunctionMode):
 
 def stopped_at(model: nn.Module, layer: nn.Module, cache: ActivationCache, x: Tensor) -> tuple[Tensor, list[str]]:
     """The output of a pass that is final up to a layer, and what was called."""
-    with cache.recalling(0) as stop, torch.no_grad(), Calls() as calls:
+    with cache.recalling(0, at_hand=()) as stop, torch.no_grad(), Calls() as calls:
         handle = layer.register_forward_pre_hook(lambda *_: stop())
         try:
             return model(x), calls.names
@@ -488,7 +488,7 @@ def test_a_chain_that_is_called_twice_keeps_the_calls_apart() -> None:
                 stop()
 
         handle = model.twice[2].register_forward_pre_hook(stop_at)
-        with cache.recalling(0) as stop, torch.no_grad():
+        with cache.recalling(0, at_hand=()) as stop, torch.no_grad():
             output = model(x)
         handle.remove()
         assert torch.equal(output, model(x))
@@ -563,6 +563,23 @@ class OrderOfData(nn.Module):
         return self.head(self.chain(self.layer(x / 10)))
 
 
+class OrderOfBlocks(nn.Module):
+    """The order of two blocks, or how often the first one is called, depends on the data."""
+
+    def __init__(self, *, inverted: bool) -> None:
+        super().__init__()
+        self.inverted = inverted
+        self.a = Counting(convolution(3, 16), nn.ReLU(), convolution(16, 16), nn.ReLU(), convolution(16, 3))
+        self.b = Counting(convolution(3, 16), nn.ReLU(), convolution(16, 3))
+        self.head = convolution(3, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        is_small = x.abs().max() < 10
+        if self.inverted:
+            return self.head(self.b(self.a(x)) if is_small else self.a(self.b(x / 10)))
+        return self.head(self.a(self.b(self.a(x) if is_small else x)))
+
+
 class NamedAlike(nn.Module):
     """A block whose name is what a place in a chain might be called."""
 
@@ -584,6 +601,8 @@ class NamedAlike(nn.Module):
         partial(SharedActivation, nn.Softmax(1), 16, 16, 16),
         InOtherBlocks,
         OrderOfData,
+        partial(OrderOfBlocks, inverted=True),
+        partial(OrderOfBlocks, inverted=False),
         partial(NamedAlike, "f:x"),
         partial(NamedAlike, "f:1"),
     ],

@@ -180,9 +180,14 @@ class ActivationCache:
             return False
 
     @contextmanager
-    def recalling(self, batch: int) -> Iterator[Callable[[], None]]:
-        """Run the network on the batch of this number within this; call what it gives where finality ends."""
-        blocks, known = self._blocks, self._outputs.get(batch, {})
+    def recalling(self, batch: int, *, at_hand: Collection[str]) -> Iterator[Callable[[], None]]:
+        """Run the network on the batch of this number within this; call what it gives where finality ends.
+
+        That is at the layers at hand: blocks that have these run, though in other batches they come earlier or later.
+        """
+        blocks, known = self._blocks, self._outputs.setdefault(batch, {})
+        for key in [key for key in known if any(name.startswith(f"{key[0]}.") for name in at_hand)]:
+            self.free_bytes += size_of(known.pop(key))
         # what is known of this batch may be exchanged for what comes after it
         free_bytes = self.free_bytes + sum(map(size_of, known.values()))
         run = Pass(known, free_bytes, blocks.frontiers, blocks.chains)

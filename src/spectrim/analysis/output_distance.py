@@ -52,7 +52,7 @@ def outputs_with(
     before = {name: cache.model.get_submodule(name) for name in layers}
     replace(cache.model, layers)
     try:
-        with cache.recalling(position) as stop:
+        with cache.recalling(position, at_hand=layers) as stop:
             hooks = (layer.register_forward_pre_hook(lambda *_: stop()) for layer in layers.values())
             with temporary(hooks):
                 return outputs_of(cache.model, batch, position)

@@ -277,7 +277,7 @@ def _record(
         counted = Counter[str]()
         expected = events.setdefault(position, counted)
         watched = following(cache.model, dict(later), on_call=on_call, on_residual=on_residual if adding else None)
-        with suppress(_PassEnded), cache.recalling(position) as reached, watched:
+        with suppress(_PassEnded), cache.recalling(position, at_hand=seen) as reached, watched:
             call(cache.model, batch, what=f"batch {position}")
         seen = {site: seen[site] for site in segment.call_sites}
         return_freed()
@@ -348,6 +348,6 @@ def _collect(
         )
         only_inputs = list(pending.values()) == [1] and not place.successor.residual
         ending = ended_at(cache.model, *pending, on_call=on_call) if only_inputs else nullcontext()
-        with suppress(_PassEnded), cache.recalling(position) as reached, watched, ending:
+        with suppress(_PassEnded), cache.recalling(position, at_hand=seen) as reached, watched, ending:
             call(cache.model, batch, what=f"batch {position}")
     return {name for name, number in same.items() if number == len(data)}
