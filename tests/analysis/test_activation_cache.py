@@ -566,11 +566,11 @@ class OrderOfData(nn.Module):
 class OrderOfBlocks(nn.Module):
     """The order of two blocks, or how often the first one is called, depends on the data."""
 
-    def __init__(self, *, inverted: bool) -> None:
+    def __init__(self, block: Callable[..., nn.Module], *, inverted: bool) -> None:
         super().__init__()
         self.inverted = inverted
-        self.a = Counting(convolution(3, 16), nn.ReLU(), convolution(16, 16), nn.ReLU(), convolution(16, 3))
-        self.b = Counting(convolution(3, 16), nn.ReLU(), convolution(16, 3))
+        self.a = block(convolution(3, 16), nn.ReLU(), convolution(16, 16), nn.ReLU(), convolution(16, 3))
+        self.b = block(convolution(3, 16), nn.ReLU(), convolution(16, 3))
         self.head = convolution(3, 8)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -601,8 +601,10 @@ class NamedAlike(nn.Module):
         partial(SharedActivation, nn.Softmax(1), 16, 16, 16),
         InOtherBlocks,
         OrderOfData,
-        partial(OrderOfBlocks, inverted=True),
-        partial(OrderOfBlocks, inverted=False),
+        partial(OrderOfBlocks, Counting, inverted=True),
+        partial(OrderOfBlocks, Counting, inverted=False),
+        partial(OrderOfBlocks, nn.Sequential, inverted=True),
+        partial(OrderOfBlocks, nn.Sequential, inverted=False),
         partial(NamedAlike, "f:x"),
         partial(NamedAlike, "f:1"),
     ],

@@ -77,7 +77,7 @@ class Pass:
         return partial(self.forward if name else self.whole, name, chain)
 
     def stop(self) -> None:
-        """What finishes from here on is not final."""
+        """What finishes from here on is not final, and nothing is recalled any more."""
         if self.final and self.arrived:
             name, key, x = self.arrived
             if _is_storable(x) and size_of(x) <= self.free_bytes:
@@ -91,8 +91,9 @@ class Pass:
         key, inside = (name, self.calls[name]), len(self.finished)
         self.calls[name] += 1
         # copies, since what follows may work in place
-        output = copied(self.known[key]) if key in self.known else original(*args, **kwargs)
-        if self.final and key in self.known:
+        is_known = self.final and key in self.known
+        output = copied(self.known[key]) if is_known else original(*args, **kwargs)
+        if is_known:
             self.finished[inside:] = [(key, self.known[key])]
         elif self.final and _is_storable(output):
             if size_of(output) > self.free_bytes:
@@ -109,7 +110,7 @@ class Pass:
     def chain(self, name: str, children: Sequence[nn.Module], input: Any) -> Any:  # noqa: A002  # as in torch
         """The forward pass of an `nn.Sequential`, from the child on of which is known what arrives there."""
         call = self.calls[name] - 1
-        start = self._start(name, call)
+        start = self._start(name, call) if self.final else None
         first, x = (int(start[0].removeprefix(f"{name}..")), copied(self.known[start])) if start else (0, input)
         for place, child in enumerate(children[first:], first):
             self.arrived = (name, (f"{name}..{place}", call), x) if self.final else None
