@@ -580,6 +580,23 @@ class OrderOfBlocks(nn.Module):
         return self.head(self.a(self.b(self.a(x) if is_small else x)))
 
 
+class LaterLayerFirst(nn.Module):
+    """A layer of a chain is called before the chain, as the data say; or has a name outside of its block as well."""
+
+    def __init__(self, *, alias: bool) -> None:
+        super().__init__()
+        if alias:
+            self.alias = convolution(3, 3)
+        layer = self.alias if alias else convolution(3, 3)
+        self.f = nn.Sequential(convolution(3, 3), nn.ReLU(), layer, nn.ReLU())
+        self.g, self.head = nn.Sequential(convolution(3, 16), nn.ReLU(), convolution(16, 3)), convolution(3, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.abs().max() < 10:
+            return self.head(self.g(self.f(self.f[2](x))))
+        return self.head(self.f(self.g(x / 10)))
+
+
 class NamedAlike(nn.Module):
     """A block whose name is what a place in a chain might be called."""
 
@@ -605,6 +622,8 @@ class NamedAlike(nn.Module):
         partial(OrderOfBlocks, Counting, inverted=False),
         partial(OrderOfBlocks, nn.Sequential, inverted=True),
         partial(OrderOfBlocks, nn.Sequential, inverted=False),
+        partial(LaterLayerFirst, alias=False),
+        partial(LaterLayerFirst, alias=True),
         partial(NamedAlike, "f:x"),
         partial(NamedAlike, "f:1"),
     ],

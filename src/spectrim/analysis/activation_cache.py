@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from spectrim.analysis.recalled_pass import (
     ForgottenOutputError,
+    Key,
     Outputs,
     Pass,
     RecordedPass,
     Unkept,
+    bytes_of,
     forgotten,
     is_equal,
-    size_of,
 )
 from spectrim.core.errors import ModelError
 from spectrim.core.execution import Inputs, call, evaluating, temporary
@@ -150,7 +151,7 @@ class ActivationCache:
         """Whether the network gives the same with a block's output recalled; exchanges the passes."""
         recorded, other = turns
         known = {key: output for key, output in recorded.outputs.items() if key[0] == name}
-        if not known or max(map(size_of, known.values())) > self.free_bytes:
+        if not known or max(map(bytes_of, known.values())) > self.free_bytes:
             return False
         if any(key not in other.outputs or is_equal(output, other.outputs[key]) for key, output in known.items()):
             return False  # what it leaves to others may be the same as well
@@ -172,7 +173,7 @@ class ActivationCache:
         before = {earlier: forgotten(recorded.outputs[earlier]) for earlier in recorded.before[key]}
         return bool(before) and self._is_same(recorded, {**before, key: recorded.outputs[key]})
 
-    def _is_same(self, recorded: "RecordedPass", known: Outputs) -> bool:
+    def _is_same(self, recorded: RecordedPass, known: Outputs) -> bool:
         try:
             with self._following(Pass(known, self.free_bytes), {name for name, _ in known}):
                 return is_equal(recorded.expected, call(self.model, recorded.inputs))
@@ -186,10 +187,11 @@ class ActivationCache:
         That is at the layers at hand: blocks that have these run, though in other batches they come earlier or later.
         """
         blocks, known = self._blocks, self._outputs.setdefault(batch, {})
-        for key in [key for key in known if any(name.startswith(f"{key[0]}.") for name in at_hand)]:
-            self.free_bytes += size_of(known.pop(key))
+        layers = {self.model.get_submodule(name) for name in at_hand}
+        for key in [key for key in known if not layers.isdisjoint(self._replaced_by(key))]:
+            self.free_bytes += bytes_of(known.pop(key))
         # what is known of this batch may be exchanged for what comes after it
-        free_bytes = self.free_bytes + sum(map(size_of, known.values()))
+        free_bytes = self.free_bytes + sum(map(bytes_of, known.values()))
         run = Pass(known, free_bytes, blocks.frontiers, blocks.chains)
         try:
             with self._following(run, blocks.recallable | blocks.chains):
@@ -197,6 +199,13 @@ class ActivationCache:
         finally:
             if not run.final:  # a pass that never came to the layer at hand says nothing of what is final
                 self._keep(batch, run)
+
+    def _replaced_by(self, key: Key) -> set[nn.Module]:
+        """The modules that do not run where what is known of a block, or arrives in a chain, takes their place."""
+        name, _, place = key[0].partition("..")
+        module = self.model.get_submodule(name)
+        parts = list(module._modules.values())[: int(place)] if place else [module]
+        return {own for part in parts if part is not None for own in part.modules()}
 
     @contextmanager
     def _following(self, run: Pass | RecordedPass, blocks: Collection[str]) -> Iterator[None]:
@@ -215,13 +224,13 @@ class ActivationCache:
                     module.__dict__["forward"] = own
 
     def _keep(self, batch: int, run: Pass) -> None:
-        self.free_bytes += sum(map(size_of, run.known.values()))
+        self.free_bytes += sum(map(bytes_of, run.known.values()))
         self._outputs[batch] = {}
         # those that are known already first, since there were bytes for them
         for key, output in sorted(run.finished, key=lambda entry: entry[0] not in run.known):
-            if not isinstance(output, Unkept) and (key in run.known or size_of(output) <= self.free_bytes):
+            if not isinstance(output, Unkept) and (key in run.known or bytes_of(output) <= self.free_bytes):
                 self._outputs[batch][key] = output
-                self.free_bytes -= size_of(output)
+                self.free_bytes -= bytes_of(output)
 
 
 def default_bytes() -> int:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.core.execution import Inputs
-from spectrim.core.nested import map_tensors, tensors
+from spectrim.core.nested import map_tensors, size_of, tensors
 
 Key = tuple[str, int]
 """A module's name, or of what arrives in a chain `NAME..PLACE`, and the number of the call within one pass."""
@@ -80,7 +80,7 @@ class Pass:
         """What finishes from here on is not final, and nothing is recalled any more."""
         if self.final and self.arrived:
             name, key, x = self.arrived
-            if _is_storable(x) and size_of(x) <= self.free_bytes:
+            if _is_storable(x) and bytes_of(x) <= self.free_bytes:
                 self.finished = [*self._before(name, self.finished), (key, copied(x))]
             elif start := self._start(name, key[1]):
                 self.finished = [*self._before(name, self.finished), (start, self.known[start])]
@@ -96,7 +96,7 @@ class Pass:
         if is_known:
             self.finished[inside:] = [(key, self.known[key])]
         elif self.final and _is_storable(output):
-            if size_of(output) > self.free_bytes:
+            if bytes_of(output) > self.free_bytes:
                 self.finished.append((key, Unkept(forgotten(output))))  # those inside are kept in its place
                 return output
             self.finished = [*self._before(name, self.finished[:inside]), (key, copied(output))]
@@ -183,7 +183,6 @@ def _is_forgotten(output: Any) -> bool:
     return any(isinstance(tensor, _Forgotten) for tensor in tensors(output))
 
 
-def size_of(output: Any) -> int:
+def bytes_of(output: Any) -> int:
     """Bytes of memory; none of what is forgotten."""
-    real = (tensor for tensor in tensors(output) if not isinstance(tensor, _Forgotten))
-    return sum(tensor.numel() * tensor.element_size() for tensor in real)
+    return size_of([tensor for tensor in tensors(output) if not isinstance(tensor, _Forgotten)])
