@@ -1,7 +1,7 @@
 """Repeated passes over the same beginning of a network, without computing it each time."""
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -76,6 +76,7 @@ class ActivationCache:
     tried_on: Inputs | None
     forgets: bool = True
     _outputs: dict[int, Outputs] = field(default_factory=dict)
+    _inner_calls: dict[int, dict[Key, Counter[str]]] = field(default_factory=dict)
 
     def of(
         self,
@@ -111,22 +112,11 @@ class ActivationCache:
         with evaluating(self.model), suppress(ModelError):
             # a block is tried after a pass on other inputs, so that what it left to others is not what it leaves now
             turns = [self._recorded(inputs, names) for inputs in self._pair(self.tried_on)]
-            miscounted = self._miscounted({*names, *chains}, turns)
-            recallable = frozenset(
-                name for name in names if name not in miscounted and self._is_recallable(name, turns)
-            )
+            recallable = frozenset(name for name in names if self._is_recallable(name, turns))
             turns = [self._recorded(turn.inputs, recallable) for turn in turns]
             frontiers = (name for name in recallable if self.forgets and self._is_frontier(name, turns))
             return _Blocks(recallable, frozenset(frontiers), chains & {*recallable, ""})
         return _Blocks(chains=chains & {""})
-
-    def _miscounted(self, names: Collection[str], turns: Sequence[RecordedPass]) -> set[str]:
-        """Modules in a block or chain with other calls, whose numbers change with what that leaves out."""
-        modules = {name: self.model.get_submodule(name) for name in names}
-        within = {part for module in modules.values() for part in module.modules() if part is not module}
-        counts = Counter(module for _, module in self.model.named_modules(remove_duplicate=False))
-        often = {name for turn in turns for name, number in turn.calls.items() if number > 1}
-        return {name for name, own in modules.items() if own in within and (name in often or counts[own] > 1)}
 
     def _pair(self, inputs: Inputs) -> tuple[Inputs, Inputs]:
         """A few of the samples, and of the numbers of a sequence, if the network takes them, and others like them."""
@@ -192,7 +182,8 @@ class ActivationCache:
             self.free_bytes += bytes_of(known.pop(key))
         # what is known of this batch may be exchanged for what comes after it
         free_bytes = self.free_bytes + sum(map(bytes_of, known.values()))
-        run = Pass(known, free_bytes, blocks.frontiers, blocks.chains)
+        inner_calls = self._inner_calls.setdefault(batch, {})
+        run = Pass(known, free_bytes, blocks.frontiers, blocks.chains, inner_calls=inner_calls)
         try:
             with self._following(run, blocks.recallable | blocks.chains):
                 yield run.stop

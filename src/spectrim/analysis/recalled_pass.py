@@ -57,7 +57,8 @@ class Pass:
         finished: What is known after the pass.
         final: Whether what finishes now is final.
         calls: How often each block was called.
-        arrived: In a chain, where the pass is, and what arrived there.
+        arrived: In a chain, where the pass is, what arrived there, and the calls before the chain.
+        inner_calls: How often blocks are called within what is known, so that calls are counted as if it ran.
     """
 
     known: Outputs
@@ -67,7 +68,8 @@ class Pass:
     finished: list[tuple[Key, Any]] = field(default_factory=list)
     final: bool = True
     calls: Counter[str] = field(default_factory=Counter)
-    arrived: tuple[str, Key, Any] | None = None
+    arrived: tuple[str, Key, Any, Counter[str]] | None = None
+    inner_calls: dict[Key, Counter[str]] = field(default_factory=dict)
 
     def forward_of(self, name: str, module: nn.Module) -> Callable[..., Any]:
         """What a block or a chain is to run in place of its forward pass."""
@@ -79,7 +81,8 @@ class Pass:
     def stop(self) -> None:
         """What finishes from here on is not final, and nothing is recalled any more."""
         if self.final and self.arrived:
-            name, key, x = self.arrived
+            name, key, x, before = self.arrived
+            self.inner_calls[key] = self.calls - before
             if _is_storable(x) and bytes_of(x) <= self.free_bytes:
                 self.finished = [*self._before(name, self.finished), (key, copied(x))]
             elif start := self._start(name, key[1]):
@@ -90,9 +93,12 @@ class Pass:
         """In place of a block's forward pass: the known output of this call, or the pass itself."""
         key, inside = (name, self.calls[name]), len(self.finished)
         self.calls[name] += 1
+        before, is_known = self.calls.copy(), self.final and key in self.known
         # copies, since what follows may work in place
-        is_known = self.final and key in self.known
         output = copied(self.known[key]) if is_known else original(*args, **kwargs)
+        if is_known:
+            self.calls += self.inner_calls.get(key, Counter())
+        self.inner_calls[key] = self.calls - before
         if is_known:
             self.finished[inside:] = [(key, self.known[key])]
         elif self.final and _is_storable(output):
@@ -109,11 +115,12 @@ class Pass:
 
     def chain(self, name: str, children: Sequence[nn.Module], input: Any) -> Any:  # noqa: A002  # as in torch
         """The forward pass of an `nn.Sequential`, from the child on of which is known what arrives there."""
-        call = self.calls[name] - 1
+        call, before = self.calls[name] - 1, self.calls.copy()
         start = self._start(name, call) if self.final else None
         first, x = (int(start[0].removeprefix(f"{name}..")), copied(self.known[start])) if start else (0, input)
+        self.calls += self.inner_calls[start] if start else Counter()
         for place, child in enumerate(children[first:], first):
-            self.arrived = (name, (f"{name}..{place}", call), x) if self.final else None
+            self.arrived = (name, (f"{name}..{place}", call), x, before) if self.final else None
             x = child(x)
         self.arrived = None
         return x
