@@ -15,6 +15,7 @@ Kullback-Leibler divergence from it. Seconds are processor time of one compressi
 import argparse
 import json
 import statistics
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -102,8 +103,7 @@ def network(arguments: argparse.Namespace) -> nn.Module:
     else:
         model = getattr(models, arguments.network)()
     if arguments.by_order:
-        state = st.models.read_state(arguments.weights)
-        model.load_state_dict(dict(zip(model.state_dict(), state.values(), strict=True)))
+        model.load_state_dict(renamed(st.models.read_state(arguments.weights), model, origin=arguments.weights))
         return model.eval()
     if arguments.keras is None:
         st.load(arguments.weights, model)
@@ -114,6 +114,17 @@ def network(arguments: argparse.Namespace) -> nn.Module:
     state |= {name: value for name, value in model.state_dict().items() if name.endswith("num_batches_tracked")}
     model.load_state_dict(state)
     return model.eval()
+
+
+def renamed(state: dict[str, Tensor], model: nn.Module, *, origin: Path) -> dict[str, Tensor]:
+    """A state whose tensors are in the order of the model's, under its names; ends the program where they are not."""
+    own = model.state_dict()
+    if len(state) != len(own):
+        sys.exit(f"{origin} has {len(state)} tensors, and the network {len(own)}, numbers of batches included")
+    for (name, value), (other, tensor) in zip(own.items(), state.items(), strict=True):
+        if value.shape != tensor.shape or name.rpartition(".")[2] != other.rpartition(".")[2]:
+            sys.exit(f"{origin} has {other} {list(tensor.shape)} where the network has {name} {list(value.shape)}")
+    return dict(zip(own, state.values(), strict=True))
 
 
 def outputs(model: nn.Module, data: Tensor) -> Tensor:
@@ -172,7 +183,7 @@ def main() -> None:
     weights = parser.add_mutually_exclusive_group(required=True)
     weights.add_argument("--weights", type=Path)
     weights.add_argument("--keras", type=Path)
-    parser.add_argument("--by-order", action="store_true", help="the weights' names are others, in the same order")
+    parser.add_argument("--by-order", action="store_true", help="tensors of --weights by their order, not their names")
     parser.add_argument("--shares", default=(0.75, 0.6, 0.5), type=lambda text: tuple(map(float, text.split(","))))
     parser.add_argument("--seeds", default=(0, 1, 2), type=lambda text: tuple(map(int, text.split(","))))
     parser.add_argument("--samples", default=256, type=int)
@@ -184,6 +195,8 @@ def main() -> None:
     parser.add_argument("--plans", help="where to write plans: the beginning of a file's name")
     parser.add_argument("--progress", action="store_true")
     arguments = parser.parse_args()
+    if arguments.by_order and not arguments.weights:
+        parser.error("--by-order goes with --weights")
     torch.set_num_threads(1)
     table = Table("kept", "top-1", "sd", "same", "KL", "seconds")
     for share, seeds in run(arguments).items():
