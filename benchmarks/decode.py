@@ -4,7 +4,8 @@
     python benchmarks/decode.py --dense SMOLLM2 --compressed SMALL --batch 1 --compile
 
 Both are folders of Hugging Face. A prompt of random tokens is read in one pass (prefill), and tokens are written after
-it one by one, the likeliest of each step (decode). Ratios are compressed over dense, of paired rounds, with their 95 %
+it one by one, the likeliest of each step (decode). `products` is what no runtime comes below: the same tokens, and of
+each step nothing but the products with its weights. Ratios are compressed over dense, of paired rounds, with their 95 %
 interval; one thread. With `--compile` steps are compiled by torch, and the cache has a fixed length; it takes minutes.
 """
 
@@ -17,13 +18,34 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 from transformers import StaticCache
 
 from spectrim.layers.caches import bytes_per_token
 from spectrim.models.folders import load_pretrained
 from spectrim.runtimes.timing import Timing, compare, interleaved, medians_ms, pass_timer
 
-PHASES = ("prefill", "decode")
+PHASES = ("prefill", "decode", "products")
+
+
+class Products(TorchFunctionMode):
+    """Inputs, weight and bias of every linear layer that is called within this."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, ...]] = []
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is functional.linear:
+            self.calls.append(tuple(args))
+        return function(*args, **(kwargs or {}))
+
+    def repeat(self, times: int) -> None:
+        """Multiply again."""
+        for _ in range(times):
+            for call in self.calls:
+                functional.linear(*call)
 
 
 class Decoder:
@@ -58,6 +80,11 @@ class Decoder:
         """Times a phase."""
         if phase == "prefill":
             return pass_timer(self.read, cpu=True)
+        if phase == "products":
+            self.renew()
+            with Products() as products:
+                self.model(self.first, use_cache=True, **{self.name: self.cache})
+            return pass_timer(lambda: products.repeat(length), cpu=True)
         return pass_timer(lambda: self.write(length), cpu=True, between=self.renew)
 
 

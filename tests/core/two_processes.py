@@ -32,12 +32,12 @@ class Branching(nn.Module):
 
 def network() -> nn.Module:
     torch.manual_seed(0)
-    return Branching().eval()
+    return Branching().double().eval()
 
 
 def batches(sizes: tuple[int, ...] = (7, 4, 6, 5, 8)) -> list[Tensor]:
     """Only the second batch reaches the middle layer, so only one process sees it."""
-    drawn = [torch.randn(size, 2, 5, 5, generator=torch.Generator().manual_seed(size)) + 0.5 for size in sizes]
+    drawn = [torch.randn(size, 2, 5, 5, generator=torch.Generator().manual_seed(size)).double() + 0.5 for size in sizes]
     for number, batch in enumerate(drawn):
         batch[0, 0, 0, 0] = 1.0 if number == 1 else -1.0
     return drawn
@@ -71,7 +71,7 @@ def labelled() -> DataLoader:
 
 def tuned(checkpoint: str | None = None, *, accelerator: Accelerator | None = None, epochs: int = 3) -> st.Finetuned:
     """By labels and a teacher, with held-out accuracy."""
-    held_out = [(batch, torch.zeros(len(batch), dtype=torch.long)) for batch in batches()]
+    held_out = [(batch.float(), torch.zeros(len(batch), dtype=torch.long)) for batch in batches()]
     return st.finetune(
         student(),
         labelled(),

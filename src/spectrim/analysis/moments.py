@@ -1,6 +1,6 @@
 """Means and second moments of vectors, added up batch by batch."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -24,6 +24,21 @@ from spectrim.linalg.products import gram, in_range
 
 PROBES = 2
 """Random combinations of the outputs that gradients are taken of; of many samples one for each is enough."""
+
+_POOLED = 512
+"""Vectors that are multiplied together, if batches have fewer: each product is as large as all vectors' together."""
+
+
+def pools(batches: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Vectors (groups, n, ..) of several batches together, until they are 512, and so on."""
+    pool = list[Tensor]()
+    for rows in batches:
+        pool.append(rows)
+        if sum(own.shape[1] for own in pool) >= _POOLED:
+            yield pool[0] if len(pool) == 1 else torch.cat(pool, dim=1)
+            pool = []
+    if pool:
+        yield torch.cat(pool, dim=1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,24 +125,46 @@ def pooled(moments: Sequence[Moments], *, name: str, width: int) -> PooledCovari
 
 @dataclass(eq=False)
 class RunningGradients:
-    """Second moment of gradients, added up batch by batch, one probe at a time."""
+    """Second moment of gradients, added up batch by batch, one probe at a time; those of wide layers by pools."""
 
     count: int = 0
-    total: Tensor = field(default_factory=lambda: torch.zeros(()).double())
+    summed: Tensor = field(default_factory=lambda: torch.zeros(()).double())
     error: SamplingError = field(default_factory=SamplingError)
     storage: Storage = IN_PLACE
     probes: int = PROBES
+    batches: list[Tensor] = field(default_factory=list)
+    size: int = 0
 
     def add(self, rows: Tensor, *, samples: int, size: int) -> None:
         """Add gradients (groups, n, out) of so many samples, with respect to a layer's batch of a size."""
         rows = self.storage.move(rows).to(torch.promote_types(rows.dtype, torch.float32))
-        total = self.error.add(rows, samples=samples, weight=rows.shape[1] / size)
-        if total is None:
-            rows, scale = in_range(rows)
-            total = to_float64(gram(rows)) * scale**2
-        total /= self.probes * size
-        self.total = self.total.add_(total) if self.count else self.storage.keep(total)
-        self.count += 1
+        product = self.error.add(rows, samples=samples, weight=rows.shape[1] / size)
+        if size != self.size:
+            self.merge()
+        self.count, self.size = self.count + 1, size
+        if product is not None:
+            self._sum(product)
+            return
+        self.batches.append(rows.clone())  # what it is a view of may be written to
+        if sum(own.shape[1] for own in self.batches) >= _POOLED:
+            self.merge()
+
+    @property
+    def total(self) -> Tensor:
+        """The sum, float64 (groups, out, out)."""
+        self.merge()
+        return self.summed
+
+    def merge(self) -> None:
+        """Add vectors that are held to the sum."""
+        batches, self.batches = self.batches, []
+        for rows in pools(batches):
+            own, scale = in_range(rows)
+            self._sum(to_float64(gram(own)).mul_(scale**2))
+
+    def _sum(self, product: Tensor) -> None:
+        product.div_(self.probes * self.size)
+        self.summed = self.summed.add_(product) if self.summed.ndim else self.storage.keep(product)
 
     @property
     def tells(self) -> bool:
@@ -171,9 +208,10 @@ class RunningFrequencies:
 
 @dataclass(eq=False)
 class RunningCovariance:
-    """Mean and centred second moment, merged batch by batch (Chan, Golub & LeVeque 1979), never cancelling.
+    """Mean and centred second moment, merged pool by pool (Chan, Golub & LeVeque 1979), never cancelling.
 
-    The vectors of a wide layer are held in `batches`, and merged once they are as many as its inputs.
+    Vectors are held in `batches` until they are enough for a pool; of a wide layer until they are as many as its
+    inputs.
     """
 
     count: int = 0
@@ -185,6 +223,7 @@ class RunningCovariance:
     centre: Tensor = field(default_factory=lambda: torch.empty(0))
     error: SamplingError = field(default_factory=SamplingError)
     storage: Storage = IN_PLACE
+    summed: int = 0
 
     def add(self, rows: Tensor, *, samples: Samples) -> None:
         """Add input vectors (groups, n, in) of so many samples, those of each one after the other.
@@ -198,31 +237,31 @@ class RunningCovariance:
         if number:
             self.centre = self.centre if self.centre.numel() else rows.mean(dim=1)
             self.error.add(rows - self.centre.to(rows).unsqueeze(1), samples=samples)
-        if number and (width <= MOST_DOUBLE_INPUTS or self.scatter.numel()):
-            self._merge(rows)
-        elif number:
-            self.batches.append(rows.clone())
-            if self.count >= width:
+            is_enough = self.count - self.summed >= (width if self._are_vectors_kept(width) else _POOLED)
+            self.batches.append(rows if is_enough else rows.clone())
+            if is_enough:
                 self.merge()
 
     def merge(self) -> None:
         """Turn vectors that are held into their scatter."""
         batches, self.batches = self.batches, []
-        if batches:
-            self.count = 0
-        for rows in batches:
-            self.count += rows.shape[1]
+        for rows in pools(batches):
             self._merge(rows)
+
+    def _are_vectors_kept(self, width: int) -> bool:
+        """Whether the vectors themselves are the statistics, as long as they are fewer than a wide layer's inputs."""
+        return width > MOST_DOUBLE_INPUTS and not self.scatter.numel()
 
     def _merge(self, rows: Tensor) -> None:
         number = rows.shape[1]
+        self.summed += number
         mean = rows.mean(dim=1)
         centred = rows - mean.unsqueeze(1)
         groups, _, width = rows.shape
         size = groups * width**2 * (4 if width > MOST_DOUBLE_INPUTS else 12)
         self.storage.require(size, device=rows.device, what=f"the statistics of {groups * width:,} inputs")
         scatter, mean = gram(centred), to_float64(mean)
-        if self.count == number:
+        if self.summed == number:
             # half the memory of a wide layer, whose products are in float32 in any case
             scatter = scatter if rows.shape[2] > MOST_DOUBLE_INPUTS else to_float64(scatter)
             self.mean, self.scatter = mean, self.storage.keep(scatter)
@@ -231,12 +270,12 @@ class RunningCovariance:
         # in place, since these are the largest arrays there are
         self.scatter += scatter.to(self.scatter.device)
         step = shift.to(self.scatter.dtype)
-        self.scatter.baddbmm_(step.unsqueeze(2), step.unsqueeze(1), alpha=(self.count - number) * number / self.count)
+        self.scatter.baddbmm_(step.unsqueeze(2), step.unsqueeze(1), alpha=(self.summed - number) * number / self.summed)
         # rounding of single sums adds up like a random walk: measured at 0.14 epsilon times the root of their number
         self.merged += 1
         rounding = self.merged**0.5 / 2 * torch.finfo(self.scatter.dtype).eps
         self.rounding_tolerance = max(self.rounding_tolerance, rounding)
-        self.mean = self.mean + shift * (number / self.count)
+        self.mean = self.mean + shift * (number / self.summed)
 
     def around(self, mean: Tensor) -> Tensor:
         """The scatter around another mean (groups, in)."""
@@ -245,6 +284,8 @@ class RunningCovariance:
 
     def finish(self, name: str) -> Moments:
         """The moments, which take the place of the sums; `name` is for the message when they are not finite."""
+        if self.batches and not self._are_vectors_kept(self.batches[0].shape[2]):
+            self.merge()
         # what was summed in inference mode takes no writing outside of it
         scatter = self.scatter.clone() if self.scatter.is_inference() else self.scatter
         mean, compact = self._compact() if self.batches else (self.mean, scatter.div_(self.count))

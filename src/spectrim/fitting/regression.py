@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from spectrim.analysis.moments import Moments, RunningCovariance, pooled
+from spectrim.analysis.moments import Moments, RunningCovariance, pooled, pools
 from spectrim.analysis.sampling import Samples
 from spectrim.layers.types import layer_type_of
 from spectrim.linalg import Covariance, to_float64
@@ -135,10 +135,7 @@ class RidgeFit:
         cross = torch.zeros_like(self.dense)
         for site, batches in self.inputs.items():
             middle, mean = self.means[site].unsqueeze(1), _mean(targets[site]).unsqueeze(1) * self.biased
-            pairs = [batches, targets[site]]
-            if total < self.dense.shape[2]:  # each product is as large as all of them
-                pairs = [[torch.cat(list(part), dim=1)] for part in pairs]
-            for x, y in zip(*pairs, strict=True):
+            for x, y in zip(pools(batches), pools(targets[site]), strict=True):
                 kind = torch.promote_types(y.dtype, torch.float32)  # sums of products overflow in half precision
                 cross += matmul((y.to(kind) - mean.to(kind)).mT, x.to(kind) - middle.to(kind)).to(cross.dtype) / total
         return cross
@@ -146,10 +143,9 @@ class RidgeFit:
     def weight(self, cross: Tensor) -> Tensor:
         """(cov(y, x) + r W)(cov(x) + r I)^-1, written as a correction of W."""
         blocks = zip(self.dense.split(_BLOCK, dim=1), cross.split(_BLOCK, dim=1), strict=True)
-        new = [
-            W + self.solve(to_float64(part) - times(to_float64(W), self.covariance)).to(W.dtype) for W, part in blocks
-        ]
-        return torch.cat(new, dim=1)
+        # in place where that can be done: each array of a wide layer is some hundred megabytes
+        away = (times(to_float64(W), self.covariance).neg_().add_(part) for W, part in blocks)
+        return torch.cat([self.solve(part).to(self.dense.dtype) for part in away], dim=1).add_(self.dense)
 
     def excess(self, whole: Tensor, other: Tensor, *, cross: Tensor, G: Tensor | None) -> float:
         """By how much the mean of (y - Q x)^T G (y - Q x) is larger for Q = `whole` than for Q = `other`.
@@ -159,9 +155,9 @@ class RidgeFit:
         away, excess = whole - other, 0.0
         for start in range(0, whole.shape[1], _BLOCK):
             block = slice(start, start + _BLOCK)
-            part = times(to_float64(whole[:, block]) + other[:, block], self.covariance) - 2 * cross[:, block]
+            part = times(to_float64(whole[:, block]) + other[:, block], self.covariance).sub_(cross[:, block], alpha=2)
             own = away if G is None else G.to(part)
-            excess += float(((part if G is None else times_rounded(part, away.mT)) * own[:, block]).sum())
+            excess += float((part if G is None else times_rounded(part, away.mT)).mul_(own[:, block]).sum())
         return excess
 
     def bias(self, site: str, whole: Tensor, targets: Sequence[Tensor]) -> Tensor:

@@ -21,7 +21,6 @@ from spectrim.layers.types import layer_type_of
 from spectrim.layers.unfusing import fused
 from spectrim.linalg import Factors, Ranks, balanced, to_float64
 from spectrim.linalg.problem import working_type
-from spectrim.linalg.products import times_rounded
 
 NARROWED_FROM = "narrowed_from"
 """The attribute of a narrowed layer that holds the shape of the weight that it had."""
@@ -167,7 +166,7 @@ def narrowed_at(
         kernels = layer_type_of(layer).kernels(layer).detach().to(feeding.device)
         shifted = None if own is None else feeding[0] @ to_float64(own).to(feeding.device)
         ranks = _head_ranks(feeding, rank) if joint.by_head else ()
-        moved = times_rounded(feeding, kernels)
+        moved = joint.fed(feeding, kernels)
         narrowed[feeder] = _resized(layer, moved, shifted, name=feeder, head_ranks=ranks, scores=scores)
     ranks = _head_ranks(other.mT if scores else other, rank) if joint.by_head else ()
     # scores lose a key that all have in common, so that no bias is needed where there was none

@@ -162,7 +162,7 @@ def times(M: Tensor, C: Covariance) -> Tensor:
         return times_rounded(M, C)
     if isinstance(C, DiagonalCovariance):
         return M * C.variances.unsqueeze(-2)
-    return times_rounded(times_rounded(M, C.rows.mT), C.rows).add_(C.ridge.unsqueeze(-2) * M)
+    return times_rounded(times_rounded(M, C.rows.mT), C.rows).addcmul_(C.ridge.unsqueeze(-2).to(M), M)
 
 
 def solver(C: LowRankCovariance | DiagonalCovariance) -> Callable[[Tensor], Tensor]:
@@ -177,7 +177,12 @@ def solver(C: LowRankCovariance | DiagonalCovariance) -> Callable[[Tensor], Tens
     gram = rows @ rows.mT
     gram.diagonal(dim1=1, dim2=2).add_(1)
     root = torch.linalg.cholesky(gram)
-    return lambda M: (M / scale - torch.cholesky_solve((M / scale @ rows.mT).mT, root).mT @ rows) / scale
+
+    def solve(M: Tensor) -> Tensor:
+        scaled = M / scale
+        return scaled.sub_(torch.cholesky_solve((scaled @ rows.mT).mT, root).mT @ rows).div_(scale)
+
+    return solve
 
 
 def add_outer(C: Covariance, v: Tensor) -> Covariance:

@@ -3,7 +3,7 @@
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 _BLOCKS, _BLOCK = 8, 256
@@ -15,6 +15,8 @@ _MOST = 100
 _SAFE, _LARGEST = 24, 126
 """Powers of two whose fourth power float32 holds, and which it holds themselves."""
 
+_ORDINARY = {Tensor, nn.Parameter}
+
 _HAS_BOTH = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
 
 
@@ -24,6 +26,9 @@ def matmul(A: Tensor, B: Tensor) -> Tensor:
     Large ones of float32 are multiplied on a CPU as a convolution of one place, which PyTorch gives to oneDNN: on AMD
     it is twice as fast as MKL, to which it gives products of matrices.
     """
+    is_traced = torch.compiler.is_compiling() or torch._C._is_tracing()
+    if is_traced or type(A) not in _ORDINARY or type(B) not in _ORDINARY:
+        return A @ B
     if torch.is_autocast_enabled(A.device.type):
         with torch.autocast(A.device.type, enabled=False):
             return matmul(A, B)

@@ -13,7 +13,7 @@ from torch import Tensor
 from spectrim.linalg.problem import Decomposition, Factors, Problem, Ranks
 from spectrim.linalg.spectra import FloatArray, to_float64
 
-_ROUNDS, _CANDIDATES = 32, 4
+_ROUNDS, _CANDIDATES, _ROWS = 32, 4, 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,11 +64,11 @@ class SubsetDecomposition(Decomposition):
             batch = _next(residual, products, free, number=min(step, n - len(order)), least=least)
             free[batch] = False
             order += batch.tolist()
-            among = residual[batch][:, batch]
+            among = residual[batch[:, None], batch]
             factor = torch.linalg.cholesky(among + least * torch.eye(len(among), dtype=C.dtype, device=C.device))
             explained = torch.cholesky_solve(residual[batch], factor)
             gained = torch.linalg.solve_triangular(factor, products[:, batch].mT, upper=False).square().sum()
-            products = products - products[:, batch] @ explained
+            products.addmm_(products[:, batch], explained, alpha=-1)
             residual.addmm_(residual[:, batch], explained, alpha=-1)
             energy -= float(gained)
             lost.append(max(0.0, energy))
@@ -92,7 +92,7 @@ class SubsetDecomposition(Decomposition):
         inputs = self.order[: ranks[0]].sort().values.to(C.device)
         selection = torch.zeros(len(inputs), C.shape[0], dtype=C.dtype, device=C.device)
         selection[torch.arange(len(inputs)), inputs] = 1.0
-        factor = torch.linalg.cholesky(C[inputs][:, inputs])
+        factor = torch.linalg.cholesky(C[inputs[:, None], inputs])
         weight = torch.cholesky_solve((W @ C[:, inputs]).mT, factor).mT
         return selection.unsqueeze(0), selection.unsqueeze(0), self.problem.unweighted(weight.unsqueeze(0))
 
@@ -105,19 +105,24 @@ def _step(inputs: int) -> int:
 def _next(residual: Tensor, products: Tensor, free: Tensor, *, number: int, least: float) -> Tensor:
     """The inputs that explain most, batch one after the other among those that explain most by themselves."""
     variances = residual.diagonal()
-    scores = torch.where(free & (variances > least), products.square().sum(dim=0) / variances.clamp(min=least), -1.0)
+    # by blocks of rows, which stay in the processor's cache
+    explained = torch.stack([part.square().sum(dim=0) for part in products.split(_ROWS)]).sum(dim=0)
+    scores = torch.where(free & (variances > least), explained / variances.clamp(min=least), -1.0)
     scores = torch.where(free, scores, -2.0)
     few = scores.topk(min(_CANDIDATES * number, int(free.sum()))).indices
     if number == 1:
         return few[:1]
-    R, P, places = residual[few][:, few], products[:, few], list[int]()
+    P, places = products[:, few], list[int]()
+    R, H = residual[few[:, None], few], P.mT @ P  # of the columns of P their squares alone count
     for _ in range(number):
         variances = R.diagonal()
-        scores = torch.where(variances > least, P.square().sum(dim=0) / variances.clamp(min=least), -1.0)
+        scores = torch.where(variances > least, H.diagonal() / variances.clamp(min=least), -1.0)
         scores[places] = -2.0
         best = int(scores.argmax())
         places.append(best)
         if float(R[best, best]) > least:
-            row = R[best] / R[best, best]
-            P, R = P - P[:, best : best + 1] * row, R - R[:, best : best + 1] * row
+            row, square = R[best] / R[best, best], float(H[best, best])
+            both = H[best] - square / 2 * row
+            H.addr_(both, row, alpha=-1).addr_(row, both, alpha=-1)
+            R.addr_(R[:, best].clone(), row, alpha=-1)
     return few[places]

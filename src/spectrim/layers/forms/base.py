@@ -17,6 +17,7 @@ from spectrim.layers.factored import FactoredLayer
 from spectrim.layers.types import Geometry, LayerType, Positions
 from spectrim.layers.units import SingleWeight, Unit, Weight
 from spectrim.linalg import Decomposition, Factors, Problem, Ranks
+from spectrim.linalg.products import times_rounded
 
 
 @dataclass(frozen=True, eq=False)
@@ -210,6 +211,10 @@ class JointForm(Form):
         """The weight (1, out, n) that factors stand for."""
         _, reading, weight = factors
         return weight @ reading
+
+    def fed(self, feeding: Tensor, kernels: Tensor) -> Tensor:
+        """The weights (1, l, n) of a layer that feeds it, of these dense ones."""
+        return times_rounded(feeding, kernels)
 
     def feeder_costs(self, unit: Unit, feeder: Weight, ranks: npt.NDArray[np.int64]) -> RankCosts:
         """Those of a layer that feeds it."""

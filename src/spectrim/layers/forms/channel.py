@@ -10,6 +10,7 @@ from spectrim.layers.factored import FactoredLayer, geometry_of
 from spectrim.layers.forms.base import SingleWeightForm
 from spectrim.layers.types import Geometry, LayerType, Positions, layer_type_of
 from spectrim.linalg import ChannelDecomposition, Factors, Ranks
+from spectrim.linalg.products import matmul
 
 
 class TwoFactors(FactoredLayer):
@@ -33,7 +34,7 @@ class TwoFactors(FactoredLayer):
     @staticmethod
     def composed(factors: Factors) -> Tensor:
         down, up = factors
-        return (up.flatten(2) @ down.flatten(2)).reshape(*up.shape[:2], *down.shape[2:])
+        return matmul(up.flatten(2), down.flatten(2)).reshape(*up.shape[:2], *down.shape[2:])
 
 
 class LowRankConv(TwoFactors):

@@ -2,6 +2,7 @@
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 
 from spectrim.layers.forms.base import JointForm, unit_geometry
 from spectrim.layers.units import SingleWeight, Unit
@@ -24,6 +25,15 @@ class WidthForm(JointForm):
 
     def sizes(self, unit: Unit, ranks: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         return ranks[:, 0], ranks[:, 0]
+
+    def product(self, factors: Factors) -> Tensor:
+        _, reading, weight = factors
+        whole = weight.new_zeros(*weight.shape[:2], reading.shape[2])
+        whole[:, :, reading[0].argmax(dim=1)] = weight
+        return whole
+
+    def fed(self, feeding: Tensor, kernels: Tensor) -> Tensor:
+        return kernels[:, feeding[0].argmax(dim=1)]
 
     def decompose_unit(self, problem: Problem, unit: Unit, *, near: Factors = ()) -> Decomposition:
         return SubsetDecomposition.of(problem, near=near)

@@ -1,0 +1,64 @@
+"""Sums do not depend on how the vectors come in batches."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from spectrim.analysis.moments import Moments, RunningCovariance, RunningGradients, pools
+
+
+def drawn(number: int, width: int, *, dtype: torch.dtype = torch.float64) -> Tensor:
+    rows = torch.randn(2, number, width, generator=torch.Generator().manual_seed(number + width), dtype=dtype)
+    return rows * torch.linspace(0.1, 3, width, dtype=dtype) + 5
+
+
+def moments_of(rows: Tensor, size: int) -> Moments:
+    running = RunningCovariance(centre=rows.mean(dim=1))
+    for batch in rows.split(size, dim=1):
+        running.add(batch, samples=batch.shape[1])
+    return running.finish("layer")
+
+
+@pytest.mark.parametrize(("number", "width"), [(1, 3), (511, 8), (513, 8), (1300, 20), (100, 2049), (2200, 2049)])
+@pytest.mark.parametrize("size", [1, 100])
+def test_moments_are_those_of_one_batch(number: int, width: int, size: int) -> None:
+    rows = drawn(number, width)
+    whole, parts = moments_of(rows, number), moments_of(rows, max(size, number // 50))
+    assert (parts.count, parts.samples) == (number, number)
+    assert type(parts.compact) is type(whole.compact)
+    torch.testing.assert_close(parts.mean, rows.mean(dim=1), rtol=1e-12, atol=1e-12)
+    centred = rows - rows.mean(dim=1, keepdim=True)
+    torch.testing.assert_close(parts.covariance, centred.mT @ centred / number, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(parts.covariance, whole.covariance, rtol=1e-9, atol=1e-12)
+    assert parts.shrinkage == pytest.approx(whole.shrinkage, rel=1e-6, abs=1e-12)
+
+
+def test_batches_may_be_written_to_once_they_are_added() -> None:
+    rows = drawn(40, 6)
+    memory, running, gradients = torch.empty(2, 4, 6).double(), RunningCovariance(), RunningGradients(probes=1)
+    for batch in rows.split(4, dim=1):
+        memory.copy_(batch)
+        running.add(memory, samples=4)
+        gradients.add(memory, samples=4, size=4)
+    torch.testing.assert_close(running.finish("layer").mean, rows.mean(dim=1))
+    torch.testing.assert_close(gradients.total, rows.mT @ rows / 4)
+
+
+@pytest.mark.parametrize("sizes", [[1] * 700, [3, 3, 1, 1, 1, 600], [20]])
+def test_gradients_are_those_of_each_batch_over_its_size(sizes: list[int]) -> None:
+    rows, running = drawn(sum(sizes), 30), RunningGradients(probes=2)
+    expected = torch.zeros(2, 30, 30).double()
+    for batch in rows.split(sizes, dim=1):
+        running.add(batch, samples=batch.shape[1], size=batch.shape[1])
+        expected += batch.mT @ batch / (2 * batch.shape[1])
+    assert running.count == len(sizes)
+    torch.testing.assert_close(running.total, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(running.total, expected, rtol=1e-12, atol=1e-12)  # asked for again
+
+
+def test_pools_have_all_vectors_in_their_order() -> None:
+    rows = drawn(1500, 4)
+    pooled = list(pools(rows.split(200, dim=1)))
+    assert [part.shape[1] for part in pooled] == [600, 600, 300]
+    assert torch.equal(torch.cat(pooled, dim=1), rows)
+    assert not list(pools([]))
