@@ -30,6 +30,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--share", type=float, default=0.5)
+    parser.add_argument("--cache", type=int, help="MiB of activations that may be kept; by default what spectrim takes")
     options = parser.parse_args()
     small = cifar_inputs(load("cifar10", split="train").images[: options.images])
     images = functional.interpolate(small, size=224, mode="bilinear", align_corners=False)
@@ -45,6 +46,7 @@ def main() -> None:
         st.Budget(macs=options.share),
         example_inputs=images[:1],
         data=images.split(options.batch),
+        cache=None if options.cache is None else options.cache * 2**20,
         on_progress=progress,
     )
     console.print(f"{compressed.measurement.macs_ratio:.4f} of the MACs, {torch.get_num_threads()} threads")

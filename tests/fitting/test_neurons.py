@@ -182,8 +182,10 @@ def test_one_step_is_exact_where_nothing_bends() -> None:
     received = {"up": InputRows("up", [data[0][None]], [400])}
     step = NeuronFit.of(layers, Neurons(between, received, []), targets=targets, metric=None)
     fit_of_inputs = step.feeders[0].fit
-    object.__setattr__(fit_of_inputs, "metric", fit_of_inputs.covariance)
-    object.__setattr__(fit_of_inputs, "solve", lambda M: M @ torch.linalg.inv(fit_of_inputs.covariance[0]))
+    covariance = fit_of_inputs.metric - fit_of_inputs.ridge.unsqueeze(-1) * torch.eye(fit_of_inputs.metric.shape[-1])
+    object.__setattr__(fit_of_inputs, "metric", covariance)
+    object.__setattr__(fit_of_inputs, "ridge", torch.zeros_like(fit_of_inputs.ridge))
+    object.__setattr__(step.feeders[0], "solve", lambda M: M @ torch.linalg.inv(covariance[0]))
     (change,) = step._step([])
     step.feeders[0].weight = step.feeders[0].weight + change
     v = layers["down"].weight.detach().double()[:, 0]

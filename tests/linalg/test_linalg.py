@@ -12,7 +12,7 @@ from torch import Tensor
 from spectrim import linalg
 from spectrim.layers.forms import form_named
 from spectrim.linalg import ChannelDecomposition, Decomposition, Factors, Problem, Spectrum, balanced
-from spectrim.linalg.problem import floored
+from spectrim.linalg.problem import rooted
 from spectrim.linalg.shared import better_projection, least_squares
 
 
@@ -478,4 +478,17 @@ def test_the_values_alone_are_those_of_the_decomposition(shape: tuple[int, int],
 @pytest.mark.parametrize("metric", [-1e30 * torch.eye(3), torch.full((3, 3), float("nan"))], ids=["negative", "nan"])
 def test_a_metric_that_no_floor_helps_has_no_half_finished_factor(metric: Tensor) -> None:
     with pytest.raises(torch.linalg.LinAlgError):
-        floored(metric.double()[None])
+        rooted(metric.double()[None])
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64])
+def test_roots_are_of_what_was_given_with_its_floor(kind: torch.dtype) -> None:
+    rows = torch.randn(2, 9, 6, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    rows[1, :, 2] = rows[1, :, 4]  # singular
+    metric = (rows.mT @ rows).to(kind)
+    before = metric.clone()
+    floor, root = rooted(metric)
+    assert torch.equal(metric, before)
+    assert root.dtype == floor.dtype == torch.float64
+    assert torch.equal(root, root.tril())
+    torch.testing.assert_close(root @ root.mT, before.double() + torch.diag_embed(floor.unsqueeze(1).expand(2, 6)))

@@ -20,8 +20,8 @@ from spectrim.core.files import require_writable_folder
 MAPPED_BYTES = 2**24
 """Size from which a tensor is worth a file: 16 MiB."""
 
-_MUCH = 2**28
-"""Bytes of freed memory that are worth the time: 256 MiB."""
+_MUCH = 2**27
+"""Bytes of freed memory that are worth the time: 128 MiB."""
 
 _CGROUPS, _OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 

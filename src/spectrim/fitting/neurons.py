@@ -16,7 +16,7 @@ from spectrim.layers.factored import shallow_copy
 from spectrim.layers.replacement import set_weight
 from spectrim.layers.types import layer_type_of
 from spectrim.linalg import to_float64
-from spectrim.linalg.covariance import variances_of
+from spectrim.linalg.problem import Solver
 
 _STEPS, _ROWS, _LENGTH_OF = 4, 2048, 4
 _FLAT, _TOLERANCE, _CHECKED = 1e-3, 1e-2, 64
@@ -33,6 +33,7 @@ class Feeder:
         name: The call site's.
         rows: What it receives, batch by batch, (1, n, in).
         fit: Of these rows; has their mean and their covariance with a ridge.
+        solve: Multiplies by the inverse of that.
         biased: Whether the layer has a bias, the last column of W; else m is zero.
         start: W (neurons, in + 1) before the first step.
         weight: W as it is now.
@@ -41,6 +42,7 @@ class Feeder:
     name: str
     rows: Sequence[Tensor]
     fit: RidgeFit
+    solve: Solver
     biased: bool
     start: Tensor
     weight: Tensor
@@ -55,7 +57,7 @@ class Feeder:
         if bias is not None:
             middle = middle + to_float64(bias).to(middle.device)
         W = torch.cat([dense, middle.unsqueeze(1)], dim=1)
-        return cls(name, received.rows, fit, bias is not None, W, W)
+        return cls(name, received.rows, fit, fit.solver(), bias is not None, W, W)
 
     def inputs(self, batch: int, places: slice) -> Tensor:
         """Rows (x - m, 1), (n, in + 1), float32 at least."""
@@ -75,12 +77,12 @@ class Feeder:
     def times_ridge(self, change: Tensor) -> Tensor:
         """The ridge times a change of W; that of the bias is free."""
         own = change[None, :, :-1]
-        ridge = own * (variances_of(self.fit.metric) - variances_of(self.fit.covariance)).unsqueeze(-2)
+        ridge = own * self.fit.ridge.unsqueeze(-2)
         return functional.pad(ridge[0], (0, 1))
 
     def solved(self, gradient: Tensor) -> Tensor:
         """A gradient times the inverse of the second moment of (x - m, 1) with the ridge."""
-        return torch.cat([self.fit.solve(gradient[None, :, :-1])[0], gradient[:, -1:]], dim=1)
+        return torch.cat([self.solve(gradient[None, :, :-1])[0], gradient[:, -1:]], dim=1)
 
 
 @dataclass(frozen=True, eq=False)

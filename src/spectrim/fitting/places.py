@@ -133,6 +133,8 @@ def fitted(
     biased = is_approximated or layer._parameters.get("bias") is not None
     fit = RidgeFit.of(layer, {site: own.inputs for site, own in seen.items()}, biased=biased)
     targets = place.targets(seen)
+    cross = fit.cross(targets)
+    best = fit.weight(cross)
     planned = known.decomposition(plan.form, plan.metric or "plain") if is_approximated else None
     start = planned.start if planned else ()
     metric = dense_of(fit.metric) if start else fit.metric
@@ -143,13 +145,13 @@ def fitted(
         before = planned.factors(plan.ranks) if planned else ()
     factors = before  # where the search for those that are fitted begins; the same neurons are left
     for turn in reversed(range(1 + place.successor.relu)):
-        cross = fit.cross(targets)
-        best = fit.weight(cross)
         if planned:
             factors = approximated(best.reshape(shape), near=factors)
             best = product(layer, form=plan.form, factors=factors)
         if turn:
             targets = place.revised(seen, targets, whole=best, fit=fit)
+            cross = fit.cross(targets)
+            best = fit.weight(cross)
     unfitted = product(layer, form=plan.form, factors=before) if before else fit.dense
     if not fit.excess(best, unfitted, cross=cross, G=G) <= 0:  # also where it is not a number
         best, factors = unfitted, before

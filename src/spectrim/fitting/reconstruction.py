@@ -132,6 +132,7 @@ def _reconstruct(
             inputs = dict.fromkeys(
                 _collect(compressed, place, own, small_data, others=others), own[place.call_sites[0]].inputs
             )
+            own[place.call_sites[0]].inputs.is_shared = bool(inputs)
         return_freed()
         neurons = feeding.neurons(small, place, own[place.call_sites[0]].inputs)
         if all(site.is_paired for site in own.values()):

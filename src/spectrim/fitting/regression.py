@@ -1,6 +1,6 @@
 """Ridge regression from what a layer receives in a compressed network to what it should give."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, cast
@@ -13,7 +13,7 @@ from spectrim.analysis.sampling import Samples
 from spectrim.layers.types import layer_type_of
 from spectrim.linalg import Covariance, to_float64
 from spectrim.linalg.covariance import add_outer, times
-from spectrim.linalg.problem import ridged, working_type
+from spectrim.linalg.problem import Solver, ridged, working_type
 from spectrim.linalg.products import matmul, times_rounded
 
 _RIDGE, _RIDGE_OF_TOKENS, _MOST_RIDGE = 1e-2, 1e-1, 1e4
@@ -44,12 +44,14 @@ class InputRows:
         rows: The vectors.
         samples: How many samples each entry of `rows` is of, or how many vectors each of them has.
         sizes: How many vectors each entry has.
+        is_shared: Whether other layers receive them as well, for which what is worked out is kept.
     """
 
     name: str = ""
     rows: list[Tensor] = field(default_factory=LazyRows)
     samples: list[Samples] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
+    is_shared: bool = False
 
     def __post_init__(self) -> None:
         self.sizes = self.sizes or [rows.shape[1] for rows in self.rows]
@@ -76,9 +78,16 @@ class InputRows:
         """Whether they are several to a sample, without a kernel that sees them together, as words of a text are."""
         return sum(self.sizes) > sum(map(_number, self.samples))
 
-    @cached_property
+    @property
     def moments(self) -> Moments:
         """Their statistics."""
+        return self._kept_moments if self.is_shared else self._worked_out()
+
+    @cached_property
+    def _kept_moments(self) -> Moments:
+        return self._worked_out()
+
+    def _worked_out(self) -> Moments:
         statistics = RunningCovariance(centre=_mean(self.rows))
         for rows, samples in zip(self.rows, self.samples, strict=True):
             statistics.add(rows, samples=samples)
@@ -93,18 +102,19 @@ class RidgeFit:
         dense: The weight W, (groups, out, n), float64, of a wide one its own type.
         inputs: The rows that the call sites receive.
         means: Their means by call site, (groups, n).
-        covariance: Around each call site's own mean, since each has a bias of its own, (groups, n, n).
-        metric: The covariance with the ridge.
-        solve: Gives its argument (groups, out, n) times the inverse of that.
+        metric: Their covariance with the ridge, (groups, n, n); around each call site's own mean, since each has a bias
+            of its own.
+        ridge: What the metric has on its diagonal beside the covariance, (groups, n) or (groups, 1).
+        solver: Gives what multiplies by the inverse of the metric.
         biased: Whether the call sites may have a bias; if not, moments are taken around zero.
     """
 
     dense: Tensor
     inputs: Rows
     means: dict[str, Tensor]
-    covariance: Covariance
     metric: Covariance
-    solve: Callable[[Tensor], Tensor]
+    ridge: Tensor
+    solver: Callable[[], Solver]
     biased: bool
 
     @classmethod
@@ -126,8 +136,7 @@ class RidgeFit:
         # (1 - s) C + s I but for a factor, where s is what so few samples do not know
         unknown = min(together.shrinkage / max(1 - together.shrinkage, 1e-9), _MOST_RIDGE)
         of_tokens = layer_type_of(layer).feature_dim(layer) == -1 and any(own.are_tokens for own in received.values())
-        metric, solve = ridged(C, share=max(_RIDGE_OF_TOKENS if of_tokens else _RIDGE, unknown))
-        return cls(W, inputs, means, C, metric, solve, biased)
+        return cls(W, inputs, means, *ridged(C, share=max(_RIDGE_OF_TOKENS if of_tokens else _RIDGE, unknown)), biased)
 
     def cross(self, targets: Rows) -> Tensor:
         """cov(y, x), (groups, out, n)."""
@@ -144,8 +153,15 @@ class RidgeFit:
         """(cov(y, x) + r W)(cov(x) + r I)^-1, written as a correction of W."""
         blocks = zip(self.dense.split(_BLOCK, dim=1), cross.split(_BLOCK, dim=1), strict=True)
         # in place where that can be done: each array of a wide layer is some hundred megabytes
-        away = (times(to_float64(W), self.covariance).neg_().add_(part) for W, part in blocks)
-        return torch.cat([self.solve(part).to(self.dense.dtype) for part in away], dim=1).add_(self.dense)
+        away: Iterable[Tensor] = (self._varied(to_float64(W)).neg_().add_(part) for W, part in blocks)
+        if isinstance(self.metric, Tensor):  # whose root takes more memory than these, and is only needed after them
+            away = list(away)
+        solve = self.solver()
+        return torch.cat([solve(part).to(self.dense.dtype) for part in away], dim=1).add_(self.dense)
+
+    def _varied(self, M: Tensor) -> Tensor:
+        """M cov(x), float64, from the metric, so that there need not be both."""
+        return times(M, self.metric).addcmul_(self.ridge.unsqueeze(-2).to(M), M, value=-1)
 
     def excess(self, whole: Tensor, other: Tensor, *, cross: Tensor, G: Tensor | None) -> float:
         """By how much the mean of (y - Q x)^T G (y - Q x) is larger for Q = `whole` than for Q = `other`.
@@ -155,7 +171,7 @@ class RidgeFit:
         away, excess = whole - other, 0.0
         for start in range(0, whole.shape[1], _BLOCK):
             block = slice(start, start + _BLOCK)
-            part = times(to_float64(whole[:, block]) + other[:, block], self.covariance).sub_(cross[:, block], alpha=2)
+            part = self._varied(to_float64(whole[:, block]) + other[:, block]).sub_(cross[:, block], alpha=2)
             own = away if G is None else G.to(part)
             excess += float((part if G is None else times_rounded(part, away.mT)).mul_(own[:, block]).sum())
         return excess

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from spectrim.linalg.covariance import Covariance, LowRankCovariance, inner, matrix_of
-from spectrim.linalg.problem import Decomposition, Factors, Problem, Ranks, floored, is_wide
+from spectrim.linalg.problem import Decomposition, Factors, Problem, Ranks, is_wide, rooted
 from spectrim.linalg.products import in_range
 from spectrim.linalg.spectra import FloatArray, Spectrum, over_groups, to_float64
 from spectrim.linalg.subspace import leading_vectors
@@ -192,7 +192,7 @@ def _small_gram(W: Tensor, C: Covariance | None) -> Tensor:
     if C is None:
         return gram
     matrix = matrix_of(C)
-    ((root,),) = floored(matrix.unsqueeze(0).clone())[1:]
+    ((root,),) = rooted(matrix.unsqueeze(0))[1:]
     product: Tensor = root.mT @ gram @ root
     return product
 

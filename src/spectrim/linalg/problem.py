@@ -235,8 +235,8 @@ class Problem:
         C = to_float64((C + C.mT).div_(2))  # in its place, since all of them would be the most that is alive at once
         if "floor" in self._shared:
             return list(lifted(C, self._shared["floor"].to(C.device)))
-        self._shared["floor"], _ = floored(C)
-        return list(C)
+        self._shared["floor"], _ = rooted(C)
+        return list(lifted(C, self._shared["floor"]))
 
     @property
     def full_metric(self) -> Tensor:
@@ -315,23 +315,37 @@ def _largest_eigenvalue(G: Tensor) -> Tensor:
     return (vectors * (G @ vectors)).sum(dim=(1, 2))
 
 
-def ridged(C: Covariance, *, share: float) -> tuple[Covariance, Callable[[Tensor], Tensor]]:
-    """C with a share of the typical variance, or more, added to its diagonals; and what gives M times its inverse."""
+Solver = Callable[[Tensor], Tensor]
+"""Gives M (groups, k, n) times the inverse of a metric, float64."""
+
+
+def ridged(C: Covariance, *, share: float) -> tuple[Covariance, Tensor, Callable[[], Solver]]:
+    """C with a share of the typical variance, or more, added to its diagonals; how much that is, and a solver.
+
+    The root of a matrix in float32, which takes twice as much memory, is kept until the solver is asked for, and worked
+    out again after that.
+    """
     by = share * typical_variance(variances_of(C))
     if not isinstance(C, Tensor):
         raised = C.lifted(by)
-        return raised, solver(raised)
+        solve = solver(raised)
+        return raised, by, lambda: solve
     symmetric = (C + C.mT).div_(2)  # what passes here is then the matrix that is taken
-    metric = to_float64(symmetric)
-    floor, root = floored(metric, least=by.squeeze(-1))
-    if C.dtype != metric.dtype:
-        metric = lifted(symmetric, floor.to(symmetric))
+    floor, root = rooted(symmetric, least=by.squeeze(-1))
+    metric, roots = lifted(symmetric, floor.to(symmetric)), [root]
 
-    def solve(M: Tensor) -> Tensor:
-        half = torch.linalg.solve_triangular(root, M.mT, upper=False)  # cholesky_solve would copy the root
-        return cast(Tensor, torch.linalg.solve_triangular(root.mT, half, upper=True).mT)
+    def of_root() -> Solver:
+        lower = roots[0] if roots else rooted(metric, least=1e-6 * floor)[1]
+        if C.dtype != lower.dtype:
+            roots.clear()
 
-    return metric, solve
+        def solve(M: Tensor) -> Tensor:
+            half = torch.linalg.solve_triangular(lower, M.mT, upper=False)  # cholesky_solve would copy the root
+            return cast(Tensor, torch.linalg.solve_triangular(lower.mT, half, upper=True).mT)
+
+        return solve
+
+    return metric, floor.unsqueeze(-1), of_root
 
 
 def lifted(metric: Tensor, floor: Tensor) -> Tensor:
@@ -340,22 +354,29 @@ def lifted(metric: Tensor, floor: Tensor) -> Tensor:
     return metric
 
 
-def floored(metric: Tensor, *, share: float = _FLOOR, least: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Add to the diagonals of (groups, n, n), in place; gives how much, (groups,), and the Cholesky factors.
+def rooted(metric: Tensor, *, share: float = _FLOOR, least: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """What to add to the diagonals of (groups, n, n), (groups,), and the Cholesky factors after it, float64.
 
     That is `least`, or a share of the mean variance; more where statistics were summed in float32, whose rounding
     leaves negative variances.
     """
-    mean = metric.diagonal(dim1=-2, dim2=-1).mean(dim=-1)
+    mean = to_float64(metric.diagonal(dim1=-2, dim2=-1)).mean(dim=-1)
     floor = torch.where(mean > 0, mean * share, torch.ones_like(mean)) if least is None else least
-    added = torch.zeros_like(floor)
     for _ in range(8):
-        lifted(metric, floor - added)
-        added, (root, failures) = floor, torch.linalg.cholesky_ex(metric)
+        # by columns, as LAPACK has them, so that the factors take the place of the one copy
+        root = lifted(_copied(metric), floor).mT
+        failures = torch.empty(len(root), dtype=torch.int32, device=root.device)
+        torch.linalg.cholesky_ex(root, out=(root, failures))
         if not bool(failures.any()):
-            return added, root
+            return floor, root
         floor = torch.where(failures > 0, 10 * floor, floor)
-    return added, torch.linalg.cholesky(metric)  # which says why there is none
+    return floor, torch.linalg.cholesky(lifted(_copied(metric), floor))  # which says why there is none
+
+
+def _copied(metric: Tensor) -> Tensor:
+    """In float64."""
+    copied = to_float64(metric)
+    return copied.clone() if copied.data_ptr() == metric.data_ptr() else copied
 
 
 def balanced(factors: Factors) -> Factors:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from spectrim.linalg.covariance import MOST_DOUBLE_INPUTS, dense_of
-from spectrim.linalg.problem import Decomposition, Factors, Problem, Ranks, floored
+from spectrim.linalg.problem import Decomposition, Factors, Problem, Ranks, rooted
 from spectrim.linalg.products import matmul, times_rounded
 from spectrim.linalg.spectra import to_float64
 
@@ -139,7 +139,7 @@ def nested_start(M: Tensor, A: Tensor | None) -> Tensor:
         return top_rows(M)
     _, P, Q = M.shape
     S = to_float64(A.reshape(P, Q, P, Q).diagonal(dim1=1, dim2=3).sum(dim=-1))
-    ((L,),) = floored(((S + S.T) / 2).unsqueeze(0))[1:]
+    ((L,),) = rooted(((S + S.T) / 2).unsqueeze(0))[1:]
     return orthonormal(torch.linalg.solve_triangular(L, top_rows(_applied(L.T, M)), upper=False, left=False))
 
 
@@ -150,7 +150,7 @@ def projected(V: Tensor, A: Tensor, Q: int) -> tuple[Tensor, Tensor]:
     # one large product: batched over r Q small ones it is ten times slower
     columns = TA.reshape(r * Q, P, Q).transpose(1, 2).reshape(-1, P)
     TAT = matmul(columns, V.T).reshape(r * Q, Q, r).transpose(1, 2).reshape(r * Q, r * Q)
-    return TA, (TAT + TAT.T) / 2
+    return TA, (TAT + TAT.T).div_(2)
 
 
 def _applied(V: Tensor, M: Tensor) -> Tensor:
@@ -181,8 +181,8 @@ def explained_by(M: Tensor, A: Tensor | None, V: Tensor, *, rounding: float) -> 
     if A is None:
         return _applied(V, M).permute(1, 2, 0).reshape(-1, len(M))
     TA, TAT = projected(V.to(A.dtype), A, M.shape[2])
-    share, TAT = max(rounding, 10 * torch.finfo(A.dtype).eps), TAT.to(V.dtype)
-    ((factor,),) = floored(TAT.unsqueeze(0), share=share)[1:]
+    share = max(rounding, 10 * torch.finfo(A.dtype).eps)
+    ((factor,),) = rooted(TAT.unsqueeze(0), share=share)[1:]
     return cast(Tensor, torch.linalg.solve_triangular(factor, times_rounded(M.flatten(1), TA.T).T, upper=False))
 
 
