@@ -133,8 +133,7 @@ def fitted(
     biased = is_approximated or layer._parameters.get("bias") is not None
     fit = RidgeFit.of(layer, {site: own.inputs for site, own in seen.items()}, biased=biased)
     targets = place.targets(seen)
-    cross = fit.cross(targets)
-    best = fit.weight(cross)
+    best = fit.weight(cross := fit.cross(targets))
     planned = known.decomposition(plan.form, plan.metric or "plain") if is_approximated else None
     start = planned.start if planned else ()
     metric = dense_of(fit.metric) if start else fit.metric
@@ -150,8 +149,7 @@ def fitted(
             best = product(layer, form=plan.form, factors=factors)
         if turn:
             targets = place.revised(seen, targets, whole=best, fit=fit)
-            cross = fit.cross(targets)
-            best = fit.weight(cross)
+            best = fit.weight(cross := fit.cross(targets))
     unfitted = product(layer, form=plan.form, factors=before) if before else fit.dense
     if not fit.excess(best, unfitted, cross=cross, G=G) <= 0:  # also where it is not a number
         best, factors = unfitted, before
