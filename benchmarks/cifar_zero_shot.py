@@ -2,7 +2,7 @@
 
     python benchmarks/cifar_zero_shot.py --weights cifar_resnet20.safetensors                      # the table
     python benchmarks/cifar_zero_shot.py --weights cifar_resnet20.safetensors --train finetune     # 3 epochs afterwards
-    python benchmarks/cifar_zero_shot.py --weights cifar_resnet20.safetensors --train distill      # the same, no labels
+    python benchmarks/cifar_zero_shot.py --weights cifar_resnet20.safetensors --train distill      # no labels at all
     python benchmarks/cifar_zero_shot.py --network resnet32 --weights cifar_resnet32.safetensors   # the same, untouched
     .. --images 4096                                      # what more calibration data would do; bars are for 1024
 
@@ -115,7 +115,10 @@ class Augmented:
 
 
 def trained(small: nn.Module, teacher: nn.Module, how: str, *, share: float, seed: int) -> nn.Module:
-    """Three epochs over 10 000 training images, with the dense network's answers or, to distil, its outputs alone."""
+    """Three epochs over 10 000 training images, with the dense network's answers or, to distil, its outputs alone.
+
+    What is distilled is compressed with these images as well, but for those that are kept aside.
+    """
     images = cifar_inputs(load("cifar10", split="train").images[split(seed)[2]])
 
     def epochs_of(known: Tensor, *, batch: int) -> Callable[[int], Augmented]:
@@ -127,6 +130,7 @@ def trained(small: nn.Module, teacher: nn.Module, how: str, *, share: float, see
         return st.finetune(small, data, teacher=teacher, epochs=3, lr=3e-4, seed=seed).model
     aside, others = images.split([TUNING // 20, TUNING - TUNING // 20])
     data = epochs_of(others, batch=BATCH)
+    small = compressed(teacher, [*calibration(seed), *others.split(BATCH)], share).model
     lr, few = 1e-3 if share < 0.4 else 5e-4, aside.split(BATCH)
     return st.distill(small, teacher, data=data, held_out=few, epochs=3, batch=BATCH, lr=lr, seed=seed).model
 

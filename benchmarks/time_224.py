@@ -28,7 +28,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--network", default="resnet18", help="name of one of torchvision's")
     parser.add_argument("--images", type=int, default=256)
-    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--share", type=float, default=0.5)
     parser.add_argument("--cache", type=int, help="MiB of activations that may be kept; by default what spectrim takes")
     options = parser.parse_args()

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+import spectrim as st
 from spectrim.analysis.moments import Moments, RunningCovariance, RunningGradients, pools
 
 
@@ -62,3 +63,22 @@ def test_pools_have_all_vectors_in_their_order() -> None:
     assert [part.shape[1] for part in pooled] == [600, 600, 300]
     assert torch.equal(torch.cat(pooled, dim=1), rows)
     assert not list(pools([]))
+
+
+@pytest.mark.parametrize("width", [6, 2100])
+@pytest.mark.parametrize("sizes", [[3, 5], [600, 600, 20]])
+def test_networks_that_run_in_inference_mode(width: int, sizes: list[int]) -> None:
+    class Frozen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(width, 4)
+
+        @torch.inference_mode()
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x.clone())
+
+    rows = drawn(sum(sizes), width)[0].float()
+    seen = st.calibrate(Frozen(), rows.split(sizes)).moments["layer"]
+    centred = rows.double() - rows.double().mean(dim=0)
+    torch.testing.assert_close(seen.covariance[0], centred.mT @ centred / len(rows), rtol=1e-3, atol=1e-4)
+    seen.covariance.add_(1)

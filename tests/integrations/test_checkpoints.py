@@ -335,6 +335,7 @@ def test_folders_that_are_refused(tmp_path: Path) -> None:
         st.compress_checkpoint(dense, BODY, data=data, out=taken)
     with pytest.raises(errors.FileError, match="is the folder of the dense model"):
         st.compress_checkpoint(dense, BODY, data=data, out=dense)
+    (tmp_path / "small" / ".spectrim-killed").mkdir(parents=True)  # what a command leaves that is killed
     st.compress_checkpoint(dense, BODY, data=data, out=tmp_path / "small")
     with pytest.raises(errors.ModelError, match="was compressed already"):
         st.compress_checkpoint(tmp_path / "small", BODY, data=data, out=tmp_path / "smaller")

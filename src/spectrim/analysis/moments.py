@@ -225,6 +225,7 @@ class RunningCovariance:
     storage: Storage = IN_PLACE
     summed: int = 0
 
+    @torch.inference_mode(False)  # what is summed in a forward pass in inference mode is written to outside of it
     def add(self, rows: Tensor, *, samples: Samples) -> None:
         """Add input vectors (groups, n, in) of so many samples, those of each one after the other.
 
@@ -286,9 +287,7 @@ class RunningCovariance:
         """The moments, which take the place of the sums; `name` is for the message when they are not finite."""
         if self.batches and not self._are_vectors_kept(self.batches[0].shape[2]):
             self.merge()
-        # what was summed in inference mode takes no writing outside of it
-        scatter = self.scatter.clone() if self.scatter.is_inference() else self.scatter
-        mean, compact = self._compact() if self.batches else (self.mean, scatter.div_(self.count))
+        mean, compact = self._compact() if self.batches else (self.mean, self.scatter.div_(self.count))
         values = compact if isinstance(compact, Tensor) else compact.rows
         # the extremes are not numbers if any entry is not, and take no memory
         if values.numel() and not torch.isfinite(torch.stack(torch.aminmax(values))).all():

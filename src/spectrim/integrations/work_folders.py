@@ -65,9 +65,11 @@ class WorkFolder:
         return self.out / WORK
 
     def require_usable(self) -> None:
-        """Raise `FileError` for a folder that holds something else."""
+        """Raise `FileError` for a folder that holds more than what commands have left there that were killed."""
         out = self.out
-        if not self.is_begun and out.exists() and (not out.is_dir() or set(out.iterdir()) - {self.path}):
+        if self.is_begun or not out.exists():
+            return
+        if not out.is_dir() or any(not path.name.startswith(".spectrim-") for path in out.iterdir()):
             raise FileError(f"{out} is there already, and stays as it is; choose another folder")
 
     @property
