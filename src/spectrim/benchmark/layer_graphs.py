@@ -1,7 +1,7 @@
 """ONNX graphs of single layers and short chains of them, written directly: an export takes seconds each."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from torch import Tensor, nn
@@ -31,8 +31,7 @@ def layer_graph(layer: nn.Module, shape: Sequence[int]) -> "onnx.ModelProto":
     outputs = package.helper.make_tensor_value_info(name, number, [None] * len(shape))
     proto = package.helper.make_graph(graph.nodes, "layer", [inputs], [outputs], graph.constants)
     opsets = [package.helper.make_opsetid("", OPSET)]
-    model: onnx.ModelProto = package.helper.make_model(proto, opset_imports=opsets, ir_version=10)
-    return model
+    return cast("onnx.ModelProto", package.helper.make_model(proto, opset_imports=opsets, ir_version=10))
 
 
 class _Graph:

@@ -106,8 +106,7 @@ class Measurement(Displayed, NetworkCost):
         """How much of that speed-up the clock sees: `speedup` over `macs_speedup`, with its 95 % interval."""
         if self.speedup is None or not self.macs_ratio:
             return None
-        values = {name: getattr(self.speedup, name) * self.macs_ratio for name in ("value", "low", "high")}
-        return Interval(**values)
+        return Interval(**{name: value * self.macs_ratio for name, value in self.speedup})
 
     @property
     def verdict(self) -> Verdict | None:
@@ -255,9 +254,8 @@ def resized(inputs: Inputs, batch: int | None) -> Inputs:
         return inputs
     sizes = [len(tensor) for tensor in inputs.tensors() if tensor.ndim]
     if not sizes or not sizes[0] or batch < 1 or inputs.is_ragged:
-        raise DataError(
-            f"batch={batch}: it must be at least 1, and {inputs.describe()} have samples of one size to repeat"
-        )
+        needed = f"{inputs.describe()} have samples of one size to repeat"
+        raise DataError(f"batch={batch}: it must be at least 1, and {needed}")
 
     def repeated(tensor: Tensor) -> Tensor:
         if not tensor.ndim or len(tensor) != sizes[0]:

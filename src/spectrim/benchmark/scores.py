@@ -208,9 +208,8 @@ def _perplexity(network: _Network, data: Iterable[Any]) -> _Rows:
         if ((tokens < 0) & (tokens != _IGNORED)).any():
             raise DataError(f"{what}: there are labels below 0; those that do not count are {_IGNORED}")
         if (largest := int(tokens.max()) if tokens.numel() else 0) >= (words := logits.shape[2]):
-            raise DataError(
-                f"{what}: there is a token {largest}, and the outputs are of {words} words, 0 to {words - 1}"
-            )
+            extent = f"{words} words, 0 to {words - 1}"
+            raise DataError(f"{what}: there is a token {largest}, and the outputs are of {extent}")
         yield [_loss(*pair) for pair in zip(logits, tokens.to(logits.device), strict=True)]
 
 
@@ -269,10 +268,8 @@ def _own(model: nn.Module, data: Iterable[Any], metric: Callable[[nn.Module, Any
         try:
             scores = tensor_of(metric(model, batch))
         except Exception as error:  # of the user's function
-            reason = f"{type(error).__name__}: {error}"
-            raise DataError(
-                f"batch {position}: the metric, called with the model and a batch, failed: {reason}"
-            ) from error
+            text = f"batch {position}: the metric, called with the model and a batch, failed"
+            raise DataError(f"{text}: {type(error).__name__}: {error}") from error
         if scores is None or scores.ndim != 1:
             raise DataError(
                 f"batch {position}: the metric gives {describe(scores)}; it is to give one score for each example, "

@@ -7,6 +7,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, nullcontext
 from math import prod
+from typing import Any
 
 import torch
 from pydantic import Field
@@ -88,8 +89,7 @@ def _rows(source: Source, timing: Timing, *, progress: Stages, left_out: dict[st
 
 def _in_process(source: Source, timing: Timing, *, runtime: RuntimeName) -> Iterator[Row]:
     """The rows of a runtime, timed in a process of its own, in which no other runtime's threads run."""
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max_workers=1, mp_context=spawn) as worker:
+    with ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn")) as worker:
         for batch in timing.batches:
             try:
                 with _interrupts_held_back():
@@ -110,11 +110,9 @@ def _time(source: Source, timing: Timing, *, runtime: RuntimeName, batch: int) -
     dense, small = (load_network(source, weights) for weights in (None, source.weights))
     shape = (prod(source.shape),) if source.flatten else source.shape
     example = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
-    threads, rounds = timing.threads, timing.rounds
-    measured = measure(small, example, reference=dense, runtime=runtime, threads=threads, batch=batch, rounds=rounds)
-    gain = None
-    if runtime != "torch":
-        gain = runtime_gain(dense, example, runtime=runtime, threads=threads, batch=batch, rounds=rounds)
+    how: dict[str, Any] = {"runtime": runtime, "threads": timing.threads, "batch": batch, "rounds": timing.rounds}
+    measured = measure(small, example, reference=dense, **how)
+    gain = None if runtime == "torch" else runtime_gain(dense, example, **how)
     return Row(runtime=runtime, batch=batch, measured=measured, gain=gain)
 
 

@@ -9,7 +9,6 @@ from spectrim.cli import commands
 from spectrim.cli.data_reference import data_reference
 from spectrim.cli.loading import Loaded, load_batches
 from spectrim.cli.machine import set_threads
-from spectrim.cli.options import Goal
 from spectrim.cli.stages import Stages
 from spectrim.core.memory import free_bytes
 from spectrim.core.plans import Budget
@@ -42,14 +41,13 @@ def compress_folder(command: commands.Compress, progress: Stages) -> tuple[Compr
     model = new_model(folder)
     data = load_batches(reference, source, progress, model)
     set_threads(command.machine, _MANY_MACS, closing=progress.closing, say=progress.say)
-    multiple = goal.multiple
     result = compress_checkpoint(
         folder,
         goal.rule,
         data=data.calibration,
         out=command.out,
         metric=goal.metric,
-        rank_multiple=None if multiple == "auto" else multiple,
+        rank_multiple=None if goal.multiple == "auto" else goal.multiple,
         include=layers.selection.include,
         exclude=layers.selection.exclude,
         reconstruct=command.method.fitted,
@@ -60,25 +58,18 @@ def compress_folder(command: commands.Compress, progress: Stages) -> tuple[Compr
 
 def _why_not(command: commands.Compress) -> str | None:
     """Why it cannot be done block by block."""
-    source, method = command.source, command.method
+    source, method, goal = command.source, command.method, command.goal
     if source.folder is None or source.data is None:
         return "it needs --model hf:DIR and --data"
     if method.plan is not None or method.estimate or method.distill:
         return "it takes a rule, not --plan, --estimate or --distill"
-    return _why_not_goal(command.goal) or (
-        "it does not take --keep-last, since the head is left as it is"
-        if command.layers.keep_last
-        else "it measures no accuracy; leave out --test"
-        if command.test
-        else "it runs on the CPU"
-        if command.machine.device not in ("cpu", "auto")
-        else None
-    )
-
-
-def _why_not_goal(goal: Goal) -> str | None:
-    if isinstance(goal.rule, Budget) and goal.rule.limits not in ("params", "macs"):
-        return "it has budgets of --params or --macs"
-    if goal.metric == "loss" or goal.multiple == "auto" or goal.form:
-        return "it does not take --metric loss, --rank-multiple auto or --form"
-    return None
+    has_other_budget = isinstance(goal.rule, Budget) and goal.rule.limits not in ("params", "macs")
+    has_other_ranks = goal.metric == "loss" or goal.multiple == "auto" or goal.form
+    reasons = {
+        "it has budgets of --params or --macs": has_other_budget,
+        "it does not take --metric loss, --rank-multiple auto or --form": has_other_ranks,
+        "it does not take --keep-last, since the head is left as it is": command.layers.keep_last,
+        "it measures no accuracy; leave out --test": command.test,
+        "it runs on the CPU": command.machine.device not in ("cpu", "auto"),
+    }
+    return next((reason for reason, applies in reasons.items() if applies), None)

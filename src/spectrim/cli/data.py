@@ -62,12 +62,11 @@ def get_data(
     with progress.status(f"{name}: looking in the cache") as status:
 
         def update(event: "Event") -> None:
+            text = f"{event.source}: {event.text}"
             if event.text.startswith("passed over"):
-                progress.print(
-                    f"{event.source}: {event.text}", style="dim", markup=False, highlight=False, soft_wrap=True
-                )
+                progress.print(text, style="dim", markup=False, highlight=False, soft_wrap=True)
             size = f", {event.received / 1e6:.1f} MB" if event.received is not None else ""
-            status.update(f"{event.source}: {event.text}{size}")
+            status.update(f"{text}{size}")
 
         result = data.obtain(name, folder=folder, cache=cache, on_event=update)
     train, test = result.sizes

@@ -152,9 +152,8 @@ def _not_understood(text: str, names: list[str]) -> DataError:
             f"a data set name it ({', '.join(names)}) and give --data-folder {text}"
         )
     if path.is_file():
-        return DataError(
-            f"--data {text} is a file; write --data text:{text} for a text, or give an .npz file of arrays"
-        )
+        advice = f"write --data text:{text} for a text, or give an .npz file of arrays"
+        return DataError(f"--data {text} is a file; {advice}")
     if any(mark in text for mark in "/\\.:~"):
         return DataError(f"--data {text}: there is no such file or folder; give a name of `spectrim data list`, {_OWN}")
     try:

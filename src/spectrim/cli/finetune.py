@@ -87,8 +87,7 @@ def finetune_network(command: Finetune) -> None:
         )
         record.save(folder / MEASURED)
     unfinished.unlink(missing_ok=True)
-    results = _results(record, result.history, data=task.data)
-    show(*results, *file_lines(out, files), output=command.output)
+    show(*_results(record, result.history, data=task.data), *file_lines(out, files), output=command.output)
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,8 +131,7 @@ def _finetune(
     task: _Task, tuning: Tuning, *, settings: Settings, progress: Stages, checkpoint: Checkpoint
 ) -> Finetuned:
     """Train, or go on with a run of the same options that was stopped."""
-    batches = length_of(task.train(0))
-    progress.begin("train", total=settings.epochs * batches or None)
+    progress.begin("train", total=settings.epochs * length_of(task.train(0)) or None)
     return finetune(
         task.network.model,
         task.train,

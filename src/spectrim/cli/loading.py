@@ -119,8 +119,7 @@ def load_source(source: Source, progress: Stages, machine: Machine) -> Loaded:
     with evaluating(model):
         output = call(model, example, what="one input" if data else "--input", hint=hint)
     network = Loaded(model, example, output, data)
-    macs = source.batch * count_macs(model, example)
-    set_threads(machine, macs, closing=progress.closing, say=progress.say)
+    set_threads(machine, source.batch * count_macs(model, example), closing=progress.closing, say=progress.say)
     if source.weights is not None or source.expect is not None:
         _check_accuracy(network, source, progress)
     return network

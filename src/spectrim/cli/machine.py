@@ -25,9 +25,8 @@ def find_device(machine: Machine) -> torch.device:
     present = [*(name for name, is_there in gpus.items() if is_there), "cpu"]
     if machine.device not in ("auto", *present):
         build = "" if torch.version.cuda else "; PyTorch is built without CUDA"
-        raise typer.BadParameter(
-            f"--device {machine.device}: this machine has {', '.join(present)} and no other{build}"
-        )
+        others = f"this machine has {', '.join(present)} and no other{build}"
+        raise typer.BadParameter(f"--device {machine.device}: {others}")
     return torch.device(present[0] if machine.device == "auto" else machine.device)
 
 

@@ -74,8 +74,7 @@ def plan_network(command: commands.Plan) -> None:
     out = out / PLAN if out.is_dir() else out
     files: OutputFiles = {out.name: (Plan.load, "the plan: edit a layer's form and rank if you like")}
     with stages() as progress, outputs(out.parent, files) as folder:
-        network = load_source(source, progress, command.machine)
-        plan = _decide(network, command, progress=progress).plan
+        plan = _decide(load_source(source, progress, command.machine), command, progress=progress).plan
         plan.save(folder / out.name)
     arguments = shlex.join([*command.invocation.arguments(Source), "--plan", str(out), "--out"])
     hints = ("Apply it:", f"  spectrim compress {arguments} DIR")
@@ -254,9 +253,8 @@ def _check(goal: Goal, source: Source) -> None:
 
 def _load_plan(path: Path, invocation: Invocation) -> Plan:
     if more := invocation.arguments(Layers, Goal):
-        raise typer.BadParameter(
-            f"a plan has its own rule and layers; leave out {' '.join(more)}, or give them to spectrim plan"
-        )
+        advice = f"leave out {' '.join(more)}, or give them to spectrim plan"
+        raise typer.BadParameter(f"a plan has its own rule and layers; {advice}")
     return Plan.load(path)
 
 
@@ -275,11 +273,10 @@ def _times(plan: Plan) -> Listing | None:
         rows.insert(1, row("Target", plan.rule.share))
     columns = (Column("", number=False), Column("One pass"), Column("Kept /\ndense"), Column(" ", 0, False, 20))
     batch = f", batch {note.batch}" if note.batch else ""
-    below = note.refused and f"The network is as it was: {note.refused}."
-    below = below or (note.missed and f"The target is missed: {note.missed}.")
-    return Listing(
-        f"Latency in {note.runtime}, {words.threads(note.threads)}{batch}", columns, tuple(rows), note=below or ""
-    )
+    below = f"The target is missed: {note.missed}." if note.missed else ""
+    below = f"The network is as it was: {note.refused}." if note.refused else below
+    title = f"Latency in {note.runtime}, {words.threads(note.threads)}{batch}"
+    return Listing(title, columns, tuple(rows), note=below)
 
 
 def _accuracy(record: Measured, network: Loaded, *, untested: str | None) -> str:
@@ -301,9 +298,8 @@ def _accuracy(record: Measured, network: Loaded, *, untested: str | None) -> str
 
 def _how_to_score(network: Loaded, source: Source, *, out: Path) -> tuple[str, ...]:
     """The command that compares language models on the end of a text, which nothing was calibrated on."""
-    if source.folder is None or source.data is None or not source.data.startswith("text:"):
-        return ()
-    if not type(network.model).__name__.endswith("ForCausalLM"):
+    is_language_model = source.folder is not None and type(network.model).__name__.endswith("ForCausalLM")
+    if not is_language_model or source.data is None or not source.data.startswith("text:"):
         return ()
     options = {"--model": f"hf:{out}", "--data": source.data, "--tokens": source.input, "--tokenizer": source.tokenizer}
     options |= {"--metric": "perplexity", "--against": source.model}
@@ -315,16 +311,14 @@ def _how_to_load(source: Source, network: Loaded, *, out: Path, small: nn.Module
     """How Python loads the network."""
     if source.folder is not None:
         name = type(network.model).__name__
-        loading = f"  model = {name}.from_pretrained({str(out)!r})"
-        is_dense = small is not None and not compressed_layers(small)
-        needed = () if is_dense else ("  import spectrim",)
-        return "In Python:", *needed, f"  from transformers import {name}", loading
+        needed = ("  import spectrim",) if small is None or compressed_layers(small) else ()
+        loading = f"  from transformers import {name}", f"  model = {name}.from_pretrained({str(out)!r})"
+        return "In Python:", *needed, *loading
     options = f", options={source.options!r}" if source.options else ""
-    takes = network.example.describe()
-    if len(network.example.args) == 1 and isinstance(network.example.args[0], Tensor):
-        shape = ", ".join(["batch", *map(str, network.example.args[0].shape[1:])])
-        takes = f"{str(network.example.args[0].dtype).removeprefix('torch.')} ({shape})"
-    data = network.data
+    data, takes = network.data, network.example.describe()
+    if len(network.example.args) == 1 and isinstance(example := network.example.args[0], Tensor):
+        shape = ", ".join(["batch", *map(str, example.shape[1:])])
+        takes = f"{str(example.dtype).removeprefix('torch.')} ({shape})"
     preparation = f", {data.prepare.formula(pixels=data.is_pixels)}" if isinstance(data, StoredData) else ""
     return (
         "In Python:",
@@ -338,9 +332,8 @@ def _how_to_load(source: Source, network: Loaded, *, out: Path, small: nn.Module
 
 def _files(out: Path) -> OutputFiles:
     """What `compress` writes; it replaces plans, measurements, and the network that the measurement describes."""
-    recorded = has_checksum(lambda: Measured.load(out / MEASURED).model_sha256)
     return {
-        MODEL: (recorded, "the network"),
+        MODEL: (has_checksum(lambda: Measured.load(out / MEASURED).model_sha256), "the network"),
         PLAN: (Plan.load, "what was done to each layer"),
         MEASURED: (Measured.load, "every number"),
         REPORT: (is_page, "open this in a browser"),

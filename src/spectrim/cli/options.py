@@ -31,8 +31,7 @@ _network, _data, _layers, _rule, _machine, _output = (
 def require_path(path: Path | None) -> Path | None:
     """The path, if it was given. Raises `FileError` where nothing is."""
     if path is not None and not path.exists():
-        siblings = map(str, path.parent.glob("*")) if path.parent.is_dir() else ()
-        hint = did_you_mean(str(path), siblings)
+        hint = did_you_mean(str(path), map(str, path.parent.glob("*")) if path.parent.is_dir() else ())
         raise FileError(f"cannot read {path}: there is no such file or folder; {hint}this folder is {Path.cwd()}")
     return path
 

@@ -39,9 +39,8 @@ def quantize_network(command: Quantize) -> None:
     if out.suffix.lower() != ".onnx":
         raise typer.BadParameter(f"--out {out}: give a file that ends in .onnx")
     require_runtime(quantization.runtime, threads=quantization.latency_threads)
-    recorded = has_checksum(lambda: Bits.load(path).file_sha256)
     files: OutputFiles = {
-        out.name: (recorded, "the network, for ONNX Runtime and others"),
+        out.name: (has_checksum(lambda: Bits.load(path).file_sha256), "the network, for ONNX Runtime and others"),
         path.name: (Bits.load, "every number"),
     }
     with stages() as progress, outputs(out.parent, files) as folder:

@@ -65,9 +65,8 @@ class Batches:
     seed: int | None = None
 
     def __len__(self) -> int:
-        if self.seed is None:
-            return math.ceil(len(self.indices) / self.size)
-        return max(1, len(self.indices) // self.size)
+        batches = len(self.indices) / self.size
+        return math.ceil(batches) if self.seed is None else max(1, math.floor(batches))
 
     def __iter__(self) -> Iterator[Tensor | tuple[Tensor, Tensor]]:
         indices = self.indices
@@ -167,8 +166,7 @@ class StoredData:
 
     def held_out(self, samples: int | None) -> Batches:
         """So many training samples, by default a tenth and at most 5000, that `training` leaves out."""
-        places = self.order[: self._held_out(samples)]
-        return Batches(self.train, places, self.prepare, max(256, self.source.batch))
+        return Batches(self.train, self.order[: self._held_out(samples)], self.prepare, max(256, self.source.batch))
 
     def training(self, epoch: int, *, held_out: int | None) -> Batches:
         """The others, in the order of an epoch."""
@@ -216,9 +214,7 @@ class LoaderData:
     def calibration(self) -> tuple[Inputs, ...]:
         """The first batches, of as many samples as `--images` says."""
         batches = enumerate(self.first(self.source.images))
-        return tuple(
-            split_labels(batch, position=position, model=self.model, required=False)[0] for position, batch in batches
-        )
+        return tuple(split_labels(batch, position=at, model=self.model, required=False)[0] for at, batch in batches)
 
     def first(self, samples: int) -> list[Any]:
         """The first training batches, of at least so many samples."""

@@ -91,13 +91,11 @@ class RunOptions:
             if (value := getattr(self, name)) is None:
                 continue
             if not isinstance(study, kind):
-                raise DataError(
-                    f"--{name} is for recipes of the kind {kinds}; {study.name} is of the kind {study.kind}"
-                )
+                own = f"{study.name} is of the kind {study.kind}"
+                raise DataError(f"--{name} is for recipes of the kind {kinds}; {own}")
             study = study.model_copy(update={name: value, "command": f"{study.command} --{name} {shlex.quote(value)}"})
         if isinstance(study, recipes.TextStudy) and self.data_folder is not None:
-            data = shlex.quote(str(self.data_folder))
-            study = study.model_copy(update={"command": f"{study.command} --data {data}"})
+            study = study.model_copy(update={"command": f"{study.command} --data {shlex.quote(str(self.data_folder))}"})
         out = self.out or Path(f"spectrim-{study.name}")
         run(study, out=out, data_folder=self.data_folder, machine=machine, output=output)
 
@@ -155,8 +153,7 @@ def _add_command(name: str) -> None:
         options.run(recipes.find_study(name), machine, output=output)
 
     remark = takewhile(lambda line: line.startswith("#"), recipes.recipe_file(name).splitlines())
-    about = " ".join(line.removeprefix("#").strip() for line in remark)
-    recipe.command(name, help=about)(unfolded(command))
+    recipe.command(name, help=" ".join(line.removeprefix("#").strip() for line in remark))(unfolded(command))
 
 
 for _name in recipes.NAMES:

@@ -111,9 +111,8 @@ def parse_idx(raw: Raw, *, ndim: int) -> torch.Tensor:
     expected = header + int(np.prod(sizes, dtype=object))
     if len(raw.data) != expected:
         shape = " x ".join(map(str, sizes))
-        raise DataError(
-            f"{raw.where}: got {len(raw.data)} bytes, expected {expected} for {shape}; truncated or damaged"
-        )
+        fault = f"got {len(raw.data)} bytes, expected {expected} for {shape}"
+        raise DataError(f"{raw.where}: {fault}; truncated or damaged")
     return torch.from_numpy(np.frombuffer(raw.data, dtype=np.uint8, offset=header).reshape(sizes).copy())
 
 

@@ -215,9 +215,8 @@ def load_text(path: Path | str, *, tokenizer: Path | str, split: Part = "train",
     count, least = (len(numbers) - 1) // length, 1 if split == "whole" else _TESTED_OF
     if count < least:
         shorter = f", or --tokens {number}" if (number := (len(numbers) - 1) // least) > 0 else ""
-        raise DataError(
-            f"{path} has {len(numbers):,} tokens, too few for {least} samples of {length}; give more text{shorter}"
-        )
+        count_of = f"{len(numbers):,} tokens, too few for {least} samples of {length}"
+        raise DataError(f"{path} has {count_of}; give more text{shorter}")
     inputs = numbers[: count * length].view(count, length)
     following = numbers[1 : count * length + 1].view(count, length)
     tested = count - count // _TESTED_OF
@@ -320,9 +319,7 @@ def _encoder(tokenizer: Path | str) -> Callable[[str], list[int]]:
 
             fast = Tokenizer.from_file(str(path))
             return lambda text: list(fast.encode(text, add_special_tokens=False).ids)
-    except ImportError as error:
-        raise DependencyError(f'a tokenizer needs {error.name}; run: pip install "spectrim[hf]"') from error
-    except Exception as error:  # whatever a damaged or foreign file leads to
+    except Exception as error:
         raise _unreadable(path, error) from error
     own = load_tokenizer(path)
     return lambda text: list(own.encode(text, add_special_tokens=False, verbose=False))
@@ -341,13 +338,14 @@ def load_tokenizer(folder: Path) -> Any:
 
         options = {} if gguf is None else {"gguf_file": gguf.name}
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, **options)
-    except ImportError as error:
-        raise DependencyError(f'a tokenizer needs {error.name}; run: pip install "spectrim[hf]"') from error
-    except Exception as error:  # whatever a damaged or foreign file leads to
+    except Exception as error:
         raise _unreadable(folder, error) from error
 
 
-def _unreadable(path: Path, error: Exception) -> DataError:
+def _unreadable(path: Path, error: Exception) -> DataError | DependencyError:
+    """Of a package that is not installed, or of whatever a damaged or foreign file leads to."""
+    if isinstance(error, ImportError):
+        return DependencyError(f'a tokenizer needs {error.name}; run: pip install "spectrim[hf]"')
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     return DataError(f"cannot read the tokenizer {path}: {reason.rstrip(': ')}; give the model's own, a folder or file")
 

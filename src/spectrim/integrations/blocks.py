@@ -254,8 +254,7 @@ class BlockChain:
     @property
     def _head(self) -> nn.Module | None:
         """What gives scores of words; it is not run."""
-        head: nn.Module | None = self.model.get_output_embeddings()
-        return head
+        return cast("nn.Module | None", self.model.get_output_embeddings())
 
     def _load_rest(self) -> None:
         blocks = tuple(f"{name}." for name in self.names)

@@ -268,11 +268,10 @@ class _Output:
 
     def _measurement(self, records: Sequence[BlockRecord]) -> Measurement:
         dense = self.run.analysis(self.work).whole
-        saved = [layer.dense.params - layer.kept.params for layer in self.plan]
-        saved_macs = sum(layer.dense.macs - layer.kept.macs for layer in self.plan)
+        params = dense.params - sum(layer.dense.params - layer.kept.params for layer in self.plan)
+        macs = dense.macs - sum(layer.dense.macs - layer.kept.macs for layer in self.plan)
         size = sum(path.stat().st_size for path in self.run.out.glob("*.safetensors"))
-        params = dense.params - sum(saved)
-        return Measurement(params=params, macs=dense.macs - saved_macs, bytes=size).against(dense)
+        return Measurement(params=params, macs=macs, bytes=size).against(dense)
 
 
 def _require_rule(rule: Rule, *, metric: Metric | None, reconstruct: object) -> None:
@@ -289,9 +288,8 @@ def _read(data: Iterable[Any], model: nn.Module, *, max_batches: int | None, mas
     """The batches in memory, without labels."""
     limited = batches_of(data, what="the calibration data", max_batches=max_batches)
     inputs = (inputs_of(batch, model, position=at, labels=False, mask=mask)[0] for at, batch in enumerate(limited))
-    batches = collected(
-        replace(own, kwargs={name: value for name, value in own.kwargs.items() if name not in LABELS}) for own in inputs
-    )
+    pairs = ((own, {name: own.kwargs[name] for name in own.kwargs if name not in LABELS}) for own in inputs)
+    batches = collected(replace(own, kwargs=kwargs) for own, kwargs in pairs)
     samples = SampleCount()
     for batch in batches:
         samples.add(batch)

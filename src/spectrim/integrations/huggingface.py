@@ -233,9 +233,7 @@ def _with_tied_factors(expand: Callable[..., dict[str, str]]) -> Callable[..., d
         if not layers or {name.rpartition(".")[0] for name in (*keys, *keys.values())}.isdisjoint(layers):
             return expand(model, all_submodels=all_submodels)
         named = {name: _factor_names(name, layers) for name in (*keys, *keys.values())}
-        pairs = [
-            (target, source) for target, source in keys.items() if named[target] + named[source] != [target, source]
-        ]
+        pairs = [pair for pair in keys.items() if named[pair[0]] + named[pair[1]] != [*pair]]
         try:  # it looks for the weights of all others
             vars(model)["_tied_weights_keys"] = dict(pair for pair in keys.items() if pair not in pairs)
             tied = expand(model)
@@ -333,9 +331,8 @@ def _require_untied(model: nn.Module, structure: Structure, tied_factors: Collec
     tied = [names for names in tied if not set(names) & set(tied_factors)]
     tied += list(structure.same_layer.items())
     if tied:
-        raise ModelError(
-            f"{tied[0][0]} and {tied[0][1]} are one, and save_pretrained cannot say so of factored layers; {_WAY_OUT}"
-        )
+        both = f"{tied[0][0]} and {tied[0][1]} are one"
+        raise ModelError(f"{both}, and save_pretrained cannot say so of factored layers; {_WAY_OUT}")
 
 
 def _require_own_biases(model: nn.Module, structure: Structure) -> None:

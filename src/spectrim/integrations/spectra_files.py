@@ -35,15 +35,13 @@ def write_spectra(path: Path, analysis: Analysis, *, metric: Metric) -> None:
             decomposition = ChannelDecomposition.of_values(layer.problems[own])
             values[f"{layer.name}:{own}"] = torch.from_numpy(decomposition.spectrum.values.copy())
         layer_type = layer.weight.layer_type.name if layer.weight.layer_type else None
-        weight = asdict(replace(layer.weight, layer_type=None))
-        layers.append(
-            {
-                "weight": weight | {"layer_type": layer_type},
-                "skip_reason": layer.skip_reason,
-                "forms": [form for form in layer.forms if (find_form(form).solved_as or form) == layer.forms[0]],
-                "totals": totals,
-            }
-        )
+        entry = {
+            "weight": asdict(replace(layer.weight, layer_type=None)) | {"layer_type": layer_type},
+            "skip_reason": layer.skip_reason,
+            "forms": [form for form in layer.forms if (find_form(form).solved_as or form) == layer.forms[0]],
+            "totals": totals,
+        }
+        layers.append(entry)
     described = {
         "layers": layers,
         "macs": analysis.whole.macs,

@@ -129,8 +129,7 @@ class Walk:
         selection = LayerSelection(own or ("*",), () if own else ("*",), lookups=False, together=False)
         bare = analyze_selected(model, first_samples(inputs[0], 1), selection=selection)
         calibration = self._calibrated(model, bare.call_sites, block, "spectra")
-        units = [layer.unit for layer in bare]
-        analysis = analyze_units(model, units, whole=bare.whole, calibration=calibration)
+        analysis = analyze_units(model, [layer.unit for layer in bare], whole=bare.whole, calibration=calibration)
         if isinstance(request.rule, Budget) and request.metric != "plain":
             analysis = replace(analysis, sensitivity=block_sensitivity(model, analysis, inputs))
         write_spectra(self.work.spectra(block), analysis, metric=request.metric)
@@ -144,8 +143,7 @@ class Walk:
         own = plan.model_copy(update={"layers": tuple(plan[unit.name] for unit in units)})
         call_sites = {site for unit in units if unit.skip_reason is None for site in unit.call_sites}
         calibration = self._calibrated(dense, call_sites, block, "dense")
-        whole = NetworkCost(params=0, bytes=0, macs=0)
-        analysis = analyze_units(dense, units, whole=whole, calibration=calibration)
+        analysis = analyze_units(dense, units, whole=NetworkCost(params=0, bytes=0, macs=0), calibration=calibration)
         small: nn.Module = duplicate(dense)
         inputs = self._inputs("compressed", block)
         if self.request.fitted:
@@ -158,10 +156,8 @@ class Walk:
         with evaluating(small), self._outputs_written(small, "compressed", block):
             for batch in inputs:
                 call(small, batch)
-        record = BlockRecord(
-            keys=keys, size=size, low_rank=structure_of(small).low_rank, hidden_error=self._error(block + 1)
-        )
-        record.save(self.work.record(block))
+        low_rank, error = structure_of(small).low_rank, self._error(block + 1)
+        BlockRecord(keys=keys, size=size, low_rank=low_rank, hidden_error=error).save(self.work.record(block))
 
     def _inputs(self, stage: Stage, block: int) -> list[Inputs]:
         """What the block is given in each batch."""
@@ -206,6 +202,5 @@ class Walk:
         squares = []
         for batch, calls in enumerate(self.calls):
             dense, small = (self.work.read_hidden(stage, block, batch) for stage in ("dense", "compressed"))
-            masks = TokenMasks.of(nn.Identity(), calls[-1].of(dense))
-            squares.append(relative_squares(dense, small, masks))
+            squares.append(relative_squares(dense, small, TokenMasks.of(nn.Identity(), calls[-1].of(dense))))
         return math.sqrt(float(torch.cat(squares).mean()))

@@ -4,7 +4,7 @@ import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 from safetensors.torch import save_file
 from torch import Tensor
@@ -106,8 +106,7 @@ class WorkFolder:
     def read_hidden(self, stage: Stage, block: int, batch: int) -> Tensor:
         """What reaches a block in a batch, as it lies in the file."""
         with open_shard(self._hidden(stage, block) / f"{batch:06d}.safetensors", hint=BEGIN_ANEW) as opened:
-            hidden: Tensor = opened.get_tensor("hidden")
-            return hidden
+            return cast(Tensor, opened.get_tensor("hidden"))
 
     def forget_hidden(self, stages: Iterable[Stage], block: int) -> None:
         """Delete what reached this block and those before it."""

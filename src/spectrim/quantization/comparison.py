@@ -158,11 +158,11 @@ def compare_quantized(
 
 
 def _schemes(schemes: Sequence[Scheme] | None, *, has_data: bool) -> tuple[Scheme, ...]:
-    usual: tuple[Scheme, ...] = ("int8-weights", "int8-static" if has_data else "int8-dynamic")
-    asked = usual if schemes is None else schemes
-    if not asked:
+    if schemes is None:
+        return "int8-weights", "int8-static" if has_data else "int8-dynamic"
+    if not schemes:
         raise DataError("schemes is empty; name at least one, such as int8-weights")
-    return tuple(dict.fromkeys(require_scheme(scheme, has_data=has_data) for scheme in asked))
+    return tuple(dict.fromkeys(require_scheme(scheme, has_data=has_data) for scheme in schemes))
 
 
 def _row(
@@ -220,14 +220,8 @@ def _speed(comparison: Comparison | None) -> str:
     if comparison is None:
         return ""
     ratio = comparison.ratio.value
-    match comparison.verdict:
-        case "faster":
-            return f"{ratio:.2f}x faster"
-        case "slower":
-            return f"{1 / ratio:.2f}x slower"
-        case "no difference":
-            return "as fast"
-    return "of a speed that this machine is too noisy to compare"
+    texts = {"faster": f"{ratio:.2f}x faster", "slower": f"{1 / ratio:.2f}x slower", "no difference": "as fast"}
+    return texts.get(comparison.verdict, "of a speed that this machine is too noisy to compare")
 
 
 def _points(alone: QuantizedRow, both: QuantizedRow) -> str:

@@ -44,21 +44,17 @@ def _float32(proto: "onnx.ModelProto") -> Iterator["onnx.TensorProto"]:
     return (tensor for tensor in proto.graph.initializer if tensor.data_type == tensor.FLOAT)
 
 
-def _channels(node: "onnx.NodeProto") -> Iterator[tuple[int, int]]:
+def _channels(node: "onnx.NodeProto") -> list[tuple[int, int]]:
     """Which inputs of a node may be weights, and along which axis their channels lie."""
     attributes = {attribute.name: attribute.i for attribute in node.attribute}
-    match node.op_type:
-        case "Conv":
-            yield 1, 0
-        case "ConvTranspose":
-            yield 1, 1
-        case "Gemm":
-            yield 1, 0 if attributes.get("transB") else 1
-        case "MatMul":
-            yield 1, -1
-            yield 0, -2
-        case "Gather" if not attributes.get("axis"):
-            yield 0, 0
+    channels = {
+        "Conv": [(1, 0)],
+        "ConvTranspose": [(1, 1)],
+        "Gemm": [(1, 0 if attributes.get("transB") else 1)],
+        "MatMul": [(1, -1), (0, -2)],
+        "Gather": [] if attributes.get("axis") else [(0, 0)],
+    }
+    return channels.get(node.op_type, [])
 
 
 def scales(weight: NDArray[Any], *, axis: int) -> NDArray[np.float32]:

@@ -183,9 +183,8 @@ class ClassifierStudy(ConvolutionalStudy):
                 raise ModelError(f"{key} = {name!r} in the recipe is a {type(layers[name]).__name__}, not a {noun}")
         analysis = analyze(model, example)
         received(model, self.classifier, example)
-        budget = Budget(macs=self.macs)
         options = PlanOptions(forms=self.forms, rank_multiple=self.rank_multiple)
-        require_possible(analysis, budget, options, metric=self.metric)
+        require_possible(analysis, Budget(macs=self.macs), options, metric=self.metric)
 
     def load_weights(self, model: nn.Module) -> bool:
         """Fill in the weights of a file, or those of ImageNet, which are then trained on."""
@@ -260,14 +259,12 @@ class ClassifierStudy(ConvolutionalStudy):
         layer, example = dense.get_submodule(self.classifier), images.test.example(self.latency_batch)
         features = received(dense.eval(), self.classifier, example)
         whole, own = count(dense, example), count(layer, features)
-        times = [
-            measure(model, inputs, rounds=11).latency_ms or 0.0
-            for model, inputs in ((dense, example), (layer, features))
-        ]
+        pairs = ((dense, example), (layer, features))
+        whole_ms, own_ms = (measure(model, inputs, rounds=11).latency_ms or 0.0 for model, inputs in pairs)
         shares = {cost: 100 * getattr(own, cost) / getattr(whole, cost) for cost in ("params", "macs")}
         return (
             f"The classifier {self.classifier} holds {own.params:,} of the {whole.params:,} parameters "
             f"({shares['params']:.2g} %), does {shares['macs']:.2g} % of the MACs and takes about "
-            f"{100 * times[1] / times[0]:.1g} % of the time: whatever its rank, the network stays as large and as slow "
+            f"{100 * own_ms / whole_ms:.1g} % of the time: whatever its rank, the network stays as large and as slow "
             "as it was. What it costs lies in its convolutions."
         )

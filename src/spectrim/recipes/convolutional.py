@@ -96,8 +96,7 @@ def held_out_plan(
         replace(small, factored_at(small, names, form=form, factors=factors, bias=own_bias))
         harms.setdefault(layer.name, {})[rank] = _loss(small, images) - dense_loss
     total = analysis.whole.params
-    thresholds = sorted({harm for by_rank in harms.values() for harm in by_rank.values()})
-    for threshold in thresholds:
+    for threshold in sorted({harm for by_rank in harms.values() for harm in by_rank.values()}):
         ranks = {
             name: min(allowed)
             for name, by_rank in harms.items()
@@ -154,10 +153,7 @@ def _decided(layer: LayerAnalysis, rank: int | None, *, because: str) -> LayerPl
 
 def _loss(model: nn.Module, images: Split) -> float:
     with evaluating(model):
-        sums = [
-            float(functional.cross_entropy(model(inputs), labels, reduction="sum"))
-            for inputs, labels in images.batches()
-        ]
+        sums = [float(functional.cross_entropy(model(x), y, reduction="sum")) for x, y in images.batches()]
     return sum(sums) / len(images)
 
 
@@ -241,8 +237,7 @@ class MiniResNetStudy(ConvolutionalStudy):
 
     def dense_network(self, images: Images) -> nn.Module:
         """The mini-ResNet of these sizes."""
-        channels = images.train.images.shape[1]
-        return mini_resnet(len(images.names), channels, width=self.width, hidden=self.hidden)
+        return mini_resnet(len(images.names), images.train.images.shape[1], width=self.width, hidden=self.hidden)
 
     def network_settings(self) -> Mapping[str, object]:
         """Its sizes."""
@@ -288,9 +283,8 @@ class MiniResNetStudy(ConvolutionalStudy):
                 return run.compressed_by(spectral_plan(run.analysis, threshold))
             held_out = run.images.held_out.sample(images, seed=0)
             progress = run.progress.update
-            return run.compressed_by(
-                held_out_plan(run.dense, run.analysis, held_out, share=share, on_progress=progress)
-            )
+            decided = held_out_plan(run.dense, run.analysis, held_out, share=share, on_progress=progress)
+            return run.compressed_by(decided)
 
         rule = Budget(params=share) if threshold == "held-out" else None
         candidate = Candidate(run, MEANING[threshold], rule, "plain")

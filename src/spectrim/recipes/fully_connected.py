@@ -191,8 +191,7 @@ class DynamicStudy(FixedRank):
         # the part has the full weights, and is converted the same way whether it was trained now or found on disk
         small, final = self._truncated(run, training)
         small.load_state_dict(part.model.eval().state_dict())
-        candidate = Candidate(run, title, None if schedule else Rank(self.rank))
-        yield candidate.factored(part, final.finish().eval())
+        yield Candidate(run, title, None if schedule else Rank(self.rank)).factored(part, final.finish().eval())
 
     def _truncated(self, run: SeedRun, training: Truncating) -> tuple[nn.Module, Truncation]:
         model = copy.deepcopy(run.dense)
@@ -204,8 +203,7 @@ class DynamicStudy(FixedRank):
         reference = truncated_(copy.deepcopy(run.dense), Rank(self.rank), keep_last=True).finish()
         small, dense = (sum(p.numel() for p in model.parameters()) for model in (reference, run.dense))
         steps = training.phase.epochs * len(run.epochs(training.phase)(0))
-        end = max(1, round(training.end * steps))
-        return RankSchedule(Budget(params=small / dense), every=training.every, end=end)
+        return RankSchedule(Budget(params=small / dense), every=training.every, end=max(1, round(training.end * steps)))
 
 
 class ProjectedStudy(FixedRank):

@@ -290,5 +290,4 @@ def changes_of(variant: str, pairs: Mapping[int, tuple[nn.Module, nn.Module]], i
         ClassChange(name=name, **dict(zip(predictions[0].masks, column, strict=True)))
         for name, column in zip(images.names, columns, strict=True)
     )
-    flipped = tuple(predictions[0].flipped(images))
-    return Changes(variant=variant, seeds=tuple(pairs), classes=classes, flipped=flipped)
+    return Changes(variant=variant, seeds=tuple(pairs), classes=classes, flipped=tuple(predictions[0].flipped(images)))

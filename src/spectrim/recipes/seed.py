@@ -265,8 +265,7 @@ class Candidate:
         run.begin(f"{self.title}: compressing and fine-tuning")
         small = self.compressed(compress, **settings)
         yield self.network("zero-shot", small)
-        images = len(run.images.train)
-        key = run.key(start=small.model, teacher=run.key(), tuned=tuned, train="all", images=images)
+        key = run.key(start=small.model, teacher=run.key(), tuned=tuned, train="all", images=len(run.images.train))
         yield self.finetuned("fine-tuned", small, train=run.finetuning(small.model, tuned), key=key)
 
     def compressed(self, compress: Callable[[], Compressed], **settings: object) -> Part:

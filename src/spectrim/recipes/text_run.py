@@ -219,15 +219,13 @@ def run_text_study(
     require_length(model, study.length, option="length =")
     texts = study.texts(source, data)
     network = study.network(model, source).eval()
-    example = texts.calibration(study.samples, batch=study.batch, seed=study.seeds[0])[0]
-    macs = count_macs(network, example)
+    macs = count_macs(network, texts.calibration(study.samples, batch=study.batch, seed=study.seeds[0])[0])
     folder.claim(study)
     if on_network is not None:
         on_network(macs)
     settings = study.model_dump(mode="json", include={"files", "budget", "of", "metric", "samples", "length", "batch"})
     key = key_of(weights=fingerprint(model), data=study.checksums(data), scored=study.scored, **settings)
-    run = _Run(study, folder.path, source, network, texts, key, progress)
-    models = tuple(run.models())
+    models = tuple(_Run(study, folder.path, source, network, texts, key, progress).models())
     progress.begin("writing")
     results = TextResults(
         title=study.title,
@@ -242,8 +240,7 @@ def run_text_study(
             "finished": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         },
     )
-    files = _write(results, folder.path)
-    folder.note(study, files, source=str(data), data=study.checksums(data))
+    folder.note(study, _write(results, folder.path), source=str(data), data=study.checksums(data))
     progress.end()
     return results
 
@@ -254,10 +251,8 @@ def _write(results: TextResults, out: Path) -> list[str]:
     table = "\n".join(f"    {line}".rstrip() for line in results.table().text(width=200).splitlines())
     notes = "\n".join(f"- {name}: {value}" for name, value in results.provenance.items())
     fidelity = "\n".join(f"- {model.name}: {model.fidelity}" for model in results.models if model.fidelity)
-    text = (
-        f"# {results.title}\n\n{table}\n\n## Outputs\n\n{fidelity}\n\n## Made from\n\n`{results.command}`\n\n{notes}\n"
-    )
-    write_text(out / REPORT, text)
+    parts = (f"# {results.title}", table, "## Outputs", fidelity, "## Made from", f"`{results.command}`", notes)
+    write_text(out / REPORT, "\n\n".join(parts) + "\n")
     models = (out / str(model.folder) for model in results.models if model.folder)
     files = [file for folder in models for file in folder.rglob("*") if file.is_file()]
     return [RECIPE, RESULTS, REPORT, *(str(file.relative_to(out)) for file in files)]

@@ -167,9 +167,8 @@ class SentencePairStudy(TextStudy):
         tokenizer, files = load_tokenizer(folder), self.files
 
         def encode(sentences: Sequence[str]) -> dict[str, Tensor]:
-            encoded = tokenizer(
-                list(sentences), padding=True, truncation=True, max_length=self.length, return_tensors="pt"
-            )
+            limits = {"truncation": True, "max_length": self.length}
+            encoded = tokenizer(list(sentences), padding=True, return_tensors="pt", **limits)
             return {name: encoded[name] for name in ("input_ids", "attention_mask")}
 
         def batches(name: str) -> list[Any]:

@@ -122,9 +122,8 @@ def _text_checks(study: TextStudy, run: RunFolder, data: Path, *, progress: Prog
             yield Check(f"{model.name}: network", str(model.folder), str(error), "missing")
             continue
         texts = study.texts(folder, data)
-        for what, stored, batches in zip(
-            ("test", "held-out"), (model.test, model.held_out), (texts.test, texts.held_out), strict=True
-        ):
+        splits = (("test", model.test, texts.test), ("held-out", model.held_out, texts.held_out))
+        for what, stored, batches in splits:
             now = evaluate(network, batches, study.score)
             same = isclose(stored.value, now.value, rel_tol=_SCORE) and stored.examples == now.examples
             yield _compared(f"{model.name}: {what} {study.score}", f"{stored.value:.6g}", f"{now.value:.6g}", same=same)

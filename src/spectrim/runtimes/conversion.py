@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from functools import cache, partial
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -145,20 +145,14 @@ def to_openvino(proto: "onnx.ModelProto") -> "openvino.Model":
         return core.read_model(proto.SerializeToString(), b"")
 
 
-def openvino_core() -> "openvino.Core":
-    """The only one of this process. Raises `DependencyError` where OpenVINO is not installed."""
-    return _only_core(optional("openvino", extra="openvino"))
-
-
 @cache
-def _only_core(package: ModuleType) -> "openvino.Core":
-    """Stays as long as the process.
+def openvino_core() -> "openvino.Core":
+    """The only one of this process, as long as that lasts. Raises `DependencyError` where OpenVINO is not installed.
 
     Each core that runs a model sets a stack for the handlers of signals, and sets the one before again as it goes. Of
     two that overlap, the last to go would set one that is gone, and the next Ctrl-C would crash the process.
     """
-    core: openvino.Core = package.Core()
-    return core
+    return cast("openvino.Core", optional("openvino", extra="openvino").Core())
 
 
 def require_onnx() -> None:
@@ -172,9 +166,8 @@ def optional(package: str, *, extra: str) -> ModuleType:
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise DependencyError(
-            f'{package} is not installed (or broken: {error}); pip install "spectrim[{extra}]"'
-        ) from error
+        advice = f'pip install "spectrim[{extra}]"'
+        raise DependencyError(f"{package} is not installed (or broken: {error}); {advice}") from error
 
 
 _Shapes = dict[str, Any] | None

@@ -62,9 +62,8 @@ def onnxruntime_session(model: "onnx.ModelProto | Path", *, threads: int) -> Any
     options.add_session_config_entry("session.force_spinning_stop", "1")
     options.log_severity_level = 4  # what it logs is raised as well
     source = str(model) if isinstance(model, Path) else model.SerializeToString()
-    return onnxruntime.InferenceSession(
-        source, options, providers=["CPUExecutionProvider"], disabled_optimizers=_DISABLED
-    )
+    providers = ["CPUExecutionProvider"]
+    return onnxruntime.InferenceSession(source, options, providers=providers, disabled_optimizers=_DISABLED)
 
 
 def openvino_model(model: "onnx.ModelProto | Path", *, runtime: str, threads: int) -> Any:

@@ -188,9 +188,8 @@ def require_runtime(name: str, *, threads: int = 1, reads_onnx: bool = False) ->
             importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError as error:
             extras = "onnx" if known == "onnxruntime" else "onnx,openvino"
-            raise DependencyError(
-                f'{known} needs {package}, which is not installed; pip install "spectrim[{extras}]"'
-            ) from error
+            advice = f'pip install "spectrim[{extras}]"'
+            raise DependencyError(f"{known} needs {package}, which is not installed; {advice}") from error
     if reads_onnx and known not in ONNX_RUNTIMES:
         raise EngineError(f"{known} does not read ONNX; {', '.join(ONNX_RUNTIMES)} do")
     return Runtime(known, threads)
@@ -274,11 +273,8 @@ def _compiled(model: nn.Module, inputs: Inputs) -> Callable[..., Any]:
     compiled: Callable[..., Any] = torch.compile(own, dynamic=False)
     # not as options of torch.compile: what captures the graph does not see those, and freezes nothing
     freezing = torch._inductor.config.patch(freezing=True, compile_threads=1)
-    with (
-        raised_as(EngineError, f"torch.compile cannot compile {type(model).__name__}"),
-        torch.inference_mode(),
-        freezing,
-    ):
+    failure = f"torch.compile cannot compile {type(model).__name__}"
+    with raised_as(EngineError, failure), torch.inference_mode(), freezing:
         compiled(*inputs.args, **inputs.kwargs)
     return compiled
 

@@ -92,9 +92,8 @@ def steady(*series: Sequence[Timing]) -> list[list[float]]:
     Processor time is taken where every timing has it and no series used more of it than one thread can; more means that
     other threads of this process were at work.
     """
-    by_cpu = all(timing.cpu for timings in series for timing in timings) and all(
-        sum(timing.cpu or 0 for timing in timings) <= 1.1 * sum(timing.wall for timing in timings) for timings in series
-    )
+    sums = [[sum(timing.cpu or 0 for timing in own), sum(timing.wall for timing in own)] for own in series]
+    by_cpu = all(timing.cpu for own in series for timing in own) and all(cpu <= 1.1 * wall for cpu, wall in sums)
     return [[timing.cpu if by_cpu and timing.cpu else timing.wall for timing in timings] for timings in series]
 
 

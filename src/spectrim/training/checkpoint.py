@@ -83,8 +83,7 @@ def generators(batches: object) -> tuple[torch.Generator, ...]:
     batches = source_of(batches)
     if not isinstance(batches, DataLoader):
         return ()
-    inner = getattr(batches.batch_sampler, "sampler", None)
-    holders = (batches, batches.sampler, batches.batch_sampler, inner)
+    holders = (batches, batches.sampler, batches.batch_sampler, getattr(batches.batch_sampler, "sampler", None))
     owned = [getattr(holder, "generator", None) for holder in holders]
     return tuple({id(generator): generator for generator in owned if isinstance(generator, torch.Generator)}.values())
 
@@ -176,9 +175,8 @@ class Checkpoint:
         parts |= {"model": unique_tensors(model)[0], "best": saved.best, "chance": saved.rng.tensors}
         parts["loader"] = {str(at): state for at, state in enumerate(saved.loaders)}
         named = {f"{part}.{name}": value for part, values in parts.items() for name, value in values.items()}
-        tensors = {
-            name: value.detach().cpu().contiguous() for name, value in named.items() if isinstance(value, Tensor)
-        }
+        own = {name: value for name, value in named.items() if isinstance(value, Tensor)}
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in own.items()}
         header = _Header(run=self.run, progress=saved.progress, chance=saved.rng.others, digest=digest(tensors))
         metadata = {_KEY: header.model_dump_json(by_alias=True)}
         write_atomically(self.path, lambda part: save_file(tensors, part, metadata=metadata))
@@ -250,8 +248,7 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         sha.update(name.encode())
         # a tensor subclass may have no view as bytes
-        plain = tensors[name].detach().cpu().contiguous().flatten()
-        sha.update(plain.view(torch.uint8).numpy().data)
+        sha.update(tensors[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return sha.hexdigest()
 
 

@@ -58,9 +58,8 @@ class LayerFilter:
         layers = {unit: ranks[unit] for unit in full if unit.name not in ignored}
         if not layers:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in [*whole.items(), *skipped.items()][:4])
-            raise TrainingError(
-                f"{rule} leaves no layer to truncate ({reasons}); choose a smaller rank or other layers"
-            )
+            advice = "choose a smaller rank or other layers"
+            raise TrainingError(f"{rule} leaves no layer to truncate ({reasons}); {advice}")
         return layers, {**skipped, **ignored}
 
 

@@ -376,12 +376,10 @@ def _no_worse(trained: Finetuned, model: nn.Module, *, before: float, lr: float)
     change = f"the loss on inputs kept aside went from {before:.3g} to {first:.3g} in the first epoch"
     if best < before:
         if first > 1.05 * before:
-            warnings.warn(
-                f"{change}: lr={lr:.2g} undid what the fit had reached; a third of it may end better", stacklevel=4
-            )
+            advice = "a third of it may end better"
+            warnings.warn(f"{change}: lr={lr:.2g} undid what the fit had reached; {advice}", stacklevel=4)
         return trained
     advice = f"give a smaller lr= than {lr:.2g}" if first > before else "give other inputs than those it was fitted to"
-    warnings.warn(
-        f"distillation made nothing better ({change}), and the network is left as it was; {advice}", stacklevel=4
-    )
+    what = f"distillation made nothing better ({change}), and the network is left as it was"
+    warnings.warn(f"{what}; {advice}", stacklevel=4)
     return Finetuned(duplicate(model), History(history, lr=history.lr, stopped_early=history.stopped_early))

@@ -78,9 +78,8 @@ class History(tuple[Epoch, ...]):
 
     def to_json(self) -> str:
         """JSON text, from which `from_json` makes an equal history."""
-        return _File(epochs=self, lr=self.lr, stopped_early=self.stopped_early, kept=self.weights_of).model_dump_json(
-            indent=1
-        )
+        file = _File(epochs=self, lr=self.lr, stopped_early=self.stopped_early, kept=self.weights_of)
+        return file.model_dump_json(indent=1)
 
     @classmethod
     @checked

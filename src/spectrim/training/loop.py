@@ -97,9 +97,8 @@ class TrainingRun:
         if self.loss is not None and settings.loss is not None:
             raise TrainingError(f"loss={settings.loss!r} is named, and a function is given; give one of the two")
         if settings.loss == "kl" and self.teacher is not None:
-            raise TrainingError(
-                'loss="kl" takes a teacher\'s logits in the place of labels; leave teacher= out, or loss='
-            )
+            reason = "takes a teacher's logits in the place of labels"
+            raise TrainingError(f'loss="kl" {reason}; leave teacher= out, or loss=')
         needing = "patience" if settings.patience is not None else "keep" if settings.keep == "best" else None
         if needing and self.held_out is None:
             raise TrainingError(f"{needing}={getattr(settings, needing)!r} goes by held-out data; give held_out=")
@@ -295,8 +294,7 @@ class _Loop:
         objective, weight = self.objective, 1.0
         if self.others:
             batch, weight = share_of(from_numpy(batch), self.others, position=position)
-        needed = objective.needs_labels
-        inputs, labels = split_labels(batch, position=position, model=self.run.model, required=needed)
+        inputs, labels = split_labels(batch, position=position, model=self.run.model, required=objective.needs_labels)
         result = objective.step(self.network, inputs, labels, position=position)
         if self.others is None:
             return result, float(result.loss.detach())
@@ -377,10 +375,9 @@ class _Loop:
         with torch.no_grad():
             for name, tensor in unique_tensors(self.run.model)[0].items() if best else ():
                 tensor.copy_(best[name])
-        last, early = len(curve) - 1, len(curve) < self.run.settings.epochs
-        return History(
-            curve, lr=self.progress.rates, stopped_early=early, weights_of=self.progress.best if best else last
-        )
+        position = self.progress.best if best else len(curve) - 1
+        early = len(curve) < self.run.settings.epochs
+        return History(curve, lr=self.progress.rates, stopped_early=early, weights_of=position)
 
 
 @contextmanager

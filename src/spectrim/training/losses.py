@@ -69,8 +69,7 @@ class Objective:
         outputs, taught = self._outputs(model, inputs, position)
         if self.function is None and self.settings.loss in (None, "cross_entropy") and self.needs_labels:
             _require_other_labels(inputs, labels, position)
-        loss = self._loss(outputs, labels, taught, position)
-        return StepResult(loss, *self._right(outputs, labels))
+        return StepResult(self._loss(outputs, labels, taught, position), *self._right(outputs, labels))
 
     def held_out(self, model: nn.Module, data: Iterable[Any]) -> tuple[float | None, float | None]:
         """Accuracy in [0, 1], or, where the loss or the labels are not those of classes, the mean loss of a sample.
@@ -145,14 +144,13 @@ class Objective:
         name = self.settings.loss
         if name in ("mse", "bce"):
             error = functional.mse_loss if name == "mse" else _bce
-            pairs = _pairs(outputs, labels, position)
-            return _mean([error(own, target) for own, target in pairs])
+            return _mean([error(own, target) for own, target in _pairs(outputs, labels, position)])
         known = tensor_of(labels)
         if known is None:
             raise DataError(f"the labels of batch {position}, {describe(labels)}, make no tensor; give class indices")
         if name is None:
             _require_clear(outputs, known, position)
-        logits = self._logits(outputs)
+        logits = _logits(outputs, of=self.name)
         known = known.to(logits.device)
         if name == "kl":
             return self._kl(logits, known, self._axis_of(outputs, None))
@@ -176,10 +174,7 @@ class Objective:
         if name is None and _is_unknown(outputs) and _is_unknown(taught):
             return _mean([scaled_error(*pair) for pair in _pairs(outputs, taught, position, whose="the teacher's")])
         goal = _logits(taught, of=type(self.teacher).__name__)
-        return self._kl(self._logits(outputs), goal, self._axis_of(outputs, known))
-
-    def _logits(self, outputs: Any) -> Tensor:
-        return _logits(outputs, of=self.name)
+        return self._kl(_logits(outputs, of=self.name), goal, self._axis_of(outputs, known))
 
     def _kl(self, logits: Tensor, goal: Tensor, axis: int) -> Tensor:
         """Of the softened outputs, times the temperature squared (Hinton 2015); the mean over samples and places."""
@@ -190,7 +185,7 @@ class Objective:
 
     def _axis_of(self, outputs: Any, labels: Tensor | None) -> int:
         """The dimension of the logits that holds the classes, from 1."""
-        logits, axis = self._logits(outputs), self.settings.axis
+        logits, axis = _logits(outputs, of=self.name), self.settings.axis
         if axis is not None:
             if not -logits.ndim < axis < logits.ndim or axis == 0:
                 raise TrainingError(f"axis={axis} is no dimension of classes of outputs {list(logits.shape)}")
@@ -238,9 +233,8 @@ def _called(function: LossFunction, outputs: Any, labels: Any, position: int) ->
         loss = function(outputs, labels)
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise TrainingError(
-            f"loss= failed on batch {position} (outputs {describe(outputs)}, labels {describe(labels)}): {reason}"
-        ) from error
+        given_to = f"outputs {describe(outputs)}, labels {describe(labels)}"
+        raise TrainingError(f"loss= failed on batch {position} ({given_to}): {reason}") from error
     if not isinstance(loss, Tensor) or loss.ndim or not loss.is_floating_point():
         raise TrainingError(f"loss= gave {describe(loss)} for batch {position}, not a scalar; take the mean")
     return loss
@@ -270,15 +264,15 @@ def _floats(outputs: Any) -> list[Tensor]:
 
 def _pairs(outputs: Any, targets: Any, position: int, *, whose: str = "the labels") -> list[tuple[Tensor, Tensor]]:
     """Each output that is a float, with its target in the same shape; shapes may differ in dimensions of 1."""
-    if isinstance(outputs, Mapping) and isinstance(targets, Mapping) and outputs.keys() == targets.keys():
-        targets = {name: targets[name] for name in outputs}
+    fits = True
+    if isinstance(outputs, Mapping) and isinstance(targets, Mapping):
+        fits = outputs.keys() == targets.keys()
+        targets = {name: targets[name] for name in outputs} if fits else targets
     own = _floats(outputs)
     others = list(tensors(logits_of(targets))) or [tensor for tensor in (tensor_of(targets),) if tensor is not None]
     if whose != "the labels":
         others = _floats(targets)
-    fits = len(own) == len(others) and bool(own)
-    if isinstance(outputs, Mapping) and isinstance(targets, Mapping) and outputs.keys() != targets.keys():
-        fits = False
+    fits = fits and 0 < len(own) == len(others)
     if not fits or any(_places(first) != _places(second) for first, second in zip(own, others, strict=True)):
         raise DataError(
             f"batch {position}: {whose} {describe(targets)} do not fit the outputs {describe(outputs)}; give one of "

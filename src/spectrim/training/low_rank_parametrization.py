@@ -80,8 +80,7 @@ class LowRankParametrization(nn.Module):
                 if self._decay > 0:
                     weight.lerp_(self._product, self._decay)
             self.mark_current(weight)
-        low_rank: Tensor = _StraightThrough.apply(weight, self._product, self)
-        return low_rank
+        return cast(Tensor, _StraightThrough.apply(weight, self._product, self))
 
     def factors(self, weight: Tensor) -> Factors:
         """(down, up) in float64, (groups, rank, in, *kernel) and (groups, out, rank)."""
@@ -153,8 +152,7 @@ class LowRankParametrization(nn.Module):
     def _decompose(self, weight: Tensor, rank: int, basis: Tensor | None, *, exact: bool) -> list[Truncated]:
         """W_D of every group; by a full decomposition if `exact`, else from a basis if there is one."""
         # in float32 at least, and not as tensors of inference mode, which nothing can be trained with
-        off = torch.autocast(weight.device.type, enabled=False)
-        with torch.inference_mode(mode=False), torch.no_grad(), off:
+        with torch.inference_mode(mode=False), torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
             dtype = weight.dtype if weight.dtype == torch.float64 else torch.float32
             groups = self.unit.matrices(weight.detach()).to(dtype)
             starts = [None] * len(groups) if basis is None else list(basis.to(dtype))

@@ -86,9 +86,8 @@ class ProjectEachEpoch(LayerFilter):
         `every_steps` is None; otherwise as a call.
         """
         if self.every_steps is None:
-            raise TrainingError(
-                "step() counts to every_steps, which is None; give ProjectEachEpoch(.., every_steps=100)"
-            )
+            advice = "give ProjectEachEpoch(.., every_steps=100)"
+            raise TrainingError(f"step() counts to every_steps, which is None; {advice}")
         self._steps += 1
         if due := self._steps % self.every_steps == 0:
             self(model, optimizer)
@@ -105,8 +104,7 @@ class ProjectEachEpoch(LayerFilter):
         for unit, rank in self.choose(copied, self.rule)[0].items():
             # Energy asks anew each time, so a weight below its full rank has been projected already
             at_most = unit.geometry.full_rank if isinstance(self.rule, Energy) else rank
-            projection = _Projection.of(unit, copied, rank, at_most=at_most)
-            replacements |= factored(copied, unit, projection.factors)
+            replacements |= factored(copied, unit, _Projection.of(unit, copied, rank, at_most=at_most).factors)
         replace(copied, replacements)
         return copied
 
@@ -137,8 +135,7 @@ class _Projection:
     @property
     def factors(self) -> Factors:
         """(down, up), (groups, rank, in, *kernel) and (groups, out, rank)."""
-        down = self.Vh.reshape(*self.S.shape, *self.unit.geometry.shape[2:])
-        return down, self.U * self.S.unsqueeze(1)
+        return self.Vh.reshape(*self.S.shape, *self.unit.geometry.shape[2:]), self.U * self.S.unsqueeze(1)
 
     @property
     def weight(self) -> Tensor:

@@ -111,9 +111,8 @@ class RankSchedule:
             raise RuleError(f"{rule!r} does not move ranks; give Energy(0.9), Budget(params=0.1) or NuclearNorm(1e-3)")
         self._limits = rule.limits if isinstance(rule, Budget) else None
         if self._limits in ("bytes", "latency") or (isinstance(rule, Budget) and rule.of):
-            raise RuleError(
-                f"{rule} cannot be followed in training; give params= or macs= of the whole network instead"
-            )
+            advice = "give params= or macs= of the whole network instead"
+            raise RuleError(f"{rule} cannot be followed in training; {advice}")
         for name, value, least in (("every", self.every, 1), ("begin", self.begin, 0), ("end", end, self.begin + 1)):
             if name == "end" and end is None and self._limits is None:
                 continue
@@ -280,9 +279,8 @@ class _Costs:
     @property
     def least(self) -> float:
         """kept / dense with every layer as small as it can be."""
-        return self.share(
-            {name: min(ranks, key=self.finished[name].__getitem__) for name, ranks in self.options.items()}
-        )
+        ranks = {name: min(own, key=self.finished[name].__getitem__) for name, own in self.options.items()}
+        return self.share(ranks)
 
     def share(self, ranks: Mapping[str, int]) -> float:
         """kept / dense."""

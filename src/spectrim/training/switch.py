@@ -100,11 +100,8 @@ class Switch(LayerFilter):
         look = StableRanks(epoch=len(self.history), stable=stable, scaled=scaled)
         self._state = _State(full=full, history=(*self.history, look))
         recent = [look.stable for look in self.history[-self.patience - 1 :]]
-        if len(recent) <= self.patience or any(
-            abs(now[name] - before[name]) > self.epsilon * before[name]
-            for before, now in pairwise(recent)
-            for name in now
-        ):
+        changes = [(before[name], now[name]) for before, now in pairwise(recent) for name in now]
+        if len(recent) <= self.patience or any(abs(now - before) > self.epsilon * before for before, now in changes):
             return None
         ranks = {unit: min(full[unit.name], max(1, math.ceil(scaled[unit.name] - 1e-9))) for unit in layers}
         return {unit.name: rank for unit, rank in ranks.items() if shrinks(unit, rank)}
