@@ -128,7 +128,7 @@ class RunningGradients:
     """Second moment of gradients, added up batch by batch, one probe at a time; those of wide layers by pools."""
 
     count: int = 0
-    summed: Tensor = field(default_factory=lambda: torch.zeros(()).double())
+    accumulated: Tensor = field(default_factory=lambda: torch.zeros(()).double())
     error: SamplingError = field(default_factory=SamplingError)
     storage: Storage = IN_PLACE
     probes: int = PROBES
@@ -153,7 +153,7 @@ class RunningGradients:
     def total(self) -> Tensor:
         """The sum, float64 (groups, out, out)."""
         self.merge()
-        return self.summed
+        return self.accumulated
 
     def merge(self) -> None:
         """Add vectors that are held to the sum."""
@@ -164,7 +164,7 @@ class RunningGradients:
 
     def _sum(self, product: Tensor) -> None:
         product.div_(self.probes * self.size)
-        self.summed = self.summed.add_(product) if self.summed.ndim else self.storage.keep(product)
+        self.accumulated = self.accumulated.add_(product) if self.accumulated.ndim else self.storage.keep(product)
 
     @property
     def tells(self) -> bool:
@@ -223,7 +223,7 @@ class RunningCovariance:
     centre: Tensor = field(default_factory=lambda: torch.empty(0))
     error: SamplingError = field(default_factory=SamplingError)
     storage: Storage = IN_PLACE
-    summed: int = 0
+    accumulated: int = 0
 
     @torch.inference_mode(False)  # what is summed in a forward pass in inference mode is written to outside of it
     def add(self, rows: Tensor, *, samples: Samples) -> None:
@@ -238,7 +238,7 @@ class RunningCovariance:
         if number:
             self.centre = self.centre if self.centre.numel() else rows.mean(dim=1)
             self.error.add(rows - self.centre.to(rows).unsqueeze(1), samples=samples)
-            is_enough = self.count - self.summed >= (width if self._are_vectors_kept(width) else _POOLED)
+            is_enough = self.count - self.accumulated >= (width if self._are_vectors_kept(width) else _POOLED)
             self.batches.append(rows if is_enough else rows.clone())
             if is_enough:
                 self.merge()
@@ -255,14 +255,14 @@ class RunningCovariance:
 
     def _merge(self, rows: Tensor) -> None:
         number = rows.shape[1]
-        self.summed += number
+        self.accumulated += number
         mean = rows.mean(dim=1)
         centred = rows - mean.unsqueeze(1)
         groups, _, width = rows.shape
         size = groups * width**2 * (4 if width > MOST_DOUBLE_INPUTS else 12)
         self.storage.require(size, device=rows.device, what=f"the statistics of {groups * width:,} inputs")
         scatter, mean = gram(centred), to_float64(mean)
-        if self.summed == number:
+        if self.accumulated == number:
             # half the memory of a wide layer, whose products are in float32 in any case
             scatter = scatter if rows.shape[2] > MOST_DOUBLE_INPUTS else to_float64(scatter)
             self.mean, self.scatter = mean, self.storage.keep(scatter)
@@ -271,12 +271,14 @@ class RunningCovariance:
         # in place, since these are the largest arrays there are
         self.scatter += scatter.to(self.scatter.device)
         step = shift.to(self.scatter.dtype)
-        self.scatter.baddbmm_(step.unsqueeze(2), step.unsqueeze(1), alpha=(self.summed - number) * number / self.summed)
+        self.scatter.baddbmm_(
+            step.unsqueeze(2), step.unsqueeze(1), alpha=(self.accumulated - number) * number / self.accumulated
+        )
         # rounding of single sums adds up like a random walk: measured at 0.14 epsilon times the root of their number
         self.merged += 1
         rounding = self.merged**0.5 / 2 * torch.finfo(self.scatter.dtype).eps
         self.rounding_tolerance = max(self.rounding_tolerance, rounding)
-        self.mean = self.mean + shift * (number / self.summed)
+        self.mean = self.mean + shift * (number / self.accumulated)
 
     def around(self, mean: Tensor) -> Tensor:
         """The scatter around another mean (groups, in)."""
