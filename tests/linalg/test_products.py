@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+import spectrim as st
 from spectrim.layers.replacement import product
 from spectrim.linalg import problem
 from spectrim.linalg.products import gram, matmul, times_rounded
@@ -65,3 +66,24 @@ def test_autocast_around_everything_leaves_the_product_of_wide_factors(monkeypat
     expected = product(nn.Linear(40, 30), form="linear", factors=factors)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(product(nn.Linear(40, 30), form="linear", factors=factors), expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated:FutureWarning")
+def test_factored_weights_that_are_read_multiply_in_every_context() -> None:
+    layer = st.LowRankLinear(nn.Linear(1024, 200, bias=False), nn.Linear(200, 768)).requires_grad_(requires_grad=False)
+    expected = layer.up.weight @ layer.down.weight
+
+    def read(x: torch.Tensor) -> torch.Tensor:
+        return x @ layer.weight.mT
+
+    x = numbers(4, 1024).float()
+    torch.testing.assert_close(layer.weight, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.func.vmap(read)(x), x @ expected.mT, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        torch.compile(read, fullgraph=True, backend="eager")(x), x @ expected.mT, rtol=1e-3, atol=1e-4
+    )
+    torch.testing.assert_close(torch.jit.trace(read, x)(x), x @ expected.mT, rtol=1e-3, atol=1e-4)
+    with torch.inference_mode():
+        torch.testing.assert_close(read(x), x @ expected.mT, rtol=1e-3, atol=1e-4)
+    layer.to("meta")
+    assert (layer.weight.device.type, layer.weight.shape) == ("meta", expected.shape)

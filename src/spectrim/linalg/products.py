@@ -27,7 +27,7 @@ def matmul(A: Tensor, B: Tensor) -> Tensor:
     it is twice as fast as MKL, to which it gives products of matrices.
     """
     is_traced = torch.compiler.is_compiling() or torch._C._is_tracing()
-    if is_traced or type(A) not in _ORDINARY or type(B) not in _ORDINARY:
+    if is_traced or type(A) not in _ORDINARY or type(B) not in _ORDINARY or A.is_meta:
         return A @ B
     if torch.is_autocast_enabled(A.device.type):
         with torch.autocast(A.device.type, enabled=False):
