@@ -145,14 +145,19 @@ def to_openvino(proto: "onnx.ModelProto") -> "openvino.Model":
         return core.read_model(proto.SerializeToString(), b"")
 
 
-@cache
 def openvino_core() -> "openvino.Core":
-    """The only one of this process, as long as that lasts. Raises `DependencyError` where OpenVINO is not installed.
+    """The only one of this process. Raises `DependencyError` where OpenVINO is not installed."""
+    return _only_core(optional("openvino", extra="openvino"))
+
+
+@cache
+def _only_core(package: ModuleType) -> "openvino.Core":
+    """Stays as long as the process.
 
     Each core that runs a model sets a stack for the handlers of signals, and sets the one before again as it goes. Of
     two that overlap, the last to go would set one that is gone, and the next Ctrl-C would crash the process.
     """
-    return cast("openvino.Core", optional("openvino", extra="openvino").Core())
+    return cast("openvino.Core", package.Core())
 
 
 def require_onnx() -> None:
