@@ -82,3 +82,11 @@ def test_networks_that_run_in_inference_mode(width: int, sizes: list[int]) -> No
     centred = rows.double() - rows.double().mean(dim=0)
     torch.testing.assert_close(seen.covariance[0], centred.mT @ centred / len(rows), rtol=1e-3, atol=1e-4)
     seen.covariance.add_(1)
+
+
+@pytest.mark.parametrize("scale", [1e18, 1e-22])
+def test_small_batches_of_any_scale(scale: float) -> None:
+    rows = drawn(640, 8)[0].float() * scale
+    seen = st.calibrate(nn.Linear(8, 4), rows.split(16)).moments[""]
+    centred = (rows.double() - rows.double().mean(dim=0)) / scale
+    torch.testing.assert_close(seen.covariance[0] / scale**2, centred.mT @ centred / 640, rtol=1e-3, atol=1e-4)

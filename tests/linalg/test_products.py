@@ -85,5 +85,7 @@ def test_factored_weights_that_are_read_multiply_in_every_context() -> None:
     torch.testing.assert_close(torch.jit.trace(read, x)(x), x @ expected.mT, rtol=1e-3, atol=1e-4)
     with torch.inference_mode():
         torch.testing.assert_close(read(x), x @ expected.mT, rtol=1e-3, atol=1e-4)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (layer.weight * 1).dtype == torch.bfloat16
     layer.to("meta")
     assert (layer.weight.device.type, layer.weight.shape) == ("meta", expected.shape)

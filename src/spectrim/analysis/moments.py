@@ -261,15 +261,16 @@ class RunningCovariance:
         groups, _, width = rows.shape
         size = groups * width**2 * (4 if width > MOST_DOUBLE_INPUTS else 12)
         self.storage.require(size, device=rows.device, what=f"the statistics of {groups * width:,} inputs")
+        centred, scale = in_range(centred)
         scatter, mean = gram(centred), to_float64(mean)
         if self.accumulated == number:
             # half the memory of a wide layer, whose products are in float32 in any case
             scatter = scatter if rows.shape[2] > MOST_DOUBLE_INPUTS else to_float64(scatter)
-            self.mean, self.scatter = mean, self.storage.keep(scatter)
+            self.mean, self.scatter = mean, self.storage.keep(scatter.mul_(scale**2))
             return
         shift = mean - self.mean
         # in place, since these are the largest arrays there are
-        self.scatter += scatter.to(self.scatter.device)
+        self.scatter.add_(scatter.to(self.scatter), alpha=scale**2)
         step = shift.to(self.scatter.dtype)
         self.scatter.baddbmm_(
             step.unsqueeze(2), step.unsqueeze(1), alpha=(self.accumulated - number) * number / self.accumulated

@@ -1,7 +1,6 @@
 """Two factors through a narrower space, in closed form: the linear form, and the channel form of convolutions."""
 
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
@@ -12,7 +11,6 @@ from torch import Tensor
 
 from spectrim.linalg.covariance import Covariance, LowRankCovariance, inner, matrix_of
 from spectrim.linalg.problem import Decomposition, Factors, Problem, Ranks, is_wide, rooted
-from spectrim.linalg.products import in_range
 from spectrim.linalg.spectra import FloatArray, Spectrum, over_groups, to_float64
 from spectrim.linalg.subspace import leading_vectors
 
@@ -214,25 +212,11 @@ def _left_vectors(W: Tensor, *, wide: bool) -> tuple[Tensor, Tensor]:
     return vectors.flip(-1), values.flip(-1).clamp(min=0).sqrt()
 
 
-def _eigh(matrix: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Eigenvalues and eigenvectors, float64, of a symmetric matrix (n, n) that is known as well as `dtype` says.
-
-    In float32 they take less than half of the time.
-    """
-    if dtype == torch.float32:
-        with suppress(RuntimeError):  # it may not converge
-            scaled, power = in_range(matrix)
-            values, vectors = torch.linalg.eigh(scaled.float())
-            return values.double() * power, vectors.double()
-    values, vectors = torch.linalg.eigh(matrix)
-    return values, vectors
-
-
 def _metric_basis(W: Tensor, C: Covariance, *, tolerance: float, wide: bool) -> tuple[Tensor, Tensor]:
     out_features, in_features = W.shape
     Q, R = torch.linalg.qr(to_float64(W)) if out_features > in_features else (None, W)
     RCR = inner(R, C)
-    variances, vectors = _eigh((RCR + RCR.T) / 2, R.dtype)
+    variances, vectors = torch.linalg.eigh((RCR + RCR.T) / 2)
     variances, vectors = variances.flip(0).clamp(min=0), vectors.flip(1)
     seen = int((variances > tolerance * variances[0]).sum())
     if seen < len(variances):

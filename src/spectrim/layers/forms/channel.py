@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, cast, final
 
+import torch
 from torch import Tensor, nn
 
 from spectrim.core.errors import ModelError
@@ -34,7 +35,10 @@ class TwoFactors(FactoredLayer):
     @staticmethod
     def composed(factors: Factors) -> Tensor:
         down, up = factors
-        return matmul(up.flatten(2), down.flatten(2)).reshape(*up.shape[:2], *down.shape[2:])
+        is_fast = up.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+        return (matmul if is_fast else torch.matmul)(up.flatten(2), down.flatten(2)).reshape(
+            *up.shape[:2], *down.shape[2:]
+        )
 
 
 class LowRankConv(TwoFactors):
