@@ -4,9 +4,10 @@
     python benchmarks/decode.py --dense SMOLLM2 --compressed SMALL --batch 1 --compile
 
 Both are folders of Hugging Face. A prompt of random tokens is read in one pass (prefill), and tokens are written after
-it one by one, the likeliest of each step (decode). `products` is what no runtime comes below: the same tokens, and of
-each step nothing but the products with its weights. Ratios are compressed over dense, of paired rounds, with their 95 %
-interval; one thread. With `--compile` steps are compiled by torch, and the cache has a fixed length; it takes minutes.
+it one by one, the likeliest of each step (decode). `products` are as many steps of nothing but torch's products with
+the weights, which decoding in torch cannot be faster than unless it is compiled. Ratios are compressed over dense, of
+paired rounds, with their 95 % interval; one thread. With `--compile` steps are compiled by torch, and the cache has a
+fixed length; it takes minutes.
 """
 
 import argparse

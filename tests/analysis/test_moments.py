@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 import spectrim as st
-from spectrim.analysis.moments import Moments, RunningCovariance, RunningGradients, pools
+from spectrim.analysis.moments import Moments, RunningCovariance, RunningGradients, concatenated
 
 
 def drawn(number: int, width: int, *, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -59,10 +59,10 @@ def test_gradients_are_those_of_each_batch_over_its_size(sizes: list[int]) -> No
 
 def test_pools_have_all_vectors_in_their_order() -> None:
     rows = drawn(1500, 4)
-    pooled = list(pools(rows.split(200, dim=1)))
+    pooled = list(concatenated(rows.split(200, dim=1)))
     assert [part.shape[1] for part in pooled] == [600, 600, 300]
     assert torch.equal(torch.cat(pooled, dim=1), rows)
-    assert not list(pools([]))
+    assert not list(concatenated([]))
 
 
 @pytest.mark.parametrize("width", [6, 2100])

@@ -29,7 +29,7 @@ _POOLED = 512
 """Vectors that are multiplied together, if batches have fewer: each product is as large as all vectors' together."""
 
 
-def pools(batches: Iterable[Tensor]) -> Iterator[Tensor]:
+def concatenated(batches: Iterable[Tensor]) -> Iterator[Tensor]:
     """Vectors (groups, n, ..) of several batches together, until they are 512, and so on."""
     pool = list[Tensor]()
     for rows in batches:
@@ -158,7 +158,7 @@ class RunningGradients:
     def merge(self) -> None:
         """Add vectors that are held to the sum."""
         batches, self.batches = self.batches, []
-        for rows in pools(batches):
+        for rows in concatenated(batches):
             own, scale = in_range(rows)
             self._sum(to_float64(gram(own)).mul_(scale**2))
 
@@ -238,7 +238,7 @@ class RunningCovariance:
         if number:
             self.centre = self.centre if self.centre.numel() else rows.mean(dim=1)
             self.error.add(rows - self.centre.to(rows).unsqueeze(1), samples=samples)
-            is_enough = self.count - self.accumulated >= (width if self._are_vectors_kept(width) else _POOLED)
+            is_enough = self.count - self.accumulated >= (width if self._holds_vectors(width) else _POOLED)
             self.batches.append(rows if is_enough else rows.clone())
             if is_enough:
                 self.merge()
@@ -246,10 +246,10 @@ class RunningCovariance:
     def merge(self) -> None:
         """Turn vectors that are held into their scatter."""
         batches, self.batches = self.batches, []
-        for rows in pools(batches):
+        for rows in concatenated(batches):
             self._merge(rows)
 
-    def _are_vectors_kept(self, width: int) -> bool:
+    def _holds_vectors(self, width: int) -> bool:
         """Whether the vectors themselves are the statistics, as long as they are fewer than a wide layer's inputs."""
         return width > MOST_DOUBLE_INPUTS and not self.scatter.numel()
 
@@ -288,7 +288,7 @@ class RunningCovariance:
 
     def finish(self, name: str) -> Moments:
         """The moments, which take the place of the sums; `name` is for the message when they are not finite."""
-        if self.batches and not self._are_vectors_kept(self.batches[0].shape[2]):
+        if self.batches and not self._holds_vectors(self.batches[0].shape[2]):
             self.merge()
         mean, compact = self._compact() if self.batches else (self.mean, self.scatter.div_(self.count))
         values = compact if isinstance(compact, Tensor) else compact.rows

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from spectrim.core.errors import FileError
-from spectrim.core.files import FrozenFile, read_text, require_writable_folder, sha256_of
+from spectrim.core.files import TEMPORARY, FrozenFile, read_text, require_writable_folder, sha256_of
 
 OverwriteCheck = Callable[[Path], object]
 """Raises a FileError or returns False for a file that must not be replaced, since Spectrim did not write it."""
@@ -51,7 +51,7 @@ def outputs(folder: Path, files: OutputFiles) -> Iterator[Path]:
         )
     try:
         require_writable_folder(folder)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".spectrim-") as temporary:
+        with tempfile.TemporaryDirectory(dir=folder, prefix=TEMPORARY) as temporary:
             yield Path(temporary)
             for path in sorted(path for path in Path(temporary).rglob("*") if path.is_file()):
                 target = folder / path.relative_to(temporary)

@@ -13,6 +13,9 @@ from safetensors import SafetensorError
 from spectrim.core.arguments import checked
 from spectrim.core.errors import ArgumentError, FileError
 
+TEMPORARY = ".spectrim-"
+"""How the names of folders begin that are only there while a command runs, or is stopped."""
+
 _Value = TypeVar("_Value", bound=BaseModel)
 
 

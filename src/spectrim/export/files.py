@@ -13,7 +13,7 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
 from spectrim.core.errors import FileError
-from spectrim.core.files import Frozen
+from spectrim.core.files import TEMPORARY, Frozen
 
 if TYPE_CHECKING:
     import onnx
@@ -107,7 +107,7 @@ def write_together(targets: Sequence[Path], write: Callable[[Path], None]) -> tu
     folder = targets[0].parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".spectrim-") as temporary:
+        with tempfile.TemporaryDirectory(dir=folder, prefix=TEMPORARY) as temporary:
             new, old = Path(temporary) / "new", Path(temporary) / "old"
             new.mkdir()
             old.mkdir()

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from spectrim.analysis.moments import Moments, RunningCovariance, pooled, pools
+from spectrim.analysis.moments import Moments, RunningCovariance, concatenated, pooled
 from spectrim.analysis.sampling import Samples
 from spectrim.layers.types import layer_type_of
 from spectrim.linalg import Covariance, to_float64
@@ -81,13 +81,13 @@ class InputRows:
     @property
     def moments(self) -> Moments:
         """Their statistics."""
-        return self._kept_moments if self.is_shared else self._worked_out()
+        return self._shared_moments if self.is_shared else self._statistics()
 
     @cached_property
-    def _kept_moments(self) -> Moments:
-        return self._worked_out()
+    def _shared_moments(self) -> Moments:
+        return self._statistics()
 
-    def _worked_out(self) -> Moments:
+    def _statistics(self) -> Moments:
         statistics = RunningCovariance(centre=_mean(self.rows))
         for rows, samples in zip(self.rows, self.samples, strict=True):
             statistics.add(rows, samples=samples)
@@ -144,7 +144,7 @@ class RidgeFit:
         cross = torch.zeros_like(self.dense)
         for site, batches in self.inputs.items():
             middle, mean = self.means[site].unsqueeze(1), _mean(targets[site]).unsqueeze(1) * self.biased
-            for x, y in zip(pools(batches), pools(targets[site]), strict=True):
+            for x, y in zip(concatenated(batches), concatenated(targets[site]), strict=True):
                 kind = torch.promote_types(y.dtype, torch.float32)  # sums of products overflow in half precision
                 cross += matmul((y.to(kind) - mean.to(kind)).mT, x.to(kind) - middle.to(kind)).to(cross.dtype) / total
         return cross

@@ -10,11 +10,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from spectrim.core.errors import FileError, ResourceError
-from spectrim.core.files import read_text, require_writable_folder, write_atomically, write_text
+from spectrim.core.files import TEMPORARY, read_text, require_writable_folder, write_atomically, write_text
 from spectrim.integrations.shards import open_shard
 from spectrim.models.folders import CONFIG
 
-WORK = ".spectrim-checkpoint"
+WORK = f"{TEMPORARY}checkpoint"
 BEGIN_ANEW = "delete the folder that was begun, to begin anew"
 Stage = Literal["spectra", "dense", "compressed"]
 """Hidden states of the first pass, and of both networks in the second one; at the first block they are the same."""
@@ -69,7 +69,7 @@ class WorkFolder:
         out = self.out
         if self.is_begun or not out.exists():
             return
-        if not out.is_dir() or any(not path.name.startswith(".spectrim-") for path in out.iterdir()):
+        if not out.is_dir() or any(not path.name.startswith(TEMPORARY) for path in out.iterdir()):
             raise FileError(f"{out} is there already, and stays as it is; choose another folder")
 
     @property

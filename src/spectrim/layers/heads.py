@@ -85,11 +85,11 @@ class HeadOutput(AroundHeads):
         """Apply the layer to what the heads hold."""
         heads = input.unflatten(-1, [len(self.ranks), -1])
         if min(self.ranks) == max(self.ranks):
-            held = heads[..., : self.ranks[0]].flatten(-2)
+            numbers = heads[..., : self.ranks[0]].flatten(-2)
         else:
             sizes: list[int] = []
             for rank in self.ranks:
                 sizes.extend([rank, heads.shape[-1] - rank])
-            held = torch.cat(input.split(sizes, dim=-1)[::2], dim=-1)
-        output: Tensor = self.linear(held)
+            numbers = torch.cat(input.split(sizes, dim=-1)[::2], dim=-1)
+        output: Tensor = self.linear(numbers)
         return output

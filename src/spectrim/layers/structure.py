@@ -191,8 +191,8 @@ def _unset(dense: nn.Module, layer: Narrowed) -> nn.Module:
     """A narrowed layer without values in the place of a dense one."""
     weight, ranks = dense.get_parameter("weight"), layer.head_ranks
     if layer.heads and not ranks:
-        held = layer.out if layer.into == layer_type_of(dense).geometry(dense).into else layer.into
-        ranks = (held // layer.heads,) * layer.heads
+        width = layer.out if layer.into == layer_type_of(dense).geometry(dense).into else layer.into
+        ranks = (width // layer.heads,) * layer.heads
     new = narrowed_like(dense, out=layer.out, into=layer.into, bias=layer.bias, head_ranks=ranks, scores=layer.scores)
     return new if weight.is_meta else new.to_empty(device=weight.device)
 

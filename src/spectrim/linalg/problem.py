@@ -335,6 +335,7 @@ def ridged(C: Covariance, *, share: float) -> tuple[Covariance, Tensor, Callable
     metric, roots = lifted(symmetric, floor.to(symmetric)), [root]
 
     def of_root() -> Solver:
+        # the metric has its floor; what rounding to float32 took of that is far less than this
         lower = roots[0] if roots else rooted(metric, least=1e-6 * floor)[1]
         if C.dtype != lower.dtype:
             roots.clear()
@@ -362,21 +363,16 @@ def rooted(metric: Tensor, *, share: float = _FLOOR, least: Tensor | None = None
     """
     mean = to_float64(metric.diagonal(dim1=-2, dim2=-1)).mean(dim=-1)
     floor = torch.where(mean > 0, mean * share, torch.ones_like(mean)) if least is None else least
-    for _ in range(8):
+    device, attempts = floor.device, 8
+    while True:
+        attempts -= 1
         # by columns, as LAPACK has them, so that the factors take the place of the one copy
-        root = lifted(_copied(metric), floor).mT
+        root = lifted(metric.detach().to(device, torch.float64, copy=True), floor).mT
         failures = torch.empty(len(root), dtype=torch.int32, device=root.device)
-        torch.linalg.cholesky_ex(root, out=(root, failures))
+        torch.linalg.cholesky_ex(root, check_errors=not attempts, out=(root, failures))  # the last one says why
         if not bool(failures.any()):
             return floor, root
         floor = torch.where(failures > 0, 10 * floor, floor)
-    return floor, torch.linalg.cholesky(lifted(_copied(metric), floor))  # which says why there is none
-
-
-def _copied(metric: Tensor) -> Tensor:
-    """In float64."""
-    copied = to_float64(metric)
-    return copied.clone() if copied.data_ptr() == metric.data_ptr() else copied
 
 
 def balanced(factors: Factors) -> Factors:

@@ -357,15 +357,15 @@ def spectrum_finding(spectra: Sequence[LayerSpectrum], plans: Sequence[Plan]) ->
     sentences = [f"Layer {first.layer} ({first.kind}, {shape(first.shape)}) has {len(first.values)} singular values."]
     energies = []
     for spectrum in spectra:
-        values, held = Spectrum(np.array(spectrum.values)), explained(spectrum)
+        values, shares = Spectrum(np.array(spectrum.values)), explained(spectrum)
         sentences.append(
             f"In the {spectrum.metric} metric, {values.rank_for(0.5)} of them hold 50 % of the energy (explained "
             f"variance), {values.rank_for(0.9)} hold 90 % and {values.rank_for(0.99)} hold 99 %."
         )
         energies += [
-            f"{percent(held[rank - 1], places=1)} at rank {rank} ({spectrum.metric})"
+            f"{percent(shares[rank - 1], places=1)} at rank {rank} ({spectrum.metric})"
             for rank in planned_ranks(plans, layer=spectrum.layer, metric=spectrum.metric)
-            if rank <= len(held)
+            if rank <= len(shares)
         ]
     if energies:
         sentences.append(f"Energy kept: {and_more(energies, most=6)}.")
@@ -393,6 +393,6 @@ def curves_finding(results: Results) -> str:
             continue
         first, last = curve[0], curve[-1]
         known = first.held_out is not None and last.held_out is not None
-        held = f", held-out accuracy {percent(first.held_out)} to {percent(last.held_out)}" if known else ""
-        sentences.append(f"{variant.name}: loss {first.loss:.3g} to {last.loss:.3g}{held} in {len(curve)} epochs")
+        accuracy = f", held-out accuracy {percent(first.held_out)} to {percent(last.held_out)}" if known else ""
+        sentences.append(f"{variant.name}: loss {first.loss:.3g} to {last.loss:.3g}{accuracy} in {len(curve)} epochs")
     return f"From the first epoch to the last of the first seed. {and_more(sentences, most=4)}." if sentences else ""

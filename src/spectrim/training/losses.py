@@ -233,8 +233,8 @@ def _called(function: LossFunction, outputs: Any, labels: Any, position: int) ->
         loss = function(outputs, labels)
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        given_to = f"outputs {describe(outputs)}, labels {describe(labels)}"
-        raise TrainingError(f"loss= failed on batch {position} ({given_to}): {reason}") from error
+        arguments = f"outputs {describe(outputs)}, labels {describe(labels)}"
+        raise TrainingError(f"loss= failed on batch {position} ({arguments}): {reason}") from error
     if not isinstance(loss, Tensor) or loss.ndim or not loss.is_floating_point():
         raise TrainingError(f"loss= gave {describe(loss)} for batch {position}, not a scalar; take the mean")
     return loss

@@ -35,10 +35,9 @@ class TwoFactors(FactoredLayer):
     @staticmethod
     def composed(factors: Factors) -> Tensor:
         down, up = factors
-        is_fast = up.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
-        return (matmul if is_fast else torch.matmul)(up.flatten(2), down.flatten(2)).reshape(
-            *up.shape[:2], *down.shape[2:]
-        )
+        # under autocast in its type, as any product
+        multiply = matmul if up.device.type == "cpu" and not torch.is_autocast_enabled("cpu") else torch.matmul
+        return multiply(up.flatten(2), down.flatten(2)).reshape(*up.shape[:2], *down.shape[2:])
 
 
 class LowRankConv(TwoFactors):
