@@ -36,25 +36,35 @@ def test_moments_are_those_of_one_batch(number: int, width: int, size: int) -> N
 
 def test_batches_may_be_written_to_once_they_are_added() -> None:
     rows = drawn(40, 6)
-    memory, running, gradients = torch.empty(2, 4, 6).double(), RunningCovariance(), RunningGradients(probes=1)
+    memory, running, gradients = torch.empty(2, 4, 6).double(), RunningCovariance(), RunningGradients()
     for batch in rows.split(4, dim=1):
         memory.copy_(batch)
         running.add(memory, samples=4)
         gradients.add(memory, samples=4, size=4)
     torch.testing.assert_close(running.finish("layer").mean, rows.mean(dim=1))
-    torch.testing.assert_close(gradients.total, rows.mT @ rows / 4)
+    torch.testing.assert_close(gradients.finish()[0], rows.mT @ rows / 40)
 
 
 @pytest.mark.parametrize("sizes", [[1] * 700, [3, 3, 1, 1, 1, 600], [20]])
-def test_gradients_are_those_of_each_batch_over_its_size(sizes: list[int]) -> None:
-    rows, running = drawn(sum(sizes), 30), RunningGradients(probes=2)
-    expected = torch.zeros(2, 30, 30).double()
+def test_gradients_of_each_sample_count_alike(sizes: list[int]) -> None:
+    rows, running = drawn(sum(sizes), 30), RunningGradients()
     for batch in rows.split(sizes, dim=1):
         running.add(batch, samples=batch.shape[1], size=batch.shape[1])
-        expected += batch.mT @ batch / (2 * batch.shape[1])
-    assert running.count == len(sizes)
-    torch.testing.assert_close(running.total, expected, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(running.total, expected, rtol=1e-12, atol=1e-12)  # asked for again
+    assert running.tells
+    mean, share = running.finish()
+    torch.testing.assert_close(mean, rows.mT @ rows / sum(sizes), rtol=1e-12, atol=1e-12)
+    whole = RunningGradients()
+    whole.add(rows, samples=sum(sizes), size=sum(sizes))
+    assert share == pytest.approx(whole.finish()[1], rel=1e-6)
+
+
+@pytest.mark.parametrize("size", [1, 3, 50])
+@pytest.mark.parametrize("width", [8, 2100])
+def test_shrinkage_is_about_that_of_one_batch(size: int, width: int) -> None:
+    """Around the mean of 16 samples, these differ a little more than around that of all."""
+    rows = drawn(400, width)[0]
+    whole, parts = (st.calibrate(nn.Linear(width, 4).double(), data).moments[""] for data in ([rows], rows.split(size)))
+    assert parts.shrinkage == pytest.approx(whole.shrinkage, rel=0.4)
 
 
 def test_pools_have_all_vectors_in_their_order() -> None:

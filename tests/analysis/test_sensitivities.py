@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import spectrim as st
+from spectrim.analysis.sensitivities import with_output_grads
 from spectrim.core.execution import as_inputs
 from spectrim.layers.replacement import mean_corrections, narrowed_at, product
 
@@ -88,6 +89,19 @@ def test_gradient_moments_scale_with_what_follows(frozen: bool, batches: list[Te
     assert float(none.abs().max()) == 0
     assert float(single.diagonal(dim1=1, dim2=2).min()) > 0
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("size", [1, 3, 512])
+def test_gradient_moments_are_those_of_all_outputs_whatever_the_batches(size: int) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 10)), torch.randn(512, 6)
+    expected = (model[1].weight.T @ model[1].weight).detach().double()
+    asked = st.calibrate(model, x.split(size), gradients=True)
+    without = st.calibrate(model, x.split(size))
+    for statistics in (asked, with_output_grads(model, without, [as_inputs(batch) for batch in x.split(size)])):
+        moment = statistics.moments["0"].output_grad_covariance
+        assert moment is not None
+        assert float((moment[0] - expected).norm() / expected.norm()) < 0.3
 
 
 class _Corner(nn.Module):

@@ -56,8 +56,8 @@ class Calibration:
         """These statistics with the gradients' moments of the same model, perhaps on less data."""
         moments = dict(self.moments)
         for name in moments.keys() & gradients.keys():
-            total, share = gradients[name].total, gradients[name].shrinkage
-            moments[name] = replace(moments[name], output_grad_covariance=total, output_grad_shrinkage=share)
+            moment, share = gradients[name].finish()
+            moments[name] = replace(moments[name], output_grad_covariance=moment, output_grad_shrinkage=share)
         return replace(self, moments=moments)
 
     def without_output_grads(self) -> "Calibration":
@@ -121,7 +121,7 @@ def calibrate(
     storage, model = Storage.of(device, offload), unfused(model)
     places = _places_of(positions)
     sums = dict[str, RunningCovariance | RunningFrequencies]()
-    gradient_sums: defaultdict[str, RunningGradients] = defaultdict(partial(RunningGradients, storage=storage))
+    grads: defaultdict[str, RunningGradients] = defaultdict(partial(RunningGradients, storage=storage))
 
     def add_rows(name: str, layer: nn.Module, x: Tensor, output: Tensor) -> None:
         is_lookup = layer_type_of(layer).is_lookup
@@ -143,12 +143,12 @@ def calibrate(
             if not is_own:
                 continue
             inputs, hint = inputs_of(batch, model, position=position, labels=labels, mask=mask)
-            masks, what = TokenMasks.of(model, inputs), f"batch {position}"
+            masks, what, signs = TokenMasks.of(model, inputs), f"batch {position}", signs_of(position)
             try:
                 with rerouted(model, masks.routed):
                     if gradients:
-                        run = partial(add_gradients, model, inputs, layers, gradient_sums, what=what, hint=hint)
-                        freezes = _run_frozen(model, run, freezes=freezes, sums=(sums, gradient_sums))
+                        run = partial(add_gradients, model, inputs, layers, grads, signs=signs, what=what, hint=hint)
+                        freezes = _run_frozen(model, run, freezes=freezes, sums=(sums, grads))
                     else:
                         call(model, inputs, what=what, hint=hint)
             except ModelError as error:
@@ -162,7 +162,7 @@ def calibrate(
     reduced: dict[str, RunningCovariance | RunningFrequencies] = {**_reduced(covariances, names, accelerator)}
     reduced |= _reduced_frequencies(frequencies, names, accelerator)
     moments = {name: statistics.finish(name) for name, statistics in reduced.items() if statistics.count}
-    return Calibration(moments, seen).with_output_grads(_reduced_gradients(gradient_sums, names, accelerator))
+    return Calibration(moments, seen).with_output_grads(_reduced_gradients(grads, names, accelerator))
 
 
 def _run_frozen(
@@ -207,9 +207,9 @@ def add_gradients(
     layers: Collection[str] | None,
     sums: defaultdict[str, RunningGradients],
     *,
+    signs: torch.Generator,
     what: str,
     hint: str = "",
-    signs: torch.Generator | None = None,
     probes: int = PROBES,
 ) -> None:
     """Add to `sums`, by layer name, one batch's share of `Moments.output_grad_covariance`.
@@ -220,7 +220,7 @@ def add_gradients(
     Raises:
         ModelError: a batch the model cannot run, or a model that cannot be differentiated.
     """
-    signs, masks = signs or torch.Generator().manual_seed(0), TokenMasks.of(model, inputs)
+    masks = TokenMasks.of(model, inputs)
     own, hooks = on_device_of(model, inputs).map(Tensor.detach), _GradientHooks(sums, inputs.samples)
     with hooks.on(model, layers), torch.enable_grad():
         values = masks.mapped(call(model, own, what=what, hint=hint), TokenPlaces.take)
@@ -339,18 +339,25 @@ def _reduced_gradients(
     if if_distributed(accelerator) is None:
         return sums
     over_all = partial(all_reduce, names=names, accelerator=accelerator)
-    totals = over_all({name: part.total for name, part in sums.items()})
+    for part in sums.values():
+        part.merge()
+    scatters = over_all({name: part.scatter for name, part in sums.items()})
     sizes = over_all(
         {
-            name: torch.tensor([part.count, part.error.samples, part.error.squares]).double()
+            name: torch.tensor([part.size, part.error.samples, part.error.squares]).double()
             for name, part in sums.items()
         }
     )
     return {
-        name: RunningGradients(round(count), total, SamplingError(round(samples), squares))
-        for name, total in totals.items()
-        for count, samples, squares in [sizes[name].tolist()]
+        name: RunningGradients(round(size), scatter, SamplingError(round(samples), squares))
+        for name, scatter in scatters.items()
+        for size, samples, squares in [sizes[name].tolist()]
     }
+
+
+def signs_of(position: int) -> torch.Generator:
+    """What a batch's random signs are drawn from: others for each batch, and the same in whichever process it is."""
+    return torch.Generator().manual_seed(position)
 
 
 def _signs(like: Tensor, generator: torch.Generator) -> Tensor:

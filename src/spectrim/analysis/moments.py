@@ -25,6 +25,8 @@ from spectrim.linalg.products import gram, in_range
 PROBES = 2
 """Random combinations of the outputs that gradients are taken of; of many samples one for each is enough."""
 
+_CENTRED = 16
+
 _POOLED = 512
 """Vectors that are multiplied together, if batches have fewer: each product is as large as all vectors' together."""
 
@@ -57,7 +59,8 @@ class Moments:
         shrinkage: Share of the covariance, from 0 to 1, that is better exchanged for its diagonal, and of that for a
             typical variance: what so few samples do not know of others (Ledoit & Wolf 2004); 1 for a single sample.
         output_grad_covariance: Second moment of the gradient of random combinations of the network's outputs with
-            respect to this layer's output, summed over places, float64 (groups, out, out); None if not asked for.
+            respect to this layer's output, summed over a sample's places, float64 (groups, out, out); None if not
+            asked for.
         output_grad_shrinkage: As `shrinkage`, of that moment.
     """
 
@@ -125,23 +128,23 @@ def pooled(moments: Sequence[Moments], *, name: str, width: int) -> PooledCovari
 
 @dataclass(eq=False)
 class RunningGradients:
-    """Second moment of gradients, added up batch by batch, one probe at a time; those of wide layers by pools."""
+    """Second moment of gradients, added up batch by batch, one probe at a time; those of wide layers by pools.
 
-    count: int = 0
-    accumulated: Tensor = field(default_factory=lambda: torch.zeros(()).double())
+    Attributes:
+        size: Of all batches; one with several probes counts with each.
+    """
+
+    size: int = 0
+    scatter: Tensor = field(default_factory=lambda: torch.zeros(()).double())
     error: SamplingError = field(default_factory=SamplingError)
     storage: Storage = IN_PLACE
-    probes: int = PROBES
     batches: list[Tensor] = field(default_factory=list)
-    size: int = 0
 
     def add(self, rows: Tensor, *, samples: int, size: int) -> None:
         """Add gradients (groups, n, out) of so many samples, with respect to a layer's batch of a size."""
         rows = self.storage.move(rows).to(torch.promote_types(rows.dtype, torch.float32))
         product = self.error.add(rows, samples=samples, weight=rows.shape[1] / size)
-        if size != self.size:
-            self.merge()
-        self.count, self.size = self.count + 1, size
+        self.size += size
         if product is not None:
             self._sum(product)
             return
@@ -149,33 +152,27 @@ class RunningGradients:
         if sum(own.shape[1] for own in self.batches) >= _POOLED:
             self.merge()
 
-    @property
-    def total(self) -> Tensor:
-        """The sum, float64 (groups, out, out)."""
-        self.merge()
-        return self.accumulated
-
     def merge(self) -> None:
-        """Add vectors that are held to the sum."""
+        """Turn vectors that are held into their scatter."""
         batches, self.batches = self.batches, []
         for rows in concatenated(batches):
             own, scale = in_range(rows)
             self._sum(to_float64(gram(own)).mul_(scale**2))
 
     def _sum(self, product: Tensor) -> None:
-        product.div_(self.probes * self.size)
-        self.accumulated = self.accumulated.add_(product) if self.accumulated.ndim else self.storage.keep(product)
+        self.scatter = self.scatter.add_(product) if self.scatter.ndim else self.storage.keep(product)
 
     @property
     def tells(self) -> bool:
         """Whether it is finite, and not zero."""
-        return bool(self.total.any() and torch.isfinite(self.total).all())
+        self.merge()
+        return bool(self.scatter.any() and torch.isfinite(self.scatter).all())
 
-    @property
-    def shrinkage(self) -> float:
-        """See `Moments`."""
-        mean = self.total * (self.probes / self.count)
-        return shrinkage(mean, samples=self.error.samples, variation=self.error.variation(square_of(mean)))
+    def finish(self) -> tuple[Tensor, float]:
+        """The moment, float64 (groups, out, out), in the place of the sum, and its shrinkage: see `Moments`."""
+        self.merge()
+        mean = self.scatter.div_(self.size)
+        return mean, shrinkage(mean, samples=self.error.samples, variation=self.error.variation(square_of(mean)))
 
 
 @dataclass(eq=False)
@@ -219,6 +216,7 @@ class RunningCovariance:
     mean: Tensor = field(default_factory=lambda: torch.empty(0))
     scatter: Tensor = field(default_factory=lambda: torch.empty(0))
     batches: list[Tensor] = field(default_factory=list)
+    samples: list[Samples] = field(default_factory=list)
     merged: int = 0
     centre: Tensor = field(default_factory=lambda: torch.empty(0))
     error: SamplingError = field(default_factory=SamplingError)
@@ -236,8 +234,7 @@ class RunningCovariance:
         self.rounding_tolerance = max(self.rounding_tolerance, 4 * torch.finfo(rows.dtype).eps)
         self.count += number
         if number:
-            self.centre = self.centre if self.centre.numel() else rows.mean(dim=1)
-            self.error.add(rows - self.centre.to(rows).unsqueeze(1), samples=samples)
+            self.samples.append(samples)
             is_enough = self.count - self.accumulated >= (width if self._holds_vectors(width) else _POOLED)
             self.batches.append(rows if is_enough else rows.clone())
             if is_enough:
@@ -245,9 +242,23 @@ class RunningCovariance:
 
     def merge(self) -> None:
         """Turn vectors that are held into their scatter."""
+        self._compare()
         batches, self.batches = self.batches, []
         for rows in concatenated(batches):
             self._merge(rows)
+
+    def _compare(self) -> None:
+        """Add to `error` what is held, around the mean of the first batches, as many as it takes for 16 samples."""
+        first, number = list[Tensor](), 0
+        for rows, own in zip(self.batches, self.samples, strict=True):
+            if number >= _CENTRED or self.centre.numel():
+                break
+            first.append(rows)
+            number += own if isinstance(own, int) else len(own)
+        self.centre = torch.cat(first, dim=1).mean(dim=1) if first else self.centre
+        samples, self.samples = self.samples, []
+        for rows, own in zip(self.batches, samples, strict=True):
+            self.error.add(rows - self.centre.to(rows).unsqueeze(1), samples=own)
 
     def _holds_vectors(self, width: int) -> bool:
         """Whether the vectors themselves are the statistics, as long as they are fewer than a wide layer's inputs."""
@@ -306,6 +317,7 @@ class RunningCovariance:
 
     def _compact(self) -> tuple[Tensor, LowRankCovariance]:
         """The mean, and the vectors around it."""
+        self._compare()
         mean = torch.stack([to_float64(rows).sum(dim=1) for rows in self.batches]).sum(dim=0) / self.count
         middle, root = mean.unsqueeze(1), self.count**0.5
         rows = torch.cat([((to_float64(rows) - middle) / root).to(rows.dtype) for rows in self.batches], dim=1)

@@ -17,7 +17,7 @@ from spectrim.analysis.activation_cache import (
     blocks_after_feeders,
     default_bytes,
 )
-from spectrim.analysis.calibration import Calibration, add_gradients
+from spectrim.analysis.calibration import Calibration, add_gradients, signs_of
 from spectrim.analysis.metrics import measured_in, metric_of
 from spectrim.analysis.moments import PROBES, RunningGradients
 from spectrim.analysis.output_distance import NoDistanceError, outputs_of, outputs_with, squared_distances
@@ -150,7 +150,7 @@ def with_output_grads(
     for freezes in (True, False):
         parts = list(_parts_for_gradients(model, batches))
         probes = 1 if sum(few.samples for _, few, _ in parts) >= _GRADIENTS else PROBES
-        sums = defaultdict[str, RunningGradients](partial(RunningGradients, storage=storage, probes=probes))
+        sums = defaultdict[str, RunningGradients](partial(RunningGradients, storage=storage))
         try:
             with evaluating(model), frozen(model) if freezes else nullcontext():
                 for position, part, signs in parts:
@@ -166,7 +166,7 @@ def _parts_for_gradients(model: nn.Module, batches: Sequence[Inputs]) -> Iterato
     """The number of a batch, a part of it, and what the signs of all its parts are drawn from."""
     places = 0
     for position, batch in enumerate(subset(model, batches, samples=_GRADIENTS)):
-        signs, parts = torch.Generator().manual_seed(0), batch.parts(places=_PLACES)
+        signs, parts = signs_of(position), batch.parts(places=_PLACES)
         for part in parts:
             yield from ((position, few, signs) for few in part.split(DIFFERENTIATED))
             places += part.places
