@@ -141,7 +141,7 @@ def compress(
         distill: `st.Distillation(epochs=3)`: let the compressed network learn from the dense one afterwards, without
             labels, on the calibration batches or on others (`Distillation(data=..)`); see `st.distill`.
         cache: Bytes of activations that weighing and fitting may keep, so that not every pass has to begin at the first
-            layer; saves time only. By default what the statistics take, or 512 MiB to 1 GiB by the memory that is free.
+            layer; saves time only. By default what the statistics take, or 512 to 768 MiB by the memory that is free.
         device: Where statistics are added up and weights decomposed, such as `"cpu"`; by default where the model is.
         offload: A folder on a fast disk, in which statistics of 16 MiB or more are kept until the end; saves memory.
         inplace: Change `model` itself, and return it.
@@ -177,6 +177,8 @@ def compress(
             run=run,
             on_progress=report,
         )
+        for layer in decision.plan if analysis is None else ():  # nobody asks it for another plan
+            decision.analysis[layer.name].keep(layer)
         return carry_out(
             model,
             decision,

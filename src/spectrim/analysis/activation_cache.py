@@ -27,9 +27,9 @@ from spectrim.core.memory import free_bytes
 from spectrim.layers.factored import is_low_rank
 from spectrim.layers.types import find_layer_type
 
-DEFAULT_BYTES, _MOST_BYTES, _OF_FREE = 2**29, 2**30, 8
+DEFAULT_BYTES, _MOST_BYTES, _OF_FREE = 2**29, 3 * 2**28, 8
 """Bytes of activations kept to save time, if nothing else is said: 512 MiB, and where an eighth of the memory that is
-free is more, that, up to 1 GiB."""
+free is more, that, up to 768 MiB."""
 
 _TRIED, _TRIED_PLACES = 2, 8
 """Samples on which the blocks are tried, and numbers of a sequence."""

@@ -73,7 +73,7 @@ def sensitivity(
         labels: Batches have labels, as for `st.calibrate`.
         metric: In which metric the layers are factored, by default the one that a budget takes: the best there is.
         cache: Bytes of blocks' outputs that may be kept, so that not every pass has to begin at the first layer.
-            By default what the statistics take, or 512 MiB to 1 GiB by the memory that is free.
+            By default what the statistics take, or 512 to 768 MiB by the memory that is free.
         on_progress: Called with each layer's name, or that of a stack of experts, how many are done, and of how many.
         progress: Show the same on standard error, as `st.compress` does.
 

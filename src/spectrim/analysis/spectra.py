@@ -40,10 +40,6 @@ class RankErrors(RankCosts):
 
     lost: FloatArray
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        assert len(self.lost) == len(self.ranks)
-
 
 class _OfUnit(Generic[_T]):
     """An attribute of a layer's unit, readable from its analysis as well."""
@@ -153,6 +149,12 @@ class LayerAnalysis:
         """Give back memory; see `Problem`."""
         for problem in self.problems.values():
             problem.release()
+
+    def keep(self, planned: LayerPlan) -> None:
+        """Give up the bases that a plan does not take; they are worked out again if they are asked for."""
+        taken = find_form(planned.form).solved_as or planned.form if planned.is_factored else None
+        for other in self._decompositions.keys() - {(taken, "plain"), (taken, planned.metric)}:
+            del self._decompositions[other]
 
     def error(self, form: str, ranks: Ranks, metric: Metric) -> float:
         """The relative error at `ranks`; between the ranks of a coarse grid that of the next smaller pair."""
@@ -326,10 +328,7 @@ def analyze_selected(
     calibration: Calibration | None = None,
     device: torch.device | None = None,
 ) -> Analysis:
-    """As `analyze`, of a model whose attentions are as they are to be looked at.
-
-    The weights are decomposed on `device`, by default on the model's.
-    """
+    """As `analyze`, of a model whose attentions are as they are to be looked at; decomposed on `device`."""
     inputs = as_inputs(example_inputs)
     units = selected_units(model, inputs, selection)
     return analyze_units(model, units, whole=count(model, inputs), calibration=calibration, device=device)

@@ -148,8 +148,9 @@ def projected(V: Tensor, A: Tensor, Q: int) -> tuple[Tensor, Tensor]:
     r, P = V.shape
     TA = matmul(V, A.reshape(P, -1)).reshape(r * Q, P * Q)
     # one large product: batched over r Q small ones it is ten times slower
-    columns = TA.reshape(r * Q, P, Q).transpose(1, 2).reshape(-1, P)
-    TAT = matmul(columns, V.T).reshape(r * Q, Q, r).transpose(1, 2).reshape(r * Q, r * Q)
+    columns = matmul(TA.reshape(r * Q, P, Q).transpose(1, 2).reshape(-1, P), V.T)
+    TAT = columns.reshape(r * Q, Q, r).transpose(1, 2).reshape(r * Q, r * Q)
+    del columns  # as large as the metric
     return TA, (TAT + TAT.T).div_(2)
 
 
@@ -181,9 +182,10 @@ def explained_by(M: Tensor, A: Tensor | None, V: Tensor, *, rounding: float) -> 
     if A is None:
         return _applied(V, M).permute(1, 2, 0).reshape(-1, len(M))
     TA, TAT = projected(V.to(A.dtype), A, M.shape[2])
-    share = max(rounding, 10 * torch.finfo(A.dtype).eps)
+    share, goal = max(rounding, 10 * torch.finfo(A.dtype).eps), times_rounded(M.flatten(1), TA.T).T
+    del TA  # as large as the metric
     ((factor,),) = rooted(TAT.unsqueeze(0), share=share)[1:]
-    return cast(Tensor, torch.linalg.solve_triangular(factor, times_rounded(M.flatten(1), TA.T).T, upper=False))
+    return cast(Tensor, torch.linalg.solve_triangular(factor, goal, upper=False))
 
 
 def energy(M: Tensor, A: Tensor | None) -> Tensor:

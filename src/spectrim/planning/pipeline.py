@@ -17,6 +17,7 @@ from spectrim.core.batches import ReservedBatches, batches_of, collected, withou
 from spectrim.core.errors import DataError, PlanError
 from spectrim.core.execution import Inputs, ProgressCallback, as_inputs, require_repeatable
 from spectrim.core.layout import ImageLayout
+from spectrim.core.memory import return_freed
 from spectrim.core.plans import Budget, Metric, Plan, Rule
 from spectrim.layers.selection import LayerSelection
 from spectrim.layers.unfusing import unfused, unfused_as
@@ -195,6 +196,7 @@ class _Stages:
         if isinstance(rule, Plan):
             return refresh(rule, analysis)
         self._begin("plan")
+        return_freed()
         if isinstance(rule, Budget) and rule.latency is not None:
             return plan_latency(
                 self.model, self.example, rule, analysis=analysis, options=options, on_progress=self.on_progress
