@@ -1,6 +1,5 @@
 """How far statistics of few samples can be trusted, and what to put in the place of what they do not know."""
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -8,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from spectrim.core.errors import DataError
+from spectrim.core.errors import DataError, warn
 from spectrim.core.execution import Inputs
 from spectrim.linalg import Covariance, mean_variance, square_of, to_float64
 from spectrim.linalg.products import in_range
@@ -65,16 +64,14 @@ def warn_of_few(samples: SampleCount, metric: str | None) -> None:
     if not samples.differ and metric is not None:
         raise DataError(f"the calibration data are {samples}, which metric={metric!r} cannot be taken from; give more")
     if not samples.differ:
-        warnings.warn(
+        warn(
             f"the calibration data are {samples}, which says nothing of others: the weights are approximated by "
-            f"themselves, as without data; give {enough}",
-            stacklevel=6,
+            f"themselves, as without data; give {enough}"
         )
     elif samples.number < _FEW:
-        warnings.warn(
+        warn(
             f"the calibration data are {samples}; what so few cannot tell of others is taken from the weights alone, "
-            f"and with {enough} the result would be better",
-            stacklevel=6,
+            f"and with {enough} the result would be better"
         )
 
 

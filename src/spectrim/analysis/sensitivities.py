@@ -1,6 +1,5 @@
 """How much a network's outputs change with an error in each layer, measured by factoring one layer at a time."""
 
-import warnings
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -25,7 +24,7 @@ from spectrim.analysis.recalled_pass import ForgottenOutputError
 from spectrim.analysis.spectra import Analysis, LayerAnalysis
 from spectrim.core.arguments import checked
 from spectrim.core.batches import batches_of, inputs_of
-from spectrim.core.errors import DataError, ModelError, PlanError
+from spectrim.core.errors import DataError, ModelError, PlanError, warn
 from spectrim.core.execution import Inputs, ProgressCallback, evaluating, frozen
 from spectrim.core.memory import IN_PLACE, Storage
 from spectrim.core.plans import Metric
@@ -115,11 +114,10 @@ def sensitivity(
                     runs = with_changes(runs, cache=keeping)
                     sensitivities |= runs.of_group(group)
     except NoDistanceError as error:
-        warnings.warn(
+        warn(
             f"{str(error).format(type(model).__name__)}, so that no distance to the dense network can be measured; "
             "all layers count alike. A wrapper that returns what comes before a selection (scores and boxes of all "
-            "places, say) makes budgets better",
-            stacklevel=3,
+            "places, say) makes budgets better"
         )
         sensitivities = {}
     layers = tuple(_possible(layer, sensitivities.get(layer.name)) for layer in analysis)

@@ -1,7 +1,6 @@
 """What is looked at before a compressed network is given back: its outputs and its cost against what they should be."""
 
 import math
-import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from spectrim.analysis.sensitivities import subset
 from spectrim.analysis.spectra import Analysis
 from spectrim.core.display import Displayed
-from spectrim.core.errors import ModelError
+from spectrim.core.errors import ModelError, warn
 from spectrim.core.execution import Inputs, call, evaluating
 from spectrim.core.files import Frozen
 from spectrim.core.nested import describe, fractions, logits_of, tensors
@@ -185,7 +184,7 @@ def require_planned_cost(plan: Plan, dense: NetworkCost, measured: NetworkCost) 
     """
     if plan.layers and all(layer.frozen for layer in plan):
         reasons = "; ".join(f"{layer.name}: {layer.reason}" for layer in plan.layers[:3])
-        warnings.warn(f"no layer of this network can be factored, and it stays as it is. {reasons}", stacklevel=5)
+        warn(f"no layer of this network can be factored, and it stays as it is. {reasons}")
     for cost, deviation in _DEVIATIONS.items():
         before, after = getattr(dense, cost), getattr(measured, cost)
         share = getattr(plan.rule, cost) if isinstance(plan.rule, Budget) else None
@@ -200,7 +199,7 @@ def require_planned_cost(plan: Plan, dense: NetworkCost, measured: NetworkCost) 
         message = f"the compressed network {deviation.format(after, planned)}"
         if share is not None and after > before * (share + _OVER_BUDGET):
             raise ModelError(f"{message}. Limit another of macs=, params=, bytes= or latency=, or leave layers out")
-        warnings.warn(message, stacklevel=5)
+        warn(message)
 
 
 def _warn_if_useless(measured: Fidelity) -> None:
@@ -208,10 +207,9 @@ def _warn_if_useless(measured: Fidelity) -> None:
     if measured.relative_error <= _FAR and (measured.agreement is None or measured.agreement >= _LITTLE_AGREEMENT):
         return
     same = "" if measured.agreement is None else f", and the same largest output for {measured.agreement:.0%}"
-    warnings.warn(
+    warn(
         f"little is left of the network: its outputs are {measured.relative_error:.0%} off the dense one's{same} of "
-        f"{measured.samples} samples. Give a larger budget or rank, or fine-tune it (st.finetune)",
-        stacklevel=5,
+        f"{measured.samples} samples. Give a larger budget or rank, or fine-tune it (st.finetune)"
     )
 
 
@@ -220,11 +218,10 @@ def _warn_if_worse_than_predicted(measured: Fidelity) -> None:
     expected = measured.predicted
     if expected is None or measured.relative_error <= max(_LARGE, _FURTHER * expected):
         return
-    warnings.warn(
+    warn(
         f"the compressed network is {measured.relative_error:.3g} off (relative error) where its plan promises "
         f"{expected:.3g}. Likely reasons: the budget is too small for this network, errors that grow from layer to "
-        "layer, or layers that pass more than their outputs on. Give a larger budget, or leave layers out (exclude=..)",
-        stacklevel=5,
+        "layer, or layers that pass more than their outputs on. Give a larger budget, or leave layers out (exclude=..)"
     )
 
 
@@ -235,12 +232,11 @@ def _warn_if_worse_with_data(measured: Fidelity, *, near: float) -> None:
         return
     if measured.relative_error <= max(near, _WORSE * plain.relative_error):
         return
-    warnings.warn(
+    warn(
         f"on the calibration data the compressed network is {measured.relative_error:.3g} off (relative error), and "
         f"{plain.relative_error:.3g} without these data. Likely reasons: they are few or unlike each other, layers "
         "pass more than their outputs on, or some work outside of what gradients reach. Compare metric='activation', "
-        "reconstruct=False, or no data",
-        stacklevel=5,
+        "reconstruct=False, or no data"
     )
 
 

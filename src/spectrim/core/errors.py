@@ -1,6 +1,8 @@
 """The errors a user can cause. Each says what came, why it is wrong and what to do."""
 
 import difflib
+import sys
+import warnings
 from collections.abc import Iterable
 
 
@@ -63,3 +65,11 @@ def near(name: str, known: Iterable[str]) -> str:
     known = list(known)
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
     return f"; near names: {', '.join(close)}" if close else f"; there are: {', '.join(known[:8])}"
+
+
+def warn(message: str) -> None:
+    """Warn, at the line of the caller's own program that called this library."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back and str(frame.f_globals.get("__name__")).partition(".")[0] == __name__.partition(".")[0]:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)

@@ -2,10 +2,11 @@
 
 import importlib
 import sys
-import warnings
 from collections.abc import Sequence
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
+
+from spectrim.core.errors import warn
 
 _AWAITED = "transformers.modeling_utils"
 _INTEGRATION = "spectrim.integrations.huggingface"
@@ -23,10 +24,9 @@ def _integrate() -> None:
     try:
         importlib.import_module(_INTEGRATION)
     except ImportError as error:
-        warnings.warn(
+        warn(
             f"this version of transformers is too old to save and load factored layers ({error}); keep them with "
-            "st.save(model, path)",
-            stacklevel=2,
+            "st.save(model, path)"
         )
 
 

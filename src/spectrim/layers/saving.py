@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import warnings
 from pathlib import Path
 
 import torch
@@ -11,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from spectrim.core.arguments import checked
-from spectrim.core.errors import FileError, ModelError
+from spectrim.core.errors import FileError, ModelError, warn
 from spectrim.core.execution import device_of
 from spectrim.core.files import parse, write_atomically
 from spectrim.core.nested import is_plain
@@ -90,7 +89,7 @@ def load(path: str | Path, model: nn.Module) -> nn.Module:
     prefixes = tuple(f"{name}." for name in header.low_rank)
     broken = [name for name, tensor in tensors.items() if name.startswith(prefixes) and _is_broken(tensor)]
     if broken:
-        warnings.warn(f"{path} holds NaN or infinite values in {broken[0]}; they were saved so", stacklevel=3)
+        warn(f"{path} holds NaN or infinite values in {broken[0]}; they were saved so")
     return rebuilt
 
 

@@ -2,7 +2,6 @@
 
 import inspect
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spectrim.core.errors import DataError
+from spectrim.core.errors import DataError, warn
 from spectrim.core.execution import Inputs
 from spectrim.core.nested import fractions
 from spectrim.layers.types import layer_type_of
@@ -117,11 +116,10 @@ class TokenMasks:
         """Warn of padding that no layer was found to see."""
         padded = [mask for mask in self.masks if not mask.all()]
         if padded and not self._known:
-            warnings.warn(
+            warn(
                 f"the mask {list(padded[0].shape)} leaves padding out, and no layer reads sequences of these sizes, or "
                 "in which of two orders cannot be told where there are as many as they are long: the padding counts as "
-                "data; give batches of another size",
-                stacklevel=3,
+                "data; give batches of another size"
             )
 
     def mapped(self, outputs: Any, change: Callable[[TokenPlaces, Tensor], Tensor]) -> list[Tensor]:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from spectrim.core.errors import DependencyError, FileError, ModelError
+from spectrim.core.errors import DependencyError, FileError, ModelError, warn
 from spectrim.core.file_kinds import SAVE_STATE, STATES, why_no_weights
 from spectrim.core.state import fill_state
 
@@ -109,7 +109,7 @@ def _state_in(value: object, path: Path) -> dict[str, Tensor]:
         others = [repr(name) for name in entries if name not in tensors]
         if len(others) < len(tensors) and _is_state(tensors) and not any(_is_state(entries.get(n)) for n in _AROUND):
             if others:
-                warnings.warn(f"{path}: {', '.join(others[:3])} beside the weights are left out", stacklevel=4)
+                warn(f"{path}: {', '.join(others[:3])} beside the weights are left out")
             return tensors
         states = [name for name, entry in entries.items() if _is_state(entry)]
         known = [name for name in _AROUND if name in states or (not states and isinstance(entries.get(name), Mapping))]
@@ -118,7 +118,7 @@ def _state_in(value: object, path: Path) -> dict[str, Tensor]:
             break
         if len(states) > 1:
             rest = ", ".join(repr(state) for state in states if state != name)
-            warnings.warn(f"{path}: the weights are those of its entry {name!r}; it also has {rest}", stacklevel=4)
+            warn(f"{path}: the weights are those of its entry {name!r}; it also has {rest}")
         value = entries[name]
     listed = f"entries {', '.join(map(repr, list(entries)[:5]))}" if entries else "no entries"
     advice = f"torch.save(torch.load({str(path)!r}, weights_only=True)[{name!r}], 'weights.pt')" if name else SAVE_STATE
@@ -211,7 +211,7 @@ def _renamed(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, ori
     (front,) = fitting
     others = [repr(name) for name in state if not name.startswith(front)]
     omitted = f"; so are others without it, such as {others[0]}" if others else ""
-    warnings.warn(f"{origin} was saved from a wrapper: {front!r} is left out of all names{omitted}", stacklevel=4)
+    warn(f"{origin} was saved from a wrapper: {front!r} is left out of all names{omitted}")
     return {name.removeprefix(front): tensor for name, tensor in state.items() if name.startswith(front)}
 
 

@@ -1,6 +1,5 @@
 """The first half of a compression: calibrate, analyse, weigh and plan; the model stays as it is."""
 
-import warnings
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -14,7 +13,7 @@ from spectrim.analysis.sampling import SampleCount, warn_of_few
 from spectrim.analysis.sensitivities import require_cache_bytes, sensitivity, with_output_grads, without_blocked_loss
 from spectrim.analysis.spectra import Analysis, analyze_selected, with_statistics
 from spectrim.core.batches import ReservedBatches, batches_of, collected, without_labels
-from spectrim.core.errors import DataError, PlanError
+from spectrim.core.errors import DataError, PlanError, warn
 from spectrim.core.execution import Inputs, ProgressCallback, as_inputs, require_repeatable
 from spectrim.core.layout import ImageLayout
 from spectrim.core.memory import return_freed
@@ -133,10 +132,9 @@ class _Stages:
         """
         plan = self.rule_or_plan
         if data is not None and isinstance(plan, Plan) and isinstance(plan.rule, Budget) and self.metrics == {"plain"}:
-            warnings.warn(
+            warn(
                 "this plan was made without data: data= changes nothing in it, no layer is fitted. Make it on data: "
-                "st.plan(st.analyze(model, example, calibration=st.calibrate(model, data)), rule)",
-                stacklevel=5,
+                "st.plan(st.analyze(model, example, calibration=st.calibrate(model, data)), rule)"
             )
         if data is None or self.metrics <= {"plain"}:
             return []

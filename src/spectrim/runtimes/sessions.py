@@ -9,7 +9,6 @@ import os
 import platform
 import shutil
 import types
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from spectrim.core.errors import DependencyError, EngineError, ModelError
+from spectrim.core.errors import DependencyError, EngineError, ModelError, warn
 from spectrim.core.execution import Inputs, as_inputs, call, device_of, evaluating, on_device_of, require_repeatable
 from spectrim.core.names import RUNTIMES as RUNTIMES, RuntimeName as RuntimeName
 from spectrim.core.nested import tensors
@@ -157,10 +156,9 @@ class Runtime:
         floats = ((own, other) for own, other in pairs if own.is_floating_point() and own.shape == other.shape)
         difference = max((relative_difference([own], [other]) for own, other in floats), default=0.0)
         if difference > _FAR:
-            warnings.warn(
+            warn(
                 f"{self} gives other outputs than torch: they differ by {difference:.2g} of the largest entry, so that "
-                "what is timed is another network; use another runtime",
-                stacklevel=5,
+                "what is timed is another network; use another runtime"
             )
 
     def _engine(self, proto: "onnx.ModelProto", arrays: Arrays | Sequence[NDArray[Any]]) -> "_Runs":

@@ -1,6 +1,5 @@
 """Distillation without labels: a compressed network learns what the dense one computes on the same inputs."""
 
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -14,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from spectrim.core.arguments import checked
 from spectrim.core.batches import batches_of, collected, split_labels, without_labels
-from spectrim.core.errors import DataError, TrainingError
+from spectrim.core.errors import DataError, TrainingError, warn
 from spectrim.core.execution import (
     Inputs,
     ProgressCallback,
@@ -115,7 +114,7 @@ def distill(
         dense = _Teacher(teacher, function.teacher, comes_again=callable(batches))
         before = Objective(settings, type(model).__name__, dense, function).held_out(student, aside)[1] or 0.0
         if before == 0:
-            warnings.warn("the network computes what the dense one does already, and is left as it is", stacklevel=3)
+            warn("the network computes what the dense one does already, and is left as it is")
             return Finetuned(student, History())
         settings = settings if lr is not None else settings.model_copy(update={"lr": min(_MOST, _RATE * before)})
         if isinstance(checkpoint, str | Path):
@@ -174,10 +173,9 @@ class Distillation:
     ) -> nn.Module:
         """The network after `st.distill`; warns of a convolutional one that has no other data than its calibration."""
         if self.data is None and _is_convolutional(teacher):
-            warnings.warn(
+            warn(
                 "distillation on the calibration inputs alone gives a convolutional network next to nothing; give "
-                "others, without labels: distill=Distillation(data=batches)",
-                stacklevel=6,
+                "others, without labels: distill=Distillation(data=batches)"
             )
 
         def report(what: str, done: int, total: int) -> None:
@@ -377,9 +375,9 @@ def _no_worse(trained: Finetuned, model: nn.Module, *, before: float, lr: float)
     if best < before:
         if first > 1.05 * before:
             advice = "a third of it may end better"
-            warnings.warn(f"{change}: lr={lr:.2g} undid what the fit had reached; {advice}", stacklevel=4)
+            warn(f"{change}: lr={lr:.2g} undid what the fit had reached; {advice}")
         return trained
     advice = f"give a smaller lr= than {lr:.2g}" if first > before else "give other inputs than those it was fitted to"
     what = f"distillation made nothing better ({change}), and the network is left as it was"
-    warnings.warn(f"{what}; {advice}", stacklevel=4)
+    warn(f"{what}; {advice}")
     return Finetuned(duplicate(model), History(history, lr=history.lr, stopped_early=history.stopped_early))
