@@ -5,6 +5,7 @@
     python benchmarks/cifar_zero_shot.py --weights cifar_resnet20.safetensors --train distill      # no labels at all
     python benchmarks/cifar_zero_shot.py --network resnet32 --weights cifar_resnet32.safetensors   # the same, untouched
     .. --images 4096                                      # what more calibration data would do; bars are for 1024
+    .. --images 256 --batch 1                             # whether the size of batches matters
 
 Each figure is the mean over calibration seeds (which 1024 training images, without labels) of the accuracy on the whole
 test set. Metric, allocation and the rate of the fine-tuning were chosen on training images that neither calibration nor
@@ -55,11 +56,11 @@ def network(arguments: argparse.Namespace) -> nn.Module:
     return resolve(f"spectrim:{arguments.network}", weights=arguments.weights).eval()
 
 
-def calibration(seed: int, *, images: int = IMAGES) -> tuple[Tensor, ...]:
+def calibration(seed: int, *, images: int = IMAGES, batch: int = BATCH) -> tuple[Tensor, ...]:
     """The images, as the networks take them, in batches; those beyond 1024 are none of the other two kinds."""
     order = torch.randperm(50_000, generator=torch.Generator().manual_seed(seed))
     places = torch.cat([split(seed)[0], order[10_000 + TUNING :]])[:images]
-    return cifar_inputs(load("cifar10", split="train").images[places]).split(BATCH)
+    return cifar_inputs(load("cifar10", split="train").images[places]).split(batch)
 
 
 def analysed(model: nn.Module, data: Sequence[Tensor]) -> st.Analysis:
@@ -148,6 +149,7 @@ def main() -> None:
     parser.add_argument("--shares", default="", help="MACs kept, such as 0.5,0.3; all of the table by default")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--images", type=int, default=IMAGES, help="calibration images")
+    parser.add_argument("--batch", type=int, default=BATCH, help="how many of them a batch has")
     parser.add_argument("--train", choices=tuple(TRAINED), help="also train 3 epochs afterwards")
     parser.add_argument("--held-out", action="store_true", help="accuracy on held-out training images instead")
     parser.add_argument("--json", type=Path, help="write every figure to this file")
@@ -178,7 +180,7 @@ def report(arguments: argparse.Namespace, shares: list[float], seeds: list[int])
     dense = statistics.mean(score(model, seed) for seed in (seeds if arguments.held_out else seeds[:1]))
     results: dict[str, list[float]] = {"dense": [dense]}
     for seed in track(seeds, arguments.network, console=console, transient=True):
-        data = calibration(seed, images=arguments.images)
+        data = calibration(seed, images=arguments.images, batch=arguments.batch)
         analysis = analysed(model, data)
         for share in shares:
             small = compressed(model, data, share, analysis=analysis)

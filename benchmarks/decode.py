@@ -2,19 +2,27 @@
 
     python benchmarks/decode.py --dense SMOLLM2 --compressed SMALL --batch 1,8
     python benchmarks/decode.py --dense SMOLLM2 --compressed SMALL --batch 1 --compile
+    python benchmarks/decode.py --dense SMOLLM2 --compressed SMALL --batch 1 --runtime openvino
 
 Both are folders of Hugging Face. A prompt of random tokens is read in one pass (prefill), and tokens are written after
 it one by one, the likeliest of each step (decode). `products` are as many steps of nothing but torch's products with
 the weights, which decoding in torch cannot be faster than unless it is compiled. Ratios are compressed over dense, of
 paired rounds, with their 95 % interval; one thread. With `--compile` steps are compiled by torch, and the cache has a
-fixed length; it takes minutes.
+fixed length; it takes minutes. With `--runtime` decoding in ONNX Runtime or OpenVINO is measured as well: these are given
+keys and values as tensors, and have to write the tokens that torch writes.
 """
 
 import argparse
 import copy
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from itertools import cycle
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnxruntime
+import openvino
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -79,6 +87,10 @@ class Decoder:
 
     def timer(self, phase: str, length: int) -> Callable[[], Timing]:
         """Times a phase."""
+        if phase in RUNTIMES:
+            step = RUNTIMES[phase](self)
+            require_same_tokens(self, step, length)
+            return pass_timer(lambda: list(step.tokens(length)), cpu=True)
         if phase == "prefill":
             return pass_timer(self.read, cpu=True)
         if phase == "products":
@@ -87,6 +99,108 @@ class Decoder:
                 self.model(self.first, use_cache=True, **{self.name: self.cache})
             return pass_timer(lambda: products.repeat(length), cpu=True)
         return pass_timer(lambda: self.write(length), cpu=True, between=self.renew)
+
+
+class Step(nn.Module):
+    """A step of one token, which is given keys and values as tensors, and gives them one token longer."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        super().__init__()
+        self.model, self.name, self.cache = decoder.model, decoder.name, copy.deepcopy(decoder.after)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Keys and values of every layer."""
+        return tuple(part for layer in self.cache.layers for part in (layer.keys, layer.values))
+
+    def forward(self, token: Tensor, position: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """The next token, and keys and values."""
+        for layer, keys, values in zip(self.cache.layers, tensors[::2], tensors[1::2], strict=True):
+            layer.keys, layer.values = keys, values
+        outputs = self.model(token, position_ids=position, use_cache=True, **{self.name: self.cache})
+        return outputs.logits[:, -1:].argmax(dim=-1), *self.tensors
+
+
+class RuntimeStep:
+    """The same in another runtime."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        step = Step(decoder).eval()
+        self.first, self.length = decoder.first, decoder.prompt.shape[1]
+        self.before = tuple(part.contiguous() for part in step.tensors)
+        self.prepare(step, (self.first, torch.full_like(self.first, self.length), *self.before))
+
+    def prepare(self, step: Step, example: tuple[Tensor, ...]) -> None:
+        """Convert it."""
+        raise NotImplementedError
+
+    def tokens(self, length: int) -> Iterator[int]:
+        """So many tokens after the prompt, of the first sample."""
+        raise NotImplementedError
+
+
+class OpenVinoStep(RuntimeStep):
+    """In OpenVINO, in float32; two requests take turns, so that one reads what the other has written."""
+
+    def prepare(self, step: Step, example: tuple[Tensor, ...]) -> None:
+        """Convert it."""
+        traced = torch.jit.trace(step, example, check_trace=False)
+        options = {"INFERENCE_NUM_THREADS": 1, "INFERENCE_PRECISION_HINT": "f32"}
+        compiled = openvino.compile_model(openvino.convert_model(traced, example_input=example), "CPU", options)
+        self.requests = [compiled.create_infer_request() for _ in range(2)]
+
+    def tokens(self, length: int) -> Iterator[int]:
+        """So many tokens after the prompt, of the first sample."""
+        outputs: list[Any] = [part.numpy() for part in (self.first, *self.before)]
+        for place, request in zip(range(self.length, self.length + length), cycle(self.requests), strict=False):
+            position = np.full_like(self.first.numpy(), place)
+            results = request.infer([outputs[0], position, *outputs[1:]], share_inputs=True, share_outputs=True)
+            outputs = [results[number] for number in range(len(outputs))]
+            yield int(outputs[0][0, 0])
+
+
+class OnnxStep(RuntimeStep):
+    """In ONNX Runtime; values stay where it has put them."""
+
+    def prepare(self, step: Step, example: tuple[Tensor, ...]) -> None:
+        """Convert it."""
+        shapes = ({}, {}, tuple({2: torch.export.Dim("before")} for _ in self.before))
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "step.onnx"
+            torch.onnx.export(
+                step, example, path, dynamo=True, dynamic_shapes=shapes, external_data=True, verbose=False
+            )
+            self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        self.names = [
+            [part.name for part in parts] for parts in (self.session.get_inputs(), self.session.get_outputs())
+        ]
+
+    def tokens(self, length: int) -> Iterator[int]:
+        """So many tokens after the prompt, of the first sample."""
+        value = onnxruntime.OrtValue.ortvalue_from_numpy
+        outputs = [value(part.numpy()) for part in (self.first, *self.before)]
+        for place in range(self.length, self.length + length):
+            position = value(np.full_like(self.first.numpy(), place))
+            inputs = dict(zip(self.names[0], (outputs[0], position, *outputs[1:]), strict=True))
+            outputs = self.session.run_with_ort_values(self.names[1], inputs)
+            yield int(outputs[0].numpy()[0, 0])
+
+
+RUNTIMES: dict[str, type[RuntimeStep]] = {"openvino": OpenVinoStep, "onnxruntime": OnnxStep}
+
+
+def require_same_tokens(decoder: Decoder, step: RuntimeStep, length: int) -> None:
+    """Stop where a runtime writes other tokens than torch."""
+    decoder.renew()
+    token, expected = decoder.first, []
+    for _ in range(length):
+        token = decoder.model(token, use_cache=True, **{decoder.name: decoder.cache}).logits[:, -1:].argmax(dim=-1)
+        expected.append(int(token[0, 0]))
+    written = list(step.tokens(length))
+    if written != expected:
+        raise SystemExit(f"{type(step).__name__} writes tokens {written}, and torch {expected}")
 
 
 def main() -> None:
@@ -99,6 +213,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8, help="tokens that are written")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--compile", action="store_true", help="compile the steps")
+    parser.add_argument("--runtime", choices=tuple(RUNTIMES), help="decode in this runtime as well")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     models = [load_pretrained(folder) for folder in (arguments.compressed, arguments.dense)]
@@ -109,7 +224,7 @@ def main() -> None:
             prompt = torch.randint(vocabulary, (batch, arguments.prompt), generator=torch.Generator().manual_seed(0))
             whole = arguments.prompt + arguments.tokens + 1
             decoders = [Decoder(model, prompt, compiled_for=whole if arguments.compile else None) for model in models]
-            for phase in PHASES:
+            for phase in (*PHASES, *([arguments.runtime] if arguments.runtime else [])):
                 runs = [decoder.timer(phase, arguments.tokens) for decoder in decoders]
                 own, reference = interleaved(runs, rounds=arguments.rounds)
                 compared, tokens = compare(own, reference), arguments.prompt if phase == "prefill" else arguments.tokens
