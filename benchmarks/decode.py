@@ -8,8 +8,8 @@ Both are folders of Hugging Face. A prompt of random tokens is read in one pass 
 it one by one, the likeliest of each step (decode). `products` are as many steps of nothing but torch's products with
 the weights, which decoding in torch cannot be faster than unless it is compiled. Ratios are compressed over dense, of
 paired rounds, with their 95 % interval; one thread. With `--compile` steps are compiled by torch, and the cache has a
-fixed length; it takes minutes. With `--runtime` decoding in ONNX Runtime or OpenVINO is measured as well: these are given
-keys and values as tensors, and have to write the tokens that torch writes.
+fixed length; it takes minutes. `--runtime` measures decoding in ONNX Runtime or OpenVINO as well; these are given keys
+and values as tensors, and have to write the tokens that torch writes.
 """
 
 import argparse

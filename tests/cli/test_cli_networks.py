@@ -219,6 +219,16 @@ def test_each_stage_is_a_line_where_there_is_no_terminal(run: Run) -> None:
     assert in_python(result.out)(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
 
 
+def test_long_stages_say_how_far_they_are_where_there_is_no_terminal(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("spectrim.cli.stages._SECONDS", 0.0)
+    result = run("compress", *RESNET, "--data", "digits", "--images", 64, "--macs", 0.6, "--no-test", "--out", "small")
+    assert result.code == 0, result.err
+    lines = result.err.splitlines()
+    weighed = lines[lines.index("weigh 18 layers") + 1 : lines.index("plan")]
+    assert [line.partition(",")[0] for line in weighed] == [f"  {done} of 18" for done in range(1, 18)]
+    assert weighed[0].startswith("  1 of 18, weigh ")
+
+
 def test_options_reach_the_library(run: Run, tmp_path: Path) -> None:
     more = (
         "--form",

@@ -1,8 +1,9 @@
-"""What a command shows: its progress, a bar a stage in a terminal and a line a stage elsewhere, then its results."""
+"""What a command shows: its progress, a bar a stage in a terminal and lines elsewhere, then its results."""
 
 import csv
 import io
 import json
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ from spectrim.reporting.listings import Listing
 
 _Item = TypeVar("_Item")
 _ANY_WIDTH = 1_000_000
+_SECONDS = 30.0
+"""After how many a line says how far a stage is, where there is no terminal."""
+
 _TITLES = {
     "calibrate": "calibrate",
     "weigh": "weigh {} layers",
@@ -38,6 +42,7 @@ class Stages:
     bars: Progress
     closing: ExitStack
     _current: TaskID | None = None
+    _latest: float = 0.0
 
     def begin(self, title: str, *, total: int | None = None) -> None:
         """The next stage, and of how many steps it is, if that is known."""
@@ -49,11 +54,16 @@ class Stages:
     def say(self, text: str) -> None:
         """Print a line."""
         self.console.print(text, markup=False, soft_wrap=True)
+        self._latest = time.monotonic()
 
     def update(self, done: int | None = None, *, detail: str | None = None) -> None:
         """Set how many steps of this stage are done, and its description in a terminal."""
-        if self._current is not None:
-            self.bars.update(self._current, completed=done, description=detail)
+        if self._current is None:
+            return
+        self.bars.update(self._current, completed=done, description=detail)
+        if done and not self.console.is_terminal and time.monotonic() - self._latest >= _SECONDS:
+            total = self.bars.tasks[self._current].total
+            self.say(f"  {done}{f' of {total:.0f}' if total else ''}, {self.bars.tasks[self._current].description}")
 
     def follow(self, what: str, done: int, total: int) -> None:
         """Show what the library reports: a stage, or a stage and the layer that is next."""
