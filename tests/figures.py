@@ -5,8 +5,8 @@
 
 The files were written by commit 25f9191, before the library's structure was rebuilt, and anew when sensitivities began
 to be measured in the metric of the budget, on other samples, and in parts of 32 samples, neurons to be fitted, and
-random signs to differ between batches. Everything is in float64, so that machines differ only far behind the digits that
-are compared.
+random signs to differ between batches. Everything is in float64, so that machines differ only far behind the digits
+that are compared.
 """
 
 import argparse
