@@ -144,6 +144,7 @@ def _compress_blocks(command: commands.Compress) -> None:
     with stages(state=lambda: f"the same command goes on with what is in {out}") as progress:
         small, network = compress_folder(command, progress)
     text = f"The last hidden states are {small.hidden_error:.1%} off the dense ones on the calibration data."
+    text += " MACs are those of the blocks, without embeddings and head."
     hints = *_how_to_load(source, network, out=out), *_how_to_score(network, source, out=out)
     show(table(small.plan), table(small.measurement), text, *hints, output=command.output)
 
