@@ -168,7 +168,7 @@ class Source:
             metavar="MB",
             min=0,
             help="Megabytes of activations kept between passes, for speed only; by default as much as the statistics "
-            "take, or 512 to 2048 by the memory that is free.",
+            "take, or 512 to 768 by the memory that is free.",
         ),
     ] = None
     mean: Annotated[
