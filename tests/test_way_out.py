@@ -28,9 +28,9 @@ def network() -> nn.Sequential:
 class Images(nn.Module):
     """Convolutions before a head: it needs its batch dimension."""
 
-    def __init__(self) -> None:
+    def __init__(self, channels: int = 3) -> None:
         super().__init__()
-        self.layers = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))
+        self.layers = nn.Sequential(nn.Conv2d(channels, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))
         self.head = nn.Linear(128, 4)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -356,6 +356,13 @@ EXAMPLES = {
         says=r"float32 \[3, 8, 8\]",
         then="st.compress(Images(), rank, example_inputs=pasted)",
         make="example_inputs = images[0]",
+    ),
+    "images without their one channel": Case(
+        call="st.compress(Images(channels=1), rank, example_inputs=images[:, 0])",
+        error=ModelError,
+        says=r"float32 \[4, 8, 8\]",
+        then="assert pasted.shape == (4, 1, 8, 8)",
+        make="example_inputs = images[:, 0]",
     ),
     "an example with its labels": Case(
         call="st.compress(trained, rank, example_inputs=(x, y))",

@@ -52,7 +52,7 @@ class Compressed(Displayed):
         model: An ordinary module.
         plan: Form and ranks of every layer; under a budget of latency with the times that were measured.
         measurement: Counted costs, with their ratios to the dense network's.
-        fidelity: How near its outputs are to the dense network's on up to 128 calibration samples, kept aside where
+        fidelity: How near its outputs are to the dense network's on about 128 calibration samples, kept aside where
             there are 16 batches or more; None without data, where the shapes of the outputs depend on values, or where
             the dense outputs do not vary.
     """

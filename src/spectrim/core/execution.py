@@ -254,14 +254,18 @@ def _conversion(model: nn.Module, inputs: Inputs, what: str) -> str:
         named = f"{{name: {name}[name] for name in {names}}}"
         conversions = [(named, lambda: Inputs((), {key: inputs.kwargs[key] for key in names}))]
         conversions += [(f"({name},)", lambda: Inputs((inputs.kwargs,), {}))]
-        conversions += [(f"{name}[{key!r}]", partial(as_inputs, inputs.kwargs[key])) for key in names]
+        values = [key for key in names if "mask" not in key]
+        conversions += [(f"{name}[{key!r}]", partial(as_inputs, inputs.kwargs[key])) for key in values]
     elif isinstance(first, Tensor):
         dtype = next((weight.dtype for weight in model.parameters() if weight.is_floating_point()), first.dtype)
         text = f"{name}[0]" if len(inputs.args) > 1 else f"torch.as_tensor({name})"
         if first.dtype != dtype and not first.is_complex():
             scale = 255 if first.dtype == torch.uint8 else 1
             first, text = first.to(dtype) / scale, f"{text}.to({dtype})" + (" / 255" if scale > 1 else "")
-        conversions = [(text, lambda: as_inputs(first)), (f"({text})[None]", lambda: as_inputs(first[None]))]
+        conversions = [(text, lambda: as_inputs(first))]
+        if first.ndim == 3:  # images without the dimension of their one channel, or one image
+            conversions.append((f"({text})[:, None]", lambda: as_inputs(first[:, None])))
+        conversions.append((f"({text})[None]", lambda: as_inputs(first[None])))
         conversions += [(f"({text}).movedim(-1, 1)", lambda: as_inputs(first.movedim(-1, 1)))]
     for expression, converted in conversions:
         with suppress(Exception), evaluating(model):
