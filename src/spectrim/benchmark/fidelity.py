@@ -54,8 +54,7 @@ class Fidelity(Displayed, Frozen):
 
     def __str__(self) -> str:
         """One or two sentences, for people."""
-        fitted = "that the network was fitted to, so that others are further off (of 16 batches some are kept aside)"
-        seen = "kept aside" if self.held_out else fitted
+        seen = "kept aside" if self.held_out else "that the network was fitted to, so that others are further off"
         text = f"Outputs on {self.samples} calibration samples {seen}: {self.relative_error:.1%} off the dense ones"
         text += "" if self.predicted is None else f", {self.predicted:.1%} predicted"
         text += "." if self.agreement is None else f"; the largest output is the same for {self.agreement:.1%}."

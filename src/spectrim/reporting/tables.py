@@ -114,7 +114,9 @@ def _of_plan(plan: Plan) -> Listing:
         Column("Form", 5, number=False): lambda layer: layer.form,
         Column("Rank"): _plan_ranks,
         Column("Break\neven", 6): lambda layer: words.NOTHING if layer.break_even is None else str(layer.break_even),
-        Column("Predicted\nerror", 2): lambda layer: words.percent(layer.predicted_error, places=1),
+        Column("Predicted\nerror", 2): lambda layer: words.percent(
+            None if layer.unit not in (None, layer.name) else layer.predicted_error, places=1
+        ),
         Column("Params", 1): lambda layer: words.change(layer.dense.params, layer.kept.params),
         Column("Share of\nparams", 9): lambda layer: _shares(layer, (before, after), "params"),
         Column("MACs", 3): lambda layer: words.change(layer.dense.macs, layer.kept.macs),
