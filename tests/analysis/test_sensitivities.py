@@ -1,5 +1,7 @@
 """Sensitivities of layers, and the gradients' moments behind the loss metric."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -102,6 +104,62 @@ def test_gradient_moments_are_those_of_all_outputs_whatever_the_batches(size: in
         moment = statistics.moments["0"].output_grad_covariance
         assert moment is not None
         assert float((moment[0] - expected).norm() / expected.norm()) < 0.3
+
+
+class _Unequal(nn.Module):
+    """One weight: a layer that is called four times, and another one that is called once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.often, self.once, self.first, self.last = (nn.Linear(6, size, bias=False) for size in (6, 6, 8, 8))
+        self.once.weight = self.often.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([*(self.first(self.often(part * x)) for part in range(1, 5)), self.last(self.once(x))], dim=-1)
+
+
+def test_gradients_of_a_shared_weight_count_at_every_call() -> None:
+    torch.manual_seed(0)
+    model, x = _Unequal(), torch.randn(1024, 6)
+    analysis = st.analyze(model, x[:1], calibration=st.calibrate(model, x.split(64), gradients=True))
+    first, last = (layer.weight.detach().double() for layer in (model.first, model.last))
+    expected = 4 * first.T @ first + last.T @ last
+    moment = analysis["often"].problems["loss"].output[0]
+    moment = moment * (expected * moment).sum() / moment.square().sum()
+    assert float((moment - expected).norm() / expected.norm()) < 0.12
+
+
+class _ReadsItsWeight(torch.autograd.Function):
+    """A linear layer whose backward pass differentiates with respect to its weight, as reversible layers do."""
+
+    @staticmethod
+    def forward(context: Any, x: Tensor, weight: Tensor) -> Tensor:
+        context.save_for_backward(x, weight)
+        return x @ weight.T
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        x, weight = context.saved_tensors
+        with torch.enable_grad():
+            own = x.detach().requires_grad_()
+            x_gradient, weight_gradient = torch.autograd.grad(own @ weight.T, (own, weight), gradient)
+        return x_gradient, weight_gradient
+
+
+def test_a_pass_that_is_repeated_with_free_weights_draws_the_same_signs() -> None:
+    class Reversible(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.last = nn.Linear(6, 8), nn.Linear(8, 10, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return _ReadsItsWeight.apply(self.layer(x), self.last.weight)
+
+    torch.manual_seed(0)
+    model, x = Reversible(), torch.randn(40, 6)
+    plain = nn.Sequential(model.layer, model.last)
+    repeated, once = (st.calibrate(network, x.split(8), gradients=True).moments for network in (model, plain))
+    torch.testing.assert_close(repeated["layer"].output_grad_covariance, once["0"].output_grad_covariance)
 
 
 class _Corner(nn.Module):

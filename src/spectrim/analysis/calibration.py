@@ -143,11 +143,11 @@ def calibrate(
             if not is_own:
                 continue
             inputs, hint = inputs_of(batch, model, position=position, labels=labels, mask=mask)
-            masks, what, signs = TokenMasks.of(model, inputs), f"batch {position}", signs_of(position)
+            masks, what = TokenMasks.of(model, inputs), f"batch {position}"
             try:
                 with rerouted(model, masks.routed):
                     if gradients:
-                        run = partial(add_gradients, model, inputs, layers, grads, signs=signs, what=what, hint=hint)
+                        run = partial(add_gradients, model, inputs, layers, grads, signs=position, what=what, hint=hint)
                         freezes = _run_frozen(model, run, freezes=freezes, sums=(sums, grads))
                     else:
                         call(model, inputs, what=what, hint=hint)
@@ -207,7 +207,7 @@ def add_gradients(
     layers: Collection[str] | None,
     sums: defaultdict[str, RunningGradients],
     *,
-    signs: torch.Generator,
+    signs: torch.Generator | int,
     what: str,
     hint: str = "",
     probes: int = PROBES,
@@ -215,12 +215,13 @@ def add_gradients(
     """Add to `sums`, by layer name, one batch's share of `Moments.output_grad_covariance`.
 
     The mean over random signs of such a gradient's second moment is that of all outputs together (Hutchinson 1990).
-    Frozen weights save memory, but forward passes that differentiate with respect to them cannot run.
+    Frozen weights save memory, but forward passes that differentiate with respect to them cannot run. `signs` are what
+    they are drawn from, or the number of the batch.
 
     Raises:
         ModelError: a batch the model cannot run, or a model that cannot be differentiated.
     """
-    masks = TokenMasks.of(model, inputs)
+    masks, signs = TokenMasks.of(model, inputs), signs_of(signs) if isinstance(signs, int) else signs
     own, hooks = on_device_of(model, inputs).map(Tensor.detach), _GradientHooks(sums, inputs.samples)
     with hooks.on(model, layers), torch.enable_grad():
         values = masks.mapped(call(model, own, what=what, hint=hint), TokenPlaces.take)

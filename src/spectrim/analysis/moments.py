@@ -16,6 +16,7 @@ from spectrim.linalg import (
     LowRankCovariance,
     add_covariances,
     matrix_of,
+    shrunk,
     square_around,
     square_of,
     to_float64,
@@ -124,6 +125,20 @@ def pooled(moments: Sequence[Moments], *, name: str, width: int) -> PooledCovari
         whole = add_covariances([(seen.compact, seen.count / total) for seen in moments])
     shrunk_by = sum(seen.shrinkage * seen.count / total for seen in moments)
     return PooledCovariance(whole, max(seen.rounding_tolerance for seen in moments), shrunk_by)
+
+
+def output_grads(moments: Sequence[Moments]) -> Tensor | None:
+    """What gradients at all call sites of one weight sum up to, (groups, out, out); None if one site has none.
+
+    Each counts as often as it was called: the error of a weight is made at every call.
+    """
+    most, total = max(seen.samples for seen in moments), torch.zeros(()).double()
+    for seen in moments:
+        if seen.output_grad_covariance is None:
+            return None
+        own = matrix_of(shrunk(seen.output_grad_covariance, seen.output_grad_shrinkage))
+        total = total + own * (seen.samples / most if most else 1.0)
+    return total
 
 
 @dataclass(eq=False)
@@ -248,7 +263,7 @@ class RunningCovariance:
             self._merge(rows)
 
     def _compare(self) -> None:
-        """Add to `error` what is held, around the mean of the first batches, as many as it takes for 16 samples."""
+        """Add to `error` what is held, around the mean of the first batches: of 16 samples, or all that the first pool has."""
         first, number = list[Tensor](), 0
         for rows, own in zip(self.batches, self.samples, strict=True):
             if number >= _CENTRED or self.centre.numel():

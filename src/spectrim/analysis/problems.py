@@ -3,15 +3,14 @@
 from collections.abc import Mapping
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from spectrim.analysis.calibration import Calibration
-from spectrim.analysis.moments import pooled
+from spectrim.analysis.moments import output_grads, pooled
 from spectrim.analysis.tied_embeddings import tied_problems
 from spectrim.core.plans import Metric
 from spectrim.layers.units import SingleWeight, Unit
-from spectrim.linalg import PartnerMoments, Problem, matrix_of, shrunk, to_float64
+from spectrim.linalg import PartnerMoments, Problem, to_float64
 
 
 def problems_of(unit: Unit, kernels: Tensor, calibration: Calibration | None) -> dict[Metric, Problem]:
@@ -26,13 +25,8 @@ def problems_of(unit: Unit, kernels: Tensor, calibration: Calibration | None) ->
         problems["activation"] = Problem(
             kernels, inputs.covariance, shrinkage=inputs.shrinkage, rounding_tolerance=inputs.rounding_tolerance
         )
-        outputs = [
-            matrix_of(shrunk(seen.output_grad_covariance, seen.output_grad_shrinkage))
-            for seen in moments
-            if seen.output_grad_covariance is not None
-        ]
-        if len(outputs) == len(moments):
-            problems["loss"] = replace(problems["activation"], output=torch.stack(outputs).sum(dim=0))
+        if (G := output_grads(moments)) is not None:
+            problems["loss"] = replace(problems["activation"], output=G)
     return problems
 
 

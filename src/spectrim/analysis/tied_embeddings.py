@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from spectrim.analysis.moments import Moments, pooled
+from spectrim.analysis.moments import Moments, output_grads, pooled
 from spectrim.core.names import Metric
 from spectrim.linalg import DiagonalCovariance, Problem, add_outer, matrix_of, shrunk, to_float64
 
@@ -18,7 +18,7 @@ def tied_problems(kernels: Tensor, moments: Sequence[Moments], *, outputs: int) 
     number = len(moments) - outputs
     lookups, others = moments[:number], moments[number:]
     metrics: dict[Metric, bool] = {"activation": False}
-    if all(seen.output_grad_covariance is not None for seen in lookups):
+    if output_grads(lookups) is not None:
         metrics["loss"] = True
     return {metric: tied_problem(kernels, lookups, others, loss=loss) for metric, loss in metrics.items()}
 
@@ -46,10 +46,8 @@ def tied_problem(kernels: Tensor, lookups: Sequence[Moments], outputs: Sequence[
     inputs = [replace(seen, compact=add_outer(seen.compact, seen.mean)) for seen in outputs]
     columns = pooled(inputs, name="the output layer", width=size)
     C = matrix_of(shrunk(columns.covariance, columns.shrinkage))[0].to(W.device)
-    G = torch.zeros_like(C) if loss else torch.eye(size).to(W)
-    for seen in lookups if loss else ():
-        assert seen.output_grad_covariance is not None
-        G += matrix_of(shrunk(seen.output_grad_covariance, seen.output_grad_shrinkage))[0].to(W.device)
+    gradients = output_grads(lookups) if loss else None
+    G = torch.eye(size).to(W) if gradients is None else gradients[0].to(W.device)
     energies = float((G @ (W * f) * W).sum()), float((C @ W * W).sum())
     a, b = (1 / energy if energy > 0 else 0.0 for energy in energies)
     p, M = _nearest_product((a * f, torch.full_like(f, b)), (G, C))
