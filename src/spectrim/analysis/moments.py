@@ -263,7 +263,7 @@ class RunningCovariance:
             self._merge(rows)
 
     def _compare(self) -> None:
-        """Add to `error` what is held, around the mean of the first batches: of 16 samples, or all that the first pool has."""
+        """Add to `error` what is held, around the mean of the first: of 16 samples, or all of the first pool."""
         first, number = list[Tensor](), 0
         for rows, own in zip(self.batches, self.samples, strict=True):
             if number >= _CENTRED or self.centre.numel():
