@@ -15,6 +15,7 @@ and values as tensors, and have to write the tokens that torch writes.
 import argparse
 import copy
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from itertools import cycle
 from pathlib import Path
@@ -79,11 +80,13 @@ class Decoder:
         """Go back to the end of the prompt."""
         self.cache = copy.deepcopy(self.after)
 
-    def write(self, length: int) -> None:
+    def write(self, length: int) -> list[Tensor]:
         """So many tokens."""
-        token = self.first
+        tokens = [self.first]
         for _ in range(length):
-            token = self.step(token, use_cache=True, **{self.name: self.cache}).logits[:, -1:].argmax(dim=-1)
+            outputs = self.step(tokens[-1], use_cache=True, **{self.name: self.cache})
+            tokens.append(outputs.logits[:, -1:].argmax(dim=-1))
+        return tokens[1:]
 
     def timer(self, phase: str, length: int) -> Callable[[], Timing]:
         """Times a phase."""
@@ -121,7 +124,7 @@ class Step(nn.Module):
         return outputs.logits[:, -1:].argmax(dim=-1), *self.tensors
 
 
-class RuntimeStep:
+class RuntimeStep(ABC):
     """The same in another runtime."""
 
     def __init__(self, decoder: Decoder) -> None:
@@ -130,13 +133,13 @@ class RuntimeStep:
         self.before = tuple(part.contiguous() for part in step.tensors)
         self.prepare(step, (self.first, torch.full_like(self.first, self.length), *self.before))
 
+    @abstractmethod
     def prepare(self, step: Step, example: tuple[Tensor, ...]) -> None:
         """Convert it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def tokens(self, length: int) -> Iterator[int]:
         """So many tokens after the prompt, of the first sample."""
-        raise NotImplementedError
 
 
 class OpenVinoStep(RuntimeStep):
@@ -194,11 +197,7 @@ RUNTIMES: dict[str, type[RuntimeStep]] = {"openvino": OpenVinoStep, "onnxruntime
 def require_same_tokens(decoder: Decoder, step: RuntimeStep, length: int) -> None:
     """Stop where a runtime writes other tokens than torch."""
     decoder.renew()
-    token, expected = decoder.first, []
-    for _ in range(length):
-        token = decoder.model(token, use_cache=True, **{decoder.name: decoder.cache}).logits[:, -1:].argmax(dim=-1)
-        expected.append(int(token[0, 0]))
-    written = list(step.tokens(length))
+    expected, written = [int(token[0, 0]) for token in decoder.write(length)], list(step.tokens(length))
     if written != expected:
         raise SystemExit(f"{type(step).__name__} writes tokens {written}, and torch {expected}")
 

@@ -104,7 +104,8 @@ def calibrate(
         gradients: Also stream the second moments of gradients that the loss metric is made of; takes about four times
             as long. No labels are used.
         accelerator: An `accelerate.Accelerator`, under `torchrun`: every process is given the same batches and runs
-            those that are its turn, and all get the statistics of all, equal to one process's up to rounding.
+            those that are its turn, and all get the statistics of all, equal to one process's up to rounding, but for
+            `shrinkage`, which each judges around a mean of its own.
         device: Where the statistics are added up; by default where the model is.
         offload: A folder on a fast disk, in which statistics of 16 MiB or more are files that are mapped into memory.
             They have no names, and their space is free again once the statistics are no longer used. The values are

@@ -162,12 +162,7 @@ class Source:
     images: Annotated[int, _data("--images", "--samples", metavar="N", min=1, help="Calibration samples.")] = 1024
     batch: Annotated[
         int,
-        _data(
-            metavar="N",
-            min=1,
-            help="Samples at a time; of a text at most 4096 tokens. Of 16 batches or more some are kept aside, "
-            "to look at the result with.",
-        ),
+        _data(metavar="N", min=1, help="Samples at a time; of a text at most 4096 tokens. Of 16 some are kept aside."),
     ] = 256
     seed: Annotated[int, _data(metavar="N", min=0, help="Seed of the choice of images, their order and dropout.")] = 0
     cache: Annotated[
